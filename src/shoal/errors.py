@@ -1,0 +1,53 @@
+"""Every error a user can cause: one sentence that names the thing and the remedy, and a code to cite."""
+
+from __future__ import annotations
+
+
+class ShoalError(Exception):
+    """Base of all errors that are the user's to mend; the CLI prints the message alone and exits with 1."""
+
+    code = "E000"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.code}: {super().__str__()}"
+
+
+class NotationError(ShoalError):
+    """A depth notation or plan file that cannot be read."""
+
+    code = "N001"
+
+
+class PlanError(ShoalError):
+    """A plan that is not legal for its model (codes P1xx, see `shoal.plan.check`)."""
+
+    code = "P100"
+
+
+class WriteError(ShoalError):
+    """A plan that a stock class cannot express, or a folder that cannot be written (codes W2xx)."""
+
+    code = "W200"
+
+
+class ModelError(ShoalError):
+    """A model that cannot be found, read or understood (codes M3xx)."""
+
+    code = "M300"
+
+
+class DataError(ShoalError):
+    """Text that is missing, empty or too short (codes D4xx)."""
+
+    code = "D400"
+
+
+class UsageError(ShoalError):
+    """An option or a name that does not exist (codes U5xx)."""
+
+    code = "U500"

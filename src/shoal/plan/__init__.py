@@ -1,0 +1,51 @@
+"""The plan: which layers run, in which order, with whose weights and whose KV. Standard library only."""
+
+from shoal.plan.check import Problem, check, require
+from shoal.plan.cost import Cost, Shape, cost
+from shoal.plan.diff import diff
+from shoal.plan.edit import drop, exit_at, gate, keep, parallel, reorder, repeat, replace, share_kv
+from shoal.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
+from shoal.plan.notation import format_plan, format_steps, parse_plan, parse_steps, strip
+from shoal.plan.spec import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
+from shoal.plan.steps import Base, Exit, KV, Map, Parallel, Plan, Run, Step
+
+__all__ = [
+    "KV",
+    "Base",
+    "Cost",
+    "Exit",
+    "KVSpec",
+    "LayerSpec",
+    "Map",
+    "Parallel",
+    "PartSpec",
+    "Plan",
+    "Problem",
+    "Run",
+    "Shape",
+    "Spec",
+    "StackSpec",
+    "Step",
+    "check",
+    "cost",
+    "diff",
+    "drop",
+    "exit_at",
+    "format_plan",
+    "format_steps",
+    "gate",
+    "keep",
+    "load_plan",
+    "parallel",
+    "parse_plan",
+    "parse_steps",
+    "plan_from_json",
+    "plan_to_json",
+    "reorder",
+    "repeat",
+    "replace",
+    "require",
+    "save_plan",
+    "share_kv",
+    "strip",
+]

@@ -1,0 +1,143 @@
+"""What a plan costs on its model: parameters by unique storage, FLOPs and KV, for prefill and for decode.
+
+Counted: every matrix multiplication (2 FLOPs per weight and token; experts as often as they are used), attention scores
+and their weighting (2 x width FLOPs per query and key, causal), the output head (prefill: the last position only, as
+`generate` does it). Not counted: norms, activations, embedding look-ups, softmax; together under one per cent.
+A layer that reads another layer's KV still computes and discards its own keys and values, so they are counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from shoal.plan.spec import LayerSpec, PartSpec, Spec, StackSpec
+from shoal.plan.steps import Map, Plan, Run, runs, writes_kv
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The work that is costed: `batch` sequences of `prompt` tokens, then tokens decoded at context `context`."""
+
+    batch: int = 1
+    prompt: int = 512
+    context: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The cost of one plan. Elements and FLOPs are exact integers; bytes follow from the dtype the caller names."""
+
+    params: int
+    """Unique storage while the plan runs live: a repeated layer counts once."""
+    written_params: int
+    """Parameters of a stock checkpoint of this plan: a repeated layer counts as often as it runs."""
+    layer_runs: int
+    """Layers executed per token; an attention or mlp alone counts as a half run."""
+    half_runs: int
+    prefill_flops: int
+    decode_flops: int
+    """Per decoded token and per sequence in the batch, times the batch."""
+    kv_per_token: int
+    """KV elements stored for one token of one sequence while no window is full."""
+    kv_elements: int
+    """KV elements held for the whole batch at `context` tokens, recurrent states included."""
+    shape: Shape = field(default_factory=Shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cost(plan: Plan, spec: Spec, shape: Shape | None = None) -> Cost:
+    """What `plan` costs on `spec` for the work `shape`. The plan must have passed `check`."""
+    shape = shape or Shape()
+    totals = [_stack_cost(plan, stack, shape) for stack in spec.stacks]
+    unique: dict[str, int] = {}
+    written = 0
+    for total in totals:
+        unique |= total.storages
+        written += total.written
+    shared = {k: n for s in spec.stacks for layer in s.layers for k, n in layer.shared}
+    used = {k: n for k, n in shared.items() if any(k in total.shared for total in totals)}
+    return Cost(
+        params=spec.other_params + sum(unique.values()) + sum(used.values()),
+        written_params=spec.other_params + written + sum(used.values()),
+        layer_runs=sum(total.layer_runs for total in totals),
+        half_runs=sum(total.half_runs for total in totals),
+        prefill_flops=shape.batch * (sum(total.prefill for total in totals) + spec.head_flops),
+        decode_flops=shape.batch * (sum(total.decode for total in totals) + spec.head_flops),
+        kv_per_token=sum(total.kv_per_token for total in totals),
+        kv_elements=shape.batch * sum(total.kv_elements for total in totals),
+        shape=shape,
+    )
+
+
+@dataclass(slots=True)
+class _Total:
+    storages: dict[str, int] = field(default_factory=dict)
+    shared: set[str] = field(default_factory=set)
+    written: int = 0
+    layer_runs: int = 0
+    half_runs: int = 0
+    prefill: int = 0
+    decode: int = 0
+    kv_per_token: int = 0
+    kv_elements: int = 0
+
+
+def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape) -> _Total:
+    total = _Total()
+    for step in plan.steps(stack.name):
+        if isinstance(step, Map):
+            _add_map(total, step, stack, shape)
+    for run in runs(plan.steps(stack.name)):
+        _add_run(total, run, stack, shape)
+    return total
+
+
+def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape) -> None:
+    """A full map with bias; a low-rank one is cheaper, which the plan alone cannot know."""
+    size = stack.hidden * (stack.hidden + 1)
+    total.storages[f"{stack.name}.{step.weights}"] = size
+    total.written += size
+    total.prefill += 2 * stack.hidden**2 * shape.prompt
+    total.decode += 2 * stack.hidden**2
+
+
+def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape) -> None:
+    layer = stack.layers[run.layer]
+    params, flops = _size(layer, run)
+    key = f"{stack.name}.{run.weights or layer.index}"
+    for name, count in params.items():
+        total.storages[f"{key}.{name}"] = count
+    total.written += layer.params  # a stock checkpoint holds whole layers
+    total.shared |= {name for name, _ in layer.shared}
+    total.layer_runs += run.part == "layer"
+    total.half_runs += run.part != "layer"
+    total.prefill += flops * shape.prompt
+    total.decode += flops
+    if run.part != "mlp":
+        total.prefill += 2 * layer.width * _causal_pairs(shape.prompt, layer.kv.window)
+        total.decode += 2 * layer.width * min(shape.context, layer.kv.window or shape.context)
+    if writes_kv(run):
+        total.kv_per_token += layer.kv.per_token
+        total.kv_elements += layer.kv.elements(shape.context)
+
+
+def _size(layer: LayerSpec, run: Run) -> tuple[dict[str, int], int]:
+    """Parameters by piece (so that 12a and 12m together count a layer once) and FLOPs for one token."""
+    parts = {"attention": layer.attention, "mlp": layer.mlp}
+    rest = layer.params - sum(part.params for part in parts.values() if part is not None)
+    pieces = {name: part.params for name, part in parts.items() if part is not None} | {"rest": rest}
+    if run.part == "layer":
+        return pieces, layer.flops
+    other: PartSpec | None = parts["mlp" if run.part == "attention" else "attention"]
+    dropped = "mlp" if run.part == "attention" else "attention"
+    return {k: n for k, n in pieces.items() if k != dropped}, layer.flops - (other.flops if other else 0)
+
+
+def _causal_pairs(tokens: int, window: int | None) -> int:
+    """Query-key pairs of a causal pass over `tokens` tokens, each query seeing at most `window` keys."""
+    full = tokens * (tokens + 1) // 2
+    beyond = tokens - window if window is not None and window < tokens else 0
+    return full - beyond * (beyond + 1) // 2

@@ -1,0 +1,119 @@
+"""plan.json: one line a step, dense runs folded, base layer numbers that never shift."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import NotationError
+from shoal.plan.notation import format_steps, parse_steps
+from shoal.plan.steps import Base, Exit, Map, Plan, Step, runs
+
+FORMAT = "shoal-plan/1"
+MAX_BYTES = 4_000_000
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The text of plan.json."""
+    base: dict[str, Any] = {
+        "family": plan.base.family,
+        "fingerprint": plan.base.fingerprint,
+        "stacks": dict(plan.base.depths),
+    }
+    if plan.base.source is not None:
+        base["source"] = plan.base.source
+    stacks = {name: format_steps(steps).split(",") for name, steps in plan.stacks}
+    lines = [
+        f'{{"format": "{FORMAT}",',
+        f' "base": {json.dumps(base)},',
+        f' "hash": "{plan.hash}",',
+        ' "stacks": {',
+    ]
+    for number, (name, pieces) in enumerate(stacks.items()):
+        comma = "," if number < len(stacks) - 1 else ""
+        body = ",\n".join(f"   {json.dumps(piece)}" for piece in pieces)
+        lines.append(f"  {json.dumps(name)}: [\n{body}]{comma}")
+    return "\n".join([*lines, " }}"]) + "\n"
+
+
+def plan_from_json(text: str | bytes, *, where: str = "the plan") -> Plan:
+    """Read the text of plan.json; any bytes at all give a plan or a `NotationError`, never another exception."""
+    if len(text) > MAX_BYTES:
+        raise NotationError(f"{where} is larger than {MAX_BYTES // 1_000_000} MB; this is not a plan.json")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NotationError(f"{where} is not JSON ({type(error).__name__}); expected a plan.json") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise NotationError(f"{where} has format {found!r}; this Shoal reads {FORMAT!r}")
+    base = _base(data.get("base"), where)
+    stacks = data.get("stacks")
+    if not isinstance(stacks, dict) or set(stacks) != {name for name, _ in base.depths}:
+        raise NotationError(f"{where} must give steps for the stacks {', '.join(n for n, _ in base.depths)}")
+    plan = Plan(base, tuple((name, _steps(stacks[name], name, depth, where)) for name, depth in base.depths))
+    if data.get("hash") not in (None, plan.hash):
+        raise NotationError(f"{where} was edited by hand: its steps no longer match its hash; remove the hash to accept")
+    return plan
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write plan.json by way of a temporary sibling, so that a kill leaves the old file or the new one."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.write_text(plan_to_json(plan), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read plan.json from a file, or from a folder that `shoal write` made. Raises `NotationError`."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "shoal" / "plan.json"
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise NotationError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; this is not a plan.json")
+        text = path.read_bytes()
+    except OSError as error:
+        raise NotationError(f"cannot read the plan {path}: {error.strerror}") from None
+    return plan_from_json(text, where=str(path))
+
+
+def _base(data: object, where: str) -> Base:
+    if not isinstance(data, dict):
+        raise NotationError(f"{where} names no base model; expected base: {{family, fingerprint, stacks}}")
+    family, fingerprint, source = data.get("family"), data.get("fingerprint"), data.get("source")
+    depths = data.get("stacks")
+    if not isinstance(family, str) or not isinstance(fingerprint, str) or not isinstance(source, str | None):
+        raise NotationError(f"{where}: base.family, base.fingerprint and base.source must be text")
+    if not isinstance(depths, dict) or not depths:
+        raise NotationError(f"{where}: base.stacks must give each stack's depth, as in {{'decoder': 30}}")
+    for name, depth in depths.items():
+        if type(depth) is not int or not 0 < depth < 1_000_000:
+            raise NotationError(f"{where}: base.stacks[{name!r}] is {depth!r:.40}; expected a number of layers")
+    return Base(family, fingerprint, tuple(depths.items()), source)
+
+
+def _steps(pieces: object, stack: str, depth: int, where: str) -> tuple[Step, ...]:
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        raise NotationError(f"{where}: stack {stack!r} must be a list of pieces such as \"0-11\"")
+    steps = parse_steps(",".join(pieces))
+    for number in _numbers(steps):
+        if number >= depth:
+            raise NotationError(f"{where}: stack {stack!r} names layer {number}; its layers are 0 to {depth - 1}")
+    return steps
+
+
+def _numbers(steps: tuple[Step, ...]) -> set[int]:
+    named = {run.layer for run in runs(steps)} | {run.kv.read for run in runs(steps) if run.kv.read is not None}
+    for step in steps:
+        match step:
+            case Map():
+                named |= {step.first, step.last}
+            case Exit():
+                pass
+            case _:
+                pass
+    return named

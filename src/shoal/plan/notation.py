@@ -1,0 +1,228 @@
+"""Depth notation: the plan a person types and reads.
+
+    0-11,14-29      layers 0 to 11 and 14 to 29 (0-based, both ends included)      29-0   reversed
+    12a   12m       only the attention, only the mlp of layer 12                   10x3   layer 10 three times
+    (7|8)           layers 7 and 8 in parallel; (7|8)mean averages                 13@12  layer 13 reads layer 12's KV
+    ~12-15          a fitted map for layers 12 to 15; ~12-15:ID names its weights
+    20:ID           layer 20 with the weights ID        20?g  behind gate g        20?g/project  and its KV fill
+    !early          an exit; !early=ID with its own head, !early?g behind a gate
+    encoder: 0-5; decoder: 0-11      several stacks
+
+`parse_steps(format_steps(s)) == s` for every legal tuple of steps; the formatter writes one canonical text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NoReturn
+
+from shoal.errors import NotationError
+from shoal.plan.steps import FILLS, JOINS, KV, Exit, Fill, Join, Map, Parallel, PartName, Plan, Run, Step
+
+MAX_STEPS = 10_000
+_ID = r"[A-Za-z0-9_.+\-]+"
+_NUM = r"\d{1,6}"
+_RUN = re.compile(
+    rf"(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?P<part>[am])?(?:x(?P<times>{_NUM}))?(?:@(?P<read>{_NUM}))?"
+    rf"(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?(?:/(?P<fill>[a-z]+))?",
+    re.ASCII,
+)
+_MAP = re.compile(rf"~(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
+_EXIT = re.compile(rf"!(?P<name>{_ID})(?:=(?P<head>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
+_GROUP = re.compile(r"\((?P<body>[^()]*)\)(?P<join>[a-z]*)", re.ASCII)
+_STACK = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*:)?(?P<steps>.*)", re.DOTALL | re.ASCII)
+_PARTS: dict[str | None, PartName] = {None: "layer", "a": "attention", "m": "mlp"}
+_LETTER: dict[PartName, str] = {"layer": "", "attention": "a", "mlp": "m"}
+
+
+def map_weights(first: int, last: int) -> str:
+    """The id that a map's weights have unless the plan says otherwise."""
+    return f"map-{first}-{last}"
+
+
+def parse_steps(text: str) -> tuple[Step, ...]:
+    """Read the notation of one stack. Raises `NotationError` that quotes the piece it cannot read."""
+    steps: list[Step] = []
+    for piece in _split(text):
+        steps.extend(_parse_piece(piece))
+        if len(steps) > MAX_STEPS:
+            _fail(piece, f"the plan has more than {MAX_STEPS} steps")
+    if not steps:
+        raise NotationError("the plan is empty; write layers such as 0-11,14-29")
+    return tuple(steps)
+
+
+def parse_plan(text: str, base: Plan) -> Plan:
+    """Read the notation of a whole plan; stacks that are not named stay as they are in `base`.
+
+    `base` is usually `Plan.identity(spec)`. Whether the layers exist is `check`'s question, not the parser's.
+    """
+    plan, seen = base, set[str]()
+    for piece in text.split(";"):
+        found = _STACK.fullmatch(piece)
+        assert found is not None  # the pattern takes any text
+        name = plan.stack_name(found["name"])
+        if name in seen:
+            raise NotationError(f"stack {name!r} is given twice; write each stack once")
+        seen.add(name)
+        plan = plan.with_steps(parse_steps(found["steps"]), name)
+    return plan
+
+
+def format_steps(steps: tuple[Step, ...]) -> str:
+    """The canonical text of one stack's steps."""
+    pieces: list[str] = []
+    position = 0
+    while position < len(steps):
+        step = steps[position]
+        length = _fold(steps, position)
+        match step:
+            case Run() if length > 1 and steps[position + 1] == step:
+                pieces.append(_format_run(step, f"x{length}"))
+            case Run() if length > 1:
+                last = steps[position + length - 1]
+                assert isinstance(last, Run)
+                pieces.append(f"{step.layer}-{last.layer}{_LETTER[step.part]}")
+            case Run():
+                pieces.append(_format_run(step))
+            case Map():
+                span = f"{step.first}" if step.first == step.last else f"{step.first}-{step.last}"
+                named = "" if step.weights == map_weights(step.first, step.last) else f":{step.weights}"
+                pieces.append(f"~{span}{named}{_gate(step.gate)}")
+            case Parallel():
+                body = "|".join(_format_run(branch) for branch in step.branches)
+                pieces.append(f"({body}){'' if step.join == 'sum' else step.join}")
+            case Exit():
+                head = "" if step.head == "base" else f"={step.head}"
+                pieces.append(f"!{step.name}{head}{_gate(step.gate)}")
+        position += length
+    return ",".join(pieces)
+
+
+def format_plan(plan: Plan) -> str:
+    """The canonical text of a plan; the stack's name is left out when there is only one stack."""
+    if len(plan.stacks) == 1:
+        return format_steps(plan.stacks[0][1])
+    return "; ".join(f"{name}: {format_steps(steps)}" for name, steps in plan.stacks)
+
+
+def strip(plan: Plan, stack: str | None = None) -> str:
+    """One character per base layer: █ runs, ▀ attention only, ▄ mlp only, ≡ mapped, ∥ parallel, ↻ repeated, · dropped."""
+    marks = ["·"] * plan.depth(stack)
+    for step in plan.steps(stack):
+        match step:
+            case Run():
+                again = step.part == "layer" and marks[step.layer] != "·"
+                marks[step.layer] = "↻" if again else {"layer": "█", "attention": "▀", "mlp": "▄"}[step.part]
+            case Map():
+                marks[step.first : step.last + 1] = "≡" * (step.last - step.first + 1)
+            case Parallel():
+                for branch in step.branches:
+                    marks[branch.layer] = "∥"
+            case Exit():
+                pass
+    return "".join(marks)
+
+
+def _split(text: str) -> list[str]:
+    """Pieces between commas that are not inside brackets."""
+    pieces, depth, start = [], 0, 0
+    for position, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth < 0 or depth > 1:
+            _fail(text[: position + 1][-20:], "brackets do not match")
+        if char == "," and depth == 0:
+            pieces.append(text[start:position])
+            start = position + 1
+    if depth:
+        _fail(text[start:][:20], "a bracket is not closed")
+    pieces.append(text[start:])
+    stripped = [piece.strip() for piece in pieces]
+    if len(stripped) == 1 and not stripped[0]:
+        return []
+    for piece in stripped:
+        if not piece:
+            _fail(text[:40], "there is nothing between two commas")
+    return stripped
+
+
+def _parse_piece(piece: str) -> list[Step]:
+    if found := _MAP.fullmatch(piece):
+        first, last = int(found["first"]), int(found["last"] or found["first"])
+        if last < first:
+            _fail(piece, "a map's span must go upwards")
+        return [Map(first, last, found["weights"] or map_weights(first, last), found["gate"])]
+    if found := _EXIT.fullmatch(piece):
+        return [Exit(found["name"], found["head"] or "base", found["gate"])]
+    if found := _GROUP.fullmatch(piece):
+        branches = [run for part in found["body"].split("|") for run in _parse_runs(part.strip())]
+        if len(branches) < 2:
+            _fail(piece, "a parallel group needs at least two branches, as in (7|8)")
+        return [Parallel(tuple(branches), _join(piece, found["join"]))]
+    return list(_parse_runs(piece))
+
+
+def _parse_runs(piece: str) -> list[Run]:
+    found = _RUN.fullmatch(piece)
+    if found is None:
+        _fail(piece, "expected layers such as 3, 0-11, 12a, 12m, 10x3, 13@12, (7|8) or ~12-15")
+    first, last = int(found["first"]), int(found["last"] or found["first"])
+    times = int(found["times"] or 1)
+    if times < 1:
+        _fail(piece, "a layer cannot run 0 times; leave it out instead")
+    if (abs(last - first) + 1) * times > MAX_STEPS:
+        _fail(piece, f"the plan has more than {MAX_STEPS} steps")
+    kv = KV(None if found["read"] is None else int(found["read"]), _fill(piece, found["fill"]))
+    order = range(first, last + 1) if last >= first else range(first, last - 1, -1)
+    return [Run(i, _PARTS[found["part"]], found["weights"], kv, found["gate"]) for i in order for _ in range(times)]
+
+
+def _fill(piece: str, word: str | None) -> Fill | None:
+    for fill in FILLS:
+        if word == fill:
+            return fill
+    return None if word is None else _fail(piece, f"the KV fill must be one of {', '.join(FILLS)}")
+
+
+def _join(piece: str, word: str) -> Join:
+    for join in JOINS:
+        if word == join:
+            return join
+    return "sum" if not word else _fail(piece, f"a group's join must be one of {', '.join(JOINS)}")
+
+
+def _format_run(run: Run, times: str = "") -> str:
+    read = "" if run.kv.read is None else f"@{run.kv.read}"
+    named = "" if run.weights is None else f":{run.weights}"
+    fill = "" if run.kv.fill is None else f"/{run.kv.fill}"
+    return f"{run.layer}{_LETTER[run.part]}{times}{read}{named}{_gate(run.gate)}{fill}"
+
+
+def _gate(name: str | None) -> str:
+    return "" if name is None else f"?{name}"
+
+
+def _fold(steps: tuple[Step, ...], start: int) -> int:
+    """How many steps from `start` on are written as one piece: equal runs, or plain runs up or down by one."""
+    step = steps[start]
+    if not isinstance(step, Run):
+        return 1
+    length = 1
+    while start + length < len(steps) and steps[start + length] == step:
+        length += 1
+    if length > 1 or step != Run(step.layer, step.part):
+        return length
+    following = steps[start + 1] if start + 1 < len(steps) else None
+    direction = following.layer - step.layer if isinstance(following, Run) else 0
+    if direction not in (1, -1):
+        return 1
+    while start + length < len(steps) and steps[start + length] == Run(step.layer + direction * length, step.part):
+        length += 1
+    # a run that itself repeats belongs to the next piece: 0,1,2x3 and not 0-2,2x2
+    while length > 1 and start + length < len(steps) and steps[start + length] == steps[start + length - 1]:
+        length -= 1
+    return length
+
+
+def _fail(piece: str, why: str) -> NoReturn:
+    raise NotationError(f"cannot read {piece!r} in the plan: {why}")

@@ -1,0 +1,133 @@
+"""What the base model is: stacks, layers, parts, KV. Derived by `shoal.inspect`, never written by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+KVKind = Literal["full", "sliding", "recurrent", "shared", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """What one layer keeps between tokens, per sequence, in elements (not bytes)."""
+
+    kind: KVKind
+    heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    window: int | None = None
+    """Sliding layers keep at most this many tokens."""
+    state: int = 0
+    """Recurrent layers: elements of the constant state."""
+
+    @property
+    def per_token(self) -> int:
+        """Elements added by one token: heads x (key_dim + value_dim); 0 for a recurrent layer."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+    def elements(self, tokens: int) -> int:
+        """Elements held for one sequence of `tokens` tokens."""
+        kept = min(tokens, self.window) if self.window is not None else tokens
+        return kept * self.per_token + self.state
+
+
+@dataclass(frozen=True, slots=True)
+class PartSpec:
+    """The attention or the mlp of one layer."""
+
+    modules: tuple[str, ...]
+    """Child module names inside the layer; several when a layer keeps its mlp inline (OPT: fc1, fc2)."""
+    params: int
+    flops: int
+    """Matrix-multiply FLOPs for one token, experts counted as often as they are used."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer of the base model, named by its 0-based index for ever."""
+
+    index: int
+    kind: str
+    """The family's own word: full_attention, sliding_attention, linear_attention, mamba, mlp, ..."""
+    params: int
+    flops: int
+    """Matrix-multiply FLOPs for one token, without attention scores."""
+    width: int
+    """query heads x (key_dim + value_dim): attention scores cost 2 x width FLOPs per query and key."""
+    kv: KVSpec
+    attention: PartSpec | None = None
+    mlp: PartSpec | None = None
+    shared: tuple[tuple[str, int], ...] = ()
+    """(storage, elements) of weights that other layers use too; not counted in `params`."""
+    needs: tuple[int, ...] = ()
+    """Layers whose state this one reads inside the base model (native KV sharing)."""
+    pinned: str | None = None
+    """Why this layer must run first, if it must."""
+
+
+@dataclass(frozen=True, slots=True)
+class StackSpec:
+    """One list of layers that run one after the other."""
+
+    name: str
+    """decoder, encoder, vision or text."""
+    path: str
+    """Where the list is in the model: model.layers, transformer.h, ..."""
+    hidden: int
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a plan can be checked and costed against."""
+
+    family: str
+    stacks: tuple[StackSpec, ...]
+    other_params: int
+    """Parameters outside the stacks by unique storage: embeddings, final norm, head when it is not tied."""
+    head_flops: int
+    """FLOPs of the output head for one position."""
+    vocab: int
+    probed: bool = True
+    """False when no forward could be run and KV shapes come from the config."""
+    parts_note: str | None = None
+    """Why the layers have no separate attention and mlp, if they have none."""
+
+    def stack(self, name: str | None = None) -> StackSpec:
+        """The stack called `name`; without a name the decoder, or the only one."""
+        by_name = {s.name: s for s in self.stacks}
+        if name is None:
+            return by_name.get("decoder", self.stacks[0])
+        return by_name[name]
+
+    @property
+    def params(self) -> int:
+        """Parameters of the base model, by unique storage."""
+        shared = {k: n for s in self.stacks for layer in s.layers for k, n in layer.shared}
+        own = sum(layer.params for s in self.stacks for layer in s.layers)
+        return self.other_params + own + sum(shared.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the structure (family, vocabulary, stacks, layer kinds and sizes): equal for a live model, its
+        folder and its GGUF; blind to dtype and to the values of the weights."""
+        facts = {
+            "family": self.family,
+            "vocab": self.vocab,
+            "stacks": [
+                [s.name, s.hidden, [[layer.kind, layer.params, layer.width] for layer in s.layers]]
+                for s in self.stacks
+            ],
+        }
+        return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for --json, with `fingerprint` and `params` added."""
+        return {**asdict(self), "params": self.params, "fingerprint": self.fingerprint}

@@ -1,0 +1,169 @@
+"""The four step cases and the plan that holds them. Frozen values: every edit returns a new plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from shoal.errors import PlanError
+
+if TYPE_CHECKING:
+    from shoal.plan.spec import Spec
+
+PartName = Literal["layer", "attention", "mlp"]
+Fill = Literal["project", "copy", "defer", "mask"]
+Join = Literal["sum", "mean"]
+FILLS: tuple[Fill, ...] = ("project", "copy", "defer", "mask")
+JOINS: tuple[Join, ...] = ("sum", "mean")
+
+
+@dataclass(frozen=True, slots=True)
+class KV:
+    """Whose keys and values a run uses.
+
+    `read`: base index of an earlier layer whose keys and values this run attends to (it then stores none of its own);
+    None: its own slot. `fill`: what is stored for tokens that a gate let skip this run.
+    """
+
+    read: int | None = None
+    fill: Fill | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Call one base layer, or only its attention or its mlp."""
+
+    layer: int
+    part: PartName = "layer"
+    weights: str | None = None
+    kv: KV = KV()
+    gate: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """A fitted map that stands for the layers first..last. Stores no KV."""
+
+    first: int
+    last: int
+    weights: str
+    gate: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Runs that read one input: x + sum (or mean) over branches of (branch(x) - x)."""
+
+    branches: tuple[Run, ...]
+    join: Join = "sum"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """A place where the pass may end; `head` is "base" or the id of its own weights."""
+
+    name: str
+    head: str = "base"
+    gate: str | None = None
+
+
+Step = Run | Map | Parallel | Exit
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model a plan is made for."""
+
+    family: str
+    fingerprint: str
+    depths: tuple[tuple[str, int], ...]
+    source: str | None = field(default=None, compare=False)
+    """Where the model came from (hub id, folder); information only, not part of the plan's identity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What runs, stack by stack. Layers keep the base model's 0-based index for ever."""
+
+    base: Base
+    stacks: tuple[tuple[str, tuple[Step, ...]], ...]
+
+    def __post_init__(self) -> None:
+        for name, steps in self.stacks:
+            if not steps:
+                raise PlanError(f"stack {name!r} would have no step left; keep at least one layer", code="P104")
+
+    @staticmethod
+    def identity(spec: Spec, *, source: str | None = None) -> Plan:
+        """The plan that runs every layer of the base model once, in order."""
+        base = Base(spec.family, spec.fingerprint, tuple((s.name, s.depth) for s in spec.stacks), source)
+        return Plan(base, tuple((s.name, tuple(Run(i) for i in range(s.depth))) for s in spec.stacks))
+
+    def stack_name(self, name: str | None = None) -> str:
+        """`name` if the plan has that stack; without a name the decoder, or the first stack."""
+        names = [n for n, _ in self.stacks]
+        if name is None:
+            return "decoder" if "decoder" in names else names[0]
+        if name not in names:
+            raise PlanError(f"the plan has no stack {name!r}; it has {', '.join(names)}", code="P102")
+        return name
+
+    def steps(self, stack: str | None = None) -> tuple[Step, ...]:
+        """The steps of one stack."""
+        return dict(self.stacks)[self.stack_name(stack)]
+
+    def depth(self, stack: str | None = None) -> int:
+        """The base model's number of layers in one stack."""
+        return dict(self.base.depths)[self.stack_name(stack)]
+
+    def with_steps(self, steps: tuple[Step, ...], stack: str | None = None) -> Plan:
+        """The same plan with other steps in one stack."""
+        name = self.stack_name(stack)
+        return Plan(self.base, tuple((n, steps if n == name else old) for n, old in self.stacks))
+
+    def layers(self, stack: str | None = None) -> tuple[int, ...]:
+        """Base indices of the layers that run whole or in part, in order, repeats included."""
+        return tuple(run.layer for run in runs(self.steps(stack)))
+
+    def dropped(self, stack: str | None = None) -> tuple[int, ...]:
+        """Base indices of the layers of which nothing runs, ascending."""
+        return tuple(sorted(set(range(self.depth(stack))) - set(self.layers(stack))))
+
+    def is_identity(self) -> bool:
+        """True when every layer runs once, whole, in order, with its own weights and KV."""
+        return all(
+            steps == tuple(Run(i) for i in range(dict(self.base.depths).get(name, -1))) for name, steps in self.stacks
+        )
+
+    @property
+    def hash(self) -> str:
+        """sha256 of what runs on which base; the same on every machine and Python."""
+        from shoal.plan.notation import format_steps
+
+        facts = [self.base.fingerprint, [[n, format_steps(s)] for n, s in self.stacks]]
+        return "sha256:" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        from shoal.plan.notation import format_plan
+
+        return format_plan(self)
+
+
+def runs(steps: tuple[Step, ...]) -> Iterator[Run]:
+    """Every `Run` in order, branches of parallel groups included."""
+    for step in steps:
+        match step:
+            case Run():
+                yield step
+            case Parallel():
+                yield from step.branches
+            case Map() | Exit():
+                pass
+
+
+def writes_kv(run: Run) -> bool:
+    """True when the run stores keys and values (or a recurrent state) of its own, given that its layer has any."""
+    return run.part != "mlp" and run.kv.read is None
