@@ -4,20 +4,26 @@ P101 made for another model          P102 unknown stack             P103 layer o
 P104 no step left                    P105 layer has no such part    P106 no layer left that counts tokens
 P107 KV source does not run before   P108 KV shapes differ          P109 layer has no KV to share
 P110 layer must run first            P111 a layer it reads is gone  P112 weights missing
-P113 weights of the wrong shape      P114 bad span                  P115 steps behind an exit that is always taken
-P116 KV fill without a gate          P118 bad parallel group        P119 a recurrent layer cannot do this
+P113 weights of the wrong shape      P114 bad span                  P115 exit that hides steps, or named twice
+P116 KV fill that has no use         P117 unwritable name or word   P118 bad parallel group
+P119 a recurrent layer has no fill   P120 edit that this plan does not allow
+
+P102, P104 and P117 come from `Plan` and the steps themselves, P120 from `shoal.plan.edit`; `check` finds the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from shoal.errors import PlanError
+from shoal.plan.notation import format_steps
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Exit, Map, Parallel, Plan, Run, Step, runs, writes_kv
 
 Shapes = Mapping[str, tuple[int, ...]]
+Finding = tuple[str, int | None, str]
+"""(code, layer or None, message)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +41,19 @@ class Problem:
 
 def check(plan: Plan, spec: Spec, weights: Shapes | None = None) -> list[Problem]:
     """All problems of `plan` on `spec`; `weights` gives the shape of each new tensor by name (`ID.weight`, ...)."""
-    if problems := list(_other_model(plan, spec)):
-        return problems
-    found: list[Problem] = []
+    if other := _other_model(plan, spec):
+        return [Problem("P101", "", None, other)]
+    problems: list[Problem] = []
     for stack in spec.stacks:
         steps = plan.steps(stack.name)
-        if outside := list(_range(steps, stack)):
-            found += outside
-            continue
-        for rule in (_parts, _counting, _kv_source, _pinned, _native_sharing, _exits, _fills, _groups):
-            found += rule(steps, stack, spec)
-        found += _weights(steps, stack, weights or {})
-    return found
+        found = list(_range(steps, stack)) or [
+            *_parts(steps, stack, spec.parts_note),
+            *(finding for rule in _RULES for finding in rule(steps, stack)),
+            *_map_weights(steps, stack, weights or {}),
+            *_own_weights(steps, weights or {}),
+        ]
+        problems += [Problem(code, stack.name, layer, message) for code, layer, message in found]
+    return problems
 
 
 def require(plan: Plan, spec: Spec, weights: Shapes | None = None) -> Plan:
@@ -58,213 +65,199 @@ def require(plan: Plan, spec: Spec, weights: Shapes | None = None) -> Plan:
     raise PlanError(problems[0].message + more, code=problems[0].code)
 
 
-def _other_model(plan: Plan, spec: Spec) -> Iterator[Problem]:
-    depths = dict(plan.base.depths)
-    here = {stack.name: stack.depth for stack in spec.stacks}
-    if plan.base.fingerprint == spec.fingerprint and depths == here:
-        return
-    made = f"{plan.base.family} with {_counts(depths)}"
-    yield Problem(
-        "P101",
-        "",
-        None,
-        f"this plan was made for another model ({made}, {plan.base.fingerprint[:15]}), not for {spec.family} with "
-        f"{_counts(here)} ({spec.fingerprint[:15]}); make a plan for this model",
+def _other_model(plan: Plan, spec: Spec) -> str | None:
+    here = tuple((stack.name, stack.depth) for stack in spec.stacks)
+    if (plan.base.fingerprint, plan.base.depths) == (spec.fingerprint, here):
+        return None
+    return (
+        f"this plan was made for another model ({plan.base.family} with {_counts(plan.base.depths)}, "
+        f"{plan.base.fingerprint[:15]}), not for {spec.family} with {_counts(here)} ({spec.fingerprint[:15]}); "
+        "make a plan for this model"
     )
 
 
-def _counts(depths: Mapping[str, int]) -> str:
-    return ", ".join(f"{depth} {name} layers" for name, depth in depths.items())
+def _counts(depths: tuple[tuple[str, int], ...]) -> str:
+    return ", ".join(f"{depth} {name} layers" for name, depth in depths)
 
 
-def _range(steps: Iterable[Step], stack: StackSpec) -> Iterator[Problem]:
-    named = [(run.layer, "layer") for run in runs(tuple(steps))]
-    named += [(run.kv.read, "KV source") for run in runs(tuple(steps)) if run.kv.read is not None]
+def _range(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
+    named = [(run.layer, "layer") for run in runs(steps)]
+    named += [(run.kv.read, "KV source") for run in runs(steps) if run.kv.read is not None]
     named += [(end, "end of a map") for step in steps if isinstance(step, Map) for end in (step.first, step.last)]
     for layer, what in named:
         if not 0 <= layer < stack.depth:
-            yield Problem(
-                "P103",
-                stack.name,
-                layer,
-                f"{what} {layer} does not exist: {stack.name} layers are 0 to {stack.depth - 1} (0-based, {stack.path})",
-            )
+            there = f"{stack.name} layers are 0 to {stack.depth - 1} (0-based, {stack.path})"
+            yield "P103", layer, f"{what} {layer} does not exist; {there}"
     for step in steps:
         if isinstance(step, Map) and step.first > step.last:
-            yield Problem("P114", stack.name, step.first, f"the map ~{step.first}-{step.last} must go upwards")
+            right = f"~{step.last}-{step.first}"
+            yield "P114", step.first, f"the map ~{step.first}-{step.last} must go upwards; write {right}"
 
 
-def _parts(steps: tuple[Step, ...], stack: StackSpec, spec: Spec) -> Iterator[Problem]:
+def _parts(steps: tuple[Step, ...], stack: StackSpec, note: str | None) -> Iterator[Finding]:
     for run in runs(steps):
         layer = stack.layers[run.layer]
-        wanted = {"layer": layer, "attention": layer.attention, "mlp": layer.mlp}[run.part]
         # with one part missing, "only the other part" is the layer itself: say so rather than do it in silence
-        if wanted is None or (run.part != "layer" and None in (layer.attention, layer.mlp)):
-            why = spec.parts_note or f"its kind is {layer.kind}"
-            yield Problem(
+        if run.part != "layer" and None in (layer.attention, layer.mlp):
+            why = note or f"its kind is {layer.kind}"
+            yield (
                 "P105",
-                stack.name,
                 run.layer,
                 f"{stack.name} layer {run.layer} cannot run its {run.part} alone: {why}; "
                 f"run the whole layer ({run.layer}) or drop it",
             )
 
 
-def _counting(steps: tuple[Step, ...], stack: StackSpec, spec: Spec) -> Iterator[Problem]:
+def _counting(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     """The cache counts tokens in a layer that stores KV; without one, positions are silently wrong."""
-    if not any(layer.kv.per_token for layer in stack.layers):
-        return
-    if not any(writes_kv(run) and stack.layers[run.layer].kv.per_token for run in runs(steps)):
-        first = next(layer.index for layer in stack.layers if layer.kv.per_token)
-        yield Problem(
+    counting = [layer.index for layer in stack.layers if layer.kv.per_token]
+    if counting and not any(writes_kv(run) and run.layer in counting for run in runs(steps)):
+        yield (
             "P106",
-            stack.name,
             None,
-            f"no {stack.name} layer with attention is left, so nothing counts the tokens in the cache; "
-            f"keep one, for example {first}a",
+            f"no {stack.name} layer that stores KV is left, so nothing counts the tokens in the cache; "
+            f"keep one whole, for example {counting[0]}",
         )
 
 
-def _kv_source(steps: tuple[Step, ...], stack: StackSpec, spec: Spec) -> Iterator[Problem]:
+def _kv_source(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     stored: set[int] = set()
     for step in steps:
-        group = runs((step,))
+        group = list(runs((step,)))
         for run in group:
             if run.kv.read is not None:
-                yield from _one_source(run, stack, stored)
-        stored |= {run.layer for run in runs((step,)) if writes_kv(run)}
+                yield from _one_source(run, stack.layers[run.layer], stack.layers[run.kv.read], stored)
+        stored |= {run.layer for run in group if writes_kv(run)}
 
 
-def _one_source(run: Run, stack: StackSpec, stored: set[int]) -> Iterator[Problem]:
-    assert run.kv.read is not None
-    layer, source = stack.layers[run.layer], stack.layers[run.kv.read]
-    here = f"{stack.name} layer {run.layer} reads the KV of layer {source.index}"
+def _one_source(run: Run, layer: LayerSpec, source: LayerSpec, stored: set[int]) -> Iterator[Finding]:
+    here = f"layer {run.layer} reads the KV of layer {source.index}"
     if run.part == "mlp":
-        yield Problem("P109", stack.name, run.layer, f"{here}, but runs only its mlp; write {run.layer}m without @")
+        yield "P109", run.layer, f"{here}, but runs only its mlp; write {run.layer}m without @"
         return
     for one in (layer, source):
         if one.kv.kind not in ("full", "sliding"):
-            yield Problem(
-                "P109", stack.name, one.index, f"{here}, but layer {one.index} ({one.kind}) has no KV to share; drop the @"
-            )
+            yield "P109", one.index, f"{here}, but layer {one.index} ({one.kind}) has no KV to share; drop the @"
             return
     if source.index not in stored:
-        yield Problem(
-            "P107",
-            stack.name,
-            run.layer,
-            f"{here}, which does not run before it with KV of its own; choose an earlier layer that does",
-        )
+        yield "P107", run.layer, f"{here}, which stores no KV of its own before it; choose an earlier layer that does"
     if (layer.kv, layer.kind) != (source.kv, source.kind):
-        yield Problem(
-            "P108",
-            stack.name,
-            run.layer,
-            f"{here}, but the two differ: {_kv_words(layer)} and {_kv_words(source)}; choose a source of the same kind",
-        )
+        differ = f"{_kv_words(layer)} and {_kv_words(source)}"
+        yield "P108", run.layer, f"{here}, but the two differ: {differ}; choose a source of the same kind"
 
 
 def _kv_words(layer: LayerSpec) -> str:
     window = f", window {layer.kv.window}" if layer.kv.window is not None else ""
-    return f"{layer.index} is {layer.kind} with {layer.kv.heads} x {layer.kv.key_dim}{window}"
+    size = f"{layer.kv.heads} x ({layer.kv.key_dim} + {layer.kv.value_dim})"
+    return f"{layer.index} is {layer.kind} with {size}{window}"
 
 
-def _pinned(steps: tuple[Step, ...], stack: StackSpec, spec: Spec) -> Iterator[Problem]:
-    order = [run.layer for run in runs(steps)]
+def _pinned(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
+    first = steps[0]
+    leader = first.layer if isinstance(first, Run) and first.part != "mlp" and first.gate is None else None
     for layer in stack.layers:
-        if layer.pinned is not None and order[:1] != [layer.index]:
-            yield Problem(
+        if layer.pinned is not None and leader != layer.index:
+            yield (
                 "P110",
-                stack.name,
                 layer.index,
-                f"{stack.name} layer {layer.index} must run first: {layer.pinned}; begin the plan with {layer.index}",
+                f"{stack.name} layer {layer.index} must run first: {layer.pinned}; "
+                f"begin the plan with {layer.index}, with its attention and without a gate",
             )
 
 
-def _native_sharing(steps: tuple[Step, ...], stack: StackSpec, spec: Spec) -> Iterator[Problem]:
-    seen: set[int] = set()
-    for run in runs(steps):
-        for source in stack.layers[run.layer].needs:
-            if source not in seen and run.part != "mlp":
-                yield Problem(
-                    "P111",
-                    stack.name,
-                    run.layer,
-                    f"{stack.name} layer {run.layer} reads the state of layer {source} in this family, which does not "
-                    f"run before it; keep {source} or drop {run.layer}",
-                )
-        if run.part != "mlp":
-            seen.add(run.layer)
+def _native_sharing(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
+    stored: set[int] = set()
+    for step in steps:
+        group = list(runs((step,)))
+        for run in group:
+            for source in stack.layers[run.layer].needs:
+                if source not in stored and run.part != "mlp":
+                    yield (
+                        "P111",
+                        run.layer,
+                        f"{stack.name} layer {run.layer} reads the state of layer {source} in this family, which does "
+                        f"not run before it with a state of its own; keep {source} or drop {run.layer}",
+                    )
+        stored |= {run.layer for run in group if writes_kv(run)}
 
 
-def _exits(steps: tuple[Step, ...], stack: StackSpec, spec: Spec) -> Iterator[Problem]:
+def _exits(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     names: set[str] = set()
     for position, step in enumerate(steps):
         if not isinstance(step, Exit):
             continue
         if step.name in names:
-            yield Problem("P115", stack.name, None, f"two exits are called {step.name!r}; rename one")
+            yield "P115", None, f"two {stack.name} exits are called {step.name!r}; rename one"
         names.add(step.name)
         if step.gate is None and position < len(steps) - 1:
-            yield Problem(
-                "P115", stack.name, None, f"exit {step.name!r} has no gate, so the steps behind it never run; remove them"
+            hidden = format_steps(steps[position + 1 :])
+            yield (
+                "P115",
+                None,
+                f"exit {step.name!r} has no gate, so {hidden:.60} behind it never runs; remove one of them",
             )
 
 
-def _fills(steps: tuple[Step, ...], stack: StackSpec, spec: Spec) -> Iterator[Problem]:
+def _fills(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     for run in runs(steps):
-        if run.kv.fill is not None and run.gate is None:
-            yield Problem(
-                "P116",
-                stack.name,
+        if run.kv.fill is None:
+            continue
+        here, kv = f"{stack.name} layer {run.layer} has the KV fill {run.kv.fill!r}", stack.layers[run.layer].kv
+        if kv.kind == "recurrent" and writes_kv(run):
+            yield (
+                "P119",
                 run.layer,
-                f"{stack.name} layer {run.layer} has the KV fill {run.kv.fill!r} but no gate that could skip it; "
-                f"write {run.layer}?GATE/{run.kv.fill}",
+                f"{here}, but keeps a recurrent state, which stands still when skipped; drop the fill",
             )
+        elif not writes_kv(run) or not kv.per_token:
+            yield "P116", run.layer, f"{here}, but stores no KV of its own; drop the fill"
+        elif run.gate is None:
+            yield "P116", run.layer, f"{here} but no gate that could skip it; write {run.layer}?GATE/{run.kv.fill}"
 
 
-def _groups(steps: tuple[Step, ...], stack: StackSpec, spec: Spec) -> Iterator[Problem]:
+def _groups(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     for step in steps:
         if isinstance(step, Parallel) and len(step.branches) < 2:
-            yield Problem("P118", stack.name, None, "a parallel group needs at least two branches, as in (7|8)")
+            group = format_steps((step,))
+            yield "P118", None, f"the parallel group {group} in {stack.name} needs two branches or more, as in (7|8)"
 
 
-def _weights(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> Iterator[Problem]:
+_RULES = (_counting, _kv_source, _pinned, _native_sharing, _exits, _fills, _groups)
+
+
+def _map_weights(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> Iterator[Finding]:
+    """A map is `weight` [hidden, hidden], or `down` [rank, hidden] and `up` [hidden, rank]; `bias` [hidden] or none."""
     size = stack.hidden
     for step in steps:
         if not isinstance(step, Map):
             continue
-        weight, down, up, bias = (
-            shapes.get(f"{step.weights}.{name}") for name in ("weight", "down", "up", "bias")
-        )
+        weight, down, up, bias = (shapes.get(f"{step.weights}.{name}") for name in ("weight", "down", "up", "bias"))
+        here = f"the map for {stack.name} layers {step.first}-{step.last}"
         if weight is None and (down is None or up is None):
-            yield Problem(
-                "P112",
-                stack.name,
-                step.first,
-                f"the map for layers {step.first}-{step.last} needs the tensor {step.weights}.weight; fit it first",
-            )
-        wanted = {"weight": (weight, (size, size)), "bias": (bias, (size,))}
-        for name, (found, right) in wanted.items():
-            if found is not None and found != right:
-                yield Problem(
-                    "P113",
-                    stack.name,
-                    step.first,
-                    f"{step.weights}.{name} has shape {list(found)}; {stack.name} needs {list(right)}",
-                )
-        if down is not None and up is not None and (down[1:] != (size,) or up[:1] != (size,) or down[:1] != up[1:]):
-            yield Problem(
-                "P113",
-                stack.name,
-                step.first,
-                f"{step.weights}.down {list(down)} and .up {list(up)} must be [rank, {size}] and [{size}, rank]",
-            )
+            yield "P112", step.first, f"{here} needs the tensor {step.weights}.weight; fit it first"
+        wrong = [
+            f"{step.weights}.{name} is {list(found)} instead of {list(right)}"
+            for name, found, right in (("weight", weight, (size, size)), ("bias", bias, (size,)))
+            if found is not None and found != right
+        ]
+        if down is not None and up is not None and (down[1:] != (size,) or up != (size, *down[:1])):
+            pair = f"{step.weights}.down is {list(down)} and .up is {list(up)}"
+            wrong.append(f"{pair} instead of [rank, {size}] and [{size}, rank]")
+        for what in wrong:
+            yield "P113", step.first, f"{here} does not fit: {what}; fit it on this model"
+
+
+def _own_weights(steps: tuple[Step, ...], shapes: Shapes) -> Iterator[Finding]:
+    """Weights that a run or an exit head names must be there; a map's are `_map_weights`' question."""
     for run in runs(steps):
-        if run.weights is not None and not any(name.startswith(f"{run.weights}.") for name in shapes):
-            yield Problem(
-                "P112",
-                stack.name,
-                run.layer,
-                f"layer {run.layer} should run with the weights {run.weights!r}, which are not given; remove :{run.weights}",
-            )
+        if run.weights is not None and not _given(run.weights, shapes):
+            missing = f"the weights {run.weights!r}, which are not given; remove :{run.weights}"
+            yield "P112", run.layer, f"layer {run.layer} should run with {missing}"
+    for step in steps:
+        if isinstance(step, Exit) and step.head != "base" and not _given(step.head, shapes):
+            missing = f"the weights {step.head!r}, which are not given; remove ={step.head}"
+            yield "P112", None, f"exit {step.name!r} should read its head from {missing}"
+
+
+def _given(weights: str, shapes: Shapes) -> bool:
+    return any(name.startswith(f"{weights}.") for name in shapes)

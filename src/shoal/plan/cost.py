@@ -4,6 +4,8 @@ Counted: every matrix multiplication (2 FLOPs per weight and token; experts as o
 and their weighting (2 x width FLOPs per query and key, causal), the output head (prefill: the last position only, as
 `generate` does it). Not counted: norms, activations, embedding look-ups, softmax; together under one per cent.
 A layer that reads another layer's KV still computes and discards its own keys and values, so they are counted.
+Encoder and vision stacks run once, over `prompt` positions that all see each other, and not for a decoded token.
+Gated layers count as run and exits as not taken: this is the dearest token. The own head of an exit is not counted.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from shoal.plan.spec import LayerSpec, PartSpec, Spec, StackSpec
+from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Map, Plan, Run, runs, writes_kv
 
 
@@ -52,16 +54,11 @@ def cost(plan: Plan, spec: Spec, shape: Shape | None = None) -> Cost:
     """What `plan` costs on `spec` for the work `shape`. The plan must have passed `check`."""
     shape = shape or Shape()
     totals = [_stack_cost(plan, stack, shape) for stack in spec.stacks]
-    unique: dict[str, int] = {}
-    written = 0
-    for total in totals:
-        unique |= total.storages
-        written += total.written
-    shared = {k: n for s in spec.stacks for layer in s.layers for k, n in layer.shared}
-    used = {k: n for k, n in shared.items() if any(k in total.shared for total in totals)}
+    storages = {name: count for total in totals for name, count in total.storages.items()}
+    shared = sum({name: count for total in totals for name, count in total.shared.items()}.values())
     return Cost(
-        params=spec.other_params + sum(unique.values()) + sum(used.values()),
-        written_params=spec.other_params + written + sum(used.values()),
+        params=spec.other_params + sum(storages.values()) + shared,
+        written_params=spec.other_params + sum(total.written for total in totals) + shared,
         layer_runs=sum(total.layer_runs for total in totals),
         half_runs=sum(total.half_runs for total in totals),
         prefill_flops=shape.batch * (sum(total.prefill for total in totals) + spec.head_flops),
@@ -75,7 +72,7 @@ def cost(plan: Plan, spec: Spec, shape: Shape | None = None) -> Cost:
 @dataclass(slots=True)
 class _Total:
     storages: dict[str, int] = field(default_factory=dict)
-    shared: set[str] = field(default_factory=set)
+    shared: dict[str, int] = field(default_factory=dict)
     written: int = 0
     layer_runs: int = 0
     half_runs: int = 0
@@ -92,13 +89,15 @@ def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape) -> _Total:
             _add_map(total, step, stack, shape)
     for run in runs(plan.steps(stack.name)):
         _add_run(total, run, stack, shape)
+    if not stack.decodes:
+        total.decode = 0
     return total
 
 
 def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape) -> None:
     """A full map with bias; a low-rank one is cheaper, which the plan alone cannot know."""
     size = stack.hidden * (stack.hidden + 1)
-    total.storages[f"{stack.name}.{step.weights}"] = size
+    total.storages[f":{step.weights}"] = size
     total.written += size
     total.prefill += 2 * stack.hidden**2 * shape.prompt
     total.decode += 2 * stack.hidden**2
@@ -107,17 +106,18 @@ def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape) -> None:
 def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape) -> None:
     layer = stack.layers[run.layer]
     params, flops = _size(layer, run)
-    key = f"{stack.name}.{run.weights or layer.index}"
-    for name, count in params.items():
-        total.storages[f"{key}.{name}"] = count
+    # the name of new weights is one for all stacks, and may look like a layer's number
+    storage = f"{stack.name}.{layer.index}" if run.weights is None else f":{run.weights}"
+    total.storages |= {f"{storage}.{piece}": count for piece, count in params.items()}
     total.written += layer.params  # a stock checkpoint holds whole layers
-    total.shared |= {name for name, _ in layer.shared}
+    total.shared |= dict(layer.shared)
     total.layer_runs += run.part == "layer"
     total.half_runs += run.part != "layer"
     total.prefill += flops * shape.prompt
     total.decode += flops
     if run.part != "mlp":
-        total.prefill += 2 * layer.width * _causal_pairs(shape.prompt, layer.kv.window)
+        pairs = _causal_pairs(shape.prompt, layer.kv.window) if stack.decodes else shape.prompt**2
+        total.prefill += 2 * layer.width * pairs
         total.decode += 2 * layer.width * min(shape.context, layer.kv.window or shape.context)
     if writes_kv(run):
         total.kv_per_token += layer.kv.per_token
@@ -127,13 +127,15 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape) -> None:
 def _size(layer: LayerSpec, run: Run) -> tuple[dict[str, int], int]:
     """Parameters by piece (so that 12a and 12m together count a layer once) and FLOPs for one token."""
     parts = {"attention": layer.attention, "mlp": layer.mlp}
-    rest = layer.params - sum(part.params for part in parts.values() if part is not None)
-    pieces = {name: part.params for name, part in parts.items() if part is not None} | {"rest": rest}
-    if run.part == "layer":
-        return pieces, layer.flops
-    other: PartSpec | None = parts["mlp" if run.part == "attention" else "attention"]
-    dropped = "mlp" if run.part == "attention" else "attention"
-    return {k: n for k, n in pieces.items() if k != dropped}, layer.flops - (other.flops if other else 0)
+    there = {name: part for name, part in parts.items() if part is not None}
+    pieces = {name: part.params for name, part in there.items()}
+    pieces["rest"] = layer.params - sum(pieces.values())
+    flops = layer.flops
+    for name, part in there.items():
+        if run.part not in ("layer", name):
+            del pieces[name]
+            flops -= part.flops
+    return pieces, flops
 
 
 def _causal_pairs(tokens: int, window: int | None) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shoal.errors import PlanError
 from shoal.plan.notation import format_steps
-from shoal.plan.steps import Exit, Map, Parallel, Plan, runs
+from shoal.plan.steps import Plan, layers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,39 +20,43 @@ class Change:
 
 
 def diff(before: Plan, after: Plan) -> list[Change]:
-    """The layers that the two plans treat differently. Raises P101 when the plans are for different models.
+    """The layers that the two plans treat differently; empty only for equal plans. Raises P101 for plans of two models.
 
-    Order alone is one more change with layer -1, as no single layer owns it.
+    What no single layer owns, the order and the exits, is one more change with layer -1 and both texts in full.
     """
     if before.base != after.base:
-        raise PlanError(f"the plans are for different models: {before.base.family} and {after.base.family}", code="P101")
+        raise PlanError(
+            f"the plans are for different models ({_model(before)} and {_model(after)}); compare plans of one model",
+            code="P101",
+        )
     changes: list[Change] = []
     for name, _ in before.stacks:
         uses, uses_after = _uses(before, name), _uses(after, name)
-        for layer in range(before.depth(name)):
-            old, new = uses.get(layer, "-"), uses_after.get(layer, "-")
-            if old != new:
-                changes.append(Change(name, layer, old, new))
-        common = set(before.layers(name)) & set(after.layers(name))
-        orders = [[i for i in plan.layers(name) if i in common] for plan in (before, after)]
-        if orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]):
-            changes.append(Change(name, -1, format_steps(before.steps(name)), format_steps(after.steps(name))))
+        found = [
+            Change(name, layer, uses.get(layer, "-"), uses_after.get(layer, "-"))
+            for layer in sorted(uses.keys() | uses_after.keys())
+            if uses.get(layer) != uses_after.get(layer)
+        ]
+        owned = {change.layer for change in found}
+        if _others(before, name, owned) != _others(after, name, owned):
+            found.append(Change(name, -1, format_steps(before.steps(name)), format_steps(after.steps(name))))
+        changes += found
     return changes
+
+
+def _model(plan: Plan) -> str:
+    return f"{plan.base.family}, {plan.base.fingerprint[:15]}"
 
 
 def _uses(plan: Plan, stack: str) -> dict[int, str]:
     """For each layer the notation of every step that it has a part in."""
     uses: dict[int, list[str]] = {}
     for step in plan.steps(stack):
-        match step:
-            case Map():
-                layers = list(range(step.first, step.last + 1))
-            case Parallel():
-                layers = [run.layer for run in step.branches]
-            case Exit():
-                continue
-            case _:
-                layers = [run.layer for run in runs((step,))]
-        for layer in dict.fromkeys(layers):
+        for layer in dict.fromkeys(layers_of(step)):
             uses.setdefault(layer, []).append(format_steps((step,)))
     return {layer: " + ".join(texts) for layer, texts in uses.items()}
+
+
+def _others(plan: Plan, stack: str, layers: set[int]) -> list[str]:
+    """The steps, in order, that none of these layers has a part in."""
+    return [format_steps((step,)) for step in plan.steps(stack) if layers.isdisjoint(layers_of(step))]

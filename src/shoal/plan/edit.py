@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace as with_fields
 
 from shoal.errors import PlanError
-from shoal.plan.notation import map_weights
-from shoal.plan.steps import KV, Exit, Fill, Join, Map, Parallel, PartName, Plan, Run, Step, runs
-
-_OTHER: dict[PartName, PartName] = {"attention": "mlp", "mlp": "attention"}
+from shoal.plan.notation import format_steps, map_weights
+from shoal.plan.steps import (
+    KV,
+    Exit,
+    Fill,
+    Join,
+    Map,
+    Parallel,
+    PartName,
+    Plan,
+    Run,
+    Step,
+    layers_of,
+    runs,
+    writes_kv,
+)
 
 
 def drop(plan: Plan, layers: Iterable[int], *, part: PartName = "layer", stack: str | None = None) -> Plan:
-    """Remove layers, or only their attention or mlp. Raises P103 when a layer does not run in the plan."""
-    gone = _existing(plan, layers, stack)
+    """Remove layers, or only their attention or mlp. Raises P103 when a layer, or that part of it, does not run."""
+    gone = _existing(plan, layers, stack, part)
     kept = [smaller for step in plan.steps(stack) for smaller in _without(step, gone, part)]
     return plan.with_steps(tuple(kept), stack)
 
@@ -26,66 +38,91 @@ def keep(plan: Plan, layers: Iterable[int], *, stack: str | None = None) -> Plan
 
 
 def repeat(plan: Plan, layers: Iterable[int], times: int = 2, *, stack: str | None = None) -> Plan:
-    """Run each of these layers `times` times in a row, each time with KV slots of its own."""
+    """Run each of these layers `times` times in a row, each time with KV slots of its own.
+
+    Raises P103 when a layer does not run, P120 when it runs in a parallel group or `times` is less than 1.
+    """
     if times < 1:
-        raise PlanError(f"cannot repeat {times} times; give 1 or more", code="P103")
+        raise PlanError(f"cannot repeat {times} times; give 1 or more", code="P120")
     again = _existing(plan, layers, stack)
     steps: list[Step] = []
     for step in plan.steps(stack):
+        if isinstance(step, Parallel) and not again.isdisjoint(layers_of(step)):
+            raise PlanError(f"cannot repeat a part of the group {_text(step)}; repeat before grouping", code="P120")
         steps += [step] * (times if isinstance(step, Run) and step.layer in again else 1)
     return plan.with_steps(tuple(steps), stack)
 
 
 def reorder(plan: Plan, order: Iterable[int], *, stack: str | None = None) -> Plan:
-    """Run the plan's steps in this order of their layers; layers left out are dropped, named twice they repeat."""
+    """Run the plan's steps in this order of their layers; layers left out are dropped, named twice they repeat.
+
+    Raises P103 when a layer does not run, P120 when the plan holds a map, group or exit, which has no place in `order`.
+    """
     wanted = list(order)
     _existing(plan, wanted, stack)
     by_layer: dict[int, list[Run]] = {}
-    for run in runs(plan.steps(stack)):
-        by_layer.setdefault(run.layer, []).append(run)
+    for step in plan.steps(stack):
+        if not isinstance(step, Run):
+            raise PlanError(f"cannot reorder a plan with {_text(step)}; reorder first, then add it", code="P120")
+        by_layer.setdefault(step.layer, []).append(step)
     return plan.with_steps(tuple(run for i in wanted for run in by_layer[i]), stack)
 
 
 def replace(plan: Plan, first: int, last: int, *, weights: str | None = None, stack: str | None = None) -> Plan:
-    """Put a fitted map where the layers first..last ran."""
+    """Put a fitted map where the layers first..last ran; maps inside the span give way to it.
+
+    Raises P103 when `first` or `last` does not run, P114 when the span goes down or cuts through a group or map.
+    """
     _existing(plan, (first, last), stack)
-    span = set(range(first, last + 1))
+    if last < first:
+        raise PlanError(f"the span {first}-{last} of a map must go upwards; write {last}-{first}", code="P114")
     stand_in = Map(first, last, weights or map_weights(first, last))
     steps: list[Step] = []
     for step in plan.steps(stack):
-        inside = any(run.layer in span for run in runs((step,)))
-        if not inside:
+        inside = [first <= layer <= last for layer in layers_of(step)]
+        if not any(inside):
             steps.append(step)
+        elif not all(inside):
+            raise PlanError(f"the span {first}-{last} cuts through {_text(step)}; take it in whole", code="P114")
         elif stand_in not in steps:
             steps.append(stand_in)
     return plan.with_steps(tuple(steps), stack)
 
 
 def parallel(plan: Plan, layers: Iterable[int], *, join: Join = "sum", stack: str | None = None) -> Plan:
-    """Let these neighbouring layers read one input and add up their changes. Raises P118 when they are not neighbours."""
+    """Let neighbouring layers read one input and add up their changes. Raises P118 when they are not neighbours."""
     members = _existing(plan, layers, stack)
     steps = plan.steps(stack)
-    places = [n for n, step in enumerate(steps) if isinstance(step, Run) and step.layer in members]
-    if len(places) < 2 or places != list(range(places[0], places[-1] + 1)):
-        raise PlanError(f"layers {sorted(members)} do not stand next to each other in {plan}", code="P118")
-    group = Parallel(tuple(step for step in steps if isinstance(step, Run) and step.layer in members), join)
-    return plan.with_steps((*steps[: places[0]], group, *steps[places[-1] + 1 :]), stack)
+    group = tuple(step for step in steps if isinstance(step, Run) and step.layer in members)
+    start = steps.index(group[0]) if group else 0
+    after = start + len(group)
+    if len(group) < 2 or {run.layer for run in group} != members or steps[start:after] != group:
+        raise PlanError(
+            f"layers {sorted(members)} do not stand next to each other in {plan}; name two or more neighbours",
+            code="P118",
+        )
+    return plan.with_steps((*steps[:start], Parallel(group, join), *steps[after:]), stack)
 
 
 def share_kv(plan: Plan, layer: int, source: int, *, stack: str | None = None) -> Plan:
-    """Let `layer` attend to the keys and values of the earlier layer `source` and store none of its own."""
-    _existing(plan, (layer, source), stack)
-    return _edit_runs(plan, {layer}, stack, lambda run: with_fields(run, kv=KV(source, run.kv.fill)))
+    """Let `layer` attend to the keys and values of the earlier layer `source` and store none of its own.
+
+    Raises P103 when the attention of one of the two does not run.
+    """
+    _existing(plan, (layer, source), stack, "attention")
+    return _edit_runs(plan, {layer}, stack, lambda run: run if run.part == "mlp" else with_fields(run, kv=KV(source)))
 
 
 def gate(plan: Plan, layers: Iterable[int], *, fill: Fill | None = None, stack: str | None = None) -> Plan:
-    """Put a gate called skip.LAYER on each of these layers, for a policy to decide at run time."""
-    return _edit_runs(
-        plan,
-        _existing(plan, layers, stack),
-        stack,
-        lambda run: with_fields(run, gate=f"skip.{run.layer}", kv=KV(run.kv.read, fill)),
-    )
+    """Put a gate called skip.LAYER on each of these layers, for a policy to decide at run time.
+
+    `fill` says what a skipped layer stores; runs that store no KV of their own get none.
+    """
+
+    def gated(run: Run) -> Run:
+        return with_fields(run, gate=f"skip.{run.layer}", kv=KV(run.kv.read, fill if writes_kv(run) else None))
+
+    return _edit_runs(plan, _existing(plan, layers, stack), stack, gated)
 
 
 def exit_at(plan: Plan, after: int, *, name: str | None = None, head: str = "base", stack: str | None = None) -> Plan:
@@ -97,15 +134,22 @@ def exit_at(plan: Plan, after: int, *, name: str | None = None, head: str = "bas
     return plan.with_steps(tuple(steps), stack)
 
 
-def _existing(plan: Plan, layers: Iterable[int], stack: str | None) -> set[int]:
-    wanted, there = set(layers), set(plan.layers(stack))
-    for layer in sorted(wanted - there):
+def _existing(plan: Plan, layers: Iterable[int], stack: str | None, part: PartName = "layer") -> set[int]:
+    """The layers as a set. Raises P103 when one of them, or its `part`, does not run in the plan."""
+    wanted = set(layers)
+    there = {run.layer for run in runs(plan.steps(stack)) if part == "layer" or run.part in ("layer", part)}
+    if missing := sorted(wanted - there):
+        what = "" if part == "layer" else f"the {part} of "
         raise PlanError(
-            f"layer {layer} does not run in the plan {plan} (stack {plan.stack_name(stack)}, "
+            f"{what}layer {missing[0]} does not run in the plan {plan} (stack {plan.stack_name(stack)}, "
             f"{plan.depth(stack)} base layers, 0-based); name layers that do",
             code="P103",
         )
     return wanted
+
+
+def _text(step: Step) -> str:
+    return format_steps((step,))
 
 
 def _without(step: Step, gone: set[int], part: PartName) -> tuple[Step, ...]:
@@ -122,19 +166,25 @@ def _without(step: Step, gone: set[int], part: PartName) -> tuple[Step, ...]:
 def _shrink(run: Run, gone: set[int], part: PartName) -> list[Run]:
     if run.layer not in gone:
         return [run]
-    if part == "layer" or run.part == part:
+    if part in ("layer", run.part):
         return []
-    return [with_fields(run, part=_OTHER[part])] if run.part == "layer" else [run]
+    if run.part != "layer":
+        return [run]
+    # an mlp has no KV to read or to fill
+    return [with_fields(run, part="attention") if part == "mlp" else with_fields(run, part="mlp", kv=KV())]
 
 
-def _edit_runs(plan: Plan, layers: set[int], stack: str | None, change) -> Plan:  # type: ignore[no-untyped-def]
-    def edited(step: Step) -> Step:
+def _edit_runs(plan: Plan, layers: set[int], stack: str | None, change: Callable[[Run], Run]) -> Plan:
+    def edited(run: Run) -> Run:
+        return change(run) if run.layer in layers else run
+
+    steps: list[Step] = []
+    for step in plan.steps(stack):
         match step:
             case Run():
-                return change(step) if step.layer in layers else step  # type: ignore[no-any-return]
+                steps.append(edited(step))
             case Parallel():
-                return Parallel(tuple(change(b) if b.layer in layers else b for b in step.branches), step.join)
+                steps.append(with_fields(step, branches=tuple(edited(run) for run in step.branches)))
             case Map() | Exit():
-                return step
-
-    return plan.with_steps(tuple(edited(step) for step in plan.steps(stack)), stack)
+                steps.append(step)
+    return plan.with_steps(tuple(steps), stack)

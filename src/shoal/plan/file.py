@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import NotationError
+from shoal.errors import NotationError, WriteError
 from shoal.plan.notation import format_steps, parse_steps
-from shoal.plan.steps import Base, Exit, Map, Plan, Step, runs
+from shoal.plan.steps import STACK_NAME, Base, Map, Plan, Step, runs
 
 FORMAT = "shoal-plan/1"
 MAX_BYTES = 4_000_000
@@ -46,25 +46,35 @@ def plan_from_json(text: str | bytes, *, where: str = "the plan") -> Plan:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise NotationError(f"{where} is not JSON ({type(error).__name__}); expected a plan.json") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise NotationError(f"{where} has format {found!r}; this Shoal reads {FORMAT!r}")
+    found = data.get("format") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or found != FORMAT:
+        shown = repr(found[:40]) if isinstance(found, str) else "none"
+        raise NotationError(f"{where} is not a plan of the format {FORMAT!r} (its format: {shown}); give a plan.json")
     base = _base(data.get("base"), where)
     stacks = data.get("stacks")
     if not isinstance(stacks, dict) or set(stacks) != {name for name, _ in base.depths}:
         raise NotationError(f"{where} must give steps for the stacks {', '.join(n for n, _ in base.depths)}")
     plan = Plan(base, tuple((name, _steps(stacks[name], name, depth, where)) for name, depth in base.depths))
     if data.get("hash") not in (None, plan.hash):
-        raise NotationError(f"{where} was edited by hand: its steps no longer match its hash; remove the hash to accept")
+        raise NotationError(
+            f"{where} was edited by hand: its steps do not match its hash; remove the hash to accept them"
+        )
     return plan
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
-    """Write plan.json by way of a temporary sibling, so that a kill leaves the old file or the new one."""
+    """Write plan.json by way of a temporary sibling, so that a kill leaves the old file or the new one.
+
+    Raises W201 when the folder does not exist or cannot be written.
+    """
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(plan_to_json(plan), encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(plan_to_json(plan), encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise WriteError(f"cannot write the plan {path}: {error.strerror}; choose another place", code="W201") from None
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -77,7 +87,9 @@ def load_plan(path: str | Path) -> Plan:
             raise NotationError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; this is not a plan.json")
         text = path.read_bytes()
     except OSError as error:
-        raise NotationError(f"cannot read the plan {path}: {error.strerror}") from None
+        raise NotationError(
+            f"cannot read the plan {path}: {error.strerror}; give a plan.json or a folder that shoal wrote"
+        ) from None
     return plan_from_json(text, where=str(path))
 
 
@@ -91,6 +103,8 @@ def _base(data: object, where: str) -> Base:
     if not isinstance(depths, dict) or not depths:
         raise NotationError(f"{where}: base.stacks must give each stack's depth, as in {{'decoder': 30}}")
     for name, depth in depths.items():
+        if not STACK_NAME.fullmatch(name):
+            raise NotationError(f"{where}: base.stacks has the name {name[:40]!r}; expected letters, digits and _")
         if type(depth) is not int or not 0 < depth < 1_000_000:
             raise NotationError(f"{where}: base.stacks[{name!r}] is {depth!r:.40}; expected a number of layers")
     return Base(family, fingerprint, tuple(depths.items()), source)
@@ -98,22 +112,10 @@ def _base(data: object, where: str) -> Base:
 
 def _steps(pieces: object, stack: str, depth: int, where: str) -> tuple[Step, ...]:
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
-        raise NotationError(f"{where}: stack {stack!r} must be a list of pieces such as \"0-11\"")
+        raise NotationError(f"{where}: stack {stack!r} must be a list of pieces such as '0-11'")
     steps = parse_steps(",".join(pieces))
-    for number in _numbers(steps):
-        if number >= depth:
-            raise NotationError(f"{where}: stack {stack!r} names layer {number}; its layers are 0 to {depth - 1}")
+    named = [max(run.layer, run.kv.read or 0) for run in runs(steps)]
+    named += [step.last for step in steps if isinstance(step, Map)]
+    if max(named, default=0) >= depth:
+        raise NotationError(f"{where}: stack {stack!r} names layer {max(named)}; its layers are 0 to {depth - 1}")
     return steps
-
-
-def _numbers(steps: tuple[Step, ...]) -> set[int]:
-    named = {run.layer for run in runs(steps)} | {run.kv.read for run in runs(steps) if run.kv.read is not None}
-    for step in steps:
-        match step:
-            case Map():
-                named |= {step.first, step.last}
-            case Exit():
-                pass
-            case _:
-                pass
-    return named

@@ -17,10 +17,26 @@ import re
 from typing import NoReturn
 
 from shoal.errors import NotationError
-from shoal.plan.steps import FILLS, JOINS, KV, Exit, Fill, Join, Map, Parallel, PartName, Plan, Run, Step
+from shoal.plan.steps import (
+    FILLS,
+    JOINS,
+    KV,
+    NAME,
+    STACK_NAME,
+    Exit,
+    Fill,
+    Join,
+    Map,
+    Parallel,
+    PartName,
+    Plan,
+    Run,
+    Step,
+    layers_of,
+)
 
 MAX_STEPS = 10_000
-_ID = r"[A-Za-z0-9_.+\-]+"
+_ID = NAME.pattern
 _NUM = r"\d{1,6}"
 _RUN = re.compile(
     rf"(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?P<part>[am])?(?:x(?P<times>{_NUM}))?(?:@(?P<read>{_NUM}))?"
@@ -30,7 +46,7 @@ _RUN = re.compile(
 _MAP = re.compile(rf"~(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _EXIT = re.compile(rf"!(?P<name>{_ID})(?:=(?P<head>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _GROUP = re.compile(r"\((?P<body>[^()]*)\)(?P<join>[a-z]*)", re.ASCII)
-_STACK = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*:)?(?P<steps>.*)", re.DOTALL | re.ASCII)
+_STACK = re.compile(rf"\s*(?:(?P<name>{STACK_NAME.pattern})\s*:)?(?P<steps>.*)", re.DOTALL | re.ASCII)
 _PARTS: dict[str | None, PartName] = {None: "layer", "a": "attention", "m": "mlp"}
 _LETTER: dict[PartName, str] = {"layer": "", "attention": "a", "mlp": "m"}
 
@@ -43,9 +59,12 @@ def map_weights(first: int, last: int) -> str:
 def parse_steps(text: str) -> tuple[Step, ...]:
     """Read the notation of one stack. Raises `NotationError` that quotes the piece it cannot read."""
     steps: list[Step] = []
+    called = 0
     for piece in _split(text):
-        steps.extend(_parse_piece(piece))
-        if len(steps) > MAX_STEPS:
+        new = _parse_piece(piece)
+        steps.extend(new)
+        called += sum(len(step.branches) if isinstance(step, Parallel) else 1 for step in new)
+        if called > MAX_STEPS:
             _fail(piece, f"the plan has more than {MAX_STEPS} steps")
     if not steps:
         raise NotationError("the plan is empty; write layers such as 0-11,14-29")
@@ -107,21 +126,31 @@ def format_plan(plan: Plan) -> str:
 
 
 def strip(plan: Plan, stack: str | None = None) -> str:
-    """One character per base layer: █ runs, ▀ attention only, ▄ mlp only, ≡ mapped, ∥ parallel, ↻ repeated, · dropped."""
-    marks = ["·"] * plan.depth(stack)
+    """One character per base layer: █ runs, ▀ attention only, ▄ mlp only, ≡ mapped, ∥ parallel, ↻ repeated, · dropped.
+
+    A layer outside the base model, which `check` would refuse, has no place and is left out.
+    """
+    marks = dict.fromkeys(range(plan.depth(stack)), "·")
     for step in plan.steps(stack):
-        match step:
-            case Run():
-                again = step.part == "layer" and marks[step.layer] != "·"
-                marks[step.layer] = "↻" if again else {"layer": "█", "attention": "▀", "mlp": "▄"}[step.part]
-            case Map():
-                marks[step.first : step.last + 1] = "≡" * (step.last - step.first + 1)
-            case Parallel():
-                for branch in step.branches:
-                    marks[branch.layer] = "∥"
-            case Exit():
-                pass
-    return "".join(marks)
+        for layer in layers_of(step):
+            if layer in marks:
+                marks[layer] = _mark(step, marks[layer])
+    return "".join(marks.values())
+
+
+def _mark(step: Step, before: str) -> str:
+    match step:
+        case Run():
+            mark = {"layer": "█", "attention": "▀", "mlp": "▄"}[step.part]
+            if {before, mark} == {"▀", "▄"}:
+                return "█"
+            return mark if before == "·" else "↻"
+        case Map():
+            return "≡"
+        case Parallel():
+            return "∥"
+        case Exit():
+            return before
 
 
 def _split(text: str) -> list[str]:
@@ -155,7 +184,11 @@ def _parse_piece(piece: str) -> list[Step]:
     if found := _EXIT.fullmatch(piece):
         return [Exit(found["name"], found["head"] or "base", found["gate"])]
     if found := _GROUP.fullmatch(piece):
-        branches = [run for part in found["body"].split("|") for run in _parse_runs(part.strip())]
+        branches: list[Run] = []
+        for part in found["body"].split("|"):
+            branches += _parse_runs(part.strip())
+            if len(branches) > MAX_STEPS:
+                _fail(piece, f"the plan has more than {MAX_STEPS} steps")
         if len(branches) < 2:
             _fail(piece, "a parallel group needs at least two branches, as in (7|8)")
         return [Parallel(tuple(branches), _join(piece, found["join"]))]
@@ -225,4 +258,5 @@ def _fold(steps: tuple[Step, ...], start: int) -> int:
 
 
 def _fail(piece: str, why: str) -> NoReturn:
-    raise NotationError(f"cannot read {piece!r} in the plan: {why}")
+    quoted = piece if len(piece) <= 60 else piece[:60] + "..."
+    raise NotationError(f"cannot read {quoted!r} in the plan: {why}")

@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from shoal.errors import PlanError
+
 KVKind = Literal["full", "sliding", "recurrent", "shared", "none"]
 
 
@@ -83,6 +85,11 @@ class StackSpec:
     def depth(self) -> int:
         return len(self.layers)
 
+    @property
+    def decodes(self) -> bool:
+        """True when the stack runs for every new token; an encoder runs once, and each token sees the whole prompt."""
+        return self.name not in ("encoder", "vision")
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
@@ -101,10 +108,12 @@ class Spec:
     """Why the layers have no separate attention and mlp, if they have none."""
 
     def stack(self, name: str | None = None) -> StackSpec:
-        """The stack called `name`; without a name the decoder, or the only one."""
+        """The stack called `name`; without a name the decoder, or the first. Raises P102 when there is none."""
         by_name = {s.name: s for s in self.stacks}
         if name is None:
             return by_name.get("decoder", self.stacks[0])
+        if name not in by_name:
+            raise PlanError(f"the model has no stack {name!r:.60}; it has {', '.join(by_name)}", code="P102")
         return by_name[name]
 
     @property
@@ -121,10 +130,7 @@ class Spec:
         facts = {
             "family": self.family,
             "vocab": self.vocab,
-            "stacks": [
-                [s.name, s.hidden, [[layer.kind, layer.params, layer.width] for layer in s.layers]]
-                for s in self.stacks
-            ],
+            "stacks": [[s.name, s.hidden, [[layer.kind, layer.params] for layer in s.layers]] for s in self.stacks],
         }
         return "sha256:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

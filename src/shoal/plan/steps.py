@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +19,24 @@ Fill = Literal["project", "copy", "defer", "mask"]
 Join = Literal["sum", "mean"]
 FILLS: tuple[Fill, ...] = ("project", "copy", "defer", "mask")
 JOINS: tuple[Join, ...] = ("sum", "mean")
+PARTS: tuple[PartName, ...] = ("layer", "attention", "mlp")
+NAME = re.compile(r"[A-Za-z0-9_.+\-]+")
+STACK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _one_of(what: str, word: str | None, words: tuple[str | None, ...]) -> None:
+    if word not in words:
+        known = ", ".join(w for w in words if w is not None)
+        raise PlanError(f"there is no {what} {word!r:.60}; use one of {known}", code="P117")
+
+
+def _names(*names: str | None) -> None:
+    """Refuse names that depth notation cannot write: two plans could share a text, and so a hash."""
+    for name in names:
+        if name is not None and not NAME.fullmatch(name):
+            raise PlanError(
+                f"the name {name!r:.60} cannot be written in a plan; use letters, digits, _ . + -", code="P117"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +50,9 @@ class KV:
     read: int | None = None
     fill: Fill | None = None
 
+    def __post_init__(self) -> None:
+        _one_of("KV fill", self.fill, (None, *FILLS))
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -42,6 +64,10 @@ class Run:
     kv: KV = KV()
     gate: str | None = None
 
+    def __post_init__(self) -> None:
+        _one_of("part", self.part, PARTS)
+        _names(self.weights, self.gate)
+
 
 @dataclass(frozen=True, slots=True)
 class Map:
@@ -52,6 +78,9 @@ class Map:
     weights: str
     gate: str | None = None
 
+    def __post_init__(self) -> None:
+        _names(self.weights, self.gate)
+
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
@@ -59,6 +88,9 @@ class Parallel:
 
     branches: tuple[Run, ...]
     join: Join = "sum"
+
+    def __post_init__(self) -> None:
+        _one_of("join", self.join, JOINS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +100,9 @@ class Exit:
     name: str
     head: str = "base"
     gate: str | None = None
+
+    def __post_init__(self) -> None:
+        _names(self.name, self.head, self.gate)
 
 
 Step = Run | Map | Parallel | Exit
@@ -86,13 +121,24 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What runs, stack by stack. Layers keep the base model's 0-based index for ever."""
+    """What runs, stack by stack. Layers keep the base model's 0-based index for ever.
+
+    Raises `PlanError`: P102 when the stacks are not those of the base, P104 for a stack without a step, P117 for a name
+    that depth notation cannot write. Whether the layers exist and fit is the question of `shoal.plan.check`.
+    """
 
     base: Base
     stacks: tuple[tuple[str, tuple[Step, ...]], ...]
 
     def __post_init__(self) -> None:
+        given, there = [name for name, _ in self.stacks], [name for name, _ in self.base.depths]
+        if given != there:
+            raise PlanError(
+                f"the plan has the stacks {given}, its model has {there}; give these, in order", code="P102"
+            )
         for name, steps in self.stacks:
+            if not STACK_NAME.fullmatch(name):
+                raise PlanError(f"a stack cannot be called {name!r:.60}; use letters, digits and _", code="P117")
             if not steps:
                 raise PlanError(f"stack {name!r} would have no step left; keep at least one layer", code="P104")
 
@@ -134,9 +180,7 @@ class Plan:
 
     def is_identity(self) -> bool:
         """True when every layer runs once, whole, in order, with its own weights and KV."""
-        return all(
-            steps == tuple(Run(i) for i in range(dict(self.base.depths).get(name, -1))) for name, steps in self.stacks
-        )
+        return all(self.steps(name) == tuple(Run(i) for i in range(depth)) for name, depth in self.base.depths)
 
     @property
     def hash(self) -> str:
@@ -167,3 +211,16 @@ def runs(steps: tuple[Step, ...]) -> Iterator[Run]:
 def writes_kv(run: Run) -> bool:
     """True when the run stores keys and values (or a recurrent state) of its own, given that its layer has any."""
     return run.part != "mlp" and run.kv.read is None
+
+
+def layers_of(step: Step) -> Sequence[int]:
+    """Base layers that a step runs or stands for; none for an exit."""
+    match step:
+        case Run():
+            return (step.layer,)
+        case Parallel():
+            return tuple(run.layer for run in step.branches)
+        case Map():
+            return range(step.first, step.last + 1)
+        case Exit():
+            return ()

@@ -1,0 +1,112 @@
+"""How far a pruned model's next-token distributions are from the dense model's, without looking at the right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from shoal.data import Data, DataInfo
+from shoal.errors import UsageError
+from shoal.evaluate.scoring import (
+    Progress,
+    chunks,
+    evaluating,
+    logits_of,
+    require_context,
+    require_scored,
+    windows,
+)
+from shoal.evaluate.stats import ratio
+
+Logits = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Means over the same tokens as `perplexity` counts; errors as there, None for a single window."""
+
+    kl: float
+    """KL(dense || pruned) in nats per token."""
+    kl_error: float | None
+    top1: float
+    """Share of tokens for which both models rank the same token first."""
+    top1_error: float | None
+    tokens: int
+    info: DataInfo
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def agreement(
+    model: Any, data: Data, *, dense: Context, pruned: Context, batch: int = 1, progress: Progress | None = None
+) -> Agreement:
+    """Agreement of one resident `model` with itself under two context managers, window by window.
+
+    `dense` and `pruned` make the context managers, e.g. `contextlib.nullcontext` and `lambda: running(model, plan)`.
+    Raises `UsageError` U510 for windows longer than the context.
+    """
+    require_context(model, data.ids.shape[1])
+    return _agree(_under(model, dense), _under(model, pruned), data, batch, progress)
+
+
+def agreement_between(
+    dense: Any, pruned: Any, data: Data, *, batch: int = 1, progress: Progress | None = None
+) -> Agreement:
+    """Agreement of two models that share a vocabulary. Raises `UsageError` U510 (context) or U511 (vocabulary)."""
+    for model in (dense, pruned):
+        require_context(model, data.ids.shape[1])
+    return _agree(_under(dense), _under(pruned), data, batch, progress)
+
+
+def _under(model: Any, context: Context | None = None) -> Logits:
+    def logits(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if context is None:
+            with evaluating(model):
+                return logits_of(model, ids, mask)
+        # `evaluating` inside, so that modules which the context puts in leave training mode too.
+        with context(), evaluating(model):
+            return logits_of(model, ids, mask)
+
+    return logits
+
+
+def _agree(dense: Logits, pruned: Logits, data: Data, batch: int, progress: Progress | None) -> Agreement:
+    divergences: list[float] = []
+    matches: list[float] = []
+    counts: list[int] = []
+    for ids, mask, keep in windows(data, batch, progress, "agreement"):
+        kl, same = compare_logits(dense(ids, mask), pruned(ids, mask))
+        divergences += torch.where(keep, kl[:, :-1], 0.0).sum(-1).tolist()
+        matches += (keep & same[:, :-1]).sum(-1).tolist()
+        counts += keep.sum(-1).tolist()
+    require_scored(sum(counts), data)
+    return Agreement(*ratio(divergences, counts), *ratio(matches, counts), sum(counts), data.info)
+
+
+def compare_logits(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL in nats (float64) and whether the first choice is the same (bool), [batch, length] on the CPU.
+
+    KL = sum over v of p(v) (log p(v) - log q(v)) in float32, where tokens with p(v) = 0 add nothing.
+    """
+    if dense.shape != pruned.shape:
+        message = f"logits of shapes {list(dense.shape)} and {list(pruned.shape)} cannot be compared"
+        raise UsageError(f"{message}; use models with one vocabulary", code="U511")
+    divergences, matches = [], []
+    for p_row, q_row in zip(dense, pruned, strict=True):
+        parts = [_compare(p_row[part], q_row[part]) for part in chunks(p_row.shape[0], p_row.shape[1])]
+        divergences.append(torch.cat([kl for kl, _ in parts]))
+        matches.append(torch.cat([same for _, same in parts]))
+    return torch.stack(divergences).cpu().double(), torch.stack(matches).cpu()
+
+
+def _compare(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    pruned = pruned.to(dense.device)
+    log_p, log_q = dense.float().log_softmax(-1), pruned.float().log_softmax(-1)
+    terms = log_p.exp() * (log_p - log_q)
+    return torch.where(log_p == -torch.inf, 0.0, terms).sum(-1), dense.argmax(-1) == pruned.argmax(-1)

@@ -1,0 +1,40 @@
+"""What probing cannot know, as data: one file a family, each with one `FAMILY`. Most families need no file."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts about the model types named in `types`."""
+
+    types: tuple[str, ...] = ()
+    stack_path: str | None = None
+    """Where the layers are, when the probing rule does not find them."""
+    refused: str | None = None
+    """Why no plan can be right for this family."""
+    pinned: str | None = None
+    """Why layer 0 must stay first, if it must."""
+    position_numbers: str | None = None
+    """What the family computes from a layer's position: a rewritten model that shifts a layer would differ."""
+
+
+@cache
+def _all() -> dict[str, Family]:
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(__path__):
+        family: Family = importlib.import_module(f"{__name__}.{module.name}").FAMILY
+        for model_type in family.types:
+            found[model_type] = family
+    return found
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The exceptions declared for this model type; an empty declaration when there are none."""
+    return _all().get(config.model_type, Family())

@@ -1,0 +1,156 @@
+"""model -> Spec, for a live model and for a folder whose weights are never read."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from shoal.models.families import family_of
+from shoal.models.probe import LayerFacts, probe
+from shoal.models.stacks import Stack, find_stacks, unwrap
+from shoal.plan import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
+
+
+def inspect(model: nn.Module) -> Spec:
+    """The Spec of a live model (on any device, `meta` included), by one forward of one token.
+
+    Raises `ModelError` (M30x) when the layers cannot be found or their loop cannot be followed.
+    """
+    inner = unwrap(model)
+    config = inner.config
+    stacks = find_stacks(inner)
+    users = _storage_users(stacks)
+    built = [_stack_spec(inner, stack, users) for stack in stacks]
+    inside = {name for stack in stacks for layer in stack.layers._modules.values() for name in _storages(layer)}
+    everything = _storages(inner)
+    head = inner.get_output_embeddings()
+    text = config.get_text_config(decoder=True)
+    return Spec(
+        family=config.model_type,
+        stacks=tuple(stack for stack, _, _ in built),
+        other_params=sum(count for name, count in everything.items() if name not in inside),
+        head_flops=2 * head.weight.numel() if head is not None else 0,
+        vocab=int(getattr(text, "vocab_size", 0) or 0),
+        probed=all(forward for _, forward, _ in built),
+        parts_note=next((note for _, _, note in built if note), None),
+    )
+
+
+def _storages(module: nn.Module | None) -> dict[object, int]:
+    """Elements by unique storage; adapters that PEFT put in do not belong to the base model."""
+    assert module is not None
+    return {
+        _key(p): p.numel()
+        for name, p in module.named_parameters(remove_duplicate=False)
+        if not any(piece.startswith(("lora_", "ia3_", "oft_", "boft_", "vera_")) for piece in name.split("."))
+    }
+
+
+def _key(parameter: nn.Parameter) -> object:
+    return id(parameter) if parameter.is_meta else (parameter.data_ptr(), parameter.numel(), str(parameter.device))
+
+
+def _storage_users(stacks: tuple[Stack, ...]) -> Counter[object]:
+    return Counter(key for stack in stacks for layer in stack.layers._modules.values() for key in _storages(layer))
+
+
+def _stack_spec(model: nn.Module, stack: Stack, users: Counter[object]) -> tuple[StackSpec, bool, str | None]:
+    seen = probe(model, stack)
+    kinds = layer_kinds(stack.config, stack.depth)
+    family = family_of(stack.config)
+    sharing = _native_sharing(stack.config, kinds)
+    names: dict[object, str] = {}
+    layers = []
+    for index, fact in enumerate(seen.layers):
+        layer = stack.layer(index)
+        storages = _storages(layer)
+        kv = _kv(fact, stack.config, index in sharing, seen.forward)
+        active = _active_share(stack.config)
+        layers.append(
+            LayerSpec(
+                index=index,
+                kind=kinds[index],
+                params=sum(n for key, n in storages.items() if users[key] == 1),
+                flops=_flops(layer, active),
+                width=int(getattr(stack.config, "num_attention_heads", 0) or 0) * (kv.key_dim + kv.value_dim)
+                if isinstance(getattr(stack.config, "num_attention_heads", 0), int)
+                else 0,
+                kv=kv,
+                attention=_part(layer, fact.parts.attention, active) if fact.parts else None,
+                mlp=_part(layer, fact.parts.mlp, active) if fact.parts else None,
+                shared=tuple(
+                    (names.setdefault(key, f"{stack.name}-shared-{len(names)}"), n)
+                    for key, n in storages.items()
+                    if users[key] > 1
+                ),
+                needs=sharing.get(index, ()),
+                pinned=family.pinned if index == 0 else None,
+            )
+        )
+    hidden = int(getattr(stack.config, "hidden_size", 0))
+    return StackSpec(stack.name, stack.path, hidden, tuple(layers)), seen.forward, seen.parts_note
+
+
+def layer_kinds(config: PreTrainedConfig, depth: int) -> list[str]:
+    """The family's own word for each layer: `layer_types` and its relatives, or what the cache would make of it."""
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list) and len(kinds) == depth:
+            return [str(kind) for kind in kinds]
+    for name, kind in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
+        if getattr(config, name, None) is not None:
+            return [kind] * depth
+    return ["full_attention" if getattr(config, "num_attention_heads", None) else config.model_type] * depth
+
+
+def _native_sharing(config: PreTrainedConfig, kinds: list[str]) -> dict[int, tuple[int, ...]]:
+    """Layers that read another layer's KV inside the base model: the last `num_kv_shared_layers` read the last layer of
+    their kind that stores its own (Gemma 3n and 4)."""
+    count = getattr(config, "num_kv_shared_layers", 0) or 0
+    first = len(kinds) - count
+    if not count or first <= 0:
+        return {}
+    last_of_kind = {kind: index for index, kind in enumerate(kinds[:first])}
+    return {index: (last_of_kind[kinds[index]],) for index in range(first, len(kinds)) if kinds[index] in last_of_kind}
+
+
+def _kv(fact: LayerFacts, config: PreTrainedConfig, shared: bool, forward: bool) -> KVSpec:
+    if shared:
+        return KVSpec("shared")
+    if fact.keys is not None and fact.values is not None:
+        kind = "sliding" if fact.window is not None else "full"
+        heads, key_dim, value_dim = fact.keys[1], fact.keys[-1], fact.values[-1]
+        return KVSpec("full" if kind == "full" else "sliding", heads, key_dim, value_dim, fact.window, fact.state)
+    if fact.state:
+        return KVSpec("recurrent", state=fact.state)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if forward or not isinstance(heads, int):
+        return KVSpec("none")
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KVSpec("full", heads, size, size)
+
+
+def _part(layer: nn.Module, names: tuple[str, ...], active: float) -> PartSpec:
+    children = [layer.get_submodule(name) for name in names]
+    return PartSpec(
+        names, sum(sum(_storages(child).values()) for child in children), sum(_flops(child, active) for child in children)
+    )
+
+
+def _active_share(config: PreTrainedConfig) -> float:
+    """The share of a layer's experts that one token uses."""
+    used = next((v for n in ("num_experts_per_tok", "moe_topk", "top_k_experts") if (v := getattr(config, n, None))), None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    total = next((v for n in names if (v := getattr(config, n, None))), None)
+    return used / total if isinstance(used, int) and isinstance(total, int) and total else 1.0
+
+
+def _flops(module: nn.Module, active: float) -> int:
+    """2 FLOPs for each element of every matrix, experts by the share in use; vectors (norms, biases) cost nothing."""
+    total = 0.0
+    for name, p in module.named_parameters():
+        if p.dim() >= 2 and ".lora_" not in name:
+            total += 2 * p.numel() * (active if "experts" in name.split(".") else 1.0)
+    return round(total)

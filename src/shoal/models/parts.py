@@ -1,0 +1,82 @@
+"""The attention and the mlp of a layer, found by probing and proved by stubbing both: the layer must become the identity."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
+"""What families call the attribute by which an attention module knows its place."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names of the child modules that make up the attention (or recurrent mixer) and the mlp of one layer."""
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+
+
+def find_parts(layer: nn.Module) -> Parts | None:
+    """Split a layer's children: the attention holds the module that knows its place, norms belong to neither, the
+    rest is the mlp. None when one of the two is missing, as in layers that are only a mixer."""
+    attention, mlp = [], []
+    for name, child in layer.named_children():
+        if any(index in module.__dict__ for module in child.modules() for index in INDEX_NAMES):
+            attention.append(name)
+        elif any(p.dim() >= 2 for p in child.parameters()):
+            mlp.append(name)
+    return Parts(tuple(attention), tuple(mlp)) if len(attention) == 1 and mlp else None
+
+
+@contextmanager
+def without(layer: nn.Module, names: tuple[str, ...], shapes: dict[str, int]) -> Iterator[None]:
+    """Run `layer` while the children `names` contribute nothing.
+
+    `shapes` says how many values each child returns besides its tensor (-1: a bare tensor). Several bare `nn.Linear`
+    children are one chain (OPT keeps fc1 and fc2 inline): the last gives zeros and the others hand their input on.
+    """
+    children = layer._modules
+    saved = {name: children[name] for name in names}
+    chain = len(names) > 1 and all(isinstance(child, nn.Linear) for child in saved.values())
+    try:
+        for name in names:
+            passes = chain and name != names[-1]
+            children[name] = _Stub(saved[name], shapes.get(name, -1), passes)
+        yield
+    finally:
+        children.update(saved)
+
+
+class _Stub(nn.Module):
+    """Stands for a child that adds nothing. A child that is handed the residual adds to it itself: it gets it back."""
+
+    def __init__(self, child: nn.Module | None, extra: int, passes: bool) -> None:
+        super().__init__()
+        assert child is not None
+        parameters = list(inspect.signature(child.forward).parameters)
+        self._residual = parameters.index("residual") if "residual" in parameters else None
+        self._extra, self._passes = extra, passes
+        self.__dict__["_child"] = child  # not registered: its parameters must not appear twice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_child"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+        if self.__dict__["_passes"]:
+            return x
+        place = self.__dict__["_residual"]
+        if place is not None:
+            out = args[place] if len(args) > place else kwargs["residual"]
+        else:
+            out = torch.zeros_like(x)
+        extra = self.__dict__["_extra"]
+        return out if extra < 0 else (out, *[None] * extra)

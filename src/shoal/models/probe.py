@@ -1,0 +1,200 @@
+"""One forward of one token, watched: what each layer is called with, what it returns, what it keeps in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from shoal.errors import ModelError
+from shoal.models.parts import INDEX_NAMES, Parts, find_parts, without
+from shoal.models.stacks import Stack, unwrap
+
+
+@dataclass
+class LayerFacts:
+    """What the probe saw of one layer."""
+
+    row: int
+    """The cache row that the layer itself writes to."""
+    tail: int
+    """How many values the layer returns besides the hidden state in a tuple; -1 for a bare tensor."""
+    cache_at: str | int | None
+    """The keyword or the position at which the layer is given the cache; None when it gets none."""
+    keys: tuple[int, ...] | None = None
+    values: tuple[int, ...] | None = None
+    window: int | None = None
+    state: int = 0
+    parts: Parts | None = None
+    returns: dict[str, int] = field(default_factory=dict)
+    """For each child of `parts`: values returned besides its tensor, -1 for a bare tensor."""
+
+
+@dataclass
+class Probe:
+    """Facts of all layers of one stack."""
+
+    layers: list[LayerFacts]
+    seen: tuple[int, ...]
+    """Identities of the layers that were probed."""
+    forward: bool
+    """False when the forward could not run (as some do on the meta device) and only the structure was read."""
+    parts_note: str | None = None
+
+
+_PROBED: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
+
+
+def probe(model: nn.Module, stack: Stack) -> Probe:
+    """Probe once per list of layers; later calls answer from memory. Raises M305 when the loop calls layers in an order
+    of its own (twice, or not at all), which no plan could replace."""
+    known = _PROBED.get(stack.owner)
+    if known is None or known.seen != tuple(id(stack.layer(i)) for i in range(stack.depth)):
+        known = _PROBED[stack.owner] = _run(model, stack)
+    return known
+
+
+def _run(model: nn.Module, stack: Stack) -> Probe:
+    layers = [stack.layer(i) for i in range(stack.depth)]
+    watcher = _Watcher(layers)
+    inner = unwrap(model)
+    was_training = inner.training
+    inner.eval()
+    try:
+        with torch.no_grad(), watcher:
+            out = inner(**_one_token(inner), use_cache=True)
+            if watcher.order != list(range(len(layers))):
+                raise ModelError(
+                    f"{type(inner).__name__} calls its layers in the order {watcher.order[:12]}; "
+                    "a plan needs each once and in order",
+                    code="M305",
+                )
+            _read_cache(_cache_of(out), watcher.facts)
+            note = _prove_parts(layers, watcher)
+            forward = True
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        if layers[0] is not None and next(layers[0].parameters()).device.type != "meta":
+            raise ModelError(f"{type(inner).__name__} cannot be probed: {error}", code="M305") from error
+        watcher.facts = [LayerFacts(_own_row(layer, i), -1, None, parts=find_parts(layer)) for i, layer in enumerate(layers)]
+        note, forward = None, False
+    finally:
+        inner.train(was_training)
+    return Probe(watcher.facts, tuple(map(id, layers)), forward, note)
+
+
+def _one_token(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A mask keeps transformers from warning about padding; on the meta device both mask and ids would be read."""
+    embeddings = model.get_input_embeddings().weight
+    if embeddings.is_meta:
+        return {"inputs_embeds": embeddings.new_zeros((1, 1, embeddings.shape[-1]))}
+    token = torch.zeros((1, 1), dtype=torch.long, device=embeddings.device)
+    return {"input_ids": token, "attention_mask": torch.ones_like(token)}
+
+
+class _Watcher:
+    """Hooks on every layer and on the children of its parts for one forward."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self.order: list[int] = []
+        self.facts: list[LayerFacts] = []
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._returns: dict[int, dict[str, int]] = {i: {} for i in range(len(layers))}
+
+    def __enter__(self) -> _Watcher:
+        self._handles = []
+        for index, layer in enumerate(self.layers):
+            self._handles.append(layer.register_forward_hook(self._on_layer(index), with_kwargs=True))
+            parts = find_parts(layer)
+            for name in (*parts.attention, *parts.mlp) if parts else ():
+                child = layer.get_submodule(name)
+                self._handles.append(child.register_forward_hook(self._on_child(index, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _on_layer(self, index: int) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            self.order.append(index)
+            if index != len(self.facts):
+                return
+            named = [n for n, v in kwargs.items() if isinstance(v, Cache)]
+            placed = [n for n, v in enumerate(args) if isinstance(v, Cache)]
+            tail = len(out) - 1 if isinstance(out, tuple) else -1
+            self.facts.append(
+                LayerFacts(
+                    _own_row(layer, index),
+                    tail,
+                    next(iter([*named, *placed]), None),
+                    parts=find_parts(layer),
+                    returns=self._returns[index],
+                )
+            )
+            self.calls.append((args, kwargs))
+
+        return hook
+
+    def _on_child(self, index: int, name: str) -> Any:
+        def hook(child: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            self._returns[index][name] = len(out) - 1 if isinstance(out, tuple) else -1
+
+        return hook
+
+
+def _own_row(layer: nn.Module, index: int) -> int:
+    found = (module.__dict__.get(name) for module in layer.modules() for name in INDEX_NAMES)
+    return next((place for place in found if isinstance(place, int)), index)
+
+
+def _cache_of(out: Any) -> Cache | None:
+    found = (out.get(name) for name in ("past_key_values", "cache_params"))
+    return next((c for c in found if isinstance(c, Cache)), None)
+
+
+def _read_cache(cache: Cache | None, facts: list[LayerFacts]) -> None:
+    rows = cache.layers if cache is not None else []
+    for fact in facts:
+        if fact.row >= len(rows):
+            continue
+        row = rows[fact.row]
+        if isinstance(getattr(row, "keys", None), torch.Tensor):
+            fact.keys, fact.values = tuple(row.keys.shape), tuple(row.values.shape)
+            fact.window = row.sliding_window if getattr(row, "is_sliding", False) else None
+        fact.state = sum(t.numel() for name in ("conv_states", "recurrent_states") for t in tensors(getattr(row, name, None)))
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in a tensor, a list or a dict; None holds none."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in tensors(v)] if isinstance(value, list | tuple) else []
+
+
+def _prove_parts(layers: list[nn.Module], watcher: _Watcher) -> str | None:
+    """With attention and mlp both stubbed a layer must hand its input on, bit for bit; otherwise its parts are withdrawn."""
+    note = None
+    for index, (layer, fact, (args, kwargs)) in enumerate(zip(layers, watcher.facts, watcher.calls, strict=True)):
+        if fact.parts is None:
+            continue
+        kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        args = tuple(None if isinstance(a, Cache) else a for a in args)
+        x = args[0] if args else kwargs["hidden_states"]
+        try:
+            with without(layer, (*fact.parts.attention, *fact.parts.mlp), fact.returns):
+                out = layer(*args, **kwargs)
+            same = x.device.type == "meta" or torch.equal(out[0] if isinstance(out, tuple) else out, x)
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+            same = False
+        if not same:
+            fact.parts = None
+            note = note or f"layer {index} ({type(layer).__name__}) does more than add its attention and its mlp"
+    return note

@@ -1,0 +1,139 @@
+"""What a plan does, read from its notation: the facts that the sentences, the picture and the plots share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.errors import PlanError
+from shoal.plan import Exit, Map, Parallel, Run, Step, parse_steps
+from shoal.report.words import TIMES, esc, ranges
+
+
+@dataclass(frozen=True, slots=True)
+class StackFacts:
+    """One stack of the plan: its base depth and its steps, in the order in which they run."""
+
+    name: str
+    depth: int
+    steps: tuple[Step, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Every call of a layer, branches of parallel groups included."""
+        found: list[Run] = []
+        for step in self.steps:
+            match step:
+                case Run():
+                    found.append(step)
+                case Parallel():
+                    found.extend(step.branches)
+                case Map() | Exit():
+                    pass
+        return tuple(found)
+
+    @property
+    def maps(self) -> tuple[Map, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Map))
+
+    @property
+    def mapped(self) -> frozenset[int]:
+        """Layers that a fitted map stands for."""
+        return frozenset(layer for step in self.maps for layer in range(step.first, step.last + 1))
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Layers of which nothing runs and for which no map stands, ascending."""
+        return tuple(sorted(set(range(self.depth)) - {run.layer for run in self.runs} - self.mapped))
+
+    @property
+    def layer_runs(self) -> float:
+        """Layers executed per token; an attention or mlp alone counts as half."""
+        return sum(1.0 if run.part == "layer" else 0.5 for run in self.runs)
+
+    @property
+    def ascending(self) -> bool:
+        """True when the base order tells the executed order: upwards, and what runs twice does so at once."""
+        order = [layer for step in self.steps for layer in _places(step)]
+        return order == sorted(order)
+
+    @property
+    def identity(self) -> bool:
+        return self.steps == tuple(Run(layer) for layer in range(self.depth))
+
+
+def stacks(plan: Mapping[str, Any]) -> list[StackFacts]:
+    """The stacks of `data["plan"]`. Raises `NotationError` for a notation that cannot be read and `PlanError` for a
+    layer that the stack does not have."""
+    found = []
+    for name, stack in plan["stacks"].items():
+        text = stack.get("notation") or ",".join(stack["steps"])
+        facts = StackFacts(str(name), int(stack["depth"]), parse_steps(text))
+        named = [run.layer for run in facts.runs] + [run.kv.read or 0 for run in facts.runs] + [*facts.mapped]
+        if outside := [layer for layer in named if layer >= facts.depth]:
+            raise PlanError(
+                f"the report's plan names layer {outside[0]} of stack {name!r}, which has {facts.depth} layers from 0; "
+                "give the plan and the depth of the same model",
+                code="P103",
+            )
+        found.append(facts)
+    return found
+
+
+def main_stack(found: list[StackFacts]) -> StackFacts:
+    """The stack that the first screen speaks of: the first one that the plan changes, else the first."""
+    return next((stack for stack in found if not stack.identity), found[0])
+
+
+def sentences(stack: StackFacts) -> list[str]:
+    """What happens to the stack, as short HTML-safe sentences."""
+    if stack.identity:
+        return [f"All {stack.depth} {esc(stack.name)} layers run once, in order: the base model itself."]
+    whole = {run.layer for run in stack.runs if run.part == "layer"}
+    said = [f"{len(whole)} of {stack.depth} {esc(stack.name)} layers run whole."]
+    groups = [step for step in stack.steps if isinstance(step, Parallel)]
+    facts = {
+        "Removed": ranges(stack.dropped),
+        "Attention only": ranges(_only(stack, "attention", whole)),
+        "Mlp only": ranges(_only(stack, "mlp", whole)),
+        "Replaced by a fitted map": ", ".join(ranges(range(step.first, step.last + 1)) for step in stack.maps),
+        "In parallel": ", ".join(" with ".join(str(run.layer) for run in group.branches) for group in groups),
+        "Repeated": ", ".join(f"{layer} ({n}{TIMES})" for layer, n in repeated(stack).items()),
+        "KV shared": ", ".join(f"{r.layer} reads {r.kv.read}" for r in stack.runs if r.kv.read is not None),
+        "Own weights": ranges(sorted({run.layer for run in stack.runs if run.weights is not None})),
+        "Behind a gate": ranges(sorted({run.layer for run in stack.runs if run.gate is not None})),
+        "Exits": ", ".join(esc(step.name) for step in stack.steps if isinstance(step, Exit)),
+    }
+    said += [f"{what}: {which}." for what, which in facts.items() if which]
+    return said if stack.ascending else [*said, "The layers run in another order than in the base model."]
+
+
+def repeated(stack: StackFacts) -> dict[int, int]:
+    """Layers that run more than once, with how often; an attention and an mlp apart are one run."""
+    counts: dict[int, int] = {}
+    for layer in sorted({run.layer for run in stack.runs}):
+        parts = [run.part for run in stack.runs if run.layer == layer]
+        times = parts.count("layer") + max(parts.count("attention"), parts.count("mlp"))
+        if times > 1:
+            counts[layer] = times
+    return counts
+
+
+def _only(stack: StackFacts, part: str, whole: set[int]) -> list[int]:
+    parts: dict[int, set[str]] = {}
+    for run in stack.runs:
+        parts.setdefault(run.layer, set()).add(run.part)
+    return sorted(layer for layer, found in parts.items() if layer not in whole and found == {part})
+
+
+def _places(step: Step) -> list[int]:
+    match step:
+        case Run():
+            return [step.layer]
+        case Map():
+            return [step.first, step.last]
+        case Parallel():
+            return [run.layer for run in step.branches]
+        case Exit():
+            return []

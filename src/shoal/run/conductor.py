@@ -1,0 +1,243 @@
+"""The stock forward stays in charge: its loop over the layers meets taps that decide which real layers run.
+
+Tap i is called with everything that the stock forward prepared for base layer i: masks, rotary tables, per-layer inputs.
+A step of the plan runs at the first tap by which all layers it needs have been offered, so a plan that keeps the order
+runs inside the very iterations it belongs to (values that the loop carries along stay right) and a reordered one runs as
+soon as it can. The hidden state always travels through the stock loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers.cache_utils import Cache
+
+from shoal.errors import PlanError
+from shoal.models.parts import without
+from shoal.models.probe import Probe
+from shoal.models.stacks import Stack
+from shoal.plan import Exit, Map, Parallel, Run, Step
+from shoal.plan.steps import runs, writes_kv
+from shoal.run.slots import KeysValues, PassingCache, fit_rows, slot_view
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Pass:
+    """One forward: what was recorded for later steps. Born at tap 0, gone with the next."""
+
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    states: dict[int, KeysValues] = field(default_factory=dict)
+    """Keys and values by base layer, for the runs that read them."""
+    passing: PassingCache | None = None
+    extra: tuple[Any, ...] | None = None
+    """What the last layer returned besides the hidden state."""
+
+
+class PlannedList(nn.ModuleList):
+    """Stands in for a model's list of layers: the same children under the same names, but iterating yields taps."""
+
+    def __init__(self, stack: Stack, probe: Probe, steps: tuple[Step, ...], weights: Tensors) -> None:
+        super().__init__()
+        self._modules = stack.layers._modules  # shared: what PEFT or accelerate change later is seen here too
+        self.__dict__["conductor"] = Conductor(self, stack, probe, steps, weights)
+        self.__dict__["_taps"] = [Tap(self.__dict__["conductor"], i) for i in range(len(self._modules))]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.__dict__["_taps"])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__dict__["_taps"][index]
+
+
+class Tap:
+    """Stands for one base layer in the stock loop; anything but calling it reaches the real layer."""
+
+    def __init__(self, conductor: Conductor, index: int) -> None:
+        self.conductor, self.index = conductor, index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.conductor.layer(self.index), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.conductor.tap(self.index, args, kwargs)
+
+
+class Conductor:
+    """Runs the steps of one stack's plan at the taps."""
+
+    def __init__(self, planned: PlannedList, stack: Stack, probe: Probe, steps: tuple[Step, ...], weights: Tensors) -> None:
+        self.layer = lambda index: planned._modules[str(index)]
+        self.facts = probe.layers
+        self.weights = weights
+        self.due, self.kept = _schedule(steps, stack.depth)
+        self.slots = _slots(steps)
+        self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
+        self.sources = {run.kv.read for run in runs(steps) if run.kv.read is not None}
+        # a plan that runs every layer once, whole and in order needs no view of the cache: the layers' own rows are right
+        self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
+        self.through = [self.plain and [step for _, step in due] == [Run(i)] for i, due in enumerate(self.due)]
+        self.now = Pass()
+
+    def tap(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called by the stock loop in place of layer `index`."""
+        if index == 0:
+            self.now = Pass()
+            if not self.plain:
+                for value in (*args, *kwargs.values()):
+                    if isinstance(value, Cache):
+                        fit_rows(value, self.rows)
+        steps = self.due[index]
+        if self.through[index]:
+            return self.layer(index)(*args, **kwargs)
+        if index in self.kept:
+            self.now.calls[index] = (args, kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        for position, step in steps:
+            hidden = self._step(position, step, hidden, index, args, kwargs)
+        return self._returned(index, hidden)
+
+    def _returned(self, index: int, hidden: torch.Tensor) -> Any:
+        tail = self.facts[index].tail
+        if tail < 0:
+            return hidden
+        extra = self.now.extra
+        return (hidden, *(extra if extra is not None and len(extra) == tail else [None] * tail))
+
+    def _step(
+        self, position: int, step: Step, hidden: torch.Tensor, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        match step:
+            case Run():
+                return self._run(step, self.slots.get((position, 0)), hidden, index, args, kwargs)
+            case Parallel():
+                changes = [
+                    self._run(branch, self.slots.get((position, n)), hidden, index, args, kwargs) - hidden
+                    for n, branch in enumerate(step.branches)
+                ]
+                total = torch.stack(changes).sum(0)
+                return hidden + (total / len(changes) if step.join == "mean" else total)
+            case Map():
+                return self._map(step, hidden)
+            case Exit():
+                return hidden
+
+    def _run(
+        self,
+        run: Run,
+        slot: int | None,
+        hidden: torch.Tensor,
+        index: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        if run.layer != index:
+            args, kwargs = self.now.calls[run.layer]
+        layer, fact = self.layer(run.layer), self.facts[run.layer]
+        swap = partial(self._cache_for, run, slot)
+        if args:
+            args = (hidden, *(swap(a) if isinstance(a, Cache) else a for a in args[1:]))
+            kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        else:
+            kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
+        if (run.layer in self.sources or run.kv.read is not None) and run.part != "mlp":
+            args, kwargs = self._share_without_cache(run, layer, fact.cache_at, args, kwargs)
+        out = layer(*args, **kwargs) if run.part == "layer" and run.weights is None else self._special(run, args, kwargs)
+        if isinstance(out, tuple):
+            self.now.extra = out[1:]
+            return out[0]  # type: ignore[no-any-return]
+        return out  # type: ignore[no-any-return]
+
+    def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
+        keep = None
+        if run.layer in self.sources:
+            keep = partial(self.now.states.__setitem__, run.layer)
+        read = None if run.kv.read is None else self.now.states[run.kv.read]
+        return slot_view(cache, 0 if slot is None else slot, read=read, keep=keep)
+
+    def _share_without_cache(
+        self, run: Run, layer: nn.Module, place: str | int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Sharing goes through the cache's update; a pass without a cache gets one that stores nothing."""
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise PlanError(
+                f"layer {run.layer} shares KV, which gradient checkpointing takes away in this pass; switch one of them off",
+                code="P121",
+            )
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            return args, kwargs
+        if place is None:
+            raise PlanError(f"layer {run.layer} is given no KV cache, so its KV cannot be shared; drop the @", code="P109")
+        if self.now.passing is None:
+            self.now.passing = PassingCache()
+        view = self._cache_for(run, 0, self.now.passing)
+        if isinstance(place, int):
+            return (*args[:place], view, *args[place + 1 :]), kwargs
+        return args, kwargs | {place: view}
+
+    def _special(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A part of a layer, or a layer with other weights. Under gradient checkpointing the whole exchange is replayed."""
+        layer = self.layer(run.layer)
+        if layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
+            kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+            return layer._gradient_checkpointing_func(partial(self._exchanged, run, True, **kwargs), *args)
+        return self._exchanged(run, False, *args, **kwargs)
+
+    def _exchanged(self, run: Run, replayed: bool, *args: Any, **kwargs: Any) -> Any:
+        layer, fact = self.layer(run.layer), self.facts[run.layer]
+        names: tuple[str, ...] = ()
+        if run.part != "layer":
+            assert fact.parts is not None  # check P105
+            names = fact.parts.mlp if run.part == "attention" else fact.parts.attention
+        had = layer.__dict__.get("gradient_checkpointing")
+        if replayed:
+            layer.gradient_checkpointing = False
+        try:
+            with without(layer, names, fact.returns):
+                if run.weights is None:
+                    return layer(*args, **kwargs)
+                prefix = f"{run.weights}."
+                own = {n[len(prefix) :]: t for n, t in self.weights.items() if n.startswith(prefix)}
+                return functional_call(layer, own, args, kwargs)
+        finally:
+            if replayed:
+                layer.gradient_checkpointing = had
+
+    def _map(self, step: Map, hidden: torch.Tensor) -> torch.Tensor:
+        """y = x W^T + b, or y = x + up(down(x)) + b; x is [..., hidden]."""
+        weight, bias, down, up = (self.weights.get(f"{step.weights}.{n}") for n in ("weight", "bias", "down", "up"))
+        if weight is not None:
+            return nn.functional.linear(hidden, weight, bias)
+        assert down is not None and up is not None  # check P112
+        return hidden + nn.functional.linear(nn.functional.linear(hidden, down), up, bias)
+
+
+def _schedule(steps: tuple[Step, ...], depth: int) -> tuple[list[list[tuple[int, Step]]], set[int]]:
+    """For each tap the (position, step) pairs that run there, and the layers whose arguments must be kept for later."""
+    due: list[list[tuple[int, Step]]] = [[] for _ in range(depth)]
+    kept: set[int] = set()
+    tap = 0
+    for position, step in enumerate(steps):
+        layers = [run.layer for run in runs((step,))]
+        tap = max([tap, *layers])
+        due[tap].append((position, step))
+        kept |= {layer for layer in layers if layer < tap}
+    return due, kept
+
+
+def _slots(steps: tuple[Step, ...]) -> dict[tuple[int, int], int]:
+    """The cache slot of every run that stores KV, by (position of the step, branch)."""
+    slots: dict[tuple[int, int], int] = {}
+    for position, step in enumerate(steps):
+        for branch, run in enumerate(runs((step,))):
+            if writes_kv(run):
+                slots[position, branch] = len(slots)
+    return slots
+

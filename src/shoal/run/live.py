@@ -1,0 +1,71 @@
+"""Run a plan on a live model and take it away again; the model keeps its class, its names and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from shoal.errors import PlanError
+from shoal.models.inspect import inspect
+from shoal.models.probe import probe
+from shoal.models.stacks import Stack, find_stacks, unwrap
+from shoal.plan import Plan, require
+from shoal.run.conductor import PlannedList
+
+
+class Running:
+    """A plan at work on a model. `restore()` puts the model back, bit for bit; a second call does nothing."""
+
+    def __init__(self, model: nn.Module, plan: Plan, swapped: list[tuple[Stack, nn.ModuleList]]) -> None:
+        self.model, self.plan = model, plan
+        self._swapped = swapped
+
+    def restore(self) -> None:
+        """Take the plan away."""
+        for stack, original in self._swapped:
+            setattr(stack.owner, stack.attr, original)
+        self._swapped = []
+
+
+def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor] | None = None) -> Running:
+    """Run `plan` on `model` until `restore()` is called on the result.
+
+    `model`: a transformers model, also under PEFT or with accelerate hooks; only its list of layers is exchanged.
+    `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
+    hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are brought to the model's dtype and device.
+    Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already.
+    """
+    inner = unwrap(model)
+    stacks = find_stacks(inner)
+    if any(isinstance(stack.layers, PlannedList) for stack in stacks):
+        raise PlanError("another plan is running on this model; restore it first", code="P122")
+    spec = inspect(inner)
+    if isinstance(plan, str):
+        from shoal.plan import parse_plan
+
+        plan = parse_plan(plan, Plan.identity(spec))
+    require(plan, spec, {name: tuple(t.shape) for name, t in (weights or {}).items()})
+    swapped = []
+    for stack in stacks:
+        like = next(stack.layer(0).parameters())
+        own = {name: t.to(device=like.device, dtype=like.dtype) for name, t in (weights or {}).items()}
+        original = stack.layers
+        setattr(stack.owner, stack.attr, PlannedList(stack, probe(inner, stack), plan.steps(stack.name), own))
+        swapped.append((stack, original))
+    return Running(inner, plan, swapped)
+
+
+@contextmanager
+def running(
+    model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[Running]:
+    """`with running(model, plan): ...` - the same as `apply`, restored at the end whatever happens."""
+    handle = apply(model, plan, weights)
+    try:
+        yield handle
+    finally:
+        handle.restore()
+

@@ -1,0 +1,134 @@
+"""The executor's side of the KV cache: rows in the plan's order, and a view that sends a layer to its row.
+
+Invariant: after every forward all rows that the plan uses have the same length, and row 0 is one of them, because
+transformers counts positions in row 0 and sizes masks by the first row of each kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import cache as memo
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from shoal.errors import PlanError
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+def fit_rows(cache: Cache, rows: tuple[int, ...]) -> None:
+    """Give `cache` one empty row for each slot of the plan; `rows[slot]` is the base row whose type the slot needs.
+
+    Called before the first layer of every forward; a cache that was fitted already is left alone. Raises P120 when the
+    cache holds tokens from another plan.
+    """
+    fitted = cache.__dict__.get("_shoal_rows")
+    if fitted == rows:
+        return
+    if fitted is not None or any(_tokens(row) for row in cache.layers):
+        raise PlanError(
+            "this KV cache was filled under another plan; start with an empty cache", code="P120"
+        )
+    if cache.layers:  # a cache made without a config has no rows yet and grows as the slots are written
+        fresh, used = [], set()
+        for row in rows:
+            source = cache.layers[row]
+            fresh.append(copy.deepcopy(source) if row in used else source)
+            used.add(row)
+        cache.layers[:] = fresh
+    cache.__dict__["_shoal_rows"] = rows
+
+
+def _tokens(row: Any) -> int:
+    if not getattr(row, "is_initialized", False) or getattr(row, "keys", None) is None:
+        return 0
+    return int(row.get_seq_length())
+
+
+class PassingCache(Cache):
+    """Stores nothing: hands keys and values back, so that a pass without a cache can still share them across layers."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> KeysValues:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def slot_view(
+    cache: Cache, row: int, *, read: KeysValues | None = None, keep: Callable[[KeysValues], None] | None = None
+) -> Cache:
+    """`cache` as one layer shall see it: every method with a `layer_idx` lands in `row`, whatever index the layer passes.
+
+    With `read`, update stores nothing and answers with these keys and values. With `keep`, update's answer is handed on,
+    for later layers to read (a sliding row stores less than it returns, so the stored tensors would not do).
+    """
+    view = _view_type(type(cache)).__new__(_view_type(type(cache)))
+    view.__dict__ = cache.__dict__
+    view._inner, view._row, view._read, view._keep = cache, row, read, keep
+    return view  # type: ignore[no-any-return]
+
+
+class _Rows:
+    """`cache.layers` for a layer that looks into its own row directly."""
+
+    def __init__(self, layers: list[Any], row: int) -> None:
+        self._layers, self._row = layers, row
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._layers[self._row] if isinstance(index, int) else self._layers[index]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Any:
+        return iter(self._layers)
+
+
+@memo
+def _view_type(cache_type: type[Cache]) -> Any:
+    """A subclass (so that isinstance still holds) derived from the installed cache: new methods are covered by themselves."""
+    namespace: dict[str, Any] = {
+        "__slots__": ("_inner", "_keep", "_read", "_row"),
+        "layers": property(lambda self: _Rows(self._inner.layers, self._row)),
+        "__getattr__": lambda self, name: getattr(self._inner, name),
+    }
+    for name, method in inspect.getmembers(cache_type, inspect.isfunction):
+        parameters = list(inspect.signature(method).parameters)
+        if "layer_idx" in parameters:
+            namespace[name] = _redirect(name, method, parameters.index("layer_idx") - 1)
+    namespace["update"] = _update(namespace["update"])
+    return type(f"Slot{cache_type.__name__}", (cache_type,), namespace)
+
+
+def _redirect(name: str, method: Callable[..., Any], place: int) -> Callable[..., Any]:
+    @wraps(method)
+    def redirected(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > place:
+            args = (*args[:place], self._row, *args[place + 1 :])
+        else:
+            kwargs["layer_idx"] = self._row
+        return getattr(self._inner, name)(*args, **kwargs)
+
+    return redirected
+
+
+def _update(redirected: Callable[..., KeysValues]) -> Callable[..., KeysValues]:
+    @wraps(redirected)
+    def update(self: Any, *args: Any, **kwargs: Any) -> KeysValues:
+        if self._read is not None:
+            return self._read  # type: ignore[no-any-return]
+        states = redirected(self, *args, **kwargs)
+        if self._keep is not None:
+            self._keep(states)
+        return states
+
+    return update

@@ -1,0 +1,213 @@
+"""The contract matrix: every family x plan kind x attention x cache x batch is right, refused with a code, or says why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from shoal.errors import PlanError
+from shoal.models.inspect import inspect
+from shoal.plan import Spec
+from shoal.run.live import running
+
+from .families import DEPTH, FAMILIES, VOCAB, tiny
+from .references import by_hand, shared_kv, silenced
+
+KINDS = (
+    "identity",
+    "drop",
+    "drop first",
+    "attention only",
+    "mlp only",
+    "repeat",
+    "reorder",
+    "parallel",
+    "KV source",
+    "map",
+)
+ATTENTIONS = ("sdpa", "eager")
+CACHES = ("dynamic", "static")
+BATCHES = ("one", "left-padded")
+LIMIT = 1e-4
+LENGTH, PREFILL = 12, 7
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`state` is right, refused, not possible (transformers itself cannot, `why` says so) or wrong."""
+
+    state: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.why}" if self.why else self.state
+
+
+def run_cell(family: str, kind: str, attention: str, cache_kind: str, batch_kind: str) -> Outcome:
+    """One cell of the matrix."""
+    model = _model(family, attention)
+    if isinstance(model, str):
+        return Outcome("not possible", model)
+    baseline = _baseline(family, attention, cache_kind, batch_kind)
+    if baseline is not None:
+        return Outcome("not possible", baseline)
+    notation = plan_text(kind, inspect(model))
+    weights = (
+        {"map-2-2.weight": _map_weight(), "map-2-2.bias": torch.linspace(-0.1, 0.1, 32)} if kind == "map" else None
+    )
+    expected = _expected(family, kind, attention, batch_kind)
+    batch = _batch(batch_kind)
+    try:
+        with running(model, notation, weights):
+            whole = _uncached(model, batch)
+            steps = _cached(model, batch, cache_kind)
+    except PlanError as error:
+        return Outcome("refused", error.code)
+    if isinstance(expected, str):
+        return Outcome("wrong", f"accepted, but there is no reference: {expected}")
+    return _judge(kind, expected, whole, steps, batch)
+
+
+def _judge(kind: str, expected: torch.Tensor, whole: torch.Tensor, steps: torch.Tensor, batch: Any) -> Outcome:
+    seen = batch["attention_mask"].bool()
+    if kind == "identity" and not torch.equal(whole, expected):
+        return Outcome("wrong", "the identity plan is not bit-exact")
+    for what, got in (("uncached", whole), ("cached", steps)):
+        error = (got - expected)[seen].abs().max().item()
+        if not error <= LIMIT:
+            return Outcome("wrong", f"{what} differs by {error:.1e}")
+    return Outcome("right")
+
+
+def plan_text(kind: str, spec: Spec) -> str:
+    """The plan of one kind for a model of 4 layers."""
+    if kind == "KV source":
+        source, reader = _kv_pair(spec)
+        return ",".join(f"{i}@{source}" if i == reader else str(i) for i in range(DEPTH))
+    return {
+        "identity": "0-3",
+        "drop": "0-1,3",
+        "drop first": "1-3",
+        "attention only": "0,1a,2-3",
+        "mlp only": "0m,1-3",
+        "repeat": "0,1x2,2-3",
+        "reorder": "0,2,1,3",
+        "parallel": "0,(1|2),3",
+        "map": "0-1,~2,3",
+    }[kind]
+
+
+def _kv_pair(spec: Spec) -> tuple[int, int]:
+    """The first two layers of one kind with KV; layers 0 and 1 when there are none, which check must refuse."""
+    layers = spec.stack().layers
+    for reader in layers:
+        for source in layers[: reader.index]:
+            if source.kind == reader.kind and source.kv == reader.kv and source.kv.kind in ("full", "sliding"):
+                return source.index, reader.index
+    return 0, 1
+
+
+@cache
+def _model(family: str, attention: str) -> PreTrainedModel | str:
+    try:
+        return tiny(family, attention)
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        return f"transformers has no {attention} attention for it"
+
+
+@cache
+def _batch(kind: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    rows = 1 if kind == "one" else 2
+    ids = torch.randint(3, VOCAB, (rows, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    if kind == "left-padded":
+        ids[1, :3], mask[1, :3] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@cache
+def _map_weight() -> torch.Tensor:
+    return torch.eye(32) + 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(2))
+
+
+@cache
+def _expected(family: str, kind: str, attention: str, batch_kind: str) -> torch.Tensor | str:
+    model, batch = tiny(family, attention), _batch(batch_kind)
+    try:
+        return _reference(model, batch, kind)
+    except (AssertionError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    def in_order(*order: int) -> Any:
+        def chain(call: Any, h: torch.Tensor) -> torch.Tensor:
+            for index in order:
+                h = call(index, h)
+            return h
+
+        return chain
+
+    def mapped(call: Any, h: torch.Tensor) -> torch.Tensor:
+        h = call(1, call(0, h))
+        return call(3, h @ _map_weight().T + torch.linspace(-0.1, 0.1, 32))
+
+    def side_by_side(call: Any, h: torch.Tensor) -> torch.Tensor:
+        h = call(0, h)
+        return call(3, call(1, h) + call(2, h) - h)
+
+    if kind == "identity":
+        return _uncached(model, batch)
+    if kind == "KV source":
+        source, reader = _kv_pair(inspect(model))
+        return shared_kv(model, batch, source, reader)
+    if kind in ("attention only", "mlp only"):
+        with silenced(model, *((1, "mlp") if kind == "attention only" else (0, "attention"))):
+            return _uncached(model, batch)
+    orders = {"drop": (0, 1, 3), "drop first": (1, 2, 3), "repeat": (0, 1, 1, 2, 3), "reorder": (0, 2, 1, 3)}
+    chain = in_order(*orders[kind]) if kind in orders else {"parallel": side_by_side, "map": mapped}[kind]
+    return by_hand(model, batch, chain)
+
+
+@cache
+def _baseline(family: str, attention: str, cache_kind: str, batch_kind: str) -> str | None:
+    """Why the stock model itself cannot do this cell, or None when its cached forward equals its uncached one."""
+    model, batch = tiny(family, attention), _batch(batch_kind)
+    try:
+        whole, steps = _uncached(model, batch), _cached(model, batch, cache_kind)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError, IndexError) as error:
+        return f"the stock model cannot: {type(error).__name__}: {str(error).splitlines()[0][:90]}"
+    error = (whole - steps)[batch["attention_mask"].bool()].abs().max().item()
+    return None if error <= LIMIT else f"the stock model's cached forward differs from its uncached one by {error:.1e}"
+
+
+@torch.no_grad()
+def _uncached(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch, use_cache=False).logits
+
+
+@torch.no_grad()
+def _cached(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    """Logits of a prefill, then (attention only) a chunk of two tokens as in verification, then single tokens."""
+    config = model.config
+    past = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=LENGTH + 4)
+    name = "cache_params" if config.model_type.startswith("mamba") else "past_key_values"
+    chunk = 1 if any(past.is_linear) else 2
+    out, start = [], 0
+    for end in (PREFILL, PREFILL + chunk, *range(PREFILL + chunk + 1, LENGTH + 1)):
+        ids, mask = batch["input_ids"][:, start:end], batch["attention_mask"][:, :end]
+        out.append(model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: past}).logits)
+        start = end
+    return torch.cat(out, 1)
+
+
+def cells(families: tuple[str, ...] = tuple(FAMILIES)) -> list[tuple[str, str, str, str, str]]:
+    """All cells, family by family."""
+    return [(f, k, a, c, b) for f in families for a in ATTENTIONS for k in KINDS for c in CACHES for b in BATCHES]

@@ -1,0 +1,113 @@
+"""What each kind of plan must compute, said without the conductor: the stock layers called by hand, one pass, no cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from shoal.models.probe import probe
+from shoal.models.stacks import find_stack
+
+Batch = dict[str, torch.Tensor]
+Call = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+@torch.no_grad()
+def by_hand(model: PreTrainedModel, batch: Batch, chain: Callable[[Call, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Logits [b, t, vocab] when the stack computes `chain(call, h)`.
+
+    A first stock pass records the arguments of every layer. `call(i, h)` runs stock layer i on h with them. A second
+    stock pass has the last layer's output replaced by the chain's result, so that norm and head are the model's own.
+    """
+    stack = find_stack(model)
+    layers = [stack.layer(i) for i in range(stack.depth)]
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def record(index: int) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.setdefault(index, (args, dict(kwargs)))
+
+        return layers[index].register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [record(i) for i in range(len(layers))]
+    try:
+        model(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def call(index: int, hidden: torch.Tensor) -> torch.Tensor:
+        args, kwargs = calls[index]
+        out = (
+            layers[index](hidden, *args[1:], **kwargs) if args else layers[index](**kwargs | {"hidden_states": hidden})
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    first_args, first_kwargs = calls[0]
+    result = chain(call, first_args[0] if first_args else first_kwargs["hidden_states"])
+
+    def replace(_: nn.Module, args: Any, out: Any) -> Any:
+        return (result, *out[1:]) if isinstance(out, tuple) else result
+
+    handle = layers[-1].register_forward_hook(replace)
+    try:
+        return model(**batch, use_cache=False).logits
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def silenced(model: PreTrainedModel, index: int, part: str) -> Iterator[None]:
+    """The named part of layer `index` adds nothing, because every tensor that it owns is zero meanwhile."""
+    stack = find_stack(model)
+    parts = probe(model, stack).layers[index].parts
+    assert parts is not None
+    owned = [p for name in getattr(parts, part) for p in stack.layer(index).get_submodule(name).parameters()]
+    saved = [p.detach().clone() for p in owned]
+    try:
+        for parameter in owned:
+            parameter.data.zero_()
+        yield
+    finally:
+        for parameter, value in zip(owned, saved, strict=True):
+            parameter.data.copy_(value)
+
+
+@torch.no_grad()
+def shared_kv(model: PreTrainedModel, batch: Batch, source: int, reader: int) -> torch.Tensor:
+    """Logits of one pass in which layer `reader` attends to layer `source`'s keys and values."""
+    stack, cache = find_stack(model), _SharingCache(source, reader)
+
+    def give(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        for name in ("past_key_values", "layer_past"):
+            if name in kwargs:
+                return args, kwargs | {name: cache}
+        return (args[0], cache, *args[2:]), kwargs  # GPT-2 passes the cache second
+
+    handles = [stack.layer(i).register_forward_pre_hook(give, with_kwargs=True) for i in (source, reader)]
+    try:
+        return model(**batch, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _SharingCache(Cache):
+    def __init__(self, source: int, reader: int) -> None:
+        super().__init__(layers=[])
+        self.source, self.reader = source, reader
+        self.states: Any = None
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
+        if layer_idx == self.source:
+            self.states = (key_states, value_states)
+        return self.states if layer_idx == self.reader else (key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
