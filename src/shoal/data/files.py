@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -95,13 +96,12 @@ def _read(file: TextIO, path: Path, read: Callable[[], str]) -> str:
 
 def _parquet(path: Path, text_key: str | None) -> Iterator[str]:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        parquet = import_module("pyarrow.parquet")
     except ImportError:
         raise DataError(f"reading {path.name} needs pyarrow: pip install shoal[eval]", code="D409") from None
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError):
+        table = parquet.ParquetFile(path)
+    except (ValueError, OSError):  # pyarrow's own errors are ValueErrors
         raise DataError(f"{path.name} is not a parquet file; name another file", code="D404") from None
     return joined(_column(table, text_key, path.name))
 

@@ -91,7 +91,8 @@ def sentences(stack: StackFacts) -> list[str]:
     if stack.identity:
         return [f"All {stack.depth} {esc(stack.name)} layers run once, in order: the base model itself."]
     whole = {run.layer for run in stack.runs if run.part == "layer"}
-    said = [f"{len(whole)} of {stack.depth} {esc(stack.name)} layers run whole."]
+    all_whole = all(run.part == "layer" for run in stack.runs)
+    said = [f"{len(whole)} of {stack.depth} {esc(stack.name)} layers run{'' if all_whole else ' whole'}."]
     groups = [step for step in stack.steps if isinstance(step, Parallel)]
     facts = {
         "Removed": ranges(stack.dropped),

@@ -24,13 +24,11 @@ def hero(data: Data, found: list[StackFacts]) -> str:
 
 
 def _lede(data: Data, found: list[StackFacts]) -> str:
-    method = data["plan"].get("method")
-    by = f" by <strong>{esc(method)}</strong>" if method else ""
-    said = [f"<strong>{esc(data['model'].get('source', 'The model'))}</strong>, changed{by}."]
-    changed = [stack for stack in found if not stack.identity]
-    if not changed:
-        said = [f"<strong>{esc(data['model'].get('source', 'The model'))}</strong>, not changed."]
-    return " ".join([*said, *(sentence for stack in changed or found for sentence in sentences(stack))])
+    source, method = data["model"].get("source"), data["plan"].get("method")
+    said = [f"<strong>{esc(source)}</strong>:"] if source else []
+    changed = [stack for stack in found if not stack.identity] or found
+    said += [sentence for stack in changed for sentence in sentences(stack)]
+    return " ".join([*said, f"Chosen by <strong>{esc(method)}</strong>." if method else ""])
 
 
 def _tiles(data: Data, found: list[StackFacts]) -> list[str]:
@@ -95,15 +93,14 @@ def _speed_line(row: Data) -> str:
     low, high = finite(row["ratio"].get("low")), finite(row["ratio"].get("high"))
     unclear = low is not None and high is not None and low <= 1 <= high
     spread = interval(row["ratio"], of_ratios=True)
-    note = f" ({spread}{'; no clear change' if unclear else ''})" if spread else ""
+    note = f' (<span class="nb">{spread}</span>{"; no clear change" if unclear else ""})' if spread else ""
     return f"{esc(row['phase'])}{note}"
 
 
 def _quality(rows: Sequence[Data]) -> str:
     row, word = rows[0], verdict(rows[0])
     lines = [f"{from_to(*pair(row['dense'], row['pruned']))}{f', {word[0]}' if word[0] else ''}"]
-    for other in rows[1:2]:
-        lines.append(f"{esc(other['name'])} {percent(other['dense'], other['pruned'])}")
+    lines += [f"{esc(other['name'])} {percent(other['dense'], other['pruned'])}" for other in rows[1:2]]
     return _tile(f"Quality, {esc(row['name'])}", percent(row["dense"], row["pruned"]), lines, word[1])
 
 

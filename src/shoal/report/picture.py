@@ -156,7 +156,7 @@ def _executed(stack: StackFacts, width: float) -> tuple[list[str], float]:
         times = len(list(same))
         wide = _step_width(step)
         if x and x + wide > width:
-            x, y, high = 0.0, y + high + 6, 0.0
+            x, y, high = 0.0, y + high + 9, 0.0
         pieces += _step(step, x, y, times)
         low = boxes.group_height(step) if isinstance(step, Parallel) else HIGH
         noted = times > 1 or isinstance(step, Exit) or (isinstance(step, Run) and step.kv.read is not None)

@@ -1,7 +1,7 @@
 """Plots as inline SVG whose colours follow the page: matplotlib draws with marker colours that become CSS variables.
 
-Nothing here touches pyplot. Text from outside never reaches matplotlib (it would be read as mathtext): it stands in the
-figure's caption and, escaped, in the drawing's title.
+Nothing here touches pyplot. Text from outside would be read as mathtext: it stands in the figure's caption and,
+escaped, in the drawing's title; only row labels are drawn, as plain ASCII and without mathtext.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def scores_svg(
 def ratios_svg(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
     """Speed ratios as dots with their range, one row each, against the line at 1 (no change).
 
-    `rows`: {label, median, low, high, simulated}; `label` is plain ASCII made by the caller.
+    `rows`: {label, median, low, high, simulated}.
     """
     figure, axes = _figure(12, 0.95 + 0.55 * len(rows))
     for place, row in enumerate(rows):
@@ -93,7 +93,7 @@ def ratios_svg(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
         above: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": _SIZE}
         axes.annotate(f"{median:.2f}{TIMES}", (median, place), color=_TEXT, **above)
     axes.axvline(1.0, color=_TEXT, linewidth=1, linestyle=(0, (1, 2)))
-    axes.set_yticks(range(len(rows)), [str(row["label"]) for row in rows], parse_math=False)
+    axes.set_yticks(range(len(rows)), [_plain(str(row["label"])) for row in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.45, -0.75)
     low_end, high_end = axes.get_xlim()
     axes.set_xlim(min(low_end, 0.95), max(high_end, 1.05))
@@ -154,6 +154,11 @@ def _absent(axes: Axes, place: int, value: float | None) -> None:
     )
 
 
+def _plain(label: str) -> str:
+    """Only what matplotlib's own font can measure: printable ASCII."""
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in label)
+
+
 def _layer_axis(axes: Axes, depth: int, what: str) -> None:
     every = 1 if depth <= 40 else 5 if depth <= 120 else 10
     axes.set_xticks(range(0, depth, every))
@@ -163,11 +168,11 @@ def _layer_axis(axes: Axes, depth: int, what: str) -> None:
 
 def _svg(figure: Figure, title: str) -> str:
     """The figure as an `<svg>` element that may stand beside others in one page and takes no style from matplotlib."""
-    import matplotlib
+    import matplotlib as mpl
 
     buffer = io.StringIO()
     # real text instead of outlines, and ids that do not change from run to run
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "shoal"}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "shoal"}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawing = buffer.getvalue()
     inner = drawing[drawing.index(">", drawing.index("<svg")) + 1 :]

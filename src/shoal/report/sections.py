@@ -63,7 +63,7 @@ def quality(part: Sequence[Data]) -> str:
             + cell(before + _error(row.get("error_dense")), kind="n")
             + cell(after + _error(row.get("error_pruned")), kind=f"n {'bad' if finite(row['pruned']) is None else ''}")
             + cell(change, kind=f"n {kind}")
-            + cell(bars(row["dense"], row["pruned"]))
+            + cell(bars(row["dense"], row["pruned"]), kind="bar")
         )
     return _section("Quality", _compared(rows))
 
@@ -78,7 +78,8 @@ def cost(part: Sequence[Data]) -> str:
             for side in ("dense", "pruned")
         )
         change = cell(percent(row["dense"], row["pruned"]), kind="n")
-        rows.append(named(row["name"], row.get("how")) + figures + change + cell(bars(row["dense"], row["pruned"])))
+        drawn = cell(bars(row["dense"], row["pruned"]), kind="bar")
+        rows.append(named(row["name"], row.get("how")) + figures + change + drawn)
     return _section("Size and work", _compared(rows))
 
 
@@ -89,7 +90,7 @@ def speed(part: Sequence[Data]) -> str:
     for place, row in enumerate(part, 1):
         simulated = row.get("kind", "measured") != "measured"
         label = str(row["phase"]) if phases[str(row["phase"])] == 1 else f"{place}. {row['phase']}"
-        dots.append({**row["ratio"], "label": label.encode("ascii", "replace").decode(), "simulated": simulated})
+        dots.append({**row["ratio"], "label": label, "simulated": simulated})
         rows.append(
             named(label, row.get("how"))
             + _spread(row["dense"], row.get("unit", ""))
@@ -143,7 +144,7 @@ def candidates(part: Sequence[Data], chosen: object) -> str:
     for place, row in enumerate(part, 1):
         kind = ' class="chosen"' if row["notation"] == chosen else ""
         note = esc(row.get("note") or "") + (" (chosen)" if kind else "")
-        cells = cell(str(place), kind="n", value=place) + cell(f"<code>{esc(row['notation'])}</code>")
+        cells = cell(str(place), kind="n", value=place) + cell(f"<code>{esc(row['notation'])}</code>", kind="name")
         rows.append(f"<tr{kind}>{cells}{numeric(row.get('score'))}{cell(note)}</tr>")
     listed = table(["#", "plan", "score", "note"], rows, right=(0, 2), sortable=True)
     return _section("Search", _folded(f"All {len(part)} candidates", listed) if len(part) > _LONG else listed)
@@ -168,6 +169,7 @@ def making(data: Data) -> str:
 
 
 def notes(part: Sequence[object]) -> str:
+    """What else the reader should know."""
     return _section("Notes", _list(part))
 
 

@@ -28,7 +28,7 @@ code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono
 overflow-wrap:anywhere}
 pre{margin:.4rem 0;padding:.75rem 1rem;background:var(--wash);border-radius:6px;white-space:pre-wrap;line-height:1.5}
 pre.copy{user-select:all;-webkit-user-select:all;cursor:copy}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:1.2rem 1.75rem;
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:1.2rem 1.75rem;
 margin:1.6rem 0 .9rem;padding:0}
 .tile{border-top:3px solid var(--kept);padding-top:.6rem;min-width:0}
 .tile.bad{border-color:var(--removed)}
@@ -41,9 +41,12 @@ margin:1.6rem 0 .9rem;padding:0}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin:.5rem 0;font-size:.94rem}
 th,td{text-align:left;vertical-align:baseline;padding:.45rem 1.1rem .45rem 0;border-bottom:1px solid var(--line);
-overflow-wrap:anywhere}
+overflow-wrap:break-word}
 th{font-size:.85rem;font-weight:600;color:var(--soft);white-space:nowrap;overflow-wrap:normal}
 th:last-child,td:last-child{padding-right:0}
+.nb{white-space:nowrap}
+.bar{vertical-align:middle}
+.name{min-width:11rem;overflow-wrap:anywhere}
 .n{text-align:right;white-space:nowrap}
 .sub{font-size:.85rem;color:var(--soft);display:block}
 tr.chosen td{background:var(--wash);font-weight:600}
@@ -81,7 +84,8 @@ svg.base,svg.order{display:block;margin:.3rem 0}
 details{margin:.5rem 0}summary{cursor:pointer}
 footer{margin-top:3rem;padding-top:1rem;padding-bottom:3rem;font-size:.85rem}
 footer p{border-top:1px solid var(--line);padding-top:1rem}
-@media (max-width:45rem){.wide{display:none!important}svg.narrow,p.narrow{display:block!important}
+@media screen and (max-width:45rem){table{font-size:.88rem}th,td{padding-right:.8rem}.bars{width:6rem}
+.wide{display:none!important}svg.narrow,p.narrow{display:block!important}
 main,header,footer{padding-left:1rem;padding-right:1rem}header{padding-top:1.5rem}
 .facts{grid-template-columns:1fr;gap:0}.facts dd{margin-bottom:.5rem}.tiles{grid-template-columns:1fr 1fr;
 gap:1.1rem 1.1rem}

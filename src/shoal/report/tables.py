@@ -35,7 +35,7 @@ def table(heads: Sequence[str], rows: Iterable[str], *, right: Iterable[int] = (
 
 def named(name: object, how: object = None) -> str:
     """A cell with a name and, below it, how the figure was made."""
-    return cell(esc(name) + (f'<span class="sub">{esc(how)}</span>' if how else ""))
+    return cell(esc(name) + (f'<span class="sub">{esc(how)}</span>' if how else ""), kind="name")
 
 
 def verdict(row: Mapping[str, Any]) -> tuple[str, str]:

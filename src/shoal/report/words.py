@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
+TO = "\N{EN DASH}"
 NONE = "\N{EM DASH}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -43,7 +44,7 @@ def number(value: object, digits: int = 4) -> str:
         return f"{int(value):,}".replace("-", MINUS)
     size = abs(float(value))
     if size and (size < 1e-3 or size >= 1e7):
-        return f"{float(value):.{digits - 1}g}".replace("-", MINUS)
+        return f"{MINUS if float(value) < 0 else ''}{size:.{digits - 1}g}"
     return _fixed(float(value), _decimals(size, digits))
 
 
@@ -93,7 +94,7 @@ def interval(value: Mapping[str, Any], *, of_ratios: bool = False) -> str:
     low, high = value.get("low"), value.get("high")
     if low is None or high is None:
         return ""
-    return " to ".join((ratio(low), ratio(high)) if of_ratios else pair(low, high))
+    return f"{ratio(low).removesuffix(TIMES)}{TO}{ratio(high)}" if of_ratios else " to ".join(pair(low, high))
 
 
 def ranges(layers: Iterable[int]) -> str:

@@ -1,0 +1,107 @@
+"""Is this folder a sound safetensors checkpoint? Answered from its config and headers, before a weight is read."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import ModelError
+
+_MAX_JSON = 100_000_000
+
+
+def check_folder(folder: Path, *, depth: int | None = None, path: str | None = None) -> None:
+    """Raise the one fitting `ModelError`: M302 no config, M308 pickle only, M309 damaged or missing file, M313 depth that
+    disagrees with the tensors (asked for by `depth` and the layers' `path`)."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
+    read_json(config)
+    tensors = tensor_headers(folder)
+    if depth is not None and path is not None:
+        pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
+        found = {int(m.group(1)) for name in tensors if (m := pattern.search(name))}
+        if found and found != set(range(depth)):
+            raise ModelError(
+                f"{folder}: config.json says {depth} layers, the tensors hold {_ranges(found)}; "
+                "repair one of them",
+                code="M313",
+            )
+
+
+def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{tensor: (dtype, shape)} of all safetensors files of a folder, read from their headers alone."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ModelError(f"{index} has no weight_map; copy the index again", code="M309")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if file.parent != folder or not file.is_file():
+                raise ModelError(f"{index} names {file.name}, which is not in the folder; copy it there", code="M309")
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        weight_map = None
+    if not files:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{folder} has its weights only as pickle ({pickles[0]}), which can run code when it is read; "
+                "convert them to safetensors first",
+                code="M308",
+            )
+        raise ModelError(f"{folder} has no weights (*.safetensors)", code="M309")
+    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        headers |= read_header(file)
+    missing = sorted(set(weight_map or ()) - set(headers))
+    if missing:
+        raise ModelError(f"{index} names the tensor {missing[0]}, which no file holds; copy the files again", code="M309")
+    return headers
+
+
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{tensor: (dtype, shape)} of one safetensors file. Raises M309 when the file is damaged or shorter than it says."""
+    damaged = f"{file} is not a complete safetensors file"
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length + 8 > size or length > _MAX_JSON:
+                raise ModelError(f"{damaged} (its header does not fit); copy it again", code="M309")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        if ends and max(ends) + 8 + length != size:
+            raise ModelError(
+                f"{damaged} ({size:,} bytes, its header says {max(ends) + 8 + length:,}); copy it again", code="M309"
+            )
+        return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise ModelError(f"{damaged} (its header cannot be read); copy it again", code="M309") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror}", code="M309") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises M302."""
+    try:
+        if file.stat().st_size > _MAX_JSON:
+            raise ModelError(f"{file} is larger than {_MAX_JSON // 1_000_000} MB; this is not a config", code="M302")
+        data = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        raise ModelError(f"{file} is not valid JSON; copy it again", code="M302") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror}", code="M302") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{file} is not a JSON object; copy it again", code="M302")
+    return data
+
+
+def _ranges(numbers: set[int]) -> str:
+    return f"layers {min(numbers)} to {max(numbers)}, {len(numbers)} of them"

