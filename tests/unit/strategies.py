@@ -1,4 +1,7 @@
-"""Hypothesis strategies for steps, plans and almost-plans. Few draws each: drawing is what a property test waits for."""
+"""Hypothesis strategies for steps, plans and almost-plans.
+
+Each draws little: drawing, not the code under test, is what property tests wait for.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,9 @@ plans = st.builds(
 
 json_values = st.recursive(
     st.sampled_from([None, True, 0, 12, -1, 10**400, 1.5, float("nan"), float("inf"), "", "0-3", "\ud800", "decoder"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["decoder", "", "format", "base"]) | st.text(max_size=2), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["decoder", "", "format", "base"]) | st.text(max_size=2), inner, max_size=3)
+    ),
     max_leaves=5,
 )

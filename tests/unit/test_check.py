@@ -44,7 +44,14 @@ ILLEGAL = [
     ("P107", "llama", "0-1,2@1,3@2", {}, 3, ["layer 3 reads the KV of layer 2", "stores no KV of its own"]),
     ("P107", "llama", "0,1m,2@1", {}, 2, ["layer 2 reads the KV of layer 1", "choose an earlier layer"]),
     ("P107", "llama", "0,(1|2@1)", {}, 2, ["layer 2 reads the KV of layer 1", "choose an earlier layer"]),
-    ("P108", "alternating", "0,1@0", {}, 1, ["layer 1 reads the KV of layer 0", "window 4", "a source of the same kind"]),
+    (
+        "P108",
+        "alternating",
+        "0,1@0",
+        {},
+        1,
+        ["layer 1 reads the KV of layer 0", "window 4", "a source of the same kind"],
+    ),
     ("P109", "llama", "0,1m@0", {}, 1, ["layer 1 reads the KV of layer 0", "only its mlp", "write 1m without @"]),
     ("P109", "hybrid", "0,3,7@0", {}, 0, ["layer 7 reads the KV of layer 0", "linear_attention", "drop the @"]),
     ("P109", "hybrid", "3,4@3", {}, 4, ["layer 4 (linear_attention) has no KV", "drop the @"]),
@@ -63,8 +70,22 @@ ILLEGAL = [
     ("P112", "llama", "0,1:new", {"newer.q": (1,)}, 1, ["layer 1 ", "'new'", "remove :new"]),
     ("P112", "llama", "0,(1:new|2)", {}, 1, ["layer 1 ", "'new'", "remove :new"]),
     ("P112", "llama", "0,!e=head?g,1", {}, None, ["exit 'e'", "'head'", "remove =head"]),
-    ("P113", "llama", "0,~2-3", {"map-2-3.weight": (16, 8)}, 2, ["layers 2-3", "[16, 8] instead of [16, 16]", "fit it on"]),
-    ("P113", "llama", "0,~2-3", MAP | {"map-2-3.bias": (1, 16)}, 2, ["layers 2-3", "[1, 16] instead of [16]", "fit it"]),
+    (
+        "P113",
+        "llama",
+        "0,~2-3",
+        {"map-2-3.weight": (16, 8)},
+        2,
+        ["layers 2-3", "[16, 8] instead of [16, 16]", "fit it on"],
+    ),
+    (
+        "P113",
+        "llama",
+        "0,~2-3",
+        MAP | {"map-2-3.bias": (1, 16)},
+        2,
+        ["layers 2-3", "[1, 16] instead of [16]", "fit it"],
+    ),
     (
         "P113",
         "llama",
@@ -132,7 +153,9 @@ def test_steps_made_by_hand_are_checked_too(
 
 def test_every_code_is_earned_by_some_plan() -> None:
     text = importlib.import_module("shoal.plan.check").__doc__ or ""
-    assert set(re.findall(r"P1\d\d", text)) == {row[0] for row in ILLEGAL} | {row[0] for row in BY_HAND} | ELSEWHERE | {"P101"}
+    assert set(re.findall(r"P1\d\d", text)) == {row[0] for row in ILLEGAL} | {row[0] for row in BY_HAND} | ELSEWHERE | {
+        "P101"
+    }
 
 
 @pytest.mark.parametrize(

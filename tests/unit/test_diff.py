@@ -63,7 +63,9 @@ def test_equal_plans_and_only_they_have_no_changes(one: tuple[Step, ...], other:
 
 
 def test_plans_of_two_models_are_not_compared() -> None:
-    with pytest.raises(PlanError, match=r"P101: .*llama, sha256:\w+ and gemma2, sha256:\w+\); compare plans of one model"):
+    with pytest.raises(
+        PlanError, match=r"P101: .*llama, sha256:\w+ and gemma2, sha256:\w+\); compare plans of one model"
+    ):
         diff(Plan.identity(llama()), Plan.identity(alternating()))
 
 

@@ -7,7 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import NotationError, PlanError, ShoalError
-from shoal.plan import KV, Exit, Map, Parallel, Plan, Run, Step, format_plan, format_steps, parse_plan, parse_steps, strip
+from shoal.plan import (
+    KV,
+    Exit,
+    Map,
+    Parallel,
+    Plan,
+    Run,
+    Step,
+    format_plan,
+    format_steps,
+    parse_plan,
+    parse_steps,
+    strip,
+)
 from shoal.plan.notation import MAX_STEPS
 from unit import strategies
 from unit.specs import llama, plan_of, two_stacks

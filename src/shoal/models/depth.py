@@ -129,7 +129,9 @@ def permuted_config(config: PreTrainedConfig, slots: tuple[int, ...]) -> tuple[P
         new["per_layer_config"] = {slot: by_layer[i] for slot, i in enumerate(slots) if i in by_layer}
     derived = {name for name in new if isinstance(getattr(type(config), name, None), property)}
     fields = {name: value for name, value in new.items() if name not in derived}
-    made = type(config).from_dict(old | fields)
+    made = copy.deepcopy(config)  # not by way of to_dict, which loses values such as infinity
+    for name, value in fields.items():
+        setattr(made, name, value)
     return made, {name: (old.get(name), value) for name, value in fields.items() if old.get(name) != value}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,12 +139,10 @@ def _refusal(code: str, step: str, why: str, nearest: str) -> WriteError:
 def _whole_config(whole: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig) -> PreTrainedConfig:
     """`whole` with its text config exchanged; the text config is often the whole."""
     if old is whole:
-        new.architectures = whole.architectures
         return new
-    data = whole.to_dict()
-    name = next(n for n in whole.sub_configs if getattr(whole, n, None) is old)
-    data[name] = new.to_dict()
-    return type(whole).from_dict(data)
+    made = copy.deepcopy(whole)
+    setattr(made, next(n for n in whole.sub_configs if getattr(whole, n, None) is old), new)
+    return made
 
 
 def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig, slots: tuple[int, ...]) -> None:
