@@ -36,6 +36,7 @@ from shoal.evaluate import (
     speed,
 )
 from shoal.evaluate.agreement import compare_logits
+from shoal.evaluate.decoding import Stepper
 from shoal.evaluate.generation import repeated_ngrams
 from shoal.evaluate.stats import Spread, ratio
 
@@ -45,9 +46,8 @@ VOCAB = 256
 @pytest.fixture(scope="module")
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(1)
-    config = GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
+    shape = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    config = GPT2Config(**shape, bos_token_id=1, eos_token_id=2)
     return GPT2LMHeadModel(config).eval()
 
 
@@ -312,7 +312,7 @@ def test_speed_pairs_the_variants_and_says_what_it_measured(model: Any) -> None:
 
 def test_the_timed_steps_are_real_cached_decoding(model: Any) -> None:
     ids, seen = random_ids(2, 10).tolist(), []
-    step = __import__("shoal.evaluate.decoding", fromlist=["Stepper"]).Stepper(model)
+    step = Stepper(model)
     handle = model.register_forward_hook(lambda module, args, output: seen.append(output.logits))
     try:
         with torch.no_grad():
@@ -353,15 +353,8 @@ def test_memory_of_windows_and_recurrent_states() -> None:
     recurrent = memory(MambaForCausalLM(MambaConfig(**shape, state_size=4, conv_kernel=3)), prompt=12, batch=2)
     assert recurrent.kv_bytes_per_token == 0
     assert recurrent.kv_bytes == 2 * 2 * 64 * (3 + 4) * 4
-    config = JambaConfig(
-        **shape,
-        **heads,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        num_experts=1,
-        mamba_dt_rank=4,
-        use_mamba_kernels=False,
-    )
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_dt_rank": 4}
+    config = JambaConfig(**shape, **heads, **layers)
     mixed = memory(JambaForCausalLM(config), prompt=12)
     assert mixed.kv_bytes_per_token == row
     assert mixed.kv_bytes > 12 * row

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.plan import Cost, Plan, Shape, Spec, cost
+from shoal.plan import Cost, KVSpec, Plan, Shape, Spec, cost
 from unit.specs import (
     HEAD_FLOPS,
     LAYER_FLOPS,
@@ -152,6 +152,14 @@ def test_attention_is_counted_pair_by_pair(prompt: int, context: int, window: in
     assert found.prefill_flops == 2 * WIDTH * _pairs(prompt, window)
     assert found.decode_flops == 2 * WIDTH * seen
     assert found.kv_elements == 16 * seen
+
+
+def test_keys_and_values_may_differ_in_size() -> None:
+    kv = KVSpec("full", heads=2, key_dim=4, value_dim=6, state=5)
+    assert kv.per_token == 2 * (4 + 6)
+    assert kv.elements(7) == 7 * 20 + 5
+    assert replace(kv, window=3).elements(7) == 3 * 20 + 5
+    assert replace(kv, window=9).elements(7) == 7 * 20 + 5
 
 
 def test_recurrent_layers_hold_a_constant_state() -> None:

@@ -181,7 +181,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
 def test_the_built_in_text_is_split_without_overlap() -> None:
     texts = {split: builtin_text(split) for split in SPLITS}
     paragraphs = {split: [p.strip() for p in text.split("\n\n")] for split, text in texts.items()}
-    everything = sum(paragraphs.values(), [])
+    everything = [paragraph for pieces in paragraphs.values() for paragraph in pieces]
     assert len(everything) == len(set(everything))
     assert all(len(text) > 50_000 for text in texts.values())
     data = load_data("builtin", Characters(), split="tune", length=64, limit=2)
@@ -217,7 +217,7 @@ def test_a_hub_data_set_is_streamed_by_the_datasets_package(monkeypatch: pytest.
     ]
     with pytest.raises(DataError, match=r"D411: .*\(no such config\)"):
         load_data("a/b:none", Characters())
-    with pytest.raises(DataError, match="D408: .* its keys are: text"):
+    with pytest.raises(DataError, match=r"D408: .* its keys are: text"):
         load_data("a/b", Characters(), text_key="story")
 
 
@@ -234,7 +234,7 @@ def test_parquet_reads_one_column(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with the eval extra")
     parquet.write_table(pyarrow.table({"text": ["ab", "cd"], "id": [1, 2]}), tmp_path / "a.parquet")
     assert text_of(load_data(tmp_path / "a.parquet", Characters(), length=6)) == ["ab\n\ncd"]
-    with pytest.raises(DataError, match="D408: .* its keys are: text, id"):
+    with pytest.raises(DataError, match=r"D408: .* its keys are: text, id"):
         load_data(tmp_path / "a.parquet", Characters(), text_key="story")
     with pytest.raises(DataError, match="D404"):
         load_data(write(tmp_path / "b.parquet", "not parquet"), Characters())

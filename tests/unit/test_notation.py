@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,6 +152,16 @@ def test_a_refusal_quotes_the_piece_and_says_why(text: str, quoted: str, why: st
 def test_the_longest_plan_is_read() -> None:
     assert len(parse_steps(f"0-{MAX_STEPS - 1}")) == MAX_STEPS
     assert format_steps(parse_steps(f"{MAX_STEPS - 1}-0")) == f"{MAX_STEPS - 1}-0"
+
+
+def test_a_group_too_large_is_refused_before_it_fills_the_memory() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(NotationError, match="more than 10000"):
+            parse_steps(f"({'|'.join(['0-9999'] * 50)})")
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_stack_given_twice_is_refused() -> None:

@@ -242,10 +242,10 @@ def test_load_names_the_file_that_it_cannot_read(tmp_path: Path) -> None:
 
 
 def test_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match=r"W201: cannot write the plan .*nowhere.*; choose another place"):
+    with pytest.raises(WriteError, match=r"W215: cannot write the plan .*nowhere.*; choose another place"):
         save_plan(GOLDEN, tmp_path / "nowhere" / "plan.json")
     (tmp_path / "plan.json").mkdir()
-    with pytest.raises(WriteError, match="W201"):
+    with pytest.raises(WriteError, match="W215"):
         save_plan(GOLDEN, tmp_path / "plan.json")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 

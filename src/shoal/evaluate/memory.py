@@ -61,9 +61,10 @@ def memory(model: Any, *, prompt: int = 512, batch: int = 1) -> Memory:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors of a cache, or of a row, list or dict in it; rows without state hold none."""
+    """All tensors of a cache, or of a row, list or dict in it; counters, which have no dimensions, are no state."""
     if isinstance(value, torch.Tensor):
-        yield value
+        if value.ndim:
+            yield value
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)

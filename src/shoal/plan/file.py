@@ -65,7 +65,7 @@ def plan_from_json(text: str | bytes, *, where: str = "the plan") -> Plan:
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Write plan.json by way of a temporary sibling, so that a kill leaves the old file or the new one.
 
-    Raises W201 when the folder does not exist or cannot be written.
+    Raises W215 when the folder does not exist or cannot be written.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -74,7 +74,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise WriteError(f"cannot write the plan {path}: {error.strerror}; choose another place", code="W201") from None
+        raise WriteError(f"cannot write the plan {path}: {error.strerror}; choose another place", code="W215") from None
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -24,7 +24,7 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 def fit_rows(cache: Cache, rows: tuple[int, ...]) -> None:
     """Give `cache` one empty row for each slot of the plan; `rows[slot]` is the base row whose type the slot needs.
 
-    Called before the first layer of every forward; a cache that was fitted already is left alone. Raises P120 when the
+    Called before the first layer of every forward; a cache that was fitted already is left alone. Raises P123 when the
     cache holds tokens from another plan.
     """
     fitted = cache.__dict__.get("_shoal_rows")
@@ -32,7 +32,7 @@ def fit_rows(cache: Cache, rows: tuple[int, ...]) -> None:
         return
     if fitted is not None or any(_tokens(row) for row in cache.layers):
         raise PlanError(
-            "this KV cache was filled under another plan; start with an empty cache", code="P120"
+            "this KV cache was filled under another plan; start with an empty cache", code="P123"
         )
     if cache.layers:  # a cache made without a config has no rows yet and grows as the slots are written
         fresh, used = [], set()

@@ -1,0 +1,57 @@
+"""Shoal makes Transformers shallower. Names are loaded when they are used; importing shoal costs no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from shoal._version import __version__
+
+if TYPE_CHECKING:
+    from shoal.api.assess import bench, evaluate
+    from shoal.api.find import measure, prune
+    from shoal.data import load_data
+    from shoal.errors import ShoalError
+    from shoal.models.inspect import inspect
+    from shoal.models.load import inspect_source, load
+    from shoal.plan import Plan, Spec, check, cost, diff, load_plan, parse_plan, save_plan
+    from shoal.report import render
+    from shoal.run.live import apply, running
+    from shoal.write.folder import verify, write
+    from shoal.write.surgery import rewrite
+
+_HOMES = {
+    "Plan": "shoal.plan",
+    "ShoalError": "shoal.errors",
+    "Spec": "shoal.plan",
+    "apply": "shoal.run.live",
+    "bench": "shoal.api.assess",
+    "check": "shoal.plan",
+    "cost": "shoal.plan",
+    "diff": "shoal.plan",
+    "evaluate": "shoal.api.assess",
+    "inspect": "shoal.models.inspect",
+    "inspect_source": "shoal.models.load",
+    "load": "shoal.models.load",
+    "load_data": "shoal.data",
+    "load_plan": "shoal.plan",
+    "measure": "shoal.api.find",
+    "parse_plan": "shoal.plan",
+    "prune": "shoal.api.find",
+    "render": "shoal.report",
+    "rewrite": "shoal.write.surgery",
+    "running": "shoal.run.live",
+    "save_plan": "shoal.plan",
+    "verify": "shoal.write.folder",
+    "write": "shoal.write.folder",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The verbs that compose several rooms: measure, prune, evaluate, bench."""

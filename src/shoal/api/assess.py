@@ -1,0 +1,174 @@
+"""evaluate and bench: what a model is worth and how fast it is, alone or against the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shoal.data import Data, load_data
+from shoal.errors import DataError, UsageError
+from shoal.evaluate import (
+    Agreement,
+    GenerationCheck,
+    Memory,
+    Perplexity,
+    Progress,
+    Speed,
+    agreement,
+    agreement_between,
+    generation_check,
+    memory,
+    perplexity,
+    speed,
+)
+from shoal.models.load import Loaded, load
+from shoal.plan import Plan
+from shoal.run.live import running
+
+Source = str | Path | nn.Module | Loaded
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found; parts that were not asked for are None."""
+
+    perplexity: Perplexity
+    dense: Perplexity | None = None
+    agreement: Agreement | None = None
+    generation: GenerationCheck | None = None
+    dense_generation: GenerationCheck | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value.to_dict() for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `bench` found."""
+
+    speed: Speed
+    memory: dict[str, Memory]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"speed": self.speed.to_dict(), "memory": {name: m.to_dict() for name, m in self.memory.items()}}
+
+
+def opened(source: Source, **options: Any) -> Loaded:
+    """`source` itself when it is loaded already."""
+    return source if isinstance(source, Loaded) else load(source, **options)
+
+
+def tokenizer_of(loaded: Loaded) -> Any:
+    """The tokenizer. Raises D440 when the model came without one."""
+    if loaded.tokenizer is None:
+        raise DataError(f"{loaded.source} has no tokenizer; pass one to read text", code="D440")
+    return loaded.tokenizer
+
+
+def text_of(loaded: Loaded, source: Any, **options: Any) -> Data:
+    """Windows of text for this model; a `Data` is handed on as it is."""
+    return source if isinstance(source, Data) else load_data(source, tokenizer_of(loaded), **options)
+
+
+def evaluate(
+    source: Source,
+    *,
+    plan: Plan | str | None = None,
+    against: Source | None = None,
+    data: Any = "builtin",
+    split: str = "test",
+    window: int = 512,
+    stride: int | None = None,
+    limit: int = 16,
+    bos: bool = False,
+    batch: int = 1,
+    generation: bool = True,
+    new_tokens: int = 64,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Perplexity on `limit` windows of `window` tokens and a greedy generation check; with a `plan` (run live) or a model
+    to compare `against`, also the dense figures, KL(dense || this) and top-1 agreement.
+
+    `options` go to `shoal.load`. Raises `ShoalError` for a model, plan or data that cannot be used.
+    """
+    loaded = opened(source, **options)
+    text = text_of(loaded, data, split=split, length=window, stride=stride, limit=limit, bos=bos)
+    if plan is not None and against is not None:
+        raise UsageError("give a plan or a model to compare with, not both", code="U520")
+    other = None if against is None else opened(against, **options)
+    context = planned(loaded.model, plan)
+    with context():
+        mine = perplexity(loaded.model, text, batch=batch, progress=progress)
+        written = (
+            generation_check(loaded.model, loaded.tokenizer, new_tokens=new_tokens, progress=progress)
+            if generation and loaded.tokenizer is not None
+            else None
+        )
+    if plan is None and other is None:
+        return Evaluation(mine, generation=written)
+    dense_model = loaded.model if other is None else other.model
+    dense = perplexity(dense_model, text, batch=batch, progress=progress)
+    dense_written = (
+        generation_check(dense_model, loaded.tokenizer, new_tokens=new_tokens, progress=progress) if written else None
+    )
+    if other is None:
+        same = agreement(loaded.model, text, dense=nullcontext, pruned=context, batch=batch, progress=progress)
+    else:
+        same = agreement_between(other.model, loaded.model, text, batch=batch, progress=progress)
+    return Evaluation(mine, dense, same, written, dense_written)
+
+
+def bench(
+    source: Source,
+    *,
+    plan: Plan | str | None = None,
+    against: Source | None = None,
+    prompt: int = 512,
+    new: int = 32,
+    batch: int = 1,
+    pairs: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Bench:
+    """Wall clock of prefill and decode, dense and pruned in turn in one run, and the memory of weights and KV.
+
+    The pruned side is `plan` run live, or `source` itself `against` a dense model; without both `source` is timed alone.
+    """
+    loaded = opened(source, **options)
+    variants: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
+    if against is not None:
+        dense = opened(against, **options)
+        variants["dense"] = lambda: nullcontext(dense.model)
+        variants["pruned"] = lambda: nullcontext(loaded.model)
+    else:
+        variants["dense"] = lambda: nullcontext(loaded.model)
+        if plan is not None:
+            variants["pruned"] = planned(loaded.model, plan)
+    timed = speed(variants, prompt=prompt, new=new, batch=batch, pairs=pairs, seed=seed, progress=progress)
+    held = {}
+    for name, variant in variants.items():
+        with variant() as model:
+            held[name] = memory(model, prompt=prompt, batch=batch)
+    return Bench(timed, held)
+
+
+def planned(model: Any, plan: Plan | str | None) -> Callable[[], AbstractContextManager[Any]]:
+    """A factory of contexts that yield `model` while `plan` runs on it."""
+
+    @contextmanager
+    def context() -> Iterator[Any]:
+        if plan is None:
+            yield model
+            return
+        with running(model, plan):
+            yield model
+
+    return context

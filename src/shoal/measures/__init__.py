@@ -1,0 +1,1 @@
+"""Importance measures, one file each: (model, data) -> Scores; the lowest is removable."""

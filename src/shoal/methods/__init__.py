@@ -1,0 +1,1 @@
+"""Published systems, one file each, as compositions of a measure and a search."""

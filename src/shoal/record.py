@@ -1,0 +1,85 @@
+"""Every number is a record: what was computed, on what, with which versions, by which command. Append-only JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("shoal", "torch", "transformers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One result. `what` names the verb or the evaluation, `numbers` is its plain data."""
+
+    what: str
+    numbers: dict[str, Any]
+    plan: str | None = None
+    """Hash of the plan that ran; None for the dense model."""
+    base: str | None = None
+    """Fingerprint of the base model."""
+    seed: int | None = None
+    command: tuple[str, ...] = ()
+    environment: dict[str, Any] = field(default_factory=lambda: environment())
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions, machine and the state of the source tree, as far as they can be known without importing anything."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "git": _git_state(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one line to a records file; a line is written in one call, so that a kill leaves whole lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record.to_dict(), ensure_ascii=False) + "\n")
+
+
+def command_line() -> tuple[str, ...]:
+    """The command as the user typed it; the program's own path is reduced to its name."""
+    return (Path(sys.argv[0]).name, *sys.argv[1:])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> str | None:
+    """Commit of Shoal's own source tree, with + when it has changes; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(  # noqa: S603
+            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() or None

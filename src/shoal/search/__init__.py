@@ -1,0 +1,1 @@
+"""Searches, one file each: scores or an objective -> a plan within a budget."""

@@ -1,0 +1,182 @@
+"""The proof's measurements, and the fresh process that takes them with nothing but torch and transformers.
+
+`python proof_child.py REQUEST.json` loads each folder of the request as any user would, and writes what it measured. The
+parent imports the same functions for its live side, so that both sides are asked the same questions in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+CACHES = ("past_key_values", "cache_params")
+
+
+def uncached(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits [b, t, vocab] of one pass over ids [b, t]; mask [b, t] is 0 where a row is padded on the left."""
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def cached(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """The same logits by a prefill of half the tokens, a chunk of two as in verification (one where a layer keeps a
+    recurrent state, which takes no chunks), then single tokens. None for a model that keeps no cache."""
+    start, end, length = 0, (ids.shape[1] + 1) // 2, ids.shape[1]
+    past: dict[str, Any] = {}
+    pieces: list[torch.Tensor] = []
+    while start < length:
+        past, logits = _step(model, ids[:, start:end], mask[:, :end], past)
+        if not past:
+            return None
+        recurrent = any(getattr(_only(past), "is_linear", ()))
+        chunk = 2 if not pieces and not recurrent else 1
+        pieces.append(logits)
+        start, end = end, min(end + chunk, length)
+    return torch.cat(pieces, 1)
+
+
+def greedy(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[int], list[float]]:
+    """`tokens` greedy tokens after prompt [1, t], by `generate`, and at each the gap between the two highest scores."""
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    best = [scores[0].float().topk(2).values.tolist() for scores in out.scores]
+    return out.sequences[0, prompt.shape[1] :].tolist(), [first - second for first, second in best]
+
+
+def kv_facts(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any] | None:
+    """What the cache of one sequence ids [1, t] holds: `per_token`, bytes by which the second token lets it grow;
+    `elements` at t tokens; `rows`, [window or 0, elements] of every row that holds something. None without a cache."""
+    first, _ = _step(model, ids[:, :1], mask[:, :1], {})
+    if not first:
+        return None
+    before = _bytes(first)
+    growth = _bytes(_step(model, ids[:, 1:2], mask[:, :2], first)[0]) - before
+    whole, _ = _step(model, ids, mask, {})
+    rows = [
+        [row.sliding_window if getattr(row, "is_sliding", False) else 0, sum(t.numel() for t in _tensors(vars(row)))]
+        for row in _only(whole).layers
+    ]
+    return {"per_token": growth, "elements": sum(n for _, n in rows), "rows": [row for row in rows if row[1]]}
+
+
+def bit_sums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """For each tensor the sum of its values' float32 bit patterns, modulo 2^64: exact, the same in any order and for
+    any narrower dtype, and changed by a change of any one value."""
+    sums = {}
+    for name, tensor in tensors.items():
+        flat, total = tensor.detach().reshape(-1), 0
+        for start in range(0, flat.numel(), 1 << 24):  # in pieces, or a large embedding would be held twice
+            piece = flat[start : start + (1 << 24)].float().contiguous()
+            total += int(piece.view(torch.int32).sum(dtype=torch.int64))
+        sums[name] = total
+    return sums
+
+
+def parameters(model: Any) -> int:
+    """Parameters by unique storage: tied weights count once."""
+    return sum({(p.data_ptr(), p.numel()): p.numel() for p in model.parameters()}.values())
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor) -> float:
+    """The largest absolute difference over the places where mask [b, t] is 1; NaN when any value there is NaN."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    seen = mask.bool().to(ours.device)
+    return float((ours.float() - theirs.to(ours.device).float())[seen].abs().max())
+
+
+def _step(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, past: dict[str, Any]
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """One cached forward after `past`, {keyword: cache} or empty; the new `past` is empty for a model without a cache."""
+    out = model(input_ids=ids, attention_mask=mask, use_cache=True, **past)
+    return {name: out[name] for name in CACHES if out.get(name) is not None}, out.logits
+
+
+def _only(past: dict[str, Any]) -> Any:
+    return next(iter(past.values()))
+
+
+def _bytes(past: dict[str, Any]) -> int:
+    return sum(t.numel() * t.element_size() for row in _only(past).layers for t in _tensors(vars(row)))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of a row of a cache; counters, which have no dimensions, hold no tokens."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.ndim else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Load one folder and measure it. `job`: folder, reference (a safetensors file), device, dtype, options for the
+    load, prompts and tokens for the greedy check."""
+    from safetensors.torch import load_file
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        job["folder"],
+        dtype=getattr(torch, job["dtype"]),
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **job["options"],
+    )
+    model = model.to(job["device"]).eval()
+    tensors = load_file(job["reference"], device=job["device"])
+    found: dict[str, Any] = {
+        "keys": {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")},
+        "class": type(model).__name__,
+        "parameters": parameters(model),
+        "depth": model.config.get_text_config(decoder=True).num_hidden_layers,
+        "weights": bit_sums(model.state_dict()),
+        "logits": {},
+        "cached_uncached": {},
+    }
+    for name in sorted({key.partition(".")[0] for key in tensors}):
+        ids, mask = tensors[f"{name}.ids"], tensors[f"{name}.mask"]
+        made = {"uncached": uncached(model, ids, mask), "cached": cached(model, ids, mask)}
+        for kind, logits in made.items():
+            if f"{name}.{kind}" in tensors and logits is not None:
+                found["logits"][f"{name}.{kind}"] = distance(logits, tensors[f"{name}.{kind}"], mask)
+        if made["cached"] is not None:
+            found["cached_uncached"][name] = distance(made["cached"], made["uncached"], mask)
+            found["largest"] = float(made["uncached"].abs().max())
+    found["kv"] = kv_facts(model, tensors["random.ids"], tensors["random.mask"])
+    prompts = [torch.tensor([prompt], device=job["device"]) for prompt in job["prompts"]]
+    found["greedy"] = [greedy(model, prompt, job["tokens"])[0] for prompt in prompts]
+    return found
+
+
+def main(request_file: str) -> None:
+    """Answer every job of the request; a job that fails gets {"error": ...}."""
+    with open(request_file, encoding="utf-8") as stream:  # noqa: PTH123 - this script imports as little as it can
+        request = json.load(stream)
+    torch.set_num_threads(request["threads"])
+    torch.set_float32_matmul_precision(request["precision"])
+    answers = []
+    for job in request["jobs"]:
+        try:
+            with torch.no_grad():
+                answers.append(answer(job))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+            answers.append({"error": f"{type(error).__name__}: {error}"})
+    assert "shoal" not in sys.modules
+    with open(request["answers"], "w", encoding="utf-8") as stream:  # noqa: PTH123
+        json.dump(answers, stream)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,201 @@
+"""The proof's live side: what a written folder must show, computed on the model while the plan runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from shoal.models.inspect import inspect
+from shoal.models.probe import probe
+from shoal.models.stacks import find_stack, unwrap
+from shoal.plan import Plan, Run, Shape, Spec, cost
+from shoal.run.live import running
+from shoal.write import proof_child as measure
+from shoal.write.surgery import Blueprint, blueprint, moved_tensors
+
+TOKENS = 24
+"""Tokens of each sequence whose logits are compared."""
+TEXTS = (
+    "The harbour was quiet in the early morning, and only a few boats had left for the open water.",
+    "def area(width, height):\n    return width * height\n\nprint(area(3, 4))",
+    "Question: Which planet is closest to the sun?\nAnswer:",
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What must be counted in the reloaded model."""
+
+    parameters: int
+    depth: int
+    kv_per_token: int
+    """Bytes."""
+    kv_elements: int
+    """At `TOKENS` tokens, or as many as the model takes."""
+    rows: list[list[int]] | None = None
+    weights: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One side of a proof: tensors and figures to compare with, and how to load the folder to compare fairly."""
+
+    expected: Expected
+    tensors: dict[str, torch.Tensor]
+    """SET.ids and SET.mask, and with a live model SET.uncached and SET.cached, for the sets random, padded and text."""
+    device: str
+    dtype: str
+    options: dict[str, Any] = field(default_factory=dict)
+    prompts: tuple[list[int], ...] = ()
+    tokens: int = 0
+    greedy: tuple[tuple[list[int], list[float]], ...] = ()
+    """For each prompt the live tokens, and at each the gap between the two highest scores."""
+    largest: float = 0.0
+    """The largest absolute live logit."""
+
+
+def live_reference(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    tokenizer: Any = None,
+    greedy: tuple[int, int] = (3, 32),
+    plans: Blueprint | None = None,
+) -> Reference:
+    """Run the probes of the proof on `model` under `plan`. `greedy`: how many prompts, how many tokens for each.
+
+    Holds no copy of the weights. Raises what `running` and `blueprint` raise.
+    """
+    inner = unwrap(model)
+    plans = plans or blueprint(inner, plan, zero_parts=True)
+    spec = inspect(inner)
+    sets = probe_sets(inner, tokenizer)
+    prompts = _prompts(sets, greedy[0])
+    tokens = min(greedy[1], _context(inner) - max(len(p) for p in prompts)) if prompts else 0
+    stack = find_stack(inner)
+    sums = {name: torch.tensor(value) for name, value in measure.bit_sums(inner.state_dict()).items()}
+    moved = moved_tensors(sums, stack, plans, probe(inner, stack).layers)
+    tensors: dict[str, torch.Tensor] = {}
+    largest = 0.0
+    with quiet(), _evaluating(inner), torch.no_grad(), running(inner, plan):
+        for name, (ids, mask) in sets.items():
+            found = {"uncached": measure.uncached(inner, ids, mask), "cached": measure.cached(inner, ids, mask)}
+            largest = max(largest, float(found["uncached"].abs()[mask.bool()].max()))  # type: ignore[union-attr]
+            found |= {"ids": ids, "mask": mask}
+            tensors |= {f"{name}.{kind}": t.cpu().contiguous() for kind, t in found.items() if t is not None}
+        rows = measure.kv_facts(inner, *sets["random"])
+        chosen = tuple(measure.greedy(inner, torch.tensor([p], device=inner.device), tokens) for p in prompts)
+    expected = _expected(plan, plans, spec, inner, sets["random"][0].shape[1])
+    whole = not plans.silent  # a part that is only silenced still fills its row of the cache
+    return Reference(
+        Expected(
+            **expected,
+            rows=rows["rows"] if rows is not None and whole else None,
+            weights={name: int(value) for name, value in moved.items()},
+        ),
+        tensors,
+        prompts=tuple(prompts),
+        tokens=tokens,
+        greedy=chosen,
+        largest=largest,
+        **load_settings(inner),
+    )
+
+
+def counted_reference(model: PreTrainedModel, spec: Spec, *, tokenizer: Any, weights: dict[str, int] | None) -> Reference:
+    """What a folder must show when there is no base to compare with: the counts of its own config, and logits that do
+    not depend on the cache. `model` may be on the meta device; `weights` are the sums of an earlier proof."""
+    sets = probe_sets(model, tokenizer, device="cpu")
+    plan = Plan.identity(spec)
+    slots = tuple(range(spec.stack().depth))
+    expected = _expected(plan, Blueprint(plan, slots, (), model.config, {}), spec, model, sets["random"][0].shape[1])
+    tensors = {f"{n}.{kind}": t for n, pair in sets.items() for kind, t in zip(("ids", "mask"), pair, strict=True)}
+    prompts = tuple(_prompts(sets, 1))
+    return Reference(Expected(**expected, weights=weights), tensors, prompts=prompts, **load_settings(model))
+
+
+def load_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """How the fresh process must load a folder to compute as `model` does."""
+    options = {"attn_implementation": model.config._attn_implementation}
+    experts = getattr(model.config, "_experts_implementation", None)
+    if experts is not None:
+        options["experts_implementation"] = experts
+    device = "cpu" if model.device.type == "meta" else str(model.device)
+    return {"device": device, "dtype": str(model.dtype).removeprefix("torch."), "options": options}
+
+
+def probe_sets(
+    model: PreTrainedModel, tokenizer: Any, device: str | None = None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, mask) by name: random [1, t], padded [2, t] with its second row padded on the left, and text [1, t]."""
+    config = model.config.get_text_config(decoder=True)
+    length = min(TOKENS, _context(model) // 2)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (3, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[2, : length // 4] = 0
+    sets = {"random": (ids[:1], mask[:1]), "padded": (ids[1:], mask[1:])}
+    if tokenizer is not None:
+        text = torch.tensor([tokenizer(TEXTS[0])["input_ids"][:length]])
+        if text.shape[1] > 1 and int(text.max()) < config.vocab_size:
+            sets["text"] = (text, torch.ones_like(text))
+    place = device or model.device
+    return {name: (i.to(place), m.to(place)) for name, (i, m) in sets.items()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither progress bars nor hints of transformers; both as they were afterwards."""
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _expected(plan: Plan, plans: Blueprint, spec: Spec, model: PreTrainedModel, length: int) -> dict[str, int]:
+    """A stock checkpoint runs whole layers, also where the plan silences a part, so that is what is costed."""
+    whole = plan.with_steps(tuple(Run(layer) for layer in plans.slots))
+    priced = cost(whole, spec, Shape(context=length))
+    layers = [spec.stack().layers[i] for i in plans.slots]
+    # the plan's cost says how many tokens a window sees; transformers stores one less, as the next token brings its own
+    less = sum(layer.kv.per_token for layer in layers if layer.kv.window is not None and layer.kv.window <= length)
+    return {
+        "parameters": priced.written_params,
+        "depth": len(plans.slots),
+        "kv_per_token": priced.kv_per_token * model.dtype.itemsize,
+        "kv_elements": priced.kv_elements - less,
+    }
+
+
+def _prompts(sets: dict[str, tuple[torch.Tensor, torch.Tensor]], count: int) -> list[list[int]]:
+    """Text first, then random ids; half a sequence each, so that the rest can be generated."""
+    rows = [row for name in ("text", "random", "padded") if name in sets for row in sets[name][0]]
+    return [row[: max(1, len(row) // 2)].tolist() for row in rows[:count]]
+
+
+def _context(model: PreTrainedModel) -> int:
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 1 else 1_000_000
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
