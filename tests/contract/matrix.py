@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from shoal.errors import PlanError
+from shoal.errors import ShoalError
 from shoal.models.inspect import inspect
 from shoal.plan import Spec
 from shoal.run.live import running
@@ -17,18 +22,18 @@ from shoal.run.live import running
 from .families import DEPTH, FAMILIES, VOCAB, tiny
 from .references import by_hand, shared_kv, silenced
 
-KINDS = (
-    "identity",
-    "drop",
-    "drop first",
-    "attention only",
-    "mlp only",
-    "repeat",
-    "reorder",
-    "parallel",
-    "KV source",
-    "map",
-)
+PLANS = {
+    "identity": "0-3",
+    "drop": "0-1,3",
+    "drop first": "1-3",
+    "attention only": "0,1a,2-3",
+    "mlp only": "0m,1-3",
+    "repeat": "0,1x2,2-3",
+    "reorder": "0,2,1,3",
+    "parallel": "0,(1|2),3",
+    "map": "0-1,~2,3",
+}
+KINDS = (*PLANS, "KV source")
 ATTENTIONS = ("sdpa", "eager")
 CACHES = ("dynamic", "static")
 BATCHES = ("one", "left-padded")
@@ -38,7 +43,8 @@ LENGTH, PREFILL = 12, 7
 
 @dataclass(frozen=True)
 class Outcome:
-    """`state` is right, refused, not possible (transformers itself cannot, `why` says so) or wrong."""
+    """`state` is right, refused (`why` is the code), not possible (transformers itself cannot, `why` says so), wrong or
+    crashed."""
 
     state: str
     why: str = ""
@@ -47,7 +53,13 @@ class Outcome:
         return f"{self.state}: {self.why}" if self.why else self.state
 
 
-def run_cell(family: str, kind: str, attention: str, cache_kind: str, batch_kind: str) -> Outcome:
+Engine = Callable[..., AbstractContextManager[Any]]
+"""(model, notation, weights or None) -> a context in which the model runs the plan."""
+
+
+def run_cell(
+    family: str, kind: str, attention: str, cache_kind: str, batch_kind: str, engine: Engine = running
+) -> Outcome:
     """One cell of the matrix."""
     model = _model(family, attention)
     if isinstance(model, str):
@@ -62,11 +74,13 @@ def run_cell(family: str, kind: str, attention: str, cache_kind: str, batch_kind
     expected = _expected(family, kind, attention, batch_kind)
     batch = _batch(batch_kind)
     try:
-        with running(model, notation, weights):
+        with engine(model, notation, weights):
             whole = _uncached(model, batch)
             steps = _cached(model, batch, cache_kind)
-    except PlanError as error:
+    except ShoalError as error:
         return Outcome("refused", error.code)
+    except Exception as error:  # a cell that falls over is a finding, not the end of the matrix
+        return Outcome("crashed", f"{type(error).__name__}: {error}")
     if isinstance(expected, str):
         return Outcome("wrong", f"accepted, but there is no reference: {expected}")
     return _judge(kind, expected, whole, steps, batch)
@@ -88,17 +102,7 @@ def plan_text(kind: str, spec: Spec) -> str:
     if kind == "KV source":
         source, reader = _kv_pair(spec)
         return ",".join(f"{i}@{source}" if i == reader else str(i) for i in range(DEPTH))
-    return {
-        "identity": "0-3",
-        "drop": "0-1,3",
-        "drop first": "1-3",
-        "attention only": "0,1a,2-3",
-        "mlp only": "0m,1-3",
-        "repeat": "0,1x2,2-3",
-        "reorder": "0,2,1,3",
-        "parallel": "0,(1|2),3",
-        "map": "0-1,~2,3",
-    }[kind]
+    return PLANS[kind]
 
 
 def _kv_pair(spec: Spec) -> tuple[int, int]:
@@ -183,9 +187,9 @@ def _baseline(family: str, attention: str, cache_kind: str, batch_kind: str) -> 
     try:
         whole, steps = _uncached(model, batch), _cached(model, batch, cache_kind)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError, IndexError) as error:
-        return f"the stock model cannot: {type(error).__name__}: {str(error).splitlines()[0][:90]}"
+        return f"the stock model cannot: {type(error).__name__}: {str(error).splitlines()[0]}"
     error = (whole - steps)[batch["attention_mask"].bool()].abs().max().item()
-    return None if error <= LIMIT else f"the stock model's cached forward differs from its uncached one by {error:.1e}"
+    return None if error <= LIMIT else f"the stock model's cached forward differs from its uncached one by over {LIMIT:g}"
 
 
 @torch.no_grad()
@@ -208,6 +212,79 @@ def _cached(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) -
     return torch.cat(out, 1)
 
 
-def cells(families: tuple[str, ...] = tuple(FAMILIES)) -> list[tuple[str, str, str, str, str]]:
+Cell = tuple[str, str, str, str, str]
+
+
+def cells(families: Iterable[str] = tuple(FAMILIES), attentions: Iterable[str] = ATTENTIONS) -> list[Cell]:
     """All cells, family by family."""
-    return [(f, k, a, c, b) for f in families for a in ATTENTIONS for k in KINDS for c in CACHES for b in BATCHES]
+    return [(f, k, a, c, b) for f in families for a in attentions for k in KINDS for c in CACHES for b in BATCHES]
+
+
+def run_all(engine: Engine = running) -> dict[Cell, Outcome]:
+    """The whole matrix; about a minute on one core."""
+    return {cell: run_cell(*cell, engine=engine) for cell in cells()}
+
+
+def markdown(outcomes: dict[Cell, Outcome] | None = None) -> str:
+    """The matrix as a page: a row for each family, a column for each kind of plan."""
+    outcomes = outcomes or run_all()
+    notes: dict[str, int] = {}
+    rows = [
+        f"| {family} | " + " | ".join(_verdict(_of(outcomes, family, kind), notes) for kind in KINDS) + " |"
+        for family in FAMILIES
+    ]
+    columns = [f"{kind}<br>`{PLANS.get(kind, 'i@j')}`" for kind in KINDS]
+    states = [outcome.state for outcome in outcomes.values()]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    versions = f"Python {platform.python_version()}, torch {_release(torch)}, transformers {_release(transformers)}"
+    head = PAGE.format(cells=len(outcomes), counts=counts, versions=versions, limit=LIMIT, each=_per_entry())
+    footnotes = [f"{number}. {why}" for why, number in notes.items()]
+    table = [f"| family | {' | '.join(columns)} |", "|---" * (len(KINDS) + 1) + "|", *rows]
+    return "\n".join([head, *table, "", *footnotes, ""])
+
+
+PAGE = """# Contract matrix
+
+Written by `make docs` (`python -m tests.contract.matrix`); do not edit. {versions}, float32 on the CPU.
+
+Every entry stands for {each} cells: SDPA and eager attention, dynamic and static KV cache, one sequence and a left-padded
+batch of two, on a random model of 4 layers. **right**: the live plan's logits, in one pass and in cached passes (a prefill,
+a chunk of two tokens, single tokens), are within {limit:g} of the stock layers called by hand; the identity plan is equal
+bit for bit. **P1xx**: refused with this code before anything runs. **n/a**: the stock model itself cannot do the cell.
+
+{cells} cells: {counts}.
+"""
+
+
+def _per_entry() -> int:
+    return len(ATTENTIONS) * len(CACHES) * len(BATCHES)
+
+
+def _release(module: Any) -> str:
+    return str(module.__version__).partition("+")[0]
+
+
+def _of(outcomes: dict[Cell, Outcome], family: str, kind: str) -> list[Outcome]:
+    return [outcome for cell, outcome in outcomes.items() if cell[:2] == (family, kind)]
+
+
+def _verdict(outcomes: list[Outcome], notes: dict[str, int]) -> str:
+    """As in `right 8/8`, `P105` or `4 right, 4 n/a` with the numbers of the footnotes that say why."""
+    if all(outcome.state == "right" for outcome in outcomes):
+        return f"right {len(outcomes)}/{len(outcomes)}"
+    pieces = []
+    for state in dict.fromkeys(outcome.state for outcome in outcomes):
+        whys = [outcome.why for outcome in outcomes if outcome.state == state]
+        if state == "refused":
+            pieces.append("/".join(sorted(set(whys))) + (f" in {len(whys)}" if len(whys) < len(outcomes) else ""))
+            continue
+        marks = sorted({notes.setdefault(why, len(notes) + 1) for why in whys if why})
+        word = "n/a" if state == "not possible" else state
+        pieces.append(f"{len(whys)} {word}" + (f"<sup>{','.join(map(str, marks))}</sup>" if marks else ""))
+    return ", ".join(sorted(pieces, key=lambda piece: "n/a" in piece))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    (Path(__file__).parents[2] / "docs" / "contract-matrix.md").write_text(markdown())

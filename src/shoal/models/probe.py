@@ -63,11 +63,12 @@ def _run(model: nn.Module, stack: Stack) -> Probe:
     layers = [stack.layer(i) for i in range(stack.depth)]
     watcher = _Watcher(layers)
     inner = unwrap(model)
-    was_training = inner.training
+    training = [module for module in inner.modules() if module.training]
     inner.eval()
+    place = _place(inner)
     try:
         with torch.no_grad(), watcher:
-            out = inner(**_one_token(inner), use_cache=True)
+            out = inner(**_one_token(inner, place), use_cache=True)
             if watcher.order != list(range(len(layers))):
                 raise ModelError(
                     f"{type(inner).__name__} calls its layers in the order {watcher.order[:12]}; "
@@ -78,21 +79,32 @@ def _run(model: nn.Module, stack: Stack) -> Probe:
             note = _prove_parts(layers, watcher)
             forward = True
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        if layers[0] is not None and next(layers[0].parameters()).device.type != "meta":
+        if place.type != "meta":
             raise ModelError(f"{type(inner).__name__} cannot be probed: {error}", code="M305") from error
         watcher.facts = [LayerFacts(_own_row(layer, i), -1, None, parts=find_parts(layer)) for i, layer in enumerate(layers)]
         note, forward = None, False
     finally:
-        inner.train(was_training)
+        for module in training:  # one by one: users train some modules and keep others in eval mode
+            module.training = True
     return Probe(watcher.facts, tuple(map(id, layers)), forward, note)
 
 
-def _one_token(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _place(model: PreTrainedModel) -> torch.device:
+    """Where the forward runs: accelerate keeps offloaded weights on meta, and its hooks know where they are used."""
+    weight = model.get_input_embeddings().weight
+    if not weight.is_meta:
+        return weight.device
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    found = [getattr(one, "execution_device", None) for hook in hooks for one in getattr(hook, "hooks", (hook,))]
+    return torch.device(next((device for device in found if device is not None), "meta"))
+
+
+def _one_token(model: PreTrainedModel, place: torch.device) -> dict[str, torch.Tensor]:
     """A mask keeps transformers from warning about padding; on the meta device both mask and ids would be read."""
-    embeddings = model.get_input_embeddings().weight
-    if embeddings.is_meta:
+    if place.type == "meta":
+        embeddings = model.get_input_embeddings().weight
         return {"inputs_embeds": embeddings.new_zeros((1, 1, embeddings.shape[-1]))}
-    token = torch.zeros((1, 1), dtype=torch.long, device=embeddings.device)
+    token = torch.zeros((1, 1), dtype=torch.long, device=place)
     return {"input_ids": token, "attention_mask": torch.ones_like(token)}
 
 

@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Pass:
-    """One forward: what was recorded for later steps. Born at tap 0, gone with the next."""
+    """One forward: what was recorded for later steps. Born at the first tap, gone with the last."""
 
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     states: dict[int, KeysValues] = field(default_factory=dict)
@@ -64,6 +64,8 @@ class Tap:
         self.conductor, self.index = conductor, index
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy asks for these before there is a conductor
+            raise AttributeError(name)
         return getattr(self.conductor.layer(self.index), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +76,7 @@ class Conductor:
     """Runs the steps of one stack's plan at the taps."""
 
     def __init__(self, planned: PlannedList, stack: Stack, probe: Probe, steps: tuple[Step, ...], weights: Tensors) -> None:
-        self.layer = lambda index: planned._modules[str(index)]
+        self.planned = planned
         self.facts = probe.layers
         self.weights = weights
         self.due, self.kept = _schedule(steps, stack.depth)
@@ -85,6 +87,10 @@ class Conductor:
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
         self.through = [self.plain and [step for _, step in due] == [Run(i)] for i, due in enumerate(self.due)]
         self.now = Pass()
+
+    def layer(self, index: int) -> Any:
+        """The real layer, looked up anew: PEFT or accelerate may have exchanged it."""
+        return self.planned._modules[str(index)]
 
     def tap(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called by the stock loop in place of layer `index`."""
@@ -102,7 +108,10 @@ class Conductor:
         hidden = args[0] if args else kwargs["hidden_states"]
         for position, step in steps:
             hidden = self._step(position, step, hidden, index, args, kwargs)
-        return self._returned(index, hidden)
+        returned = self._returned(index, hidden)
+        if index == len(self.due) - 1:
+            self.now = Pass()  # nothing of this forward outlives it
+        return returned
 
     def _returned(self, index: int, hidden: torch.Tensor) -> Any:
         tail = self.facts[index].tail
@@ -212,7 +221,9 @@ class Conductor:
 
     def _map(self, step: Map, hidden: torch.Tensor) -> torch.Tensor:
         """y = x W^T + b, or y = x + up(down(x)) + b; x is [..., hidden]."""
-        weight, bias, down, up = (self.weights.get(f"{step.weights}.{n}") for n in ("weight", "bias", "down", "up"))
+        found = (self.weights.get(f"{step.weights}.{n}") for n in ("weight", "bias", "down", "up"))
+        # the layers of one model may be on several devices, and a map stands between two of them
+        weight, bias, down, up = (None if t is None else t.to(hidden.device) for t in found)
         if weight is not None:
             return nn.functional.linear(hidden, weight, bias)
         assert down is not None and up is not None  # check P112

@@ -13,6 +13,7 @@ from shoal.models.inspect import inspect
 from shoal.models.probe import probe
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Plan, require
+from shoal.plan.steps import Step, runs
 from shoal.run.conductor import PlannedList
 
 
@@ -36,7 +37,8 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
     `model`: a transformers model, also under PEFT or with accelerate hooks; only its list of layers is exchanged.
     `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
     hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are brought to the model's dtype and device.
-    Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already.
+    Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already, P123 for replaced
+    layers of a model that accelerate offloads.
     """
     inner = unwrap(model)
     stacks = find_stacks(inner)
@@ -48,14 +50,27 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
 
         plan = parse_plan(plan, Plan.identity(spec))
     require(plan, spec, {name: tuple(t.shape) for name, t in (weights or {}).items()})
+    for stack in stacks:
+        _refuse_offloaded(stack, plan.steps(stack.name))
     swapped = []
     for stack in stacks:
         like = next(stack.layer(0).parameters())
-        own = {name: t.to(device=like.device, dtype=like.dtype) for name, t in (weights or {}).items()}
+        place = None if like.is_meta else like.device
+        own = {name: t.to(device=place, dtype=like.dtype) for name, t in (weights or {}).items()}
         original = stack.layers
         setattr(stack.owner, stack.attr, PlannedList(stack, probe(inner, stack), plan.steps(stack.name), own))
         swapped.append((stack, original))
     return Running(inner, plan, swapped)
+
+
+def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:
+    for run in runs(steps):
+        if run.weights is not None and any(p.is_meta for p in stack.layer(run.layer).parameters()):
+            raise PlanError(
+                f"layer {run.layer} is offloaded, and accelerate would put its own weights back over {run.weights!r}; "
+                "load the model without offloading to run replaced layers",
+                code="P123",
+            )
 
 
 @contextmanager

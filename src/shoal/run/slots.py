@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from functools import cache as memo
 from functools import wraps
 from typing import Any
 
@@ -93,8 +92,18 @@ class _Rows:
         return iter(self._layers)
 
 
-@memo
+_VIEW_TYPES: dict[type[Cache], Any] = {}
+"""Not functools.cache, which torch.compile warns about and looks through."""
+
+
 def _view_type(cache_type: type[Cache]) -> Any:
+    found = _VIEW_TYPES.get(cache_type)
+    if found is None:
+        found = _VIEW_TYPES[cache_type] = _make_view_type(cache_type)
+    return found
+
+
+def _make_view_type(cache_type: type[Cache]) -> Any:
     """A subclass (so that isinstance still holds) derived from the installed cache: new methods are covered by themselves."""
     namespace: dict[str, Any] = {
         "__slots__": ("_inner", "_keep", "_read", "_row"),

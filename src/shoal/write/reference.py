@@ -41,6 +41,9 @@ class Expected:
     """At `TOKENS` tokens, or as many as the model takes."""
     rows: list[list[int]] | None = None
     weights: dict[str, int] | None = None
+    """The bit sum of every tensor."""
+    digest: str | None = None
+    """Of the bit sums of an earlier proof, when there is no base to take them from."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def live_reference(
     plans = plans or blueprint(inner, plan, zero_parts=True)
     spec = inspect(inner)
     sets = probe_sets(inner, tokenizer)
-    prompts = _prompts(sets, greedy[0])
+    prompts = _prompts(sets, tokenizer, greedy[0])
     tokens = min(greedy[1], _context(inner) - max(len(p) for p in prompts)) if prompts else 0
     stack = find_stack(inner)
     sums = {name: torch.tensor(value) for name, value in measure.bit_sums(inner.state_dict()).items()}
@@ -109,26 +112,25 @@ def live_reference(
     )
 
 
-def counted_reference(model: PreTrainedModel, spec: Spec, *, tokenizer: Any, weights: dict[str, int] | None) -> Reference:
+def counted_reference(model: PreTrainedModel, *, device: str, digest: str | None = None) -> Reference:
     """What a folder must show when there is no base to compare with: the counts of its own config, and logits that do
-    not depend on the cache. `model` may be on the meta device; `weights` are the sums of an earlier proof."""
-    sets = probe_sets(model, tokenizer, device="cpu")
+    not depend on the cache. `model` may be on the meta device; `digest` is that of an earlier proof."""
+    spec = inspect(model)
+    sets = probe_sets(model, None, device="cpu")
     plan = Plan.identity(spec)
     slots = tuple(range(spec.stack().depth))
     expected = _expected(plan, Blueprint(plan, slots, (), model.config, {}), spec, model, sets["random"][0].shape[1])
     tensors = {f"{n}.{kind}": t for n, pair in sets.items() for kind, t in zip(("ids", "mask"), pair, strict=True)}
-    prompts = tuple(_prompts(sets, 1))
-    return Reference(Expected(**expected, weights=weights), tensors, prompts=prompts, **load_settings(model))
+    return Reference(Expected(**expected, digest=digest), tensors, **load_settings(model) | {"device": device})
 
 
 def load_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """How the fresh process must load a folder to compute as `model` does."""
+    """How the fresh process must load a folder to compute as `model` does: device, dtype and options of the load."""
     options = {"attn_implementation": model.config._attn_implementation}
     experts = getattr(model.config, "_experts_implementation", None)
     if experts is not None:
         options["experts_implementation"] = experts
-    device = "cpu" if model.device.type == "meta" else str(model.device)
-    return {"device": device, "dtype": str(model.dtype).removeprefix("torch."), "options": options}
+    return {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."), "options": options}
 
 
 def probe_sets(
@@ -179,10 +181,11 @@ def _expected(plan: Plan, plans: Blueprint, spec: Spec, model: PreTrainedModel, 
     }
 
 
-def _prompts(sets: dict[str, tuple[torch.Tensor, torch.Tensor]], count: int) -> list[list[int]]:
-    """Text first, then random ids; half a sequence each, so that the rest can be generated."""
-    rows = [row for name in ("text", "random", "padded") if name in sets for row in sets[name][0]]
-    return [row[: max(1, len(row) // 2)].tolist() for row in rows[:count]]
+def _prompts(sets: dict[str, tuple[torch.Tensor, torch.Tensor]], tokenizer: Any, count: int) -> list[list[int]]:
+    """Texts, and random ids when there are not enough of them: a model without a tokenizer generates too."""
+    texts = [tokenizer(text)["input_ids"][:TOKENS] for text in TEXTS] if "text" in sets else []
+    randoms = [row[: len(row) // 2].tolist() for name in ("random", "padded") for row in sets[name][0]]
+    return [*texts, *randoms][:count]
 
 
 def _context(model: PreTrainedModel) -> int:

@@ -1,0 +1,221 @@
+"""From what `prune` found to a written folder: the model card's table, the page, the records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shoal._version import __version__
+from shoal.api.find import Pruned
+from shoal.evaluate import Progress, Spread
+from shoal.plan import Cost, Plan
+from shoal.record import Record, command_line, environment
+from shoal.report import render
+from shoal.write.folder import Written, write
+from shoal.write.proof import Proof
+
+
+def publish(
+    pruned: Pruned,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    zero_parts: bool = False,
+    shard_size: str = "5GB",
+    config: str | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Write `pruned` to the folder `output` with its records, model card and page, proved first (see `shoal.write`)."""
+    command = command_line()
+    record = Record(
+        "prune",
+        pruned.to_dict(),
+        plan=pruned.plan.hash,
+        base=pruned.spec.fingerprint,
+        seed=seed,
+        command=command,
+    )
+    return write(
+        pruned.loaded,
+        pruned.plan,
+        output,
+        zero_parts=zero_parts,
+        overwrite=overwrite,
+        shard_size=shard_size,
+        records=[record.to_dict()],
+        page=lambda proof: render(page_data(pruned, proof, " ".join(command), record.time)),
+        card=[*cost_rows(pruned), *quality_rows(pruned), *flat_speed_rows(pruned)],
+        command=" ".join(command),
+        config=config,
+        progress=progress,
+    )
+
+
+def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[str, Any]:
+    """What `shoal.report.render` draws."""
+    plan, spec, model = pruned.plan, pruned.spec, pruned.loaded.model
+    before, after = Plan.identity(spec), plan
+    count = sum(len(after.dropped(name)) for name, _ in after.stacks)
+    machine = environment()
+    return {
+        "title": f"{pruned.loaded.source}, {count} layers shallower",
+        "subtitle": f"{sum(depth for _, depth in before.base.depths)} layers before, method {pruned.method}",
+        "created": created,
+        "version": __version__,
+        "command": command,
+        "model": {
+            "source": pruned.loaded.source,
+            "family": spec.family,
+            "params": spec.params,
+            "layers": {stack.name: stack.depth for stack in spec.stacks},
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+        },
+        "plan": {
+            "notation": str(plan),
+            "hash": plan.hash,
+            "method": pruned.method,
+            "dropped": {name: list(plan.dropped(name)) for name, _ in plan.stacks},
+            "stacks": {
+                name: {"depth": plan.depth(name), "notation": str(plan.with_steps(steps, name)) if len(plan.stacks) == 1 else ""}
+                for name, steps in plan.stacks
+            },
+        },
+        "scores": _scores(pruned),
+        "quality": quality_rows(pruned),
+        "cost": cost_rows(pruned),
+        "speed": speed_rows(pruned),
+        "proof": proof.to_dict(),
+        "samples": _samples(pruned),
+        "candidates": [{"notation": c.notation, "score": c.score, "note": c.note} for c in pruned.found.trace],
+        "notes": [
+            f"Shoal {__version__}, torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}, "
+            f"{machine['cpus']} CPUs, {machine['system']}."
+        ],
+    }
+
+
+def _scores(pruned: Pruned) -> dict[str, Any] | None:
+    scores = pruned.found.scores
+    return None if scores is None else {**scores.to_dict(), "meaning": "low = removable", "values": list(scores.values)}
+
+
+def cost_rows(pruned: Pruned) -> list[dict[str, Any]]:
+    """Parameters, FLOPs and KV before and after."""
+    size = pruned.loaded.model.dtype.itemsize
+    shape = pruned.before.shape
+    how = f"prompt {shape.prompt}, context {shape.context}, batch {shape.batch}, counted"
+
+    def row(name: str, dense: int, after: int, unit: str, said: str = how) -> dict[str, Any]:
+        return {"name": name, "dense": dense, "pruned": after, "unit": unit, "how": said}
+
+    before, after = pruned.before, pruned.after
+    return [
+        row("parameters", before.params, after.written_params, "", "by unique storage"),
+        row("layers run per token", _runs(before), _runs(after), "", "counted"),
+        row("prefill FLOPs", before.prefill_flops, after.prefill_flops, "FLOP"),
+        row("decode FLOPs per token", before.decode_flops, after.decode_flops, "FLOP"),
+        row("KV bytes per token", before.kv_per_token * size, after.kv_per_token * size, "bytes", "one sequence"),
+    ]
+
+
+def _runs(cost: Cost) -> float:
+    return cost.layer_runs + cost.half_runs / 2
+
+
+def quality_rows(pruned: Pruned) -> list[dict[str, Any]]:
+    """Perplexity, the generation check and agreement, dense and pruned."""
+    found = pruned.evaluation
+    if found is None:
+        return []
+    rows: list[dict[str, Any]] = []
+    if found.dense is not None:
+        text = found.perplexity.info.describe()
+        how = f"{text}; {found.perplexity.tokens:,} tokens predicted, token-weighted"
+        rows.append(
+            {
+                "name": "perplexity",
+                "unit": "",
+                "better": "lower",
+                "dense": found.dense.value,
+                "pruned": found.perplexity.value,
+                "error_dense": None if found.dense.error is None else found.dense.value * found.dense.error,
+                "error_pruned": None if found.perplexity.error is None else found.perplexity.value * found.perplexity.error,
+                "how": how,
+            }
+        )
+    if found.generation is not None and found.dense_generation is not None:
+        how = f"{len(found.generation.generations)} prompts x {found.generation.new_tokens} greedy tokens"
+        rows += [
+            {
+                "name": name,
+                "unit": "share",
+                "better": better,
+                "dense": getattr(found.dense_generation, field),
+                "pruned": getattr(found.generation, field),
+                "how": how,
+            }
+            for name, field, better in (("repeated 4-grams", "repetition", "lower"), ("ended by itself", "ended", "higher"))
+        ]
+    if found.agreement is not None:
+        same = found.agreement
+        how = f"{same.info.describe()}; {same.tokens:,} tokens"
+        rows += [
+            {"name": "KL(dense || pruned)", "unit": "nats per token", "better": "lower", "dense": 0.0, "pruned": same.kl,
+             "error_pruned": same.kl_error, "how": how},
+            {"name": "top-1 agreement", "unit": "share", "better": "higher", "dense": 1.0, "pruned": same.top1,
+             "error_pruned": same.top1_error, "how": how},
+        ]  # fmt: skip
+    return rows
+
+
+def speed_rows(pruned: Pruned) -> list[dict[str, Any]]:
+    """Prefill and decode times; the ratio is the speed-up, above 1 the pruned model is faster."""
+    if pruned.bench is None:
+        return []
+    timed = pruned.bench.speed
+    sides = {variant.name: variant for variant in timed.variants}
+    if "pruned" not in sides:
+        return []
+    how = (
+        f"batch {timed.batch}, prompt {timed.prompt}, {timed.new} tokens decoded, {timed.pairs} pairs, {timed.device} "
+        f"{timed.dtype}, {timed.threads} threads; the pruned side is the live plan"
+    )
+    rows = []
+    for phase, unit in (("prefill", "ms"), ("decode", "ms per token")):
+        dense, after = getattr(sides["dense"], phase), getattr(sides["pruned"], phase)
+        ratio: Spread = getattr(sides["pruned"], f"{phase}_ratio")
+        rows.append(
+            {
+                "phase": phase,
+                "unit": unit,
+                "dense": _range(dense, 1000),
+                "pruned": _range(after, 1000),
+                "ratio": {"median": 1 / ratio.median, "low": 1 / ratio.high, "high": 1 / ratio.low},
+                "how": how,
+                "kind": timed.kind,
+            }
+        )
+    return rows
+
+
+def flat_speed_rows(pruned: Pruned) -> list[dict[str, Any]]:
+    """`speed_rows` as rows of the model card's table: medians."""
+    return [
+        {"name": f"{row['phase']}, {row['unit']}", "unit": "", "dense": row["dense"]["median"], "pruned": row["pruned"]["median"],
+         "how": row["how"]}
+        for row in speed_rows(pruned)
+    ]  # fmt: skip
+
+
+def _range(spread: Spread, factor: float) -> dict[str, float]:
+    return {"median": spread.median * factor, "low": spread.low * factor, "high": spread.high * factor}
+
+
+def _samples(pruned: Pruned) -> list[dict[str, str]]:
+    found = pruned.evaluation
+    if found is None or found.generation is None or found.dense_generation is None:
+        return []
+    pairs = zip(found.dense_generation.generations, found.generation.generations, strict=True)
+    return [{"prompt": d.prompt, "dense": d.text, "pruned": p.text} for d, p in list(pairs)[:4]]

@@ -1,0 +1,50 @@
+"""The command line: one file a verb; heavy imports happen inside the verb that needs them."""
+
+from __future__ import annotations
+
+import typer
+
+from shoal import __version__
+from shoal.cli._shared import guarded
+from shoal.cli.bench import bench
+from shoal.cli.diff import diff
+from shoal.cli.evaluate import evaluate
+from shoal.cli.generate import generate
+from shoal.cli.inspect import inspect
+from shoal.cli.ls import ls
+from shoal.cli.measure import measure
+from shoal.cli.prune import prune
+from shoal.cli.show import show
+from shoal.cli.verify import verify
+from shoal.cli.write import write
+
+VERBS = (inspect, measure, prune, evaluate, bench, generate, write, verify, show, diff, ls)
+
+app = typer.Typer(
+    name="shoal",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Shoal makes Transformers shallower: measure layers, remove them, prove and write the result.",
+    epilog="MODEL is a hub id, a folder, a .gguf file or smollm2 (built in). Layers are 0-based base layers, always.",
+)
+for verb in VERBS:
+    app.command(verb.__name__)(guarded(verb))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shoal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+    """Options of shoal itself."""
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,187 @@
+"""What all verbs share: common options, errors as one sentence, progress with time left, results as text or JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from shoal.errors import ShoalError, UsageError
+
+Progress = Callable[[int, int, str], None]
+
+
+def _config(context: typer.Context, value: Path | None) -> Path | None:
+    """Values of a YAML file become the defaults of the options; what is typed wins."""
+    if value is not None:
+        import yaml
+
+        try:
+            found = yaml.safe_load(value.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise typer.BadParameter(f"cannot read {value}: {str(error).splitlines()[0]}") from None
+        if not isinstance(found, dict):
+            raise typer.BadParameter(f"{value} must hold option: value pairs")
+        known = {parameter.name: parameter for parameter in context.command.params}
+        found = {str(key).replace("-", "_"): v for key, v in found.items() if key != "verb"}
+        for key in found:
+            if key not in known:
+                raise typer.BadParameter(f"{value}: {context.info_name} has no option {key!r}; it has {', '.join(known)}")
+        context.default_map = {**(context.default_map or {}), **found}
+    return value
+
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2.", show_default=False)]
+PlanText = Annotated[str | None, typer.Option("--plan", help="Depth notation (0-11,14-29) or a plan.json or its folder.")]
+DataSource = Annotated[str, typer.Option("--data", help="builtin, a .txt/.jsonl/.parquet file, or a hub data set id.")]
+Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a calibration sequence.")]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="Sequences at most.")]
+Window = Annotated[int, typer.Option("--window", min=2, help="Tokens in a test window.")]
+Stride = Annotated[int | None, typer.Option("--stride", min=1, help="Tokens from window to window (default: no overlap).")]
+Bos = Annotated[bool, typer.Option("--bos", help="Put the BOS token in front of each window.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, ... (default: what torch finds).")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", "-o", help="An option of the method, as name=value.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; load no weights, write nothing.")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", callback=_config, is_eager=True, help="YAML file with these options; typed ones win."),
+]
+
+
+def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a verb so that a user's mistake is one sentence on stderr and exit code 1, and Ctrl-C is exit code 130."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        try:
+            verb(*args, **kwargs)
+        except ShoalError as error:
+            typer.echo(f"shoal: {error}", err=True)
+            raise typer.Exit(1) from None
+        except BrokenPipeError:  # the reader of a pipe left; nothing to say
+            sys.stderr.close()
+            raise typer.Exit(0) from None
+        except OSError as error:
+            typer.echo(f"shoal: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("shoal: stopped; nothing unfinished was left behind", err=True)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def resolved() -> dict[str, Any]:
+    """The options of the running verb as a config file would hold them."""
+    context = click.get_current_context()
+    plain = {}
+    for key, value in context.params.items():
+        if key in ("config", "dry_run", "json_") or value is None:
+            continue
+        plain[key] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    return {"verb": context.info_name, **plain}
+
+
+def config_text() -> str:
+    """`resolved()` as YAML."""
+    import yaml
+
+    return yaml.safe_dump(resolved(), sort_keys=False, allow_unicode=True)
+
+
+def emit(data: Any, text: str, *, as_json: bool) -> None:
+    """Print the result: one JSON object (NaN and infinity as null, which JSON can say), or the text."""
+    typer.echo(json.dumps(_finite(data), ensure_ascii=False, indent=1) if as_json else text.rstrip("\n"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Progress | None]:
+    """A bar for each stage with rate and time left on stderr; silent with -q and when stderr is no terminal."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(done: int, total: int, stage: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def table(rows: list[list[Any]], head: list[str]) -> str:
+    """Plain columns: text left, numbers right."""
+    cells = [head, *[[_cell(value) for value in row] for row in rows]]
+    numeric = [all(isinstance(row[i], int | float) or row[i] is None for row in rows) for i in range(len(head))]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True))
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def loading(device: str | None, dtype: str | None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Options for `shoal.load`."""
+    return {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+
+
+def read_plan(text: str | None, spec: Any, source: str) -> Any:
+    """A Plan from notation, a plan.json or a folder; None for None. Raises `NotationError`."""
+    from shoal.plan import Plan, load_plan, parse_plan
+
+    if text is None:
+        return None
+    if text.endswith(".json") or Path(text).is_dir():
+        return load_plan(text)
+    return parse_plan(text, Plan.identity(spec, source=source))
+
+
+def need(value: Any, message: str) -> Any:
+    """`value`, or U523 with the message when it is missing."""
+    if value is None:
+        raise UsageError(message, code="U523")
+    return value

@@ -1,0 +1,69 @@
+"""shoal evaluate: perplexity, agreement with the dense model, and what it writes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from shoal.cli._shared import (
+    Batch, Bos, Config, DataSource, Device, Dtype, DryRun, Json, Limit, Model, PlanText, Quiet, Stride, Trust, Window, config_text,
+    emit, loading, progress_bars, read_plan, table,
+)  # fmt: skip
+
+
+def evaluate(
+    model: Model,
+    plan: PlanText = None,
+    against: Annotated[str | None, typer.Option("--against", help="A dense model to compare with.")] = None,
+    data: DataSource = "builtin",
+    window: Window = 512,
+    stride: Stride = None,
+    limit: Limit = 16,
+    bos: Bos = False,
+    batch: Batch = 1,
+    generation: Annotated[bool, typer.Option("--generation/--no-generation", help="Greedy generation check.")] = True,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate for each prompt.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+) -> None:
+    """Perplexity and a greedy generation check; with --plan or --against also KL and top-1 agreement with the dense model."""
+    if dry_run:
+        emit({"config": config_text()}, config_text(), as_json=json_)
+        return
+    from shoal.api.assess import evaluate as run
+    from shoal.api.assess import opened
+    from shoal.models.inspect import inspect
+
+    with progress_bars(quiet) as progress:
+        loaded = opened(model, **loading(device, dtype, trust_remote_code))
+        chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
+        found = run(
+            loaded, plan=chosen, against=against, data=data, window=window, stride=stride, limit=limit, bos=bos, batch=batch,
+            generation=generation, new_tokens=new_tokens, progress=progress,
+            **(loading(device, dtype, trust_remote_code) if against is not None else {}),
+        )  # fmt: skip
+    emit(found.to_dict(), _text(found), as_json=json_)
+
+
+def _text(found: Any) -> str:
+    rows: list[list[Any]] = []
+
+    def row(name: str, get: Any, mine: Any, dense: Any) -> None:
+        if mine is not None:
+            rows.append([name, get(mine), None if dense is None else get(dense)])
+
+    row("perplexity", lambda p: p.value, found.perplexity, found.dense)
+    row("nats per token", lambda p: p.nll, found.perplexity, found.dense)
+    row("  standard error", lambda p: p.error, found.perplexity, found.dense)
+    row("KL(dense || this), nats", lambda a: a.kl, found.agreement, None)
+    row("top-1 agreement", lambda a: a.top1, found.agreement, None)
+    row("repeated 4-grams", lambda g: g.repetition, found.generation, found.dense_generation)
+    row("ended by itself", lambda g: g.ended, found.generation, found.dense_generation)
+    head = f"{found.perplexity.info.describe()}; {found.perplexity.tokens:,} tokens predicted\n"
+    return head + table(rows, ["", "this model", "dense"])

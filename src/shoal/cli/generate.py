@@ -1,0 +1,46 @@
+"""shoal generate: let a model write, with a plan running on it or not."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shoal.cli._shared import (
+    Config, Device, DryRun, Dtype, Json, Model, PlanText, Quiet, Seed, Trust, config_text, emit, loading, progress_bars, read_plan,
+)  # fmt: skip
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to answer or to continue.", show_default=False)],
+    plan: PlanText = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most.")] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="With --sample.")] = 1.0,
+    chat: Annotated[bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+) -> None:
+    """Print what the model writes, token by token."""
+    if dry_run:
+        emit({"config": config_text()}, config_text(), as_json=json_)
+        return
+    from shoal.api.assess import opened
+    from shoal.api.write_text import write_text
+    from shoal.models.inspect import inspect
+
+    with progress_bars(quiet):
+        loaded = opened(model, **loading(device, dtype, trust_remote_code))
+        chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
+    answer = write_text(
+        loaded, prompt, plan=chosen, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, chat=chat, seed=seed,
+        on_text=None if json_ else lambda piece: typer.echo(piece, nl=False),
+    )  # fmt: skip
+    emit(answer.to_dict(), "", as_json=json_)

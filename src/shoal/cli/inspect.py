@@ -1,0 +1,62 @@
+"""shoal inspect: what a model is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoal.cli._shared import Config, Json, Model, Quiet, Trust, emit, progress_bars, table
+
+
+def inspect(
+    model: Model, trust_remote_code: Trust = False, json_: Json = False, quiet: Quiet = False, config: Config = None
+) -> None:
+    """Show a model's stacks, layers, parts and KV, from its config and headers alone; no weight is loaded."""
+    from shoal.models.load import inspect_source
+
+    with progress_bars(quiet):
+        spec = inspect_source(model, trust_remote_code=trust_remote_code)
+    emit(spec.to_dict(), _text(spec), as_json=json_)
+
+
+def _text(spec: Any) -> str:
+    lines = [f"{spec.family}: {spec.params:,} parameters, vocabulary {spec.vocab:,}, {spec.fingerprint[:19]}"]
+    for stack in spec.stacks:
+        lines.append(f"\n{stack.name}: {stack.depth} layers of width {stack.hidden} at {stack.path}")
+        rows = []
+        for first, last in _runs(stack.layers):
+            layer = stack.layers[first]
+            rows.append(
+                [
+                    f"{first}-{last}" if last > first else str(first),
+                    layer.kind,
+                    layer.params,
+                    layer.attention.params if layer.attention else None,
+                    layer.mlp.params if layer.mlp else None,
+                    _kv(layer.kv),
+                ]
+            )
+        lines.append(table(rows, ["layers", "kind", "parameters each", "attention", "mlp", "KV"]))
+    if spec.parts_note:
+        lines.append(f"no parts: {spec.parts_note}")
+    return "\n".join(lines)
+
+
+def _runs(layers: Any) -> list[tuple[int, int]]:
+    """Neighbouring layers that differ in nothing but their index."""
+    groups: list[tuple[int, int]] = []
+    for layer in layers:
+        facts = (layer.kind, layer.params, layer.kv, layer.attention, layer.mlp)
+        if groups:
+            before = layers[groups[-1][0]]
+            if (before.kind, before.params, before.kv, before.attention, before.mlp) == facts:
+                groups[-1] = (groups[-1][0], layer.index)
+                continue
+        groups.append((layer.index, layer.index))
+    return groups
+
+
+def _kv(kv: Any) -> str:
+    if kv.kind in ("none", "shared", "recurrent"):
+        return str(kv.kind) if kv.kind != "recurrent" else f"recurrent, {kv.state:,} elements"
+    window = f", window {kv.window}" if kv.window is not None else ""
+    return f"{kv.kind}{window}: {kv.heads} x ({kv.key_dim} + {kv.value_dim}) per token"

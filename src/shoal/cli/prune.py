@@ -1,0 +1,112 @@
+"""shoal prune: find the layers to remove, prove the result, write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoal.cli._shared import (
+    Batch, Bos, Config, DataSource, Device, DryRun, Dtype, Json, Length, Limit, Model, PlanText, Quiet, Seed, Settings, Stride,
+    Trust, config_text, emit, loading, progress_bars, read_plan,
+)  # fmt: skip
+
+
+def prune(
+    model: Model,
+    method: Annotated[str, typer.Option("--method", "-m", help="Which one; see shoal ls methods.")] = "shortgpt",
+    drop: Annotated[int | None, typer.Option("--drop", help="How many layers to remove.")] = None,
+    keep: Annotated[float | None, typer.Option("--keep", help="Or the share of layers to keep, such as 0.8.")] = None,
+    plan: PlanText = None,
+    data: DataSource = "builtin",
+    length: Length = 512,
+    limit: Limit = 16,
+    stride: Stride = None,
+    bos: Bos = False,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    settings: Settings = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder to write; without it only the plan is printed.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")] = False,
+    zero_parts: Annotated[bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")] = False,
+    assess: Annotated[bool, typer.Option("--assess/--no-assess", help="Evaluate and time dense against pruned.")] = True,
+    test_data: Annotated[str, typer.Option("--test-data", help="Text for the evaluation (its test split).")] = "builtin",
+    journal: Annotated[Path | None, typer.Option("--journal", help="Keep evaluated plans here; a search cut off goes on.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+) -> None:
+    """Remove layers by a published method, prove the result in a fresh process, and write it as a plain checkpoint."""
+    from shoal.registry import get
+
+    entry = get("methods", method)
+    options = entry.parse(settings or [])
+    if dry_run:
+        emit(*_dry(model, plan, drop, keep, trust_remote_code), as_json=json_)
+        return
+    from shoal.api.find import prune as run
+    from shoal.api.assess import opened
+    from shoal.models.inspect import inspect
+    from shoal.write.folder import refuse_output
+
+    if output is not None:
+        refuse_output(output, overwrite=overwrite)
+    with progress_bars(quiet) as progress:
+        loaded = opened(model, **loading(device, dtype, trust_remote_code))
+        chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
+        pruned = run(
+            loaded, method=method, plan=chosen, drop=drop, keep=keep, data=data, length=length, limit=limit, stride=stride,
+            bos=bos, batch=batch, seed=seed, settings=options, writable=output is not None, zero_parts=zero_parts,
+            journal=journal, assess=assess, test_data=test_data, progress=progress,
+        )  # fmt: skip
+        written = None
+        if output is not None:
+            from shoal.api.publish import publish
+
+            written = publish(
+                pruned, output, overwrite=overwrite, zero_parts=zero_parts, config=config_text(), seed=seed, progress=progress
+            )
+    result = pruned.to_dict() | ({} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()})
+    emit(result, _text(pruned, written), as_json=json_)
+
+
+def _dry(model: str, plan: str | None, drop: int | None, keep: float | None, trust: bool) -> tuple[dict[str, Any], str]:
+    from shoal.api.find import layers_to_drop
+    from shoal.models.load import inspect_source
+    from shoal.plan import cost, require, strip
+
+    spec = inspect_source(model, trust_remote_code=trust)
+    if plan is not None:
+        chosen = require(read_plan(plan, spec, model), spec)
+        what = f"plan {chosen}\n{strip(chosen)}\nparameters {spec.params:,} -> {cost(chosen, spec).written_params:,}"
+    else:
+        count = layers_to_drop(spec, None, drop, keep)
+        what = f"would remove {count} of {spec.stack().depth} layers of {spec.family} ({spec.params:,} parameters)"
+    return {"would": what, "config": config_text()}, f"{what}\n\nthe same as a --config file:\n{config_text()}"
+
+
+def _text(pruned: Any, written: Any) -> str:
+    from shoal.api.publish import quality_rows, speed_rows
+    from shoal.cli._shared import table
+    from shoal.plan import strip
+
+    before, after = pruned.before, pruned.after
+    lines = [f"plan {pruned.plan}   ({pruned.method})"]
+    for name, _ in pruned.plan.stacks:
+        lines.append(f"{name}: {strip(pruned.plan, name)}   dropped {list(pruned.plan.dropped(name))}")
+    rows = [
+        ["parameters", before.params, after.written_params],
+        ["KV elements per token", before.kv_per_token, after.kv_per_token],
+        ["prefill FLOPs", before.prefill_flops, after.prefill_flops],
+    ]
+    rows += [[row["name"], row["dense"], row["pruned"]] for row in quality_rows(pruned)]
+    rows += [[f"{row['phase']} {row['unit']}", row["dense"]["median"], row["pruned"]["median"]] for row in speed_rows(pruned)]
+    lines.append(table(rows, ["", "dense", "pruned"]))
+    if written is not None:
+        lines.append(f"proved and written to {written.folder}; the page: {written.folder / 'report.html'}")
+    return "\n".join(lines)

@@ -1,0 +1,37 @@
+"""shoal verify: is a written folder what its plan says?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoal.cli._shared import Config, Device, Dtype, Json, Quiet, Trust, emit, loading, progress_bars, table
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that shoal wrote.", show_default=False)],
+    base: Annotated[str | None, typer.Option("--base", help="The base model (default: the one the plan names).")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    config: Config = None,
+) -> None:
+    """Load the folder in a fresh process without Shoal and compare it with the live plan; exit code 1 when it differs."""
+    from shoal.models.load import load
+    from shoal.write.folder import verify as run
+
+    with progress_bars(quiet) as progress:
+        loaded = None if base is None else load(base, **loading(device, dtype, trust_remote_code))
+        proof = run(folder, base=loaded, progress=progress)
+    emit(proof.to_dict(), _text(proof), as_json=json_)
+    if not proof.passed:
+        raise typer.Exit(1)
+
+
+def _text(proof: Any) -> str:
+    rows = [["ok" if c.passed else "FAILED", c.name, str(c.value), str(c.limit), c.how] for c in proof.checks]
+    return table(rows, ["", "check", "found", "limit", "how"]) + f"\n{'proved' if proof.passed else 'NOT proved'}"

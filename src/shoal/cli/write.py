@@ -1,0 +1,59 @@
+"""shoal write: a plan as a plain checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.cli._shared import (
+    Config, Device, DryRun, Dtype, Json, Model, PlanText, Quiet, Trust, config_text, emit, loading, need, progress_bars, read_plan,
+)  # fmt: skip
+
+
+def write(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", help="Folder to write.")],
+    plan: PlanText = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")] = False,
+    zero_parts: Annotated[bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")] = False,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file.")] = "5GB",
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+) -> None:
+    """Write MODEL under --plan as a checkpoint that plain transformers loads, proved in a fresh process first."""
+    need(plan, "say what to write: --plan 0-11,14-29 or --plan plan.json")
+    from shoal.models.load import inspect_source
+
+    if dry_run:
+        from shoal.plan import cost, require
+
+        spec = inspect_source(model, trust_remote_code=trust_remote_code)
+        chosen = require(read_plan(plan, spec, model), spec)
+        after = cost(chosen, spec)
+        text = f"would write {chosen}: {spec.params:,} -> {after.written_params:,} parameters\n\n{config_text()}"
+        emit({"plan": str(chosen), "cost": after.to_dict(), "config": config_text()}, text, as_json=json_)
+        return
+    from shoal.api.assess import opened
+    from shoal.api.find import prune
+    from shoal.api.publish import publish
+    from shoal.models.inspect import inspect
+    from shoal.write.folder import refuse_output
+
+    refuse_output(output, overwrite=overwrite)
+    with progress_bars(quiet) as progress:
+        loaded = opened(model, **loading(device, dtype, trust_remote_code))
+        chosen = read_plan(plan, inspect(loaded.model), loaded.source)
+        pruned = prune(loaded, plan=chosen, zero_parts=zero_parts)
+        written = publish(
+            pruned, output, overwrite=overwrite, zero_parts=zero_parts, shard_size=shard_size, config=config_text(),
+            progress=progress,
+        )  # fmt: skip
+    text = f"proved and written to {written.folder}: {chosen}, {written.params:,} parameters"
+    emit({"output": str(written.folder), "plan": str(chosen), "proof": written.proof.to_dict()}, text, as_json=json_)

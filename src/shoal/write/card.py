@@ -1,0 +1,181 @@
+"""README.md of a written folder: the model card, with the plan, what it cost and how to load the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shoal._version import __version__
+from shoal.plan import Plan, format_plan, strip
+from shoal.write.proof import Proof
+
+BUILTIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+"""Hub id and license of the built-in model, whose folder carries no card."""
+_LICENSES = (
+    ("apache license", "version 2.0", "apache-2.0"),
+    ("permission is hereby granted, free of charge", "without warranty of any kind", "mit"),
+    ("gnu general public license", "version 3", "gpl-3.0"),
+)
+_MAX_CARD = 1_000_000
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of the base model for the card."""
+
+    name: str
+    """How the base is called in the text; never a path of this machine."""
+    hub_id: str | None = None
+    license: dict[str, str] | None = None
+    """Front matter of the license: license, and for "other" its name and link."""
+
+
+def origin(source: str, folder: Path | None) -> Origin:
+    """What the source's name, its card and its LICENSE say about the base."""
+    if source in BUILTIN:
+        hub_id, license_id = BUILTIN[source]
+        return Origin(hub_id, hub_id, {"license": license_id})
+    if folder is not None:
+        return Origin(folder.resolve().name, None, _license(folder))
+    path = Path(source)
+    if source.count("/") == 1 and not path.is_absolute() and not path.exists():
+        return Origin(source, source)
+    return Origin(path.name or source)
+
+
+def model_card(
+    plan: Plan,
+    base: Origin,
+    *,
+    title: str,
+    base_layers: Sequence[int],
+    rows: Sequence[Mapping[str, Any]] = (),
+    changed: Mapping[str, tuple[Any, Any]] | None = None,
+    command: str | None = None,
+    proof: Proof | None = None,
+) -> str:
+    """The text of README.md.
+
+    `rows`: the before-and-after table, {name, unit, dense, pruned, how} each. `base_layers`: for every layer of the new
+    model the layer of the first base that it is. `changed`: config fields, (old, new).
+    """
+    parts = [_front_matter(base), f"# {_line(title)}", _summary(plan, base)]
+    if rows:
+        parts.append(_table(rows))
+    parts += [_plan(plan, base_layers), _loading(title)]
+    if changed:
+        fields = "\n".join(f"* `{name}`: {_short(old)} → {_short(new)}" for name, (old, new) in changed.items())
+        parts.append(f"## Changed config fields\n\n{fields}")
+    parts.append(_making(command, proof))
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(base: Origin) -> str:
+    """`base_model_relation` is left out on purpose: the hub knows adapter, merge, quantized and finetune, and a model
+    without some of its layers is none of them."""
+    data: dict[str, Any] = {"library_name": "transformers", "tags": ["shoal", "pruned", "layer-pruning"]}
+    if base.hub_id is not None:
+        data["base_model"] = base.hub_id
+    data |= base.license or {}
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
+
+
+def _summary(plan: Plan, base: Origin) -> str:
+    name = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{_line(base.name)}`"
+    depth, kept = plan.depth(), len(plan.layers())
+    return (
+        f"{name} with {kept} layers in place of {depth}, made by [Shoal](https://pypi.org/project/shoal) {__version__}. "
+        "It is a stock `transformers` model: no code of its own is needed to load it."
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = "| | before | after | unit | how |\n|---|---:|---:|---|---|"
+    lines = [
+        "| " + " | ".join(_cell(row.get(key)) for key in ("name", "dense", "pruned", "unit", "how")) + " |" for row in rows
+    ]
+    return "\n".join(["## Before and after", "", head, *lines])
+
+
+def _plan(plan: Plan, base_layers: Sequence[int]) -> str:
+    dropped = plan.dropped()
+    left_out = f"Left out: {', '.join(map(str, dropped))}." if dropped else "No layer is left out."
+    text = (
+        f"## Plan\n\n```\n{format_plan(plan)}\n{strip(plan)}\n```\n\n"
+        f"One mark for each layer of the base, layer 0 first: █ runs, ▀ attention only, ▄ mlp only, ↻ runs more than once, "
+        f"· left out. {left_out} Layers are counted from 0."
+    )
+    if tuple(base_layers) != plan.layers():
+        numbers = ", ".join(map(str, base_layers))
+        text += f"\n\nThe base was pruned before; in the numbers of its own base, the layers are {numbers}."
+    return text
+
+
+def _loading(title: str) -> str:
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({_line(title)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({_line(title)!r})"
+    )
+    return f"## How to load it\n\nWith the path or the hub id of this folder:\n\n```python\n{code}\n```"
+
+
+def _making(command: str | None, proof: Proof | None) -> str:
+    text = "## How it was made"
+    if command:
+        text += f"\n\n```\n{command.replace('```', '')}\n```"
+    if proof is None:
+        return f"{text}\n\nThe folder was not proven; `shoal verify` can do it."
+    lines = "\n".join(
+        f"* {'passed' if c.passed else 'FAILED'}: {c.name} = {_short(c.value)} (limit {_short(c.limit)})" for c in proof.checks
+    )
+    return (
+        f"{text}\n\nThe folder was loaded in a fresh process and compared with {proof.against} "
+        f"({proof.environment.get('dtype')}, {proof.environment.get('device')}):\n\n{lines}\n\n"
+        "`shoal/plan.json` holds the plan, `shoal/proof.json` the proof, `shoal/records.jsonl` the measurements."
+    )
+
+
+def _license(folder: Path) -> dict[str, str] | None:
+    """From the front matter of the base's card, else recognised in its LICENSE, else "other" with a link to it."""
+    known = _card_data(folder / "README.md")
+    if isinstance(known.get("license"), str):
+        names = ("license", "license_name", "license_link")
+        return {name: known[name] for name in names if isinstance(known.get(name), str)}
+    file = next((f for f in sorted(folder.glob("LICEN[SC]E*")) if f.is_file() and not f.is_symlink()), None)
+    if file is None or file.stat().st_size > _MAX_CARD:
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace").lower()
+    found = next((name for one, two, name in _LICENSES if one in text and two in text), None)
+    return {"license": found} if found else {"license": "other", "license_link": file.name}
+
+
+def _card_data(file: Path) -> dict[str, Any]:
+    if not file.is_file() or file.stat().st_size > _MAX_CARD:
+        return {}
+    pieces = file.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(pieces) < 3 or pieces[0].strip("\ufeff\n "):
+        return {}
+    try:
+        data = yaml.safe_load(pieces[1])
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else _short(value).replace("|", "\\|")
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else _line(str(value))
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _line(text: str) -> str:
+    """One line without markup: names come from other people's files."""
+    return " ".join(text.replace("<", "&lt;").replace("`", "'").split())

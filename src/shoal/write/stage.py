@@ -1,0 +1,161 @@
+"""A folder appears whole or not at all: it is filled beside its place and takes it in one step."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import glob
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from shoal.errors import WriteError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - not a Unix
+    fcntl = None  # type: ignore[assignment]
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final` to fill and to `publish`; whatever is under its name at the end is removed.
+
+    Raises `OSError` where no folder can be made, `WriteError` W227 when this process is writing `final` already.
+    """
+    partial = _beside(final, "partial")
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise WriteError(f"{final} is being written by this process already; wait for it", code="W227") from None
+    lock = _lock(partial)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep(final: Path) -> None:
+    """Remove what killed writes of `final` left beside it; what a living process is writing stays. An old folder that a
+    kill caught between two renames gets its name back."""
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.shoal-(\d+)\.(partial|old)")
+    for name in glob.glob(f".{glob.escape(final.name)}.shoal-*", root_dir=final.parent, include_hidden=True):
+        found, path = pattern.fullmatch(name), final.parent / name
+        if found is None or path.is_symlink() or _living(path, int(found[1])):
+            continue
+        if found[2] == "old" and not final.exists():
+            with suppress(OSError):
+                path.rename(final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
+    """Bring `partial` to the disk, then under its final name in one step. An older folder there is exchanged with it,
+    where the system can in one step as well, and is under `partial`'s name then; otherwise by two renames, of which the
+    first is taken back when the second fails.
+
+    Raises `OSError`, and `WriteError` W220 when `final` has appeared meanwhile and `overwrite` is False.
+    """
+    _sync(partial)
+    try:
+        if not (overwrite and final.exists()):
+            os.rename(partial, final)
+        elif not exchange(partial, final):
+            _by_two_renames(partial, final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise WriteError(f"{final} exists now; pass --overwrite to replace it", code="W220") from None
+        raise
+    _sync_one(final.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths change names in one step (Linux, most file systems); False where that cannot be done."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return call is not None and call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _by_two_renames(partial: Path, final: Path) -> None:
+    old = _beside(final, "old")
+    try:
+        os.rename(final, old)
+        os.rename(partial, final)
+    except BaseException:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(final: Path, kind: str) -> Path:
+    return final.with_name(f".{final.name}.shoal-{os.getpid()}.{kind}")
+
+
+def _lock(folder: Path) -> int | None:
+    """Held until it is closed or the process ends: it tells a living write from the leftovers of a process whose number
+    has been given out again, as happens in containers."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks: the process number must do
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _living(path: Path, process: int) -> bool:
+    if process != os.getpid() and _runs(process):
+        return True
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(handle)
+    return False
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    for place, _, files in os.walk(folder):
+        for name in files:
+            _sync_one(Path(place) / name)
+        _sync_one(Path(place))
+
+
+def _sync_one(path: Path) -> None:
+    """Files must reach the disk before the rename does, or a power cut could leave a name without its content."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
+    try:
+        with suppress(OSError) if path.is_dir() else suppress():
+            os.fsync(handle)
+    finally:
+        os.close(handle)
