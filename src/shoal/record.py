@@ -1,8 +1,9 @@
-"""Every number is a record: what was computed, on what, with which versions, by which command. Append-only JSON lines."""
+"""Every number is a record: what was computed, on what, with which versions, by which command. Kept as JSON lines."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -29,11 +30,23 @@ class Record:
     """Fingerprint of the base model."""
     seed: int | None = None
     command: tuple[str, ...] = ()
-    environment: dict[str, Any] = field(default_factory=lambda: environment())
+    environment: dict[str, Any] = field(default_factory=lambda: dict(environment()))
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; what is not finite becomes None."""
+        return {name: plain(value) for name, value in asdict(self).items()}
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can say it, all through: tuples become lists; NaN and infinities, which JSON lacks, None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 @cache
@@ -50,9 +63,10 @@ def environment() -> dict[str, Any]:
 
 def append(path: Path, record: Record) -> None:
     """Add one line to a records file; a line is written in one call, so that a kill leaves whole lines."""
+    line = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record.to_dict(), ensure_ascii=False) + "\n")
+    with path.open("ab", buffering=0) as stream:
+        stream.write(line.encode())
 
 
 def command_line() -> tuple[str, ...]:

@@ -12,11 +12,14 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal
 
 from shoal.errors import UsageError
@@ -25,7 +28,8 @@ Kind = Literal["measures", "search", "methods"]
 KINDS: tuple[Kind, ...] = ("measures", "search", "methods")
 
 HARNESS = frozenset(
-    {"batch", "data", "drop", "legal", "model", "objective", "plan", "progress", "scores", "seed", "spec", "stack", "task"}
+    {"batch", "data", "drop", "legal", "model", "objective", "plan", "progress", "scores", "seed", "spec"}
+    | {"stack", "task"}
 )
 """Parameters that the harness fills and that are therefore no options."""
 
@@ -43,31 +47,57 @@ class Entry:
     @property
     def summary(self) -> str:
         """The first sentence of the docstring."""
-        return " ".join(self.doc.split("\n\n")[0].split())
+        paragraph = " ".join(self.doc.split("\n\n")[0].split())
+        return re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0]
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
         return getattr(importlib.import_module(self.module), self.attribute)  # type: ignore[no-any-return]
 
     def options(self) -> dict[str, inspect.Parameter]:
-        """Its own options: keyword-only parameters that the harness does not fill."""
-        parameters = inspect.signature(self.load(), eval_str=True).parameters
-        return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in HARNESS}
+        """Its own options, annotations evaluated: keyword-only parameters that the harness does not fill."""
+        function = self.load()
+        own = {
+            name: parameter
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in HARNESS
+        }
+        # the harness's own types are imported for type checkers only, so the whole signature cannot be evaluated
+        asked = SimpleNamespace(__annotations__={name: parameter.annotation for name, parameter in own.items()})
+        types = typing.get_type_hints(asked, globalns=inspect.unwrap(function).__globals__)
+        return {name: parameter.replace(annotation=types[name]) for name, parameter in own.items()}
 
     def parse(self, pairs: list[str]) -> dict[str, Any]:
         """["key=value", ...] -> typed options. Raises U502 naming the option, its type and the nearest name."""
         known, parsed = self.options(), {}
         for pair in pairs:
             key, separator, text = pair.partition("=")
-            key = key.strip().replace("-", "_")
-            if not separator or key not in known:
-                raise UsageError(
-                    f"{self.name} has no option {key!r}{_nearest(key, known)}; "
-                    f"it has {', '.join(known) or 'none'} (written as name=value)",
-                    code="U502",
-                )
-            parsed[key] = _convert(self.name, key, text, known[key].annotation)
-        return parsed
+            key = self._known(key.strip().replace("-", "_"), known)
+            if not separator:
+                raise UsageError(f"{self.name}: the option {key} has no value; write {key}=VALUE", code="U502")
+            parsed[key] = _convert(f"{self.name}: {key}={text}", text.strip(), known[key].annotation)
+        return self.accept(parsed)
+
+    def accept(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """`settings` as keyword arguments. Raises U502 for an unknown name, a word not on offer, a missing option."""
+        known = self.options()
+        for key, value in settings.items():
+            words = typing.get_args(known[self._known(key, known)].annotation)
+            if typing.get_origin(known[key].annotation) is Literal and value not in words:
+                raise _refusal(f"{self.name}: {key}={value}", _one_of(words))
+        missing = [n for n, p in known.items() if p.default is p.empty and n not in settings]
+        if missing:
+            raise UsageError(f"{self.name} needs the option {missing[0]}; write {missing[0]}=VALUE", code="U502")
+        return dict(settings)
+
+    def _known(self, key: str, known: Mapping[str, Any]) -> str:
+        if key not in known:
+            raise UsageError(
+                f"{self.name} has no option {key!r}{_nearest(key, known)}; "
+                f"it has {', '.join(known) or 'none'} (written as name=value)",
+                code="U502",
+            )
+        return key
 
 
 def entries(kind: Kind) -> dict[str, Entry]:
@@ -105,24 +135,42 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _convert(owner: str, key: str, text: str, kind: Any) -> Any:
-    def refuse(expected: str) -> UsageError:
-        return UsageError(f"{owner}: {key}={text} is not {expected}", code="U502")
-
-    if typing.get_origin(kind) is Literal:
-        if text not in typing.get_args(kind):
-            raise refuse(f"one of {', '.join(map(str, typing.get_args(kind)))}")
-        return text
+def _convert(what: str, text: str, kind: Any) -> Any:
+    """`text` as a value of the type `kind`. Raises U502: "`what` is not ..."."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
+        return _first_of(what, text, inner)
+    if origin is Literal:
+        words = {str(word): word for word in inner}
+        if text not in words:
+            raise _refusal(what, _one_of(inner))
+        return words[text]
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise refuse("true or false")
+            raise _refusal(what, "true or false")
         return text.lower() == "true"
-    if typing.get_origin(kind) is tuple:
-        return tuple(_convert(owner, key, piece, typing.get_args(kind)[0]) for piece in text.split(","))
-    inner = [a for a in typing.get_args(kind) if a is not type(None)]
-    for candidate in inner or [kind]:
-        try:
-            return candidate(text)
-        except (TypeError, ValueError):
-            continue
-    raise refuse(f"of type {getattr(kind, '__name__', kind)}")
+    if origin in (tuple, list):
+        return origin(_convert(what, piece.strip(), inner[0]) for piece in text.split(","))
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        raise _refusal(what, f"of type {getattr(kind, '__name__', kind)}") from None
+
+
+def _first_of(what: str, text: str, kinds: tuple[Any, ...]) -> Any:
+    """The first type of a union that takes `text`; "none" is None where that is allowed."""
+    if NoneType in kinds and text.lower() == "none":
+        return None
+    tried = [kind for kind in kinds if kind is not NoneType]
+    for kind in tried[:-1]:
+        with suppress(UsageError):
+            return _convert(what, text, kind)
+    return _convert(what, text, tried[-1])
+
+
+def _one_of(words: tuple[Any, ...]) -> str:
+    return f"one of {', '.join(map(str, words))}"
+
+
+def _refusal(what: str, expected: str) -> UsageError:
+    return UsageError(f"{what} is not {expected}", code="U502")

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from shoal.errors import UsageError
 from shoal.plan import Plan
+from shoal.record import plain
 
 Legal = Callable[[Plan], bool]
 """Says whether a plan may be chosen: legal for the model, and expressible if it is to be written."""
 
 Objective = Callable[[Plan], float]
-"""What a search makes small, in nats per token unless it says otherwise."""
+"""What a search makes small, in nats per token unless it says otherwise; NaN where it could not be computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,28 @@ class Scores:
     notes: tuple[str, ...] = ()
 
     def order(self) -> tuple[int, ...]:
-        """Layers (or starts of spans) from the least important on; those that could not be judged are left out."""
+        """Layers (or starts of spans) from the least important on, ties by index; those not judged are left out."""
         judged = [i for i, value in enumerate(self.values) if not math.isnan(value)]
         return tuple(sorted(judged, key=lambda i: (self.values[i], i)))
 
+    def require(self, plan: Plan, spans: tuple[int, ...], stack: str | None = None) -> None:
+        """Raise U505 unless these scores judge that stack of `plan`'s base, in spans of one of these lengths."""
+        name, depth = plan.stack_name(stack), plan.depth(stack)
+        if self.span not in spans:
+            wanted = " or ".join(map(str, spans))
+            raise UsageError(
+                f"these scores judge spans of {self.span} layers, not of {wanted}; measure again", code="U505"
+            )
+        if self.stack != name or len(self.values) != depth - self.span + 1:
+            raise UsageError(
+                f"these {len(self.values)} scores judge a stack {self.stack!r}, not the {depth} layers of {name!r}; "
+                "measure this model",
+                code="U505",
+            )
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; NaN becomes None, which JSON can say."""
-        values = [None if math.isnan(value) else value for value in self.values]
-        return {**asdict(self), "values": values, "order": list(self.order())}
+        """Plain data; what is not finite becomes None, which JSON can say."""
+        return {**plain(asdict(self)), "order": list(self.order())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +76,22 @@ class Found:
     plan: Plan
     trace: tuple[Candidate, ...] = ()
     scores: Scores | None = None
+
+
+def removable(plan: Plan, drop: int, stack: str | None = None) -> tuple[int, ...]:
+    """The base layers that run, ascending, if `drop` of them can go and one can stay. Raises U504 otherwise."""
+    layers = tuple(sorted(set(plan.layers(stack))))
+    if not 1 <= drop < len(layers):
+        raise UsageError(f"cannot remove {drop} of {len(layers)} layers; remove 1 or more and leave one", code="U504")
+    return layers
+
+
+def too_few(possible: int, wanted: int) -> UsageError:
+    """The error U504 of a search that found `possible` layers to remove, fewer than `wanted`."""
+    if possible:
+        return UsageError(f"only {possible} layers may go, not {wanted}; ask for --drop {possible}", code="U504")
+    return UsageError(
+        f"none of {wanted} layers may go: without any one of them the plan is not legal or could not be judged; "
+        "allow plans that only run live, or name the layers",
+        code="U504",
+    )

@@ -187,7 +187,7 @@ def _baseline(family: str, attention: str, cache_kind: str, batch_kind: str) -> 
     try:
         whole, steps = _uncached(model, batch), _cached(model, batch, cache_kind)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError, IndexError) as error:
-        return f"the stock model cannot: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"the stock model cannot: {type(error).__name__}: {str(error).partition('. ')[0]}"
     error = (whole - steps)[batch["attention_mask"].bool()].abs().max().item()
     return None if error <= LIMIT else f"the stock model's cached forward differs from its uncached one by over {LIMIT:g}"
 
@@ -233,7 +233,7 @@ def markdown(outcomes: dict[Cell, Outcome] | None = None) -> str:
         f"| {family} | " + " | ".join(_verdict(_of(outcomes, family, kind), notes) for kind in KINDS) + " |"
         for family in FAMILIES
     ]
-    columns = [f"{kind}<br>`{PLANS.get(kind, 'i@j')}`" for kind in KINDS]
+    columns = [f"{kind}<br>`{PLANS.get(kind, 'i@j')}`".replace("|", r"\|") for kind in KINDS]
     states = [outcome.state for outcome in outcomes.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     versions = f"Python {platform.python_version()}, torch {_release(torch)}, transformers {_release(transformers)}"

@@ -28,6 +28,7 @@ from shoal.evaluate import (
 )
 from shoal.models.load import Loaded, load
 from shoal.plan import Plan
+from shoal.record import plain
 from shoal.run.live import running
 
 Source = str | Path | nn.Module | Loaded
@@ -45,7 +46,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         found = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: value.to_dict() for name, value in found.items() if value is not None}
+        return {name: plain(value.to_dict()) for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Bench:
     memory: dict[str, Memory]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"speed": self.speed.to_dict(), "memory": {name: m.to_dict() for name, m in self.memory.items()}}
+        held = {name: found.to_dict() for name, found in self.memory.items()}
+        return {"speed": plain(self.speed.to_dict()), "memory": held}
 
 
 def opened(source: Source, **options: Any) -> Loaded:
@@ -93,16 +95,17 @@ def evaluate(
     progress: Progress | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Perplexity on `limit` windows of `window` tokens and a greedy generation check; with a `plan` (run live) or a model
-    to compare `against`, also the dense figures, KL(dense || this) and top-1 agreement.
+    """Perplexity on `limit` windows of `window` tokens and a greedy generation check; with a `plan` (run live) or a
+    model to compare `against`, also the dense figures, KL(dense || this) and top-1 agreement.
 
     `options` go to `shoal.load`. Raises `ShoalError` for a model, plan or data that cannot be used.
     """
+    _plan_or_model(plan, against)
     loaded = opened(source, **options)
     text = text_of(loaded, data, split=split, length=window, stride=stride, limit=limit, bos=bos)
-    if plan is not None and against is not None:
-        raise UsageError("give a plan or a model to compare with, not both", code="U520")
     other = None if against is None else opened(against, **options)
+    if other is not None:
+        _one_vocabulary(loaded, other)
     context = planned(loaded.model, plan)
     with context():
         mine = perplexity(loaded.model, text, batch=batch, progress=progress)
@@ -140,8 +143,10 @@ def bench(
 ) -> Bench:
     """Wall clock of prefill and decode, dense and pruned in turn in one run, and the memory of weights and KV.
 
-    The pruned side is `plan` run live, or `source` itself `against` a dense model; without both `source` is timed alone.
+    The pruned side is `plan` run live, or `source` itself `against` a dense model; without both `source` is timed
+    alone. Raises `UsageError` U520 for both.
     """
+    _plan_or_model(plan, against)
     loaded = opened(source, **options)
     variants: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
     if against is not None:
@@ -158,6 +163,21 @@ def bench(
         with variant() as model:
             held[name] = memory(model, prompt=prompt, batch=batch)
     return Bench(timed, held)
+
+
+def _plan_or_model(plan: Plan | str | None, against: Source | None) -> None:
+    if plan is not None and against is not None:
+        raise UsageError("give a plan or a model to compare with, not both", code="U520")
+
+
+def _one_vocabulary(loaded: Loaded, other: Loaded) -> None:
+    """Raise U511 before token ids of one model meet the embeddings of another."""
+    sizes = [one.model.config.get_text_config(decoder=True).vocab_size for one in (loaded, other)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"{loaded.source} has {sizes[0]} tokens and {other.source} {sizes[1]}; use models with one vocabulary",
+            code="U511",
+        )
 
 
 def planned(model: Any, plan: Plan | str | None) -> Callable[[], AbstractContextManager[Any]]:

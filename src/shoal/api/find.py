@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from shoal.evaluate import Progress
 from shoal.methods._task import Task
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
+from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
-from shoal.record import Record
+from shoal.record import Record, plain
 from shoal.registry import get
 from shoal.scores import Found, Legal, Scores
 from shoal.write.surgery import blueprint
@@ -39,7 +40,7 @@ class Pruned:
     records: tuple[Record, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for --json and the records."""
+        """Plain data for --json and the records; what is not finite is None."""
         return {
             "method": self.method,
             "plan": str(self.plan),
@@ -48,7 +49,7 @@ class Pruned:
             "data": None if self.data is None else self.data.info.to_dict(),
             "cost": {"dense": self.before.to_dict(), "pruned": self.after.to_dict()},
             "scores": None if self.found.scores is None else self.found.scores.to_dict(),
-            "trace": [{"plan": c.notation, "score": c.score, "note": c.note} for c in self.found.trace],
+            "trace": [{"plan": c.notation, "score": plain(c.score), "note": c.note} for c in self.found.trace],
             "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
             "bench": None if self.bench is None else self.bench.to_dict(),
         }
@@ -73,13 +74,14 @@ def measure(
 ) -> Scores:
     """Score every layer by the measure `name` (see `shoal ls measures`) on `limit` windows of `length` tokens.
 
-    `settings` are the measure's own options; `options` go to `shoal.load`. Raises `UsageError` U501 for a name that does
-    not exist, `DataError` for text that cannot be used.
+    `settings` are the measure's own options; `options` go to `shoal.load`. Raises `UsageError` U501 for a name and U502
+    for an option that does not exist, `DataError` for text that cannot be used.
     """
+    entry = get("measures", name)
+    own = entry.accept(settings or {})
     loaded = opened(source, **options)
     text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos, seed=seed)
-    function = get("measures", name).load()
-    scores: Scores = function(loaded.model, text, stack=stack, batch=batch, progress=progress, **(settings or {}))
+    scores: Scores = entry.load()(loaded.model, text, stack=stack, batch=batch, progress=progress, **own)
     return scores
 
 
@@ -108,19 +110,26 @@ def prune(
     progress: Progress | None = None,
     **options: Any,
 ) -> Pruned:
-    """Find a plan with `drop` layers less (or a share `keep` of the layers) by a published method, or take `plan` as it is.
+    """Find a plan with `drop` layers less (or a share `keep` of them) by a published method, or take `plan` as it is.
 
-    Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class can
-    express are looked at. `assess`: perplexity, agreement and generation on `test_data`'s test split and a paired timing.
-    `journal`: a file in which searches keep what they evaluated. Raises `UsageError` (U5xx), `PlanError` (P1xx).
+    Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
+    can express are looked at. `assess`: perplexity, agreement and generation on `limit` of at most 8 windows of
+    `test_data`'s test split, and a paired timing. `journal`: a file in which searches keep what they evaluated.
+    Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
+    if plan is not None and (drop is not None or keep is not None):
+        raise UsageError("give a plan or a number of layers to drop, not both", code="U521")
+    entry = get("methods", method)
+    own = entry.accept(settings or {})
     loaded = opened(source, **options)
     spec = inspect(loaded.model)
     identity = Plan.identity(spec, source=loaded.source)
     text = None
+    # before the search, which may take hours: what will be needed after it
+    test = text_of(loaded, test_data, split="test", length=length, limit=min(limit, 8), bos=bos) if assess else None
+    if writable:
+        _require_writable(loaded, identity)
     if plan is not None:
-        if drop is not None or keep is not None:
-            raise UsageError("give a plan or a number of layers to drop, not both", code="U521")
         plan = parse_plan(plan, identity) if isinstance(plan, str) else plan
         found, method = Found(require(plan, spec)), "listed"
         if writable:
@@ -134,22 +143,22 @@ def prune(
             plan=identity,
             spec=spec,
             legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),
-            objective=journaled(loaded.model, identity, path=journal, batch=batch, progress=progress),
+            objective=journaled(loaded.model, identity, path=journal, batch=batch),
             stack=stack,
             batch=batch,
             seed=seed,
             progress=progress,
         )
-        found = get("methods", method).load()(task, drop=count, **(settings or {}))
+        found = entry.load()(task, drop=count, **own)
     shape = Shape()
     result = Pruned(
         loaded, spec, found.plan, method, found, cost(identity, spec, shape), cost(found.plan, spec, shape), text
     )
-    if not assess:
+    if test is None:
         return result
-    worth = evaluate(loaded, plan=found.plan, data=test_data, batch=batch, limit=8, progress=progress)
-    timed = bench(loaded, plan=found.plan, seed=seed, progress=progress)
-    return Pruned(**{**vars(result), "evaluation": worth, "bench": timed})
+    worth = evaluate(loaded, plan=found.plan, data=test, batch=batch, progress=progress)
+    timed = bench(loaded, plan=found.plan, prompt=_prompt(loaded, length), seed=seed, progress=progress)
+    return replace(result, evaluation=worth, bench=timed)
 
 
 def layers_to_drop(spec: Spec, stack: str | None, drop: int | None, keep: float | None) -> int:
@@ -163,6 +172,23 @@ def layers_to_drop(spec: Spec, stack: str | None, drop: int | None, keep: float 
     if not 1 <= count < depth:
         raise UsageError(f"cannot remove {count} of {depth} layers; give 1 to {depth - 1}", code="U522")
     return count
+
+
+def _require_writable(loaded: Loaded, identity: Plan) -> None:
+    """Raise `WriteError` when not even the whole model can be written, so that no search ends in "no layer may go"."""
+    if unwrap(loaded.model) is not loaded.model:
+        raise WriteError(
+            "the model is wrapped by PEFT; merge the adapter first (model.merge_and_unload()), or allow plans that only "
+            "run live",
+            code="W211",
+        )
+    blueprint(loaded.model, identity)
+
+
+def _prompt(loaded: Loaded, length: int, new: int = 32) -> int:
+    """The prompt to time: `length` tokens, or what the context leaves beside `new` decoded ones."""
+    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return max(1, min(length, limit - new)) if isinstance(limit, int) and limit > 0 else length
 
 
 def _legal(loaded: Loaded, spec: Spec, *, writable: bool, zero_parts: bool) -> Legal:

@@ -10,10 +10,13 @@ from typing import Any
 
 from shoal.data import Data
 from shoal.errors import DataError
-from shoal.evaluate import Progress, sequence_nll
+from shoal.evaluate import sequence_nll
 from shoal.plan import Plan
+from shoal.record import plain
 from shoal.run.live import running
 from shoal.scores import Objective
+
+FORMAT = "shoal-journal/1"
 
 
 def mean_nll(model: Any, data: Data, *, batch: int = 1) -> float:
@@ -22,13 +25,12 @@ def mean_nll(model: Any, data: Data, *, batch: int = 1) -> float:
     return math.fsum(total for total, _ in scored) / sum(count for _, count in scored)
 
 
-def journaled(
-    model: Any, identity: Plan, *, path: Path | None = None, batch: int = 1, progress: Progress | None = None
-) -> Callable[[Data], Objective]:
+def journaled(model: Any, identity: Plan, *, path: Path | None = None, batch: int = 1) -> Callable[[Data], Objective]:
     """Data -> objective: the cross-entropy of a plan on them, each plan evaluated once.
 
-    With `path` the values are kept in a JSON-lines file. Its first line names the data, the model's structure and the
-    dense value, which is computed anew at every start, so that a journal of other weights is refused (D430).
+    With `path` the values are kept in a JSON-lines file (null for what is not finite). Its first line names the data, the
+    model's structure and the dense value, which is computed anew at every start, so that a journal of other weights is
+    refused (D430).
     """
 
     def on(data: Data) -> Objective:
@@ -49,50 +51,47 @@ def journaled(
 
 
 def _open(path: Path, model: Any, identity: Plan, data: Data, batch: int) -> dict[str, float]:
-    head = {
-        "journal": "shoal-journal/1",
-        "base": identity.base.fingerprint,
-        "data": data.info.sha256,
-        "dense": mean_nll(model, data, batch=batch),
-    }
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _append(path, head)
+    """The values in the journal; a new journal gets its first line."""
+    lines = _lines(path)
+    facts = {"journal": FORMAT, "base": identity.base.fingerprint, "data": data.info.sha256}
+    head = _object(lines[0]) if lines else {}
+    if lines and head.get("journal") != FORMAT:
+        raise DataError(f"{path} is not a journal of Shoal; name another file", code="D430")
+    dense = mean_nll(model, data, batch=batch)
+    if not lines:
+        _append(path, {**facts, "dense": dense})
         return {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    try:
-        found = json.loads(lines[0])
-        same = found.keys() == head.keys() and all(found[k] == head[k] for k in ("journal", "base", "data"))
-        if not same or not math.isclose(found["dense"], head["dense"], rel_tol=1e-4):
-            raise DataError(f"the journal {path} belongs to another model or other data; name another file", code="D430")
-        known: dict[str, float] = {}
-        for line in lines[1:]:
-            entry = _whole(line)
-            if entry is not None:
-                known[entry["plan"]] = float(entry["nll"])
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise DataError(f"{path} is not a journal of Shoal; name another file", code="D430") from None
-    return known
+    before = _number(head.get("dense"))
+    if any(head.get(name) != value for name, value in facts.items()) or not math.isclose(before, dense, rel_tol=1e-4):
+        raise DataError(f"the journal {path} belongs to another model or other data; name another file", code="D430")
+    entries = [_object(line) for line in lines[1:]]
+    return {entry["plan"]: _number(entry["nll"]) for entry in entries if {"plan", "nll"} <= entry.keys()}
 
 
-def _whole(line: str) -> dict[str, Any] | None:
-    """The entry of a line; None for one that a kill cut short."""
+def _lines(path: Path) -> list[str]:
+    """The lines of a journal; none if there is no file yet. Raises D430 for what cannot be read."""
     try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and {"plan", "nll"} <= entry.keys() else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise DataError(f"cannot keep a journal at {path} ({error.strerror}); name another file", code="D430") from None
+
+
+def _object(line: str) -> dict[str, Any]:
+    """What a line holds; empty for one that a kill cut short, or that is no JSON object."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
-    with path.open("a+", encoding="utf-8") as stream:
-        stream.seek(0, 2)
-        if stream.tell() and not _ends_line(path):
-            stream.write("\n")
-        stream.write(json.dumps(entry) + "\n")
-
-
-def _ends_line(path: Path) -> bool:
-    with path.open("rb") as stream:
-        stream.seek(-1, 2)
-        return stream.read(1) == b"\n"
+    """Add a line in one write, behind the end of one that was cut short."""
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("ab", buffering=0) as stream:
+        stream.write((b"" if whole else b"\n") + json.dumps(plain(entry), allow_nan=False).encode() + b"\n")

@@ -47,4 +47,4 @@ def options(version: bool = typer.Option(False, "--version", callback=_version, 
 
 def main() -> None:
     """The console script."""
-    app()
+    app(prog_name="shoal")

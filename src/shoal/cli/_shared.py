@@ -9,19 +9,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from shoal.errors import ShoalError, UsageError
 
 Progress = Callable[[int, int, str], None]
+_running: ContextVar[typer.Context] = ContextVar("_running")
 
 
 def _config(context: typer.Context, value: Path | None) -> Path | None:
     """Values of a YAML file become the defaults of the options; what is typed wins."""
+    _running.set(context)
     if value is not None:
         import yaml
 
@@ -90,10 +92,11 @@ def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 def resolved() -> dict[str, Any]:
     """The options of the running verb as a config file would hold them."""
-    context = click.get_current_context()
+    context = _running.get()
     plain = {}
-    for key, value in context.params.items():
-        if key in ("config", "dry_run", "json_") or value is None:
+    for parameter in context.command.params:  # in the order of --help, whatever order was typed
+        key, value = str(parameter.name), context.params.get(str(parameter.name))
+        if key in ("config", "dry_run", "json_", "quiet") or value is None or value == []:
             continue
         plain[key] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
     return {"verb": context.info_name, **plain}

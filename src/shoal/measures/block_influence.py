@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shoal.errors import UsageError
 from shoal.evaluate.stats import ratio
+from shoal.models.stacks import find_stack
 from shoal.run.observe import observe
 from shoal.scores import Scores
 
@@ -26,39 +29,44 @@ def block_influence(
 ) -> Scores:
     """1 minus the cosine between a layer's input and output, mean over tokens.
 
-    BI_i = 1 - E_t[ x_i,t . x_i+1,t / (|x_i,t| |x_i+1,t|) ], x_i [batch, length, hidden] the input of layer i, in float32.
+    BI_i = 1 - E_t[ x_i,t . y_i,t / (|x_i,t| |y_i,t|) ], x_i and y_i [batch, length, hidden] the input and output of
+    layer i, in float32.
     Source: ShortGPT (Men et al. 2024, arXiv 2403.03853), equation 1.
     How we differ: padding is left out; the first `skip_first` tokens of each sequence can be (attention sinks: their
     states are a hundred times longer and hardly turn), and a note says whether that changes the order; each layer has a
-    standard error over sequences. Cost: one pass without the head, nothing stored but three sums per layer and sequence.
+    standard error over sequences; 1 - cos is computed as |x/|x| - y/|y||^2 / 2, which keeps its digits when it is small
+    and is exactly 0 for a layer that adds nothing. Under a running plan a layer that does not run gets NaN, one that
+    runs more than once the mean over its runs. Cost: one pass without the head, nothing stored but two sums per layer
+    and sequence. Raises U508 when `skip_first` leaves no token.
     """
-    sums: dict[int, list[torch.Tensor]] = {}
-    heads: dict[int, list[torch.Tensor]] = {}
+    found = find_stack(model, stack)
+    seen: list[dict[int, list[torch.Tensor]]] = []
     counts: list[torch.Tensor] = []
-    keep = torch.ones(1, 1)
+    keep = torch.ones(1, 1, dtype=torch.bool)
 
     def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         nonlocal keep
-        keep = torch.ones(ids.shape) if mask is None else mask.float()
-        keep = keep * (keep.cumsum(-1) > skip_first)
+        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        keep = keep & (keep.cumsum(-1) > skip_first)
         counts.append(keep.sum(-1))
+        seen.append({})
         if progress is not None:
             progress(sum(len(c) for c in counts), len(data), "block influence")
 
     def watch(index: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        turned = 1 - torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).cpu()
-        sums.setdefault(index, []).append((turned * keep).sum(-1))
-        first = keep.argmax(-1, keepdim=True)
-        heads.setdefault(index, []).append(turned.gather(-1, first)[:, 0])
+        turned = torch.where(keep, _turned(x, y).cpu().double(), 0.0)
+        first = turned.gather(-1, keep.int().argmax(-1, keepdim=True))[:, 0]
+        seen[-1].setdefault(index, []).append(torch.stack([turned.sum(-1), first]))
 
+    _require_tokens(data, skip_first)
     observe(model, data.batches(batch), watch, before=before, stack=stack)
     tokens = [int(n) for n in torch.cat(counts)]
-    totals = [torch.cat(sums[i]).double() for i in sorted(sums)]
-    means = [ratio(total.tolist(), tokens) for total in totals]
-    rest = [float((t - torch.cat(heads[i]).double()).sum()) for i, t in enumerate(totals)]
+    sums = [_sums(seen, index) for index in range(found.depth)]
+    means = [(math.nan, None) if s is None else ratio(s[0].tolist(), tokens) for s in sums]
+    rest = [math.nan if s is None else float((s[0] - s[1]).sum()) for s in sums]
     return Scores(
         measure="block-influence",
-        stack=stack or "decoder",
+        stack=found.name,
         unit="1 - cosine",
         values=tuple(mean for mean, _ in means),
         errors=tuple(error for _, error in means),
@@ -69,12 +77,35 @@ def block_influence(
     )
 
 
+def _turned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """1 - cos for each token, [batch, length]."""
+    x, y = (torch.nn.functional.normalize(state.float(), dim=-1) for state in (x, y))
+    return (x - y).square().sum(-1) / 2
+
+
+def _sums(seen: list[dict[int, list[torch.Tensor]]], index: int) -> torch.Tensor | None:
+    """[2, sequences]: the sum over tokens and the first counted token, mean over runs; None if the layer did not run."""
+    if index not in seen[0]:
+        return None
+    return torch.cat([torch.stack(batch[index]).mean(0) for batch in seen], -1)
+
+
+def _require_tokens(data: Data, skip_first: int) -> None:
+    longest = data.ids.shape[1] if data.mask is None else int(data.mask.sum(-1).max())
+    if not 0 <= skip_first < longest:
+        raise UsageError(
+            f"leaving out the first {skip_first} tokens of sequences of {longest} counts none; use 0 to {longest - 1}",
+            code="U508",
+        )
+
+
 def _sinks(means: list[float], without: list[float], skipped: int) -> str:
     """Whether the first counted token, often an outlier a hundred times as long as the others, decides the order."""
-    order = sorted(range(len(means)), key=means.__getitem__)
-    other = sorted(range(len(means)), key=without.__getitem__)
+    judged = [i for i, mean in enumerate(means) if not math.isnan(mean)]
+    order, other = sorted(judged, key=means.__getitem__), sorted(judged, key=without.__getitem__)
     same = next((n for n, (a, b) in enumerate(zip(order, other, strict=True)) if a != b), len(order))
     counted = "all tokens counted" if not skipped else f"the first {skipped} tokens of each sequence left out"
+    one = "the first one" if not skipped else "one more"
     if same == len(order):
-        return f"{counted}; leaving the first one out changes no rank"
-    return f"{counted}; leaving the first one out keeps the {same} lowest ranks"
+        return f"{counted}; leaving {one} out changes no rank"
+    return f"{counted}; leaving {one} out keeps the {same} lowest ranks"

@@ -14,8 +14,7 @@ def position(
 ) -> Found:
     """Remove the first, last, middle, every other or random layers, without looking at data.
 
-    Source: Poor Man's BERT (Sajjad et al. 2020, arXiv 2004.03844). How we differ: see the search `position`.
+    Source: Poor Man's BERT (Sajjad et al. 2020, arXiv 2004.03844). How we differ: the paper's top, bottom and symmetric
+    are called last, first and middle, the contribution-based choice is `shortgpt`, and no task is learnt afterwards.
     """
-    return presets.position(
-        task.plan, drop=drop, legal=task.legal, which=which, stack=task.stack, seed=task.seed
-    )
+    return presets.position(task.plan, drop=drop, legal=task.legal, which=which, stack=task.stack, seed=task.seed)

@@ -10,8 +10,8 @@ from shoal.search.greedy import greedy
 def sleb(task: Task, *, drop: int) -> Found:
     """In each round remove the layer without which the cross-entropy on the calibration data is lowest.
 
-    Source: Song et al. 2024 (arXiv 2402.09025), metric 3. How we differ: the model is not rebuilt for a candidate; every
-    evaluated plan is kept in the journal, so that a run that was cut off goes on where it was.
+    Source: Song et al. 2024 (arXiv 2402.09025), metric 3. How we differ: the model is not rebuilt for a candidate, and
+    every evaluated plan is kept in the journal, so that a run that was cut off goes on where it was.
     """
     return greedy(
         task.plan,

@@ -1,18 +1,20 @@
-"""One pass over data, watching what goes into each layer and what comes out; nothing is kept but what the watcher keeps."""
+"""One pass over data, watching what goes into each layer and what comes out; only the watcher keeps anything."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from shoal.errors import ModelError, UsageError
 from shoal.models.stacks import find_stack, unwrap
+from shoal.run.conductor import PlannedList
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with the base layer, its input and its output, each [batch, length, hidden], in the order of execution."""
-
 
 
 @torch.no_grad()
@@ -24,23 +26,36 @@ def observe(
     before: Callable[[torch.Tensor, torch.Tensor | None], None],
     stack: str | None = None,
 ) -> None:
-    """Run `model` without its head on every batch of (ids, mask), [batch, length] each, and call `watch` at every layer.
+    """Run `model` without its head on every batch of (ids, mask), [batch, length] each, and call `watch` at each layer.
 
-    `before` is called with each batch before it runs. Works on the model as it is, a running plan included.
+    `before` is called with each batch before it runs. Works on the model as it is: under a running plan, layers that
+    do not run are not seen, and one that runs twice is seen twice. Residual streams side by side (Gemma 3n) are seen as
+    one hidden state. Raises M316 for a state without a token axis.
     """
     inner = unwrap(model)
     found = find_stack(inner, stack)
-    handles = [found.layer(index).register_forward_hook(_hook(index, watch), with_kwargs=True) for index in range(found.depth)]
-    training = [module for module in inner.modules() if module.training]
-    inner.eval()
     # the head is the dearest matrix of a small model and no layer needs it
     backbone = inner.base_model
-    device = inner.get_input_embeddings().weight.device
+    training = [module for module in inner.modules() if module.training]
+    size: list[int] = []
+    handles = []
+
+    def hook(index: int) -> Callable[..., None]:
+        def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            y = _tokens_first(out[0] if isinstance(out, tuple) else out, size, index)
+            x = _tokens_first(args[0] if args else kwargs["hidden_states"], size, index)
+            watch(index, x.to(y.device), y)
+
+        return seen
+
     try:
+        inner.eval()
+        for index in range(found.depth):
+            handles += [found.layer(index).register_forward_hook(hook(index), with_kwargs=True)]
         for ids, mask in batches:
+            size[:] = ids.shape
             before(ids, mask)
-            attention = {} if mask is None else {"attention_mask": mask.to(device)}
-            backbone(input_ids=ids.to(device), use_cache=False, **attention)
+            backbone(**_inputs(backbone, ids, mask), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -48,8 +63,33 @@ def observe(
             module.training = True
 
 
-def _hook(index: int, watch: Watch) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        watch(index, args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out)
+def require_whole(model: nn.Module, what: str, stack: str | None = None) -> None:
+    """Raise U507 when a plan is running on the stack: `what` needs the base model's own layers, once and in order."""
+    if isinstance(find_stack(model, stack).layers, PlannedList):
+        raise UsageError(f"{what} needs the whole model, but a plan is running on it; restore it first", code="U507")
 
-    return hook
+
+def _inputs(backbone: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    device = torch.device(backbone.device)  # type: ignore[arg-type]
+    if device.type == "meta":  # an offloaded model moves its inputs itself
+        device = torch.device("cpu")
+    inputs = {"input_ids": ids.to(device)}
+    if mask is not None:
+        inputs["attention_mask"] = mask.to(device)
+        if not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(backbone.forward).parameters:
+            # most models count positions from the first column, padding or not
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
+    return inputs
+
+
+def _tokens_first(state: torch.Tensor, size: list[int], index: int) -> torch.Tensor:
+    """`state` as [batch, length, hidden], whether streams come before the batch, after the tokens or not at all."""
+    if state.dim() == 4 and list(state.shape[1:3]) == size:
+        state = state.movedim(0, 2)
+    if state.dim() < 3 or list(state.shape[:2]) != size:
+        raise ModelError(
+            f"layer {index} hands on a state {list(state.shape)} for {size[0]} x {size[1]} tokens, which is no hidden "
+            "state for each token; measure another stack",
+            code="M316",
+        )
+    return state.flatten(2)

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import math
+
 from shoal.errors import UsageError
-from shoal.plan import Plan, drop as drop_layers
-from shoal.scores import Candidate, Found, Legal, Scores
+from shoal.plan import Plan
+from shoal.plan import drop as drop_layers
+from shoal.scores import Candidate, Found, Legal, Scores, removable
 
 
 def contiguous(plan: Plan, *, scores: Scores, drop: int, legal: Legal, stack: str | None = None) -> Found:
-    """Remove the `drop` neighbouring layers with the lowest score over a span.
+    """Remove the `drop` neighbouring layers with the lowest score over a span; ties go to the lower layers.
 
     `scores` judges spans of exactly `drop` layers (by their first layer), or single layers, whose sum then judges a
-    span. Raises U505 for scores of another span, U504 when no span may go.
+    span. A span that was not judged (NaN) or does not run whole stays. Raises U505 for scores of other spans or of
+    another model, U504 when no span may go.
     """
-    if scores.span not in (1, drop):
-        raise UsageError(f"these scores judge spans of {scores.span} layers, not {drop}; measure again", code="U505")
-    depth = plan.depth(stack)
-    starts = range(depth - drop + 1) if drop < depth else range(0)
-    values = [
-        scores.values[first] if scores.span == drop else sum(scores.values[first : first + drop]) for first in starts
-    ]
+    there = set(removable(plan, drop, stack))
+    scores.require(plan, (1, drop), stack)
     trace: list[Candidate] = []
-    for first in sorted(starts, key=lambda start: (values[start], start)):
-        smaller = drop_layers(plan, range(first, first + drop), stack=stack)
+    for value, first in sorted(_spans(scores, drop)):
+        span = range(first, first + drop)
+        if not there.issuperset(span):
+            continue
+        smaller = drop_layers(plan, span, stack=stack)
         if legal(smaller):
-            trace.append(Candidate(str(smaller), values[first], f"layers {first} to {first + drop - 1} removed"))
+            trace.append(Candidate(str(smaller), value, f"layers {first} to {span[-1]} removed"))
             return Found(smaller, tuple(trace), scores)
-        trace.append(Candidate(str(smaller), values[first], "not legal"))
-    raise UsageError(f"no span of {drop} layers may go; ask for a smaller --drop", code="U504")
+        trace.append(Candidate(str(smaller), value, f"layers {first} to {span[-1]} kept: not legal without them"))
+    raise UsageError(
+        f"no {drop} neighbouring layers may go together; remove another number of layers, or name them", code="U504"
+    )
+
+
+def _spans(scores: Scores, drop: int) -> list[tuple[float, int]]:
+    """(score, first layer) of each span that was judged."""
+    values = scores.values
+    if scores.span != drop:
+        values = tuple(sum(values[first : first + drop]) for first in range(len(values) - drop + 1))
+    return [(value, first) for first, value in enumerate(values) if not math.isnan(value)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Literal
 
 from shoal.errors import UsageError
-from shoal.plan import Plan, drop as drop_layers
-from shoal.scores import Candidate, Found, Legal
+from shoal.plan import Plan
+from shoal.plan import drop as drop_layers
+from shoal.scores import Candidate, Found, Legal, removable
+
+Preset = Literal["first", "last", "middle", "alternate", "random"]
 
 
 def position(
@@ -15,33 +19,40 @@ def position(
     *,
     drop: int,
     legal: Legal,
-    which: Literal["first", "last", "middle", "alternate", "random"] = "last",
+    which: Preset = "last",
     stack: str | None = None,
     seed: int = 0,
 ) -> Found:
     """Remove the first, the last, the middle, every other (from the end) or randomly chosen layers.
 
-    The baselines of Poor Man's BERT (Sajjad et al. 2020, arXiv 2004.03844: top, bottom, symmetric, alternate). "first"
-    and "last" are meant literally: 0.. and ..L-1. "alternate" takes every other layer from the last but one downwards and
-    then the nearest left. Raises U504 when the preset is not legal for the model.
+    The baselines of Poor Man's BERT (Sajjad et al. 2020, arXiv 2004.03844: bottom, top, symmetric, alternate). "first"
+    and "last" are meant literally: 0.. and ..L-1. "middle" leaves as many before as behind, or one more behind.
+    "alternate" takes every other layer from the last but one downwards (of 12 layers 10, 8, 6, ...), and when these are
+    used up the others from the last one downwards (11, 9, ...). "random" draws with `seed`; a larger draw holds the
+    smaller ones. Raises U504 when the preset is not legal for the model, U502 for a preset that does not exist.
     """
-    layers = _order(sorted(set(plan.layers(stack))), which, seed, drop)[:drop]
-    if len(layers) < drop or drop >= len(set(plan.layers(stack))):
-        raise UsageError(f"cannot remove {drop} of {len(set(plan.layers(stack)))} layers; ask for fewer", code="U504")
+    layers = _order(removable(plan, drop, stack), which, seed, drop)[:drop]
     smaller = drop_layers(plan, layers, stack=stack)
     if not legal(smaller):
-        raise UsageError(f"removing the layers {sorted(layers)} is not legal for this model; choose another preset", code="U504")
-    return Found(smaller, (Candidate(str(smaller), float("nan"), f"preset {which}"),))
+        raise UsageError(
+            f"the plan is not legal without the {which} layers {sorted(layers)}; choose another preset or number",
+            code="U504",
+        )
+    return Found(smaller, (Candidate(str(smaller), math.nan, f"preset {which}"),))
 
 
-def _order(layers: list[int], which: str, seed: int, drop: int) -> list[int]:
-    if which == "first":
-        return layers
-    if which == "last":
-        return layers[::-1]
-    if which == "middle":
-        start = (len(layers) - drop) // 2
-        return layers[start : start + drop]
-    if which == "alternate":
-        return [*layers[-2::-2], *layers[::-2]]
-    return random.Random(seed).sample(layers, len(layers))
+def _order(layers: tuple[int, ...], which: Preset, seed: int, drop: int) -> tuple[int, ...]:
+    match which:
+        case "first":
+            return layers
+        case "last":
+            return layers[::-1]
+        case "middle":
+            return layers[(len(layers) - drop) // 2 :]
+        case "alternate":
+            return (*layers[-2::-2], *layers[::-2])
+        case "random":
+            return tuple(random.Random(seed).sample(layers, len(layers)))
+    raise UsageError(  # type: ignore[unreachable]
+        f"there is no preset {which!r}; use first, last, middle, alternate or random", code="U502"
+    )

@@ -243,7 +243,12 @@ def _kv(reference: Reference, kv: dict[str, Any]) -> Iterator[Check]:
     expected = reference.expected
     length = reference.tensors["random.ids"].shape[1]
     for name, value, wanted, how in (
-        ("KV per token", kv["per_token"], expected.kv_per_token, "bytes, measured in its cache, against the plan's cost"),
+        (
+            "KV per token",
+            kv["per_token"],
+            expected.kv_per_token,
+            "bytes, measured in its cache, against the plan's cost",
+        ),
         ("KV held", kv["elements"], expected.kv_elements, f"elements in its cache after {length} tokens"),
     ):
         yield Check(name, value == wanted, value, wanted, how)

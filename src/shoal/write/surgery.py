@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
 from shoal.models.depth import permuted_config
@@ -53,17 +53,15 @@ def blueprint(model: PreTrainedModel, plan: Plan, *, zero_parts: bool = False) -
     return Blueprint(plan, slots, silent, config, changed)
 
 
-def rewrite(model: nn.Module, plan: Plan, *, zero_parts: bool = False) -> PreTrainedModel:
+def rewrite(
+    model: nn.Module, plan: Plan, *, zero_parts: bool = False, plans: Blueprint | None = None
+) -> PreTrainedModel:
     """A new stock model that computes what `plan` computes live; tensors are shared with `model` where nothing changes,
-    a layer that runs twice is two layers with equal weights. Raises `WriteError` (see `blueprint`) before any work."""
-    inner = unwrap(model)
-    if inner is not model:
-        raise WriteError(
-            "the model is wrapped by PEFT; merge the adapter first (model.merge_and_unload())", code="W211"
-        )
-    if getattr(inner, "hf_quantizer", None) is not None:
-        raise WriteError("the model is quantised; load it dequantised to write it", code="W212")
-    plans = blueprint(inner, plan, zero_parts=zero_parts)
+    a layer that runs twice is two layers with equal weights. `plans`: the blueprint, when it is known already.
+
+    Raises `WriteError` before any work: see `require_writable` and `blueprint`."""
+    inner = require_writable(model)
+    plans = plans or blueprint(inner, plan, zero_parts=zero_parts)
     stack = find_stack(inner)
     tensors = moved_tensors(inner.state_dict(), stack, plans, probe(inner, stack).layers)
     made, info = type(inner).from_pretrained(
@@ -74,6 +72,28 @@ def rewrite(model: nn.Module, plan: Plan, *, zero_parts: bool = False) -> PreTra
         raise WriteError(f"the rewritten {type(inner).__name__} does not take its tensors: {wrong}", code="W213")
     made.generation_config = inner.generation_config
     return made.to(inner.device).eval()
+
+
+def require_writable(model: nn.Module) -> PreTrainedModel:
+    """The model itself when its weights can be written as they are: W211 adapters, W212 quantised, W214 not in memory,
+    W215 a class that the Auto class would not load."""
+    inner = unwrap(model)
+    if inner is not model:
+        raise WriteError(
+            "the model is wrapped by PEFT; merge the adapter first (model.merge_and_unload())", code="W211"
+        )
+    if getattr(inner, "hf_quantizer", None) is not None:
+        raise WriteError("the model is quantised; load it dequantised to write it", code="W212")
+    if any(p.is_meta for p in inner.parameters()):
+        raise WriteError("some weights of the model are not in memory; load it without offloading", code="W214")
+    found = AutoModelForCausalLM._model_mapping.get(type(inner.config), ())
+    if type(inner) not in (found if isinstance(found, tuple | list) else (found,)):
+        raise WriteError(
+            f"AutoModelForCausalLM would not load {type(inner).__name__} from a {type(inner.config).__name__}, so no "
+            "stock checkpoint of it can be written; run the plan live",
+            code="W215",
+        )
+    return inner
 
 
 def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[Any]) -> Tensors:

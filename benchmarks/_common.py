@@ -1,0 +1,147 @@
+"""What the benchmarks share: their options, paired timing within one process, and the one JSON object they print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+import shoal
+from shoal.models.load import Loaded
+from shoal.record import environment
+
+PRUNED = "0-11,15-16,18-24,27-29"
+"""The 24-layer plan of the 30-layer built-in model."""
+
+Timed = tuple[float, float]
+"""Seconds by the wall clock, and seconds of CPU time of this process, all its threads together."""
+
+
+def options(description: str | None, *, pairs: int) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has; `pairs` is the default of --pairs."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--pairs", type=_positive, default=pairs, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--model", default="smollm2", help="what shoal.load takes (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, default=1, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator torch finds, else the CPU)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1; give 1 or more")
+    return number
+
+
+def opened(args: argparse.Namespace) -> Loaded:
+    """The model of --model on --device, with torch held to --threads."""
+    torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()
+    return shoal.load(args.model, device=args.device)
+
+
+def say(text: str) -> None:
+    """One line of progress on stderr; stdout belongs to the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> Timed:
+    """Seconds that `work` takes, work handed to `device` included."""
+    _wait(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    _wait(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def paired(
+    variants: Mapping[str, Callable[[], Timed]], pairs: int, *, warmup: int = 1, what: str = "round"
+) -> dict[str, list[Timed]]:
+    """Run every variant once in each of `pairs` rounds, after `warmup` rounds that do not count.
+
+    The order alternates from round to round, so that neither the first place nor a drift of the machine favours one.
+    """
+    samples: dict[str, list[Timed]] = {name: [] for name in variants}
+    for number in range(warmup + pairs):
+        for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
+            sample = variants[name]()
+            if number >= warmup:
+                samples[name].append(sample)
+        if (number + 1) % max(1, (warmup + pairs) // 10) == 0:
+            say(f"{what} {number + 1} of {warmup + pairs}")
+    return samples
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least, greatest and the quartiles."""
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    facts = {"median": median(values), "min": min(values), "max": max(values), "q25": low, "q75": high}
+    return {name: _rounded(value) for name, value in facts.items()}
+
+
+def compared(samples: Mapping[str, list[Timed]], name: str, base: str) -> dict[str, dict[str, float]]:
+    """`name` over `base`: the spread of the ratios within a round, and the ratio of the two least times.
+
+    Once by the wall clock, once by CPU time, which with one thread does not see what else the machine does.
+    """
+    result = {}
+    for place, clock in enumerate(("wall", "cpu")):
+        own, other = ([sample[place] for sample in samples[n]] for n in (name, base))
+        ratios = spread([a / b for a, b in zip(own, other, strict=True)])
+        result[clock] = ratios | {"of_least": _rounded(min(own) / min(other))}
+    return result
+
+
+def times(samples: Mapping[str, list[Timed]], divisor: float = 1) -> dict[str, dict[str, dict[str, float]]]:
+    """The spread of each variant's seconds (over `divisor` pieces of work), by wall clock and by CPU time."""
+    return {
+        name: {
+            clock: spread([sample[place] / divisor for sample in own]) for place, clock in enumerate(("wall", "cpu"))
+        }
+        for name, own in samples.items()
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def finish(
+    name: str,
+    args: argparse.Namespace,
+    *,
+    target: Mapping[str, float],
+    value: Mapping[str, float],
+    figures: Mapping[str, Any],
+    device: torch.device,
+) -> int:
+    """Print the result and return the exit status: 0 when every value is at most its target, else 1."""
+    missed = [key for key, limit in target.items() if not value[key] <= limit]
+    where = {"device": str(device), "threads": torch.get_num_threads()}
+    result = {
+        "benchmark": name,
+        "target": dict(target),
+        "value": {key: _rounded(number) for key, number in value.items()},
+        "passed": not missed,
+        "missed": missed,
+        "figures": figures,
+        "settings": {name: setting for name, setting in vars(args).items() if name not in ("child", "profile")},
+        "environment": environment() | where,
+    }
+    print(json.dumps(result, indent=2))
+    return 1 if missed else 0

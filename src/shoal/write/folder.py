@@ -1,0 +1,222 @@
+"""Write a plan as a folder that plain transformers loads, prove it, and only then give it its name."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from shoal.errors import WriteError
+from shoal.models.inspect import inspect
+from shoal.models.load import Loaded
+from shoal.models.stacks import find_stack
+from shoal.plan import Plan, require, save_plan
+from shoal.write.card import model_card, origin
+from shoal.write.lineage import config_note
+from shoal.write.proof import FILE, Proof, prove
+from shoal.write.reference import quiet
+from shoal.write.sides import copy_side_files
+from shoal.write.stage import publish, staged, sweep
+from shoal.write.surgery import Blueprint, blueprint, require_writable, rewrite
+
+Page = str | Callable[[Proof | None], str]
+_SPARE = 32_000_000
+"""Bytes beside the tensors: tokenizer, side files, report."""
+_MODEL_FILES = ("config.json", "shoal", "model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished folder."""
+
+    folder: Path
+    proof: Proof | None
+    """None when no proof was asked for."""
+    changed: dict[str, tuple[Any, Any]]
+    """Config fields, (old, new)."""
+    params: int
+    """By unique storage."""
+    bytes: int
+    """Of the safetensors files."""
+
+
+def write(
+    loaded: Loaded,
+    plan: Plan,
+    output: str | Path,
+    *,
+    zero_parts: bool = False,
+    overwrite: bool = False,
+    shard_size: str = "5GB",
+    records: Iterable[Mapping[str, Any]] = (),
+    page: Page | None = None,
+    card: Sequence[Mapping[str, Any]] | None = None,
+    command: str | None = None,
+    prove: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Written:
+    """Write the stock model of `plan` with everything that belongs to it, and prove it before it gets its name.
+
+    `zero_parts`: let a layer keep a dropped attention or mlp with all tensors zero. `records`: one JSON object a line.
+    `page`: report.html, or what makes it from the proof. `card`: rows {name, unit, dense, pruned, how} of the model
+    card. `progress` is told each stage as it begins. The model of `loaded` is not changed.
+
+    Raises before any work `PlanError`, the `WriteError`s of `blueprint` and `require_writable` (W201-W215) and
+    W220 output exists, W221 output and source overlap, W222 no parent folder, W223 too little disk space,
+    W224 no permission, W225 output holds other things than a model; then
+    W216 configs that cannot be saved, W223 disk full, W226 another failure of the disk, W227 written twice at once, W230 proof failed, W231 no proof possible.
+    After an error nothing is left under the output's name that was not there before.
+    """
+    tell = progress or (lambda _: None)
+    tell("checking")
+    final = Path(output).expanduser().resolve()
+    inner = require_writable(loaded.model)
+    require(plan, inspect(inner))
+    plan = _with_source(plan, loaded)
+    plans = blueprint(inner, plan, zero_parts=zero_parts)
+    _require_place(final, loaded, overwrite)
+    _require_space(final, _bytes(inner, plans))
+    lines = [json.dumps(dict(record), ensure_ascii=False) for record in records]
+    note = config_note(inner.config, plan, plans)
+    with _disk_errors(final), staged(final) as partial:
+        tell("writing")
+        params = _fill(partial, loaded, plans, note, shard_size)
+        _text(partial / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
+        proof = None
+        if prove:
+            tell("proving")
+            proof = _prove(partial, loaded, plans)
+            _text(partial / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
+        _text(
+            partial / "README.md",
+            model_card(
+                plan,
+                origin(loaded.source, loaded.folder),
+                title=final.name,
+                base_layers=note["base_layers"],
+                rows=card or (),
+                changed=plans.changed,
+                command=command,
+                proof=proof,
+            ),
+        )
+        if page is not None:
+            _text(partial / "report.html", page if isinstance(page, str) else page(proof))
+        tell("publishing")
+        size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+        publish(partial, final, overwrite=overwrite)
+    return Written(final, proof, plans.changed, params, size)
+
+
+def _fill(partial: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], shard_size: str) -> int:
+    """Tensors, configs, tokenizer, side files and plan; the number of parameters. No reference to the rewritten model
+    survives, so the proof does not hold it in memory."""
+    (partial / "shoal").mkdir()
+    with quiet():
+        made = rewrite(loaded.model, plans.plan, plans=plans)
+        made.config.shoal = note
+        try:
+            made.save_pretrained(partial, max_shard_size=shard_size)
+        except ValueError as error:
+            why = str(error).strip().splitlines()[0][:300]
+            raise WriteError(
+                f"transformers will not save the model's configs: {why}; mend them first", code="W216"
+            ) from error
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(partial)
+    if loaded.folder is not None:
+        copy_side_files(loaded.folder, partial)
+    save_plan(plans.plan, partial / "shoal" / "plan.json")
+    return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
+
+
+def _prove(partial: Path, loaded: Loaded, plans: Blueprint) -> Proof:
+    proof = prove(partial, loaded.model, plans.plan, tokenizer=loaded.tokenizer, plans=plans)
+    if not proof.passed:
+        more = f" (and {len(proof.failures) - 1} more)" if len(proof.failures) > 1 else ""
+        raise WriteError(
+            f"the written folder failed its proof, so it was removed: {proof.failures[0]}{more}; run the plan live",
+            code="W230",
+        )
+    return proof
+
+
+def _with_source(plan: Plan, loaded: Loaded) -> Plan:
+    """The plan with the place of its base, so that `verify` finds it; a folder by its absolute path."""
+    path = Path(loaded.source).expanduser()
+    source = str(path.resolve()) if path.exists() else loaded.source
+    return replace(plan, base=replace(plan.base, source=source))
+
+
+def _require_place(final: Path, loaded: Loaded, overwrite: bool) -> None:
+    """Raise W220, W221, W222, W224 or W225 when the output must not or cannot be written."""
+    named = [name for name in (loaded.source, getattr(loaded.model, "name_or_path", "")) if name]
+    places = [Path(name).expanduser() for name in named] + ([loaded.folder] if loaded.folder is not None else [])
+    for source in {place.resolve() for place in places if place.exists()}:
+        if final.is_relative_to(source) or source.is_relative_to(final):
+            raise WriteError(f"the output {final} and the source {source} overlap; choose another output", code="W221")
+    if not final.parent.is_dir():
+        raise WriteError(f"there is no folder {final.parent} to write {final.name} into; make it first", code="W222")
+    if not os.access(final.parent, os.W_OK | os.X_OK):
+        raise WriteError(f"no permission to write into {final.parent}; choose another output", code="W224")
+    sweep(final)
+    if not final.exists():
+        return
+    if not overwrite:
+        raise WriteError(f"{final} exists; pass --overwrite to replace it, or choose another output", code="W220")
+    if not final.is_dir() or (any(final.iterdir()) and not any((final / name).exists() for name in _MODEL_FILES)):
+        raise WriteError(f"{final} is not the folder of a model, so it is not overwritten; choose another", code="W225")
+
+
+def _require_space(final: Path, tensors: int) -> None:
+    free = shutil.disk_usage(final.parent).free
+    if free < tensors + _SPARE:
+        raise WriteError(
+            f"{final.parent} has {free / 1e9:.2f} GB free and the model needs {(tensors + _SPARE) / 1e9:.2f} GB; "
+            "make room or choose another output",
+            code="W223",
+        )
+
+
+def _bytes(model: PreTrainedModel, plans: Blueprint) -> int:
+    """Of the tensors to be written: those outside the layers once, by storage, a layer as often as it runs."""
+    stack = find_stack(model)
+    layers = [sum(t.nbytes for t in stack.layer(i).state_dict().values()) for i in range(stack.depth)]
+    outside = {
+        (t.data_ptr(), t.nbytes): t.nbytes for n, t in model.state_dict().items() if not n.startswith(f"{stack.path}.")
+    }
+    return sum(outside.values()) + sum(layers[i] for i in plans.slots)
+
+
+@contextmanager
+def _disk_errors(final: Path) -> Iterator[None]:
+    """Failures of the disk as W223, W224 and W226; the staged folder is gone by then."""
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(final, error.errno or 0, error.strerror or str(error)) from error
+    except Exception as error:  # safetensors raises a class of its own, which is no OSError
+        if type(error).__name__ != "SafetensorError":
+            raise
+        number = next((n for n in (errno.ENOSPC, errno.EDQUOT) if f"os error {n})" in str(error)), 0)
+        raise _disk_error(final, number, str(error)) from error
+
+
+def _disk_error(final: Path, number: int, why: str) -> WriteError:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return WriteError(f"the disk of {final.parent} is full; make room or choose another output", code="W223")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return WriteError(f"no permission to write {final} ({why}); choose another output", code="W224")
+    return WriteError(f"cannot write {final}: {why}; choose another output", code="W226")
+
+
+def _text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,79 @@
+"""Where the layers of a written model come from: one key in config.json, composed over repeated pruning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from shoal._version import __version__
+from shoal.plan import Plan, Run, Step, format_steps
+from shoal.write.surgery import Blueprint
+
+KEY = "shoal"
+
+
+def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[str, Any]:
+    """The value of the key `shoal` in the config of the model of `plan`, whose base has `config`.
+
+    base_layers: for each layer of the new model, in order, the layer of the ORIGINAL base that it is: a base that was
+    itself pruned hands its own numbers on. plan: the same as depth notation, with a or m where a part is silent; a
+    layer whose two parts are silent does nothing and is left out of it. silent: those parts, [place, part].
+    base: the original base, {family, fingerprint, layers, source}, without paths of this machine.
+    """
+    old = _known(config)
+    layers = [old["base_layers"][i] for i in plans.slots] if old else list(plans.slots)
+    silent = set(plans.silent)
+    if old:
+        silent |= {(slot, part) for slot, i in enumerate(plans.slots) for at, part in old["silent"] if at == i}
+    note = {
+        "base_layers": layers,
+        "plan": format_steps(_steps(layers, silent)),
+        "base": old["base"] if old else _base(plan),
+        "version": __version__,
+    }
+    return note | ({"silent": sorted([slot, part] for slot, part in silent)} if silent else {})
+
+
+def original_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """For each layer of a model the layer of the original base that it is; the layers themselves when nothing is known."""
+    known = _known(config)
+    depth = config.get_text_config(decoder=True).num_hidden_layers
+    return tuple(known["base_layers"]) if known else tuple(range(depth))
+
+
+def _base(plan: Plan) -> dict[str, Any]:
+    source = plan.base.source
+    if source is not None and Path(source).is_absolute():
+        source = Path(source).name
+    base = {"family": plan.base.family, "fingerprint": plan.base.fingerprint, "layers": dict(plan.base.depths)}
+    return base | ({"source": source} if source is not None else {})
+
+
+def _steps(layers: list[int], silent: set[tuple[int, str]]) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    for slot, layer in enumerate(layers):
+        match {part for at, part in silent if at == slot}:
+            case parts if parts == {"mlp"}:
+                steps.append(Run(layer, "attention"))
+            case parts if parts == {"attention"}:
+                steps.append(Run(layer, "mlp"))
+            case parts if not parts:
+                steps.append(Run(layer))
+    return tuple(steps)
+
+
+def _known(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The note of a base that Shoal wrote, or None: it comes from a file that anyone may have edited."""
+    note = getattr(config, KEY, None)
+    depth = config.get_text_config(decoder=True).num_hidden_layers
+    if not isinstance(note, dict) or not isinstance(note.get("base"), dict):
+        return None
+    layers, silent = note.get("base_layers"), note.get("silent", [])
+    if not isinstance(layers, list) or len(layers) != depth or not all(type(i) is int and i >= 0 for i in layers):
+        return None
+    pairs = isinstance(silent, list) and all(
+        isinstance(s, list) and len(s) == 2 and type(s[0]) is int and s[1] in ("attention", "mlp") for s in silent
+    )
+    return {"base_layers": layers, "silent": [tuple(s) for s in silent], "base": note["base"]} if pairs else None
