@@ -11,10 +11,9 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
-import shoal
-from shoal.models.load import Loaded
+from shoal.models.compat import hide_own_bars
+from shoal.models.load import Loaded, load
 from shoal.record import environment
 
 PRUNED = "0-11,15-16,18-24,27-29"
@@ -46,8 +45,8 @@ def _positive(text: str) -> int:
 def opened(args: argparse.Namespace) -> Loaded:
     """The model of --model on --device, with torch held to --threads."""
     torch.set_num_threads(args.threads)
-    logging.disable_progress_bar()
-    return shoal.load(args.model, device=args.device)
+    hide_own_bars()
+    return load(args.model, device=args.device)
 
 
 def say(text: str) -> None:

@@ -1,9 +1,9 @@
 """The engine that Shoal did not take: a bank of layers whose iteration yields the steps themselves.
 
 The list's children are the layers that the plan keeps, under their base names; iterating, indexing and `len` give one
-`Step` for each step of the plan. While the plan runs, every field of the config that describes layers one by one is put in
-the plan's order, so that the stock forward picks masks, rotary tables and cache rows by the step's position. A step calls
-its layer with the arguments that the loop made for that position. See docs/engines.md for how it compares.
+`Step` for each step of the plan. While the plan runs, every field of the config that describes layers one by one is put
+in the plan's order, so that the stock forward picks masks, rotary tables and cache rows by the step's position. A step
+calls its layer with the arguments that the loop made for that position. See docs/engines.md for how it compares.
 """
 
 from __future__ import annotations

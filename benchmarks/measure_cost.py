@@ -2,8 +2,8 @@
 
 Targets: at most 1.25 times the wall time and 1.15 times the peak memory of the stock `model(...)`, head included,
 without gradients and cache. Time is paired within this process. Memory is the growth of the peak resident set over what
-the loaded and warmed model holds, in fresh processes that do exactly one of the two; after these, two more under torch's
-profiler count what torch allocates. Reported without a target: the time against the forward without head.
+the loaded and warmed model holds, in fresh processes that do exactly one of the two; further processes, under torch's
+profiler, count what torch allocates. Reported without a target: the same against the forward without its head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shoal.evaluate.scoring import device_of
 from shoal.measures.block_influence import block_influence
 
 TARGET = {"time_ratio": 1.25, "memory_ratio": 1.15}
-SIDES = ("forward", "measure")
+SIDES = ("forward", "backbone", "measure")
 STATUS = Path("/proc/self/status")
 
 
@@ -49,8 +49,11 @@ def main() -> int:
         "time_ratio": against,
         "seconds": times(samples),
         "memory": memory,
-        "torch_memory_ratio": memory["measure"]["torch_bytes"] / memory["forward"]["torch_bytes"],
-        "whole_process_ratio": memory["measure"]["peak_bytes"] / memory["forward"]["peak_bytes"],
+        "memory_ratio": {
+            f"{name}_{what}": memory["measure"][what] / memory[name][what]
+            for name in against
+            for what in ("growth_bytes", "torch_bytes", "peak_bytes")
+        },
     }
     value = {
         "time_ratio": against["forward"]["wall"]["median"],

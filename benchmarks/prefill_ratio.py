@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = options(__doc__, pairs=15)
+    parser = options(__doc__, pairs=20)
     parser.add_argument("--plan", default=PRUNED, help="the pruned plan (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
     return parser.parse_args()

@@ -44,7 +44,32 @@ _HOMES = {
     "write": "shoal.write.folder",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = [
+    "Plan",
+    "ShoalError",
+    "Spec",
+    "__version__",
+    "apply",
+    "bench",
+    "check",
+    "cost",
+    "diff",
+    "evaluate",
+    "inspect",
+    "inspect_source",
+    "load",
+    "load_data",
+    "load_plan",
+    "measure",
+    "parse_plan",
+    "prune",
+    "render",
+    "rewrite",
+    "running",
+    "save_plan",
+    "verify",
+    "write",
+]
 
 
 def __getattr__(name: str) -> Any:

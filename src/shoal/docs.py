@@ -89,7 +89,9 @@ def _said(node: ast.AST) -> list[tuple[str, str]]:
         parts = node.elts
     else:
         return []
-    codes = [p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str) and _CODE.fullmatch(p.value)]
+    codes = [
+        p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str) and _CODE.fullmatch(p.value)
+    ]
     texts = [_template(p) for p in parts if isinstance(p, ast.JoinedStr | ast.Constant) and _template(p) not in codes]
     return [(code, max(texts, key=len).replace("|", "\\|")) for code in codes if texts and len(max(texts, key=len)) > 3]
 
@@ -102,7 +104,11 @@ def _template(node: ast.AST) -> str:
 
 
 def _name(node: ast.AST) -> str:
-    words = [n.attr if isinstance(n, ast.Attribute) else n.id for n in ast.walk(node) if isinstance(n, ast.Attribute | ast.Name)]
+    words = [
+        n.attr if isinstance(n, ast.Attribute) else n.id
+        for n in ast.walk(node)
+        if isinstance(n, ast.Attribute | ast.Name)
+    ]
     return (words[0] if words else "x").upper()
 
 

@@ -18,6 +18,10 @@ from typing import Any
 _PACKAGES = ("shoal", "torch", "transformers", "safetensors", "numpy")
 
 
+def _here() -> dict[str, Any]:
+    return dict(environment())
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One result. `what` names the verb or the evaluation, `numbers` is its plain data."""
@@ -30,7 +34,7 @@ class Record:
     """Fingerprint of the base model."""
     seed: int | None = None
     command: tuple[str, ...] = ()
-    environment: dict[str, Any] = field(default_factory=lambda: dict(environment()))
+    environment: dict[str, Any] = field(default_factory=_here)
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def to_dict(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Entry:
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
-        return getattr(importlib.import_module(self.module), self.attribute)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(self.module), self.attribute)
 
     def options(self) -> dict[str, inspect.Parameter]:
         """Its own options, annotations evaluated: keyword-only parameters that the harness does not fill."""

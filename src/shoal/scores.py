@@ -91,7 +91,7 @@ def too_few(possible: int, wanted: int) -> UsageError:
     if possible:
         return UsageError(f"only {possible} layers may go, not {wanted}; ask for --drop {possible}", code="U504")
     return UsageError(
-        f"none of {wanted} layers may go: without any one of them the plan is not legal or could not be judged; "
+        "no layer may go: without any one of them the plan is not legal or could not be judged; "
         "allow plans that only run live, or name the layers",
         code="U504",
     )

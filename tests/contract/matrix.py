@@ -1,4 +1,4 @@
-"""The contract matrix: every family x plan kind x attention x cache x batch is right, refused with a code, or says why not."""
+"""The contract matrix: every family x plan x attention x cache x batch is right, refused or says why not."""
 
 from __future__ import annotations
 
@@ -189,7 +189,9 @@ def _baseline(family: str, attention: str, cache_kind: str, batch_kind: str) -> 
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, NotImplementedError, IndexError) as error:
         return f"the stock model cannot: {type(error).__name__}: {str(error).partition('. ')[0]}"
     error = (whole - steps)[batch["attention_mask"].bool()].abs().max().item()
-    return None if error <= LIMIT else f"the stock model's cached forward differs from its uncached one by over {LIMIT:g}"
+    return (
+        None if error <= LIMIT else f"the stock model's cached forward differs from its uncached one by over {LIMIT:g}"
+    )
 
 
 @torch.no_grad()
@@ -247,10 +249,11 @@ PAGE = """# Contract matrix
 
 Written by `make docs` (`python -m tests.contract.matrix`); do not edit. {versions}, float32 on the CPU.
 
-Every entry stands for {each} cells: SDPA and eager attention, dynamic and static KV cache, one sequence and a left-padded
-batch of two, on a random model of 4 layers. **right**: the live plan's logits, in one pass and in cached passes (a prefill,
-a chunk of two tokens, single tokens), are within {limit:g} of the stock layers called by hand; the identity plan is equal
-bit for bit. **P1xx**: refused with this code before anything runs. **n/a**: the stock model itself cannot do the cell.
+Every entry stands for {each} cells: SDPA and eager attention, dynamic and static KV cache, one sequence and a
+left-padded batch of two, on a random model of 4 layers. **right**: the live plan's logits, in one pass and in cached
+passes (a prefill, a chunk of two tokens, single tokens), are within {limit:g} of the stock layers called by hand; the
+identity plan is equal bit for bit. **P1xx**: refused with this code before anything runs. **n/a**: the stock model
+itself cannot do the cell.
 
 {cells} cells: {counts}.
 """

@@ -26,8 +26,8 @@ from transformers import (
 from shoal.data import Data, DataInfo
 from shoal.errors import DataError, UsageError
 from shoal.evaluate import (
-    agreement,
-    agreement_between,
+    compare,
+    compare_between,
     generation_check,
     memory,
     perplexity,
@@ -129,7 +129,7 @@ def test_padded_positions_do_not_count(model: Any, side: str) -> None:
     with pytest.raises(DataError, match="D420"):
         perplexity(model, data_of(ids, mask=empty))
     with pytest.raises(DataError, match="D420"):
-        agreement(model, data_of(ids, mask=empty), dense=nullcontext, pruned=nullcontext)
+        compare(model, data_of(ids, mask=empty), dense=nullcontext, pruned=nullcontext)
 
 
 def test_the_model_comes_back_as_it_was(tiny_llama: Any) -> None:
@@ -139,7 +139,7 @@ def test_the_model_comes_back_as_it_was(tiny_llama: Any) -> None:
     before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
     data = data_of(random_ids(2, 8))
     perplexity(own, data)
-    agreement_between(own, tiny_llama, data)
+    compare_between(own, tiny_llama, data)
     memory(own, prompt=4)
     assert [module.training for module in own.modules()] == modes
     assert all(torch.equal(before[name], tensor) for name, tensor in own.state_dict().items())
@@ -150,11 +150,11 @@ def test_dropout_is_off_while_evaluating(tiny_gpt2: Any) -> None:
     own = copy.deepcopy(tiny_gpt2).train()
     data = data_of(random_ids(2, 16))
     assert perplexity(own, data) == perplexity(tiny_gpt2, data)
-    assert agreement(own, data, dense=nullcontext, pruned=nullcontext).kl == 0
+    assert compare(own, data, dense=nullcontext, pruned=nullcontext).agreement.kl == 0
 
 
 def test_a_model_agrees_with_itself_exactly(model: Any) -> None:
-    result = agreement(model, data_of(random_ids(3, 16)), dense=nullcontext, pruned=nullcontext, batch=2)
+    result = compare(model, data_of(random_ids(3, 16)), dense=nullcontext, pruned=nullcontext, batch=2).agreement
     assert (result.kl, result.kl_error, result.top1, result.top1_error, result.tokens) == (0, 0, 1, 0, 45)
 
 
@@ -167,7 +167,9 @@ def test_agreement_is_the_naive_one_and_both_forms_are_equal(model: Any, monkeyp
             q = model(input_ids=ids).logits[:, :-1].double()
     kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
     same = (p.argmax(-1) == q.argmax(-1)).double()
-    result = agreement(model, data_of(ids), dense=nullcontext, pruned=lambda: without_mlp(model), batch=3)
+    both = compare(model, data_of(ids), dense=nullcontext, pruned=lambda: without_mlp(model), batch=3)
+    result = both.agreement
+    assert both.dense == perplexity(model, data_of(ids))
     assert result.kl == pytest.approx(kl.mean().item(), rel=1e-4)
     assert result.kl > 0
     assert result.kl_error == pytest.approx(kl.mean(1).std().item() / 2, rel=1e-3)
@@ -175,7 +177,7 @@ def test_agreement_is_the_naive_one_and_both_forms_are_equal(model: Any, monkeyp
     assert result.top1_error == pytest.approx(same.mean(1).std().item() / 2, abs=1e-9)
     other = copy.deepcopy(model)
     with without_mlp(other):
-        assert agreement_between(model, other, data_of(ids), batch=3) == result
+        assert compare_between(model, other, data_of(ids), batch=3) == both
 
 
 def test_logits_that_cannot_be_compared_are_refused_and_impossible_tokens_add_nothing() -> None:
@@ -364,8 +366,8 @@ def test_mistakes_name_the_remedy(tiny_gpt2: Any) -> None:
     long = data_of(random_ids(1, 65))
     cases = [
         ("U510", lambda: perplexity(tiny_gpt2, long)),
-        ("U510", lambda: agreement(tiny_gpt2, long, dense=nullcontext, pruned=nullcontext)),
-        ("U510", lambda: agreement_between(tiny_gpt2, tiny_gpt2, long)),
+        ("U510", lambda: compare(tiny_gpt2, long, dense=nullcontext, pruned=nullcontext)),
+        ("U510", lambda: compare_between(tiny_gpt2, tiny_gpt2, long)),
         ("U510", lambda: generation_check(tiny_gpt2, Characters(), ["a"], new_tokens=64)),
         ("U510", lambda: speed({"dense": lambda: nullcontext(tiny_gpt2)}, prompt=64, new=1)),
         ("U510", lambda: memory(tiny_gpt2, prompt=65)),
@@ -385,7 +387,7 @@ def test_progress_counts_windows_and_prompts(tiny_gpt2: Any) -> None:
     seen: list[tuple[int, int, str]] = []
     data = data_of(random_ids(3, 8))
     perplexity(tiny_gpt2, data, batch=2, progress=lambda *s: seen.append(s))
-    agreement_between(tiny_gpt2, tiny_gpt2, data, progress=lambda *s: seen.append(s))
+    compare_between(tiny_gpt2, tiny_gpt2, data, progress=lambda *s: seen.append(s))
     generation_check(tiny_gpt2, Characters(), ["a"], new_tokens=1, progress=lambda *s: seen.append(s))
-    agreed = [(number, 3, "agreement") for number in (1, 2, 3)]
+    agreed = [(number, 3, "dense and pruned") for number in (1, 2, 3)]
     assert seen == [(2, 3, "perplexity"), (3, 3, "perplexity"), *agreed, (1, 1, "generation")]

@@ -19,8 +19,8 @@ from shoal.evaluate import (
     Perplexity,
     Progress,
     Speed,
-    agreement,
-    agreement_between,
+    compare,
+    compare_between,
     generation_check,
     memory,
     perplexity,
@@ -107,25 +107,22 @@ def evaluate(
     if other is not None:
         _one_vocabulary(loaded, other)
     context = planned(loaded.model, plan)
-    with context():
-        mine = perplexity(loaded.model, text, batch=batch, progress=progress)
-        written = (
-            generation_check(loaded.model, loaded.tokenizer, new_tokens=new_tokens, progress=progress)
-            if generation and loaded.tokenizer is not None
-            else None
-        )
+
+    def written(model: Any) -> GenerationCheck | None:
+        if not generation or loaded.tokenizer is None:
+            return None
+        return generation_check(model, loaded.tokenizer, new_tokens=new_tokens, progress=progress)
+
     if plan is None and other is None:
-        return Evaluation(mine, generation=written)
-    dense_model = loaded.model if other is None else other.model
-    dense = perplexity(dense_model, text, batch=batch, progress=progress)
-    dense_written = (
-        generation_check(dense_model, loaded.tokenizer, new_tokens=new_tokens, progress=progress) if written else None
-    )
+        return Evaluation(perplexity(loaded.model, text, batch=batch, progress=progress), generation=written(loaded.model))
     if other is None:
-        same = agreement(loaded.model, text, dense=nullcontext, pruned=context, batch=batch, progress=progress)
+        both = compare(loaded.model, text, dense=nullcontext, pruned=context, batch=batch, progress=progress)
     else:
-        same = agreement_between(other.model, loaded.model, text, batch=batch, progress=progress)
-    return Evaluation(mine, dense, same, written, dense_written)
+        both = compare_between(other.model, loaded.model, text, batch=batch, progress=progress)
+    with context():
+        mine = written(loaded.model)
+    dense = written(loaded.model if other is None else other.model)
+    return Evaluation(both.pruned, both.dense, both.agreement, mine, dense)
 
 
 def bench(

@@ -113,8 +113,8 @@ def prune(
     """Find a plan with `drop` layers less (or a share `keep` of them) by a published method, or take `plan` as it is.
 
     Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
-    can express are looked at. `assess`: perplexity, agreement and generation on `limit` of at most 8 windows of
-    `test_data`'s test split, and a paired timing. `journal`: a file in which searches keep what they evaluated.
+    can express are looked at. `assess`: perplexity, agreement and generation on `limit` windows, at most 8, of the test
+    split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they evaluated.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None):
@@ -178,8 +178,8 @@ def _require_writable(loaded: Loaded, identity: Plan) -> None:
     """Raise `WriteError` when not even the whole model can be written, so that no search ends in "no layer may go"."""
     if unwrap(loaded.model) is not loaded.model:
         raise WriteError(
-            "the model is wrapped by PEFT; merge the adapter first (model.merge_and_unload()), or allow plans that only "
-            "run live",
+            "the model is wrapped by PEFT and cannot be written; merge the adapter first (model.merge_and_unload()), "
+            "or allow plans that only run live",
             code="W211",
         )
     blueprint(loaded.model, identity)

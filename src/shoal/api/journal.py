@@ -28,9 +28,9 @@ def mean_nll(model: Any, data: Data, *, batch: int = 1) -> float:
 def journaled(model: Any, identity: Plan, *, path: Path | None = None, batch: int = 1) -> Callable[[Data], Objective]:
     """Data -> objective: the cross-entropy of a plan on them, each plan evaluated once.
 
-    With `path` the values are kept in a JSON-lines file (null for what is not finite). Its first line names the data, the
-    model's structure and the dense value, which is computed anew at every start, so that a journal of other weights is
-    refused (D430).
+    With `path` the values are kept in a JSON-lines file (null for what is not finite). Its first line names the data,
+    the model's structure and the dense value, which is computed anew at every start, so that a journal of other weights
+    is refused (D430).
     """
 
     def on(data: Data) -> Objective:
@@ -65,7 +65,7 @@ def _open(path: Path, model: Any, identity: Plan, data: Data, batch: int) -> dic
     if any(head.get(name) != value for name, value in facts.items()) or not math.isclose(before, dense, rel_tol=1e-4):
         raise DataError(f"the journal {path} belongs to another model or other data; name another file", code="D430")
     entries = [_object(line) for line in lines[1:]]
-    return {entry["plan"]: _number(entry["nll"]) for entry in entries if {"plan", "nll"} <= entry.keys()}
+    return {str(entry["plan"]): _number(entry["nll"]) for entry in entries if {"plan", "nll"} <= entry.keys()}
 
 
 def _lines(path: Path) -> list[str]:

@@ -78,7 +78,10 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
             "method": pruned.method,
             "dropped": {name: list(plan.dropped(name)) for name, _ in plan.stacks},
             "stacks": {
-                name: {"depth": plan.depth(name), "notation": str(plan.with_steps(steps, name)) if len(plan.stacks) == 1 else ""}
+                name: {
+                    "depth": plan.depth(name),
+                    "notation": str(plan.with_steps(steps, name)) if len(plan.stacks) == 1 else "",
+                }
                 for name, steps in plan.stacks
             },
         },
@@ -141,7 +144,9 @@ def quality_rows(pruned: Pruned) -> list[dict[str, Any]]:
                 "dense": found.dense.value,
                 "pruned": found.perplexity.value,
                 "error_dense": None if found.dense.error is None else found.dense.value * found.dense.error,
-                "error_pruned": None if found.perplexity.error is None else found.perplexity.value * found.perplexity.error,
+                "error_pruned": None
+                if found.perplexity.error is None
+                else found.perplexity.value * found.perplexity.error,
                 "how": how,
             }
         )
@@ -156,7 +161,10 @@ def quality_rows(pruned: Pruned) -> list[dict[str, Any]]:
                 "pruned": getattr(found.generation, field),
                 "how": how,
             }
-            for name, field, better in (("repeated 4-grams", "repetition", "lower"), ("ended by itself", "ended", "higher"))
+            for name, field, better in (
+                ("repeated 4-grams", "repetition", "lower"),
+                ("ended by itself", "ended", "higher"),
+            )
         ]
     if found.agreement is not None:
         same = found.agreement

@@ -51,7 +51,9 @@ def write_text(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {name: inputs[name].to(loaded.model.device) for name in ("input_ids", "attention_mask")}
-    drawn: dict[str, Any] = {"temperature": temperature} if sample else {"temperature": None, "top_p": None, "top_k": None}
+    drawn: dict[str, Any] = (
+        {"temperature": temperature} if sample else {"temperature": None, "top_p": None, "top_k": None}
+    )
     torch.manual_seed(seed)
     with planned(loaded.model, plan)() as model, evaluating(model):
         ids = model.generate(

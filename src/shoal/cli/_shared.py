@@ -37,18 +37,24 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
         found = {str(key).replace("-", "_"): v for key, v in found.items() if key != "verb"}
         for key in found:
             if key not in known:
-                raise typer.BadParameter(f"{value}: {context.info_name} has no option {key!r}; it has {', '.join(known)}")
+                raise typer.BadParameter(
+                    f"{value}: {context.info_name} has no option {key!r}; it has {', '.join(known)}"
+                )
         context.default_map = {**(context.default_map or {}), **found}
     return value
 
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2.", show_default=False)]
-PlanText = Annotated[str | None, typer.Option("--plan", help="Depth notation (0-11,14-29) or a plan.json or its folder.")]
+PlanText = Annotated[
+    str | None, typer.Option("--plan", help="Depth notation (0-11,14-29) or a plan.json or its folder.")
+]
 DataSource = Annotated[str, typer.Option("--data", help="builtin, a .txt/.jsonl/.parquet file, or a hub data set id.")]
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a calibration sequence.")]
 Limit = Annotated[int, typer.Option("--limit", min=1, help="Sequences at most.")]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens in a test window.")]
-Stride = Annotated[int | None, typer.Option("--stride", min=1, help="Tokens from window to window (default: no overlap).")]
+Stride = Annotated[
+    int | None, typer.Option("--stride", min=1, help="Tokens from window to window (default: no overlap).")
+]
 Bos = Annotated[bool, typer.Option("--bos", help="Put the BOS token in front of each window.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
@@ -125,9 +131,9 @@ def _finite(value: Any) -> Any:
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Progress | None]:
     """A bar for each stage with rate and time left on stderr; silent with -q and when stderr is no terminal."""
-    import transformers
+    from shoal.models.compat import hide_own_bars
 
-    transformers.utils.logging.disable_progress_bar()
+    hide_own_bars()
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -135,7 +141,13 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
@@ -153,7 +165,9 @@ def table(rows: list[list[Any]], head: list[str]) -> str:
     numeric = [all(isinstance(row[i], int | float) or row[i] is None for row in rows) for i in range(len(head))]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
-        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True))
+        "  ".join(
+            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)
+        )
         for row in cells
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -7,15 +7,32 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli._shared import (
-    Batch, Config, Device, DryRun, Dtype, Json, Model, PlanText, Quiet, Seed, Trust, config_text, emit, loading, progress_bars,
-    read_plan, table,
+    Batch,
+    Config,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Model,
+    PlanText,
+    Quiet,
+    Seed,
+    Trust,
+    config_text,
+    emit,
+    loading,
+    progress_bars,
+    read_plan,
+    table,
 )  # fmt: skip
 
 
 def bench(
     model: Model,
     plan: PlanText = None,
-    against: Annotated[str | None, typer.Option("--against", help="The dense model, when MODEL is a pruned one.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The dense model, when MODEL is a pruned one.")
+    ] = None,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
     new: Annotated[int, typer.Option("--new", min=1, help="Tokens to decode.")] = 32,
     pairs: Annotated[int, typer.Option("--pairs", min=1, help="Rounds; in each both sides run once.")] = 5,

@@ -7,8 +7,27 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli._shared import (
-    Batch, Bos, Config, DataSource, Device, Dtype, DryRun, Json, Limit, Model, PlanText, Quiet, Stride, Trust, Window, config_text,
-    emit, loading, progress_bars, read_plan, table,
+    Batch,
+    Bos,
+    Config,
+    DataSource,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Limit,
+    Model,
+    PlanText,
+    Quiet,
+    Stride,
+    Trust,
+    Window,
+    config_text,
+    emit,
+    loading,
+    progress_bars,
+    read_plan,
+    table,
 )  # fmt: skip
 
 

@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from shoal.cli._shared import (
-    Config, Device, DryRun, Dtype, Json, Model, PlanText, Quiet, Seed, Trust, config_text, emit, loading, progress_bars, read_plan,
+    Config,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Model,
+    PlanText,
+    Quiet,
+    Seed,
+    Trust,
+    config_text,
+    emit,
+    loading,
+    progress_bars,
+    read_plan,
 )  # fmt: skip
 
 
@@ -18,7 +32,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="With --sample.")] = 1.0,
-    chat: Annotated[bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,

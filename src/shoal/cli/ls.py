@@ -22,6 +22,7 @@ def ls(
     found = {k: entries(k) for k in KINDS if kind in (None, k)}
     data = {k: [{"name": e.name, "summary": e.summary} for e in group.values()] for k, group in found.items()}
     text = "\n\n".join(
-        f"{k}\n" + table([["", e.name, e.summary] for e in group.values()], ["", "", ""]).lstrip("\n") for k, group in found.items()
+        f"{k}\n" + table([["", e.name, e.summary] for e in group.values()], ["", "", ""]).lstrip("\n")
+        for k, group in found.items()
     )
     emit(data, text, as_json=json_)

@@ -7,14 +7,35 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli._shared import (
-    Batch, Bos, Config, DataSource, Device, DryRun, Dtype, Json, Length, Limit, Model, Quiet, Seed, Settings, Stride, Trust,
-    config_text, emit, loading, progress_bars, table,
+    Batch,
+    Bos,
+    Config,
+    DataSource,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Length,
+    Limit,
+    Model,
+    Quiet,
+    Seed,
+    Settings,
+    Stride,
+    Trust,
+    config_text,
+    emit,
+    loading,
+    progress_bars,
+    table,
 )  # fmt: skip
 
 
 def measure(
     model: Model,
-    measure: Annotated[str, typer.Option("--measure", "-m", help="Which one; see shoal ls measures.")] = "block-influence",
+    measure: Annotated[
+        str, typer.Option("--measure", "-m", help="Which one; see shoal ls measures.")
+    ] = "block-influence",
     data: DataSource = "builtin",
     length: Length = 512,
     limit: Limit = 16,
@@ -55,7 +76,13 @@ def _text(scores: Any) -> str:
     top = max(judged, default=1.0) or 1.0
     ranks = {layer: rank for rank, layer in enumerate(scores.order())}
     rows = [
-        [i, value, scores.errors[i], ranks.get(i), "█" * round(30 * max(value, 0) / top) if i in ranks else "not judged"]
+        [
+            i,
+            value,
+            scores.errors[i],
+            ranks.get(i),
+            "█" * round(30 * max(value, 0) / top) if i in ranks else "not judged",
+        ]
         for i, value in enumerate(scores.values)
     ]
     name = "layer" if scores.span == 1 else f"first of {scores.span}"

@@ -8,8 +8,28 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli._shared import (
-    Batch, Bos, Config, DataSource, Device, DryRun, Dtype, Json, Length, Limit, Model, PlanText, Quiet, Seed, Settings, Stride,
-    Trust, config_text, emit, loading, progress_bars, read_plan,
+    Batch,
+    Bos,
+    Config,
+    DataSource,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Length,
+    Limit,
+    Model,
+    PlanText,
+    Quiet,
+    Seed,
+    Settings,
+    Stride,
+    Trust,
+    config_text,
+    emit,
+    loading,
+    progress_bars,
+    read_plan,
 )  # fmt: skip
 
 
@@ -27,12 +47,24 @@ def prune(
     batch: Batch = 1,
     seed: Seed = 0,
     settings: Settings = None,
-    output: Annotated[Path | None, typer.Option("--output", help="Folder to write; without it only the plan is printed.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")] = False,
-    zero_parts: Annotated[bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")] = False,
-    assess: Annotated[bool, typer.Option("--assess/--no-assess", help="Evaluate and time dense against pruned.")] = True,
-    test_data: Annotated[str, typer.Option("--test-data", help="Text for the evaluation (its test split).")] = "builtin",
-    journal: Annotated[Path | None, typer.Option("--journal", help="Keep evaluated plans here; a search cut off goes on.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write; without it only the plan is printed.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")
+    ] = False,
+    zero_parts: Annotated[
+        bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")
+    ] = False,
+    assess: Annotated[
+        bool, typer.Option("--assess/--no-assess", help="Evaluate and time dense against pruned.")
+    ] = True,
+    test_data: Annotated[
+        str, typer.Option("--test-data", help="Text for the evaluation (its test split).")
+    ] = "builtin",
+    journal: Annotated[
+        Path | None, typer.Option("--journal", help="Keep evaluated plans here; a search cut off goes on.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -49,8 +81,8 @@ def prune(
     if dry_run:
         emit(*_dry(model, plan, drop, keep, trust_remote_code), as_json=json_)
         return
-    from shoal.api.find import prune as run
     from shoal.api.assess import opened
+    from shoal.api.find import prune as run
     from shoal.models.inspect import inspect
     from shoal.write.folder import refuse_output
 
@@ -69,9 +101,17 @@ def prune(
             from shoal.api.publish import publish
 
             written = publish(
-                pruned, output, overwrite=overwrite, zero_parts=zero_parts, config=config_text(), seed=seed, progress=progress
+                pruned,
+                output,
+                overwrite=overwrite,
+                zero_parts=zero_parts,
+                config=config_text(),
+                seed=seed,
+                progress=progress,
             )
-    result = pruned.to_dict() | ({} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()})
+    result = pruned.to_dict() | (
+        {} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()}
+    )
     emit(result, _text(pruned, written), as_json=json_)
 
 
@@ -105,7 +145,9 @@ def _text(pruned: Any, written: Any) -> str:
         ["prefill FLOPs", before.prefill_flops, after.prefill_flops],
     ]
     rows += [[row["name"], row["dense"], row["pruned"]] for row in quality_rows(pruned)]
-    rows += [[f"{row['phase']} {row['unit']}", row["dense"]["median"], row["pruned"]["median"]] for row in speed_rows(pruned)]
+    rows += [
+        [f"{row['phase']} {row['unit']}", row["dense"]["median"], row["pruned"]["median"]] for row in speed_rows(pruned)
+    ]
     lines.append(table(rows, ["", "dense", "pruned"]))
     if written is not None:
         lines.append(f"proved and written to {written.folder}; the page: {written.folder / 'report.html'}")

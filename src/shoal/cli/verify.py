@@ -12,7 +12,9 @@ from shoal.cli._shared import Config, Device, Dtype, Json, Quiet, Trust, emit, l
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that shoal wrote.", show_default=False)],
-    base: Annotated[str | None, typer.Option("--base", help="The base model (default: the one the plan names).")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base model (default: the one the plan names).")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,

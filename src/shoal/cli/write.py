@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from shoal.cli._shared import (
-    Config, Device, DryRun, Dtype, Json, Model, PlanText, Quiet, Trust, config_text, emit, loading, need, progress_bars, read_plan,
+    Config,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Model,
+    PlanText,
+    Quiet,
+    Trust,
+    config_text,
+    emit,
+    loading,
+    need,
+    progress_bars,
+    read_plan,
 )  # fmt: skip
 
 
@@ -16,8 +30,12 @@ def write(
     model: Model,
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")],
     plan: PlanText = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")] = False,
-    zero_parts: Annotated[bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")
+    ] = False,
+    zero_parts: Annotated[
+        bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")
+    ] = False,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file.")] = "5GB",
     device: Device = None,
     dtype: Dtype = None,

@@ -1,6 +1,6 @@
 """What a model is worth: perplexity, agreement with the dense model, what it writes, how fast and how large it is."""
 
-from shoal.evaluate.agreement import Agreement, agreement, agreement_between
+from shoal.evaluate.agreement import Agreement, Comparison, compare, compare_between
 from shoal.evaluate.generation import PROMPTS, Generation, GenerationCheck, generation_check
 from shoal.evaluate.memory import Memory, memory
 from shoal.evaluate.perplexity import Perplexity, perplexity
@@ -11,6 +11,7 @@ from shoal.evaluate.stats import Spread
 __all__ = [
     "PROMPTS",
     "Agreement",
+    "Comparison",
     "Generation",
     "GenerationCheck",
     "Memory",
@@ -19,8 +20,8 @@ __all__ = [
     "Speed",
     "Spread",
     "VariantSpeed",
-    "agreement",
-    "agreement_between",
+    "compare",
+    "compare_between",
     "generation_check",
     "memory",
     "perplexity",

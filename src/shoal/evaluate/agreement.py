@@ -11,6 +11,7 @@ import torch
 
 from shoal.data import Data, DataInfo
 from shoal.errors import UsageError
+from shoal.evaluate.perplexity import Perplexity, summarise
 from shoal.evaluate.scoring import (
     Progress,
     chunks,
@@ -18,6 +19,7 @@ from shoal.evaluate.scoring import (
     logits_of,
     require_context,
     require_scored,
+    token_nll,
     windows,
 )
 from shoal.evaluate.stats import ratio
@@ -43,25 +45,34 @@ class Agreement:
         return asdict(self)
 
 
-def agreement(
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A dense and a pruned model on the same windows, each computed once."""
+
+    dense: Perplexity
+    pruned: Perplexity
+    agreement: Agreement
+
+
+def compare(
     model: Any, data: Data, *, dense: Context, pruned: Context, batch: int = 1, progress: Progress | None = None
-) -> Agreement:
-    """Agreement of one resident `model` with itself under two context managers, window by window.
+) -> Comparison:
+    """One resident `model` compared with itself under two context managers, window by window.
 
     `dense` and `pruned` make the context managers, e.g. `contextlib.nullcontext` and `lambda: running(model, plan)`.
     Raises `UsageError` U510 for windows longer than the context.
     """
     require_context(model, data.ids.shape[1])
-    return _agree(_under(model, dense), _under(model, pruned), data, batch, progress)
+    return _compare_all(_under(model, dense), _under(model, pruned), data, batch, progress)
 
 
-def agreement_between(
+def compare_between(
     dense: Any, pruned: Any, data: Data, *, batch: int = 1, progress: Progress | None = None
-) -> Agreement:
-    """Agreement of two models that share a vocabulary. Raises `UsageError` U510 (context) or U511 (vocabulary)."""
+) -> Comparison:
+    """Two models that share a vocabulary compared. Raises `UsageError` U510 (context) or U511 (vocabulary)."""
     for model in (dense, pruned):
         require_context(model, data.ids.shape[1])
-    return _agree(_under(dense), _under(pruned), data, batch, progress)
+    return _compare_all(_under(dense), _under(pruned), data, batch, progress)
 
 
 def _under(model: Any, context: Context | None = None) -> Logits:
@@ -76,17 +87,23 @@ def _under(model: Any, context: Context | None = None) -> Logits:
     return logits
 
 
-def _agree(dense: Logits, pruned: Logits, data: Data, batch: int, progress: Progress | None) -> Agreement:
+def _compare_all(dense: Logits, pruned: Logits, data: Data, batch: int, progress: Progress | None) -> Comparison:
     divergences: list[float] = []
     matches: list[float] = []
+    losses: tuple[list[float], list[float]] = ([], [])
     counts: list[int] = []
-    for ids, mask, keep in windows(data, batch, progress, "agreement"):
-        kl, same = compare_logits(dense(ids, mask), pruned(ids, mask))
+    for ids, mask, keep in windows(data, batch, progress, "dense and pruned"):
+        sides = dense(ids, mask), pruned(ids, mask)
+        kl, same = compare_logits(*sides)
         divergences += torch.where(keep, kl[:, :-1], 0.0).sum(-1).tolist()
         matches += (keep & same[:, :-1]).sum(-1).tolist()
+        for sums, logits in zip(losses, sides, strict=True):
+            sums += torch.where(keep, token_nll(logits, ids), 0.0).sum(-1).tolist()
         counts += keep.sum(-1).tolist()
     require_scored(sum(counts), data)
-    return Agreement(*ratio(divergences, counts), *ratio(matches, counts), sum(counts), data.info)
+    scored = [summarise(list(zip(sums, counts, strict=True)), data.info) for sums in losses]
+    same_as = Agreement(*ratio(divergences, counts), *ratio(matches, counts), sum(counts), data.info)
+    return Comparison(*scored, same_as)
 
 
 def compare_logits(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

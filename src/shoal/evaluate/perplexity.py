@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,11 +38,15 @@ def perplexity(model: Any, data: Data, *, batch: int = 1, progress: Progress | N
     Without overlap a window of `length` tokens predicts `length - 1`; with `stride < length` every window after the
     first counts only its last `stride` tokens. Raises `UsageError` U510 for windows longer than the context.
     """
-    scored = sequence_nll(model, data, batch=batch, progress=progress)
+    return summarise(sequence_nll(model, data, batch=batch, progress=progress), data.info)
+
+
+def summarise(scored: Sequence[tuple[float, int]], info: DataInfo) -> Perplexity:
+    """Perplexity from the cross-entropy sum and the token count of each window."""
     counts = tuple(count for _, count in scored)
     nll, error = ratio([total for total, _ in scored], counts)
     means = tuple(total / count if count else 0.0 for total, count in scored)
-    return Perplexity(_exp(nll), nll, error, sum(counts), means, counts, data.info)
+    return Perplexity(_exp(nll), nll, error, sum(counts), means, counts, info)
 
 
 def _exp(nll: float) -> float:

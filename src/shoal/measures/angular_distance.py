@@ -31,7 +31,7 @@ def angular_distance(
     """The angle, in half turns, between the input of layer l and the input of layer l + span.
 
     d(l, n) = arccos( x_l . x_l+n / (|x_l| |x_l+n|) ) / pi in [0, 1], x_l [batch, length, hidden] the input of layer l;
-    mean over sequences at the last token, or over all tokens.
+    mean over sequences at the last token, or over all tokens. For one token block influence is 1 - cos(pi d(l, 1)).
     Source: Gromov et al. 2024 (arXiv 2403.17887), equation 7.
     How we differ: `tokens="all"` is offered, padding is left out, only `span` inputs are held at a time instead of all,
     and the end of the last layer is taken before the final norm. In float32 from unit vectors u and v the angle is

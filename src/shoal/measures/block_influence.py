@@ -84,7 +84,7 @@ def _turned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _sums(seen: list[dict[int, list[torch.Tensor]]], index: int) -> torch.Tensor | None:
-    """[2, sequences]: the sum over tokens and the first counted token, mean over runs; None if the layer did not run."""
+    """[2, sequences]: the sum over tokens and the first counted token, mean over runs; None without a run."""
     if index not in seen[0]:
         return None
     return torch.cat([torch.stack(batch[index]).mean(0) for batch in seen], -1)

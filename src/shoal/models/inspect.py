@@ -21,6 +21,8 @@ def inspect(model: nn.Module) -> Spec:
     inner = unwrap(model)
     config = inner.config
     stacks = find_stacks(inner)
+    for stack in stacks:
+        probe(inner, stack)  # before weights are counted: a forward makes new placeholders for those that are offloaded
     users = _storage_users(stacks)
     built = [_stack_spec(inner, stack, users) for stack in stacks]
     inside = {name for stack in stacks for layer in stack.layers._modules.values() for name in _storages(layer)}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from shoal.errors import PlanError
 from shoal.models.parts import without
@@ -24,7 +24,7 @@ from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.steps import runs, writes_kv
-from shoal.run.slots import KeysValues, PassingCache, fit_rows, slot_view
+from shoal.run.slots import KeysValues, PassingCache, fit_rows, prepare_views, slot_view
 
 Tensors = dict[str, torch.Tensor]
 
@@ -87,6 +87,7 @@ class Conductor:
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
         self.through = [self.plain and [step for _, step in due] == [Run(i)] for i, due in enumerate(self.due)]
         self.now = Pass()
+        prepare_views(DynamicCache, StaticCache, PassingCache)
 
     def layer(self, index: int) -> Any:
         """The real layer, looked up anew: PEFT or accelerate may have exchanged it."""

@@ -37,7 +37,7 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
     `model`: a transformers model, also under PEFT or with accelerate hooks; only its list of layers is exchanged.
     `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
     hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are brought to the model's dtype and device.
-    Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already, P123 for replaced
+    Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already, P124 for replaced
     layers of a model that accelerate offloads.
     """
     inner = unwrap(model)
@@ -69,7 +69,7 @@ def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:
             raise PlanError(
                 f"layer {run.layer} is offloaded, and accelerate would put its own weights back over {run.weights!r}; "
                 "load the model without offloading to run replaced layers",
-                code="P123",
+                code="P124",
             )
 
 

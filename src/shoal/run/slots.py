@@ -103,6 +103,12 @@ def _view_type(cache_type: type[Cache]) -> Any:
     return found
 
 
+def prepare_views(*cache_types: type[Cache]) -> None:
+    """Make the classes of their views now: torch.compile cannot trace the making of a class."""
+    for cache_type in cache_types:
+        _view_type(cache_type)
+
+
 def _make_view_type(cache_type: type[Cache]) -> Any:
     """A subclass (so that isinstance still holds) derived from the installed cache: new methods are covered by themselves."""
     namespace: dict[str, Any] = {

@@ -24,8 +24,8 @@ def greedy(
 ) -> Found:
     """In each of `drop` rounds, evaluate the plan without each layer that is left, and remove the one missed least.
 
-    Ties go to the lower layer. Every candidate is evaluated in full on the plan as it is by then: the sum over rounds of
-    the layers left. The result for a smaller budget is a prefix of the result for a larger one. A candidate whose
+    Ties go to the lower layer. Every candidate is evaluated in full on the plan as it is by then: the sum over rounds
+    of the layers left. The result for a smaller budget is a prefix of the result for a larger one. A candidate whose
     objective is NaN is never chosen. Raises U504 when no layer may go any more.
     """
     left = len(removable(plan, drop, stack))

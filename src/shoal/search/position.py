@@ -53,6 +53,4 @@ def _order(layers: tuple[int, ...], which: Preset, seed: int, drop: int) -> tupl
             return (*layers[-2::-2], *layers[::-2])
         case "random":
             return tuple(random.Random(seed).sample(layers, len(layers)))
-    raise UsageError(  # type: ignore[unreachable]
-        f"there is no preset {which!r}; use first, last, middle, alternate or random", code="U502"
-    )
+    raise UsageError(f"there is no preset {which!r}; use first, last, middle, alternate or random", code="U502")

@@ -83,7 +83,7 @@ def _summary(plan: Plan, base: Origin) -> str:
     name = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{_line(base.name)}`"
     depth, kept = plan.depth(), len(plan.layers())
     return (
-        f"{name} with {kept} layers in place of {depth}, made by [Shoal](https://pypi.org/project/shoal) {__version__}. "
+        f"{name} with {kept} layers in place of {depth}, made by Shoal {__version__}. "
         "It is a stock `transformers` model: no code of its own is needed to load it."
     )
 
@@ -102,8 +102,8 @@ def _plan(plan: Plan, base_layers: Sequence[int]) -> str:
     left_out = f"Left out: {', '.join(map(str, dropped))}." if dropped else "No layer is left out."
     text = (
         f"## Plan\n\n```\n{format_plan(plan)}\n{strip(plan)}\n```\n\n"
-        f"One mark for each layer of the base, layer 0 first: █ runs, ▀ attention only, ▄ mlp only, ↻ runs more than once, "
-        f"· left out. {left_out} Layers are counted from 0."
+        "One mark for each layer of the base, layer 0 first: █ runs, ▀ attention only, ▄ mlp only, "
+        f"↻ runs more than once, · left out. {left_out} Layers are counted from 0."
     )
     if tuple(base_layers) != plan.layers():
         numbers = ", ".join(map(str, base_layers))

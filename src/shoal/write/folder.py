@@ -15,21 +15,25 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from shoal.errors import WriteError
+from shoal.evaluate import Progress
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, require, save_plan
 from shoal.write.card import model_card, origin
 from shoal.write.lineage import config_note
-from shoal.write.proof import FILE, Proof, prove
+from shoal.write.proof import FILE, Proof, prove, verify
 from shoal.write.reference import quiet
 from shoal.write.sides import copy_side_files
 from shoal.write.stage import publish, staged, sweep
 from shoal.write.surgery import Blueprint, blueprint, require_writable, rewrite
 
-Page = str | Callable[[Proof | None], str]
+__all__ = ["Written", "refuse_output", "verify", "write"]
+
+Page = str | Callable[[Proof], str]
 _SPARE = 32_000_000
 """Bytes beside the tensors: tokenizer, side files, report."""
+_STAGES = ("writing", "proving", "publishing", "written")
 _MODEL_FILES = ("config.json", "shoal", "model.safetensors", "model.safetensors.index.json")
 
 
@@ -38,8 +42,8 @@ class Written:
     """A finished folder."""
 
     folder: Path
-    proof: Proof | None
-    """None when no proof was asked for."""
+    proof: Proof
+    """Without a check, and not passed, when no proof was asked for."""
     changed: dict[str, tuple[Any, Any]]
     """Config fields, (old, new)."""
     params: int
@@ -60,86 +64,115 @@ def write(
     page: Page | None = None,
     card: Sequence[Mapping[str, Any]] | None = None,
     command: str | None = None,
+    config: str | None = None,
     prove: bool = True,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Written:
     """Write the stock model of `plan` with everything that belongs to it, and prove it before it gets its name.
 
     `zero_parts`: let a layer keep a dropped attention or mlp with all tensors zero. `records`: one JSON object a line.
     `page`: report.html, or what makes it from the proof. `card`: rows {name, unit, dense, pruned, how} of the model
-    card. `progress` is told each stage as it begins. The model of `loaded` is not changed.
+    card. `command`, `config`: what the user typed, and the same as a config file. The model of `loaded` is not changed.
 
-    Raises before any work `PlanError`, the `WriteError`s of `blueprint` and `require_writable` (W201-W215) and
+    Raises before any work `PlanError`, the `WriteError`s W201-W215 of `blueprint` and `require_writable`, and
     W220 output exists, W221 output and source overlap, W222 no parent folder, W223 too little disk space,
-    W224 no permission, W225 output holds other things than a model; then
-    W216 configs that cannot be saved, W223 disk full, W226 another failure of the disk, W227 written twice at once, W230 proof failed, W231 no proof possible.
-    After an error nothing is left under the output's name that was not there before.
+    W224 no permission, W225 output holds other things than a model. Raises later
+    W216 configs that cannot be saved, W223 disk full, W226 another failure of the disk, W227 written twice at once,
+    W230 failed proof, W231 no proof possible; nothing that was not there before is left under the output's name then.
     """
-    tell = progress or (lambda _: None)
-    tell("checking")
-    final = Path(output).expanduser().resolve()
     inner = require_writable(loaded.model)
     require(plan, inspect(inner))
     plan = _with_source(plan, loaded)
     plans = blueprint(inner, plan, zero_parts=zero_parts)
-    _require_place(final, loaded, overwrite)
+    final = _output(output)
+    _require_apart(final, loaded)
+    refuse_output(final, overwrite=overwrite)
     _require_space(final, _bytes(inner, plans))
     lines = [json.dumps(dict(record), ensure_ascii=False) for record in records]
     note = config_note(inner.config, plan, plans)
-    with _disk_errors(final), staged(final) as partial:
-        tell("writing")
-        params = _fill(partial, loaded, plans, note, shard_size)
-        _text(partial / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
-        proof = None
+    with _disk_errors(final), staged(final) as draft:
+        _tell(progress, "writing")
+        params = _fill(draft, loaded, plans, note, shard_size)
+        _text(draft / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
+        if config is not None:
+            _text(draft / "shoal" / "config.yaml", config)
+        _tell(progress, "proving")
+        proof = _proved(draft, loaded, plans) if prove else Proof(False, (), against="nothing")
         if prove:
-            tell("proving")
-            proof = _prove(partial, loaded, plans)
-            _text(partial / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
-        _text(
-            partial / "README.md",
-            model_card(
-                plan,
-                origin(loaded.source, loaded.folder),
-                title=final.name,
-                base_layers=note["base_layers"],
-                rows=card or (),
-                changed=plans.changed,
-                command=command,
-                proof=proof,
-            ),
+            _text(draft / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
+        text = model_card(
+            plan,
+            origin(loaded.source, loaded.folder),
+            title=final.name,
+            base_layers=note["base_layers"],
+            rows=card or (),
+            changed=plans.changed,
+            command=command,
+            proof=proof if prove else None,
         )
+        _text(draft / "README.md", text)
         if page is not None:
-            _text(partial / "report.html", page if isinstance(page, str) else page(proof))
-        tell("publishing")
-        size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-        publish(partial, final, overwrite=overwrite)
+            _text(draft / "report.html", page if isinstance(page, str) else page(proof))
+        _tell(progress, "publishing")
+        size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
+        publish(draft, final, overwrite=overwrite)
+    _tell(progress, "written")
     return Written(final, proof, plans.changed, params, size)
 
 
-def _fill(partial: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], shard_size: str) -> int:
+def refuse_output(output: str | Path, *, overwrite: bool = False) -> None:
+    """Raise W220, W222, W224 or W225 when nothing may or can be written to `output`; a long search asks this first.
+    What killed writes left beside it is removed."""
+    final = _output(output)
+    if not final.parent.is_dir():
+        raise WriteError(f"there is no folder {final.parent} to write {final.name} into; make it first", code="W222")
+    if not os.access(final.parent, os.W_OK | os.X_OK):
+        raise WriteError(f"no permission to write into {final.parent}; choose another output", code="W224")
+    sweep(final)
+    if not final.exists():
+        return
+    if not overwrite:
+        raise WriteError(f"{final} exists; pass --overwrite to replace it, or choose another output", code="W220")
+    if not final.is_dir() or (any(final.iterdir()) and not any((final / name).exists() for name in _MODEL_FILES)):
+        raise WriteError(f"{final} is not the folder of a model, so it is not overwritten; choose another", code="W225")
+
+
+def _tell(progress: Progress | None, stage: str) -> None:
+    if progress is not None:
+        progress(_STAGES.index(stage), len(_STAGES) - 1, "write and prove")
+
+
+def _output(output: str | Path) -> Path:
+    """Where the folder will be; a symlink is followed, so that what it points to is replaced and not the link."""
+    return Path(output).expanduser().resolve()
+
+
+def _fill(draft: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], shard_size: str) -> int:
     """Tensors, configs, tokenizer, side files and plan; the number of parameters. No reference to the rewritten model
     survives, so the proof does not hold it in memory."""
-    (partial / "shoal").mkdir()
+    (draft / "shoal").mkdir()
     with quiet():
         made = rewrite(loaded.model, plans.plan, plans=plans)
         made.config.shoal = note
         try:
-            made.save_pretrained(partial, max_shard_size=shard_size)
+            made.save_pretrained(draft, max_shard_size=shard_size)
         except ValueError as error:
             why = str(error).strip().splitlines()[0][:300]
             raise WriteError(
                 f"transformers will not save the model's configs: {why}; mend them first", code="W216"
             ) from error
+        for file in draft.glob("*.safetensors"):  # which are made for their owner alone, unlike the files beside them
+            file.chmod((draft / "config.json").stat().st_mode)
         if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(partial)
+            loaded.tokenizer.save_pretrained(draft)
     if loaded.folder is not None:
-        copy_side_files(loaded.folder, partial)
-    save_plan(plans.plan, partial / "shoal" / "plan.json")
+        copy_side_files(loaded.folder, draft)
+    save_plan(plans.plan, draft / "shoal" / "plan.json")
     return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
 
 
-def _prove(partial: Path, loaded: Loaded, plans: Blueprint) -> Proof:
-    proof = prove(partial, loaded.model, plans.plan, tokenizer=loaded.tokenizer, plans=plans)
+def _proved(folder: Path, loaded: Loaded, plans: Blueprint) -> Proof:
+    proof = prove(folder, loaded.model, plans.plan, tokenizer=loaded.tokenizer, plans=plans)
     if not proof.passed:
         more = f" (and {len(proof.failures) - 1} more)" if len(proof.failures) > 1 else ""
         raise WriteError(
@@ -156,24 +189,13 @@ def _with_source(plan: Plan, loaded: Loaded) -> Plan:
     return replace(plan, base=replace(plan.base, source=source))
 
 
-def _require_place(final: Path, loaded: Loaded, overwrite: bool) -> None:
-    """Raise W220, W221, W222, W224 or W225 when the output must not or cannot be written."""
+def _require_apart(final: Path, loaded: Loaded) -> None:
+    """Raise W221 when the output lies in the base's folder or holds it: the base is still read while it is written."""
     named = [name for name in (loaded.source, getattr(loaded.model, "name_or_path", "")) if name]
     places = [Path(name).expanduser() for name in named] + ([loaded.folder] if loaded.folder is not None else [])
     for source in {place.resolve() for place in places if place.exists()}:
         if final.is_relative_to(source) or source.is_relative_to(final):
             raise WriteError(f"the output {final} and the source {source} overlap; choose another output", code="W221")
-    if not final.parent.is_dir():
-        raise WriteError(f"there is no folder {final.parent} to write {final.name} into; make it first", code="W222")
-    if not os.access(final.parent, os.W_OK | os.X_OK):
-        raise WriteError(f"no permission to write into {final.parent}; choose another output", code="W224")
-    sweep(final)
-    if not final.exists():
-        return
-    if not overwrite:
-        raise WriteError(f"{final} exists; pass --overwrite to replace it, or choose another output", code="W220")
-    if not final.is_dir() or (any(final.iterdir()) and not any((final / name).exists() for name in _MODEL_FILES)):
-        raise WriteError(f"{final} is not the folder of a model, so it is not overwritten; choose another", code="W225")
 
 
 def _require_space(final: Path, tensors: int) -> None:

@@ -37,7 +37,7 @@ def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[
 
 
 def original_layers(config: PreTrainedConfig) -> tuple[int, ...]:
-    """For each layer of a model the layer of the original base that it is; the layers themselves when nothing is known."""
+    """For each layer of a model the layer of the original base that it is; its own number when nothing is known."""
     known = _known(config)
     depth = config.get_text_config(decoder=True).num_hidden_layers
     return tuple(known["base_layers"]) if known else tuple(range(depth))

@@ -1,7 +1,7 @@
 """The proof's measurements, and the fresh process that takes them with nothing but torch and transformers.
 
-`python proof_child.py REQUEST.json` loads each folder of the request as any user would, and writes what it measured. The
-parent imports the same functions for its live side, so that both sides are asked the same questions in the same way.
+`python proof_child.py REQUEST.json` loads each folder of the request as any user would, and writes what it measured.
+The parent imports the same functions for its live side, so that both sides are asked the same questions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ CACHES = ("past_key_values", "cache_params")
 
 def uncached(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Logits [b, t, vocab] of one pass over ids [b, t]; mask [b, t] is 0 where a row is padded on the left."""
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # type: ignore[no-any-return]
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits
 
 
 def cached(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
@@ -99,7 +100,7 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor) -> fl
 def _step(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, past: dict[str, Any]
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """One cached forward after `past`, {keyword: cache} or empty; the new `past` is empty for a model without a cache."""
+    """One cached forward after `past`, {keyword: cache} or empty; the new one is empty for a model without a cache."""
     out = model(input_ids=ids, attention_mask=mask, use_cache=True, **past)
     return {name: out[name] for name in CACHES if out.get(name) is not None}, out.logits
 
@@ -144,16 +145,17 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         "weights": bit_sums(model.state_dict()),
         "logits": {},
         "cached_uncached": {},
+        "largest": 0.0,
     }
     for name in sorted({key.partition(".")[0] for key in tensors}):
         ids, mask = tensors[f"{name}.ids"], tensors[f"{name}.mask"]
-        made = {"uncached": uncached(model, ids, mask), "cached": cached(model, ids, mask)}
-        for kind, logits in made.items():
+        whole, steps = uncached(model, ids, mask), cached(model, ids, mask)
+        for kind, logits in (("uncached", whole), ("cached", steps)):
             if f"{name}.{kind}" in tensors and logits is not None:
                 found["logits"][f"{name}.{kind}"] = distance(logits, tensors[f"{name}.{kind}"], mask)
-        if made["cached"] is not None:
-            found["cached_uncached"][name] = distance(made["cached"], made["uncached"], mask)
-            found["largest"] = float(made["uncached"].abs().max())
+        if steps is not None:
+            found["cached_uncached"][name] = distance(steps, whole, mask)
+        found["largest"] = max(found["largest"], float(whole[mask.bool()].abs().max()))
     found["kv"] = kv_facts(model, tensors["random.ids"], tensors["random.mask"])
     prompts = [torch.tensor([prompt], device=job["device"]) for prompt in job["prompts"]]
     found["greedy"] = [greedy(model, prompt, job["tokens"])[0] for prompt in prompts]
@@ -171,7 +173,7 @@ def main(request_file: str) -> None:
         try:
             with torch.no_grad():
                 answers.append(answer(job))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+        except Exception as error:
             answers.append({"error": f"{type(error).__name__}: {error}"})
     assert "shoal" not in sys.modules
     with open(request["answers"], "w", encoding="utf-8") as stream:  # noqa: PTH123

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from shoal.evaluate.scoring import evaluating
 from shoal.models.inspect import inspect
 from shoal.models.probe import probe
 from shoal.models.stacks import find_stack, unwrap
@@ -87,7 +88,7 @@ def live_reference(
     moved = moved_tensors(sums, stack, plans, probe(inner, stack).layers)
     tensors: dict[str, torch.Tensor] = {}
     largest = 0.0
-    with quiet(), _evaluating(inner), torch.no_grad(), running(inner, plan):
+    with quiet(), evaluating(inner), running(inner, plan):
         for name, (ids, mask) in sets.items():
             found = {"uncached": measure.uncached(inner, ids, mask), "cached": measure.cached(inner, ids, mask)}
             largest = max(largest, float(found["uncached"].abs()[mask.bool()].max()))  # type: ignore[union-attr]
@@ -95,11 +96,10 @@ def live_reference(
             tensors |= {f"{name}.{kind}": t.cpu().contiguous() for kind, t in found.items() if t is not None}
         rows = measure.kv_facts(inner, *sets["random"])
         chosen = tuple(measure.greedy(inner, torch.tensor([p], device=inner.device), tokens) for p in prompts)
-    expected = _expected(plan, plans, spec, inner, sets["random"][0].shape[1])
     whole = not plans.silent  # a part that is only silenced still fills its row of the cache
     return Reference(
-        Expected(
-            **expected,
+        replace(
+            _expected(plan, plans, spec, inner, sets["random"][0].shape[1]),
             rows=rows["rows"] if rows is not None and whole else None,
             weights={name: int(value) for name, value in moved.items()},
         ),
@@ -121,7 +121,7 @@ def counted_reference(model: PreTrainedModel, *, device: str, digest: str | None
     slots = tuple(range(spec.stack().depth))
     expected = _expected(plan, Blueprint(plan, slots, (), model.config, {}), spec, model, sets["random"][0].shape[1])
     tensors = {f"{n}.{kind}": t for n, pair in sets.items() for kind, t in zip(("ids", "mask"), pair, strict=True)}
-    return Reference(Expected(**expected, digest=digest), tensors, **load_settings(model) | {"device": device})
+    return Reference(replace(expected, digest=digest), tensors, **load_settings(model) | {"device": device})
 
 
 def load_settings(model: PreTrainedModel) -> dict[str, Any]:
@@ -166,19 +166,19 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _expected(plan: Plan, plans: Blueprint, spec: Spec, model: PreTrainedModel, length: int) -> dict[str, int]:
+def _expected(plan: Plan, plans: Blueprint, spec: Spec, model: PreTrainedModel, length: int) -> Expected:
     """A stock checkpoint runs whole layers, also where the plan silences a part, so that is what is costed."""
     whole = plan.with_steps(tuple(Run(layer) for layer in plans.slots))
     priced = cost(whole, spec, Shape(context=length))
     layers = [spec.stack().layers[i] for i in plans.slots]
     # the plan's cost says how many tokens a window sees; transformers stores one less, as the next token brings its own
     less = sum(layer.kv.per_token for layer in layers if layer.kv.window is not None and layer.kv.window <= length)
-    return {
-        "parameters": priced.written_params,
-        "depth": len(plans.slots),
-        "kv_per_token": priced.kv_per_token * model.dtype.itemsize,
-        "kv_elements": priced.kv_elements - less,
-    }
+    return Expected(
+        parameters=priced.written_params,
+        depth=len(plans.slots),
+        kv_per_token=priced.kv_per_token * model.dtype.itemsize,
+        kv_elements=priced.kv_elements - less,
+    )
 
 
 def _prompts(sets: dict[str, tuple[torch.Tensor, torch.Tensor]], tokenizer: Any, count: int) -> list[list[int]]:
@@ -191,14 +191,3 @@ def _prompts(sets: dict[str, tuple[torch.Tensor, torch.Tensor]], tokenizer: Any,
 def _context(model: PreTrainedModel) -> int:
     found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 1 else 1_000_000
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

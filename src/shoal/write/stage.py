@@ -5,21 +5,19 @@ from __future__ import annotations
 import ctypes
 import errno
 import glob
+import importlib
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from shoal.errors import WriteError
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - not a Unix
-    fcntl = None  # type: ignore[assignment]
-
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -47,8 +45,8 @@ def sweep(final: Path) -> None:
     """Remove what killed writes of `final` left beside it; what a living process is writing stays. An old folder that a
     kill caught between two renames gets its name back."""
     pattern = re.compile(rf"\.{re.escape(final.name)}\.shoal-(\d+)\.(partial|old)")
-    for name in glob.glob(f".{glob.escape(final.name)}.shoal-*", root_dir=final.parent, include_hidden=True):
-        found, path = pattern.fullmatch(name), final.parent / name
+    for path in final.parent.glob(f".{glob.escape(final.name)}.shoal-*"):
+        found = pattern.fullmatch(path.name)
         if found is None or path.is_symlink() or _living(path, int(found[1])):
             continue
         if found[2] == "old" and not final.exists():
@@ -68,7 +66,7 @@ def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
     _sync(partial)
     try:
         if not (overwrite and final.exists()):
-            os.rename(partial, final)
+            partial.rename(final)
         elif not exchange(partial, final):
             _by_two_renames(partial, final)
     except OSError as error:
@@ -87,11 +85,11 @@ def exchange(one: Path, other: Path) -> bool:
 def _by_two_renames(partial: Path, final: Path) -> None:
     old = _beside(final, "old")
     try:
-        os.rename(final, old)
-        os.rename(partial, final)
+        final.rename(old)
+        partial.rename(final)
     except BaseException:
         if old.exists() and not final.exists():
-            os.rename(old, final)
+            old.rename(final)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -147,15 +145,11 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_one(path: Path) -> None:
-    """Files must reach the disk before the rename does, or a power cut could leave a name without its content."""
-    try:
+    """Files must reach the disk before the rename does, or a power cut could leave a name without its content. A system
+    that opens or syncs no folders (Windows, some network file systems) keeps them in order itself."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
         handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        if path.is_dir():  # Windows opens no folders
-            return
-        raise
-    try:
-        with suppress(OSError) if path.is_dir() else suppress():
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)

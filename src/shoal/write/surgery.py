@@ -1,4 +1,4 @@
-"""A stock model of another depth: the config permuted, every tensor in its new place, nothing that a stock class lacks."""
+"""A stock model of another depth: the config permuted, every tensor in its new place, nothing a stock class lacks."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class Blueprint:
 
 
 def blueprint(model: PreTrainedModel, plan: Plan, *, zero_parts: bool = False) -> Blueprint:
-    """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate or
-    exit, W206 a config field, W207 a number made from the layer's position, W209 replaced weights, W210 several stacks.
+    """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate
+    or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
+    depth, W209 replaced weights, W210 several stacks.
 
     `zero_parts`: let a stock layer keep a dropped attention or mlp with all its tensors zero (exact, saves nothing).
     `model` may be on the meta device.
@@ -128,7 +129,8 @@ def _slots(plan: Plan, zero_parts: bool) -> tuple[tuple[int, ...], tuple[tuple[i
             case Parallel():
                 raise _refusal("W202", text, "a stock model runs its layers one after the other", "run the plan live")
             case Map():
-                raise _refusal("W204", text, "a stock model has no fitted maps", f"drop {step.first}-{step.last} instead")
+                span = f"{step.first}-{step.last}"
+                raise _refusal("W204", text, "a stock model has no fitted maps", f"drop {span} instead")
             case Exit():
                 raise _refusal("W205", text, "a stock model always runs all its layers", "drop the layers behind it")
             case Run():
@@ -167,13 +169,14 @@ def _whole_config(whole: PreTrainedConfig, old: PreTrainedConfig, new: PreTraine
 
 def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig, slots: tuple[int, ...]) -> None:
     """Build the stock model without weights and compare every slot with the base layer that it stands for: the same
-    modules, tensor shapes and settings. Whatever a family makes of a layer's position shows up here, rule or no rule."""
+    modules, tensor shapes and settings. What a family makes of a layer's position shows up here, rule or no rule."""
     family = family_of(stack.config)
     if family.position_numbers and getattr(stack.config, family.position_numbers, False) is True:
         moved = next((i for slot, i in enumerate(slots) if slot != i), None)
         if moved is not None:
             raise WriteError(
-                f"layer {moved} changes its place, and {family.position_numbers} makes numbers from it; run the plan live",
+                f"layer {moved} changes its place, and {family.position_numbers} makes numbers from it; "
+                "run the plan live",
                 code="W207",
             )
     twin = meta_model(config, like=model)

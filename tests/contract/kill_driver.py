@@ -1,0 +1,134 @@
+"""Run as a script by test_kill: kills many writes at random moments and says what each left behind.
+
+Imports are paid once: every write is a fork of this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from shoal.models.inspect import inspect
+from shoal.models.load import Loaded
+from shoal.plan import Plan, load_plan, parse_plan
+from shoal.write import folder as folder_module
+from shoal.write.proof import Proof
+
+STOPPED = 7
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def write(loaded: Loaded, text: str, output: Path, report: Callable[[str], None]) -> None:
+    plan = parse_plan(text, Plan.identity(inspect(loaded.model)))
+    names = ("writing", "proving", "publishing", "written")
+    folder_module.write(
+        loaded, plan, output, overwrite=True, shard_size="20KB", progress=lambda done, *_: report(names[done])
+    )
+
+
+def stopped_write(
+    loaded: Loaded, text: str, output: Path, wait: tuple[str, float] | None, number: int
+) -> tuple[float, int, list[str]]:
+    """Fork a write, send it the signal `number` at (stage, seconds after its begin), and wait for its end. Returns
+    seconds, the wait status and the stages it reached."""
+    out, into = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            os.write(into, b"start\n")
+            write(loaded, text, output, lambda stage: os.write(into, f"{stage}\n".encode()))
+        except KeyboardInterrupt:
+            os._exit(STOPPED)
+        os._exit(0)
+    os.close(into)
+    start, seen, killed = time.monotonic(), b"", wait is None
+    due: float | None = None
+    while True:
+        if not killed and wait is not None and due is None and wait[0].encode() in seen:
+            due = time.monotonic() + wait[1]
+        left = None if due is None or killed else max(0.0, due - time.monotonic())
+        ready, _, _ = select.select([out], [], [], left)
+        if not ready:
+            os.killpg(process, number)
+            killed = True
+            continue
+        got = os.read(out, 4096)
+        if not got:
+            break
+        seen += got
+    os.close(out)
+    _, status = os.waitpid(process, 0)
+    return time.monotonic() - start, status, seen.decode().split()
+
+
+def state(output: Path, plans: set[str]) -> str:
+    """absent, the notation of the plan of a complete folder, or what is wrong with it."""
+    if not output.exists():
+        return "absent"
+    if not (output / "shoal" / "proof.json").is_file():
+        return "WRONG: no proof.json"
+    try:
+        text = str(load_plan(output))
+        found, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+        json.loads((output / "shoal" / "proof.json").read_text())
+    except Exception as error:
+        return f"WRONG: {type(error).__name__}: {error}"
+    bad = [info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
+    right = text in plans and found.config.num_hidden_layers == len(load_plan(output).layers()) and not bad
+    return text if right else f"WRONG: {text} {bad}"
+
+
+def main(root: Path, kills: int, interrupts: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    real, loaded = folder_module._proved, Loaded(model(), None, "tiny")
+    folder_module._proved = lambda *_: Proof(True, ())
+    draw = random.Random(0)
+    whole = stopped_write(loaded, "0-2", root / "warm", None, signal.SIGKILL)[0]
+    results = []
+    for number, count in ((signal.SIGKILL, kills), (signal.SIGINT, interrupts)):
+        for turn in range(count):
+            fresh = turn % 2 == 0
+            output = root / (f"new{number}-{turn}" if fresh else "old")
+            if not fresh and not output.exists():
+                stopped_write(loaded, "0-2", output, None, number)
+            had = state(output, {"0-2", "1,3"})
+            text = "1,3" if had == "0-2" else "0-2"
+            # every third one in the last moments, where the folder takes its name
+            wait = ("publishing", draw.uniform(0, whole / 8)) if turn % 3 == 0 else ("start", draw.uniform(0, whole))
+            _, status, stages = stopped_write(loaded, text, output, wait, number)
+            beside = [p.name for p in output.parent.glob(f".{output.name}.shoal-*")]
+            now = state(output, {"0-2", "1,3"})
+            results.append({"signal": int(number), "had": had, "wanted": text, "now": now, "status": status,
+                            "stages": stages, "beside": len(beside)})  # fmt: skip
+    stopped_write(loaded, "0", root / "old", None, signal.SIGKILL)
+    last = {"now": state(root / "old", {"0"}), "beside": len(list(root.glob(".old.shoal-*")))}
+    folder_module._proved = real
+    _, status, stages = stopped_write(loaded, "0-2", root / "proving", ("proving", 0.5), signal.SIGINT)
+    proving = {"status": status, "stages": stages, "left": len(list(root.glob("*proving*")))}
+    return {"results": results, "last": last, "proving": proving, "whole": whole}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,111 @@
+"""Every family runs every kind of plan right, or says with a code or a reason why it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.run import conductor
+
+from .families import FAMILIES
+from .matrix import ATTENTIONS, BATCHES, CACHES, KINDS, Outcome, cells, markdown, run_cell
+
+# what is refused, family by family; a refusal that is not in this table is a regression
+REFUSED = {
+    "mamba2": {"attention only": "P105", "mlp only": "P105", "KV source": "P109"},
+    "nemotron_h": {"attention only": "P105", "mlp only": "P105"},
+    "gemma3n_text": {"drop first": "P111", "attention only": "P105", "mlp only": "P105", "KV source": "P108"},
+}
+NO_SDPA = ("gemma2", "gpt_oss", "bloom", "mamba2", "gptj", "gpt_neo")
+NO_STATIC = {
+    "bloom": "its alibi has the length of the mask, not of the cache",
+    "gpt_neo": "it masks a static cache wrongly",
+}
+
+
+def test_the_matrix_is_as_large_as_we_say() -> None:
+    assert len(FAMILIES) >= 28
+    assert (len(KINDS), len(ATTENTIONS), len(CACHES), len(BATCHES)) == (10, 2, 2, 2)
+    assert len(set(cells())) == len(FAMILIES) * 80
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cells_are_right_refused_or_not_possible(family: str, attention: str) -> None:
+    found, expected = {}, {}
+    for cell in cells((family,), (attention,)):
+        outcome = run_cell(*cell)
+        found[cell] = (outcome.state, outcome.why if outcome.state == "refused" else "")
+        expected[cell] = _expected(*cell)
+        if outcome.state != "right":
+            assert outcome.why, f"{cell} is {outcome.state} without a reason"
+        if found[cell] != expected[cell]:
+            found[cell] = (outcome.state, outcome.why)
+    assert found == expected
+
+
+def _expected(family: str, kind: str, attention: str, cache_kind: str, _: str) -> tuple[str, str]:
+    if (attention == "sdpa" and family in NO_SDPA) or (cache_kind == "static" and family in NO_STATIC):
+        return "not possible", ""
+    code = REFUSED.get(family, {}).get(kind)
+    return ("refused", code) if code else ("right", "")
+
+
+def _states(family: str, *kinds: str) -> set[str]:
+    attention = "eager" if family in NO_SDPA else "sdpa"
+    return {run_cell(*cell).state for cell in cells((family,), (attention,)) if cell[1] in kinds}
+
+
+def test_rows_that_are_not_fitted_to_the_plan_turn_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _states("llama4_text", "drop first") == {"right"}
+    monkeypatch.setattr(conductor, "fit_rows", lambda cache, rows: None)
+    assert _states("llama", "repeat") == {"crashed"}
+    assert "wrong" in _states("llama4_text", "drop first")
+
+
+def test_one_slot_for_all_layers_turns_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = conductor._slots
+    monkeypatch.setattr(conductor, "_slots", lambda steps: dict.fromkeys(slots(steps), 0))
+    # attention meets a mask of another length and falls over; a recurrent layer has nothing to notice it by
+    assert _states("llama", "drop", "repeat", "reorder") == {"crashed"}
+    assert _states("mamba2", "drop", "repeat", "reorder") == {"wrong"}
+
+
+def test_a_step_that_does_not_run_turns_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = conductor._schedule
+
+    def forgetful(*args: Any) -> Any:
+        due, kept = schedule(*args)
+        return [*due[:-1], []], kept
+
+    monkeypatch.setattr(conductor, "_schedule", forgetful)
+    assert _states("llama", "identity", "drop", "mlp only") == {"wrong"}
+
+
+def test_an_identity_that_is_only_close_turns_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    tap = conductor.Conductor.tap
+
+    def noisy(*args: Any) -> Any:
+        return torch.nextafter(tap(*args), torch.tensor(1e9))
+
+    monkeypatch.setattr(conductor.Conductor, "tap", noisy)
+    assert _states("llama", "identity") == {"wrong"}
+
+
+def test_the_page_says_each_verdict_and_why() -> None:
+    outcomes = dict.fromkeys(cells(), Outcome("right"))
+    outcomes |= {cell: Outcome("refused", "P105") for cell in cells(("mamba2",)) if cell[1] == "mlp only"}
+    outcomes |= {cell: Outcome("not possible", "no sdpa here") for cell in cells(("gemma2", "bloom"), ("sdpa",))}
+    outcomes |= {cell: Outcome("wrong", "off by 1") for cell in cells(("opt",)) if cell[1] == "map"}
+    lines = markdown(outcomes).splitlines()
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+    assert set(rows) == {"family", *FAMILIES}
+    assert rows["llama"].count("right 8/8") == len(KINDS)
+    assert rows["mamba2"].count(" P105 ") == 1
+    assert rows["gemma2"].count("4 right, 4 n/a<sup>1</sup>") == len(KINDS)
+    assert "8 wrong<sup>2</sup>" in rows["opt"]
+    assert lines[-2:] == ["1. no sdpa here", "2. off by 1"]
+    assert all(row.replace(r"\|", "").count("|") == len(KINDS) + 2 for row in rows.values())
+    assert f"{len(outcomes)} cells: " in markdown(outcomes)
