@@ -100,7 +100,7 @@ def _template(node: ast.AST) -> str:
     if isinstance(node, ast.Constant):
         return str(node.value) if isinstance(node.value, str) else ""
     pieces = node.values if isinstance(node, ast.JoinedStr) else []
-    return "".join(p.value if isinstance(p, ast.Constant) else _name(p) for p in pieces)
+    return "".join(str(p.value) if isinstance(p, ast.Constant) else _name(p) for p in pieces)
 
 
 def _name(node: ast.AST) -> str:

@@ -117,7 +117,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Path], None], set[str]]] = {
         lambda d: change_config(d, sliding_window=7),
         {"logits uncached", "KV held", "KV rows"},
     ),
-    "a config of another family": ("gpt2", "0-2", lambda d: change_config(d, model_type="llama"), {"loads"}),
+    "a config that no model can be built from": ("gpt2", "0-2", lambda d: change_config(d, n_head=5), {"loads"}),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import subprocess
@@ -86,12 +87,13 @@ def test_plans_and_models_that_cannot_be_written(tmp_path: Path) -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), "W223"),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "W223"),
+        (Exception("No space left on device (os error 28)"), "W223"),
         (PermissionError(errno.EACCES, "Permission denied"), "W224"),
         (OSError(errno.EIO, "Input/output error"), "W226"),
         (ValueError("GenerationConfig is invalid: ..."), "W216"),
         (KeyboardInterrupt(), None),
     ],
-    ids=["full", "full in safetensors", "read-only", "broken", "config", "Ctrl-C"],
+    ids=["full", "full in safetensors", "full in tokenizers", "read-only", "broken", "config", "Ctrl-C"],
 )
 def test_a_failure_while_writing_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: str | None, old: bool
@@ -118,6 +120,15 @@ def test_a_failed_proof_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(WriteError, match=r"W230: .*logits cached: 0.25 where 0.0001 is needed"):
         write(loaded_of(), plan_of(tiny("llama"), "0"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_proof_of_a_cast_base_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        folder_module, "prove", lambda *_, **__: Proof(False, (proof_module.Check("x", False, 1, 0, ""),))
+    )
+    cast = Loaded(copy.deepcopy(tiny("llama")).to(torch.bfloat16), None, "x")
+    with pytest.raises(WriteError, match=r"W230: .*load the base with its dtype"):
+        write(cast, plan_of(tiny("llama"), "0"), tmp_path / "out")
 
 
 def test_a_proof_that_cannot_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,9 @@ def evaluate(
         return generation_check(model, loaded.tokenizer, new_tokens=new_tokens, progress=progress)
 
     if plan is None and other is None:
-        return Evaluation(perplexity(loaded.model, text, batch=batch, progress=progress), generation=written(loaded.model))
+        return Evaluation(
+            perplexity(loaded.model, text, batch=batch, progress=progress), generation=written(loaded.model)
+        )
     if other is None:
         both = compare(loaded.model, text, dense=nullcontext, pruned=context, batch=batch, progress=progress)
     else:

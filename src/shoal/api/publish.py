@@ -93,8 +93,8 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
         "samples": _samples(pruned),
         "candidates": [{"notation": c.notation, "score": c.score, "note": c.note} for c in pruned.found.trace],
         "notes": [
-            f"Shoal {__version__}, torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}, "
-            f"{machine['cpus']} CPUs, {machine['system']}."
+            f"Shoal {__version__}, torch {machine['torch']}, transformers {machine['transformers']}, "
+            f"Python {machine['python']}, {machine['cpus']} CPUs, {machine['system']}."
         ],
     }
 
@@ -110,7 +110,7 @@ def cost_rows(pruned: Pruned) -> list[dict[str, Any]]:
     shape = pruned.before.shape
     how = f"prompt {shape.prompt}, context {shape.context}, batch {shape.batch}, counted"
 
-    def row(name: str, dense: int, after: int, unit: str, said: str = how) -> dict[str, Any]:
+    def row(name: str, dense: float, after: float, unit: str, said: str = how) -> dict[str, Any]:
         return {"name": name, "dense": dense, "pruned": after, "unit": unit, "how": said}
 
     before, after = pruned.before, pruned.after
@@ -170,11 +170,20 @@ def quality_rows(pruned: Pruned) -> list[dict[str, Any]]:
         same = found.agreement
         how = f"{same.info.describe()}; {same.tokens:,} tokens"
         rows += [
-            {"name": "KL(dense || pruned)", "unit": "nats per token", "better": "lower", "dense": 0.0, "pruned": same.kl,
-             "error_pruned": same.kl_error, "how": how},
-            {"name": "top-1 agreement", "unit": "share", "better": "higher", "dense": 1.0, "pruned": same.top1,
-             "error_pruned": same.top1_error, "how": how},
-        ]  # fmt: skip
+            {
+                "name": name,
+                "unit": unit,
+                "better": better,
+                "dense": dense,
+                "pruned": value,
+                "error_pruned": error,
+                "how": how,
+            }
+            for name, unit, better, dense, value, error in (
+                ("KL(dense || pruned)", "nats per token", "lower", 0.0, same.kl, same.kl_error),
+                ("top-1 agreement", "share", "higher", 1.0, same.top1, same.top1_error),
+            )
+        ]
     return rows
 
 
@@ -211,10 +220,15 @@ def speed_rows(pruned: Pruned) -> list[dict[str, Any]]:
 def flat_speed_rows(pruned: Pruned) -> list[dict[str, Any]]:
     """`speed_rows` as rows of the model card's table: medians."""
     return [
-        {"name": f"{row['phase']}, {row['unit']}", "unit": "", "dense": row["dense"]["median"], "pruned": row["pruned"]["median"],
-         "how": row["how"]}
+        {
+            "name": f"{row['phase']}, {row['unit']}",
+            "unit": "",
+            "dense": row["dense"]["median"],
+            "pruned": row["pruned"]["median"],
+            "how": row["how"],
+        }
         for row in speed_rows(pruned)
-    ]  # fmt: skip
+    ]
 
 
 def _range(spread: Spread, factor: float) -> dict[str, float]:

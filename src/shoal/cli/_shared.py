@@ -102,7 +102,7 @@ def resolved() -> dict[str, Any]:
     plain = {}
     for parameter in context.command.params:  # in the order of --help, whatever order was typed
         key, value = str(parameter.name), context.params.get(str(parameter.name))
-        if key in ("config", "dry_run", "json_", "quiet") or value is None or value == []:
+        if key in ("config", "dry_run", "json_", "quiet") or value in (None, [], ()):
             continue
         plain[key] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
     return {"verb": context.info_name, **plain}
@@ -186,15 +186,15 @@ def loading(device: str | None, dtype: str | None, trust_remote_code: bool = Fal
     return {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
 
 
-def read_plan(text: str | None, spec: Any, source: str) -> Any:
-    """A Plan from notation, a plan.json or a folder; None for None. Raises `NotationError`."""
-    from shoal.plan import Plan, load_plan, parse_plan
+def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -> Any:
+    """A Plan from notation, a plan.json or a folder; None for None. With `legal` it must be so for `spec` (P1xx)."""
+    from shoal.plan import Plan, load_plan, parse_plan, require
 
     if text is None:
         return None
-    if text.endswith(".json") or Path(text).is_dir():
-        return load_plan(text)
-    return parse_plan(text, Plan.identity(spec, source=source))
+    from_file = text.endswith(".json") or Path(text).is_dir()
+    plan = load_plan(text) if from_file else parse_plan(text, Plan.identity(spec, source=source))
+    return require(plan, spec) if legal else plan
 
 
 def need(value: Any, message: str) -> Any:

@@ -59,9 +59,17 @@ def bench(
         loaded = opened(model, **options)
         chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
         found = run(
-            loaded, plan=chosen, against=against, prompt=prompt, new=new, batch=batch, pairs=pairs, seed=seed, progress=progress,
+            loaded,
+            plan=chosen,
+            against=against,
+            prompt=prompt,
+            new=new,
+            batch=batch,
+            pairs=pairs,
+            seed=seed,
+            progress=progress,
             **(options if against is not None else {}),
-        )  # fmt: skip
+        )
     emit(found.to_dict(), _text(found), as_json=json_)
 
 
@@ -72,11 +80,17 @@ def _text(found: Any) -> str:
         held = found.memory[v.name]
         rows.append(
             [
-                v.name, 1000 * v.prefill.median, 1000 * v.decode.median, v.prefill_ratio.median, v.decode_ratio.median,
-                held.weight_bytes / 2**20, held.kv_bytes / 2**20,
+                v.name,
+                1000 * v.prefill.median,
+                1000 * v.decode.median,
+                v.prefill_ratio.median,
+                v.decode_ratio.median,
+                held.weight_bytes / 2**20,
+                held.kv_bytes / 2**20,
             ]
-        )  # fmt: skip
-    head = f"{s.device}, {s.dtype}, {s.threads} threads, batch {s.batch}, prompt {s.prompt}, {s.new} decoded, {s.pairs} rounds\n"
+        )
+    work = f"batch {s.batch}, prompt {s.prompt}, {s.new} decoded, {s.pairs} rounds"
+    head = f"{s.device}, {s.dtype}, {s.threads} threads, {work}\n"
     return head + table(
         rows, ["", "prefill ms", "ms/token", "prefill / dense", "decode / dense", "weights MiB", "KV MiB"]
     )

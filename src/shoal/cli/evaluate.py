@@ -51,7 +51,7 @@ def evaluate(
     dry_run: DryRun = False,
     config: Config = None,
 ) -> None:
-    """Perplexity and a greedy generation check; with --plan or --against also KL and top-1 agreement with the dense model."""
+    """Perplexity and a greedy generation check; with --plan or --against also agreement with the dense model."""
     if dry_run:
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
@@ -63,10 +63,20 @@ def evaluate(
         loaded = opened(model, **loading(device, dtype, trust_remote_code))
         chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
         found = run(
-            loaded, plan=chosen, against=against, data=data, window=window, stride=stride, limit=limit, bos=bos, batch=batch,
-            generation=generation, new_tokens=new_tokens, progress=progress,
+            loaded,
+            plan=chosen,
+            against=against,
+            data=data,
+            window=window,
+            stride=stride,
+            limit=limit,
+            bos=bos,
+            batch=batch,
+            generation=generation,
+            new_tokens=new_tokens,
+            progress=progress,
             **(loading(device, dtype, trust_remote_code) if against is not None else {}),
-        )  # fmt: skip
+        )
     emit(found.to_dict(), _text(found), as_json=json_)
 
 

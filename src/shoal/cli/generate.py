@@ -56,7 +56,14 @@ def generate(
         loaded = opened(model, **loading(device, dtype, trust_remote_code))
         chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
     answer = write_text(
-        loaded, prompt, plan=chosen, max_new_tokens=max_new_tokens, sample=sample, temperature=temperature, chat=chat, seed=seed,
+        loaded,
+        prompt,
+        plan=chosen,
+        max_new_tokens=max_new_tokens,
+        sample=sample,
+        temperature=temperature,
+        chat=chat,
+        seed=seed,
         on_text=None if json_ else lambda piece: typer.echo(piece, nl=False),
-    )  # fmt: skip
+    )
     emit(answer.to_dict(), "", as_json=json_)

@@ -92,10 +92,26 @@ def prune(
         loaded = opened(model, **loading(device, dtype, trust_remote_code))
         chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
         pruned = run(
-            loaded, method=method, plan=chosen, drop=drop, keep=keep, data=data, length=length, limit=limit, stride=stride,
-            bos=bos, batch=batch, seed=seed, settings=options, writable=output is not None, zero_parts=zero_parts,
-            journal=journal, assess=assess, test_data=test_data, progress=progress,
-        )  # fmt: skip
+            loaded,
+            method=method,
+            plan=chosen,
+            drop=drop,
+            keep=keep,
+            data=data,
+            length=length,
+            limit=limit,
+            stride=stride,
+            bos=bos,
+            batch=batch,
+            seed=seed,
+            settings=options,
+            writable=output is not None,
+            zero_parts=zero_parts,
+            journal=journal,
+            assess=assess,
+            test_data=test_data,
+            progress=progress,
+        )
         written = None
         if output is not None:
             from shoal.api.publish import publish
@@ -118,11 +134,11 @@ def prune(
 def _dry(model: str, plan: str | None, drop: int | None, keep: float | None, trust: bool) -> tuple[dict[str, Any], str]:
     from shoal.api.find import layers_to_drop
     from shoal.models.load import inspect_source
-    from shoal.plan import cost, require, strip
+    from shoal.plan import cost, strip
 
     spec = inspect_source(model, trust_remote_code=trust)
     if plan is not None:
-        chosen = require(read_plan(plan, spec, model), spec)
+        chosen = read_plan(plan, spec, model)
         what = f"plan {chosen}\n{strip(chosen)}\nparameters {spec.params:,} -> {cost(chosen, spec).written_params:,}"
     else:
         count = layers_to_drop(spec, None, drop, keep)

@@ -25,7 +25,7 @@ def show(
 
         with progress_bars(quiet):
             spec = inspect_source(model)
-    chosen: Plan = load_plan(plan) if spec is None else read_plan(plan, spec, model or "")
+    chosen: Plan = load_plan(plan) if spec is None else read_plan(plan, spec, model or "", legal=False)
     data: dict[str, Any] = {
         "plan": str(chosen),
         "hash": chosen.hash,

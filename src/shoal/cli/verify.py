@@ -22,7 +22,7 @@ def verify(
     quiet: Quiet = False,
     config: Config = None,
 ) -> None:
-    """Load the folder in a fresh process without Shoal and compare it with the live plan; exit code 1 when it differs."""
+    """Load the folder in a fresh process without Shoal and compare it with the live plan; exit code 1 if it differs."""
     from shoal.models.load import load
     from shoal.write.folder import verify as run
 

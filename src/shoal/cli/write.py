@@ -50,10 +50,10 @@ def write(
     from shoal.models.load import inspect_source
 
     if dry_run:
-        from shoal.plan import cost, require
+        from shoal.plan import cost
 
         spec = inspect_source(model, trust_remote_code=trust_remote_code)
-        chosen = require(read_plan(plan, spec, model), spec)
+        chosen = read_plan(plan, spec, model)
         after = cost(chosen, spec)
         text = f"would write {chosen}: {spec.params:,} -> {after.written_params:,} parameters\n\n{config_text()}"
         emit({"plan": str(chosen), "cost": after.to_dict(), "config": config_text()}, text, as_json=json_)

@@ -97,13 +97,16 @@ def _compare_all(dense: Logits, pruned: Logits, data: Data, batch: int, progress
         kl, same = compare_logits(*sides)
         divergences += torch.where(keep, kl[:, :-1], 0.0).sum(-1).tolist()
         matches += (keep & same[:, :-1]).sum(-1).tolist()
-        for sums, logits in zip(losses, sides, strict=True):
-            sums += torch.where(keep, token_nll(logits, ids), 0.0).sum(-1).tolist()
+        for loss, logits in zip(losses, sides, strict=True):
+            loss.extend(torch.where(keep, token_nll(logits, ids), 0.0).sum(-1).tolist())
         counts += keep.sum(-1).tolist()
     require_scored(sum(counts), data)
-    scored = [summarise(list(zip(sums, counts, strict=True)), data.info) for sums in losses]
-    same_as = Agreement(*ratio(divergences, counts), *ratio(matches, counts), sum(counts), data.info)
-    return Comparison(*scored, same_as)
+    dense_nll, pruned_nll = (list(zip(sums, counts, strict=True)) for sums in losses)
+    return Comparison(
+        summarise(dense_nll, data.info),
+        summarise(pruned_nll, data.info),
+        Agreement(*ratio(divergences, counts), *ratio(matches, counts), sum(counts), data.info),
+    )
 
 
 def compare_logits(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,30 +40,35 @@ def block_influence(
     and sequence. Raises U508 when `skip_first` leaves no token.
     """
     found = find_stack(model, stack)
-    seen: list[dict[int, list[torch.Tensor]]] = []
-    counts: list[torch.Tensor] = []
+    # made once: small tensors that stay, one for each layer and batch, scatter the heap, and the process grows with the
+    # number of batches to many times what is in use
+    sums = torch.zeros(found.depth, 2, len(data), dtype=torch.float64)
+    passes = torch.zeros(found.depth, len(data), dtype=torch.float64)
+    counts = torch.zeros(len(data), dtype=torch.int64)
     keep = torch.ones(1, 1, dtype=torch.bool)
+    rows = slice(0, 0)
 
     def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        nonlocal keep
+        nonlocal keep, rows
         keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
         keep = keep & (keep.cumsum(-1) > skip_first)
-        counts.append(keep.sum(-1))
-        seen.append({})
+        rows = slice(rows.stop, rows.stop + len(ids))
+        counts[rows] = keep.sum(-1)
         if progress is not None:
-            progress(sum(len(c) for c in counts), len(data), "block influence")
+            progress(rows.stop, len(data), "block influence")
 
     def watch(index: int, x: torch.Tensor, y: torch.Tensor) -> None:
         turned = torch.where(keep, _turned(x, y).cpu().double(), 0.0)
         first = turned.gather(-1, keep.int().argmax(-1, keepdim=True))[:, 0]
-        seen[-1].setdefault(index, []).append(torch.stack([turned.sum(-1), first]))
+        sums[index, :, rows] += torch.stack([turned.sum(-1), first])
+        passes[index, rows] += 1
 
     _require_tokens(data, skip_first)
     observe(model, data.batches(batch), watch, before=before, stack=stack)
-    tokens = [int(n) for n in torch.cat(counts)]
-    sums = [_sums(seen, index) for index in range(found.depth)]
-    means = [(math.nan, None) if s is None else ratio(s[0].tolist(), tokens) for s in sums]
-    rest = [math.nan if s is None else float((s[0] - s[1]).sum()) for s in sums]
+    tokens = counts.tolist()
+    whole, first = (sums / passes[:, None]).unbind(1)  # 0 / 0 where a layer did not run
+    means = [(math.nan, None) if s.isnan().any() else ratio(s.tolist(), tokens) for s in whole]
+    rest = (whole - first).sum(-1).tolist()
     return Scores(
         measure="block-influence",
         stack=found.name,
@@ -81,13 +86,6 @@ def _turned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """1 - cos for each token, [batch, length]."""
     x, y = (torch.nn.functional.normalize(state.float(), dim=-1) for state in (x, y))
     return (x - y).square().sum(-1) / 2
-
-
-def _sums(seen: list[dict[int, list[torch.Tensor]]], index: int) -> torch.Tensor | None:
-    """[2, sequences]: the sum over tokens and the first counted token, mean over runs; None without a run."""
-    if index not in seen[0]:
-        return None
-    return torch.cat([torch.stack(batch[index]).mean(0) for batch in seen], -1)
 
 
 def _require_tokens(data: Data, skip_first: int) -> None:

@@ -1,0 +1,1 @@
+"""Models: loaded, found, probed and described; the exceptions of families are data."""

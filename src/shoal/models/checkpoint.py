@@ -14,8 +14,9 @@ _MAX_JSON = 100_000_000
 
 
 def check_folder(folder: Path, *, depth: int | None = None, path: str | None = None) -> None:
-    """Raise the one fitting `ModelError`: M302 no config, M308 pickle only, M309 damaged or missing file, M313 depth that
-    disagrees with the tensors (asked for by `depth` and the layers' `path`)."""
+    """Raise the one fitting `ModelError`: M302 no config, M308 pickle only, M309 damaged or missing file, M313 a depth
+    that disagrees with the tensors (asked for by `depth` and the layers' `path`).
+    """
     config = folder / "config.json"
     if not config.is_file():
         raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
@@ -26,8 +27,7 @@ def check_folder(folder: Path, *, depth: int | None = None, path: str | None = N
         found = {int(m.group(1)) for name in tensors if (m := pattern.search(name))}
         if found and found != set(range(depth)):
             raise ModelError(
-                f"{folder}: config.json says {depth} layers, the tensors hold {_ranges(found)}; "
-                "repair one of them",
+                f"{folder}: config.json says {depth} layers, the tensors hold {_ranges(found)}; repair one of them",
                 code="M313",
             )
 
@@ -60,7 +60,9 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         headers |= read_header(file)
     missing = sorted(set(weight_map or ()) - set(headers))
     if missing:
-        raise ModelError(f"{index} names the tensor {missing[0]}, which no file holds; copy the files again", code="M309")
+        raise ModelError(
+            f"{index} names the tensor {missing[0]}, which no file holds; copy the files again", code="M309"
+        )
     return headers
 
 

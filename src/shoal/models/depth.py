@@ -1,9 +1,9 @@
 """Config fields that depend on a layer's index, as data, and the config of a stock model of another depth.
 
-Three kinds of field: lists with one entry per layer (permuted), lists of layer indices (renamed), and numbers from which
-the family computes a property of each layer (a period, "the first k are dense"). For the third kind a rule says how the
-property follows from the fields and how to find fields that give each kept layer the property it had; when no such fields
-exist, the plan cannot be a stock model and is refused by name.
+Three kinds of field: lists with one entry per layer (permuted), lists of layer indices (renamed), and numbers from
+which the family computes a property of each layer (a period, "the first k are dense"). For the third kind a rule says
+how the property follows from the fields and how to find fields that give each kept layer the property it had; when no
+such fields exist, the plan cannot be a stock model and is refused by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ PER_LAYER = (
 )  # fmt: skip
 """Fields that hold one entry per layer whenever they are lists of that length."""
 
-INDEX_LISTS = ("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "local_layer_ids", "moe_layers", "ple_layer_ids")
+INDEX_LISTS = (
+    "attn_layer_indices",
+    "cross_attention_layers",
+    "full_attn_idxs",
+    "local_layer_ids",
+    "moe_layers",
+    "ple_layer_ids",
+)
 """Fields that list the layers with a property, by index."""
 
 Fields = dict[str, Any]
@@ -105,7 +112,9 @@ def depth_field(config: PreTrainedConfig) -> str:
     return str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
 
 
-def permuted_config(config: PreTrainedConfig, slots: tuple[int, ...]) -> tuple[PreTrainedConfig, dict[str, tuple[Any, Any]]]:
+def permuted_config(
+    config: PreTrainedConfig, slots: tuple[int, ...]
+) -> tuple[PreTrainedConfig, dict[str, tuple[Any, Any]]]:
     """The config of a stock model whose slot s is base layer `slots[s]`, and {field: (old, new)} of what changed.
 
     `config` is the text config of the base. Raises W206 when no value of a field can describe the slots.
@@ -140,7 +149,9 @@ def _solve(rule: Rule, old: Fields, depth: int, slots: tuple[int, ...]) -> Field
     wanted = [had[i] for i in slots]
     here = {name: old[name] for name in rule.fields}
     for fields in (here, *rule.candidates(here, wanted)):
-        if rule.property(fields, len(slots))[: len(slots)] == wanted and len(rule.property(fields, len(slots))) == len(slots):
+        if rule.property(fields, len(slots))[: len(slots)] == wanted and len(rule.property(fields, len(slots))) == len(
+            slots
+        ):
             return fields
     flags = "".join("x" if w else "." for w in wanted)
     raise WriteError(

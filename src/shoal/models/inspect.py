@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -11,6 +12,7 @@ from shoal.models.families import family_of
 from shoal.models.probe import LayerFacts, probe
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
+from shoal.plan.spec import KVKind
 
 
 def inspect(model: nn.Module) -> Spec:
@@ -64,7 +66,7 @@ def _stack_spec(model: nn.Module, stack: Stack, users: Counter[object]) -> tuple
     family = family_of(stack.config)
     sharing = _native_sharing(stack.config, kinds)
     names: dict[object, str] = {}
-    layers = []
+    layers: list[LayerSpec] = []
     for index, fact in enumerate(seen.layers):
         layer = stack.layer(index)
         storages = _storages(layer)
@@ -76,12 +78,10 @@ def _stack_spec(model: nn.Module, stack: Stack, users: Counter[object]) -> tuple
                 kind=kinds[index],
                 params=sum(n for key, n in storages.items() if users[key] == 1),
                 flops=_flops(layer, active),
-                width=int(getattr(stack.config, "num_attention_heads", 0) or 0) * (kv.key_dim + kv.value_dim)
-                if isinstance(getattr(stack.config, "num_attention_heads", 0), int)
-                else 0,
+                width=_width(stack.config, kv, [layers[i].kv for i in sharing.get(index, ())]),
                 kv=kv,
-                attention=_part(layer, fact.parts.attention, active) if fact.parts else None,
-                mlp=_part(layer, fact.parts.mlp, active) if fact.parts else None,
+                attention=_part(layer, fact.parts.attention, active, users) if fact.parts else None,
+                mlp=_part(layer, fact.parts.mlp, active, users) if fact.parts else None,
                 shared=tuple(
                     (names.setdefault(key, f"{stack.name}-shared-{len(names)}"), n)
                     for key, n in storages.items()
@@ -118,32 +118,39 @@ def _native_sharing(config: PreTrainedConfig, kinds: list[str]) -> dict[int, tup
     return {index: (last_of_kind[kinds[index]],) for index in range(first, len(kinds)) if kinds[index] in last_of_kind}
 
 
+def _width(config: PreTrainedConfig, kv: KVSpec, sources: list[KVSpec]) -> int:
+    """Query heads x (key_dim + value_dim); a layer that reads another's KV has the dimensions of its source."""
+    heads = getattr(config, "num_attention_heads", None)
+    dims = max(one.key_dim + one.value_dim for one in (kv, *sources))
+    return heads * dims if isinstance(heads, int) else 0
+
+
 def _kv(fact: LayerFacts, config: PreTrainedConfig, shared: bool, forward: bool) -> KVSpec:
     if shared:
         return KVSpec("shared")
     if fact.keys is not None and fact.values is not None:
-        kind = "sliding" if fact.window is not None else "full"
-        heads, key_dim, value_dim = fact.keys[1], fact.keys[-1], fact.values[-1]
-        return KVSpec("full" if kind == "full" else "sliding", heads, key_dim, value_dim, fact.window, fact.state)
+        kind: KVKind = "full" if fact.window is None else "sliding"
+        return KVSpec(kind, fact.keys[1], fact.keys[-1], fact.values[-1], fact.window, fact.state)
     if fact.state:
         return KVSpec("recurrent", state=fact.state)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     if forward or not isinstance(heads, int):
         return KVSpec("none")
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return KVSpec("full", heads, size, size)
 
 
-def _part(layer: nn.Module, names: tuple[str, ...], active: float) -> PartSpec:
+def _part(layer: nn.Module, names: tuple[str, ...], active: float, users: Counter[object]) -> PartSpec:
     children = [layer.get_submodule(name) for name in names]
-    return PartSpec(
-        names, sum(sum(_storages(child).values()) for child in children), sum(_flops(child, active) for child in children)
-    )
+    own = sum(n for child in children for key, n in _storages(child).items() if users[key] == 1)
+    return PartSpec(names, own, sum(_flops(child, active) for child in children))
 
 
 def _active_share(config: PreTrainedConfig) -> float:
     """The share of a layer's experts that one token uses."""
-    used = next((v for n in ("num_experts_per_tok", "moe_topk", "top_k_experts") if (v := getattr(config, n, None))), None)
+    used = next(
+        (v for n in ("num_experts_per_tok", "moe_topk", "top_k_experts") if (v := getattr(config, n, None))), None
+    )
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     total = next((v for n in names if (v := getattr(config, n, None))), None)
     return used / total if isinstance(used, int) and isinstance(total, int) and total else 1.0

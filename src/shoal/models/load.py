@@ -48,7 +48,7 @@ def load(
     bfloat16, float16 (default: what the checkpoint says). Raises `ModelError` (M3xx) with the remedy.
     """
     if isinstance(source, nn.Module):
-        return Loaded(source, tokenizer, getattr(source, "name_or_path", "") or type(source).__name__)  # type: ignore[arg-type]
+        return Loaded(source, tokenizer, getattr(source, "name_or_path", "") or type(source).__name__)
     place = _place(str(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     chosen = dtype if dtype is not None else "auto"
@@ -60,13 +60,15 @@ def load(
     if info["missing_keys"] or info["mismatched_keys"]:
         names = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
         raise ModelError(
-            f"{source} lacks {len(names)} tensors of its model, such as {sorted(names)[0]}; "
+            f"{source} lacks {len(names)} tensors of its model, such as {min(names)}; "
             "transformers would fill them with random numbers, so the folder is not used",
             code="M310",
         )
     if tokenizer is None:
         tokenizer = _tokenizer(place, **options)
-    return Loaded(model.eval().to(device or default_device()), tokenizer, str(source), place if isinstance(place, Path) else None)
+    return Loaded(
+        model.eval().to(device or default_device()), tokenizer, str(source), place if isinstance(place, Path) else None
+    )
 
 
 def default_device() -> str:

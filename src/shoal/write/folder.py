@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.errors import WriteError
@@ -19,7 +20,7 @@ from shoal.evaluate import Progress
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
-from shoal.plan import Plan, require, save_plan
+from shoal.plan import Plan, plan_to_json, require
 from shoal.write.card import model_card, origin
 from shoal.write.lineage import config_note
 from shoal.write.proof import FILE, Proof, prove, verify
@@ -167,7 +168,7 @@ def _fill(draft: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], s
             loaded.tokenizer.save_pretrained(draft)
     if loaded.folder is not None:
         copy_side_files(loaded.folder, draft)
-    save_plan(plans.plan, draft / "shoal" / "plan.json")
+    _text(draft / "shoal" / "plan.json", plan_to_json(plans.plan))
     return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
 
 
@@ -175,11 +176,21 @@ def _proved(folder: Path, loaded: Loaded, plans: Blueprint) -> Proof:
     proof = prove(folder, loaded.model, plans.plan, tokenizer=loaded.tokenizer, plans=plans)
     if not proof.passed:
         more = f" (and {len(proof.failures) - 1} more)" if len(proof.failures) > 1 else ""
+        cast = (
+            "load the base with its dtype, as a cast rounds its tables" if _cast(loaded.model) else "run the plan live"
+        )
         raise WriteError(
-            f"the written folder failed its proof, so it was removed: {proof.failures[0]}{more}; run the plan live",
-            code="W230",
+            f"the written folder failed its proof, so it was removed: {proof.failures[0]}{more}; {cast}", code="W230"
         )
     return proof
+
+
+def _cast(model: nn.Module) -> bool:
+    """Was the model cast after it was loaded? `model.to(bfloat16)` also rounds tables that no checkpoint holds (the
+    frequencies of the rotary embedding), so a reload with the same weights computes something else."""
+    stored = model.state_dict().keys()
+    tables = [b for name, b in model.named_buffers() if name not in stored and b.is_floating_point()]
+    return any(b.dtype.itemsize < 4 for b in tables)
 
 
 def _with_source(plan: Plan, loaded: Loaded) -> Plan:
@@ -225,10 +236,10 @@ def _disk_errors(final: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _disk_error(final, error.errno or 0, error.strerror or str(error)) from error
-    except Exception as error:  # safetensors raises a class of its own, which is no OSError
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except Exception as error:  # safetensors and tokenizers raise classes of their own, which are no OSErrors
         number = next((n for n in (errno.ENOSPC, errno.EDQUOT) if f"os error {n})" in str(error)), 0)
+        if not number and type(error).__name__ != "SafetensorError":
+            raise
         raise _disk_error(final, number, str(error)) from error
 
 
