@@ -1,4 +1,4 @@
-"""What each kind of plan must compute, said without the conductor: the stock layers called by hand, one pass, no cache."""
+"""What each kind of plan must compute, said without the conductor: the stock layers called by hand, no cache."""
 
 from __future__ import annotations
 

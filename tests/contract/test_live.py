@@ -289,16 +289,18 @@ def test_hidden_states_have_one_entry_for_each_run(family: str, plan: str) -> No
     assert torch.equal(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
 
 
-@pytest.mark.parametrize("family", ["bloom", "gptj"])
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "gpt_neo"])
 def test_families_that_collect_in_their_loop_report_one_state_for_each_base_layer(family: str) -> None:
     """Their own loop appends the state at every tap: what a plan left out shows its input again, and of a repeat only
-    what goes in shows. The last entry is right, and so is every entry at which a layer runs in its own place."""
+    what goes in shows. The last entry is right, and so is what a layer that runs in its own place is given."""
     model = tiny(family, "eager")
     with torch.no_grad():
         with running(model, "0-1,3"):
             dropped = model(IDS, output_hidden_states=True).hidden_states
         with running(model, "0,1x2,2-3"):
-            repeated = model(IDS, output_hidden_states=True).hidden_states
+            out = model(IDS, output_hidden_states=True)
+    repeated = out.hidden_states
+    torch.testing.assert_close(model.get_output_embeddings()(repeated[-1]), out.logits, atol=1e-5, rtol=1e-5)
     assert len(dropped) == len(repeated) == 5
     assert torch.equal(dropped[2], dropped[3])
     assert torch.equal(repeated[1], dropped[1]) and not torch.equal(repeated[2], dropped[2])
@@ -466,3 +468,9 @@ def test_compiled_plans_are_captured_whole(family: str, plan: str, cached: bool)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(logits(compiled, use_cache=cached), expected, atol=1e-5, rtol=1e-5)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("plan", ["0,1?g,2-3", "0-1,!early?g,2-3", "0-3,!end", "0,(1|2?g),3"])
+def test_a_gate_that_nobody_decides_is_refused(plan: str) -> None:
+    with pytest.raises(PlanError, match=r"P125: step .* is decided at run time"), running(tiny("llama"), plan):
+        pass

@@ -185,6 +185,24 @@ def test_the_old_folder_comes_back_when_the_second_rename_fails(
     assert str(load_plan(tmp_path / "out")) == "0-2" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_an_interrupt_while_the_old_folder_is_removed_leaves_the_new_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    quick(tmp_path / "out", "0-2")
+    remove, asked = stage.shutil.rmtree, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        asked.append(args)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        remove(*args, **kwargs)
+
+    monkeypatch.setattr(stage.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quick(tmp_path / "out", "3,0", overwrite=True)
+    assert str(load_plan(tmp_path / "out")) == "3,0" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     def page(_: Proof) -> str:
         (tmp_path / "out").mkdir()

@@ -67,7 +67,7 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor: (dtype, shape)} of one safetensors file. Raises M309 when the file is damaged or shorter than it says."""
+    """{tensor: (dtype, shape)} of one safetensors file. Raises M309 when the file is damaged or too short."""
     damaged = f"{file} is not a complete safetensors file"
     try:
         with file.open("rb") as stream:

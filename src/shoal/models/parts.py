@@ -1,4 +1,4 @@
-"""The attention and the mlp of a layer, found by probing and proved by stubbing both: the layer must become the identity."""
+"""The attention and the mlp of a layer, found by probing and proved by stubbing both: the layer must do nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 """What families call the attribute by which an attention module knows its place."""

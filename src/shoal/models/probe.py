@@ -81,7 +81,9 @@ def _run(model: nn.Module, stack: Stack) -> Probe:
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         if place.type != "meta":
             raise ModelError(f"{type(inner).__name__} cannot be probed: {error}", code="M305") from error
-        watcher.facts = [LayerFacts(_own_row(layer, i), -1, None, parts=find_parts(layer)) for i, layer in enumerate(layers)]
+        watcher.facts = [
+            LayerFacts(_own_row(layer, i), -1, None, parts=find_parts(layer)) for i, layer in enumerate(layers)
+        ]
         note, forward = None, False
     finally:
         for module in training:  # one by one: users train some modules and keep others in eval mode
@@ -137,14 +139,14 @@ class _Watcher:
             self.order.append(index)
             if index != len(self.facts):
                 return
-            named = [n for n, v in kwargs.items() if isinstance(v, Cache)]
-            placed = [n for n, v in enumerate(args) if isinstance(v, Cache)]
+            given: list[tuple[str | int, Any]] = [*kwargs.items(), *enumerate(args)]
+            caches = [at for at, value in given if isinstance(value, Cache)]
             tail = len(out) - 1 if isinstance(out, tuple) else -1
             self.facts.append(
                 LayerFacts(
                     _own_row(layer, index),
                     tail,
-                    next(iter([*named, *placed]), None),
+                    next(iter(caches), None),
                     parts=find_parts(layer),
                     returns=self._returns[index],
                 )
@@ -179,7 +181,9 @@ def _read_cache(cache: Cache | None, facts: list[LayerFacts]) -> None:
         if isinstance(getattr(row, "keys", None), torch.Tensor):
             fact.keys, fact.values = tuple(row.keys.shape), tuple(row.values.shape)
             fact.window = row.sliding_window if getattr(row, "is_sliding", False) else None
-        fact.state = sum(t.numel() for name in ("conv_states", "recurrent_states") for t in tensors(getattr(row, name, None)))
+        fact.state = sum(
+            t.numel() for name in ("conv_states", "recurrent_states") for t in tensors(getattr(row, name, None))
+        )
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -192,13 +196,13 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _prove_parts(layers: list[nn.Module], watcher: _Watcher) -> str | None:
-    """With attention and mlp both stubbed a layer must hand its input on, bit for bit; otherwise its parts are withdrawn."""
+    """With attention and mlp both stubbed a layer must hand its input on, bit for bit, or it has no parts."""
     note = None
-    for index, (layer, fact, (args, kwargs)) in enumerate(zip(layers, watcher.facts, watcher.calls, strict=True)):
+    for index, (layer, fact, call) in enumerate(zip(layers, watcher.facts, watcher.calls, strict=True)):
         if fact.parts is None:
             continue
-        kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-        args = tuple(None if isinstance(a, Cache) else a for a in args)
+        args = tuple(None if isinstance(a, Cache) else a for a in call[0])
+        kwargs = {k: None if isinstance(v, Cache) else v for k, v in call[1].items()}
         x = args[0] if args else kwargs["hidden_states"]
         try:
             with without(layer, (*fact.parts.attention, *fact.parts.mlp), fact.returns):

@@ -1,0 +1,1 @@
+"""Running: the conductor, the cache's slots, a live plan, one observing pass."""

@@ -12,7 +12,7 @@ from shoal.errors import PlanError
 from shoal.models.inspect import inspect
 from shoal.models.probe import probe
 from shoal.models.stacks import Stack, find_stacks, unwrap
-from shoal.plan import Plan, require
+from shoal.plan import Exit, Map, Plan, format_steps, parse_plan, require
 from shoal.plan.steps import Step, runs
 from shoal.run.conductor import PlannedList
 
@@ -38,7 +38,7 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
     `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
     hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are brought to the model's dtype and device.
     Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already, P124 for replaced
-    layers of a model that accelerate offloads.
+    layers of a model that accelerate offloads, P125 for gates and exits, which need a policy.
     """
     inner = unwrap(model)
     stacks = find_stacks(inner)
@@ -46,12 +46,11 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
         raise PlanError("another plan is running on this model; restore it first", code="P122")
     spec = inspect(inner)
     if isinstance(plan, str):
-        from shoal.plan import parse_plan
-
         plan = parse_plan(plan, Plan.identity(spec))
     require(plan, spec, {name: tuple(t.shape) for name, t in (weights or {}).items()})
     for stack in stacks:
         _refuse_offloaded(stack, plan.steps(stack.name))
+        _refuse_undecided(plan.steps(stack.name))
     swapped = []
     for stack in stacks:
         like = next(stack.layer(0).parameters())
@@ -73,14 +72,23 @@ def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:
             )
 
 
+def _refuse_undecided(steps: tuple[Step, ...]) -> None:
+    """A gate that nobody decides would run its step in silence: say so instead."""
+    for step in steps:
+        gated = [run for run in runs((step,)) if run.gate is not None]
+        if gated or isinstance(step, Exit) or (isinstance(step, Map) and step.gate is not None):
+            raise PlanError(
+                f"step {format_steps((step,))} is decided at run time by a policy, and this version has none; "
+                "write the plan without gates and exits to run it",
+                code="P125",
+            )
+
+
 @contextmanager
-def running(
-    model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor] | None = None
-) -> Iterator[Running]:
+def running(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[Running]:
     """`with running(model, plan): ...` - the same as `apply`, restored at the end whatever happens."""
     handle = apply(model, plan, weights)
     try:
         yield handle
     finally:
         handle.restore()
-

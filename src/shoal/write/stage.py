@@ -28,17 +28,29 @@ def staged(final: Path) -> Iterator[Path]:
     Raises `OSError` where no folder can be made, `WriteError` W227 when this process is writing `final` already.
     """
     partial = _beside(final, "partial")
+    ours, lock = True, None
     try:
-        partial.mkdir()
-    except FileExistsError:
-        raise WriteError(f"{final} is being written by this process already; wait for it", code="W227") from None
-    lock = _lock(partial)
-    try:
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            ours = False
+            raise WriteError(f"{final} is being written by this process already; wait for it", code="W227") from None
+        lock = _lock(partial)
         yield partial
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ours:
+            _remove(partial)
         if lock is not None:
             os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Also when Ctrl-C comes while it is being removed."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def sweep(final: Path) -> None:
@@ -91,7 +103,7 @@ def _by_two_renames(partial: Path, final: Path) -> None:
         if old.exists() and not final.exists():
             old.rename(final)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _beside(final: Path, kind: str) -> Path:
