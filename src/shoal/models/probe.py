@@ -203,7 +203,7 @@ def _prove_parts(layers: list[nn.Module], watcher: _Watcher) -> str | None:
             continue
         args = tuple(None if isinstance(a, Cache) else a for a in call[0])
         kwargs = {k: None if isinstance(v, Cache) else v for k, v in call[1].items()}
-        x = args[0] if args else kwargs["hidden_states"]
+        x: Any = args[0] if args else kwargs["hidden_states"]
         try:
             with without(layer, (*fact.parts.attention, *fact.parts.mlp), fact.returns):
                 out = layer(*args, **kwargs)

@@ -1,9 +1,9 @@
 """The stock forward stays in charge: its loop over the layers meets taps that decide which real layers run.
 
-Tap i is called with everything that the stock forward prepared for base layer i: masks, rotary tables, per-layer inputs.
-A step of the plan runs at the first tap by which all layers it needs have been offered, so a plan that keeps the order
-runs inside the very iterations it belongs to (values that the loop carries along stay right) and a reordered one runs as
-soon as it can. The hidden state always travels through the stock loop.
+Tap i is called with everything that the stock forward prepared for base layer i: masks, rotary tables, inputs of its
+own. A step of the plan runs at the first tap by which all layers it needs have been offered, so a plan that keeps the
+order runs inside the very iterations it belongs to (values that the loop carries along stay right) and a reordered one
+runs as soon as it can. The hidden state always travels through the stock loop.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Tap:
 class Conductor:
     """Runs the steps of one stack's plan at the taps."""
 
-    def __init__(self, planned: PlannedList, stack: Stack, probe: Probe, steps: tuple[Step, ...], weights: Tensors) -> None:
+    def __init__(
+        self, planned: PlannedList, stack: Stack, probe: Probe, steps: tuple[Step, ...], weights: Tensors
+    ) -> None:
         self.planned = planned
         self.facts = probe.layers
         self.weights = weights
@@ -83,7 +85,7 @@ class Conductor:
         self.slots = _slots(steps)
         self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
         self.sources = {run.kv.read for run in runs(steps) if run.kv.read is not None}
-        # a plan that runs every layer once, whole and in order needs no view of the cache: the layers' own rows are right
+        # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
         self.through = [self.plain and [step for _, step in due] == [Run(i)] for i, due in enumerate(self.due)]
         self.now = Pass()
@@ -159,11 +161,13 @@ class Conductor:
             kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
         if (run.layer in self.sources or run.kv.read is not None) and run.part != "mlp":
             args, kwargs = self._share_without_cache(run, layer, fact.cache_at, args, kwargs)
-        out = layer(*args, **kwargs) if run.part == "layer" and run.weights is None else self._special(run, args, kwargs)
+        out = (
+            layer(*args, **kwargs) if run.part == "layer" and run.weights is None else self._special(run, args, kwargs)
+        )
         if isinstance(out, tuple):
             self.now.extra = out[1:]
-            return out[0]  # type: ignore[no-any-return]
-        return out  # type: ignore[no-any-return]
+            return out[0]
+        return out
 
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
         keep = None
@@ -178,13 +182,15 @@ class Conductor:
         """Sharing goes through the cache's update; a pass without a cache gets one that stores nothing."""
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise PlanError(
-                f"layer {run.layer} shares KV, which gradient checkpointing takes away in this pass; switch one of them off",
+                f"layer {run.layer} shares KV, which gradient checkpointing takes away; switch one of them off",
                 code="P121",
             )
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             return args, kwargs
         if place is None:
-            raise PlanError(f"layer {run.layer} is given no KV cache, so its KV cannot be shared; drop the @", code="P109")
+            raise PlanError(
+                f"layer {run.layer} is given no KV cache, so its KV cannot be shared; drop the @", code="P109"
+            )
         if self.now.passing is None:
             self.now.passing = PassingCache()
         view = self._cache_for(run, 0, self.now.passing)
@@ -193,7 +199,7 @@ class Conductor:
         return args, kwargs | {place: view}
 
     def _special(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A part of a layer, or a layer with other weights. Under gradient checkpointing the whole exchange is replayed."""
+        """A part of a layer, or a layer with other weights; gradient checkpointing replays the whole exchange."""
         layer = self.layer(run.layer)
         if layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
             kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
@@ -227,7 +233,8 @@ class Conductor:
         weight, bias, down, up = (None if t is None else t.to(hidden.device) for t in found)
         if weight is not None:
             return nn.functional.linear(hidden, weight, bias)
-        assert down is not None and up is not None  # check P112
+        assert down is not None  # check P112
+        assert up is not None
         return hidden + nn.functional.linear(nn.functional.linear(hidden, down), up, bias)
 
 
@@ -252,4 +259,3 @@ def _slots(steps: tuple[Step, ...]) -> dict[tuple[int, int], int]:
             if writes_kv(run):
                 slots[position, branch] = len(slots)
     return slots
-

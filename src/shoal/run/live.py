@@ -37,8 +37,8 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
     `model`: a transformers model, also under PEFT or with accelerate hooks; only its list of layers is exchanged.
     `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
     hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are brought to the model's dtype and device.
-    Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already, P124 for replaced
-    layers of a model that accelerate offloads, P125 for gates and exits, which need a policy.
+    Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already, P124 for
+    replaced layers of a model that accelerate offloads, P125 for gates and exits, which need a policy.
     """
     inner = unwrap(model)
     stacks = find_stacks(inner)

@@ -30,9 +30,7 @@ def fit_rows(cache: Cache, rows: tuple[int, ...]) -> None:
     if fitted == rows:
         return
     if fitted is not None or any(_tokens(row) for row in cache.layers):
-        raise PlanError(
-            "this KV cache was filled under another plan; start with an empty cache", code="P123"
-        )
+        raise PlanError("this KV cache was filled under another plan; start with an empty cache", code="P123")
     if cache.layers:  # a cache made without a config has no rows yet and grows as the slots are written
         fresh, used = [], set()
         for row in rows:
@@ -55,7 +53,9 @@ class PassingCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> KeysValues:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> KeysValues:
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -65,15 +65,15 @@ class PassingCache(Cache):
 def slot_view(
     cache: Cache, row: int, *, read: KeysValues | None = None, keep: Callable[[KeysValues], None] | None = None
 ) -> Cache:
-    """`cache` as one layer shall see it: every method with a `layer_idx` lands in `row`, whatever index the layer passes.
+    """`cache` as one layer shall see it: every method with a `layer_idx` lands in `row`, whatever index it is given.
 
-    With `read`, update stores nothing and answers with these keys and values. With `keep`, update's answer is handed on,
-    for later layers to read (a sliding row stores less than it returns, so the stored tensors would not do).
+    With `read`, update stores nothing and answers with these keys and values. With `keep`, its answer is handed on, for
+    later layers to read (a sliding row stores less than it returns, so the stored tensors would not do).
     """
     view = _view_type(type(cache)).__new__(_view_type(type(cache)))
     view.__dict__ = cache.__dict__
     view._inner, view._row, view._read, view._keep = cache, row, read, keep
-    return view  # type: ignore[no-any-return]
+    return view
 
 
 class _Rows:
@@ -110,7 +110,7 @@ def prepare_views(*cache_types: type[Cache]) -> None:
 
 
 def _make_view_type(cache_type: type[Cache]) -> Any:
-    """A subclass (so that isinstance still holds) derived from the installed cache: new methods are covered by themselves."""
+    """A subclass (isinstance still holds) derived from the installed cache: new methods are covered by themselves."""
     namespace: dict[str, Any] = {
         "__slots__": ("_inner", "_keep", "_read", "_row"),
         "layers": property(lambda self: _Rows(self._inner.layers, self._row)),
@@ -140,7 +140,7 @@ def _update(redirected: Callable[..., KeysValues]) -> Callable[..., KeysValues]:
     @wraps(redirected)
     def update(self: Any, *args: Any, **kwargs: Any) -> KeysValues:
         if self._read is not None:
-            return self._read  # type: ignore[no-any-return]
+            return self._read
         states = redirected(self, *args, **kwargs)
         if self._keep is not None:
             self._keep(states)
