@@ -6,7 +6,6 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= demo/smollm2-24
 DEMO := prune smollm2 --method shortgpt --drop 6 --output $(DEMO_DIR) --overwrite
-BENCH := bench smollm2 --plan 0-11,15,16,18-24,27-29
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -20,7 +19,7 @@ help:
 	@echo "make test     lint, types, import directions and tests"
 	@echo "make check    the same without the tests"
 	@echo "make format   let ruff mend what it can"
-	@echo "make bench    time the built-in model against a pruned one"
+	@echo "make bench    what measuring and running cost, against their targets"
 	@echo "make docs     write the generated pages in docs/ again"
 	@echo "make clean    remove .venv, caches and the demo"
 
@@ -57,10 +56,13 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/shoal $(BENCH)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/measure_cost.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/conductor_overhead.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/prefill_ratio.py
 
 docs: $(READY)
 	$(BIN)/python -m shoal.docs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.contract.matrix
 
 clean:
 	rm -rf $(VENV) demo build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

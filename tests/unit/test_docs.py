@@ -1,0 +1,38 @@
+"""The generated pages are what the sources say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from shoal.docs import PAGES, ROOT
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_generated_page_is_up_to_date(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == PAGES[name](), "run: make docs"
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if not target.startswith(("http", "mailto")):
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_readme_names_no_method_that_does_not_exist() -> None:
+    from shoal.registry import entries
+
+    named = set(re.findall(r"--method (\S+)|method=\"([a-z-]+)\"", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {one or other for one, other in named} <= set(entries("methods"))
+
+
+def test_pages_name_no_place_of_a_machine() -> None:
+    for file in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *Path(ROOT / "benchmarks").glob("*")]:
+        if file.is_file() and file.suffix in (".md", ".py"):
+            assert not re.search(r"/(work|tmp|root|home)/", file.read_text(encoding="utf-8")), file
