@@ -39,6 +39,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
+	@mkdir -p $(dir $(DEMO_DIR))
 	HF_HUB_OFFLINE=1 $(BIN)/shoal $(DEMO)
 	@echo "The page with the numbers: $(DEMO_DIR)/report.html"
 
