@@ -8,12 +8,12 @@ from shoal._version import __version__
 if TYPE_CHECKING:
     from shoal.api.assess import bench, evaluate
     from shoal.api.find import measure, prune
+    from shoal.api.generate import generate
+    from shoal.api.look import inspect, ls, show
     from shoal.data import load_data
     from shoal.errors import ShoalError
-    from shoal.models.inspect import inspect
-    from shoal.models.load import inspect_source, load
+    from shoal.models.load import load
     from shoal.plan import Plan, Spec, check, cost, diff, load_plan, parse_plan, save_plan
-    from shoal.report import render
     from shoal.run.live import apply, running
     from shoal.write.folder import verify, write
     from shoal.write.surgery import rewrite
@@ -28,18 +28,19 @@ _HOMES = {
     "cost": "shoal.plan",
     "diff": "shoal.plan",
     "evaluate": "shoal.api.assess",
-    "inspect": "shoal.models.inspect",
-    "inspect_source": "shoal.models.load",
+    "generate": "shoal.api.generate",
+    "inspect": "shoal.api.look",
     "load": "shoal.models.load",
     "load_data": "shoal.data",
     "load_plan": "shoal.plan",
+    "ls": "shoal.api.look",
     "measure": "shoal.api.find",
     "parse_plan": "shoal.plan",
     "prune": "shoal.api.find",
-    "render": "shoal.report",
     "rewrite": "shoal.write.surgery",
     "running": "shoal.run.live",
     "save_plan": "shoal.plan",
+    "show": "shoal.api.look",
     "verify": "shoal.write.folder",
     "write": "shoal.write.folder",
 }
@@ -55,18 +56,19 @@ __all__ = [
     "cost",
     "diff",
     "evaluate",
+    "generate",
     "inspect",
-    "inspect_source",
     "load",
     "load_data",
     "load_plan",
+    "ls",
     "measure",
     "parse_plan",
     "prune",
-    "render",
     "rewrite",
     "running",
     "save_plan",
+    "show",
     "verify",
     "write",
 ]

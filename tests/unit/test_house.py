@@ -63,3 +63,27 @@ def test_the_changelog_knows_this_version() -> None:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_small(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+def test_the_public_surface_is_small_sorted_and_real() -> None:
+    import shoal
+
+    public = [name for name in shoal.__all__ if name != "__version__"]
+    assert len(public) <= 25
+    assert public == sorted(public)
+    for name in public:
+        assert callable(getattr(shoal, name)), name
+    for verb in (
+        "inspect",
+        "measure",
+        "prune",
+        "evaluate",
+        "bench",
+        "generate",
+        "write",
+        "verify",
+        "show",
+        "diff",
+        "ls",
+    ):
+        assert verb in public

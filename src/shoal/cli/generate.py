@@ -49,13 +49,13 @@ def generate(
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
     from shoal.api.assess import opened
-    from shoal.api.write_text import write_text
+    from shoal.api.generate import generate as run
     from shoal.models.inspect import inspect
 
     with progress_bars(quiet):
         loaded = opened(model, **loading(device, dtype, trust_remote_code))
         chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
-    answer = write_text(
+    answer = run(
         loaded,
         prompt,
         plan=chosen,

@@ -17,7 +17,8 @@ def show(
     config: Config = None,
 ) -> None:
     """Show which layers a plan runs; with --model also whether it is legal there and what it costs."""
-    from shoal.plan import Plan, check, cost, load_plan, strip
+    from shoal.api.look import show as look
+    from shoal.plan import load_plan
 
     spec = None
     if model is not None:
@@ -25,22 +26,16 @@ def show(
 
         with progress_bars(quiet):
             spec = inspect_source(model)
-    chosen: Plan = load_plan(plan) if spec is None else read_plan(plan, spec, model or "", legal=False)
-    data: dict[str, Any] = {
-        "plan": str(chosen),
-        "hash": chosen.hash,
-        "base": {"family": chosen.base.family, "source": chosen.base.source, "stacks": dict(chosen.base.depths)},
-        "dropped": {name: list(chosen.dropped(name)) for name, _ in chosen.stacks},
-    }
-    lines = [str(chosen), f"{chosen.base.family}, {chosen.hash[:19]}"]
-    lines += [f"{n}: {strip(chosen, n)}   dropped {list(chosen.dropped(n))}" for n, _ in chosen.stacks]
-    if spec is not None:
-        problems = check(chosen, spec)
-        data["problems"] = [str(problem) for problem in problems]
-        lines += [str(problem) for problem in problems]
-        if not problems:
-            before, after = cost(Plan.identity(spec), spec), cost(chosen, spec)
-            data["cost"] = {"dense": before.to_dict(), "plan": after.to_dict()}
-            names = ("params", "written_params", "prefill_flops", "decode_flops", "kv_per_token")
-            lines.append(table([[n, getattr(before, n), getattr(after, n)] for n in names], ["", "dense", "plan"]))
-    emit(data, "\n".join(lines), as_json=json_)
+    seen = look(load_plan(plan) if spec is None else read_plan(plan, spec, model or "", legal=False), spec)
+    emit(seen, _text(seen), as_json=json_)
+
+
+def _text(seen: dict[str, Any]) -> str:
+    lines = [seen["plan"], f"{seen['base']['family']}, {seen['hash'][:19]}"]
+    lines += [f"{name}: {strip}   dropped {seen['dropped'][name]}" for name, strip in seen["strips"].items()]
+    lines += seen.get("problems", [])
+    if "cost" in seen:
+        before, after = seen["cost"]["dense"], seen["cost"]["plan"]
+        names = ("params", "written_params", "prefill_flops", "decode_flops", "kv_per_token")
+        lines.append(table([[name, before[name], after[name]] for name in names], ["", "dense", "plan"]))
+    return "\n".join(lines)

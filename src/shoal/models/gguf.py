@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
@@ -50,6 +54,16 @@ def converted_folder(file: Path) -> Path:
     return folder
 
 
+@contextmanager
+def _no_bars_in_logs() -> Iterator[None]:
+    """transformers shows a bar while it converts, whatever its settings: right in a terminal, a mess in a log file."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        yield
+        return
+    with redirect_stderr(io.StringIO()):
+        yield
+
+
 def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -61,9 +75,10 @@ def _convert(file: Path, folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         # loaded as dequantised: a model that still calls itself quantised refuses to be saved
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        with _no_bars_in_logs():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(draft)
         draft.rename(folder)

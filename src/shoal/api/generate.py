@@ -28,7 +28,7 @@ class Answer:
         return asdict(self)
 
 
-def write_text(
+def generate(
     loaded: Loaded,
     prompt: str,
     *,

@@ -1,0 +1,48 @@
+"""inspect, show and ls: what a model is made of, what a plan does, what there is to choose from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shoal.models import inspect as models_inspect
+from shoal.models.load import Loaded, inspect_source
+from shoal.plan import Plan, Spec, check, cost, strip
+from shoal.registry import KINDS, entries
+
+
+def inspect(source: str | Path | nn.Module | Loaded, *, trust_remote_code: bool = False) -> Spec:
+    """The Spec of a live model, or of a folder, GGUF file, hub id or `smollm2` without loading a weight.
+
+    Raises `ModelError` (M3xx) when it cannot be found, read or understood.
+    """
+    if isinstance(source, Loaded):
+        return models_inspect.inspect(source.model)
+    if isinstance(source, nn.Module):
+        return models_inspect.inspect(source)
+    return inspect_source(source, trust_remote_code=trust_remote_code)
+
+
+def show(plan: Plan, spec: Spec | None = None) -> dict[str, Any]:
+    """What a plan does: its notation, hash, base, one strip per stack and the layers it drops; with a `spec` also the
+    problems that `check` finds there and, when there are none, the cost beside that of the base model."""
+    seen: dict[str, Any] = {
+        "plan": str(plan),
+        "hash": plan.hash,
+        "base": {"family": plan.base.family, "source": plan.base.source, "stacks": dict(plan.base.depths)},
+        "strips": {name: strip(plan, name) for name, _ in plan.stacks},
+        "dropped": {name: list(plan.dropped(name)) for name, _ in plan.stacks},
+    }
+    if spec is not None:
+        problems = check(plan, spec)
+        seen["problems"] = [str(problem) for problem in problems]
+        if not problems:
+            seen["cost"] = {"dense": cost(Plan.identity(spec), spec).to_dict(), "plan": cost(plan, spec).to_dict()}
+    return seen
+
+
+def ls(kind: str | None = None) -> dict[str, dict[str, str]]:
+    """Name and first sentence of every measure, search and method, or of one `kind` of them."""
+    return {k: {e.name: e.summary for e in entries(k).values()} for k in KINDS if kind in (None, k)}
