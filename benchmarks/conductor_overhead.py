@@ -20,11 +20,11 @@ import torch
 from _common import PRUNED, Timed, compared, finish, opened, options, paired, say, spread, timed, times
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from shoal.evaluate.decoding import Stepper, random_tokens
+from shoal.evaluation.decoding import Stepper, random_tokens
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan
 from shoal.run.live import running
-from shoal.write.surgery import rewrite
+from shoal.writing.surgery import rewrite
 
 TARGET = {"identity_overhead": 0.02}
 CLOSE = 1e-3

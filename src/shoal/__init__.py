@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from shoal.models.load import load
     from shoal.plan import Plan, Spec, check, cost, diff, load_plan, parse_plan, save_plan
     from shoal.run.live import apply, running
-    from shoal.write.folder import verify, write
-    from shoal.write.surgery import rewrite
+    from shoal.writing.folder import verify, write
+    from shoal.writing.surgery import rewrite
 
 _HOMES = {
     "Plan": "shoal.plan",
@@ -37,12 +37,12 @@ _HOMES = {
     "measure": "shoal.api.find",
     "parse_plan": "shoal.plan",
     "prune": "shoal.api.find",
-    "rewrite": "shoal.write.surgery",
+    "rewrite": "shoal.writing.surgery",
     "running": "shoal.run.live",
     "save_plan": "shoal.plan",
     "show": "shoal.api.look",
-    "verify": "shoal.write.folder",
-    "write": "shoal.write.folder",
+    "verify": "shoal.writing.folder",
+    "write": "shoal.writing.folder",
 }
 
 __all__ = [

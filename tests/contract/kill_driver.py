@@ -23,8 +23,8 @@ from transformers.utils import logging
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, load_plan, parse_plan
-from shoal.write import folder as folder_module
-from shoal.write.proof import Proof
+from shoal.writing import folder as folder_module
+from shoal.writing.proof import Proof
 
 STOPPED = 7
 

@@ -20,7 +20,7 @@ import shoal
 from shoal.api.assess import bench, evaluate
 from shoal.api.find import Pruned, layers_to_drop, measure, prune
 from shoal.errors import DataError, PlanError, UsageError, WriteError
-from shoal.evaluate import PROMPTS, generation_check
+from shoal.evaluation import PROMPTS, generation_check
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load
 from shoal.plan import Plan, drop

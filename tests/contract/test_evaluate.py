@@ -25,7 +25,7 @@ from transformers import (
 
 from shoal.data import Data, DataInfo
 from shoal.errors import DataError, UsageError
-from shoal.evaluate import (
+from shoal.evaluation import (
     compare,
     compare_between,
     generation_check,
@@ -35,10 +35,10 @@ from shoal.evaluate import (
     sequence_nll,
     speed,
 )
-from shoal.evaluate.agreement import compare_logits
-from shoal.evaluate.decoding import Stepper
-from shoal.evaluate.generation import repeated_ngrams
-from shoal.evaluate.stats import Spread, ratio
+from shoal.evaluation.agreement import compare_logits
+from shoal.evaluation.decoding import Stepper
+from shoal.evaluation.generation import repeated_ngrams
+from shoal.evaluation.stats import Spread, ratio
 
 VOCAB = 256
 

@@ -13,7 +13,7 @@ import pytest
 from shoal.api import journal as module
 from shoal.api.journal import journaled, mean_nll
 from shoal.errors import DataError
-from shoal.evaluate import perplexity
+from shoal.evaluation import perplexity
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop
 from shoal.run.live import running

@@ -22,7 +22,7 @@ from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, parse_plan
 from shoal.run.live import apply, running
-from shoal.write.surgery import rewrite
+from shoal.writing.surgery import rewrite
 
 from .families import VOCAB, tiny
 from .references import by_hand

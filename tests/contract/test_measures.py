@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from shoal.data import Data
 from shoal.errors import UsageError
-from shoal.evaluate import sequence_nll
+from shoal.evaluation import sequence_nll
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
 from shoal.measures.loss_removed import loss_removed
@@ -23,7 +23,7 @@ from shoal.plan import Plan, drop
 from shoal.registry import Entry, entries
 from shoal.run.live import running
 from shoal.run.observe import observe
-from shoal.write.surgery import rewrite
+from shoal.writing.surgery import rewrite
 
 from .families import DEPTH, tiny
 from .planted import PLANTED, data_of, hooks_unchanged, own_text, planted, random_data

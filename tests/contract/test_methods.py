@@ -22,7 +22,7 @@ from shoal.models.inspect import inspect
 from shoal.plan import Plan, check
 from shoal.registry import Entry, entries
 from shoal.scores import Found
-from shoal.write.surgery import rewrite
+from shoal.writing.surgery import rewrite
 
 from .families import tiny
 from .planted import PLANTED, own_text, planted, random_data

@@ -24,7 +24,7 @@ from shoal.search.greedy import greedy
 from shoal.search.listed import listed
 from shoal.search.one_shot import one_shot
 from shoal.search.position import position
-from shoal.write.surgery import blueprint
+from shoal.writing.surgery import blueprint
 
 from ..unit.specs import llama, plan_of, two_stacks
 from .families import tiny

@@ -19,11 +19,11 @@ from shoal.errors import ModelError, PlanError
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load, meta_model
 from shoal.plan import Plan, load_plan, parse_plan
-from shoal.write import proof as proof_module
-from shoal.write.folder import verify, write
-from shoal.write.lineage import original_layers
-from shoal.write.proof import Proof, prove_many
-from shoal.write.reference import Reference, counted_reference, live_reference
+from shoal.writing import proof as proof_module
+from shoal.writing.folder import verify, write
+from shoal.writing.lineage import original_layers
+from shoal.writing.proof import Proof, prove_many
+from shoal.writing.reference import Reference, counted_reference, live_reference
 
 from .families import tiny
 
@@ -183,7 +183,7 @@ def test_without_a_base_a_folder_is_held_to_its_own_config(proofs: dict[str, Pro
 
 
 def test_a_near_tie_may_part_but_nothing_else() -> None:
-    from shoal.write.judge import judge, limit_for
+    from shoal.writing.judge import judge, limit_for
 
     limit = limit_for("float32", 10.0)
     reference = live_reference(tiny("llama"), plan_of(tiny("llama"), "0-2"), greedy=(1, 4))
@@ -199,7 +199,7 @@ def test_a_near_tie_may_part_but_nothing_else() -> None:
 
 
 def test_the_limit_follows_the_dtype() -> None:
-    from shoal.write.judge import limit_for
+    from shoal.writing.judge import limit_for
 
     assert limit_for("float32", 30.0) == 1e-4
     assert 0.07 < limit_for("float16", 20.0) < 0.1

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, LlamaModel
 from shoal.errors import PlanError, WriteError
 from shoal.models.load import Loaded
 from shoal.plan import load_plan
-from shoal.write import folder as folder_module
-from shoal.write import proof as proof_module
-from shoal.write import stage
-from shoal.write.folder import refuse_output, write
-from shoal.write.proof import Proof
+from shoal.writing import folder as folder_module
+from shoal.writing import proof as proof_module
+from shoal.writing import stage
+from shoal.writing.folder import refuse_output, write
+from shoal.writing.proof import Proof
 
 from .families import tiny
 from .test_write import loaded_of, plan_of, quick

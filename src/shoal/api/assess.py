@@ -12,7 +12,7 @@ from torch import nn
 
 from shoal.data import Data, load_data
 from shoal.errors import DataError, UsageError
-from shoal.evaluate import (
+from shoal.evaluation import (
     Agreement,
     GenerationCheck,
     Memory,

@@ -11,7 +11,7 @@ from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened,
 from shoal.api.journal import journaled
 from shoal.data import Data
 from shoal.errors import UsageError, WriteError
-from shoal.evaluate import Progress
+from shoal.evaluation import Progress
 from shoal.methods._task import Task
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
@@ -20,7 +20,7 @@ from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
 from shoal.record import Record, plain
 from shoal.registry import get
 from shoal.scores import Found, Legal, Scores
-from shoal.write.surgery import blueprint
+from shoal.writing.surgery import blueprint
 
 
 @dataclass(frozen=True)

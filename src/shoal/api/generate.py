@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shoal.api.assess import planned, tokenizer_of
-from shoal.evaluate.scoring import evaluating
+from shoal.evaluation.scoring import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan
 from shoal.run.streaming import TextPieces

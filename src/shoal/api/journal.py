@@ -10,7 +10,7 @@ from typing import Any
 
 from shoal.data import Data
 from shoal.errors import DataError
-from shoal.evaluate import sequence_nll
+from shoal.evaluation import sequence_nll
 from shoal.plan import Plan
 from shoal.record import plain
 from shoal.run.live import running

@@ -7,12 +7,12 @@ from typing import Any
 
 from shoal._version import __version__
 from shoal.api.find import Pruned
-from shoal.evaluate import Progress, Spread
+from shoal.evaluation import Progress, Spread
 from shoal.plan import Cost, Plan
 from shoal.record import Record, command_line, environment
 from shoal.report import render
-from shoal.write.folder import Written, write
-from shoal.write.proof import Proof
+from shoal.writing.folder import Written, write
+from shoal.writing.proof import Proof
 
 
 def publish(

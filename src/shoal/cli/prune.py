@@ -84,7 +84,7 @@ def prune(
     from shoal.api.assess import opened
     from shoal.api.find import prune as run
     from shoal.models.inspect import inspect
-    from shoal.write.folder import refuse_output
+    from shoal.writing.folder import refuse_output
 
     if output is not None:
         refuse_output(output, overwrite=overwrite)

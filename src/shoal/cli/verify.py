@@ -24,7 +24,7 @@ def verify(
 ) -> None:
     """Load the folder in a fresh process without Shoal and compare it with the live plan; exit code 1 if it differs."""
     from shoal.models.load import load
-    from shoal.write.folder import verify as run
+    from shoal.writing.folder import verify as run
 
     with progress_bars(quiet) as progress:
         loaded = None if base is None else load(base, **loading(device, dtype, trust_remote_code))

@@ -62,7 +62,7 @@ def write(
     from shoal.api.find import prune
     from shoal.api.publish import publish
     from shoal.models.inspect import inspect
-    from shoal.write.folder import refuse_output
+    from shoal.writing.folder import refuse_output
 
     refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal.errors import UsageError
-from shoal.evaluate.stats import ratio
+from shoal.evaluation.stats import ratio
 from shoal.models.stacks import find_stack
 from shoal.run.observe import observe, require_whole
 from shoal.scores import Scores
 
 if TYPE_CHECKING:
     from shoal.data import Data
-    from shoal.evaluate import Progress
+    from shoal.evaluation import Progress
 
 
 def angular_distance(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from shoal.evaluate.scoring import sequence_nll
-from shoal.evaluate.stats import ratio
+from shoal.evaluation.scoring import sequence_nll
+from shoal.evaluation.stats import ratio
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, drop
 from shoal.run.live import running
@@ -15,7 +15,7 @@ from shoal.scores import Scores
 
 if TYPE_CHECKING:
     from shoal.data import Data
-    from shoal.evaluate import Progress
+    from shoal.evaluation import Progress
 
 
 def loss_removed(

@@ -11,7 +11,7 @@ from shoal.scores import Legal, Objective
 
 if TYPE_CHECKING:
     from shoal.data import Data
-    from shoal.evaluate import Progress
+    from shoal.evaluation import Progress
 
 
 @dataclass(frozen=True)

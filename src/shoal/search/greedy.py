@@ -10,7 +10,7 @@ from shoal.plan import drop as drop_layers
 from shoal.scores import Candidate, Found, Legal, Objective, removable, too_few
 
 if TYPE_CHECKING:
-    from shoal.evaluate import Progress
+    from shoal.evaluation import Progress
 
 
 def greedy(

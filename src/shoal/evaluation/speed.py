@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 
 from shoal.errors import UsageError
-from shoal.evaluate.decoding import Stepper, random_tokens
-from shoal.evaluate.scoring import Progress, device_of, evaluating
-from shoal.evaluate.stats import Spread
+from shoal.evaluation.decoding import Stepper, random_tokens
+from shoal.evaluation.scoring import Progress, device_of, evaluating
+from shoal.evaluation.stats import Spread
 
 Variant = Callable[[], AbstractContextManager[Any]]
 Sample = tuple[float, float]

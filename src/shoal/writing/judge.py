@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shoal.write.reference import Reference
+from shoal.writing.reference import Reference
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from shoal.data import Data, DataInfo
-from shoal.evaluate.scoring import Progress, sequence_nll
-from shoal.evaluate.stats import ratio
+from shoal.evaluation.scoring import Progress, sequence_nll
+from shoal.evaluation.stats import ratio
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,15 +20,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shoal.errors import ModelError, WriteError
-from shoal.evaluate import Progress
+from shoal.evaluation import Progress
 from shoal.models.checkpoint import read_json
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, default_device, load, load_config, meta_model
 from shoal.plan import Plan, load_plan
 from shoal.record import environment
-from shoal.write import proof_child
-from shoal.write.judge import Check, digest, judge
-from shoal.write.reference import Reference, counted_reference, live_reference, quiet
+from shoal.writing import proof_child
+from shoal.writing.judge import Check, digest, judge
+from shoal.writing.reference import Reference, counted_reference, live_reference, quiet
 
 FORMAT = "shoal-proof/1"
 FILE = Path("shoal") / "proof.json"

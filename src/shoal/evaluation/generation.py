@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from shoal.errors import UsageError
-from shoal.evaluate.scoring import Progress, device_of, evaluating, require_context
-from shoal.evaluate.stats import ratio
+from shoal.evaluation.scoring import Progress, device_of, evaluating, require_context
+from shoal.evaluation.stats import ratio
 
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",

@@ -11,8 +11,8 @@ import torch
 
 from shoal.data import Data, DataInfo
 from shoal.errors import UsageError
-from shoal.evaluate.perplexity import Perplexity, summarise
-from shoal.evaluate.scoring import (
+from shoal.evaluation.perplexity import Perplexity, summarise
+from shoal.evaluation.scoring import (
     Progress,
     chunks,
     evaluating,
@@ -22,7 +22,7 @@ from shoal.evaluate.scoring import (
     token_nll,
     windows,
 )
-from shoal.evaluate.stats import ratio
+from shoal.evaluation.stats import ratio
 
 Logits = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 Context = Callable[[], AbstractContextManager[Any]]

@@ -12,14 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from shoal.evaluate.scoring import evaluating
+from shoal.evaluation.scoring import evaluating
 from shoal.models.inspect import inspect
 from shoal.models.probe import probe
 from shoal.models.stacks import find_stack, unwrap
 from shoal.plan import Plan, Run, Shape, Spec, cost
 from shoal.run.live import running
-from shoal.write import proof_child as measure
-from shoal.write.surgery import Blueprint, blueprint, moved_tensors
+from shoal.writing import proof_child as measure
+from shoal.writing.surgery import Blueprint, blueprint, moved_tensors
 
 TOKENS = 24
 """Tokens of each sequence whose logits are compared."""

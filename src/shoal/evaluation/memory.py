@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from shoal.errors import UsageError
-from shoal.evaluate.decoding import Stepper, random_tokens
-from shoal.evaluate.scoring import evaluating
+from shoal.evaluation.decoding import Stepper, random_tokens
+from shoal.evaluation.scoring import evaluating
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from shoal._version import __version__
 from shoal.plan import Plan, Run, Step, format_steps
-from shoal.write.surgery import Blueprint
+from shoal.writing.surgery import Blueprint
 
 KEY = "shoal"
 

@@ -16,18 +16,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.errors import WriteError
-from shoal.evaluate import Progress
+from shoal.evaluation import Progress
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, plan_to_json, require
-from shoal.write.card import model_card, origin
-from shoal.write.lineage import config_note
-from shoal.write.proof import FILE, Proof, prove, verify
-from shoal.write.reference import quiet
-from shoal.write.sides import copy_side_files
-from shoal.write.stage import publish, staged, sweep
-from shoal.write.surgery import Blueprint, blueprint, require_writable, rewrite
+from shoal.writing.card import model_card, origin
+from shoal.writing.lineage import config_note
+from shoal.writing.proof import FILE, Proof, prove, verify
+from shoal.writing.reference import quiet
+from shoal.writing.sides import copy_side_files
+from shoal.writing.stage import publish, staged, sweep
+from shoal.writing.surgery import Blueprint, blueprint, require_writable, rewrite
 
 __all__ = ["Written", "refuse_output", "verify", "write"]
 

@@ -11,7 +11,7 @@ import yaml
 
 from shoal._version import __version__
 from shoal.plan import Plan, format_plan, strip
-from shoal.write.proof import Proof
+from shoal.writing.proof import Proof
 
 BUILTIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 """Hub id and license of the built-in model, whose folder carries no card."""
