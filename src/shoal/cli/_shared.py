@@ -197,6 +197,15 @@ def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -
     return require(plan, spec) if legal else plan
 
 
+def open_model(model: str, plan: str | None, **options: Any) -> tuple[Any, Any]:
+    """The loaded model and the plan, read and checked for it; None when there is none."""
+    from shoal.models.inspect import inspect
+    from shoal.models.load import load
+
+    loaded = load(model, **options)
+    return loaded, None if plan is None else read_plan(plan, inspect(loaded.model), loaded.source)
+
+
 def need(value: Any, message: str) -> Any:
     """`value`, or U523 with the message when it is missing."""
     if value is None:

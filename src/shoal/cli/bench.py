@@ -21,8 +21,8 @@ from shoal.cli._shared import (
     config_text,
     emit,
     loading,
+    open_model,
     progress_bars,
-    read_plan,
     table,
 )  # fmt: skip
 
@@ -51,13 +51,10 @@ def bench(
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
     from shoal.api.assess import bench as run
-    from shoal.api.assess import opened
-    from shoal.models.inspect import inspect
 
     options = loading(device, dtype, trust_remote_code)
     with progress_bars(quiet) as progress:
-        loaded = opened(model, **options)
-        chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
+        loaded, chosen = open_model(model, plan, **options)
         found = run(
             loaded,
             plan=chosen,

@@ -25,8 +25,8 @@ from shoal.cli._shared import (
     config_text,
     emit,
     loading,
+    open_model,
     progress_bars,
-    read_plan,
     table,
 )  # fmt: skip
 
@@ -56,12 +56,9 @@ def evaluate(
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
     from shoal.api.assess import evaluate as run
-    from shoal.api.assess import opened
-    from shoal.models.inspect import inspect
 
     with progress_bars(quiet) as progress:
-        loaded = opened(model, **loading(device, dtype, trust_remote_code))
-        chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
+        loaded, chosen = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         found = run(
             loaded,
             plan=chosen,

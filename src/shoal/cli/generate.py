@@ -20,8 +20,8 @@ from shoal.cli._shared import (
     config_text,
     emit,
     loading,
+    open_model,
     progress_bars,
-    read_plan,
 )  # fmt: skip
 
 
@@ -48,13 +48,10 @@ def generate(
     if dry_run:
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
-    from shoal.api.assess import opened
     from shoal.api.generate import generate as run
-    from shoal.models.inspect import inspect
 
     with progress_bars(quiet):
-        loaded = opened(model, **loading(device, dtype, trust_remote_code))
-        chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
+        loaded, chosen = open_model(model, plan, **loading(device, dtype, trust_remote_code))
     answer = run(
         loaded,
         prompt,

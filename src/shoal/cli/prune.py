@@ -28,6 +28,7 @@ from shoal.cli._shared import (
     config_text,
     emit,
     loading,
+    open_model,
     progress_bars,
     read_plan,
 )  # fmt: skip
@@ -81,16 +82,13 @@ def prune(
     if dry_run:
         emit(*_dry(model, plan, drop, keep, trust_remote_code), as_json=json_)
         return
-    from shoal.api.assess import opened
     from shoal.api.find import prune as run
-    from shoal.models.inspect import inspect
     from shoal.writing.folder import refuse_output
 
     if output is not None:
         refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress:
-        loaded = opened(model, **loading(device, dtype, trust_remote_code))
-        chosen = read_plan(plan, inspect(loaded.model), loaded.source) if plan is not None else None
+        loaded, chosen = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         pruned = run(
             loaded,
             method=method,

@@ -21,6 +21,7 @@ from shoal.cli._shared import (
     emit,
     loading,
     need,
+    open_model,
     progress_bars,
     read_plan,
 )  # fmt: skip
@@ -58,16 +59,13 @@ def write(
         text = f"would write {chosen}: {spec.params:,} -> {after.written_params:,} parameters\n\n{config_text()}"
         emit({"plan": str(chosen), "cost": after.to_dict(), "config": config_text()}, text, as_json=json_)
         return
-    from shoal.api.assess import opened
     from shoal.api.find import prune
     from shoal.api.publish import publish
-    from shoal.models.inspect import inspect
     from shoal.writing.folder import refuse_output
 
     refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress:
-        loaded = opened(model, **loading(device, dtype, trust_remote_code))
-        chosen = read_plan(plan, inspect(loaded.model), loaded.source)
+        loaded, chosen = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         pruned = prune(loaded, plan=chosen, zero_parts=zero_parts)
         written = publish(
             pruned, output, overwrite=overwrite, zero_parts=zero_parts, shard_size=shard_size, config=config_text(),
