@@ -28,7 +28,8 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_the_readme_names_no_method_that_does_not_exist() -> None:
     from shoal.registry import entries
 
-    named = set(re.findall(r"--method ([a-z-]+)|method=\"([a-z-]+)\"", (ROOT / "README.md").read_text(encoding="utf-8")))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"--method ([a-z-]+)|method=\"([a-z-]+)\"", text))
     assert {one or other for one, other in named} <= set(entries("methods"))
 
 
