@@ -1,4 +1,4 @@
-"""Names of measures, searches and methods: the file name is the public name; nothing else has to be edited.
+"""Names of measures, searches, methods, exchange formats: the file name is the public name; nothing else is edited.
 
 `measures/block_influence.py` defines the function `block_influence`, known as `block-influence`. Its keyword-only
 parameters that the harness does not fill are its options. Listing reads the source as text, so that `shoal ls` imports
@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from shoal.errors import UsageError
 
-Kind = Literal["measures", "search", "methods"]
-KINDS: tuple[Kind, ...] = ("measures", "search", "methods")
+Kind = Literal["measures", "search", "methods", "exchange"]
+KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "exchange")
 
 HARNESS = frozenset(
     {"batch", "data", "drop", "legal", "model", "objective", "plan", "progress", "scores", "seed", "spec"}
@@ -119,7 +119,7 @@ def get(kind: Kind, name: str) -> Entry:
     found = entries(kind)
     wanted = name.replace("_", "-")
     if wanted not in found:
-        what = {"measures": "measure", "search": "search", "methods": "method"}[kind]
+        what = {"measures": "measure", "search": "search", "methods": "method", "exchange": "format"}[kind]
         raise UsageError(f"there is no {what} {name!r}{_nearest(wanted, found)}; see shoal ls {kind}", code="U501")
     return found[wanted]
 

@@ -11,10 +11,10 @@ from shoal.errors import UsageError
 
 
 def ls(
-    kind: Annotated[str | None, typer.Argument(help="measures, search or methods; all when left out.")] = None,
+    kind: Annotated[str | None, typer.Argument(help="measures, search, methods or exchange; all if left out.")] = None,
     json_: Json = False,
 ) -> None:
-    """List measures, searches and methods, each with one line."""
+    """List measures, searches, methods and exchange formats, each with one line."""
     from shoal.registry import KINDS, entries
 
     if kind is not None and kind not in KINDS:

@@ -1,0 +1,40 @@
+"""LLM-Drop's two lists in `config.json`: `drop_attn_list` and `drop_mlp_list`."""
+
+from __future__ import annotations
+
+import json
+
+from shoal.errors import NotationError
+from shoal.exchange._drops import Drops, apply_drops, drops_of
+from shoal.exchange._format import Format, from_json, layer_numbers, shown
+from shoal.plan import Plan, Spec
+
+NAME = "llm-drop"
+ATTENTION, MLP, DEPTH = "drop_attn_list", "drop_mlp_list", "num_hidden_layers"
+
+
+def llm_drop() -> Format:
+    """The config fields drop_attn_list and drop_mlp_list, counted from 0.
+
+    Source: github.com/CASE-Lab-UMD/LLM-Drop (He et al. 2024, arXiv 2406.15786). A whole config.json is read as well as
+    the two fields alone; a layer in both lists is removed. Says: layers, attentions and mlps removed.
+    """
+    return Format(_read, _write)
+
+
+def _read(text: str | bytes, identity: Plan) -> Plan:
+    data, depth = from_json(text, NAME), identity.depth()
+    if not isinstance(data, dict) or not {ATTENTION, MLP} & set(data):
+        raise NotationError(f"the {NAME} file has neither {ATTENTION} nor {MLP}; give such a config.json", code="N101")
+    if data.get(DEPTH, depth) != depth:
+        raise NotationError(
+            f"the {NAME} file is for {shown(data[DEPTH])} layers, the model has {depth}; give its own model",
+            code="N106",
+        )
+    attention, mlp = (layer_numbers(data.get(field, []), field, depth) for field in (ATTENTION, MLP))
+    return apply_drops(identity, Drops(attention, mlp))
+
+
+def _write(plan: Plan, spec: Spec | None = None) -> str:
+    drops = drops_of(plan, name=NAME)
+    return json.dumps({ATTENTION: sorted(drops.attention), MLP: sorted(drops.mlp)}) + "\n"
