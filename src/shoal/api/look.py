@@ -44,5 +44,5 @@ def show(plan: Plan, spec: Spec | None = None) -> dict[str, Any]:
 
 
 def ls(kind: str | None = None) -> dict[str, dict[str, str]]:
-    """Name and first sentence of every measure, search and method, or of one `kind` of them."""
+    """Name and first sentence of every measure, search, method and exchange format, or of one `kind` of them."""
     return {k: {e.name: e.summary for e in entries(k).values()} for k in KINDS if kind in (None, k)}
