@@ -63,6 +63,8 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace, rounds: list[dict[str, Any]], layers: int, kept: int) -> int:
+    from shoal.record import environment
+
     value = {
         "peak_rss_bytes": max(r["peak_rss_bytes"] for r in rounds),
         "copy_over_cp": median(r["copy_s"] / r["cp_s"] for r in rounds),
@@ -81,6 +83,7 @@ def report(args: argparse.Namespace, rounds: list[dict[str, Any]], layers: int, 
             "whole_over_cp": whole, "rounds": rounds,
         },
         "settings": {"gigabytes": args.gigabytes, "rounds": args.rounds},
+        "environment": environment(),
     }  # fmt: skip
     print(json.dumps(result, indent=2))
     return 1 if missed else 0
