@@ -25,6 +25,8 @@ from statistics import median
 from typing import Any
 
 MADE = 32 << 20
+REST = 5
+"""Seconds of rest before each turn: a disk that is still busy with the turn before slows the next, whichever it is."""
 
 
 def main() -> int:
@@ -170,7 +172,13 @@ def notation(depth: int) -> str:
     return ",".join(map(str, kept_layers(depth)))
 
 
+def rest() -> None:
+    os.sync()
+    time.sleep(REST)
+
+
 def copied(root: Path) -> dict[str, Any]:
+    rest()
     start = time.perf_counter()
     subprocess.run(["cp", "-r", str(root / "kept"), str(root / "copy")], check=True)  # noqa: S603, S607
     sync(root / "copy")
@@ -189,6 +197,7 @@ def sync(folder: Path) -> None:
 def streamed(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for proof in ("without", "with"):
+        rest()
         command = [sys.executable, __file__, "--child", str(root / "base"), str(root / "streamed"), "--proof", proof]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603
         shutil.rmtree(root / "streamed")
