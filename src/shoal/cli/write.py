@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ from shoal.cli._shared import (
     progress_bars,
     read_plan,
 )  # fmt: skip
+from shoal.errors import UsageError
 
 
 def write(
@@ -38,6 +39,12 @@ def write(
         bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")
     ] = False,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file.")] = "5GB",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Copy file to file without loading: a local folder of any size.")
+    ] = False,
+    forward: Annotated[
+        bool, typer.Option("--forward", help="With --stream: load both models after all and compare them.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -48,6 +55,9 @@ def write(
 ) -> None:
     """Write MODEL under --plan as a checkpoint that plain transformers loads, proved in a fresh process first."""
     need(plan, "say what to write: --plan 0-11,14-29 or --plan plan.json")
+    _require_options_fit(
+        stream, forward, {"--device": device, "--dtype": dtype, "--trust-remote-code": trust_remote_code}
+    )
     from shoal.models.load import inspect_source
 
     if dry_run:
@@ -58,6 +68,15 @@ def write(
         after = cost(chosen, spec)
         text = f"would write {chosen}: {spec.params:,} -> {after.written_params:,} parameters\n\n{config_text()}"
         emit({"plan": str(chosen), "cost": after.to_dict(), "config": config_text()}, text, as_json=json_)
+        return
+    if stream:
+        with progress_bars(quiet) as progress:
+            streamed = _stream(
+                model, plan, output, overwrite=overwrite, zero_parts=zero_parts, shard_size=shard_size,
+                forward=forward, progress=progress,
+            )  # fmt: skip
+        text = f"proved and written to {streamed.folder}: {streamed.params:,} parameters in {streamed.files} files"
+        emit({"output": str(streamed.folder), "proof": streamed.proof.to_dict()}, text, as_json=json_)
         return
     from shoal.api.find import prune
     from shoal.api.publish import publish
@@ -73,3 +92,31 @@ def write(
         )  # fmt: skip
     text = f"proved and written to {written.folder}: {chosen}, {written.params:,} parameters"
     emit({"output": str(written.folder), "plan": str(chosen), "proof": written.proof.to_dict()}, text, as_json=json_)
+
+
+def _require_options_fit(stream: bool, forward: bool, others: dict[str, Any]) -> None:
+    """U525 for options of which one makes the other void."""
+    wrong = next((name for name, value in others.items() if value), None) if stream else None
+    if wrong is not None:
+        raise UsageError(f"--stream loads nothing, so {wrong} has no effect; leave one of them out", code="U525")
+    if forward and not stream:
+        raise UsageError("--forward belongs to --stream; without it the forward check is always made", code="U525")
+
+
+def _stream(model: str, plan: str | None, output: Path, **options: Any) -> Any:
+    from shoal.models.load import inspect_source, local_folder
+    from shoal.record import Record, command_line
+    from shoal.writing.folder import refuse_output
+    from shoal.writing.stream import stream
+
+    refuse_output(output, overwrite=options["overwrite"])
+    local_folder(model)
+    spec = inspect_source(model)
+    chosen = read_plan(plan, spec, model)
+    command = command_line()
+    record = Record(
+        "write", {"plan": str(chosen), "stream": True}, plan=chosen.hash, base=spec.fingerprint, command=command
+    )
+    return stream(
+        model, chosen, output, records=[record.to_dict()], command=" ".join(command), config=config_text(), **options
+    )

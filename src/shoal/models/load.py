@@ -65,7 +65,7 @@ def load(
             code="M310",
         )
     if tokenizer is None:
-        tokenizer = _tokenizer(place, **options)
+        tokenizer = load_tokenizer(place, **options)
     return Loaded(
         model.eval().to(device or default_device()), tokenizer, str(source), place if isinstance(place, Path) else None
     )
@@ -91,6 +91,15 @@ def inspect_source(source: str | Path, *, trust_remote_code: bool = False) -> Sp
     if isinstance(place, Path):
         check_folder(place, depth=spec.stack().depth, path=spec.stack().path)
     return spec
+
+
+def local_folder(source: str | Path) -> Path:
+    """The checked folder of a local model, of a .gguf file or of the built-in model (both converted on first use).
+    Raises M317 for a hub id."""
+    place = _place(str(source))
+    if isinstance(place, str):
+        raise ModelError(f"{source} is a hub id, not a local folder; download it and give its folder", code="M317")
+    return place
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -143,7 +152,7 @@ def _from_pretrained(place: Path | str, source: str, **options: Any) -> tuple[Pr
         raise ModelError(f"the weights in {source} are damaged ({error}); copy them again", code="M309") from None
 
 
-def _tokenizer(place: Path | str, **options: Any) -> Any:
+def load_tokenizer(place: Path | str, **options: Any) -> Any:
     """The tokenizer beside the model; None when there is none (evaluation on text then says so)."""
     try:
         return AutoTokenizer.from_pretrained(place, **options)

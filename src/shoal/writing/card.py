@@ -130,9 +130,12 @@ def _making(command: str | None, proof: Proof | None) -> str:
         f"* {'passed' if c.passed else 'FAILED'}: {c.name} = {_short(c.value)} (limit {_short(c.limit)})"
         for c in proof.checks
     )
+    how = "Its files were compared with"
+    if "device" in proof.environment:
+        how = "The folder was loaded in a fresh process and compared with"
+    where = ", ".join(str(proof.environment[key]) for key in ("dtype", "device") if key in proof.environment)
     return (
-        f"{text}\n\nThe folder was loaded in a fresh process and compared with {proof.against} "
-        f"({proof.environment.get('dtype')}, {proof.environment.get('device')}):\n\n{lines}\n\n"
+        f"{text}\n\n{how} {proof.against}{f' ({where})' if where else ''}:\n\n{lines}\n\n"
         "`shoal/plan.json` holds the plan, `shoal/proof.json` the proof, `shoal/records.jsonl` the measurements."
     )
 

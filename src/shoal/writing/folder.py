@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +19,26 @@ from shoal.models.stacks import find_stack
 from shoal.plan import Plan, plan_to_json, require
 from shoal.writing.card import model_card, origin
 from shoal.writing.lineage import config_note
+from shoal.writing.place import (
+    disk_errors,
+    final_path,
+    refuse_output,
+    require_apart,
+    require_space,
+    savable,
+    with_source,
+    write_text,
+)
 from shoal.writing.proof import FILE, Proof, prove, verify
 from shoal.writing.reference import quiet
 from shoal.writing.sides import copy_side_files
-from shoal.writing.stage import publish, staged, sweep
+from shoal.writing.stage import publish, staged
 from shoal.writing.surgery import Blueprint, blueprint, require_writable, rewrite
 
 __all__ = ["Written", "refuse_output", "verify", "write"]
 
 Page = str | Callable[[Proof], str]
-_SPARE = 32_000_000
-"""Bytes beside the tensors: tokenizer, side files, report."""
 _STAGES = ("writing", "proving", "publishing", "written")
-_MODEL_FILES = ("config.json", "shoal", "model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -83,24 +86,24 @@ def write(
     """
     inner = require_writable(loaded.model)
     require(plan, inspect(inner))
-    plan = _with_source(plan, loaded)
+    plan = with_source(plan, loaded.source)
     plans = blueprint(inner, plan, zero_parts=zero_parts)
-    final = _output(output)
-    _require_apart(final, loaded)
+    final = final_path(output)
+    require_apart(final, _sources(loaded))
     refuse_output(final, overwrite=overwrite)
-    _require_space(final, _bytes(inner, plans))
+    require_space(final, _bytes(inner, plans))
     lines = [json.dumps(dict(record), ensure_ascii=False) for record in records]
     note = config_note(inner.config, plan, plans)
-    with _disk_errors(final), staged(final) as draft:
+    with disk_errors(final), staged(final) as draft:
         _tell(progress, "writing")
         params = _fill(draft, loaded, plans, note, shard_size)
-        _text(draft / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
+        write_text(draft / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
-            _text(draft / "shoal" / "config.yaml", config)
+            write_text(draft / "shoal" / "config.yaml", config)
         _tell(progress, "proving")
         proof = _proved(draft, loaded, plans) if prove else Proof(False, (), against="nothing")
         if prove:
-            _text(draft / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
+            write_text(draft / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
         text = model_card(
             plan,
             origin(loaded.source, loaded.folder),
@@ -111,9 +114,9 @@ def write(
             command=command,
             proof=proof if prove else None,
         )
-        _text(draft / "README.md", text)
+        write_text(draft / "README.md", text)
         if page is not None:
-            _text(draft / "report.html", page if isinstance(page, str) else page(proof))
+            write_text(draft / "report.html", page if isinstance(page, str) else page(proof))
         _tell(progress, "publishing")
         size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
         publish(draft, final, overwrite=overwrite)
@@ -121,31 +124,9 @@ def write(
     return Written(final, proof, plans.changed, params, size)
 
 
-def refuse_output(output: str | Path, *, overwrite: bool = False) -> None:
-    """Raise W220, W222, W224 or W225 when nothing may or can be written to `output`; a long search asks this first.
-    What killed writes left beside it is removed."""
-    final = _output(output)
-    if not final.parent.is_dir():
-        raise WriteError(f"there is no folder {final.parent} to write {final.name} into; make it first", code="W222")
-    if not os.access(final.parent, os.W_OK | os.X_OK):
-        raise WriteError(f"no permission to write into {final.parent}; choose another output", code="W224")
-    sweep(final)
-    if not final.exists():
-        return
-    if not overwrite:
-        raise WriteError(f"{final} exists; pass --overwrite to replace it, or choose another output", code="W220")
-    if not final.is_dir() or (any(final.iterdir()) and not any((final / name).exists() for name in _MODEL_FILES)):
-        raise WriteError(f"{final} is not the folder of a model, so it is not overwritten; choose another", code="W225")
-
-
 def _tell(progress: Progress | None, stage: str) -> None:
     if progress is not None:
         progress(_STAGES.index(stage), len(_STAGES) - 1, "write and prove")
-
-
-def _output(output: str | Path) -> Path:
-    """Where the folder will be; a symlink is followed, so that what it points to is replaced and not the link."""
-    return Path(output).expanduser().resolve()
 
 
 def _fill(draft: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], shard_size: str) -> int:
@@ -155,20 +136,15 @@ def _fill(draft: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], s
     with quiet():
         made = rewrite(loaded.model, plans.plan, plans=plans)
         made.config.shoal = note
-        try:
+        with savable():
             made.save_pretrained(draft, max_shard_size=shard_size)
-        except ValueError as error:
-            why = str(error).strip().splitlines()[0][:300]
-            raise WriteError(
-                f"transformers will not save the model's configs: {why}; mend them first", code="W216"
-            ) from error
         for file in draft.glob("*.safetensors"):  # which are made for their owner alone, unlike the files beside them
             file.chmod((draft / "config.json").stat().st_mode)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(draft)
     if loaded.folder is not None:
         copy_side_files(loaded.folder, draft)
-    _text(draft / "shoal" / "plan.json", plan_to_json(plans.plan))
+    write_text(draft / "shoal" / "plan.json", plan_to_json(plans.plan))
     return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
 
 
@@ -193,30 +169,10 @@ def _cast(model: nn.Module) -> bool:
     return any(b.dtype.itemsize < 4 for b in tables)
 
 
-def _with_source(plan: Plan, loaded: Loaded) -> Plan:
-    """The plan with the place of its base, so that `verify` finds it; a folder by its absolute path."""
-    path = Path(loaded.source).expanduser()
-    source = str(path.resolve()) if path.exists() else loaded.source
-    return replace(plan, base=replace(plan.base, source=source))
-
-
-def _require_apart(final: Path, loaded: Loaded) -> None:
-    """Raise W221 when the output lies in the base's folder or holds it: the base is still read while it is written."""
+def _sources(loaded: Loaded) -> list[Path]:
+    """The folders that the base came from, as far as they are known."""
     named = [name for name in (loaded.source, getattr(loaded.model, "name_or_path", "")) if name]
-    places = [Path(name).expanduser() for name in named] + ([loaded.folder] if loaded.folder is not None else [])
-    for source in {place.resolve() for place in places if place.exists()}:
-        if final.is_relative_to(source) or source.is_relative_to(final):
-            raise WriteError(f"the output {final} and the source {source} overlap; choose another output", code="W221")
-
-
-def _require_space(final: Path, tensors: int) -> None:
-    free = shutil.disk_usage(final.parent).free
-    if free < tensors + _SPARE:
-        raise WriteError(
-            f"{final.parent} has {free / 1e9:.2f} GB free and the model needs {(tensors + _SPARE) / 1e9:.2f} GB; "
-            "make room or choose another output",
-            code="W223",
-        )
+    return [Path(name).expanduser() for name in named] + ([loaded.folder] if loaded.folder is not None else [])
 
 
 def _bytes(model: PreTrainedModel, plans: Blueprint) -> int:
@@ -227,29 +183,3 @@ def _bytes(model: PreTrainedModel, plans: Blueprint) -> int:
         (t.data_ptr(), t.nbytes): t.nbytes for n, t in model.state_dict().items() if not n.startswith(f"{stack.path}.")
     }
     return sum(outside.values()) + sum(layers[i] for i in plans.slots)
-
-
-@contextmanager
-def _disk_errors(final: Path) -> Iterator[None]:
-    """Failures of the disk as W223, W224 and W226; the staged folder is gone by then."""
-    try:
-        yield
-    except OSError as error:
-        raise _disk_error(final, error.errno or 0, error.strerror or str(error)) from error
-    except Exception as error:  # safetensors and tokenizers raise classes of their own, which are no OSErrors
-        number = next((n for n in (errno.ENOSPC, errno.EDQUOT) if f"os error {n})" in str(error)), 0)
-        if not number and type(error).__name__ != "SafetensorError":
-            raise
-        raise _disk_error(final, number, str(error)) from error
-
-
-def _disk_error(final: Path, number: int, why: str) -> WriteError:
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return WriteError(f"the disk of {final.parent} is full; make room or choose another output", code="W223")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return WriteError(f"no permission to write {final} ({why}); choose another output", code="W224")
-    return WriteError(f"cannot write {final}: {why}; choose another output", code="W226")
-
-
-def _text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8", newline="\n")

@@ -85,7 +85,7 @@ def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise WriteError(f"{final} exists now; pass --overwrite to replace it", code="W220") from None
         raise
-    _sync_one(final.parent)
+    sync_path(final.parent)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -152,11 +152,11 @@ def _runs(process: int) -> bool:
 def _sync(folder: Path) -> None:
     for place, _, files in os.walk(folder):
         for name in files:
-            _sync_one(Path(place) / name)
-        _sync_one(Path(place))
+            sync_path(Path(place) / name)
+        sync_path(Path(place))
 
 
-def _sync_one(path: Path) -> None:
+def sync_path(path: Path) -> None:
     """Files must reach the disk before the rename does, or a power cut could leave a name without its content. A system
     that opens or syncs no folders (Windows, some network file systems) keeps them in order itself."""
     with suppress(OSError) if path.is_dir() else nullcontext():

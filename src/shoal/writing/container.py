@@ -1,0 +1,147 @@
+"""The safetensors container, written from headers that are known in advance: no tensor is ever in memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from shoal.errors import ModelError, UsageError
+from shoal.models.shards import INDEX, SINGLE, Stored
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_PIECE = 64 << 20
+"""Bytes handed to the system at once, so that Ctrl-C and progress are not kept waiting."""
+_BUFFER = 4 << 20
+_ELSEWHERE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
+"""What a system answers that cannot copy from this file system to that one by itself."""
+
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One tensor to write."""
+
+    name: str
+    source: Stored
+    zero: bool = False
+    """Write zeros of the same dtype and shape in its place."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB" (10^9), "512MiB" (2^20), "20KB". Raises U524."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", text.upper())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise UsageError(f"{text!r} is no size of a file; write it as 5GB or 500MB", code="U524")
+    return size
+
+
+def write_shards(
+    folder: Path, items: Sequence[Item], limit: int, tick: Tick, done: Callable[[Path], None] = lambda _: None
+) -> list[Path]:
+    """Write `items` in their order to files of `limit` bytes of tensors at most (a larger tensor has a file of its own)
+    and the index of them when they are several. `tick` hears of every piece's bytes, `done` of each
+    file that is complete. Returns the files.
+
+    Raises `OSError`, and `ModelError` M309 when a source file is shorter than its header says.
+    """
+    shards = _shards(items, limit)
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _write(folder / name, shard, tick)
+        done(folder / name)
+    if count > 1:
+        total = sum(item.source.size for item in items)
+        weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8", newline="\n")
+    return [folder / name for name in names]
+
+
+def _shards(items: Iterable[Item], limit: int) -> list[list[Item]]:
+    shards: list[list[Item]] = [[]]
+    held = 0
+    for item in items:
+        if shards[-1] and held + item.source.size > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(item)
+        held += item.source.size
+    # wide numbers first, as safetensors itself does, so that each tensor begins at a multiple of its item's size
+    return [sorted(shard, key=lambda item: -_width(item.source)) for shard in shards]
+
+
+def _width(stored: Stored) -> int:
+    digits = re.search(r"\d+", stored.dtype)
+    return int(digits[0]) if digits else 8
+
+
+def _write(file: Path, items: Sequence[Item], tick: Tick) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for item in items:
+        source = item.source
+        offsets = [place, place + source.size]
+        header[item.name] = {"dtype": source.dtype, "shape": list(source.shape), "data_offsets": offsets}
+        place += source.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb", buffering=0) as target:
+        target.write(struct.pack("<Q", len(text)) + text)
+        offset = 8 + len(text)
+        opened: BinaryIO | None = None
+        try:
+            for item in items:
+                if item.zero:
+                    tick(item.source.size)
+                else:
+                    if opened is None or opened.name != str(item.source.file):
+                        if opened is not None:
+                            opened.close()
+                        opened = open(item.source.file, "rb", buffering=0)  # noqa: SIM115, PTH123 - closed below
+                    copy_bytes(opened, item.source.start, target, offset, item.source.size, tick)
+                offset += item.source.size
+        finally:
+            if opened is not None:
+                opened.close()
+        target.truncate(offset)  # zeros at the end are written by nobody
+
+
+def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, offset: int, size: int, tick: Tick) -> None:
+    """Copy `size` bytes inside the system where it can, else by a buffer of 4 MiB. Raises M309 for a short source."""
+    inside = hasattr(os, "copy_file_range")
+    while size:
+        moved = 0
+        if inside:
+            try:
+                moved = os.copy_file_range(source.fileno(), target.fileno(), min(size, _PIECE), start, offset)
+            except OSError as error:
+                inside = False
+                if error.errno not in _ELSEWHERE:
+                    raise
+        if not moved:  # also where a file system answers 0 instead of an error
+            inside = False
+            moved = _by_buffer(source, start, target, offset, min(size, _BUFFER))
+        start, offset, size = start + moved, offset + moved, size - moved
+        tick(moved)
+
+
+def _by_buffer(source: BinaryIO, start: int, target: BinaryIO, offset: int, size: int) -> int:
+    source.seek(start)
+    piece = source.read(size)
+    if not piece:
+        raise ModelError(f"{source.name} ends before its header says; copy it again", code="M309")
+    target.seek(offset)
+    view = memoryview(piece)
+    while view:
+        view = view[target.write(view) :]
+    return len(piece)

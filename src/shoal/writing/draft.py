@@ -1,0 +1,113 @@
+"""What a streamed write will write, worked out from config, index and headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
+
+from shoal.errors import ModelError, WriteError
+from shoal.models.inspect import inspect
+from shoal.models.load import load_config, local_folder, meta_model
+from shoal.models.names import Name, attributed
+from shoal.models.probe import probe
+from shoal.models.shards import Stored, stored_tensors
+from shoal.models.stacks import find_stack
+from shoal.plan import Plan, Run, Spec, cost, require
+from shoal.writing.container import Item
+from shoal.writing.lineage import config_note
+from shoal.writing.place import with_source
+from shoal.writing.surgery import Blueprint, blueprint
+
+
+@dataclass(frozen=True)
+class Draft:
+    """All that is to be written, known before the first byte is."""
+
+    folder: Path
+    """Of the base."""
+    plan: Plan
+    plans: Blueprint
+    spec: Spec
+    """Of the base."""
+    items: tuple[Item, ...]
+    """Tensors in the order in which they are written."""
+    note: dict[str, Any]
+    """For the written config: where its layers come from."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors."""
+        return sum(item.source.size for item in self.items)
+
+    @property
+    def params(self) -> int:
+        """By the plan's cost: a stock checkpoint holds whole layers, also where a part is silent."""
+        whole = self.plan.with_steps(tuple(Run(layer) for layer in self.plans.slots))
+        return cost(whole, self.spec).written_params
+
+
+def draw(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Draft:
+    """Read config, index and headers of a local folder, and work out every tensor of the model of `plan`.
+
+    Raises what `stream` raises before it writes.
+    """
+    folder = local_folder(source)
+    stored = stored_tensors(folder)
+    config = load_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise WriteError(f"{source} is quantised; give the folder of the model before it was", code="W212")
+    model = _empty(config, source)
+    stack = find_stack(model)
+    names = attributed(model, stack, _shapes(stored))
+    spec = inspect(model)
+    require(plan, spec)
+    plan = with_source(plan, str(source))
+    plans = blueprint(model, plan, zero_parts=zero_parts)
+    parts = [fact.parts for fact in probe(model, stack).layers]
+    items = _items(names, stored, plans, parts)
+    note = config_note(config, plan, plans)
+    made = meta_model(plans.config, like=model)
+    fits = attributed(made, find_stack(made), {item.name: item.source.shape for item in items})
+    stray = next((item.name for item in items if item.name not in fits), None)
+    if stray is not None:
+        raise WriteError(
+            f"the tensor {stray} has no place in the model of the plan; load the model and write it without streaming",
+            code="W217",
+        )
+    return Draft(folder, plan, replace(plans, plan=plan), spec, items, note)
+
+
+def _empty(config: PreTrainedConfig, source: str | Path) -> PreTrainedModel:
+    try:
+        return meta_model(config)
+    except (ValueError, KeyError) as error:
+        why = str(error).strip().splitlines()[0][:200]
+        raise ModelError(
+            f"no causal language model can be made of the config of {source}: {why}", code="M307"
+        ) from None
+
+
+def _shapes(stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    return {name: place.shape for name, place in stored.items()}
+
+
+def _items(
+    names: Mapping[str, Name], stored: Mapping[str, Stored], plans: Blueprint, parts: list[Any]
+) -> tuple[Item, ...]:
+    """The tensors outside the layers, and those of each slot's layer under the slot's number, in natural order."""
+    items = [Item(file, stored[file]) for file, name in names.items() if name.layer is None]
+    by_layer: dict[int, list[tuple[str, Name]]] = {}
+    for file, name in names.items():
+        if name.layer is not None:
+            by_layer.setdefault(name.layer, []).append((file, name))
+    for slot, layer in enumerate(plans.slots):
+        silent = [part for place, part in plans.silent if place == slot]
+        quiet = tuple(f"{child}." for part in silent for child in getattr(parts[layer], part))
+        for file, name in by_layer[layer]:
+            items.append(Item(name.at(slot), stored[file], bool(quiet) and name.rest.startswith(quiet)))
+    return tuple(sorted(items, key=lambda item: dot_natural_key(item.name)))
