@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import platform
 from collections import Counter
 from pathlib import Path
@@ -44,7 +44,7 @@ def page(rows: list[Row], seconds: float) -> str:
     lines += [f"| {row.model_type} | {_cell(row.missing)} |" for row in rows if row.missing is not None]
     head = HEAD.format(
         versions=f"Python {platform.python_version()}, torch {_release(torch)}, transformers {_release(transformers)}",
-        date=datetime.datetime.now(tz=datetime.UTC).date(),
+        date=dt.datetime.now(tz=dt.UTC).date(),
         seconds=seconds,
         limit=LIMIT,
         buildable=len(built),
@@ -74,7 +74,9 @@ def _counts(built: list[Row]) -> str:
 def _kind(built: list[Row], kind: str) -> str:
     found = Counter(_class(row.verdicts[kind]) for row in built)
     text = f"`{PLANS[kind]}`" if kind in PLANS else ALIKE
-    return f"| {kind} | {text} | " + " | ".join(str(found[state]) for state in ("right", "refused", "n/a", "wrong")) + " |"
+    return (
+        f"| {kind} | {text} | " + " | ".join(str(found[state]) for state in ("right", "refused", "n/a", "wrong")) + " |"
+    )
 
 
 def _class(verdict: str) -> str:
@@ -85,7 +87,9 @@ def _class(verdict: str) -> str:
 
 def _line(row: Row) -> str:
     notes = [f"{code}: {why}" for code, why in row.reasons.items()] + ([row.note] if row.note else [])
-    return f"| {row.model_type} | " + " | ".join(_cell(row.verdicts[k]) for k in KINDS) + f" | {_cell('; '.join(notes))} |"
+    return (
+        f"| {row.model_type} | " + " | ".join(_cell(row.verdicts[k]) for k in KINDS) + f" | {_cell('; '.join(notes))} |"
+    )
 
 
 def _cell(text: str | None) -> str:

@@ -34,7 +34,13 @@ from .overrides import DEPTH, VOCAB
 from .tiny import tiny
 
 KINDS = ("drop one", "drop first", "drop a third", "repeat", "swap", "swap alike")
-PLANS = {"drop one": "0-2,4-5", "drop first": "1-5", "drop a third": "0,2-3,5", "repeat": "0-1,2x2,3-5", "swap": "0-1,3,2,4-5"}
+PLANS = {
+    "drop one": "0-2,4-5",
+    "drop first": "1-5",
+    "drop a third": "0,2-3,5",
+    "repeat": "0-1,2x2,3-5",
+    "swap": "0-1,3,2,4-5",
+}
 LIMIT, SEEN = 1e-4, 1e-3
 """Logits may differ by so much where they should agree, and must by so much where a plan should show."""
 SECONDS = 60
@@ -75,7 +81,9 @@ def survey(model_type: str) -> Row:
         made = Row(**row)
         if made.missing is None:
             verdicts, error = _apart(_read_all, place, made.verdicts)
-            made.verdicts = verdicts or {k: v if v != "written" else f"wrong: {error}" for k, v in made.verdicts.items()}
+            made.verdicts = verdicts or {
+                k: v if v != "written" else f"wrong: {error}" for k, v in made.verdicts.items()
+            }
         return made
 
 
@@ -180,9 +188,7 @@ def _plan(model: PreTrainedModel, kind: str) -> Plan | None:
 
 def _read_all(place: str, verdicts: dict[str, str]) -> dict[str, str]:
     """The verdicts with every `written` judged by plain transformers."""
-    return {
-        kind: _read(Path(place) / kind) if verdict == "written" else verdict for kind, verdict in verdicts.items()
-    }
+    return {kind: _read(Path(place) / kind) if verdict == "written" else verdict for kind, verdict in verdicts.items()}
 
 
 def _read(place: Path) -> str:
@@ -197,7 +203,10 @@ def _read(place: Path) -> str:
             found["cached"] = cached(model, facts["chunks"])
     except Exception as error:
         return f"wrong: {_said(error)}"
-    bad = next((f"{len(names)} {kind.replace('_', ' ')}" for kind, names in info.items() if kind.endswith("_keys") and names), None)
+    bad = next(
+        (f"{len(names)} {kind.replace('_', ' ')}" for kind, names in info.items() if kind.endswith("_keys") and names),
+        None,
+    )
     if bad is not None:
         return f"wrong: {bad}"
     worst = {name: (found[name] - expected[name]).abs().max().item() for name in expected}
@@ -259,7 +268,9 @@ def main(names: list[str]) -> int:
     started, rows = time.perf_counter(), []
     for name in names or types():
         rows.append(row := survey(name))
-        sys.stderr.write(f"{name}: {row.missing or ', '.join(f'{k} {v}' for k, v in row.verdicts.items())} {row.note}\n")
+        sys.stderr.write(
+            f"{name}: {row.missing or ', '.join(f'{k} {v}' for k, v in row.verdicts.items())} {row.note}\n"
+        )
         for code, why in row.reasons.items():
             sys.stderr.write(f"    {code}: {why}\n")
     seconds = time.perf_counter() - started

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .overrides import DEPTH, OVERRIDES, SMALL
+from .overrides import OVERRIDES, SMALL
 
 LARGEST = 20_000_000
 """Parameters; a model beyond has a size that `SMALL` does not name."""

@@ -39,8 +39,8 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
     `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
     hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are brought to the model's dtype and device.
     Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already, P124 for
-    replaced layers of a model that accelerate offloads, P125 for gates and exits, which need a policy, P126 for an order
-    in which the family's layers cannot run.
+    replaced layers of a model that accelerate offloads, P125 for gates and exits, which need a policy, P126 for an
+    order in which the family's layers cannot run.
     """
     inner = unwrap(model)
     stacks = find_stacks(inner)

@@ -202,7 +202,9 @@ def _depth_dim(name: str, stack: Stack) -> int | None:
     """The dimension along which the tensor `name` has a block for every layer; None for most tensors."""
     if name.startswith(f"{stack.path}."):
         return None
-    return next((d for end, d in family_of(stack.config).sized_by_depth.items() if f".{name}".endswith(f".{end}")), None)
+    return next(
+        (d for end, d in family_of(stack.config).sized_by_depth.items() if f".{name}".endswith(f".{end}")), None
+    )
 
 
 def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig, slots: tuple[int, ...]) -> None:

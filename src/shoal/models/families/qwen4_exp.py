@@ -3,5 +3,6 @@
 from shoal.models.families import Family
 
 FAMILY = Family(
-    types=("qwen4_exp", "qwen4_exp_text"), refused="its model reads the positions of certain rows of the KV cache itself"
+    types=("qwen4_exp", "qwen4_exp_text"),
+    refused="its model reads the positions of certain rows of the KV cache itself",
 )
