@@ -60,7 +60,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             "axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite",
-            "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3",
+            "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu",
         ),
         LATENT,
     ),

@@ -257,7 +257,9 @@ def _difference(old: nn.Module, new: nn.Module) -> str | None:
         if type(module) is not type(other):
             return f"{name or 'the layer'} is a {type(other).__name__}, not a {type(module).__name__}"
         mine, theirs = _facts(module), _facts(other)
-        for key in sorted(mine.keys() | theirs.keys()):
+        # a config that was read from JSON has lists where one that was made may have tuples
+        lists = {key for one in (module, other) for key, value in vars(one).items() if isinstance(value, list)}
+        for key in sorted((mine.keys() | theirs.keys()) - lists):
             if mine.get(key) != theirs.get(key):
                 return f"{f'{name}.' if name else ''}{key} is {theirs.get(key)!r}, not {mine.get(key)!r}"
     return None
@@ -267,10 +269,9 @@ def _facts(module: nn.Module) -> dict[str, Any]:
     skip = {"training", "gradient_checkpointing", *INDEX_NAMES}
     plain = (bool, int, float, str, tuple, type(None))
     found: dict[str, Any] = {
-        # a config that was read from JSON has lists where one that was made may have tuples
-        name: tuple(value) if isinstance(value, list) else value
+        name: value
         for name, value in vars(module).items()
-        if name not in skip and not name.startswith("_") and isinstance(value, (*plain, list))
+        if name not in skip and not name.startswith("_") and isinstance(value, plain)
     }
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return found | {f"shape of {name}": tuple(t.shape) for name, t in tensors}
