@@ -9,6 +9,7 @@ such fields exist, the plan cannot be a stock model and is refused by name.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -35,6 +36,9 @@ INDEX_LISTS = (
     "ple_layer_ids",
 )
 """Fields that list the layers with a property, by index."""
+
+DECODER_DEPTHS = (("decoder_layers", "encoder_layers"), ("num_decoder_layers", "num_encoder_layers"))
+"""(decoder's depth, encoder's depth) in configs that have both."""
 
 Fields = dict[str, Any]
 
@@ -65,6 +69,12 @@ def _period(period: str, offset: str) -> Rule:
         lambda f, depth: [i % f[period] == f[offset] for i in range(depth)],
         lambda f, wanted: [{period: p, offset: o} for p in range(1, len(wanted) + 2) for o in range(p)],
     )
+
+
+def _roundings(value: float) -> list[float]:
+    """`value` and its neighbours: one of them gives the wanted number to the last bit."""
+    low, high = math.nextafter(value, -math.inf), math.nextafter(value, math.inf)
+    return [value, low, high, math.nextafter(low, -math.inf), math.nextafter(high, math.inf)]
 
 
 RULES = (
@@ -99,6 +109,16 @@ RULES = (
         lambda f, depth: [i >= depth - (f["num_kv_shared_layers"] or 0) for i in range(depth)],
         lambda f, wanted: [{"num_kv_shared_layers": k} for k in range(len(wanted))],
     ),
+    Rule(  # MiniCPM 3 scales every residual by the root of the depth
+        ("scale_depth",),
+        lambda f, depth: [f["scale_depth"] / math.sqrt(depth)] * depth,
+        lambda f, wanted: [{"scale_depth": value} for value in _roundings(wanted[0] * math.sqrt(len(wanted)))],
+    ),
+    Rule(  # RecurrentGemma: a pattern that starts again until every layer has its kind
+        ("block_types",),
+        lambda f, depth: [f["block_types"][i % len(f["block_types"])] for i in range(depth)],
+        lambda f, wanted: [{"block_types": wanted}],
+    ),
     Rule(  # GPT-Neo: runs of a pattern; one run of length 1 per layer can say anything
         ("attention_types",),
         lambda f, depth: [kind for pattern, times in f["attention_types"] for _ in range(times) for kind in pattern],
@@ -107,9 +127,22 @@ RULES = (
 )
 
 
-def depth_field(config: PreTrainedConfig) -> str:
-    """The family's own name for the number of layers."""
-    return str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+def depth_fields(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The family's own names for the number of layers; the first one is read, all are written.
+
+    A config made for an encoder and a decoder has a depth for each, and `num_hidden_layers` means the encoder's. The
+    causal model of it is the decoder alone, but transformers sizes its cache by `num_hidden_layers`.
+    """
+    for pair in DECODER_DEPTHS:
+        if isinstance(getattr(config, pair[0], None), int):
+            return tuple(name for name in pair if hasattr(config, name))
+    return (str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers")),)
+
+
+def depth_of(config: PreTrainedConfig) -> int | None:
+    """The number of layers of the decoder that `config` describes; None when it does not say."""
+    depth = getattr(config, depth_fields(config)[0], None)
+    return depth if isinstance(depth, int) else None
 
 
 def permuted_config(
@@ -119,9 +152,10 @@ def permuted_config(
 
     `config` is the text config of the base. Raises W206 when no value of a field can describe the slots.
     """
-    depth = config.num_hidden_layers
+    depth = depth_of(config)
+    assert depth is not None  # the stack was found by it
     old = copy.deepcopy(config.to_dict())
-    new: Fields = {depth_field(config): len(slots)}
+    new: Fields = dict.fromkeys(depth_fields(config), len(slots))
     for name in PER_LAYER:
         value = old.get(name)
         if isinstance(value, list) and len(value) == depth:
@@ -136,7 +170,7 @@ def permuted_config(
     if isinstance(old.get("per_layer_config"), dict):
         by_layer = {int(i): value for i, value in old["per_layer_config"].items()}
         new["per_layer_config"] = {slot: by_layer[i] for slot, i in enumerate(slots) if i in by_layer}
-    derived = {name for name in new if isinstance(getattr(type(config), name, None), property)}
+    derived = {name for name in new if getattr(getattr(type(config), name, None), "fset", ...) is None}
     fields = {name: value for name, value in new.items() if name not in derived}
     made = copy.deepcopy(config)  # not by way of to_dict, which loses values such as infinity
     for name, value in fields.items():

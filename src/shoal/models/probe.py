@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from shoal.errors import ModelError
 from shoal.models.parts import INDEX_NAMES, Parts, find_parts, without
@@ -23,7 +23,7 @@ class LayerFacts:
     row: int
     """The cache row that the layer itself writes to."""
     tail: int
-    """How many values the layer returns besides the hidden state in a tuple; -1 for a bare tensor."""
+    """How many values the layer returns besides the hidden state in a tuple or list; -1 for a bare tensor."""
     cache_at: str | int | None
     """The keyword or the position at which the layer is given the cache; None when it gets none."""
     keys: tuple[int, ...] | None = None
@@ -141,7 +141,7 @@ class _Watcher:
                 return
             given: list[tuple[str | int, Any]] = [*kwargs.items(), *enumerate(args)]
             caches = [at for at, value in given if isinstance(value, Cache)]
-            tail = len(out) - 1 if isinstance(out, tuple) else -1
+            tail = len(out) - 1 if isinstance(out, tuple | list) else -1
             self.facts.append(
                 LayerFacts(
                     _own_row(layer, index),
@@ -157,7 +157,7 @@ class _Watcher:
 
     def _on_child(self, index: int, name: str) -> Any:
         def hook(child: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            self._returns[index][name] = len(out) - 1 if isinstance(out, tuple) else -1
+            self._returns[index][name] = len(out) - 1 if isinstance(out, tuple | list) else -1
 
         return hook
 
@@ -169,7 +169,8 @@ def _own_row(layer: nn.Module, index: int) -> int:
 
 def _cache_of(out: Any) -> Cache | None:
     found = (out.get(name) for name in ("past_key_values", "cache_params"))
-    return next((c for c in found if isinstance(c, Cache)), None)
+    cache = next((c for c in found if isinstance(c, Cache)), None)
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def _read_cache(cache: Cache | None, facts: list[LayerFacts]) -> None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shoal.errors import ModelError
+from shoal.models.depth import depth_of
 from shoal.models.families import family_of
 
 
@@ -65,7 +66,7 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     if family.stack_path is not None:
         owner_path, _, attr = family.stack_path.rpartition(".")
         return (Stack("decoder", family.stack_path, inner.get_submodule(owner_path), attr, config),)
-    depth = getattr(config, "num_hidden_layers", None)
+    depth = depth_of(config)
     hits = [
         hit
         for root in (inner.get_decoder(), inner)

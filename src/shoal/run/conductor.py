@@ -164,8 +164,8 @@ class Conductor:
         out = (
             layer(*args, **kwargs) if run.part == "layer" and run.weights is None else self._special(run, args, kwargs)
         )
-        if isinstance(out, tuple):
-            self.now.extra = out[1:]
+        if isinstance(out, tuple | list):
+            self.now.extra = tuple(out[1:])
             return out[0]
         return out
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from shoal.errors import PlanError
 from shoal.models.inspect import inspect
+from shoal.models.order import refuse_order
 from shoal.models.probe import probe
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Exit, Map, Plan, format_steps, parse_plan, require
@@ -38,7 +39,8 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
     `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
     hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are brought to the model's dtype and device.
     Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already, P124 for
-    replaced layers of a model that accelerate offloads, P125 for gates and exits, which need a policy.
+    replaced layers of a model that accelerate offloads, P125 for gates and exits, which need a policy, P126 for an
+    order in which the family's layers cannot run.
     """
     inner = unwrap(model)
     stacks = find_stacks(inner)
@@ -49,6 +51,7 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
         plan = parse_plan(plan, Plan.identity(spec))
     require(plan, spec, {name: tuple(t.shape) for name, t in (weights or {}).items()})
     for stack in stacks:
+        refuse_order(stack, tuple(run.layer for run in runs(plan.steps(stack.name))))
         _refuse_offloaded(stack, plan.steps(stack.name))
         _refuse_undecided(plan.steps(stack.name))
     swapped = []

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from shoal.errors import PlanError
 
@@ -26,6 +26,9 @@ def fit_rows(cache: Cache, rows: tuple[int, ...]) -> None:
     Called before the first layer of every forward; a cache that was fitted already is left alone. Raises P123 when the
     cache holds tokens from another plan.
     """
+    if isinstance(cache, EncoderDecoderCache):
+        fit_rows(cache.self_attention_cache, rows)
+        return
     fitted = cache.__dict__.get("_shoal_rows")
     if fitted == rows:
         return
@@ -70,6 +73,10 @@ def slot_view(
     With `read`, update stores nothing and answers with these keys and values. With `keep`, its answer is handed on, for
     later layers to read (a sliding row stores less than it returns, so the stored tensors would not do).
     """
+    if isinstance(cache, EncoderDecoderCache):  # as some decoders without an encoder use it
+        pair = copy.copy(cache)
+        pair.self_attention_cache = slot_view(cache.self_attention_cache, row, read=read, keep=keep)
+        return pair
     view = _view_type(type(cache)).__new__(_view_type(type(cache)))
     view.__dict__ = cache.__dict__
     view._inner, view._row, view._read, view._keep = cache, row, read, keep

@@ -19,7 +19,7 @@ from shoal.models.stacks import find_stack, unwrap
 from shoal.plan import Plan, Run, Shape, Spec, cost
 from shoal.run.live import running
 from shoal.writing import proof_child as measure
-from shoal.writing.surgery import Blueprint, blueprint, moved_tensors
+from shoal.writing.surgery import Blueprint, blueprint, moved_tensors, resized_tensors
 
 TOKENS = 24
 """Tokens of each sequence whose logits are compared."""
@@ -86,6 +86,10 @@ def live_reference(
     stack = find_stack(inner)
     sums = {name: torch.tensor(value) for name, value in measure.bit_sums(inner.state_dict()).items()}
     moved = moved_tensors(sums, stack, plans, probe(inner, stack).layers)
+    resized = resized_tensors(inner.state_dict(), stack, plans.slots)
+    fewer = sum(inner.state_dict()[name].numel() - tensor.numel() for name, tensor in resized.items())
+    moved |= {name: torch.tensor(value) for name, value in measure.bit_sums(resized).items()}
+    expected = _expected(plan, plans, spec, inner, sets["random"][0].shape[1])
     tensors: dict[str, torch.Tensor] = {}
     largest = 0.0
     with quiet(), evaluating(inner), running(inner, plan):
@@ -99,7 +103,8 @@ def live_reference(
     whole = not plans.silent  # a part that is only silenced still fills its row of the cache
     return Reference(
         replace(
-            _expected(plan, plans, spec, inner, sets["random"][0].shape[1]),
+            expected,
+            parameters=expected.parameters - fewer,
             rows=rows["rows"] if rows is not None and whole else None,
             weights={name: int(value) for name, value in moved.items()},
         ),

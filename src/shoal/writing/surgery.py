@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from shoal.errors import WriteError
 from shoal.models.depth import permuted_config
 from shoal.models.families import family_of
 from shoal.models.load import meta_model
+from shoal.models.order import refuse_order
 from shoal.models.parts import INDEX_NAMES
 from shoal.models.probe import probe
 from shoal.models.stacks import Stack, find_stack, find_stacks, unwrap
@@ -38,7 +40,8 @@ class Blueprint:
 def blueprint(model: PreTrainedModel, plan: Plan, *, zero_parts: bool = False) -> Blueprint:
     """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
-    depth, W209 replaced weights, W210 several stacks.
+    depth, W209 replaced weights, W210 several stacks, W216 a config that its own class does not accept.
+    Raises `PlanError` P126 for an order in which the family's layers cannot run.
 
     `zero_parts`: let a stock layer keep a dropped attention or mlp with all its tensors zero (exact, saves nothing).
     `model` may be on the meta device.
@@ -48,9 +51,16 @@ def blueprint(model: PreTrainedModel, plan: Plan, *, zero_parts: bool = False) -
         raise WriteError("only models with one stack can be written so far; run the plan live", code="W210")
     stack = stacks[0]
     slots, silent = _slots(plan, zero_parts)
+    refuse_order(stack, slots)
     text, changed = permuted_config(stack.config, slots)
     config = _whole_config(model.config, stack.config, text)
-    _same_layers(model, stack, config, slots)
+    try:
+        _same_layers(model, stack, _read_back(config), slots)
+    except (ValueError, AttributeError) as error:  # its own checks of its fields, and mixed per-layer values
+        why = str(error).strip().splitlines()[-1].strip()[:300]
+        raise WriteError(
+            f"no config of {stack.config.model_type} describes these layers: {why}; run the plan live", code="W216"
+        ) from error
     return Blueprint(plan, slots, silent, config, changed)
 
 
@@ -64,7 +74,9 @@ def rewrite(
     inner = require_writable(model)
     plans = plans or blueprint(inner, plan, zero_parts=zero_parts)
     stack = find_stack(inner)
-    tensors = moved_tensors(inner.state_dict(), stack, plans, probe(inner, stack).layers)
+    base = inner.state_dict()
+    tensors = moved_tensors(base, stack, plans, probe(inner, stack).layers)
+    tensors |= resized_tensors(base, stack, plans.slots)
     made, info = type(inner).from_pretrained(
         None, config=plans.config, state_dict=tensors, output_loading_info=True, dtype=inner.dtype
     )
@@ -98,7 +110,8 @@ def require_writable(model: nn.Module) -> PreTrainedModel:
 
 
 def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[Any]) -> Tensors:
-    """The state dict of the stock model: tensors of layer i under the name of each slot that runs it."""
+    """The state dict of the stock model: tensors of layer i under the name of each slot that runs it. Those of
+    `resized_tensors` are as they were."""
     prefix = f"{stack.path}."
     by_layer: dict[int, Tensors] = {}
     moved: Tensors = {}
@@ -167,6 +180,33 @@ def _whole_config(whole: PreTrainedConfig, old: PreTrainedConfig, new: PreTraine
     return made
 
 
+def _read_back(config: PreTrainedConfig) -> PreTrainedConfig:
+    """What a reader of config.json will have: a config class may fill in or force values when it is made."""
+    with tempfile.TemporaryDirectory(prefix="shoal-config-") as place:
+        config.save_pretrained(place)
+        return type(config).from_pretrained(place, local_files_only=True)
+
+
+def resized_tensors(tensors: Tensors, stack: Stack, slots: tuple[int, ...]) -> Tensors:
+    """The tensors outside the layers that hold one block for every layer, with the blocks of `slots` in their order."""
+    made: Tensors = {}
+    for name, tensor in tensors.items():
+        dim = _depth_dim(name, stack)
+        if dim is not None:
+            blocks = tensor.unflatten(dim, (stack.depth, -1))
+            made[name] = blocks.index_select(dim, torch.tensor(slots, device=tensor.device)).flatten(dim, dim + 1)
+    return made
+
+
+def _depth_dim(name: str, stack: Stack) -> int | None:
+    """The dimension along which the tensor `name` has a block for every layer; None for most tensors."""
+    if name.startswith(f"{stack.path}."):
+        return None
+    return next(
+        (d for end, d in family_of(stack.config).sized_by_depth.items() if f".{name}".endswith(f".{end}")), None
+    )
+
+
 def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig, slots: tuple[int, ...]) -> None:
     """Build the stock model without weights and compare every slot with the base layer that it stands for: the same
     modules, tensor shapes and settings. What a family makes of a layer's position shows up here, rule or no rule."""
@@ -182,6 +222,10 @@ def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig,
     twin = meta_model(config, like=model)
     target = find_stack(twin)
     outside = _shapes_outside(model, stack)
+    for name, shape in outside.items():
+        dim = _depth_dim(name, stack)
+        if dim is not None:
+            outside[name] = (*shape[:dim], shape[dim] // stack.depth * len(slots), *shape[dim + 1 :])
     for name, shape in _shapes_outside(twin, target).items():
         if outside.get(name) != shape:
             raise WriteError(
@@ -213,7 +257,9 @@ def _difference(old: nn.Module, new: nn.Module) -> str | None:
         if type(module) is not type(other):
             return f"{name or 'the layer'} is a {type(other).__name__}, not a {type(module).__name__}"
         mine, theirs = _facts(module), _facts(other)
-        for key in sorted(mine.keys() | theirs.keys()):
+        # a config that was read from JSON has lists where one that was made may have tuples
+        lists = {key for one in (module, other) for key, value in vars(one).items() if isinstance(value, list)}
+        for key in sorted((mine.keys() | theirs.keys()) - lists):
             if mine.get(key) != theirs.get(key):
                 return f"{f'{name}.' if name else ''}{key} is {theirs.get(key)!r}, not {mine.get(key)!r}"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from transformers import PreTrainedConfig
@@ -21,6 +21,12 @@ class Family:
     """Why no plan can be right for this family."""
     pinned: str | None = None
     """Why layer 0 must stay first, if it must."""
+    in_order: str | None = None
+    """Why layers must keep their order: what a layer takes over from the one before."""
+    once: str | None = None
+    """Why no layer can run twice."""
+    sized_by_depth: dict[str, int] = field(default_factory=dict)
+    """{end of a tensor's name: dimension} of tensors outside the layers that hold one block for every layer."""
     position_numbers: str | None = None
     """What the family computes from a layer's position: a rewritten model that shifts a layer would differ."""
 

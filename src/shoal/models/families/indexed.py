@@ -1,0 +1,7 @@
+"""Families with a sparse attention whose layers can take over the chosen tokens of the layer before."""
+
+from shoal.models.families import Family
+
+FAMILY = Family(
+    types=("glm_moe_dsa", "glm5_next", "hy_v4"), in_order="a layer may attend to the tokens chosen by the layer before"
+)

@@ -1,0 +1,29 @@
+"""The whole survey: no causal model type of the installed transformers may be wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.timeout(1800)
+def test_no_type_is_wrong() -> None:
+    """In a process of its own, which starts no threads before it forks."""
+    from ..survey.survey import types
+
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.survey.survey", *types()],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    red = [line for line in done.stderr.splitlines() if "wrong:" in line]
+    assert done.returncode == 0, red
+    assert sum(" right" in line for line in done.stderr.splitlines()) >= 150

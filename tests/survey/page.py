@@ -1,0 +1,100 @@
+"""The survey as a page: a row for every type, the counts at the top."""
+
+from __future__ import annotations
+
+import datetime as dt
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .survey import KINDS, LIMIT, PLANS, Row
+
+PAGE = Path(__file__).parents[2] / "docs" / "supported-models.md"
+
+HEAD = """# Supported models
+
+Written by `python -m tests.survey.survey`; do not edit. {versions}, float32 on the CPU, {date}, {seconds:.0f} s.
+
+Every causal model type that transformers names, as a model of 6 random layers made from the type's own config class
+with small sizes. Each plan runs live and is written; the written folder is then loaded by `AutoModelForCausalLM` in
+another process, and its logits, in one pass and in cached passes, are within {limit:g} of the live plan's: **right**.
+A code means that Shoal refuses the plan before a weight is read; the last column says why (the first sentence met).
+**n/a**: no two layers after the first are alike.
+
+{buildable} of {types} types can be built. {counts}
+
+| plan | notation | right | refused | n/a | wrong |
+|---|---|---|---|---|---|
+{by_kind}
+
+"""
+ALIKE = "two layers of one kind change places"
+
+
+def page(rows: list[Row], seconds: float) -> str:
+    """The whole page."""
+    built = [row for row in rows if row.missing is None]
+    lines = [f"| type | {' | '.join(KINDS)} | notes |", "|---" * (len(KINDS) + 2) + "|"]
+    lines += [_line(row) for row in built]
+    lines += ["", "## Not surveyed", "", "| type | why transformers gives no tiny model of it that runs |", "|---|---|"]
+    lines += [f"| {row.model_type} | {_cell(row.missing)} |" for row in rows if row.missing is not None]
+    head = HEAD.format(
+        versions=f"Python {platform.python_version()}, torch {_release(torch)}, transformers {_release(transformers)}",
+        date=dt.datetime.now(tz=dt.UTC).date(),
+        seconds=seconds,
+        limit=LIMIT,
+        buildable=len(built),
+        types=len(rows),
+        counts=_counts(built),
+        by_kind="\n".join(_kind(built, kind) for kind in KINDS),
+    )
+    return head + "\n".join(lines) + "\n"
+
+
+def _counts(built: list[Row]) -> str:
+    verdicts = [row.verdicts for row in built]
+    all_right = sum(set(found.values()) <= {"right", "n/a"} for found in verdicts)
+    drops = [kind for kind in KINDS if kind.startswith("drop")]
+    drop = sum(any(found[kind] == "right" for kind in drops) for found in verdicts)
+    both = sum(
+        any(found[kind] == "right" for kind in drops) and "right" in (found["swap"], found["swap alike"])
+        for found in verdicts
+    )
+    wrong = sum(row.wrong for row in built)
+    return (
+        f"{all_right} are right for every plan, {drop} for a drop, {both} for a drop and a reorder; "
+        f"{len(built) - both} are refused one of the two with a reason; {wrong} are wrong."
+    )
+
+
+def _kind(built: list[Row], kind: str) -> str:
+    found = Counter(_class(row.verdicts[kind]) for row in built)
+    text = f"`{PLANS[kind]}`" if kind in PLANS else ALIKE
+    return (
+        f"| {kind} | {text} | " + " | ".join(str(found[state]) for state in ("right", "refused", "n/a", "wrong")) + " |"
+    )
+
+
+def _class(verdict: str) -> str:
+    if verdict in ("right", "n/a"):
+        return verdict
+    return "wrong" if verdict.startswith("wrong") else "refused"
+
+
+def _line(row: Row) -> str:
+    notes = [f"{code}: {why}" for code, why in row.reasons.items()] + ([row.note] if row.note else [])
+    return (
+        f"| {row.model_type} | " + " | ".join(_cell(row.verdicts[k]) for k in KINDS) + f" | {_cell('; '.join(notes))} |"
+    )
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("|", r"\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _release(module: Any) -> str:
+    return str(module.__version__).partition("+")[0]
