@@ -55,12 +55,13 @@ def stopped_write(
     if process == 0:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = 0
         try:
             os.write(into, b"start\n")
             write(loaded, text, output, lambda stage: os.write(into, f"{stage}\n".encode()))
         except KeyboardInterrupt:
-            os._exit(STOPPED)
-        os._exit(0)
+            code = STOPPED
+        os._exit(code)  # after the `except`: as in any program, what the exception held is closed by now
     os.close(into)
     start, seen, killed = time.monotonic(), b"", wait is None
     due: float | None = None

@@ -204,6 +204,40 @@ def test_an_interrupt_while_the_old_folder_is_removed_leaves_the_new_one_alone(
     assert str(load_plan(tmp_path / "out")) == "3,0" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_an_interrupt_at_any_call_leaves_nothing_beside(tmp_path: Path, way: str) -> None:
+    """Ctrl-C on the way into the n-th function that staging calls, for every n; the kills of test_kill are random."""
+
+    def once(number: int) -> bool:
+        final, left = tmp_path / f"out{number}", number
+
+        def trace(*_: object) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+
+        final.mkdir()
+        (final / "model").write_text("old")
+        before = sys.gettrace()
+        try:
+            with stage.staged(final) as partial:
+                (partial / "model").write_text("new")
+                sys.settrace(trace)
+                stage.publish(partial, final, overwrite=True)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert (final / "model").read_text() in ("old", "new")
+        assert [path.name for path in tmp_path.iterdir() if path.name.endswith(("partial", "old"))] == [], number
+        return left > 0
+
+    numbers = iter(range(1, 1000))
+    while not once(next(numbers)):
+        pass
+    assert next(numbers) > 20
+
+
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     def page(_: Proof) -> str:
         (tmp_path / "out").mkdir()

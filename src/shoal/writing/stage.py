@@ -38,19 +38,16 @@ def staged(final: Path) -> Iterator[Path]:
         lock = _lock(partial)
         yield partial
     finally:
-        if ours:
-            _remove(partial)
-        if lock is not None:
-            os.close(lock)
-
-
-def _remove(folder: Path) -> None:
-    """Also when Ctrl-C comes while it is being removed."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except KeyboardInterrupt:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        # Not a function of its own: a Ctrl-C that comes on the way into one would miss this `except`.
+        try:
+            if ours:
+                shutil.rmtree(partial, ignore_errors=True)
+        except KeyboardInterrupt:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def sweep(final: Path) -> None:
@@ -70,8 +67,8 @@ def sweep(final: Path) -> None:
 
 def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
     """Bring `partial` to the disk, then under its final name in one step. An older folder there is exchanged with it,
-    where the system can in one step as well, and is under `partial`'s name then; otherwise by two renames, of which the
-    first is taken back when the second fails.
+    where the system can in one step as well; otherwise by renames, which are taken back when the new folder cannot get
+    the name. It is under `partial`'s name then.
 
     Raises `OSError`, and `WriteError` W220 when `final` has appeared meanwhile and `overwrite` is False.
     """
@@ -99,11 +96,11 @@ def _by_two_renames(partial: Path, final: Path) -> None:
     try:
         final.rename(old)
         partial.rename(final)
+        old.rename(partial)
     except BaseException:
-        if old.exists() and not final.exists():
-            old.rename(final)
+        if old.exists():
+            old.rename(partial if final.exists() else final)
         raise
-    _remove(old)
 
 
 def _beside(final: Path, kind: str) -> Path:
