@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from shoal.errors import UsageError
 from shoal.plan import Plan
@@ -16,6 +16,25 @@ Legal = Callable[[Plan], bool]
 
 Objective = Callable[[Plan], float]
 """What a search makes small, in nats per token unless it says otherwise; NaN where it could not be computed."""
+
+
+Unit = Literal["layers", "params", "flops", "kv", "prefill", "decode"]
+"""What a budget counts: layers that run, parameters of the written model, FLOPs of a prefill, KV elements a token, or
+milliseconds measured on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much a plan may cost, as a share of what the dense model costs."""
+
+    unit: Unit
+    share: float
+    price: Callable[[Plan], float]
+    """What a plan costs, as a share of the dense model's cost; of times, what is predicted from measured parts."""
+
+    def met(self, plan: Plan) -> bool:
+        """Whether `plan` is within the budget, rounding aside."""
+        return self.price(plan) <= self.share + 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +95,8 @@ class Found:
     plan: Plan
     trace: tuple[Candidate, ...] = ()
     scores: Scores | None = None
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    """Tensors that the plan names, as `shoal.running` takes them."""
 
 
 def removable(plan: Plan, drop: int, stack: str | None = None) -> tuple[int, ...]:

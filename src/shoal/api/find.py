@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
+from shoal.api.budget import counted_budget, layers_for, parse_budget
 from shoal.api.journal import journaled
 from shoal.data import Data
 from shoal.errors import UsageError, WriteError
@@ -18,8 +20,8 @@ from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
 from shoal.record import Record, plain
-from shoal.registry import get
-from shoal.scores import Found, Legal, Scores
+from shoal.registry import Entry, get
+from shoal.scores import Budget, Found, Legal, Scores
 from shoal.writing.surgery import blueprint
 
 
@@ -92,6 +94,7 @@ def prune(
     plan: Plan | str | None = None,
     drop: int | None = None,
     keep: float | None = None,
+    budget: str | Budget | None = None,
     data: Any = "builtin",
     split: str = "calibrate",
     length: int = 512,
@@ -110,15 +113,16 @@ def prune(
     progress: Progress | None = None,
     **options: Any,
 ) -> Pruned:
-    """Find a plan with `drop` layers less (or a share `keep` of them) by a published method, or take `plan` as it is.
+    """Find a plan with `drop` layers less (or a share `keep` of them, or within a `budget` such as "params=0.8") by a
+    published method, or take `plan` as it is.
 
     Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
     can express are looked at. `assess`: perplexity, agreement and generation on `limit` windows, at most 8, of the test
     split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they evaluated.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
-    if plan is not None and (drop is not None or keep is not None):
-        raise UsageError("give a plan or a number of layers to drop, not both", code="U521")
+    if plan is not None and (drop is not None or keep is not None or budget is not None):
+        raise UsageError("give a plan or how much to remove, not both", code="U521")
     entry = get("methods", method)
     own = entry.accept(settings or {})
     loaded = opened(source, **options)
@@ -135,7 +139,7 @@ def prune(
         if writable:
             blueprint(loaded.model, plan, zero_parts=zero_parts)
     else:
-        count = layers_to_drop(spec, stack, drop, keep)
+        count, most = amount_of(spec, stack, drop, keep, budget)
         text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
         task = Task(
             model=loaded.model,
@@ -147,9 +151,10 @@ def prune(
             stack=stack,
             batch=batch,
             seed=seed,
+            budget=most,
             progress=progress,
         )
-        found = entry.load()(task, drop=count, **own)
+        found = _found(entry, task, count, own)
     shape = Shape()
     result = Pruned(
         loaded, spec, found.plan, method, found, cost(identity, spec, shape), cost(found.plan, spec, shape), text
@@ -161,11 +166,37 @@ def prune(
     return replace(result, evaluation=worth, bench=timed)
 
 
+def amount_of(
+    spec: Spec, stack: str | None, drop: int | None, keep: float | None, budget: str | Budget | None
+) -> tuple[int, Budget | None]:
+    """The number of layers to remove, and the budget that it comes from. Raises U521, U522 or U523."""
+    if budget is None:
+        return layers_to_drop(spec, stack, drop, keep), None
+    if drop is not None or keep is not None:
+        raise UsageError("give a budget or a number of layers, not both", code="U521")
+    most = budget if isinstance(budget, Budget) else counted_budget(*parse_budget(budget), spec)
+    return layers_for(most, Plan.identity(spec), stack), most
+
+
+def _found(entry: Entry, task: Task, count: int, own: Mapping[str, Any]) -> Found:
+    """What the method finds. One that counts layers is asked for one more until the budget is met: layers differ, and
+    `count` is that of the mean layer."""
+    method = entry.load()
+    if "drop" not in signature(method).parameters:
+        found: Found = method(task, **own)
+        return found
+    while True:
+        found = method(task, drop=count, **own)
+        if task.budget is None or task.budget.met(found.plan):
+            return found
+        count += 1
+
+
 def layers_to_drop(spec: Spec, stack: str | None, drop: int | None, keep: float | None) -> int:
     """The number of layers to remove. Raises U522 when it is not given once, or leaves none, or takes none."""
     depth = spec.stack(stack).depth
     if (drop is None) == (keep is None):
-        raise UsageError("say how much to remove: --drop LAYERS, or --keep SHARE such as 0.8", code="U522")
+        raise UsageError("say how much to remove: --drop LAYERS, --keep SHARE or --budget UNIT=SHARE", code="U522")
     if keep is not None and not 0 < keep < 1:
         raise UsageError(f"--keep {keep} is not a share between 0 and 1", code="U522")
     count = drop if drop is not None else depth - max(1, round(depth * (keep or 0)))

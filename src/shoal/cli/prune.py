@@ -39,6 +39,9 @@ def prune(
     method: Annotated[str, typer.Option("--method", "-m", help="Which one; see shoal ls methods.")] = "shortgpt",
     drop: Annotated[int | None, typer.Option("--drop", help="How many layers to remove.")] = None,
     keep: Annotated[float | None, typer.Option("--keep", help="Or the share of layers to keep, such as 0.8.")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Or what it may cost, as a share of dense: params=0.8; flops, kv.")
+    ] = None,
     plan: PlanText = None,
     data: DataSource = "builtin",
     length: Length = 512,
@@ -80,7 +83,7 @@ def prune(
     entry = get("methods", method)
     options = entry.parse(settings or [])
     if dry_run:
-        emit(*_dry(model, plan, drop, keep, trust_remote_code), as_json=json_)
+        emit(*_dry(model, plan, (drop, keep, budget), trust_remote_code), as_json=json_)
         return
     from shoal.api.find import prune as run
     from shoal.writing.folder import refuse_output
@@ -95,6 +98,7 @@ def prune(
             plan=chosen,
             drop=drop,
             keep=keep,
+            budget=budget,
             data=data,
             length=length,
             limit=limit,
@@ -129,8 +133,10 @@ def prune(
     emit(result, _text(pruned, written), as_json=json_)
 
 
-def _dry(model: str, plan: str | None, drop: int | None, keep: float | None, trust: bool) -> tuple[dict[str, Any], str]:
-    from shoal.api.find import layers_to_drop
+def _dry(
+    model: str, plan: str | None, amount: tuple[int | None, float | None, str | None], trust: bool
+) -> tuple[dict[str, Any], str]:
+    from shoal.api.find import amount_of
     from shoal.models.load import inspect_source
     from shoal.plan import cost, strip
 
@@ -139,7 +145,7 @@ def _dry(model: str, plan: str | None, drop: int | None, keep: float | None, tru
         chosen = read_plan(plan, spec, model)
         what = f"plan {chosen}\n{strip(chosen)}\nparameters {spec.params:,} -> {cost(chosen, spec).written_params:,}"
     else:
-        count = layers_to_drop(spec, None, drop, keep)
+        count, _ = amount_of(spec, None, *amount)
         what = f"would remove {count} of {spec.stack().depth} layers of {spec.family} ({spec.params:,} parameters)"
     return {"would": what, "config": config_text()}, f"{what}\n\nthe same as a --config file:\n{config_text()}"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shoal.plan import Plan, Spec
-from shoal.scores import Legal, Objective
+from shoal.scores import Budget, Legal, Objective
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -30,4 +30,6 @@ class Task:
     stack: str | None = None
     batch: int = 1
     seed: int = 0
+    budget: Budget | None = None
+    """What the result may cost, when that was asked for; a method that is given `drop` removes so many layers."""
     progress: Progress | None = None

@@ -1,0 +1,63 @@
+"""What a plan may cost, and how many layers that means for methods that count layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+from shoal.errors import UsageError
+from shoal.plan import Cost, Plan, Spec, cost
+from shoal.plan import drop as drop_layers
+from shoal.scores import Budget, Unit
+
+COUNTED: dict[Unit, Callable[[Cost], float]] = {
+    "layers": lambda c: c.layer_runs + c.half_runs / 2,
+    "params": lambda c: c.written_params,
+    "flops": lambda c: c.prefill_flops,
+    "kv": lambda c: c.kv_per_token,
+}
+"""The units that are counted; the others are measured."""
+
+
+def parse_budget(text: str) -> tuple[Unit, float]:
+    """Unit and share of a text such as params=0.8. Raises U523."""
+    name, _, value = text.partition("=")
+    units: dict[str, Unit] = {unit: unit for unit in get_args(Unit)}
+    try:
+        share = float(value)
+    except ValueError:
+        share = math.nan
+    if name.strip() not in units or not 0 < share < 1:
+        raise UsageError(
+            f"{text!r:.60} is no budget; write UNIT=SHARE with a share between 0 and 1 and one of the units "
+            f"{', '.join(units)}, such as params=0.8",
+            code="U523",
+        )
+    return units[name.strip()], share
+
+
+def counted_budget(unit: Unit, share: float, spec: Spec) -> Budget:
+    """A budget in a unit that `cost` counts. Raises U523 when the model has none of it (a KV cache, say)."""
+    of = COUNTED[unit]
+    dense = of(cost(Plan.identity(spec), spec))
+    if not dense:
+        raise UsageError(f"{spec.family} has no {unit} to save; choose another unit", code="U523")
+    return Budget(unit, share, lambda plan: of(cost(plan, spec)) / dense)
+
+
+def layers_for(budget: Budget, plan: Plan, stack: str | None = None) -> int:
+    """How many layers of mean price must go to meet the budget. Raises U523 with the nearest share that can be met."""
+    layers = sorted(set(plan.layers(stack)))
+    whole = budget.price(plan)
+    saved = [whole - budget.price(drop_layers(plan, [i], stack=stack)) for i in layers] if len(layers) > 1 else []
+    mean = math.fsum(saved) / len(saved) if saved else 0.0
+    needed = math.ceil((whole - budget.share) / mean - 1e-9) if mean > 0 else len(layers)
+    if needed >= len(layers):
+        least = whole - mean * (len(layers) - 1)
+        raise UsageError(
+            f"a budget of {budget.unit}={budget.share:g} cannot be met by removing layers: one layer alone costs "
+            f"{least:.3f}; ask for {math.ceil(least * 1000) / 1000:.3f} or more",
+            code="U523",
+        )
+    return max(1, needed)
