@@ -67,10 +67,29 @@ def environment() -> dict[str, Any]:
 
 def append(path: Path, record: Record) -> None:
     """Add one line to a records file; a line is written in one call, so that a kill leaves whole lines."""
-    line = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
+    append_line(path, record.to_dict())
+
+
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    """Add a JSON line in one write, behind the end of one that a kill cut short."""
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    text = json.dumps(plain(entry), ensure_ascii=False, allow_nan=False) + "\n"
     with path.open("ab", buffering=0) as stream:
-        stream.write(line.encode())
+        stream.write((b"" if whole else b"\n") + text.encode())
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; what a kill cut short, and what is no object, is left out."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [found for line in text.splitlines() if isinstance(found := _read(line), dict)]
+
+
+def _read(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def command_line() -> tuple[str, ...]:

@@ -1,0 +1,186 @@
+"""One model, one protocol: what a cell of `compare` is found, judged and timed by."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shoal.api.assess import text_of, tokenizer_of
+from shoal.api.budget import counted_budget, parse_budget
+from shoal.api.find import Pruned, prune
+from shoal.api.study import Cell, Protocol, file_name
+from shoal.data import Data
+from shoal.errors import ShoalError
+from shoal.evaluation import compare as agree
+from shoal.evaluation import generation_check, perplexity, speed
+from shoal.evaluation.peak import peak_memory
+from shoal.evaluation.scoring import device_of
+from shoal.evaluation.tasks import Tasks, load_tasks, score_tasks
+from shoal.models.inspect import inspect
+from shoal.models.load import Loaded
+from shoal.plan import Plan, cost
+from shoal.run.live import running
+from shoal.scores import Budget
+
+DENSE = "dense"
+
+
+@dataclass
+class Harness:
+    """A model and all that its cells are measured on; made once for each process."""
+
+    loaded: Loaded
+    protocol: Protocol
+    folder: Path
+    tests: dict[str, Data]
+    tasks: tuple[Tasks, ...]
+    budgets: dict[str, Budget] = field(default_factory=dict)
+    worth: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Quality by plan, for plans without weights of their own: two methods may well find the same plan."""
+
+    @classmethod
+    def of(cls, loaded: Loaded, protocol: Protocol, folder: Path) -> Harness:
+        """Read all data before anything runs. Raises `DataError`."""
+        asked = {"split": "test", "length": protocol.window, "limit": protocol.windows}
+        tests = {Path(name).name: text_of(loaded, name, **asked) for name in protocol.tests}
+        tasks = tuple(load_tasks(path, limit=protocol.task_items) for path in protocol.tasks)
+        if tasks:
+            tokenizer_of(loaded)
+        return cls(loaded, protocol, folder, tests, tasks)
+
+    def calibration(self, seed: int) -> Data:
+        """The first windows of the text for seed 0, a random choice of windows for any other."""
+        asked = {"split": "calibrate", "length": self.protocol.length, "limit": self.protocol.limit}
+        return text_of(self.loaded, self.protocol.data, **asked, seed=seed or None)
+
+    def facts(self) -> dict[str, Any]:
+        """What makes results comparable."""
+        return {
+            "base": inspect(self.loaded.model).fingerprint,
+            "source": self.loaded.source,
+            "protocol": self.protocol.to_dict(),
+            "calibration": self.calibration(0).info.sha256,
+            "tests": {name: data.info.sha256 for name, data in self.tests.items()},
+            "tasks": {tasks.name: tasks.sha256 for tasks in self.tasks},
+        }
+
+    def row(self, cell: Cell | None) -> dict[str, Any]:
+        """Run one cell, the dense model for None; an error that is the method's or the budget's becomes the row."""
+        if cell is None:
+            return {"key": DENSE, "result": self._quality(DENSE, nullcontext), "measured": {}}
+        head = {"key": cell.key, "method": cell.method, "budget": cell.budget, "seed": cell.seed}
+        try:
+            return head | self._cell(cell)
+        except ShoalError as error:
+            return head | {"error": str(error)}
+
+    def _cell(self, cell: Cell) -> dict[str, Any]:
+        data = self.calibration(cell.seed)
+        budget = self.budget(cell.budget)
+        start = time.perf_counter()
+        with peak_memory(device_of(self.loaded.model)) as peak:
+            pruned = prune(
+                self.loaded,
+                method=cell.name,
+                budget=budget,
+                data=data,
+                seed=cell.seed,
+                settings=cell.settings(),
+                writable=self.protocol.writable,
+                batch=self.protocol.batch,
+                journal=self.folder / "journals" / f"{file_name(cell)}.jsonl",
+            )
+        seconds = time.perf_counter() - start
+        weights = pruned.found.weights
+        variant = partial(running, self.loaded.model, pruned.plan, weights)
+        name = pruned.plan.hash + _digest(weights)
+        if name not in self.worth:
+            self.worth[name] = self._quality(name, variant)
+        result = self._plan(pruned, budget, bool(weights)) | self.worth[name]
+        return {"result": result, "measured": {"seconds": seconds, "peak": peak.growth, **self._times(variant)}}
+
+    def budget(self, text: str) -> Budget:
+        """The budget of that text; the same one for all cells. Raises U523."""
+        if text not in self.budgets:
+            self.budgets[text] = counted_budget(*parse_budget(text), inspect(self.loaded.model))
+        return self.budgets[text]
+
+    def _plan(self, pruned: Pruned, budget: Budget, weighted: bool) -> dict[str, Any]:
+        identity, after = cost(Plan.identity(pruned.spec), pruned.spec), cost(pruned.plan, pruned.spec)
+        return {
+            "plan": str(pruned.plan),
+            "hash": pruned.plan.hash,
+            "weights": weighted,
+            "price": budget.price(pruned.plan),
+            "params": after.written_params,
+            "layers": (after.layer_runs + after.half_runs / 2) / (identity.layer_runs + identity.half_runs / 2),
+            "kv": after.kv_per_token / identity.kv_per_token if identity.kv_per_token else 1.0,
+            "flops": after.prefill_flops / identity.prefill_flops,
+        }
+
+    def _quality(self, name: str, variant: Any) -> dict[str, Any]:
+        loaded, protocol, found = self.loaded, self.protocol, dict[str, Any]()
+        with variant():
+            for text, data in self.tests.items():
+                worth = perplexity(loaded.model, data, batch=protocol.batch)
+                found.setdefault("perplexity", {})[text] = worth.value
+                found.setdefault("nll", {})[text] = {"mean": worth.nll, "error": worth.error}
+            for tasks in self.tasks:
+                score = score_tasks(loaded.model, loaded.tokenizer, tasks, batch=max(8, protocol.batch))
+                found.setdefault("tasks", {})[tasks.name] = score.to_dict()
+            if protocol.new_tokens and loaded.tokenizer is not None:
+                written = generation_check(loaded.model, loaded.tokenizer, new_tokens=protocol.new_tokens)
+                found["repetition"] = written.repetition
+        if name != DENSE and protocol.compared and self.tests:
+            first = next(iter(self.tests.values()))
+            part = Data(first.ids[: protocol.compared], None, first.info)
+            both = agree(loaded.model, part, dense=nullcontext, pruned=variant, batch=protocol.batch)
+            found |= {"kl": both.agreement.kl, "top1": both.agreement.top1}
+        return found
+
+    def _times(self, variant: Any) -> dict[str, Any]:
+        protocol, model = self.protocol, self.loaded.model
+        if not protocol.pairs:
+            return {}
+
+        def pruned() -> AbstractContextManager[Any]:
+            return _Giving(variant(), model)
+
+        timed = speed(
+            {DENSE: lambda: nullcontext(model), "pruned": pruned},
+            prompt=protocol.prompt,
+            new=protocol.decoded,
+            batch=protocol.batch,
+            pairs=protocol.pairs,
+        )
+        mine = timed.variants[1]
+        ratios = {"prefill": mine.prefill_ratio, "decode": mine.decode_ratio}
+        return {name: {"median": r.median, "low": r.low, "high": r.high} for name, r in ratios.items()}
+
+
+class _Giving(AbstractContextManager[Any]):
+    """A context that gives the model instead of what it gives itself."""
+
+    def __init__(self, inner: AbstractContextManager[Any], model: Any) -> None:
+        self._inner, self._model = inner, model
+
+    def __enter__(self) -> Any:
+        self._inner.__enter__()
+        return self._model
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._inner.__exit__(*error)
+
+
+def _digest(weights: Mapping[str, Any]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return f"+{total.hexdigest()}" if weights else ""

@@ -1,0 +1,96 @@
+"""Independent pieces of work, one after the other here or side by side as tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+
+from shoal.errors import UsageError
+
+
+class Worker(Protocol):
+    """What does a piece of work; it is copied once to each process that helps."""
+
+    def row(self, item: Any) -> dict[str, Any]:
+        """The result of one piece."""
+
+
+def spread(worker: Worker, items: Sequence[Any], *, ray: str | None, workers: int) -> Iterator[dict[str, Any]]:
+    """The results as they are done; in the order of `items` without Ray.
+
+    Raises U571 when Ray is asked for and not installed, or cannot be reached.
+    """
+    if ray is None:
+        for item in items:
+            yield worker.row(item)
+        return
+    yield from _with_ray(worker, items, ray, workers)
+
+
+def _with_ray(worker: Worker, items: Sequence[Any], address: str, workers: int) -> Iterator[dict[str, Any]]:
+    library = _connected(address, workers)
+    threads = max(1, torch.get_num_threads() // workers) if address == "local" else torch.get_num_threads()
+    try:
+        library.util.register_serializer(torch.Tensor, serializer=_as_array, deserializer=_as_tensor)
+        # put once: the weights lie in the machine's shared memory, and every worker maps them instead of copying them
+        shared = library.put(worker)
+        task = library.remote(num_cpus=1, max_retries=3)(_task)
+        waiting, busy = list(items), list[Any]()
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                busy.append(task.remote([shared], threads, waiting.pop(0)))
+            ready, busy = library.wait(busy, num_returns=1)
+            yield library.get(ready[0])
+    except library.exceptions.RayError as error:
+        raise UsageError(f"a Ray worker failed: {str(error).strip().splitlines()[-1][:300]}", code="U571") from error
+    finally:
+        library.shutdown()
+
+
+_held: dict[str, Worker] = {}
+"""The worker that this process of the cluster holds: it is mapped for the first task and stays for the next ones."""
+
+
+def _task(shared: list[Any], threads: int, item: Any) -> dict[str, Any]:
+    """`shared` is a list, because Ray would fetch a bare reference for every task anew."""
+    name = shared[0].hex()
+    if name not in _held:
+        torch.set_num_threads(threads)
+        _held[name] = import_module("ray").get(shared[0])
+    return _held[name].row(item)
+
+
+def _connected(address: str, workers: int) -> Any:
+    try:
+        library = import_module("ray")
+    except ImportError:
+        raise UsageError("--ray needs the package ray; run: pip install 'shoal[ray]'", code="U571") from None
+    where = {"num_cpus": workers} if address == "local" else {"address": address}
+    try:
+        library.init(**where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise UsageError(
+            f"no Ray cluster answers at {address} ({str(error).splitlines()[0][:200]}); start one, or use local",
+            code="U571",
+        ) from error
+    return library
+
+
+_Packed = tuple[Any, torch.dtype, tuple[int, ...], str]
+
+
+def _as_array(tensor: torch.Tensor) -> _Packed:
+    """An array, which Ray hands on without copying; of bytes, because numpy lacks some of torch's types."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat, tensor.dtype, tuple(tensor.shape), str(tensor.device)
+
+
+def _as_tensor(packed: _Packed) -> torch.Tensor:
+    flat, dtype, shape, device = packed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it may not be written to, and nobody does
+        return torch.from_numpy(flat).view(dtype).reshape(shape).to(device)

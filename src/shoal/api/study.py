@@ -1,0 +1,105 @@
+"""What `compare` compares: every method at every budget with every seed, on one split of data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from shoal.api.budget import parse_budget
+from shoal.errors import UsageError
+from shoal.registry import entries, get
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One method at one budget with one seed."""
+
+    method: str
+    """Its name and options, as `position:which=first`."""
+    budget: str
+    """Unit and share, as `params=0.8`."""
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """What the cell is called in the file of results."""
+        return f"{self.method} {self.budget} seed={self.seed}"
+
+    @property
+    def name(self) -> str:
+        """The method's registered name."""
+        return self.method.partition(":")[0]
+
+    def settings(self) -> dict[str, Any]:
+        """The method's options. Raises U501 or U502 for what does not exist."""
+        _, _, text = self.method.partition(":")
+        return get("methods", self.name).parse([pair for pair in text.split(";") if pair.strip()])
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """On what every cell is calibrated, tested and timed; part of the results, which are of one protocol."""
+
+    data: str = "builtin"
+    """Calibration text (its `calibrate` split, if it has splits)."""
+    tests: tuple[str, ...] = ("builtin",)
+    tasks: tuple[str, ...] = ()
+    """Files of last words or multiple choice, see `shoal.evaluation.tasks`."""
+    length: int = 512
+    limit: int = 16
+    window: int = 512
+    windows: int = 16
+    compared: int = 4
+    """Windows of the first test text on which KL and top-1 agreement with the dense model are taken."""
+    task_items: int = 200
+    new_tokens: int = 64
+    """Of the generation check; 0 leaves it out."""
+    prompt: int = 256
+    decoded: int = 32
+    pairs: int = 3
+    """Rounds of the paired timing; 0 leaves it out."""
+    batch: int = 1
+    writable: bool = False
+    """Only plans that a stock class can express."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cells(methods: Sequence[str], budgets: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """Every cell, cheapest mistakes first: all names, options and budgets are looked at before anything runs.
+
+    `methods`: names, with options behind a colon (`position:which=first;x=y`); none for all there are. `budgets`:
+    `UNIT=SHARE`, several shares parted by commas. Raises U501, U502, U523, and U570 when there is nothing to do.
+    """
+    named = list(dict.fromkeys(name.strip() for name in methods)) or list(entries("methods"))
+    asked = list(dict.fromkeys(one for text in budgets for one in _shares(text)))
+    if not named or not asked or not seeds:
+        raise UsageError("nothing to compare: give a budget such as params=0.8,0.7, and one seed or more", code="U570")
+    found = [Cell(method, budget, seed) for budget, seed, method in product(asked, dict.fromkeys(seeds), named)]
+    for cell in found[: len(named)]:
+        cell.settings()
+    return found
+
+
+def _shares(text: str) -> list[str]:
+    unit, _, shares = text.partition("=")
+    found = [f"{unit.strip()}={share.strip()}" for share in shares.split(",")]
+    for one in found:
+        parse_budget(one)
+    return found
+
+
+def file_name(cell: Cell) -> str:
+    """A name for the cell's own files."""
+    return "".join(char if char.isalnum() or char in "-.=" else "_" for char in cell.key)
+
+
+def protocol_of(paths: Sequence[str | Path]) -> tuple[str, ...]:
+    """Files by their full path, so that results can be gone on with from another folder; other names as they are."""
+    return tuple(
+        str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else str(path) for path in paths
+    )
