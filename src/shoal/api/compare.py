@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from shoal._version import __version__
 from shoal.api.assess import opened
 from shoal.api.cells import Cells
 from shoal.api.harness import DENSE, Harness
 from shoal.api.spread import spread
 from shoal.api.study import Cell, Protocol, cells
 from shoal.evaluation import Progress
+from shoal.plan import Plan, parse_plan, strip
+from shoal.record import command_line, environment
+from shoal.report import render_comparison
+from shoal.report.summary import advice, columns, entries, markdown
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,19 @@ class Compared:
     rows: tuple[dict[str, Any], ...]
     """The dense model first, then the cells in the order in which they were asked for."""
     folder: Path
+    identity: Plan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for --json and the page."""
-        return {"facts": self.facts, "rows": list(self.rows), "folder": str(self.folder)}
+        return {"facts": self.facts, "rows": list(self.rows), "folder": str(self.folder), "advice": self.advice()}
+
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Heads and rows, dense first, then by budget and perplexity."""
+        return columns(*entries(self.rows))
+
+    def advice(self) -> list[str]:
+        """Which method to use here, one sentence for each budget."""
+        return advice(*entries(self.rows))
 
 
 def compare(
@@ -67,4 +82,33 @@ def compare(
         done += 1
         if progress is not None:
             progress(done, len(wanted), "cells")
-    return Compared(facts, tuple(store.done[key] for key in keys), place)
+    return Compared(facts, tuple(store.done[key] for key in keys), place, harness.identity())
+
+
+def publish(found: Compared) -> Path:
+    """Write `results.md` and `report.html` beside the cells; the path of the page."""
+    command, created = " ".join(command_line()), datetime.now(UTC).isoformat(timespec="seconds")
+    dense, rows = entries(found.rows)
+    said = "\n".join(f"- {line}" for line in advice(dense, rows))
+    protocol = {name.replace("_", " "): value for name, value in found.facts["protocol"].items()}
+    facts = {name: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v for name, v in protocol.items()}
+    machine = environment()
+    facts |= {name: machine[name] for name in ("cpus", "torch", "transformers", "python", "system")}
+    data = {
+        "title": f"Methods compared on {found.facts['source']}",
+        "rows": found.rows,
+        "strips": {entry.plan: _strip(entry.plan, found) for entry in rows if entry.plan},
+        "facts": facts,
+        "command": command,
+        "created": created,
+        "version": __version__,
+    }
+    text = f"{markdown(dense, rows)}\n{said}\n\nMade on {created} by `{command}`.\n"
+    for name, content in (("results.md", text), ("report.html", render_comparison(data))):
+        (found.folder / name).write_text(content, encoding="utf-8", newline="\n")
+    return found.folder / "report.html"
+
+
+def _strip(plan: str, found: Compared) -> str:
+    """The strip of the decoder, or of the first stack."""
+    return strip(parse_plan(plan, found.identity))

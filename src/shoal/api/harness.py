@@ -59,6 +59,10 @@ class Harness:
         asked = {"split": "calibrate", "length": self.protocol.length, "limit": self.protocol.limit}
         return text_of(self.loaded, self.protocol.data, **asked, seed=seed or None)
 
+    def identity(self) -> Plan:
+        """The plan of the whole model."""
+        return Plan.identity(inspect(self.loaded.model))
+
     def facts(self) -> dict[str, Any]:
         """What makes results comparable."""
         return {
@@ -130,7 +134,11 @@ class Harness:
             for text, data in self.tests.items():
                 worth = perplexity(loaded.model, data, batch=protocol.batch)
                 found.setdefault("perplexity", {})[text] = worth.value
-                found.setdefault("nll", {})[text] = {"mean": worth.nll, "error": worth.error}
+                found.setdefault("nll", {})[text] = {
+                    "mean": worth.nll,
+                    "error": worth.error,
+                    "windows": worth.per_sequence,
+                }
             for tasks in self.tasks:
                 score = score_tasks(loaded.model, loaded.tokenizer, tasks, batch=max(8, protocol.batch))
                 found.setdefault("tasks", {})[tasks.name] = score.to_dict()

@@ -98,8 +98,7 @@ def file_name(cell: Cell) -> str:
     return "".join(char if char.isalnum() or char in "-.=" else "_" for char in cell.key)
 
 
-def protocol_of(paths: Sequence[str | Path]) -> tuple[str, ...]:
+def full_paths(names: Sequence[str | Path]) -> tuple[str, ...]:
     """Files by their full path, so that results can be gone on with from another folder; other names as they are."""
-    return tuple(
-        str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else str(path) for path in paths
-    )
+    there = [Path(name).expanduser() for name in names]
+    return tuple(str(path.resolve() if path.exists() else name) for name, path in zip(names, there, strict=True))

@@ -51,7 +51,7 @@ def render(data: Mapping[str, Any]) -> str:
     parts.append(sections.making(data))
     if data.get("notes"):
         parts.append(sections.notes(data["notes"]))
-    return _document(str(data["title"]), hero(data, found), "".join(parts), data.get("version"))
+    return document(str(data["title"]), hero(data, found), "".join(parts), data.get("version"))
 
 
 _SECTIONS: dict[str, Callable[[Any], str]] = {
@@ -63,7 +63,8 @@ _SECTIONS: dict[str, Callable[[Any], str]] = {
 }
 
 
-def _document(title: str, head: str, body: str, version: object) -> str:
+def document(title: str, head: str, body: str, version: object) -> str:
+    """The whole page around its HTML-safe head and body."""
     made = f"Made by Shoal {esc(version)}." if version else "Made by Shoal."
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -1,34 +1,17 @@
-"""Plots as inline SVG whose colours follow the page: matplotlib draws with marker colours that become CSS variables.
-
-Nothing here touches pyplot. Text from outside would be read as mathtext: it stands in the figure's caption and,
-escaped, in the drawing's title; only row labels are drawn, as plain ASCII and without mathtext.
-"""
+"""The plots of the report: scores of layers, speed ratios; see `canvas` for how they get the page's colours."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shoal.report.words import TIMES, esc, finite
+from shoal.report.canvas import BACK, KEPT, LINE, REMOVED, SIZE, TEXT, figure_of, plain_label, svg_of
+from shoal.report.words import TIMES, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_TEXT, _LINE, _KEPT, _REMOVED, _BACK = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05"
-_COLOURS = {
-    _TEXT: "currentColor",
-    _LINE: "var(--line)",
-    _KEPT: "var(--kept)",
-    _REMOVED: "var(--removed)",
-    _BACK: "var(--back)",
-}
-_SIZE = 11
-"""Points; the drawings are 864 wide and the page shows them a fifth larger, or narrower but scrolling."""
 _LOG_FROM = 30.0
 """Largest over smallest value from which a linear axis would hide the small ones."""
 
@@ -46,7 +29,7 @@ def scores_svg(
     `errors`: standard errors of the same length, or None. Bars on a linear axis; points on a logarithmic one, whose
     bars would have no honest foot. Values that are not finite are written where they would stand.
     """
-    figure, axes = _figure(12, 4.1)
+    figure, axes = figure_of(12, 4.1)
     known = [value for value in map(finite, values) if value is not None]
     log = bool(known) and min(known) > 0 and max(known) / min(known) >= _LOG_FROM
     spread = [finite(error) or 0.0 for error in errors] if errors and len(errors) == len(values) else None
@@ -64,8 +47,8 @@ def scores_svg(
             _absent(axes, place, value)
     _layer_axis(axes, len(values), "layer" if span == 1 else f"first of {span} layers")
     if known and removed:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, labelcolor=_TEXT, fontsize=_SIZE)
-    return _svg(figure, title)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, labelcolor=TEXT, fontsize=SIZE)
+    return svg_of(figure, title)
 
 
 def ratios_svg(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
@@ -73,53 +56,35 @@ def ratios_svg(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
 
     `rows`: {label, median, low, high, simulated}.
     """
-    figure, axes = _figure(12, 0.95 + 0.55 * len(rows))
+    figure, axes = figure_of(12, 0.95 + 0.55 * len(rows))
     for place, row in enumerate(rows):
         median, low, high = (finite(row.get(name)) for name in ("median", "low", "high"))
         if median is None:
-            axes.text(1.0, place, "  NaN", color=_REMOVED, va="center", fontsize=_SIZE)
+            axes.text(1.0, place, "  NaN", color=REMOVED, va="center", fontsize=SIZE)
             continue
         low, high = median if low is None else low, median if high is None else high
         style = (0, (3, 2)) if row["simulated"] else "solid"
-        axes.plot([low, high], [place, place], color=_KEPT, linewidth=2.2, linestyle=style, solid_capstyle="butt")
-        face = _BACK if row["simulated"] else _KEPT
+        axes.plot([low, high], [place, place], color=KEPT, linewidth=2.2, linestyle=style, solid_capstyle="butt")
+        face = BACK if row["simulated"] else KEPT
         dot: dict[str, Any] = {
             "markersize": 9,
             "markerfacecolor": face,
-            "markeredgecolor": _KEPT,
+            "markeredgecolor": KEPT,
             "markeredgewidth": 1.6,
         }
         axes.plot([median], [place], "o", **dot)
-        above: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": _SIZE}
-        axes.annotate(f"{median:.2f}{TIMES}", (median, place), color=_TEXT, **above)
-    axes.axvline(1.0, color=_TEXT, linewidth=1, linestyle=(0, (1, 2)))
-    axes.set_yticks(range(len(rows)), [_plain(str(row["label"])) for row in rows], parse_math=False)
+        above: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": SIZE}
+        axes.annotate(f"{median:.2f}{TIMES}", (median, place), color=TEXT, **above)
+    axes.axvline(1.0, color=TEXT, linewidth=1, linestyle=(0, (1, 2)))
+    axes.set_yticks(range(len(rows)), [plain_label(str(row["label"])) for row in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.45, -0.75)
     low_end, high_end = axes.get_xlim()
     axes.set_xlim(min(low_end, 0.95), max(high_end, 1.05))
-    axes.set_xlabel("speed-up over the dense model (1 = no change)", color=_TEXT, fontsize=_SIZE)
+    axes.set_xlabel("speed-up over the dense model (1 = no change)", color=TEXT, fontsize=SIZE)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", color=_LINE, linewidth=0.6)
+    axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.grid(visible=False, axis="y")
-    return _svg(figure, title)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty figure (inches) in the page's manner: hairlines, no frame, nothing behind."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.add_subplot()
-    axes.patch.set_visible(False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_LINE)
-    axes.tick_params(which="both", colors=_TEXT, labelsize=_SIZE, length=0)
-    axes.grid(axis="y", color=_LINE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
+    return svg_of(figure, title)
 
 
 def _series(
@@ -132,61 +97,28 @@ def _series(
     log: bool,
     name: str,
 ) -> None:
-    colour = _REMOVED if gone else _KEPT
+    colour = REMOVED if gone else KEPT
     if log:
         axes.plot(
             places, heights, "D" if gone else "o", color=colour, markersize=6.5, markeredgewidth=1.6,
-            markerfacecolor=_BACK if gone else colour, label=name, zorder=3,
+            markerfacecolor=BACK if gone else colour, label=name, zorder=3,
         )  # fmt: skip
     else:
-        face = _BACK if gone else colour
+        face = BACK if gone else colour
         hatch = "////" if gone else ""
         axes.bar(places, heights, 0.72, color=face, edgecolor=colour, linewidth=1.2, hatch=hatch, label=name)
     if spread is not None and any(spread):
-        axes.errorbar(places, heights, spread, fmt="none", ecolor=_TEXT, elinewidth=1.1, capsize=2.2, zorder=4)
+        axes.errorbar(places, heights, spread, fmt="none", ecolor=TEXT, elinewidth=1.1, capsize=2.2, zorder=4)
 
 
 def _absent(axes: Axes, place: int, value: float | None) -> None:
     word = "none" if value is None else "NaN" if math.isnan(value) else "inf" if value > 0 else "-inf"
     across = axes.get_xaxis_transform()
-    axes.text(
-        place, 0.03, word, transform=across, rotation=90, color=_REMOVED, ha="center", va="bottom", fontsize=_SIZE
-    )
-
-
-def _plain(label: str) -> str:
-    """Only what matplotlib's own font can measure: printable ASCII."""
-    return "".join(char if char.isascii() and char.isprintable() else "?" for char in label)
+    axes.text(place, 0.03, word, transform=across, rotation=90, color=REMOVED, ha="center", va="bottom", fontsize=SIZE)
 
 
 def _layer_axis(axes: Axes, depth: int, what: str) -> None:
     every = 1 if depth <= 40 else 5 if depth <= 120 else 10
     axes.set_xticks(range(0, depth, every))
     axes.set_xlim(-0.7, depth - 0.3)
-    axes.set_xlabel(f"{what} (base model's number, from 0)", color=_TEXT, fontsize=_SIZE)
-
-
-def _svg(figure: Figure, title: str) -> str:
-    """The figure as an `<svg>` element that may stand beside others in one page and takes no style from matplotlib."""
-    import matplotlib as mpl
-
-    buffer = io.StringIO()
-    # real text instead of outlines, and ids that do not change from run to run
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "shoal"}):
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    drawing = buffer.getvalue()
-    inner = drawing[drawing.index(">", drawing.index("<svg")) + 1 :]
-    inner = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", inner, flags=re.DOTALL)
-    inner = inner.replace("xlink:href", "href")
-    inner = re.sub(r"font-family: [^;\"]+;? ?", "", inner)
-    inner = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", inner)
-    for marker, colour in _COLOURS.items():
-        inner = inner.replace(marker, colour)
-    prefix = "p" + hashlib.sha256((title + inner).encode("utf-8", "replace")).hexdigest()[:8]
-    inner = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", inner)
-    inner = re.sub(r"\s*\n\s*", "\n", inner)
-    width, height = (72 * inches for inches in figure.get_size_inches())
-    return (
-        f'<svg class="plot" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{esc(title)}">'
-        f"<title>{esc(title)}</title>{inner}"
-    )
+    axes.set_xlabel(f"{what} (base model's number, from 0)", color=TEXT, fontsize=SIZE)

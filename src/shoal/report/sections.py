@@ -24,7 +24,7 @@ def plan(part: Data, found: list[StackFacts]) -> str:
         head = f"<h3>{esc(stack.name)}</h3><p>{' '.join(sentences(stack))}</p>" if len(found) > 1 else ""
         shown.append(head + picture(stack))
     rows = {"Depth notation": part.get("notation"), "Hash": part.get("hash"), "Method": part.get("method")}
-    return _section("The plan", "".join(shown) + _facts({k: f"<code>{esc(v)}</code>" for k, v in rows.items() if v}))
+    return section("The plan", "".join(shown) + facts_list({k: f"<code>{esc(v)}</code>" for k, v in rows.items() if v}))
 
 
 def scores(part: Data, found: list[StackFacts]) -> str:
@@ -47,7 +47,7 @@ def scores(part: Data, found: list[StackFacts]) -> str:
     heads = ["layer" if span == 1 else "layers", "score", "standard error", "in the plan"]
     listed = table(heads, rows, right=(1, 2), sortable=True)
     figure = f'<figure><div class="scroll">{drawing}</div><figcaption>{caption}</figcaption></figure>'
-    return _section("Layer scores", figure + _list(part.get("notes")) + _folded(f"All {len(values)} scores", listed))
+    return section("Layer scores", figure + _list(part.get("notes")) + _folded(f"All {len(values)} scores", listed))
 
 
 def quality(part: Sequence[Data]) -> str:
@@ -65,7 +65,7 @@ def quality(part: Sequence[Data]) -> str:
             + cell(change, kind=f"n {kind}")
             + cell(bars(row["dense"], row["pruned"]), kind="bar")
         )
-    return _section("Quality", _compared(rows))
+    return section("Quality", _compared(rows))
 
 
 def cost(part: Sequence[Data]) -> str:
@@ -80,7 +80,7 @@ def cost(part: Sequence[Data]) -> str:
         change = cell(percent(row["dense"], row["pruned"]), kind="n")
         drawn = cell(bars(row["dense"], row["pruned"]), kind="bar")
         rows.append(named(row["name"], row.get("how")) + figures + change + drawn)
-    return _section("Size and work", _compared(rows))
+    return section("Size and work", _compared(rows))
 
 
 def speed(part: Sequence[Data]) -> str:
@@ -105,7 +105,7 @@ def speed(part: Sequence[Data]) -> str:
     hollow = " Hollow and dashed: simulated." if any(dot["simulated"] for dot in dots) else ""
     caption = f"Dot: median speed-up; line: from lowest to highest.{hollow}"
     drawing = ratios_svg(dots, title="Speed-up of the pruned over the dense model")
-    return _section(
+    return section(
         "Speed", f'{listed}<figure><div class="scroll">{drawing}</div><figcaption>{caption}</figcaption></figure>'
     )
 
@@ -123,7 +123,7 @@ def proof(part: Data) -> str:
             + numeric(check.get("limit"))
         )
     listed = table(["", "check", "value", "limit"], rows, right=(2, 3)) if rows else ""
-    return _section("Proof", f'<p class="{"good" if part["passed"] else "bad"}">{said}</p>{listed}')
+    return section("Proof", f'<p class="{"good" if part["passed"] else "bad"}">{said}</p>{listed}')
 
 
 def samples(part: Sequence[Data]) -> str:
@@ -135,7 +135,7 @@ def samples(part: Sequence[Data]) -> str:
             for side in ("dense", "pruned")
         )
         shown.append(f'<h3>Prompt</h3><pre dir="auto">{esc(sample["prompt"])}</pre><div class="pairs">{sides}</div>')
-    return _section("Samples", "".join(shown))
+    return section("Samples", "".join(shown))
 
 
 def candidates(part: Sequence[Data], chosen: object) -> str:
@@ -147,7 +147,7 @@ def candidates(part: Sequence[Data], chosen: object) -> str:
         cells = cell(str(place), kind="n", value=place) + cell(f"<code>{esc(row['notation'])}</code>", kind="name")
         rows.append(f"<tr{kind}>{cells}{numeric(row.get('score'))}{cell(note)}</tr>")
     listed = table(["#", "plan", "score", "note"], rows, right=(0, 2), sortable=True)
-    return _section("Search", _folded(f"All {len(part)} candidates", listed) if len(part) > _LONG else listed)
+    return section("Search", _folded(f"All {len(part)} candidates", listed) if len(part) > _LONG else listed)
 
 
 def making(data: Data) -> str:
@@ -165,23 +165,24 @@ def making(data: Data) -> str:
         "Shoal": data.get("version"),
     }
     command = f'<p class="label">Command (a click selects all of it)</p><pre class="copy">{esc(data["command"])}</pre>'
-    return _section("How it was made", command + _facts({name: esc(value) for name, value in rows.items() if value}))
+    return section("How it was made", command + facts_list({name: esc(value) for name, value in rows.items() if value}))
 
 
 def notes(part: Sequence[object]) -> str:
     """What else the reader should know."""
-    return _section("Notes", _list(part))
+    return section("Notes", _list(part))
 
 
 def _compared(rows: Sequence[str]) -> str:
     return table(["", "dense", "pruned", "change", "dense above pruned"], rows, right=(1, 2, 3))
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
+    """One section of a page; both texts are HTML-safe."""
     return f"<section><h2>{title}</h2>{content}</section>"
 
 
-def _facts(rows: Mapping[str, str]) -> str:
+def facts_list(rows: Mapping[str, str]) -> str:
     """Names with HTML-safe values."""
     return f'<dl class="facts">{"".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items())}</dl>'
 

@@ -1,0 +1,127 @@
+"""shoal compare: every method at every budget under one harness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoal.cli._shared import (
+    Batch,
+    Config,
+    DataSource,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Length,
+    Limit,
+    Model,
+    Quiet,
+    Trust,
+    config_text,
+    emit,
+    loading,
+    progress_bars,
+)  # fmt: skip
+
+
+def compare(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder of the results; one that is half done is gone on with.")
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="NAME or NAME:option=value;option=value; once for each. Default: all."),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", "-b", help="UNIT=SHARE,SHARE such as params=0.9,0.8 (layers, params, flops, kv)."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="Once for each repetition; 0 takes the first windows, others a random choice."),
+    ] = None,
+    data: DataSource = "builtin",
+    test_data: Annotated[
+        list[str] | None, typer.Option("--test-data", help="Text for perplexity; once for each. Default: builtin.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option("--tasks", help="A .jsonl file of last words or multiple choice; once for each."),
+    ] = None,
+    length: Length = 512,
+    limit: Limit = 16,
+    window: Annotated[int, typer.Option("--window", min=2, help="Tokens in a test window.")] = 512,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Test windows of each text.")] = 16,
+    task_items: Annotated[int, typer.Option("--task-items", min=1, help="Items of each file of tasks.")] = 200,
+    new_tokens: Annotated[int, typer.Option("--new", min=0, help="Tokens of the generation check; 0: none.")] = 64,
+    pairs: Annotated[int, typer.Option("--pairs", min=0, help="Rounds of the paired timing; 0: none.")] = 3,
+    batch: Batch = 1,
+    writable: Annotated[bool, typer.Option("--writable", help="Only plans that a plain checkpoint can hold.")] = False,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: cells are its tasks.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Cells at a time, with --ray.")] = 2,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+) -> None:
+    """Compare methods at equal budgets: quality, cost and measured speed, as a table and a page with the frontier."""
+    from shoal.api.study import Protocol, cells, full_paths
+
+    methods, budgets, seeds = method or [], budget or ["params=0.9,0.8,0.7"], seed or [0]
+    asked = cells(methods, budgets, seeds)
+    if dry_run:
+        text = "\n".join([f"would run the dense model and {len(asked)} cells:", *(cell.key for cell in asked)])
+        emit({"would": [cell.key for cell in asked], "config": config_text()}, text, as_json=json_)
+        return
+    protocol = Protocol(
+        data=full_paths([data])[0],
+        tests=full_paths(test_data or ["builtin"]),
+        tasks=full_paths(tasks or []),
+        length=length,
+        limit=limit,
+        window=window,
+        windows=windows,
+        task_items=task_items,
+        new_tokens=new_tokens,
+        pairs=pairs,
+        batch=batch,
+        writable=writable,
+    )
+    from shoal.api.compare import compare as run
+    from shoal.api.compare import publish
+
+    with progress_bars(quiet) as progress:
+        try:
+            found = run(
+                model,
+                output,
+                methods=methods,
+                budgets=budgets,
+                seeds=seeds,
+                protocol=protocol,
+                ray=ray,
+                workers=workers,
+                progress=progress,
+                **loading(device, dtype, trust_remote_code),
+            )
+        except KeyboardInterrupt:
+            typer.echo(f"finished cells are in {output}; the same command goes on from there", err=True)
+            raise
+    page = publish(found)
+    emit(found.to_dict(), _text(found, page), as_json=json_)
+
+
+def _text(found: Any, page: Path) -> str:
+    from shoal.cli._shared import table
+
+    head, rows = found.table()
+    return "\n".join([table(rows, head), "", *found.advice(), "", f"the page: {page}"])

@@ -1,0 +1,178 @@
+"""compare: cells that are kept, gone on with, the same again, and the same from Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from shoal.api import harness as harness_module
+from shoal.api.compare import Compared, compare, publish
+from shoal.api.study import Protocol
+from shoal.cli import app
+from shoal.errors import DataError, UsageError
+from shoal.models.load import Loaded, load
+
+from .test_api import folder as tiny_folder  # noqa: F401
+
+PROTOCOL = Protocol(length=16, limit=2, window=16, windows=2, new_tokens=0, pairs=0, compared=1)
+FULL = Protocol(length=16, limit=2, window=16, windows=2, new_tokens=1, prompt=4, decoded=1, pairs=1, compared=1)
+METHODS = ("shortgpt", "position:which=first")
+BUDGETS = ("layers=0.8,0.6",)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_folder: Path) -> Loaded:
+    return load(tiny_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tasks") / "words.jsonl"
+    path.write_text("".join(json.dumps({"context": f"the {i}", "continuation": "end"}) + "\n" for i in range(4)))
+    return path
+
+
+def run(loaded: Loaded, place: Path, **options: Any) -> Compared:
+    asked = {"methods": METHODS, "budgets": BUDGETS, "protocol": PROTOCOL} | options
+    return compare(loaded, place, **asked)
+
+
+def results(found: Compared) -> list[Any]:
+    return [(row["key"], row.get("result"), row.get("error")) for row in found.rows]
+
+
+@pytest.fixture(scope="module")
+def first(loaded: Loaded, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    place = tmp_path_factory.mktemp("results")
+    return run(loaded, place, protocol=replace(FULL, tasks=(str(tasks),)))
+
+
+def test_every_cell_has_its_plan_its_quality_and_its_times(first: Compared) -> None:
+    assert [row["key"] for row in first.rows][:2] == ["dense", "shortgpt layers=0.8 seed=0"]
+    assert len(first.rows) == 1 + 2 * 2
+    for row in first.rows[1:]:
+        assert "error" not in row
+        assert row["result"]["price"] <= float(row["budget"].split("=")[1])
+        assert row["result"]["perplexity"]["builtin"] > 1 and 0 <= row["result"]["tasks"]["words"]["accuracy"] <= 1
+        assert row["measured"]["decode"]["median"] > 0 and row["measured"]["seconds"] > 0
+    first_layers = next(row for row in first.rows if row["key"].startswith("position:which=first layers=0.6"))
+    assert first_layers["result"]["plan"] == "2-4"
+
+
+def test_the_silent_layer_goes_first_and_changes_nothing(first: Compared) -> None:
+    dense, row = first.rows[:2]
+    assert row["result"]["plan"] == "0-1,3-4" and row["result"]["kl"] == 0
+    assert row["result"]["perplexity"] == dense["result"]["perplexity"]
+
+
+def test_a_second_run_gives_the_same_table_and_another_folder_too(
+    first: Compared, loaded: Loaded, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = replace(FULL, tasks=(str(tasks),))
+    assert results(run(loaded, tmp_path, protocol=protocol)) == results(first)
+    monkeypatch.setattr(harness_module.Harness, "row", lambda *_: pytest.fail("a finished cell ran again"))
+    again = run(loaded, first.folder, protocol=protocol)
+    assert again.rows == first.rows
+
+
+def test_a_run_that_was_cut_off_goes_on_without_repeating_cells(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, ran = harness_module.Harness.row, list[Any]()
+
+    def row(self: Any, cell: Any) -> Any:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(cell)
+        return whole(self, cell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness_module.Harness, "row", row)
+        with pytest.raises(KeyboardInterrupt):
+            run(loaded, tmp_path)
+    with (tmp_path / "cells.jsonl").open("a") as stream:
+        stream.write('{"key": "shortgpt layers=0.6 see')  # what a kill leaves of a line
+    later = list[Any]()
+    monkeypatch.setattr(harness_module.Harness, "row", lambda self, cell: later.append(cell) or whole(self, cell))
+    found = run(loaded, tmp_path)
+    assert len(later) == 3 and not set(later) & set(ran) and len(found.rows) == 5
+    assert all("result" in row for row in found.rows)
+
+
+def test_a_method_that_fails_is_a_row_with_its_error(loaded: Loaded, tmp_path: Path) -> None:
+    found = run(loaded, tmp_path, methods=("shortgpt:skip_first=900", "position"), budgets=("layers=0.8",))
+    assert found.rows[1]["error"].startswith("U508") and "result" in found.rows[2]
+    assert any("U508" in str(cell) for line in found.table()[1] for cell in line)
+
+
+def test_seeds_take_other_windows_of_the_calibration_text(loaded: Loaded, tmp_path: Path) -> None:
+    harness = harness_module.Harness.of(loaded, PROTOCOL, tmp_path)
+    assert harness.calibration(0).info.sha256 == harness.calibration(0).info.sha256
+    assert len({harness.calibration(seed).info.sha256 for seed in (0, 1, 2)}) == 3
+
+
+def test_results_of_another_comparison_are_refused(loaded: Loaded, tmp_path: Path) -> None:
+    run(loaded, tmp_path, methods=("position",), budgets=("layers=0.8",))
+    before = (tmp_path / "cells.jsonl").read_bytes()
+    with pytest.raises(DataError, match=r"D460.*protocol"):
+        run(loaded, tmp_path, methods=("position",), protocol=replace(PROTOCOL, length=24))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="D460"):
+        run(loaded, tmp_path / "file", methods=("position",))
+    assert (tmp_path / "cells.jsonl").read_bytes() == before
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_runs(loaded: Loaded, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="U523"):
+        run(loaded, tmp_path / "new", budgets=("speed=0.5",))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_verb_writes_table_and_page(tiny_folder: Path, tmp_path: Path) -> None:
+    options = "--length 16 --limit 2 --window 16 --windows 2 --new 0 --pairs 0 -q"
+    verb = [
+        "compare",
+        str(tiny_folder),
+        "--output",
+        str(tmp_path / "r"),
+        "-m",
+        "shortgpt",
+        "-m",
+        "position:which=first",
+    ]
+    done = CliRunner().invoke(app, [*verb, "-b", "layers=0.8", *options.split(), "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert [row["key"] for row in said["rows"]][1:] == [
+        "shortgpt layers=0.8 seed=0",
+        "position:which=first layers=0.8 seed=0",
+    ]
+    assert said["advice"][0].startswith("At layers=0.8 use ")
+    assert "| layers=0.8 | shortgpt |" in (tmp_path / "r" / "results.md").read_text()
+    assert "Methods compared" in (tmp_path / "r" / "report.html").read_text()
+    dry = CliRunner().invoke(app, [*verb, "-b", "layers=0.8", "--dry-run"])
+    assert dry.exit_code == 0 and "2 cells" in dry.stdout
+
+
+def test_ray_that_is_not_there_is_one_sentence(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(UsageError, match=r"U571.*pip install"):
+        run(loaded, tmp_path, ray="local")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray; runs where it is installed")
+def test_ray_gives_the_same_table(first: Compared, loaded: Loaded, tasks: Path, tmp_path: Path) -> None:
+    protocol = replace(FULL, tasks=(str(tasks),))
+    assert results(run(loaded, tmp_path, protocol=protocol, ray="local", workers=2)) == results(first)
+
+
+def test_the_page_of_a_comparison_names_the_protocol(first: Compared) -> None:
+    page = publish(first).read_text()
+    assert "task items" in page and "words" in (first.folder / "results.md").read_text()
