@@ -18,12 +18,17 @@ from shoal.cli import app
 from shoal.errors import DataError, UsageError
 from shoal.models.load import Loaded, load
 
-from .test_api import folder as tiny_folder  # noqa: F401
+from .test_api import model_folder
 
 PROTOCOL = Protocol(length=16, limit=2, window=16, windows=2, new_tokens=0, pairs=0, compared=1)
 FULL = Protocol(length=16, limit=2, window=16, windows=2, new_tokens=1, prompt=4, decoded=1, pairs=1, compared=1)
 METHODS = ("shortgpt", "position:which=first")
 BUDGETS = ("layers=0.8,0.6",)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
