@@ -11,7 +11,7 @@ from shoal.evaluation.plan_loss import Part, PlanLoss, mean_of
 from shoal.evaluation.stats import ratio
 from shoal.plan import Plan
 
-LEVEL = 0.001
+LEVEL = 0.002
 """The chance that one comparison drops a plan which all the data would have put first."""
 GROWTH = 1.3
 """Each stage sees so many times the batches of the one before it."""
