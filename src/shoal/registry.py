@@ -28,7 +28,21 @@ Kind = Literal["measures", "search", "methods", "exchange"]
 KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "exchange")
 
 HARNESS = frozenset(
-    {"batch", "budget", "data", "drop", "legal", "model", "objective", "plan", "progress", "scores", "seed", "spec"}
+    {
+        "batch",
+        "budget",
+        "data",
+        "drop",
+        "legal",
+        "maps",
+        "model",
+        "objective",
+        "plan",
+        "progress",
+        "scores",
+        "seed",
+        "spec",
+    }
     | {"stack", "task"}
 )
 """Parameters that the harness fills and that are therefore no options."""

@@ -14,6 +14,7 @@ from shoal.api import journal as module
 from shoal.api.journal import journaled, mean_nll
 from shoal.errors import DataError
 from shoal.evaluation import perplexity
+from shoal.evaluation.plan_loss import PlanLoss
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop
 from shoal.run.live import running
@@ -44,7 +45,13 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         done.append(mean_nll(*args, **rest))
         return done[-1]
 
+    def candidate(loss: PlanLoss, plan: Plan) -> float:
+        done.append(evaluate(loss, plan))
+        return done[-1]
+
+    evaluate = PlanLoss.__call__
     monkeypatch.setattr(module, "mean_nll", counting)
+    monkeypatch.setattr(PlanLoss, "__call__", candidate)
     return done
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 from shoal.errors import UsageError
+from shoal.evaluation.clock import Clock, Phase, measured_clock, measured_share
+from shoal.evaluation.scoring import Progress
 from shoal.plan import Cost, Plan, Spec, cost
 from shoal.plan import drop as drop_layers
 from shoal.scores import Budget, Unit
@@ -38,12 +40,40 @@ def parse_budget(text: str) -> tuple[Unit, float]:
 
 
 def counted_budget(unit: Unit, share: float, spec: Spec) -> Budget:
-    """A budget in a unit that `cost` counts. Raises U523 when the model has none of it (a KV cache, say)."""
+    """A budget in a unit that `cost` counts. Raises U523 when the model has none of it (a KV cache, say), U560 for a
+    unit that is measured."""
+    if unit not in COUNTED:
+        raise UsageError(
+            f"a budget in {unit} is measured on the loaded model, which is not loaded here; use one of "
+            f"{', '.join(COUNTED)}, or leave out --dry-run",
+            code="U560",
+        )
     of = COUNTED[unit]
     dense = of(cost(Plan.identity(spec), spec))
     if not dense:
         raise UsageError(f"{spec.family} has no {unit} to save; choose another unit", code="U523")
     return Budget(unit, share, lambda plan: of(cost(plan, spec)) / dense)
+
+
+def measured_budget(
+    unit: Unit, share: float, model: Any, *, prompt: int = 512, seed: int = 0, progress: Progress | None = None
+) -> Budget:
+    """A budget in milliseconds of prefill or decode, as a share of dense; its price is a `Clock`, measured now.
+
+    Raises U561 when nothing of the model can be left out, and what `speed` raises.
+    """
+    phase: Phase = "prefill" if unit == "prefill" else "decode"
+    return Budget(unit, share, measured_clock(model, phase, prompt=prompt, seed=seed, progress=progress))
+
+
+def priced(budget: Budget, plan: Plan, model: Any, *, prompt: int = 512, seed: int = 0) -> dict[str, Any]:
+    """What `plan` costs, as a share of dense: for a measured unit the prediction, its error, and the time itself."""
+    facts: dict[str, Any] = {"unit": budget.unit, "asked": budget.share, "price": budget.price(plan)}
+    if isinstance(budget.price, Clock):
+        clock = budget.price
+        real = measured_share(model, plan, clock.phase, prompt=prompt, new=16, pairs=3, seed=seed)
+        facts |= {"error": clock.error, "measured": real, "dense_ms": clock.dense_ms, "timed": dict(clock.timed)}
+    return facts
 
 
 def layers_for(budget: Budget, plan: Plan, stack: str | None = None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
-from shoal.api.budget import counted_budget, layers_for, parse_budget
+from shoal.api.budget import COUNTED, counted_budget, layers_for, measured_budget, parse_budget, priced
 from shoal.api.journal import journaled
 from shoal.data import Data
 from shoal.errors import UsageError, WriteError
@@ -39,6 +39,8 @@ class Pruned:
     data: Data | None
     evaluation: Evaluation | None = None
     bench: Bench | None = None
+    price: dict[str, Any] | None = None
+    """Of a search within a budget: unit, share asked for, price; for times also the error and the measured share."""
     records: tuple[Record, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,6 +52,7 @@ class Pruned:
             "dropped": {name: list(self.plan.dropped(name)) for name, _ in self.plan.stacks},
             "data": None if self.data is None else self.data.info.to_dict(),
             "cost": {"dense": self.before.to_dict(), "pruned": self.after.to_dict()},
+            "price": plain(self.price),
             "scores": None if self.found.scores is None else self.found.scores.to_dict(),
             "trace": [{"plan": c.notation, "score": plain(c.score), "note": c.note} for c in self.found.trace],
             "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
@@ -128,7 +131,7 @@ def prune(
     loaded = opened(source, **options)
     spec = inspect(loaded.model)
     identity = Plan.identity(spec, source=loaded.source)
-    text = None
+    text, most = None, None
     # before the search, which may take hours: what will be needed after it
     test = text_of(loaded, test_data, split="test", length=length, limit=min(limit, 8), bos=bos) if assess else None
     if writable:
@@ -139,6 +142,7 @@ def prune(
         if writable:
             blueprint(loaded.model, plan, zero_parts=zero_parts)
     else:
+        budget = _measured(loaded, budget, _prompt(loaded, length), seed, progress)
         count, most = amount_of(spec, stack, drop, keep, budget)
         text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
         task = Task(
@@ -159,6 +163,9 @@ def prune(
     result = Pruned(
         loaded, spec, found.plan, method, found, cost(identity, spec, shape), cost(found.plan, spec, shape), text
     )
+    if most is not None:
+        price = priced(most, found.plan, loaded.model, prompt=_prompt(loaded, length), seed=seed)
+        result = replace(result, price=price)
     if test is None:
         return result
     worth = evaluate(loaded, plan=found.plan, data=test, batch=batch, progress=progress)
@@ -169,13 +176,25 @@ def prune(
 def amount_of(
     spec: Spec, stack: str | None, drop: int | None, keep: float | None, budget: str | Budget | None
 ) -> tuple[int, Budget | None]:
-    """The number of layers to remove, and the budget that it comes from. Raises U521, U522 or U523."""
+    """The number of layers to remove, and the budget that it comes from. Raises U521, U522, U523 or U560."""
     if budget is None:
         return layers_to_drop(spec, stack, drop, keep), None
     if drop is not None or keep is not None:
         raise UsageError("give a budget or a number of layers, not both", code="U521")
     most = budget if isinstance(budget, Budget) else counted_budget(*parse_budget(budget), spec)
     return layers_for(most, Plan.identity(spec), stack), most
+
+
+def _measured(
+    loaded: Loaded, budget: str | Budget | None, prompt: int, seed: int, progress: Progress | None
+) -> str | Budget | None:
+    """A budget in a unit of time with its clock; any other as it is."""
+    if not isinstance(budget, str):
+        return budget
+    unit, share = parse_budget(budget)
+    if unit in COUNTED:
+        return budget
+    return measured_budget(unit, share, loaded.model, prompt=prompt, seed=seed, progress=progress)
 
 
 def _found(entry: Entry, task: Task, count: int, own: Mapping[str, Any]) -> Found:
@@ -223,15 +242,24 @@ def _prompt(loaded: Loaded, length: int, new: int = 32) -> int:
 
 
 def _legal(loaded: Loaded, spec: Spec, *, writable: bool, zero_parts: bool) -> Legal:
+    known: dict[str, bool] = {}  # searches ask again and again, and a blueprint takes longer than a short forward
+
     def legal(plan: Plan) -> bool:
-        if check(plan, spec):
-            return False
-        if not writable:
-            return True
-        try:
-            blueprint(loaded.model, plan, zero_parts=zero_parts)
-        except WriteError:
-            return False
-        return True
+        key = str(plan)
+        if key not in known:
+            known[key] = _allowed(loaded, spec, plan, writable=writable, zero_parts=zero_parts)
+        return known[key]
 
     return legal
+
+
+def _allowed(loaded: Loaded, spec: Spec, plan: Plan, *, writable: bool, zero_parts: bool) -> bool:
+    if check(plan, spec):
+        return False
+    if not writable:
+        return True
+    try:
+        blueprint(loaded.model, plan, zero_parts=zero_parts)
+    except WriteError:
+        return False
+    return True

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.data import Data
 from shoal.errors import DataError
-from shoal.evaluation import sequence_nll
+from shoal.evaluation.plan_loss import PlanLoss
+from shoal.evaluation.race import LEVEL, race
+from shoal.evaluation.scoring import sequence_nll
 from shoal.plan import Plan
 from shoal.record import plain
-from shoal.run.live import running
 from shoal.scores import Objective
 
 FORMAT = "shoal-journal/1"
@@ -25,33 +27,89 @@ def mean_nll(model: Any, data: Data, *, batch: int = 1) -> float:
     return math.fsum(total for total, _ in scored) / sum(count for _, count in scored)
 
 
-def journaled(model: Any, identity: Plan, *, path: Path | None = None, batch: int = 1) -> Callable[[Data], Objective]:
+def journaled(
+    model: Any,
+    identity: Plan,
+    *,
+    path: Path | None = None,
+    batch: int = 1,
+    memory: int | None = None,
+    share: bool = True,
+    seed: int = 0,
+) -> Callable[[Data], Objective]:
     """Data -> objective: the cross-entropy of a plan on them, each plan evaluated once.
 
     With `path` the values are kept in a JSON-lines file (null for what is not finite). Its first line names the data,
     the model's structure and the dense value, which is computed anew at every start, so that a journal of other weights
-    is refused (D430).
+    is refused (D430). Plans share what they have in common (`PlanLoss`, where `memory` and `share` are explained), and
+    the objective can race many plans, in an order of the batches drawn with `seed`.
     """
 
     def on(data: Data) -> Objective:
-        known = _open(path, model, identity, data, batch) if path is not None else {}
-
-        def objective(plan: Plan) -> float:
-            key = str(plan)
-            if key not in known:
-                with running(model, plan):
-                    known[key] = mean_nll(model, data, batch=batch)
-                if path is not None:
-                    _append(path, {"plan": key, "nll": known[key]})
-            return known[key]
-
-        return objective
+        known, lost = _open(path, model, identity, data, batch) if path is not None else ({}, {})
+        return Journaled(PlanLoss(model, data, batch=batch, memory=memory, share=share), path, known, lost, seed)
 
     return on
 
 
-def _open(path: Path, model: Any, identity: Plan, data: Data, batch: int) -> dict[str, float]:
-    """The values in the journal; a new journal gets its first line."""
+class Journaled:
+    """An objective that remembers: whole values by plan, and which plans were dropped in which race."""
+
+    def __init__(
+        self, loss: PlanLoss, path: Path | None, known: dict[str, float], lost: dict[str, set[str]], seed: int = 0
+    ) -> None:
+        self.loss, self.path, self.known, self.lost, self.seed = loss, path, known, lost, seed
+
+    def __call__(self, plan: Plan) -> float:
+        """Nats per token on all the data."""
+        key = str(plan)
+        if key not in self.known:
+            self._learn(key, self.loss(plan))
+        return self.known[key]
+
+    def race(
+        self, plans: Sequence[Plan], *, keep: int = 1, report: Callable[[int], None] | None = None
+    ) -> list[float | None]:
+        """The value of each plan, None for one that `keep` others beat (see `shoal.evaluation.race`).
+
+        What was dropped has no value in the journal: it is noted as lost in this very race, the same plans with the
+        same settings, and is not run again when the race is.
+        """
+        keys = [str(plan) for plan in plans]
+        facts = [sorted(keys), keep, LEVEL, self.seed, len(self.loss.batches)]
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        lost = self.lost.setdefault(name, set())
+        open_ = [plan for plan, key in zip(plans, keys, strict=True) if key not in self.known and key not in lost]
+        decided = len(plans) - len(open_)
+
+        def dropped(plan: Plan, seen: int) -> None:
+            lost.add(str(plan))
+            if self.path is not None:
+                _append(self.path, {"lost": str(plan), "race": name, "batches": seen})
+
+        values = race(
+            self.loss,
+            open_,
+            keep=keep,
+            seed=self.seed,
+            report=None if report is None else lambda done: report(decided + done),
+            dropped=dropped,
+        )
+        for plan, value in zip(open_, values, strict=True):
+            if value is not None:
+                self._learn(str(plan), value)
+        return [None if key in lost else self.known[key] for key in keys]
+
+    def _learn(self, key: str, value: float) -> None:
+        self.known[key] = value
+        if self.path is not None:
+            _append(self.path, {"plan": key, "nll": value})
+
+
+def _open(
+    path: Path, model: Any, identity: Plan, data: Data, batch: int
+) -> tuple[dict[str, float], dict[str, set[str]]]:
+    """The values in the journal and what lost in which race; a new journal gets its first line."""
     lines = _lines(path)
     facts = {"journal": FORMAT, "base": identity.base.fingerprint, "data": data.info.sha256}
     head = _object(lines[0]) if lines else {}
@@ -60,12 +118,17 @@ def _open(path: Path, model: Any, identity: Plan, data: Data, batch: int) -> dic
     dense = mean_nll(model, data, batch=batch)
     if not lines:
         _append(path, {**facts, "dense": dense})
-        return {}
+        return {}, {}
     before = _number(head.get("dense"))
     if any(head.get(name) != value for name, value in facts.items()) or not math.isclose(before, dense, rel_tol=1e-4):
         raise DataError(f"the journal {path} belongs to another model or other data; name another file", code="D430")
     entries = [_object(line) for line in lines[1:]]
-    return {str(entry["plan"]): _number(entry["nll"]) for entry in entries if {"plan", "nll"} <= entry.keys()}
+    lost: dict[str, set[str]] = {}
+    for entry in entries:
+        if {"lost", "race"} <= entry.keys():
+            lost.setdefault(str(entry["race"]), set()).add(str(entry["lost"]))
+    known = {str(entry["plan"]): _number(entry["nll"]) for entry in entries if {"plan", "nll"} <= entry.keys()}
+    return known, lost
 
 
 def _lines(path: Path) -> list[str]:

@@ -40,7 +40,11 @@ def prune(
     drop: Annotated[int | None, typer.Option("--drop", help="How many layers to remove.")] = None,
     keep: Annotated[float | None, typer.Option("--keep", help="Or the share of layers to keep, such as 0.8.")] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", help="Or what it may cost, as a share of dense: params=0.8; flops, kv.")
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Or what it may cost, as a share of dense: params=0.8; layers, flops, kv, prefill, decode.",
+        ),
     ] = None,
     plan: PlanText = None,
     data: DataSource = "builtin",
@@ -169,6 +173,15 @@ def _text(pruned: Any, written: Any) -> str:
         [f"{row['phase']} {row['unit']}", row["dense"]["median"], row["pruned"]["median"]] for row in speed_rows(pruned)
     ]
     lines.append(table(rows, ["", "dense", "pruned"]))
+    if pruned.price is not None:
+        lines.append(_price(pruned.price))
     if written is not None:
         lines.append(f"proved and written to {written.folder}; the page: {written.folder / 'report.html'}")
     return "\n".join(lines)
+
+
+def _price(price: dict[str, Any]) -> str:
+    text = f"{price['unit']}: {price['price']:.3f} of dense, {price['asked']:g} was asked for"
+    if "measured" in price:
+        text += f" (predicted, the fit is right to {price['error']:.3f}; measured {price['measured']:.3f})"
+    return text

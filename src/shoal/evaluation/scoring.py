@@ -122,11 +122,16 @@ def sequence_nll(
     results: list[tuple[float, int]] = []
     with evaluating(model):
         for ids, mask, keep in windows(data, batch, progress, stage):
-            nll = token_nll(logits_of(model, ids, mask), ids)
-            sums = torch.where(keep, nll, 0.0).sum(-1)
+            sums = batch_tokens(model, ids, mask, keep).sum(-1)
             results += zip(sums.tolist(), keep.sum(-1).tolist(), strict=True)
     require_scored(sum(count for _, count in results), data)
     return tuple(results)
+
+
+def batch_tokens(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, keep: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of each next token of one batch from `windows`, 0 where it is not scored: float64
+    [batch, length - 1] on the CPU. No gradients and no dropout are the caller's business."""
+    return torch.where(keep, token_nll(logits_of(model, ids, mask), ids), 0.0)
 
 
 def require_scored(tokens: int, data: Data) -> None:

@@ -111,12 +111,13 @@ class Conductor:
         hidden = args[0] if args else kwargs["hidden_states"]
         for position, step in steps:
             hidden = self._step(position, step, hidden, index, args, kwargs)
-        returned = self._returned(index, hidden)
+        returned = self.passed(index, hidden)
         if index == len(self.due) - 1:
             self.now = Pass()  # nothing of this forward outlives it
         return returned
 
-    def _returned(self, index: int, hidden: torch.Tensor) -> Any:
+    def passed(self, index: int, hidden: torch.Tensor) -> Any:
+        """`hidden` in the shape in which layer `index` returns it."""
         tail = self.facts[index].tail
         if tail < 0:
             return hidden

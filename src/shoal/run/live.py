@@ -23,13 +23,13 @@ class Running:
 
     def __init__(self, model: nn.Module, plan: Plan, swapped: list[tuple[Stack, nn.ModuleList]]) -> None:
         self.model, self.plan = model, plan
-        self._swapped = swapped
+        self.swapped = swapped
 
     def restore(self) -> None:
         """Take the plan away."""
-        for stack, original in self._swapped:
+        for stack, original in self.swapped:
             setattr(stack.owner, stack.attr, original)
-        self._swapped = []
+        self.swapped = []
 
 
 def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor] | None = None) -> Running:

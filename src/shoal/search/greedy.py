@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 from shoal.plan import Plan
-from shoal.plan import drop as drop_layers
-from shoal.scores import Candidate, Found, Legal, Objective, removable, too_few
+from shoal.scores import Budget, Candidate, Found, Legal, Objective
+from shoal.search._candidates import Goal, Grain, Move, best, goal, judge, moves, value_of
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -17,32 +18,64 @@ def greedy(
     plan: Plan,
     *,
     objective: Objective,
-    drop: int,
     legal: Legal,
+    drop: int | None = None,
+    budget: Budget | None = None,
+    grain: Grain = "layer",
+    rank: Literal["loss", "saving"] = "loss",
+    exhaustive: bool = False,
     stack: str | None = None,
     progress: Progress | None = None,
 ) -> Found:
-    """In each of `drop` rounds, evaluate the plan without each layer that is left, and remove the one missed least.
+    """Remove the piece without which the objective is lowest, look at what is left, and go on until it is enough.
 
-    Ties go to the lower layer. Every candidate is evaluated in full on the plan as it is by then: the sum over rounds
-    of the layers left. The result for a smaller budget is a prefix of the result for a larger one. A candidate whose
-    objective is NaN is never chosen. Raises U504 when no layer may go any more.
+    `grain`: a piece is a layer, an attention, an mlp, or (sublayers) either of these; `drop` counts pieces. With
+    `rank="saving"` the piece with the lowest rise of the objective per saved share of the budget goes, which matters
+    where pieces differ in price. Ties go to the lower layer. The result for a smaller number is a prefix of that for a
+    larger one. Candidates race where the objective can (see `docs/searching.md`); `exhaustive` evaluates every one in
+    full, as SLEB's released code does: the sum over rounds of the pieces left. A candidate whose objective is NaN is
+    never chosen. Source: SLEB (Song et al. 2024, arXiv 2402.09025); for parts FinerCut (arXiv 2405.18218) and
+    BlockPruner (arXiv 2406.10594). Raises U504, U540-U545.
     """
-    left = len(removable(plan, drop, stack))
+    aim = goal(plan, drop, budget, grain, stack)
+    if rank == "saving" and budget is None:
+        rank = "loss"
     trace: list[Candidate] = []
-    total, done = sum(left - k for k in range(drop)), 0
-    for round_ in range(drop):
-        best: tuple[float, int, Plan] | None = None
-        for layer in sorted(set(plan.layers(stack))):
-            smaller = drop_layers(plan, [layer], stack=stack)
-            score = objective(smaller) if legal(smaller) else math.nan
-            if not math.isnan(score) and (best is None or score < best[0]):
-                best = (score, layer, smaller)
-            done += 1
-            if progress is not None:
-                progress(done, total, f"round {round_ + 1} of {drop}")
-        if best is None:
-            raise too_few(round_, drop)
-        plan = best[2]
-        trace.append(Candidate(str(plan), best[0], f"layer {best[1]} removed"))
+    while not aim.reached(plan, len(trace)):
+        options = moves(plan, grain, legal, stack)
+        values = judge(
+            objective,
+            [move.plan for move in options],
+            exhaustive=exhaustive or rank == "saving",
+            report=_reporter(progress, aim, len(trace), len(options)),
+        )
+        if rank == "saving" and budget is not None:
+            values = _per_saving(budget, plan, options, values, value_of(objective, plan))
+        chosen = best(values)
+        if chosen is None:
+            raise aim.missed(plan, len(trace))
+        plan = options[chosen].plan
+        trace.append(Candidate(str(plan), values[chosen] or 0.0, options[chosen].note))
     return Found(plan, tuple(trace))
+
+
+def _per_saving(
+    budget: Budget, plan: Plan, options: list[Move], values: list[float | None], now: float
+) -> list[float | None]:
+    """The rise of the objective over what the removal saves; NaN for one that saves nothing."""
+    whole = budget.price(plan)
+    saved = [whole - budget.price(move.plan) for move in options]
+    return [
+        (value - now) / saving if value is not None and saving > 0 else math.nan
+        for value, saving in zip(values, saved, strict=True)
+    ]
+
+
+def _reporter(progress: Progress | None, aim: Goal, round_: int, size: int) -> Callable[[int], None] | None:
+    """Tells `progress` of every candidate of all rounds, those to come estimated."""
+    if progress is None:
+        return None
+    rounds = max(aim.removals(), round_ + 1)
+    before = sum(size + round_ - k for k in range(round_))
+    total = before + sum(size - k for k in range(rounds - round_))
+    return lambda done: progress(before + done, total, f"round {round_ + 1} of {rounds}")

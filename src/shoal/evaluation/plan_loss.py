@@ -1,0 +1,163 @@
+"""The cross-entropy of many plans on the same data: what plans have in common is computed once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoal.data import Data
+from shoal.evaluation.scoring import batch_tokens, device_of, evaluating, require_context, require_scored, windows
+from shoal.models.inspect import inspect
+from shoal.models.stacks import find_stacks
+from shoal.plan import Plan
+from shoal.run.live import Running, running
+from shoal.run.prefix import Prefix, prefixes, resumed, shared
+from shoal.run.states import States
+
+BLOCK = 8
+"""Neighbouring tokens whose losses count as one sample of a race."""
+PROBE = 8
+"""Tokens with which it is proved that a forward may begin in the middle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one plan scored on one batch, in nats."""
+
+    sums: tuple[float, ...]
+    """By sequence."""
+    counts: tuple[int, ...]
+    blocks: tuple[float, ...]
+    """The sums of `BLOCK` neighbouring tokens each, sequence after sequence; those without a scored token left out."""
+    sizes: tuple[int, ...]
+    """Scored tokens in each block."""
+
+
+class PlanLoss:
+    """Plan -> cross-entropy on `data`, equal bit for bit to `sequence_nll` of the running plan on the same batches.
+
+    The hidden state at which plans part is kept (see `States`), so that a plan whose first layers another plan ran
+    already computes only what follows. A model in which something besides the hidden state travels from layer to layer
+    is found by trying (a few tokens, every cut, before it is used) and runs in full. `share=False` runs all in full.
+    Raises `UsageError` U510 for windows longer than the context, `DataError` D420 if no token is scored.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: Data,
+        *,
+        batch: int = 1,
+        share: bool = True,
+        memory: int | None = None,
+        disk: int | None = None,
+    ) -> None:
+        require_context(model, data.ids.shape[1])
+        self.model, self.data = model, data
+        self.batches = tuple(windows(data, batch, None, ""))
+        require_scored(sum(int(keep.sum()) for _, _, keep in self.batches), data)
+        self.layers_run = 0
+        """Taps passed with computation so far, over all batches; what sharing saved shows here."""
+        self.states = States(device_of(model), memory=memory, disk=disk)
+        self._share = share and len(find_stacks(model)) == 1
+        self._exact: dict[int, bool] = {}
+        self._probed: dict[int, torch.Tensor] = {}
+        self._answer: torch.Tensor | None = None
+        self._prefixes: dict[Plan, dict[int, Prefix]] = {}
+
+    def __call__(self, plan: Plan) -> float:
+        """Nats per token over all the data."""
+        return mean_of(self.parts(plan, range(len(self.batches))))
+
+    def parts(self, plan: Plan, numbers: Iterable[int], *, among: Collection[Prefix] | None = None) -> list[Part]:
+        """The sums of these batches, by their number. `among`: the only prefixes whose states are worth keeping."""
+        wanted = list(numbers)
+        starts = {number: self._start(plan, number) for number in wanted}
+        with evaluating(self.model), running(self.model, plan) as handle:
+            return [self._part(handle, plan, number, starts[number], among) for number in wanted]
+
+    def forks(self, plans: Collection[Plan]) -> set[Prefix]:
+        """What `parts` may be told to keep when all of `plans` are going to be evaluated."""
+        return shared(plans) if self._share else set()
+
+    def close(self) -> None:
+        """Forget the hidden states."""
+        self.states.close()
+
+    def _of(self, plan: Plan) -> dict[int, Prefix]:
+        if plan not in self._prefixes:
+            if len(self._prefixes) > 4096:
+                self._prefixes.clear()
+            self._prefixes[plan] = prefixes(plan)
+        return self._prefixes[plan]
+
+    def _start(self, plan: Plan, number: int) -> int:
+        """The last cut for which there is a state of this batch, 0 if there is none."""
+        if not self._share:
+            return 0
+        known = (cut for cut, prefix in self._of(plan).items() if (number, prefix) in self.states)
+        return next((cut for cut in sorted(known, reverse=True) if self._resumable(cut)), 0)
+
+    def _part(self, handle: Running, plan: Plan, number: int, cut: int, among: Collection[Prefix] | None) -> Part:
+        ids, mask, keep = self.batches[number]
+        own = self._of(plan) if self._share else {}
+        state = self.states.get((number, own[cut])) if cut else None
+
+        def seen(index: int, hidden: Any) -> None:
+            self.layers_run += 1
+            prefix = own.get(index)
+            if prefix is not None and (among is None or prefix in among) and isinstance(hidden, torch.Tensor):
+                self.states.put((number, prefix), hidden)
+
+        with resumed(handle, cut=cut if state is not None else 0, state=state, seen=seen):
+            return _part(batch_tokens(self.model, ids, mask, keep), keep)
+
+    def _resumable(self, cut: int) -> bool:
+        """Whether the base model gives the same logits, bit for bit, when it begins at `cut`."""
+        if cut not in self._exact:
+            plan = Plan.identity(inspect(self.model))
+            with evaluating(self.model), running(self.model, plan) as handle:
+                self._exact[cut] = self._tried(handle, cut)
+        return self._exact[cut]
+
+    def _tried(self, handle: Running, cut: int) -> bool:
+        ids = {"input_ids": self.data.ids[:1, :PROBE].to(device_of(self.model)), "use_cache": False}
+
+        def keep(index: int, hidden: Any) -> None:
+            if isinstance(hidden, torch.Tensor):
+                self._probed[index] = hidden.clone()
+
+        if self._answer is None:
+            with resumed(handle, seen=keep):
+                self._answer = self.model(**ids).logits
+        if cut not in self._probed:
+            return False
+        try:
+            with resumed(handle, cut=cut, state=self._probed[cut].clone(), seen=lambda *_: None):
+                again = self.model(**ids).logits
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
+            return False  # a layer behind the cut asks for what one before it would have left
+        return torch.equal(again, self._answer)
+
+
+def mean_of(parts: Iterable[Part]) -> float:
+    """Nats per token of all parts together."""
+    parts = list(parts)
+    return math.fsum(total for part in parts for total in part.sums) / sum(n for part in parts for n in part.counts)
+
+
+def _part(nll: torch.Tensor, keep: torch.Tensor) -> Part:
+    short = -nll.shape[1] % BLOCK
+    blocks = torch.nn.functional.pad(nll, (0, short)).reshape(-1, BLOCK).sum(-1)
+    sizes = torch.nn.functional.pad(keep, (0, short)).reshape(-1, BLOCK).sum(-1)
+    scored = sizes > 0
+    return Part(
+        tuple(nll.sum(-1).tolist()),
+        tuple(keep.sum(-1).tolist()),
+        tuple(blocks[scored].tolist()),
+        tuple(sizes[scored].tolist()),
+    )
