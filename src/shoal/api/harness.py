@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from shoal.api.assess import text_of, tokenizer_of
-from shoal.api.budget import counted_budget, parse_budget
+from shoal.api.budget import COUNTED, counted_budget, parse_budget
 from shoal.api.find import Pruned, prune
 from shoal.api.study import Cell, Protocol, file_name
 from shoal.data import Data
 from shoal.errors import ShoalError
 from shoal.evaluation import compare as agree
 from shoal.evaluation import generation_check, perplexity, speed
+from shoal.evaluation.clock import Clock, Phase, kept_clock, measured_clock
 from shoal.evaluation.peak import peak_memory
 from shoal.evaluation.scoring import device_of
 from shoal.evaluation.tasks import Tasks, load_tasks, score_tasks
+from shoal.models.checkpoint import read_json
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
-from shoal.plan import Plan, cost
+from shoal.plan import Plan, Spec, cost
 from shoal.run.live import running
-from shoal.scores import Budget
+from shoal.scores import Budget, Unit
 
 DENSE = "dense"
 
@@ -112,8 +115,24 @@ class Harness:
     def budget(self, text: str) -> Budget:
         """The budget of that text; the same one for all cells. Raises U523."""
         if text not in self.budgets:
-            self.budgets[text] = counted_budget(*parse_budget(text), inspect(self.loaded.model))
+            unit, share = parse_budget(text)
+            spec = inspect(self.loaded.model)
+            self.budgets[text] = (
+                counted_budget(unit, share, spec) if unit in COUNTED else Budget(unit, share, self._clock(unit, spec))
+            )
         return self.budgets[text]
+
+    def _clock(self, unit: Unit, spec: Spec) -> Clock:
+        """Measured once for a folder of results and kept there: a run that goes on, and one that is given the file,
+        means the same by a budget."""
+        path = self.folder / f"clock-{unit}.json"
+        if path.is_file():
+            return kept_clock(read_json(path), spec)
+        phase: Phase = "prefill" if unit == "prefill" else "decode"
+        clock = measured_clock(self.loaded.model, phase, prompt=self.protocol.prompt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(clock.to_dict(), indent=1), encoding="utf-8")
+        return clock
 
     def _plan(self, pruned: Pruned, budget: Budget, weighted: bool) -> dict[str, Any]:
         identity, after = cost(Plan.identity(pruned.spec), pruned.spec), cost(pruned.plan, pruned.spec)

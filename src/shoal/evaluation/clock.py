@@ -38,7 +38,13 @@ class Clock:
     """Plan -> median share of the dense time in the same round."""
     dense_ms: float
     """Milliseconds: the prefill of the whole prompt, or one decoded token."""
-    speed: Speed
+    speed: Speed | None = None
+    """All that was timed; None for a clock that was kept in a file."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data from which `kept_clock` makes the clock again."""
+        names = ("phase", "fixed", "parts", "error", "timed", "dense_ms")
+        return {name: dict(v) if isinstance(v := getattr(self, name), Mapping) else v for name in names}
 
     def __call__(self, plan: Plan) -> float:
         """The predicted share of the dense time. A map counts by its FLOPs, branches of a group one after another."""
@@ -79,6 +85,11 @@ def measured_clock(
     clock = Clock(phase, spec, fixed, parts, 0.0, shares, milliseconds, found)
     error = max(abs(clock(plan) - shares[name]) for name, plan in plans.items())
     return Clock(phase, spec, fixed, parts, error, shares, milliseconds, found)
+
+
+def kept_clock(facts: Mapping[str, Any], spec: Spec) -> Clock:
+    """The clock of which `facts` is the plain data, for the same model on the same machine."""
+    return Clock(spec=spec, **facts)
 
 
 def timed(model: Any, plans: Mapping[str, Plan], **work: Any) -> Speed:

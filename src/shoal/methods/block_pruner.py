@@ -1,0 +1,32 @@
+"""BlockPruner and FinerCut: attention and mlp are removed one by one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shoal.methods._task import Task
+from shoal.scores import Found
+from shoal.search.greedy import greedy
+
+
+def block_pruner(
+    task: Task, *, drop: int | None = None, rank: Literal["loss", "saving"] = "loss", exhaustive: bool = False
+) -> Found:
+    """In each round remove the attention or the mlp without which the cross-entropy is lowest.
+
+    `drop` counts parts; with a budget, as many go as it takes, and `rank=saving` takes the lowest rise per saved share.
+    Source: Zhong et al. 2024 (BlockPruner, arXiv 2406.10594), which ranks by perplexity as here; Zhang et al. 2024
+    (FinerCut, arXiv 2405.18218) does the same by the distance of the output.
+    """
+    return greedy(
+        task.plan,
+        objective=task.objective(task.data),
+        drop=drop if task.budget is None else None,
+        budget=task.budget,
+        grain="sublayers",
+        rank=rank,
+        exhaustive=exhaustive,
+        legal=task.legal,
+        stack=task.stack,
+        progress=task.progress,
+    )

@@ -1,0 +1,27 @@
+"""Puzzle's search: one choice per layer by integer programming."""
+
+from __future__ import annotations
+
+from shoal.errors import UsageError
+from shoal.methods._task import Task
+from shoal.scores import Found
+from shoal.search.milp import milp
+
+
+def puzzle(task: Task, *, rounds: int = 2) -> Found:
+    """Choose for each layer keep, no attention, no mlp or nothing, by an integer programme over measured losses.
+
+    Source: Bercovich et al. 2024 (Puzzle, arXiv 2411.19146), its search alone. How we differ: no replacement blocks are
+    trained, and the solution is measured end to end and improved in further rounds. Raises U540 without a budget.
+    """
+    if task.budget is None:
+        raise UsageError("puzzle needs a budget, not a number of layers; write --budget params=0.8", code="U540")
+    return milp(
+        task.plan,
+        objective=task.objective(task.data),
+        budget=task.budget,
+        rounds=rounds,
+        legal=task.legal,
+        stack=task.stack,
+        progress=task.progress,
+    )
