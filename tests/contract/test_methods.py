@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from shoal.api.budget import counted_budget
 from shoal.api.journal import journaled, mean_nll
 from shoal.data import Data
+from shoal.errors import UsageError
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
 from shoal.measures.loss_removed import loss_removed
 from shoal.methods._task import Task
+from shoal.methods.block_pruner import block_pruner
 from shoal.methods.gromov import gromov
 from shoal.methods.loss_one_shot import loss_one_shot
 from shoal.methods.position import position
+from shoal.methods.puzzle import puzzle
 from shoal.methods.shortgpt import shortgpt
 from shoal.methods.sleb import sleb
+from shoal.methods.tyukin import tyukin
+from shoal.methods.unified import unified
 from shoal.models.inspect import inspect
-from shoal.plan import Plan, check
+from shoal.plan import Plan, Run, check
+from shoal.plan.steps import Base, runs
 from shoal.registry import Entry, entries
 from shoal.scores import Found
 from shoal.writing.surgery import rewrite
@@ -27,7 +35,7 @@ from shoal.writing.surgery import rewrite
 from .families import tiny
 from .planted import PLANTED, own_text, planted, random_data
 
-DATA_FREE = {"position"}
+DATA_FREE = {"position", "tyukin", "unified"}
 METHODS = [pytest.param(entry, id=entry.name) for entry in entries("methods").values()]
 LOOKING = [param for param in METHODS if param.id not in DATA_FREE]
 
@@ -51,30 +59,93 @@ def random_task(**rest: Any) -> Task:
     return task_of(tiny("llama"), random_data(4, 16), **rest)
 
 
+def run(entry: Entry, task: Task, number: int) -> Found:
+    """What the method finds when `number` of its pieces are to go; layers for one that takes only a budget."""
+    method = entry.load()
+    if entry.name != "puzzle":
+        return method(task, drop=number)
+    depth = task.plan.depth()
+    return method(replace(task, budget=counted_budget("layers", 1 - number / depth, task.spec)))
+
+
+def gone(plan: Plan) -> set[tuple[int, str]]:
+    """The attentions and mlps that do not run."""
+    parts = ("attention", "mlp")
+    there = {(r.layer, p) for r in runs(plan.steps()) for p in (parts if r.part == "layer" else (r.part,))}
+    return {(layer, part) for layer in range(plan.depth()) for part in parts} - there
+
+
 @pytest.mark.parametrize("family", tuple(PLANTED))
 @pytest.mark.parametrize("entry", LOOKING)
 def test_a_method_that_looks_removes_the_layer_that_does_nothing_first(entry: Entry, family: str) -> None:
-    found = entry.load()(task_of(planted(family), own_text(family)), drop=1)
-    assert found.plan.dropped() == (PLANTED[family],)
+    found = run(entry, task_of(planted(family), own_text(family)), 1)
+    assert {layer for layer, _ in gone(found.plan)} == {PLANTED[family]}
     assert found.trace[0].notation == str(found.plan)
 
 
-@pytest.mark.parametrize("name", sorted(DATA_FREE))
-def test_a_position_preset_looks_at_nothing(name: str) -> None:
+@pytest.mark.parametrize(("name", "plan"), [("position", "0-1"), ("tyukin", "0,1-2m,3"), ("unified", "0,3")])
+def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
+    assert name in DATA_FREE
     spec = inspect(tiny("llama"))
     nothing: Any = Untouchable()
     task = Task(nothing, nothing, Plan.identity(spec), nothing, lambda plan: True, nothing)
-    assert entries("methods")[name].load()(task, drop=2).plan.dropped() == (2, 3)
+    assert str(entries("methods")[name].load()(task, drop=2).plan) == plan
 
 
 @pytest.mark.parametrize("entry", METHODS)
 def test_a_method_repeats_itself_and_is_nested_where_it_goes_layer_by_layer(entry: Entry) -> None:
-    found = [entry.load()(random_task(), drop=number) for number in (1, 2, 3)]
-    assert [len(f.plan.dropped()) for f in found] == [1, 2, 3]
-    assert entry.load()(random_task(), drop=2) == found[1]
-    if entry.name != "gromov":
-        assert set(found[0].plan.dropped()) < set(found[1].plan.dropped()) < set(found[2].plan.dropped())
-    assert all(f.trace[-1].notation == str(f.plan) for f in found)
+    found = [run(entry, random_task(), number) for number in (1, 2, 3) if (entry.name, number) != ("unified", 3)]
+    sizes = [len(gone(f.plan)) for f in found]
+    least = [number * (1 if entry.name in ("tyukin", "block-pruner") else 2) for number in (1, 2, 3)][: len(sizes)]
+    assert sizes == least if entry.name != "puzzle" else all(a >= b for a, b in zip(sizes, least, strict=True))
+    assert run(entry, random_task(), 2) == found[1]
+    if entry.name not in ("gromov", "unified", "puzzle"):
+        assert all(gone(one.plan) < gone(other.plan) for one, other in itertools.pairwise(found))
+    assert all(str(f.plan) in {c.notation for c in f.trace} for f in found)
+
+
+@pytest.mark.parametrize(
+    ("drop", "spacing", "kept"),
+    [  # the published rule for 30 layers at target speeds of 2, 3, 5 and 10
+        (15, "released", (*range(0, 27, 2), 29)),
+        (20, "released", (*range(0, 25, 3), 29)),
+        (24, "released", (0, 6, 12, 18, 24, 29)),
+        (27, "released", (0, 15, 29)),
+        (10, "released", (*range(19), 29)),
+        (24, "even", (0, 6, 12, 17, 23, 29)),
+    ],
+)
+def test_unified_keeps_the_golden_sets(drop: int, spacing: Any, kept: tuple[int, ...]) -> None:
+    base = Base("llama", "x", (("decoder", 30),))
+    nothing: Any = Untouchable()
+    plan = Plan(base, (("decoder", tuple(Run(i) for i in range(30))),))
+    task = Task(nothing, nothing, plan, nothing, lambda plan: True, nothing)
+    assert unified(task, drop=drop, spacing=spacing).plan.layers() == kept
+
+
+@pytest.mark.parametrize("drop", [0, 3, 4])
+def test_unified_keeps_two_layers(drop: int) -> None:
+    with pytest.raises(UsageError, match="U504"):
+        unified(random_task(), drop=drop)
+
+
+def test_tyukin_goes_from_the_top_and_spares_the_last_layer_when_asked() -> None:
+    found = {keep: tyukin(random_task(), drop=2, keep_last=keep).plan for keep in (True, False)}
+    assert {str(plan) for plan in found.values()} == {"0,1-2m,3", "0-1,2-3m"}
+    assert str(tyukin(random_task(), drop=1, part="mlp").plan) == "0-1,2a,3"
+    with pytest.raises(UsageError, match="U504"):
+        tyukin(random_task(), drop=4)
+
+
+def test_block_pruner_is_greedy_over_parts_and_stops_at_a_budget() -> None:
+    task = random_task()
+    whole = block_pruner(replace(task, budget=counted_budget("params", 0.8, task.spec)))
+    assert block_pruner(task, drop=len(whole.trace), exhaustive=True).plan == whole.plan
+
+
+def test_puzzle_needs_a_budget() -> None:
+    with pytest.raises(UsageError, match="U540"):
+        puzzle(random_task())
 
 
 def test_shortgpt_is_block_influence_in_one_shot() -> None:
@@ -142,5 +213,5 @@ def test_presets_differ_and_random_follows_the_seed_of_the_task() -> None:
 def test_progress_reaches_the_measure_and_the_search() -> None:
     for entry in entries("methods").values():
         reports: list[Any] = []
-        entry.load()(random_task(progress=lambda *report, to=reports: to.append(report)), drop=1)
+        run(entry, random_task(progress=lambda *report, to=reports: to.append(report)), 1)
         assert bool(reports) == (entry.name not in DATA_FREE)
