@@ -22,7 +22,7 @@ class Spread:
         return cls(median(samples), min(samples), max(samples), tuple(samples))
 
 
-def ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float | None]:
     """Sum of `sums` over sum of `counts`, and its standard error with the sequence as the unit of sampling.
 
     R = sum(s_i) / sum(n_i);  se(R)^2 = m / (m - 1) x sum((s_i - R n_i)^2) / (sum(n_i))^2  for m sequences with n_i > 0:
