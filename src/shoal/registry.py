@@ -29,7 +29,7 @@ KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "exchange")
 
 HARNESS = frozenset(
     {"batch", "budget", "data", "drop", "legal", "model", "objective", "plan", "progress", "scores", "seed", "spec"}
-    | {"stack", "task"}
+    | {"stack", "task", "tokenizer"}
 )
 """Parameters that the harness fills and that are therefore no options."""
 

@@ -46,7 +46,9 @@ class Traits:
     least: bool = True
     """Whether every other layer of a model in which each layer matters then scores more."""
     text: bool = True
-    """Whether it looks at text in sequences; one that does not has no standard errors."""
+    """Whether it looks at text; one that does not takes None for it."""
+    errors: bool = True
+    """Whether it has standard errors over sequences with its options as they are."""
     first: int = 0
     """The first layer that can be judged: 1 where a layer is compared with the one below."""
 

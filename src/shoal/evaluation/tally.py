@@ -16,7 +16,7 @@ def tally(
     unit: str,
     sums: Sequence[Sequence[float]],
     counts: Sequence[float],
-    data: Data,
+    data: Data | str,
     *,
     stack: str,
     tokens: int | None = None,
@@ -28,7 +28,7 @@ def tally(
     """Scores whose values are sum(sums[i]) / sum(counts), with the standard error of that ratio over sequences.
 
     `sums`: [layers][sequences], NaN for a layer that could not be judged. `counts`: [sequences], what was averaged;
-    `tokens` where that is not the number of tokens.
+    `tokens` where that is not the number of tokens. `data`: what was looked at, or words for it.
     """
     means = [(math.nan, None) if any(map(math.isnan, own)) else ratio(own, counts) for own in sums]
     return Scores(
@@ -39,7 +39,7 @@ def tally(
         errors=tuple(error for _, error in means),
         sequences=len(counts),
         tokens=int(sum(counts)) if tokens is None else tokens,
-        data=data.info.describe(),
+        data=data if isinstance(data, str) else data.info.describe(),
         span=span,
         notes=notes,
         detail=detail or {},
