@@ -119,7 +119,7 @@ def test_a_layer_that_does_nothing_is_least_important(entry: Entry, family: str)
     if traits.null != "none":
         assert scores.values[layer] == 0.0, "exactly"
         assert scores.errors[layer] in (0.0, None)
-    assert [error is not None for error in scores.errors] == [traits.errors] * len(scores.errors)
+    assert all((error is not None) == traits.errors for error in scores.errors[traits.first :])
     if traits.least:
         assert scores.removal and scores.order()[0] == layer
         assert all(value > 0 for i, value in enumerate(scores.values) if i != layer)

@@ -8,7 +8,7 @@ import torch
 
 from shoal.evaluation.candidates import compare_each, without_each
 from shoal.evaluation.tally import tally
-from shoal.run.observe import final_state
+from shoal.run.observe import forward_without_head
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -36,7 +36,7 @@ def macro_influence(
     """
 
     def states(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return torch.nn.functional.normalize(final_state(model, ids, mask).float(), dim=-1)
+        return torch.nn.functional.normalize(forward_without_head(model, ids, mask).float(), dim=-1)
 
     def turned(dense: torch.Tensor, without: torch.Tensor) -> list[torch.Tensor]:
         return [((dense - without.to(dense.device)).square().sum(-1) / 2)[:, :-1].cpu()]

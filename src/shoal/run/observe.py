@@ -42,8 +42,6 @@ def observe(
     """
     inner = unwrap(model)
     found = find_stack(inner, stack)
-    # the head is the dearest matrix of a small model and no layer needs it
-    backbone = inner.base_model
     training = [module for module in inner.modules() if module.training]
     size: list[int] = []
     handles = []
@@ -72,7 +70,7 @@ def observe(
         for ids, mask in batches:
             size[:] = ids.shape
             before(ids, mask)
-            backbone(**_inputs(backbone, ids, mask), use_cache=False)
+            forward_without_head(inner, ids, mask)
     finally:
         for handle in handles:
             handle.remove()
@@ -80,9 +78,10 @@ def observe(
             module.training = True
 
 
-def final_state(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def forward_without_head(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """What the head is given, [batch, length, hidden], for `ids` and `mask` [batch, length]; the caller chooses the
     modes and whether gradients are kept."""
+    # the head is the dearest matrix of a small model and no layer needs it
     backbone = unwrap(model).base_model
     state: torch.Tensor = backbone(**_inputs(backbone, ids, mask), use_cache=False).last_hidden_state
     return state
