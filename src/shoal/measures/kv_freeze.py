@@ -35,9 +35,9 @@ def kv_freeze(
 
     f_i = E_t[ KL(p_t || q_i,t) ] over the last `tail` tokens of each sequence (a quarter of it by default), which run
     as always; for the tokens before them, the prompt, the keys and values of all layers above i are made from the
-    output of layer i. 0 for the last layer. The detail holds `top1`, the share of tokens whose first choice stays. A
-    probe: where the curve is low, the KV of the layers above could be shared, or computed without running these layers
-    on the prompt.
+    output of layer i. 0 for the last two layers, above which all is as always. The detail holds `top1`, the share of
+    tokens whose first choice stays. A probe: where the curve is low, the KV of the layers above could be shared, or
+    computed without running these layers on the prompt.
     Source: Attend First, Consolidate Later (2024, arXiv 2409.03621), the freezing experiment.
     How we differ: a prompt of many tokens and a tail of several are judged instead of a single current token, by KL
     instead of answers; standard errors are over sequences. Cost: one cached pass per layer. Raises U538 for a tail that
