@@ -43,7 +43,7 @@ HARNESS = frozenset(
         "seed",
         "spec",
     }
-    | {"stack", "task"}
+    | {"stack", "task", "tokenizer"}
 )
 """Parameters that the harness fills and that are therefore no options."""
 

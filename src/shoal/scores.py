@@ -38,6 +38,22 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Traits:
+    """What a measure promises, as data that its module may hold under the name `TRAITS`; tests hold it to them."""
+
+    null: Literal["silent", "zero matrices", "none"] = "silent"
+    """Which planted layer scores exactly 0: one that adds nothing, one whose matrices are all zero, or none."""
+    least: bool = True
+    """Whether every other layer of a model in which each layer matters then scores more."""
+    text: bool = True
+    """Whether it looks at text; one that does not takes None for it."""
+    errors: bool = True
+    """Whether it has standard errors over sequences with its options as they are."""
+    first: int = 0
+    """The first layer that can be judged: 1 where a layer is compared with the one below."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """How little each layer (or each span of `span` layers that starts there) matters: the lowest goes first."""
 
@@ -53,6 +69,15 @@ class Scores:
     data: str
     span: int = 1
     notes: tuple[str, ...] = ()
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    """What a measure knows besides: figures by head, by pair of layers, by another yardstick; plain data."""
+    samples: tuple[tuple[float, ...], ...] = ()
+    """By layer and calibration sequence: the sums whose total over that of `counts` is the value; empty where the value
+    is not such a ratio. Not part of `to_dict`."""
+    counts: tuple[float, ...] = ()
+    """By calibration sequence: what the sums are divided by, the same for all layers."""
+    removal: bool = True
+    """False for a probe, whose lowest layer is not what may be removed."""
 
     def order(self) -> tuple[int, ...]:
         """Layers (or starts of spans) from the least important on, ties by index; those not judged are left out."""
@@ -60,7 +85,14 @@ class Scores:
         return tuple(sorted(judged, key=lambda i: (self.values[i], i)))
 
     def require(self, plan: Plan, spans: tuple[int, ...], stack: str | None = None) -> None:
-        """Raise U505 unless these scores judge that stack of `plan`'s base, in spans of one of these lengths."""
+        """Raise U505 unless these scores judge that stack of `plan`'s base, in spans of one of these lengths; U530 for
+        a probe."""
+        if not self.removal:
+            raise UsageError(
+                f"{self.measure} does not say which layers may go; choose them by a measure that does, such as "
+                "block-influence",
+                code="U530",
+            )
         name, depth = plan.stack_name(stack), plan.depth(stack)
         if self.span not in spans:
             wanted = " or ".join(map(str, spans))
@@ -76,7 +108,8 @@ class Scores:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; what is not finite becomes None, which JSON can say."""
-        return {**plain(asdict(self)), "order": list(self.order())}
+        kept = {name: value for name, value in asdict(self).items() if name not in ("samples", "counts")}
+        return {**plain(kept), "order": list(self.order())}
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,8 +133,13 @@ def _shrunk(family: str, depth: int, overrides: dict[str, Any]) -> Any:
 @cache
 def tiny(family: str, attention: str = "sdpa") -> PreTrainedModel:
     """The family's tiny model, the same for every test; nobody may change it for good."""
+    return tiny_of(family, DEPTH, attention)
+
+
+def tiny_of(family: str, depth: int, attention: str = "sdpa") -> PreTrainedModel:
+    """The same with another number of layers, where the family's config names none layer by layer."""
     torch.manual_seed(0)
-    config = _shrunk(family, DEPTH, FAMILIES[family])
+    config = _shrunk(family, depth, FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from shoal.data import Data, DataInfo
 from shoal.models.stacks import find_stack
 
-from .families import VOCAB, tiny
+from .families import VOCAB, tiny, tiny_of
 
 PLANTED = {"llama": 2, "gpt2": 1, "gemma3_text": 2, "qwen2": 1}
 """Family -> the layer that does nothing."""
@@ -44,6 +45,34 @@ def silence(model: PreTrainedModel, layer: int) -> None:
         if name.endswith(("o_proj", "c_proj", "down_proj")):
             for parameter in module.parameters():
                 parameter.data.zero_()
+
+
+NULL, TWIN_OF_NULL, LINEAR, TWINS, DEEP = 1, 2, 3, (4, 5), 6
+
+
+@cache
+def answers(family: str) -> PreTrainedModel:
+    """Six layers: 1 adds nothing but attends as 2 does, 3 is an affine map of its input, 4 and 5 are one layer
+    twice."""
+    model = copy.deepcopy(tiny_of(family, DEEP))
+    stack = find_stack(model)
+    for source, target in ((TWIN_OF_NULL, NULL), TWINS):
+        stack.layer(target).load_state_dict(stack.layer(source).state_dict())
+    with torch.no_grad():
+        for name, parameter in stack.layer(NULL).named_parameters():
+            if any(piece in ("o_proj", "c_proj", "down_proj") for piece in name.split(".")):
+                parameter.zero_()
+    draw = torch.Generator().manual_seed(5)
+    width = model.config.get_text_config().hidden_size
+    turn = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
+    shift = 0.1 * torch.randn(width, generator=draw)
+
+    def affine(_: torch.nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        mapped = (args[0] if args else kwargs["hidden_states"]) @ turn + shift
+        return (mapped, *out[1:]) if isinstance(out, tuple) else mapped
+
+    stack.layer(LINEAR).register_forward_hook(affine, with_kwargs=True)
+    return model
 
 
 @cache

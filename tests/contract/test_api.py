@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -24,8 +25,8 @@ from shoal.evaluation import PROMPTS, generation_check
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load
 from shoal.plan import Plan, drop
-from shoal.registry import entries
-from shoal.scores import Candidate
+from shoal.registry import entries, get
+from shoal.scores import Candidate, Traits
 
 from .families import tiny
 from .planted import random_data, silence
@@ -94,8 +95,13 @@ def as_json(value: Any) -> Any:
 def test_measure_by_name(loaded: Loaded, unchanged: None, name: str) -> None:
     scores = measure(loaded, name, **SMALL)
     assert scores.measure == name
-    assert scores.values[PLANTED] == 0
-    assert scores.sequences == 3 and "builtin" in scores.data and "3 x 32 tokens" in scores.data
+    traits = getattr(importlib.import_module(get("measures", name).module), "TRAITS", Traits())
+    if traits.null == "silent":
+        assert scores.values[PLANTED] == 0
+    if traits.text:
+        assert scores.sequences == 3 and "builtin" in scores.data and "3 x 32 tokens" in scores.data
+    else:
+        assert scores.sequences == scores.tokens == 0 and "no text" in scores.data
     assert as_json(scores)["measure"] == name
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from shoal.plan import Plan, drop
 from shoal.registry import Entry, entries
 from shoal.run.live import running
 from shoal.run.observe import observe
+from shoal.scores import Traits
 from shoal.writing.surgery import rewrite
 
 from .families import DEPTH, tiny
@@ -32,6 +35,25 @@ from .references import silenced
 MEASURES = [pytest.param(entry, id=entry.name) for entry in entries("measures").values()]
 FAMILIES = tuple(PLANTED)
 States = list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def traits_of(entry: Entry) -> Traits:
+    """What the measure's own module promises."""
+    return getattr(importlib.import_module(entry.module), "TRAITS", Traits())
+
+
+@cache
+def zeroed(family: str) -> PreTrainedModel:
+    """A copy of the tiny model in which every matrix of layer `PLANTED[family]` is zero."""
+    model = copy.deepcopy(tiny(family))
+    for parameter in find_stack(model).layer(PLANTED[family]).parameters():
+        if parameter.dim() > 1:
+            parameter.data.zero_()
+    return model
+
+
+def nothing_layer(family: str, traits: Traits) -> PreTrainedModel:
+    return zeroed(family) if traits.null == "zero matrices" else planted(family)
 
 
 @torch.no_grad()
@@ -89,15 +111,20 @@ def ragged(count: int = 5, length: int = 12, side: str = "left") -> Data:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("entry", MEASURES)
 def test_a_layer_that_does_nothing_is_least_important(entry: Entry, family: str) -> None:
-    scores = entry.load()(planted(family), own_text(family), batch=16)
+    traits = traits_of(entry)
+    scores = entry.load()(nothing_layer(family, traits), own_text(family), batch=16)
     layer = PLANTED[family]
     assert scores.measure == entry.name
-    assert len(scores.values) == len(scores.errors) == DEPTH
-    assert scores.values[layer] == 0.0, "exactly"
-    assert scores.errors[layer] == 0.0
-    assert scores.order()[0] == layer
-    assert all(value > 0 for i, value in enumerate(scores.values) if i != layer)
-    assert all(math.isfinite(value) for value in scores.values)
+    assert len(scores.values) == len(scores.errors) == DEPTH - scores.span + 1
+    if traits.null != "none":
+        assert scores.values[layer] == 0.0, "exactly"
+        assert scores.errors[layer] in (0.0, None)
+    assert all((error is not None) == traits.errors for error in scores.errors[traits.first :])
+    if traits.least:
+        assert scores.removal and scores.order()[0] == layer
+        assert all(value > 0 for i, value in enumerate(scores.values) if i != layer)
+    assert all(math.isfinite(value) for value in scores.values[traits.first :])
+    assert json.dumps(scores.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,9 +141,13 @@ def test_removing_a_layer_that_does_nothing_changes_no_logit(family: str) -> Non
 @pytest.mark.parametrize("entry", MEASURES)
 def test_a_layer_that_does_nothing_is_exactly_that_in_half_precision(entry: Entry) -> None:
     model = copy.deepcopy(planted("llama")).to(torch.bfloat16)
+    traits = traits_of(entry)
+    if traits.null == "zero matrices":
+        model = copy.deepcopy(nothing_layer("llama", traits)).to(torch.bfloat16)
     scores = entry.load()(model, own_text("llama"), batch=16)
-    assert scores.values[PLANTED["llama"]] == 0.0
-    assert all(math.isfinite(value) for value in scores.values)
+    if traits.null != "none":
+        assert scores.values[PLANTED["llama"]] == 0.0
+    assert all(math.isfinite(value) for value in scores.values[traits.first :])
 
 
 @pytest.mark.parametrize("entry", MEASURES)

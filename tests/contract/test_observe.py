@@ -48,7 +48,7 @@ def test_angular_distance_holds_no_more_inputs_than_its_span(span: int, monkeypa
 
         observe(model, batches, both, **rest)
 
-    monkeypatch.setattr(importlib.import_module("shoal.measures.angular_distance"), "observe", spying)
+    monkeypatch.setattr(importlib.import_module("shoal.evaluation.observed"), "observe", spying)
     angular_distance(tiny("llama"), random_data(4, 8), span=span, batch=2)
     gc.collect()
     assert max(alive) <= span + 1, "the inputs of a span; the embeddings, which the model itself holds, may be one more"

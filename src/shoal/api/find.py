@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
 from shoal.record import Record, plain
 from shoal.registry import Entry, get
-from shoal.scores import Budget, Found, Legal, Scores
+from shoal.scores import Budget, Found, Legal, Scores, Traits
 from shoal.writing.surgery import blueprint
 
 
@@ -84,9 +85,14 @@ def measure(
     """
     entry = get("measures", name)
     own = entry.accept(settings or {})
-    loaded = opened(source, **options)
-    text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos, seed=seed)
-    scores: Scores = entry.load()(loaded.model, text, stack=stack, batch=batch, progress=progress, **own)
+    loaded, function = opened(source, **options), entry.load()
+    traits: Traits = getattr(import_module(entry.module), "TRAITS", Traits())
+    text = None
+    if traits.text:
+        text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos, seed=seed)
+    if "tokenizer" in signature(function).parameters:
+        own["tokenizer"] = loaded.tokenizer
+    scores: Scores = function(loaded.model, text, stack=stack, batch=batch, progress=progress, **own)
     return scores
 
 

@@ -40,6 +40,8 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
                 raise typer.BadParameter(
                     f"{value}: {context.info_name} has no option {key!r}; it has {', '.join(known)}"
                 )
+            if getattr(known[key], "multiple", False) and not isinstance(found[key], list):
+                found[key] = [found[key]]
         context.default_map = {**(context.default_map or {}), **found}
     return value
 

@@ -1,7 +1,9 @@
-"""shoal measure: which layers matter."""
+"""shoal measure: which layers matter, by one measure or by several side by side."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +12,6 @@ from shoal.cli._shared import (
     Batch,
     Bos,
     Config,
-    DataSource,
     Device,
     DryRun,
     Dtype,
@@ -30,13 +31,18 @@ from shoal.cli._shared import (
     table,
 )  # fmt: skip
 
+_MEASURE, _DATA = ["block-influence"], ["builtin"]
+
 
 def measure(
     model: Model,
     measure: Annotated[
-        str, typer.Option("--measure", "-m", help="Which one; see shoal ls measures.")
-    ] = "block-influence",
-    data: DataSource = "builtin",
+        list[str], typer.Option("--measure", "-m", help="Which one; again for several side by side.")
+    ] = _MEASURE,
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="builtin, a .txt/.jsonl/.parquet file, or a hub data set id; again for several."),
+    ] = _DATA,
     length: Length = 512,
     limit: Limit = 16,
     stride: Stride = None,
@@ -44,6 +50,11 @@ def measure(
     batch: Batch = 1,
     seed: Seed = 0,
     settings: Settings = None,
+    lowest: Annotated[int, typer.Option("--lowest", min=1, help="How many of the lowest layers are compared.")] = 8,
+    enough: Annotated[bool, typer.Option("--enough", help="Also say how many sequences are enough.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the scores with their errors into this .svg file.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -52,25 +63,46 @@ def measure(
     dry_run: DryRun = False,
     config: Config = None,
 ) -> None:
-    """Score every layer: the lowest is the one to remove first."""
-    from shoal.registry import get
+    """Score every layer: the lowest is the one to remove first. Several measures or texts: how far they agree."""
+    from shoal.api.measuring import measure_several, settings_of
 
-    entry = get("measures", measure)
-    options = entry.parse(settings or [])
+    options = settings_of(measure, settings or [])
+    if plot is not None:
+        _require_svg(plot)
     if dry_run:
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
-    from shoal.api.find import measure as run
-
     with progress_bars(quiet) as progress:
-        scores = run(
-            model, measure, data=data, length=length, limit=limit, stride=stride, bos=bos, batch=batch,
-            settings=options, progress=progress, **loading(device, dtype, trust_remote_code),
+        found = measure_several(
+            model, measure, data=data, settings=options, lowest=lowest, stability=enough, progress=progress,
+            load=loading(device, dtype, trust_remote_code), length=length, limit=limit, stride=stride, bos=bos,
+            batch=batch,
         )  # fmt: skip
-    emit(scores.to_dict(), _text(scores), as_json=json_)
+    if plot is not None:
+        from shoal.report.plots import scores_file
+
+        drawing = scores_file({name: own.to_dict() for name, own in found.scores.items()})
+        plot.write_text(drawing, encoding="utf-8")
+    emit(found.to_dict(), _text(found), as_json=json_)
 
 
-def _text(scores: Any) -> str:
+def _require_svg(plot: Path) -> None:
+    """Before hours of work: a plot that could not be written."""
+    if plot.suffix.lower() != ".svg" or not plot.parent.is_dir():
+        raise typer.BadParameter(f"{plot}: give a .svg file in a folder that exists", param_hint="--plot")
+
+
+def _text(found: Any) -> str:
+    """One score in full; several side by side, with the agreement of their orders."""
+    if len(found.scores) == 1:
+        (only,) = found.scores.values()
+        body = _one(only)
+    else:
+        body = _several(found)
+    return body + "".join(_stability(name, own) for name, own in found.enough.items())
+
+
+def _one(scores: Any) -> str:
     """Every layer with its score, its error and a bar, then the order."""
     judged = [scores.values[i] for i in scores.order()]
     top = max(judged, default=1.0) or 1.0
@@ -86,7 +118,49 @@ def _text(scores: Any) -> str:
         for i, value in enumerate(scores.values)
     ]
     name = "layer" if scores.span == 1 else f"first of {scores.span}"
-    head = f"{scores.measure} ({scores.unit}) on {scores.data}; the lowest goes first\n"
+    head = f"{scores.measure} ({scores.unit}) on {scores.data}; {_reading(scores)}\n"
     order = ", ".join(map(str, scores.order()[:12]))
     notes = "".join(f"\nnote: {note}" for note in scores.notes)
     return head + table(rows, [name, "score", "+-", "rank", ""]) + f"\nlowest first: {order}{notes}"
+
+
+def _reading(scores: Any) -> str:
+    return "the lowest goes first" if scores.removal else "a probe: the lowest is not what may be removed"
+
+
+def _several(found: Any) -> str:
+    """A column for each score, the orders, and a row for every two."""
+    depth = max(len(own.values) for own in found.scores.values())
+    rows = [
+        [i, *(_value(own.values[i]) if i < len(own.values) else None for own in found.scores.values())]
+        for i in range(depth)
+    ]
+    lines = [table(rows, ["layer", *found.scores]), ""]
+    for name, own in found.scores.items():
+        lines.append(f"{name} ({own.unit}) on {own.data}; {_reading(own)}")
+        lines.append(f"  lowest first: {', '.join(map(str, own.order()[:12]))}")
+        lines += [f"  note: {note}" for note in own.notes]
+    pairs = [
+        [a, b, _value(own.kendall), _value(own.spearman), f"{own.overlap} of {own.k}"]
+        for (a, b), own in found.agreement.items()
+    ]
+    if pairs:
+        lines += ["", table(pairs, ["", "", "Kendall", "Spearman", "lowest in common"])]
+    return "\n".join(lines)
+
+
+def _value(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _stability(name: str, found: Any) -> str:
+    if isinstance(found, str):
+        return f"\n\n{name}: {found}"
+    rows = [[size, overlap] for size, overlap in zip(found.sizes, found.overlap, strict=True)]
+    told = (
+        f"{found.sequences} sequences are enough for the {found.k} lowest of {name}"
+        if found.sequences is not None
+        else f"not even {found.sizes[-1]} sequences are enough for the {found.k} lowest of {name}"
+    )
+    why = f"two texts of so many sequences agree on this share of them, and {found.share:g} was asked for"
+    return f"\n\n{told}: {why}\n" + table(rows, ["sequences", "in common"])

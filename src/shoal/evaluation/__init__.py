@@ -4,6 +4,7 @@ from shoal.evaluation.agreement import Agreement, Comparison, compare, compare_b
 from shoal.evaluation.generation import PROMPTS, Generation, GenerationCheck, generation_check
 from shoal.evaluation.memory import Memory, memory
 from shoal.evaluation.perplexity import Perplexity, perplexity
+from shoal.evaluation.ranking import Enough, RankAgreement, agreement_table, enough, rank_agreement
 from shoal.evaluation.scoring import Progress, sequence_nll
 from shoal.evaluation.speed import Speed, VariantSpeed, speed
 from shoal.evaluation.stats import Spread
@@ -12,19 +13,24 @@ __all__ = [
     "PROMPTS",
     "Agreement",
     "Comparison",
+    "Enough",
     "Generation",
     "GenerationCheck",
     "Memory",
     "Perplexity",
     "Progress",
+    "RankAgreement",
     "Speed",
     "Spread",
     "VariantSpeed",
+    "agreement_table",
     "compare",
     "compare_between",
+    "enough",
     "generation_check",
     "memory",
     "perplexity",
+    "rank_agreement",
     "sequence_nll",
     "speed",
 ]

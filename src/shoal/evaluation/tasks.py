@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,6 +62,15 @@ class TaskScore:
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key != "correct"}
+
+
+class Option(NamedTuple):
+    """How a model takes one option."""
+
+    logprob: float
+    """Of all its tokens, in nats."""
+    written: bool
+    """Whether greedy decoding would write it."""
 
 
 def load_tasks(path: str | Path, *, limit: int | None = None) -> Tasks:
@@ -124,8 +133,15 @@ def score_tasks(
     space between them belongs to the option, and an option's tokens are all predicted from the left. A context that
     is too long for the model loses its beginning.
     """
+    return _summary(tasks, option_scores(model, tokenizer, tasks, batch=batch, progress=progress))
+
+
+def option_scores(
+    model: Any, tokenizer: Any, tasks: Tasks, *, batch: int = 8, progress: Progress | None = None
+) -> list[tuple[Option, ...]]:
+    """For each item the scores of its options, as `score_tasks` computes them."""
     asked = [_tokens(model, tokenizer, item.context, option) for item in tasks.items for option in item.options]
-    found: list[tuple[float, bool]] = [(math.nan, False)] * len(asked)
+    found = [Option(math.nan, False)] * len(asked)
     order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))  # alike lengths together: less padding
     with evaluating(model):
         for start in range(0, len(order), batch):
@@ -134,7 +150,8 @@ def score_tasks(
                 found[row] = result
             if progress is not None:
                 progress(min(start + batch, len(order)), len(order), tasks.name)
-    return _summary(tasks, found)
+    each = iter(found)
+    return [tuple(next(each) for _ in item.options) for item in tasks.items]
 
 
 def _tokens(model: Any, tokenizer: Any, context: str, option: str) -> tuple[list[int], int]:
@@ -152,8 +169,7 @@ def _tokens(model: Any, tokenizer: Any, context: str, option: str) -> tuple[list
     return kept, min(answer, len(kept) - 1)
 
 
-def _scored(model: Any, asked: Sequence[tuple[list[int], int]]) -> Iterator[tuple[float, bool]]:
-    """(log-likelihood, whether greedy decoding would write it) of each option."""
+def _scored(model: Any, asked: Sequence[tuple[list[int], int]]) -> Iterator[Option]:
     longest = max(len(ids) for ids, _ in asked)
     device = device_of(model)
     padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in asked], device=device)
@@ -164,21 +180,17 @@ def _scored(model: Any, asked: Sequence[tuple[list[int], int]]) -> Iterator[tupl
         scores = logits[row, end - answer - 1 : end - 1].float().log_softmax(-1)
         wanted = padded[row, end - answer : end].to(scores.device)
         total = scores.gather(-1, wanted[:, None]).sum()
-        yield float(total), bool((scores.argmax(-1) == wanted).all())
+        yield Option(float(total), bool((scores.argmax(-1) == wanted).all()))
 
 
-def _summary(tasks: Tasks, found: Sequence[tuple[float, bool]]) -> TaskScore:
-    right, normal, losses, place = [], [], [], 0
-    for item in tasks.items:
-        mine = found[place : place + len(item.options)]
-        place += len(item.options)
-        losses.append(-mine[item.gold][0])
-        if len(mine) == 1:
-            right.append(mine[0][1])
-            continue
-        right.append(_likeliest([total for total, _ in mine]) == item.gold)
-        long = [total / len(option) for (total, _), option in zip(mine, item.options, strict=True)]
-        normal.append(_likeliest(long) == item.gold)
+def _summary(tasks: Tasks, found: Sequence[tuple[Option, ...]]) -> TaskScore:
+    right, normal, losses = [], [], []
+    for item, options in zip(tasks.items, found, strict=True):
+        losses.append(-options[item.gold].logprob)
+        right.append(is_right(item, options))
+        if len(options) > 1:
+            long = [one.logprob / len(text) for one, text in zip(options, item.options, strict=True)]
+            normal.append(_likeliest(long) == item.gold)
     count, accuracy = len(right), sum(right) / len(right)
     return TaskScore(
         name=tasks.name,
@@ -189,6 +201,13 @@ def _summary(tasks: Tasks, found: Sequence[tuple[float, bool]]) -> TaskScore:
         items=count,
         correct=tuple(right),
     )
+
+
+def is_right(item: Item, options: Sequence[Option]) -> bool:
+    """Whether the right option is the likeliest, or the only one would be written greedily."""
+    if len(options) == 1:
+        return options[0].written
+    return _likeliest([one.logprob for one in options]) == item.gold
 
 
 def _likeliest(totals: Sequence[float]) -> int:

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from shoal.errors import UsageError
-from shoal.evaluation.stats import ratio
-from shoal.models.stacks import find_stack
-from shoal.run.observe import observe, require_whole
-from shoal.scores import Scores
+from shoal.evaluation.observed import observe_tokens
+from shoal.evaluation.tally import tally
+from shoal.run.observe import require_whole
 
 if TYPE_CHECKING:
     from shoal.data import Data
     from shoal.evaluation import Progress
+    from shoal.scores import Scores
 
 
 def angular_distance(
@@ -38,49 +37,14 @@ def angular_distance(
     2 atan2(|u - v|, |u + v|), since arccos loses half its digits near 0; it is exactly 0 for a span that adds nothing.
     Raises U503 when the span does not fit, U507 while a plan is running, as spans are the base model's own.
     """
-    found = find_stack(model, stack)
-    if not 1 <= span < found.depth:
-        raise UsageError(
-            f"a span of {span} layers does not fit {found.depth} layers; give 1 to {found.depth - 1}", code="U503"
-        )
     require_whole(model, "angular distance", stack)
-    starts = found.depth - span + 1
-    sums: list[list[torch.Tensor]] = [[] for _ in range(starts)]
-    counts: list[torch.Tensor] = []
-    inputs: dict[int, torch.Tensor] = {}
-    keep = torch.ones(1, 1, dtype=torch.bool)
-
-    def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        nonlocal keep
-        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
-        if tokens == "last":
-            keep = keep & (keep.flip(-1).cumsum(-1).flip(-1) == 1)
-        counts.append(keep.sum(-1))
-        if progress is not None:
-            progress(sum(len(c) for c in counts), len(data), "angular distance")
-
-    def watch(index: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        if index < starts:
-            inputs[index] = x
-        start = index - span + 1
-        if start >= 0:
-            angle = _angle(inputs.pop(start).to(y.device), y).cpu().double()
-            sums[start].append(torch.where(keep, angle, 0.0).sum(-1))
-
-    observe(model, data.batches(batch), watch, before=before, stack=stack)
-    weights = [int(n) for n in torch.cat(counts)]
-    means = [ratio(torch.cat(total).tolist(), weights) for total in sums]
-    return Scores(
-        measure="angular-distance",
-        stack=found.name,
-        unit="half turns",
-        values=tuple(mean for mean, _ in means),
-        errors=tuple(error for _, error in means),
-        sequences=len(weights),
-        tokens=sum(weights),
-        data=data.info.describe(),
-        span=span,
-        notes=("judged at the last token of each sequence" if tokens == "last" else "all tokens counted",),
+    seen = observe_tokens(
+        model, data, _angle, what="angular distance", span=span, last=tokens == "last", stack=stack, batch=batch,
+        progress=progress,
+    )  # fmt: skip
+    note = "judged at the last token of each sequence" if tokens == "last" else "all tokens counted"
+    return tally(
+        "angular-distance", "half turns", seen.sums, seen.counts, data, stack=seen.stack, span=span, notes=(note,)
     )
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from shoal.evaluation.scoring import sequence_nll
-from shoal.evaluation.stats import ratio
-from shoal.models.inspect import inspect
-from shoal.plan import Plan, check, drop
-from shoal.run.live import running
-from shoal.run.observe import require_whole
-from shoal.scores import Scores
+import torch
+
+from shoal.evaluation.candidates import compare_each, without_each
+from shoal.evaluation.scoring import logits_of, token_nll
+from shoal.evaluation.tally import tally
 
 if TYPE_CHECKING:
     from shoal.data import Data
     from shoal.evaluation import Progress
+    from shoal.scores import Scores
 
 
 def loss_removed(
@@ -36,36 +34,15 @@ def loss_removed(
     How we differ: nothing is rebuilt, the layer is left out of the running model; a layer whose removal is not legal
     gets NaN and a note. Cost: one full pass per layer. Raises U507 while a plan is running.
     """
-    require_whole(model, "loss when removed", stack)
-    spec = inspect(model)
-    plan = Plan.identity(spec)
-    depth = spec.stack(stack).depth
-    dense = sequence_nll(model, data, batch=batch)
-    means: list[tuple[float, float | None]] = []
-    refused: list[str] = []
-    for layer in range(depth):
-        if progress is not None:
-            progress(layer + 1, depth + 1, "loss when removed")
-        candidate = drop(plan, [layer], part=part, stack=stack) if depth > 1 else plan
-        problems = check(candidate, spec)
-        if problems or depth == 1:
-            means.append((math.nan, None))
-            refused.append(f"layer {layer} was not judged: {problems[0] if problems else 'it is the only one'}")
-            continue
-        with running(model, candidate):
-            sums = sequence_nll(model, data, batch=batch)
-        differences = [without - with_all for (without, _), (with_all, _) in zip(sums, dense, strict=True)]
-        means.append(ratio(differences, [count for _, count in dense]))
-    if progress is not None:
-        progress(depth + 1, depth + 1, "loss when removed")
-    return Scores(
-        measure="loss-removed",
-        stack=spec.stack(stack).name,
-        unit="nats per token",
-        values=tuple(mean for mean, _ in means),
-        errors=tuple(error for _, error in means),
-        sequences=len(data),
-        tokens=sum(count for _, count in dense),
-        data=data.info.describe(),
-        notes=tuple(refused),
+
+    def losses(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return token_nll(logits_of(model, ids, mask), ids)
+
+    plans = without_each(model, "loss when removed", part=part, stack=stack)
+    sums, counts, refused = compare_each(
+        model, data, plans, losses, lambda dense, without: [without - dense], what="loss when removed", batch=batch,
+        progress=progress,
+    )  # fmt: skip
+    return tally(
+        "loss-removed", "nats per token", [own for (own,) in sums], counts, data, stack=plans.stack, notes=refused
     )

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shoal.report.canvas import BACK, KEPT, LINE, REMOVED, SIZE, TEXT, figure_of, plain_label, svg_of
-from shoal.report.words import TIMES, finite
+from shoal.report.style import LIGHT
+from shoal.report.words import TIMES, esc, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +50,26 @@ def scores_svg(
     if known and removed:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, labelcolor=TEXT, fontsize=SIZE)
     return svg_of(figure, title)
+
+
+def scores_file(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """A whole SVG file: one drawing as `scores_svg` makes it for each of the scores (as plain data), by name, one below
+    the other, in the page's light colours."""
+    width, height, head = 864.0, 295.2, 26
+    panels = []
+    for place, (name, own) in enumerate(scores.items()):
+        top = place * (height + head)
+        title = f"{name} ({own['unit']})"
+        inner = scores_svg(own["values"], own["errors"], frozenset(), span=own["span"], title=title)
+        panels.append(f'<text x="8" y="{top + 18:g}" font-size="14">{esc(title)}</text>')
+        panels.append(inner.replace("<svg ", f'<svg y="{top + head:g}" width="{width:g}" height="{height:g}" ', 1))
+    total = len(scores) * (height + head)
+    style = f"svg{{{LIGHT}color:#1a1f24;font-family:sans-serif}}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {total:g}" width="{width:g}" '
+        f'height="{total:g}"><style>{style}</style><rect width="100%" height="100%" fill="#fff"/>'
+        f"{''.join(panels)}</svg>\n"
+    )
 
 
 def ratios_svg(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:

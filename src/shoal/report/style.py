@@ -1,8 +1,11 @@
 """The page's style sheet and its one script; its blue and vermilion are told apart by colour-blind readers."""
 
-CSS = """
-:root{color-scheme:light dark;--back:#fff;--text:#1a1f24;--soft:#59646e;--line:#d5dbe0;--wash:#f4f6f8;
---kept:#0b5c8f;--removed:#b9480e;--map:#6a4c93;--good:#1b7348}
+LIGHT = """--back:#fff;--text:#1a1f24;--soft:#59646e;--line:#d5dbe0;--wash:#f4f6f8;
+--kept:#0b5c8f;--removed:#b9480e;--map:#6a4c93;--good:#1b7348;"""
+
+CSS = (
+    f":root{{color-scheme:light dark;{LIGHT}}}"
+    + """
 @media (prefers-color-scheme:dark){:root{--back:#12171c;--text:#e3e7eb;--soft:#9ba7b1;--line:#323b44;--wash:#1a2128;
 --kept:#6cb4e6;--removed:#f39a5c;--map:#bd9fe0;--good:#6cc79a}}
 *{box-sizing:border-box}
@@ -96,6 +99,7 @@ gap:1.1rem 1.1rem}
 header{padding-top:0}section{margin-top:1.2rem;padding-top:.8rem}tr,figure,.picture,.tiles,pre{break-inside:avoid}
 h2,h3{break-after:avoid}.scroll{overflow:visible}figure .scroll svg{min-width:0}}
 """
+)
 
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable"))

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from shoal.errors import ModelError, UsageError
-from shoal.models.stacks import find_stack, unwrap
+from shoal.models.parts import without
+from shoal.models.probe import LayerFacts, probe
+from shoal.models.stacks import Stack, find_stack, unwrap
+from shoal.plan.steps import PartName
 from shoal.run.conductor import PlannedList
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -25,25 +28,37 @@ def observe(
     *,
     before: Callable[[torch.Tensor, torch.Tensor | None], None],
     stack: str | None = None,
+    part: PartName = "layer",
 ) -> None:
     """Run `model` without its head on every batch of (ids, mask), [batch, length] each, and call `watch` at each layer.
 
     `before` is called with each batch before it runs. Works on the model as it is: under a running plan, layers that
     do not run are not seen, and one that runs twice is seen twice. Residual streams side by side (Gemma 3n) are seen as
-    one hidden state. Raises M316 for a state without a token axis.
+    one hidden state.
+    `part`: "attention" watches the step from a layer's input to the state with its attention added, "mlp" the one from
+    there to the layer's output. The state between is what the layer makes without its mlp, whatever norms and
+    multipliers stand around the parts; it costs each layer's attention once more. Layers without such parts are not
+    seen. Raises M316 for a state without a token axis, U531 when no layer has parts, U507 for parts of a running plan.
     """
     inner = unwrap(model)
     found = find_stack(inner, stack)
-    # the head is the dearest matrix of a small model and no layer needs it
-    backbone = inner.base_model
     training = [module for module in inner.modules() if module.training]
     size: list[int] = []
     handles = []
+    facts = None if part == "layer" else _with_parts(inner, found, part)
 
     def hook(index: int) -> Callable[..., None]:
-        def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            y = _tokens_first(out[0] if isinstance(out, tuple) else out, size, index)
-            x = _tokens_first(args[0] if args else kwargs["hidden_states"], size, index)
+        def seen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            ends = [args[0] if args else kwargs["hidden_states"], out]
+            if facts is not None:
+                parts = facts[index].parts
+                if parts is None:
+                    return
+                # past __call__, so that neither this hook nor another one fires again
+                with without(layer, parts.mlp, facts[index].returns):
+                    between = layer.forward(*args, **kwargs)
+                ends[1 if part == "attention" else 0] = between
+            x, y = (_tokens_first(end[0] if isinstance(end, tuple) else end, size, index) for end in ends)
             watch(index, x.to(y.device), y)
 
         return seen
@@ -55,12 +70,33 @@ def observe(
         for ids, mask in batches:
             size[:] = ids.shape
             before(ids, mask)
-            backbone(**_inputs(backbone, ids, mask), use_cache=False)
+            forward_without_head(inner, ids, mask)
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
+
+
+def forward_without_head(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What the head is given, [batch, length, hidden], for `ids` and `mask` [batch, length]; the caller chooses the
+    modes and whether gradients are kept."""
+    # the head is the dearest matrix of a small model and no layer needs it
+    backbone = unwrap(model).base_model
+    state: torch.Tensor = backbone(**_inputs(backbone, ids, mask), use_cache=False).last_hidden_state
+    return state
+
+
+def _with_parts(inner: nn.Module, found: Stack, part: PartName) -> list[LayerFacts]:
+    require_whole(inner, f"{part} alone", found.name)
+    known = probe(inner, found)
+    if all(fact.parts is None for fact in known.layers):
+        raise UsageError(
+            f"no layer of this model has an {part} of its own{f' ({known.parts_note})' if known.parts_note else ''}; "
+            "measure with part=layer",
+            code="U531",
+        )
+    return known.layers
 
 
 def require_whole(model: nn.Module, what: str, stack: str | None = None) -> None:

@@ -1,0 +1,107 @@
+"""Several measures, or several texts, side by side: scores, how far their orders agree, and whether text was enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.api.assess import Source, opened
+from shoal.api.find import measure
+from shoal.errors import UsageError
+from shoal.evaluation import Enough, Progress, RankAgreement, agreement_table, enough
+from shoal.record import plain
+from shoal.registry import Entry, get
+from shoal.scores import Scores
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores by name (the measure's, or the measure's and the text's), and what they say together."""
+
+    scores: dict[str, Scores]
+    agreement: dict[tuple[str, str], RankAgreement]
+    """Of every two that judge the same layers or spans."""
+    enough: dict[str, Enough | str]
+    """Empty unless asked for; a sentence where it cannot be said."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; of a single score its own fields stand at the top."""
+        told = {
+            name: {"why_not": own} if isinstance(own, str) else plain(own.to_dict())
+            for name, own in self.enough.items()
+        }
+        if len(self.scores) == 1:
+            (only,) = self.scores.values()
+            return only.to_dict() | ({"enough": next(iter(told.values()))} if told else {})
+        pairs = [{"of": list(pair), **plain(own.to_dict())} for pair, own in self.agreement.items()]
+        scores = {name: own.to_dict() for name, own in self.scores.items()}
+        return {"scores": scores, "agreement": pairs, **({"enough": told} if told else {})}
+
+
+def measure_several(
+    source: Source,
+    names: Sequence[str],
+    *,
+    data: Sequence[Any] = ("builtin",),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    lowest: int = 8,
+    stability: bool = False,
+    progress: Progress | None = None,
+    load: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Measured:
+    """Score every layer by each of the measures on each of the texts, with the model loaded once.
+
+    `settings`: by measure, its own options. `lowest`: how many of the least important layers are compared, at most half
+    of the stack. `stability`: also say how many sequences are enough. `load` goes to `shoal.load`, `options` to
+    `shoal.measure`. Raises what `shoal.measure` raises, U501 and U502 before the model is loaded.
+    """
+    chosen = [get("measures", name) for name in dict.fromkeys(names)]
+    own = {entry.name: entry.accept((settings or {}).get(entry.name, {})) for entry in chosen}
+    loaded = opened(source, **(load or {}))
+    texts = list(dict.fromkeys(data)) if all(isinstance(text, str) for text in data) else list(data)
+    scores: dict[str, Scores] = {}
+    for entry in chosen:
+        for number, text in enumerate(texts):
+            words = text if isinstance(text, str) else f"text {number + 1}"
+            name = entry.name if len(texts) == 1 else f"{entry.name} on {words}"
+            scores[name] = measure(
+                loaded, entry.name, data=text, settings=own[entry.name], progress=_named(progress, name), **options
+            )
+    k = max(1, min(lowest, min(len(found.values) for found in scores.values()) // 2))
+    return Measured(scores, agreement_table(scores, k=k), _stability(scores, k) if stability else {})
+
+
+def settings_of(names: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """["name=value", ...] -> options by measure: each goes to every measure that has it. Raises U502 when none has."""
+    chosen = [get("measures", name) for name in dict.fromkeys(names)]
+    found: dict[str, dict[str, Any]] = {entry.name: {} for entry in chosen}
+    for pair in pairs:
+        takers = [entry for entry in chosen if _option(pair) in entry.options()]
+        if not takers and len(chosen) > 1:
+            raise UsageError(
+                f"none of {', '.join(found)} has an option {_option(pair)!r}; see shoal ls measures", code="U502"
+            )
+        for entry in takers or chosen:
+            found[entry.name] |= Entry.parse(entry, [pair])
+    return found
+
+
+def _option(pair: str) -> str:
+    return pair.partition("=")[0].strip().replace("-", "_")
+
+
+def _stability(scores: Mapping[str, Scores], k: int) -> dict[str, Enough | str]:
+    found: dict[str, Enough | str] = {}
+    for name, own in scores.items():
+        try:
+            found[name] = enough(own, k=k)
+        except UsageError as error:
+            found[name] = str(error)
+    return found
+
+
+def _named(progress: Progress | None, name: str) -> Progress | None:
+    """A bar for each score, whatever stage the measure itself names."""
+    return None if progress is None else lambda done, total, _: progress(done, total, name)

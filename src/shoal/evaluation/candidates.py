@@ -1,0 +1,101 @@
+"""One resident model under many plans: what each plan changes, paired with the dense model sequence by sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from shoal.data import Data
+from shoal.errors import PlanError
+from shoal.evaluation.scoring import Progress, evaluating, require_context, require_scored, windows
+from shoal.models.inspect import inspect
+from shoal.plan import Plan, check, drop
+from shoal.plan.steps import PartName
+from shoal.run.live import running
+from shoal.run.observe import require_whole
+
+Side = TypeVar("Side")
+"""What one forward of one side leaves to compare: logits, states, losses."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Plans in the order of the layers that they judge; None where there is none, with the reason among `refused`."""
+
+    stack: str
+    plans: tuple[Plan | None, ...]
+    refused: tuple[str, ...]
+
+
+def without_each(model: Any, what: str, *, part: PartName = "layer", stack: str | None = None) -> Candidates:
+    """For each layer the plan without it, or without its attention or mlp. Raises U507 while a plan is running."""
+    require_whole(model, what, stack)
+    spec = inspect(model)
+    identity, depth = Plan.identity(spec), spec.stack(stack).depth
+    plans: list[Plan | None] = []
+    refused: list[str] = []
+    for layer in range(depth):
+        plan = drop(identity, [layer], part=part, stack=stack) if depth > 1 else None
+        problem = "it is the only one" if plan is None else next(iter(map(str, check(plan, spec))), None)
+        if problem is not None:
+            refused.append(f"layer {layer} was not judged: {problem}")
+        plans.append(None if problem is not None else plan)
+    return Candidates(spec.stack(stack).name, tuple(plans), tuple(refused))
+
+
+def compare_each(
+    model: Any,
+    data: Data,
+    candidates: Candidates,
+    forward: Callable[[torch.Tensor, torch.Tensor | None], Side],
+    change: Callable[[Side, Side], Sequence[torch.Tensor]],
+    *,
+    what: str,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> tuple[list[list[list[float]]], list[int], tuple[str, ...]]:
+    """What every plan changes: ([plan][figure][sequence] sums over scored tokens, scored tokens, why not judged).
+
+    `forward` runs one batch of (ids, mask); `change` takes the dense side and the plan's side to one or more figures,
+    each [batch, length - 1], a number for each predicted token. Each batch is run dense and under every plan before the
+    next, so that two sides are held at a time. A plan that the family cannot run (P126) is not judged.
+    """
+    require_context(model, data.ids.shape[1])
+    plans, refused = list(candidates.plans), list(candidates.refused)
+    parts: list[list[torch.Tensor]] = [[] for _ in plans]
+    counts: list[int] = []
+    done, total = 0, len(data) * (1 + len(plans))
+
+    def report(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(done, total, what)
+
+    for ids, mask, keep in windows(data, batch, None, what):
+        with evaluating(model):
+            dense = forward(ids, mask)
+        counts += keep.sum(-1).tolist()
+        report(len(ids))
+        for place, plan in enumerate(plans):
+            if plan is not None:
+                try:
+                    # `evaluating` inside, so that modules which the plan puts in leave training mode too
+                    with running(model, plan), evaluating(model):
+                        side = forward(ids, mask)
+                except PlanError as error:
+                    refused.append(f"layer {place} was not judged: {error}")
+                    plans[place] = None
+                else:
+                    figures = torch.stack([figure.double() for figure in change(dense, side)])
+                    parts[place].append(torch.where(keep, figures, 0.0).sum(-1))
+            report(len(ids))
+    require_scored(sum(counts), data)
+    number = next((len(own[0]) for own in parts if own), 1)
+    nothing = [[math.nan] * len(data)] * number
+    sums = [torch.cat(own, -1).tolist() if plan else nothing for plan, own in zip(plans, parts, strict=True)]
+    return sums, counts, tuple(refused)

@@ -1,0 +1,131 @@
+"""One number for each token at each layer (or span), summed up as it is seen: by layer and by sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoal.data import Data
+from shoal.errors import UsageError
+from shoal.evaluation.scoring import Progress
+from shoal.models.stacks import find_stack
+from shoal.plan.steps import PartName
+from shoal.run.observe import observe, require_whole
+
+Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The input and the output of a layer or span, [batch, length, hidden] each, to one number for each token."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Means over a layer's runs (one, unless a plan repeats it); NaN where a layer did not run."""
+
+    stack: str
+    sums: list[list[float]]
+    """[layers or starts of spans][sequences]"""
+    first: list[list[float]]
+    """The share of `sums` that the first counted token of each sequence has."""
+    counts: list[int]
+    """Tokens counted in each sequence."""
+
+
+def observe_tokens(
+    model: Any,
+    data: Data,
+    statistic: Statistic,
+    *,
+    what: str,
+    span: int = 1,
+    skip_first: int = 0,
+    last: bool = False,
+    part: PartName = "layer",
+    stack: str | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> Seen:
+    """Sum `statistic` over the tokens of each sequence, without padding and the first `skip_first`, or the `last` only.
+
+    `what` names the measure in progress and errors. Only `span` inputs are held at a time. Raises U503 when the span
+    does not fit, U508 when `skip_first` leaves no token, U507 for spans or parts while a plan is running.
+    """
+    found = find_stack(model, stack)
+    _require(data, found.depth, span, skip_first)
+    if span > 1:
+        require_whole(model, what, stack)
+    starts = found.depth - span + 1
+    # made once: small tensors that stay, one for each layer and batch, scatter the heap, and the process grows with the
+    # number of batches to many times what is in use
+    sums = torch.zeros(starts, 2, len(data), dtype=torch.float64)
+    passes = torch.zeros(starts, len(data), dtype=torch.float64)
+    counts = torch.zeros(len(data), dtype=torch.int64)
+    inputs: dict[int, torch.Tensor] = {}
+    keep = torch.ones(1, 1, dtype=torch.bool)
+    rows = slice(0, 0)
+
+    def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        nonlocal keep, rows
+        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        keep = keep & (keep.cumsum(-1) > skip_first)
+        if last:
+            keep = keep & (keep.flip(-1).cumsum(-1).flip(-1) == 1)
+        rows = slice(rows.stop, rows.stop + len(ids))
+        counts[rows] = keep.sum(-1)
+        if progress is not None:
+            progress(rows.stop, len(data), what)
+
+    def watch(index: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        start = index - span + 1
+        if span > 1:
+            if index < starts:
+                inputs[index] = x
+            if start < 0:
+                return
+            x = inputs.pop(start).to(y.device)
+        found = torch.where(keep, statistic(x, y).cpu().double(), 0.0)
+        first = found.gather(-1, keep.int().argmax(-1, keepdim=True))[:, 0]
+        sums[start, :, rows] += torch.stack([found.sum(-1), first])
+        passes[start, rows] += 1
+
+    observe(model, data.batches(batch), watch, before=before, stack=stack, part=part)
+    whole, first = (sums / passes[:, None]).unbind(1)  # 0 / 0 where a layer did not run
+    return Seen(found.name, whole.tolist(), first.tolist(), counts.tolist())
+
+
+def _require(data: Data, depth: int, span: int, skip_first: int) -> None:
+    if not 1 <= span <= max(1, depth - 1):
+        raise UsageError(f"a span of {span} layers does not fit {depth} layers; give 1 to {depth - 1}", code="U503")
+    longest = data.ids.shape[1] if data.mask is None else int(data.mask.sum(-1).max())
+    if not 0 <= skip_first < longest:
+        raise UsageError(
+            f"leaving out the first {skip_first} tokens of sequences of {longest} counts none; use 0 to {longest - 1}",
+            code="U508",
+        )
+
+
+def first_token_note(seen: Seen, skip_first: int) -> str:
+    """Whether the first counted token, often an outlier a hundred times as long as the others, decides the order."""
+    total = sum(seen.counts)
+    rest = total - sum(1 for count in seen.counts if count)
+    means = [math.fsum(own) / total for own in seen.sums]
+    # one token a sequence leaves nothing behind it
+    without = [(math.fsum(a) - math.fsum(b)) / max(rest, 1) for a, b in zip(seen.sums, seen.first, strict=True)]
+    judged = [i for i, mean in enumerate(means) if not math.isnan(mean)]
+    order, other = sorted(judged, key=means.__getitem__), sorted(judged, key=without.__getitem__)
+    same = next((n for n, (a, b) in enumerate(zip(order, other, strict=True)) if a != b), len(order))
+    counted = "all tokens counted" if not skip_first else f"the first {skip_first} tokens of each sequence left out"
+    one = "the first one" if not skip_first else "one more"
+    if same == len(order):
+        return f"{counted}; leaving {one} out changes no rank"
+    return f"{counted}; leaving {one} out keeps the {same} lowest ranks"
+
+
+def without_part_note(seen: Seen, part: PartName) -> tuple[str, ...]:
+    """Which layers have no such part and were therefore not judged."""
+    missing = [i for i, own in enumerate(seen.sums) if any(map(math.isnan, own))]
+    if part == "layer" or not missing:
+        return ()
+    return (f"not judged, having no {part} of their own: layers {', '.join(map(str, missing))}",)

@@ -1,0 +1,89 @@
+"""Attention similarity: how far a layer's attention map is from that of the layer below."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from shoal.evaluation.tally import tally
+from shoal.models.stacks import find_stack
+from shoal.run.attention import observe_maps
+from shoal.scores import Traits
+
+if TYPE_CHECKING:
+    from shoal.data import Data
+    from shoal.evaluation import Progress
+    from shoal.scores import Scores
+
+TRAITS = Traits(null="none", least=False, first=1)
+
+
+def attention_similarity(
+    model: Any,
+    data: Data,
+    *,
+    pairs: Literal["neighbours", "all"] = "neighbours",
+    stack: str | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> Scores:
+    """The Jensen-Shannon divergence between the attention maps of a layer and of the one below, mean over queries.
+
+    J_i = E_q[ JS(P_i(q), P_i-1(q)) ] / ln 2 in [0, 1], P_i [queries, keys] the mean over the heads of layer i's map, q
+    all tokens but the first, JS(p, r) = (KL(p || m) + KL(r || m)) / 2 with m = (p + r) / 2. The lowest layer could
+    best copy the map below it instead of computing its own; the first layer has none below and gets NaN. With
+    `pairs="all"` the detail holds `matrix`, the divergence of every two layers. A probe: a layer that could share its
+    map cannot therefore be left out.
+    Source: EchoAtt (2024, arXiv 2409.14595), which compares maps by their cosine.
+    How we differ: the divergence is that of distributions and bounded; heads are averaged, since nothing pairs the
+    heads of two layers; layers without attention are passed over. Memory: one layer's maps and the means of one batch,
+    of all layers with `pairs="all"`. Raises U537 for a model that hands out no attention maps, U507 while a plan is
+    running.
+    """
+    found = find_stack(model, stack)
+    sums: list[list[float]] = [[] for _ in range(found.depth)]
+    matrix = torch.zeros(found.depth, found.depth, dtype=torch.float64)
+    counts: list[int] = []
+    held: dict[int, torch.Tensor] = {}
+    keep = torch.ones(1, 1, dtype=torch.bool)
+
+    def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        nonlocal keep
+        held.clear()
+        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        keep = keep & (keep.cumsum(-1) > 1)
+        counts.extend(keep.sum(-1).tolist())
+        if progress is not None:
+            progress(len(counts), len(data), "attention similarity")
+
+    def watch(index: int, maps: torch.Tensor) -> None:
+        mine = maps.float().mean(1)
+        for other, theirs in held.items():
+            apart = torch.where(keep, _divergence(mine, theirs.to(mine.device)).cpu().double(), 0.0).sum(-1)
+            matrix[index, other] += apart.sum()
+            if other == max(held):
+                sums[index] += apart.tolist()
+        if pairs == "neighbours":
+            held.clear()
+        held[index] = mine
+
+    observe_maps(model, data.batches(batch), watch, what="attention similarity", before=before, stack=stack)
+    total = max(1, sum(counts))
+    nothing = [math.nan] * len(counts)
+    return tally(
+        "attention-similarity", "Jensen-Shannon divergence / ln 2", [own or nothing for own in sums], counts, data,
+        stack=found.name, removal=False,
+        detail={"matrix": ((matrix + matrix.T) / total).tolist()} if pairs == "all" else {},
+    )  # fmt: skip
+
+
+def _divergence(p: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """JS(p, r) / ln 2 over the last dimension; exactly 0 for equal maps."""
+    middle = (p + r) / 2
+
+    def relative(q: torch.Tensor) -> torch.Tensor:
+        return torch.where(q > 0, q * (q / middle).log(), 0.0).sum(-1)
+
+    return (relative(p) + relative(r)) / (2 * math.log(2))

@@ -1,0 +1,139 @@
+"""CKA: how alike the geometry of a layer's input and output is, whatever rotation lies between them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from shoal.errors import UsageError
+from shoal.evaluation.stats import bootstrap
+from shoal.models.stacks import find_stack
+from shoal.run.observe import observe, require_whole
+from shoal.scores import Scores
+
+if TYPE_CHECKING:
+    from shoal.data import Data
+    from shoal.evaluation import Progress
+
+LEAST = 4
+"""Tokens without which the unbiased estimator does not exist."""
+
+
+def cka(
+    model: Any,
+    data: Data,
+    *,
+    part: Literal["layer", "attention", "mlp"] = "layer",
+    pairs: Literal["neighbours", "all"] = "neighbours",
+    skip_first: int = 1,
+    stack: str | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> Scores:
+    """1 minus the linear centred kernel alignment between a layer's input and output.
+
+    CKA_i = sum_s H(K_s, L_s) / sqrt( sum_s H(K_s, K_s) x sum_s H(L_s, L_s) ) over sequences s, K_s = X X^T and L_s = Y
+    Y^T [tokens, tokens], X and Y [tokens, hidden] the input and output of layer i (or of its attention or mlp, as in
+    block influence), H the unbiased Hilbert-Schmidt independence criterion. 0 for a layer that adds nothing, but also
+    for one that only rotates: what is alike here may be replaced by a linear map rather than left out. With
+    `pairs="all"` the detail holds `matrix`, the CKA of every two of the layers' inputs and the last output.
+    Source: Kornblith et al. 2019 (arXiv 1905.00414), summed over batches as by Nguyen et al. 2021 (arXiv 2010.15327).
+    How we differ: a sequence is a batch; padding and the first `skip_first` tokens, one of which can be the whole
+    alignment, are left out; float64; standard errors by bootstrap over sequences. Raises U536 for sequences of fewer
+    than four tokens, U531 for missing parts, U507 while a plan is running.
+    """
+    require_whole(model, "CKA", stack)
+    found = find_stack(model, stack)
+    # by layer and sequence: H(K, L), H(K, K), H(L, L)
+    triples: list[list[list[float]]] = [[] for _ in range(found.depth)]
+    seen = _Matrix(found.depth + 1) if pairs == "all" and part == "layer" else None
+    keep = torch.ones(1, 1, dtype=torch.bool)
+    counts: list[int] = []
+
+    def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        nonlocal keep
+        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+        keep = keep & (keep.cumsum(-1) > skip_first)
+        counts.extend(keep.sum(-1).tolist())
+        if min(counts) < LEAST:
+            raise UsageError(
+                f"CKA needs {LEAST} tokens in every sequence, and one has {min(counts)} behind the first {skip_first}; "
+                "use longer sequences or skip fewer",
+                code="U536",
+            )
+        if progress is not None:
+            progress(len(counts), len(data), "CKA")
+
+    def watch(index: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        for row, real in enumerate(keep):
+            k, m = (_gram(state[row].cpu()[real]) for state in (x, y))
+            triples[index].append([_inner(k, m), _inner(k, k), _inner(m, m)])
+            if seen is not None:
+                seen.add(row, index, k)
+                if index == found.depth - 1:
+                    seen.add(row, index + 1, m)
+
+    observe(model, data.batches(batch), watch, before=before, stack=stack, part=part)
+    values, errors = [], []
+    for own in triples:
+        known = torch.tensor(own, dtype=torch.float64).numpy() if own else None
+        values.append(math.nan if known is None else _apart(known.sum(0)).item())
+        errors.append(None if known is None else bootstrap(known, _apart))
+    return Scores(
+        measure="cka",
+        stack=found.name,
+        unit="1 - CKA",
+        values=tuple(values),
+        errors=tuple(errors),
+        sequences=len(counts),
+        tokens=sum(counts),
+        data=data.info.describe(),
+        notes=(f"the first {skip_first} tokens of each sequence left out",),
+        detail={} if seen is None else {"matrix": seen.alignment()},
+    )
+
+
+def _gram(states: torch.Tensor) -> torch.Tensor:
+    """X X^T centred for the unbiased estimator (Song et al. 2012): a zero diagonal, and rows that sum up to 0."""
+    states = states.double()
+    gram = states @ states.T
+    count = len(gram)
+    gram.fill_diagonal_(0)
+    means = gram.sum(1) / (count - 2)
+    means -= means.sum() / (2 * (count - 1))
+    gram -= means[:, None] + means[None, :]
+    return gram.fill_diagonal_(0)
+
+
+def _inner(k: torch.Tensor, m: torch.Tensor) -> float:
+    """H = <K, L> / (n (n - 3)) for two centred matrices."""
+    return (k * m).sum().item() / (len(k) * (len(k) - 3))
+
+
+def _apart(sums: Any) -> Any:
+    """1 - CKA from the three sums, [..., 3]; exactly 0 where all three are one number."""
+    shared, left, right = sums[..., 0], sums[..., 1], sums[..., 2]
+    return 1 - shared / (left * right) ** 0.5
+
+
+class _Matrix:
+    """H of every two states, summed over sequences; the states' matrices of one sequence are held at a time."""
+
+    def __init__(self, states: int) -> None:
+        self.sums = torch.zeros(states, states, dtype=torch.float64)
+        self._held: dict[int, list[torch.Tensor]] = {}
+
+    def add(self, row: int, state: int, gram: torch.Tensor) -> None:
+        held = self._held.setdefault(row, [])
+        assert len(held) == state
+        held.append(gram.flatten())
+        if len(held) == len(self.sums):
+            stacked = torch.stack(self._held.pop(row))
+            self.sums += stacked @ stacked.T / (len(gram) * (len(gram) - 3))
+
+    def alignment(self) -> list[list[float]]:
+        lengths = self.sums.diagonal().sqrt()
+        aligned: list[list[float]] = (self.sums / torch.outer(lengths, lengths)).tolist()
+        return aligned
