@@ -21,6 +21,7 @@ from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
 from shoal.record import Record, plain
 from shoal.registry import Entry, get
+from shoal.run.weights import Tensors, used_by
 from shoal.scores import Budget, Found, Legal, Scores
 from shoal.writing.surgery import blueprint
 
@@ -92,6 +93,7 @@ def prune(
     *,
     method: str = "shortgpt",
     plan: Plan | str | None = None,
+    weights: Tensors | None = None,
     drop: int | None = None,
     keep: float | None = None,
     budget: str | Budget | None = None,
@@ -114,7 +116,7 @@ def prune(
     **options: Any,
 ) -> Pruned:
     """Find a plan with `drop` layers less (or a share `keep` of them, or within a `budget` such as "params=0.8") by a
-    published method, or take `plan` as it is.
+    published method, or take `plan` as it is, with its `weights`.
 
     Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
     can express are looked at. `assess`: perplexity, agreement and generation on `limit` windows, at most 8, of the test
@@ -135,9 +137,11 @@ def prune(
         _require_writable(loaded, identity)
     if plan is not None:
         plan = parse_plan(plan, identity) if isinstance(plan, str) else plan
-        found, method = Found(require(plan, spec)), "listed"
+        given = used_by(plan, weights or {})
+        require(plan, spec, {name: tuple(tensor.shape) for name, tensor in given.items()})
+        found, method = Found(plan, weights=given), "listed"
         if writable:
-            blueprint(loaded.model, plan, zero_parts=zero_parts)
+            blueprint(loaded.model, plan, zero_parts=zero_parts, weights=given)
     else:
         count, most = amount_of(spec, stack, drop, keep, budget)
         text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
@@ -161,8 +165,15 @@ def prune(
     )
     if test is None:
         return result
-    worth = evaluate(loaded, plan=found.plan, data=test, batch=batch, progress=progress)
-    timed = bench(loaded, plan=found.plan, prompt=_prompt(loaded, length), seed=seed, progress=progress)
+    worth = evaluate(loaded, plan=found.plan, weights=found.weights, data=test, batch=batch, progress=progress)
+    timed = bench(
+        loaded,
+        plan=found.plan,
+        weights=found.weights,
+        prompt=_prompt(loaded, length),
+        seed=seed,
+        progress=progress,
+    )
     return replace(result, evaluation=worth, bench=timed)
 
 

@@ -194,16 +194,27 @@ def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -
         return None
     from_file = text.endswith(".json") or Path(text).is_dir()
     plan = load_plan(text) if from_file else parse_plan(text, Plan.identity(spec, source=source))
-    return require(plan, spec) if legal else plan
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_weights(text).items()} if legal else {}
+    return require(plan, spec, shapes) if legal else plan
 
 
-def open_model(model: str, plan: str | None, **options: Any) -> tuple[Any, Any]:
-    """The loaded model and the plan, read and checked for it; None when there is none."""
+def read_weights(text: str | None) -> dict[str, Any]:
+    """The tensors that lie beside the plan of a file or folder; none for notation. Raises U550 or U551."""
+    if text is None or not (text.endswith(".json") or Path(text).is_dir()):
+        return {}
+    from shoal.run.weights import load_weights
+
+    return load_weights(text)
+
+
+def open_model(model: str, plan: str | None, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The loaded model, the plan, read and checked for it (None when there is none), and the plan's own weights."""
     from shoal.models.inspect import inspect
     from shoal.models.load import load
 
     loaded = load(model, **options)
-    return loaded, None if plan is None else read_plan(plan, inspect(loaded.model), loaded.source)
+    chosen = None if plan is None else read_plan(plan, inspect(loaded.model), loaded.source)
+    return loaded, chosen, read_weights(plan)
 
 
 def need(value: Any, message: str) -> Any:

@@ -91,11 +91,12 @@ def prune(
     if output is not None:
         refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress:
-        loaded, chosen = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         pruned = run(
             loaded,
             method=method,
             plan=chosen,
+            weights=weights,
             drop=drop,
             keep=keep,
             budget=budget,
