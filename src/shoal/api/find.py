@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
 from shoal.api.budget import counted_budget, layers_for, parse_budget
 from shoal.api.journal import journaled
+from shoal.api.stand_ins import parse_then, transformed
 from shoal.data import Data
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
@@ -41,6 +42,8 @@ class Pruned:
     evaluation: Evaluation | None = None
     bench: Bench | None = None
     records: tuple[Record, ...] = field(default=())
+    then: tuple[dict[str, Any], ...] = ()
+    """What each transform after the method did, with the errors of its stand-ins."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for --json and the records; what is not finite is None."""
@@ -53,6 +56,8 @@ class Pruned:
             "cost": {"dense": self.before.to_dict(), "pruned": self.after.to_dict()},
             "scores": None if self.found.scores is None else self.found.scores.to_dict(),
             "trace": [{"plan": c.notation, "score": plain(c.score), "note": c.note} for c in self.found.trace],
+            "then": list(self.then),
+            "weights": {name: list(tensor.shape) for name, tensor in self.found.weights.items()},
             "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
             "bench": None if self.bench is None else self.bench.to_dict(),
         }
@@ -110,6 +115,7 @@ def prune(
     writable: bool = True,
     zero_parts: bool = False,
     journal: Path | None = None,
+    then: Sequence[str] = (),
     assess: bool = False,
     test_data: Any = "builtin",
     progress: Progress | None = None,
@@ -119,14 +125,16 @@ def prune(
     published method, or take `plan` as it is, with its `weights`.
 
     Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
-    can express are looked at. `assess`: perplexity, agreement and generation on `limit` windows, at most 8, of the test
-    split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they evaluated.
+    can express are looked at. `then`: transforms done after that, in order, as "refit" or "slerp:t=0.3" (see `shoal
+    ls transforms`), fitted on the calibration text. `assess`: perplexity, agreement and generation on `limit` windows,
+    at most 8, of the test split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they evaluated.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
         raise UsageError("give a plan or how much to remove, not both", code="U521")
     entry = get("methods", method)
     own = entry.accept(settings or {})
+    after = parse_then(then)
     loaded = opened(source, **options)
     spec = inspect(loaded.model)
     identity = Plan.identity(spec, source=loaded.source)
@@ -142,6 +150,8 @@ def prune(
         found, method = Found(plan, weights=given), "listed"
         if writable:
             blueprint(loaded.model, plan, zero_parts=zero_parts, weights=given)
+        if after:
+            text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
     else:
         count, most = amount_of(spec, stack, drop, keep, budget)
         text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
@@ -159,10 +169,16 @@ def prune(
             progress=progress,
         )
         found = _found(entry, task, count, own)
+    said: tuple[dict[str, Any], ...] = ()
+    if after and text is not None:
+        found, said = transformed(
+            loaded, spec, found, after, text, stack=stack, batch=batch, seed=seed, progress=progress
+        )
+        if writable:
+            blueprint(loaded.model, found.plan, zero_parts=zero_parts, weights=found.weights)
     shape = Shape()
-    result = Pruned(
-        loaded, spec, found.plan, method, found, cost(identity, spec, shape), cost(found.plan, spec, shape), text
-    )
+    before, price = cost(identity, spec, shape), cost(found.plan, spec, shape)
+    result = Pruned(loaded, spec, found.plan, method, found, before, price, text, then=said)
     if test is None:
         return result
     worth = evaluate(loaded, plan=found.plan, weights=found.weights, data=test, batch=batch, progress=progress)

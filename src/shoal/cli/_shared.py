@@ -62,6 +62,13 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, ..
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", "-o", help="An option of the method, as name=value.")]
+Then = Annotated[
+    list[str] | None,
+    typer.Option("--then", help="After that: a stand-in or merge, as refit or slerp:t=0.3 (shoal ls transforms)."),
+]
+SavePlan = Annotated[
+    Path | None, typer.Option("--save-plan", help="Folder for plan.json and its weights; --plan takes it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; load no weights, write nothing.")]
@@ -215,6 +222,16 @@ def open_model(model: str, plan: str | None, **options: Any) -> tuple[Any, Any, 
     loaded = load(model, **options)
     chosen = None if plan is None else read_plan(plan, inspect(loaded.model), loaded.source)
     return loaded, chosen, read_weights(plan)
+
+
+def tell_fits(then: tuple[dict[str, Any], ...], quiet: bool) -> None:
+    """How well each stand-in fits, on stderr, before anything is written."""
+    for made in then if not quiet else ():
+        rows = [
+            [f["site"], f["drop"], f["stand_in"], f["held_drop"], f["held_stand_in"], f["note"]] for f in made["fits"]
+        ]
+        head = ["", "error dropped", "with stand-in", "dropped, held out", "with stand-in", ""]
+        typer.echo("\n".join([made["transform"], *([table(rows, head)] if rows else []), *made["notes"]]), err=True)
 
 
 def need(value: Any, message: str) -> Any:

@@ -12,7 +12,7 @@ from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, Writer, output_module
 from shoal.plan import Run, Step
 from shoal.plan.steps import PartName
-from shoal.run.walk import _still
+from shoal.run.walk import still
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Site:
 
     def outputs(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For one batch the state before the last part has written, and what it writes, [batch, length, hidden]."""
-        with _still(self.pair.walk.model), torch.no_grad():
+        with still(self.pair.walk.model), torch.no_grad():
             out = self.pair.pruned.run(number, self.run, self.pair.job.weights)
             quiet = {f"quiet.{w.name}": torch.zeros_like(self.layer.get_parameter(w.name)) for w in self.writers}
             rest = self.pair.pruned.run(number, Run(self.run.layer, self.run.part, "quiet"), quiet)

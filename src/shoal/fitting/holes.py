@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.errors import UsageError
+from shoal.errors import ModelError, UsageError
 from shoal.fitting.result import Job
 from shoal.plan import Map, Plan, Run, Step
 from shoal.plan.steps import PartName
@@ -82,6 +82,13 @@ class Pair:
         pruned stream is more than so many times the median's does not count either."""
         self.job, self.outlier = job, outlier
         self.walk = Walk(job.model, job.data, stack=job.stack, batch=job.batch)
+        for start, real in zip(self.walk.starts, self.walk.real, strict=True):
+            if start.dim() != 3 or start.shape[:2] != real.shape:
+                raise ModelError(
+                    f"the layers hand on a state {list(start.shape)} for {list(real.shape)} tokens, and a stand-in "
+                    "needs one hidden state for each token; drop layers without one",
+                    code="M316",
+                )
         self.dense, self.pruned = self.walk.stream(), self.walk.stream(job.plan)
         self.steps = job.plan.steps(job.stack)
         self.at, self.cursor = 0, 0

@@ -55,7 +55,7 @@ def observe(
         for ids, mask in batches:
             size[:] = ids.shape
             before(ids, mask)
-            backbone(**_inputs(backbone, ids, mask), use_cache=False)
+            backbone(**inputs_of(backbone, ids, mask), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -69,7 +69,8 @@ def require_whole(model: nn.Module, what: str, stack: str | None = None) -> None
         raise UsageError(f"{what} needs the whole model, but a plan is running on it; restore it first", code="U507")
 
 
-def _inputs(backbone: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def inputs_of(backbone: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The keyword arguments of a pass over ids and mask [batch, length], on the backbone's device."""
     device = torch.device(backbone.device)
     if device.type == "meta":  # an offloaded model moves its inputs itself
         device = torch.device("cpu")

@@ -18,7 +18,7 @@ from shoal.models.probe import probe
 from shoal.models.stacks import find_stack, unwrap
 from shoal.plan import Plan, Step
 from shoal.run.conductor import Conductor, Pass, PlannedList
-from shoal.run.observe import _inputs, require_whole
+from shoal.run.observe import inputs_of, require_whole
 
 Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -36,7 +36,7 @@ class Walk:
         self.calls: list[Calls] = []
         self.real: list[torch.Tensor] = []
         """For each batch where a token is real, bool [batch, length]."""
-        with _still(self.model), torch.no_grad():
+        with still(self.model), torch.no_grad():
             for ids, mask in data.batches(batch):
                 calls = self._called(ids, mask)
                 args, kwargs = calls[0]
@@ -50,7 +50,7 @@ class Walk:
         setattr(self.stack.owner, self.stack.attr, _Recording(self, calls))
         try:
             backbone = self.model.base_model
-            backbone(**_inputs(backbone, ids, mask), use_cache=False)
+            backbone(**inputs_of(backbone, ids, mask), use_cache=False)
         finally:
             setattr(self.stack.owner, self.stack.attr, original)
         return calls
@@ -93,7 +93,7 @@ class Stream:
     @torch.no_grad()
     def advance(self, step: Step, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Take all batches through `step`."""
-        with _still(self.walk.model):
+        with still(self.walk.model):
             for number in range(len(self.states)):
                 self.states[number] = self.run(number, step, weights)
 
@@ -128,7 +128,7 @@ class _Note:
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
+def still(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, each module as it was afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
