@@ -12,20 +12,17 @@ import json
 from argparse import Namespace
 from typing import Any
 
-from _common import opened, options, say
+from _common import PRUNED, opened, options, say
 
 from shoal.data import Data, load_data
 from shoal.evaluation import perplexity
 from shoal.fitting.result import Job
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
-from shoal.plan import Plan, drop
+from shoal.plan import Plan, drop, parse_plan
 from shoal.record import environment
 from shoal.registry import get
 from shoal.run.live import running
-
-LOWEST = (12, 13, 14, 17, 25, 26)
-"""The six layers of lowest block influence of the built-in model."""
 
 
 def main() -> None:
@@ -40,31 +37,31 @@ def main() -> None:
         "calibrate": calibrate.info.to_dict(),
         "test": test.info.to_dict(),
         "dense": dense,
-        "plan": [],
+        "plans": [],
         "layers": [],
         "environment": environment(),
     }
-    if args.layers:
-        result["plan"] = _rows(loaded, args.layers, args.stand_ins, calibrate, test, args.batch)
+    identity = Plan.identity(inspect(loaded.model))
+    for text in args.plans:
+        result["plans"].append(_rows(loaded, parse_plan(text, identity), args.stand_ins, calibrate, test, args.batch))
     for layer in args.each:
-        rows = _rows(loaded, (layer,), args.stand_ins, calibrate, test, args.batch)
+        rows = _rows(loaded, drop(identity, [layer]), args.stand_ins, calibrate, test, args.batch)
         result["layers"].append({"layer": layer, "rows": rows})
     print(json.dumps(result, indent=1))
 
 
 def _rows(
-    loaded: Loaded, layers: tuple[int, ...], names: list[str], calibrate: Data, test: Data, batch: int
+    loaded: Loaded, plan: Plan, names: list[str], calibrate: Data, test: Data, batch: int
 ) -> list[dict[str, Any]]:
-    plan = drop(Plan.identity(inspect(loaded.model)), list(layers))
     rows: list[dict[str, Any]] = [{"stand_in": "drop", "plan": str(plan), **_worth(loaded, plan, {}, test, batch)}]
-    say(f"{layers} drop {rows[0]['perplexity']:.3f}")
+    say(f"{plan} drop {rows[0]['perplexity']:.3f}")
     for spelled in names:
         name, _, text = spelled.partition(":")
         entry = get("transforms", name)
         own = entry.parse([piece for piece in text.split(",") if piece])
         made = entry.load()(Job(loaded.model, calibrate, plan, batch=batch), **own)
         rows.append({"stand_in": spelled, **made.to_dict(), **_worth(loaded, made.plan, made.weights, test, batch)})
-        say(f"{layers} {spelled} {rows[-1]['perplexity']:.3f} {made.notes}")
+        say(f"{plan} {spelled} {rows[-1]['perplexity']:.3f} {made.notes}")
     return rows
 
 
@@ -83,7 +80,7 @@ def _arguments() -> Namespace:
     parser.add_argument("--windows", type=int, default=8, help="test windows (default: %(default)s)")
     parser.add_argument("--window", type=int, default=1024, help="tokens in each (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="sequences at a time (default: %(default)s)")
-    parser.add_argument("--layers", type=_numbers, default=LOWEST, help="the plan drops these; empty: no plan")
+    parser.add_argument("--plans", nargs="*", default=[PRUNED], help="plans that lack something (default: %(default)s)")
     parser.add_argument("--each", type=_numbers, default=(), help="single layers to drop and to stand in for")
     parser.add_argument(
         "--stand-ins",

@@ -246,15 +246,15 @@ def test_merges_by_their_formulas() -> None:
 
 
 def test_mka_compares_layers_by_what_they_say() -> None:
-    from shoal.transforms.mka import diffusion, similarity
+    from shoal.transforms.mka import _diffusion, _similarity
 
     x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64))[0]
-    own = diffusion(x, 1.0, 0.5, 2)
-    assert similarity(own, own) == pytest.approx(1.0)
-    assert similarity(own, diffusion(x @ turn, 1.0, 0.5, 2)) == pytest.approx(1.0)
+    own = _diffusion(x, 1.0, 0.5, 2)
+    assert _similarity(own, own) == pytest.approx(1.0)
+    assert _similarity(own, _diffusion(x @ turn, 1.0, 0.5, 2)) == pytest.approx(1.0)
     other = torch.randn(32, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    assert similarity(own, diffusion(other, 1.0, 0.5, 2)) < 0.6
+    assert _similarity(own, _diffusion(other, 1.0, 0.5, 2)) < 0.6
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -302,6 +302,9 @@ def test_parallel_pairs() -> None:
     made = do("parallel-pairs", job(model, []), first=1, last=3)
     assert made.plan.steps() == (Run(0), Parallel((Run(1), Run(2))), Run(3))
     assert do("parallel-pairs", job(model, []), first=0, last=3, group=1).plan.is_identity()
+    assert do("parallel-pairs", job(model, [])).plan == made.plan.with_steps(
+        (Run(0), Parallel((Run(1), Run(2))), Run(3))
+    )
     still = planted("llama")
     pair = do("parallel-pairs", job(still, []), first=PLANTED["llama"], last=PLANTED["llama"] + 1)
     assert relative(logits(still, pair), logits(still)) < 1e-5

@@ -127,7 +127,8 @@ def prune(
     Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
     can express are looked at. `then`: transforms done after that, in order, as "refit" or "slerp:t=0.3" (see `shoal
     ls transforms`), fitted on the calibration text. `assess`: perplexity, agreement and generation on `limit` windows,
-    at most 8, of the test split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they evaluated.
+    at most 8, of the test split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they
+    evaluated.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):

@@ -61,6 +61,13 @@ def _require_alike(
         )
 
 
+def middle(job: Job, first: int | None, last: int | None) -> tuple[int, int]:
+    """`first` and `last`, or where they are not given the ends of the middle half of the stack."""
+    depth = job.plan.depth(job.stack)
+    quarter = depth // 4
+    return quarter if first is None else first, depth - quarter - 1 if last is None else last
+
+
 def share_in(t: float, name: str) -> float:
     """`t` itself when it is a share. Raises U558."""
     if not 0 <= t <= 1:

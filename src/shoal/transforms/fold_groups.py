@@ -6,6 +6,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.fitting.holes import Pair
+from shoal.fitting.merge import middle
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, folded_scale
 from shoal.models.stacks import find_stack
@@ -13,18 +14,20 @@ from shoal.plan import Run, Step
 from shoal.plan.steps import PartName
 
 
-def fold_groups(job: Job, *, first: int, last: int, group: int = 2) -> Transformed:
+def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, group: int = 2) -> Transformed:
     """Let the layers `first`..`last` share matrices in groups: each child runs its parent's, the first of its group.
 
-    A child keeps its norms, and what its parent's attention and mlp write for it is scaled by one number each,
-    s = <d, r> / <d, d> over the calibration tokens (each weighted by 1 / |y|^2), d what the parent's part writes on the
-    stream as folded so far and r = y - x what leads to the dense state y behind that part. Fewer stored parameters, the
+    Without `first` and `last` these are the middle half of the stack. A child keeps its norms, and what its parent's
+    attention and mlp write for it is scaled by one number each, s = <d, r> / <d, d> over the
+    calibration tokens (each weighted by 1 / |y|^2), d what the parent's part writes on the stream as folded so far and
+    r = y - x what leads to the dense state y behind that part. Fewer stored parameters, the
     same FLOPs and KV. `group` 1 changes nothing. Raises U559 for a range or a group that holds no two layers, and for
     layers that the plan does not run whole, one after the other.
 
     Source: Liu et al. 2024 (FoldGPT, arXiv 2407.00928). How we differ: scales in closed form instead of training, no
     gates (drop layers by any method first).
     """
+    first, last = middle(job, first, last)
     steps = list(job.plan.steps(job.stack))
     wanted: list[Step] = [Run(i) for i in range(first, last + 1)]
     start = steps.index(Run(first)) if Run(first) in steps else -1

@@ -35,7 +35,7 @@ def linear_map(
     for number, hole in enumerate(holes):
         steps += pair.steps[pair.cursor : hole.position]
         pair.prune_to(hole.position)
-        tensors, fit = fit_map(pair, hole, ridge=ridge, bias=bias)
+        tensors, fit = _fit_map(pair, hole, ridge=ridge, bias=bias)
         weights |= tensors
         fits.append(fit)
         steps.append(Map(hole.first, hole.last, hole.weights))
@@ -45,7 +45,7 @@ def linear_map(
     return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))
 
 
-def fit_map(pair: Pair, hole: Hole, *, ridge: float | None, bias: bool) -> tuple[dict[str, torch.Tensor], Fit]:
+def _fit_map(pair: Pair, hole: Hole, *, ridge: float | None, bias: bool) -> tuple[dict[str, torch.Tensor], Fit]:
     """The tensors weight, bias and limit for `hole`, at which the pruned stream stands, and how well they fit."""
     limit = pair.limit()
     fitted, held = sums(pair, hole, limit)

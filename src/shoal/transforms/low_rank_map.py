@@ -41,7 +41,7 @@ def low_rank_map(
             if ridge is None
             else (ridge, fitted.solve(ridge, towards=eye)[0])
         )
-        up, down = reduced(full - eye, fitted.centred()[0], rank)
+        up, down = _reduced(full - eye, fitted.centred()[0], rank)
         weight = eye + up @ down
         bias = (fitted.y - weight @ fitted.x) / fitted.count
         tensors = {f"{hole.weights}.{n}": t.float() for n, t in (("up", up), ("down", down), ("bias", bias))}
@@ -55,7 +55,7 @@ def low_rank_map(
     return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))
 
 
-def reduced(change: torch.Tensor, covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _reduced(change: torch.Tensor, covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """U [q, rank] and D [rank, p] whose product is nearest to `change` [q, p] for inputs of this covariance [p, p]."""
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt()

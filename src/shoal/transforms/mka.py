@@ -38,7 +38,7 @@ def mka(job: Job, *, sigma: float = 1.0, alpha: float = 0.5, dims: int = 2, shar
     def rule(_: str, parts: Sequence[torch.Tensor], hole: Hole) -> torch.Tensor:
         result, first = parts[0], hole.first
         for number, other in enumerate(parts[1:]):
-            part = share if share is not None else similarity(vectors[first - 1], vectors[first + number]) / 2
+            part = share if share is not None else _similarity(vectors[first - 1], vectors[first + number]) / 2
             result = result + part * (other - result)
         return result
 
@@ -55,12 +55,12 @@ def _embeddings(job: Job, sigma: float, alpha: float, dims: int) -> dict[int, to
             (state.double() * real.to(state.device)[..., None]).sum(1) / real.sum(1, keepdim=True).to(state.device)
             for state, real in zip(stream.states, walk.real, strict=True)
         ]
-        found[layer] = diffusion(torch.cat(means).cpu(), sigma, alpha, dims)
+        found[layer] = _diffusion(torch.cat(means).cpu(), sigma, alpha, dims)
         job.tell(layer + 1, walk.stack.depth, "mka")
     return found
 
 
-def diffusion(x: torch.Tensor, sigma: float, alpha: float, dims: int) -> torch.Tensor:
+def _diffusion(x: torch.Tensor, sigma: float, alpha: float, dims: int) -> torch.Tensor:
     """The diffusion embedding [n, dims] of the vectors x [n, d]; unchanged when x is rotated."""
     distance = torch.cdist(x, x)
     middle = distance[~torch.eye(len(x), dtype=torch.bool)].median().clamp(min=torch.finfo(x.dtype).tiny)
@@ -72,7 +72,7 @@ def diffusion(x: torch.Tensor, sigma: float, alpha: float, dims: int) -> torch.T
     return left[:, 1 : dims + 1] / left[:, :1]
 
 
-def similarity(a: torch.Tensor, b: torch.Tensor) -> float:
+def _similarity(a: torch.Tensor, b: torch.Tensor) -> float:
     """Normalised mutual information of two embeddings [n, dims], 0 to 1: 1 for the same up to any monotone map of each
     coordinate, signs included."""
     n = len(a)

@@ -19,11 +19,11 @@ def slerp(job: Job, *, t: float = 0.5, norms: bool = True) -> Transformed:
     """
     share_in(t, "slerp")
     return merged(
-        job, "slerp", lambda _, parts, __: arc(parts[0], sum(parts[2:], parts[1]) / (len(parts) - 1), t), norms=norms
+        job, "slerp", lambda _, parts, __: _arc(parts[0], sum(parts[2:], parts[1]) / (len(parts) - 1), t), norms=norms
     )
 
 
-def arc(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+def _arc(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     """The point at t on the arc from `a` to `b`, tensors of one shape."""
     if t == 0 or torch.equal(a, b):
         return a
