@@ -18,6 +18,7 @@ _KINDS = {
     "measures": "How much each layer matters: (model, data) -> scores; the lowest is removable.",
     "search": "From scores or an objective to a plan within a budget.",
     "methods": "Published systems as compositions of a measure and a search: `shoal prune --method NAME`.",
+    "transforms": "Stand-ins for removed layers and merges: `shoal prune --then NAME`, `shoal fuse --with NAME`.",
     "exchange": "Files of other tools that hold a plan: `shoal convert PLAN --to NAME` (docs/exchange.md).",
 }
 _CODE = re.compile(r"[NPWMDU]\d{3}")
@@ -32,7 +33,7 @@ _AREAS = {
 
 
 def catalogue() -> str:
-    """Every measure, search, method and exchange format with its own docstring."""
+    """Every measure, search, method, transform and exchange format with its own docstring."""
     lines = ["# Catalogue", "", _MADE, ""]
     for kind in KINDS:
         lines += [f"## {kind.capitalize()}", "", _KINDS[kind], ""]

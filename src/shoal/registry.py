@@ -1,4 +1,4 @@
-"""Names of measures, searches, methods, exchange formats: the file name is the public name; nothing else is edited.
+"""Names of measures, searches, methods, transforms, exchange formats: the file name is the public name.
 
 `measures/block_influence.py` defines the function `block_influence`, known as `block-influence`. Its keyword-only
 parameters that the harness does not fill are its options. Listing reads the source as text, so that `shoal ls` imports
@@ -24,8 +24,16 @@ from typing import Any, Literal
 
 from shoal.errors import UsageError
 
-Kind = Literal["measures", "search", "methods", "exchange"]
-KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "exchange")
+Kind = Literal["measures", "search", "methods", "transforms", "exchange"]
+KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "transforms", "exchange")
+
+_ONE: dict[Kind, str] = {
+    "measures": "measure",
+    "search": "search",
+    "methods": "method",
+    "transforms": "transform",
+    "exchange": "format",
+}
 
 HARNESS = frozenset(
     {
@@ -43,7 +51,7 @@ HARNESS = frozenset(
         "seed",
         "spec",
     }
-    | {"stack", "task", "tokenizer"}
+    | {"job", "stack", "task", "tokenizer"}
 )
 """Parameters that the harness fills and that are therefore no options."""
 
@@ -133,7 +141,7 @@ def get(kind: Kind, name: str) -> Entry:
     found = entries(kind)
     wanted = name.replace("_", "-")
     if wanted not in found:
-        what = {"measures": "measure", "search": "search", "methods": "method", "exchange": "format"}[kind]
+        what = _ONE[kind]
         raise UsageError(f"there is no {what} {name!r}{_nearest(wanted, found)}; see shoal ls {kind}", code="U501")
     return found[wanted]
 

@@ -30,6 +30,7 @@ from shoal.models.load import Loaded, load
 from shoal.plan import Plan
 from shoal.record import plain
 from shoal.run.live import running
+from shoal.run.weights import Tensors
 
 Source = str | Path | nn.Module | Loaded
 
@@ -82,6 +83,7 @@ def evaluate(
     source: Source,
     *,
     plan: Plan | str | None = None,
+    weights: Tensors | None = None,
     against: Source | None = None,
     data: Any = "builtin",
     split: str = "test",
@@ -98,7 +100,8 @@ def evaluate(
     """Perplexity on `limit` windows of `window` tokens and a greedy generation check; with a `plan` (run live) or a
     model to compare `against`, also the dense figures, KL(dense || this) and top-1 agreement.
 
-    `options` go to `shoal.load`. Raises `ShoalError` for a model, plan or data that cannot be used.
+    `weights`: the tensors that the plan names, as `running` takes them. `options` go to `shoal.load`. Raises
+    `ShoalError` for a model, plan or data that cannot be used.
     """
     _plan_or_model(plan, against)
     loaded = opened(source, **options)
@@ -106,7 +109,7 @@ def evaluate(
     other = None if against is None else opened(against, **options)
     if other is not None:
         _one_vocabulary(loaded, other)
-    context = planned(loaded.model, plan)
+    context = planned(loaded.model, plan, weights)
 
     def written(model: Any) -> GenerationCheck | None:
         if not generation or loaded.tokenizer is None:
@@ -131,6 +134,7 @@ def bench(
     source: Source,
     *,
     plan: Plan | str | None = None,
+    weights: Tensors | None = None,
     against: Source | None = None,
     prompt: int = 512,
     new: int = 32,
@@ -155,7 +159,7 @@ def bench(
     else:
         variants["dense"] = lambda: nullcontext(loaded.model)
         if plan is not None:
-            variants["pruned"] = planned(loaded.model, plan)
+            variants["pruned"] = planned(loaded.model, plan, weights)
     timed = speed(variants, prompt=prompt, new=new, batch=batch, pairs=pairs, seed=seed, progress=progress)
     held = {}
     for name, variant in variants.items():
@@ -179,7 +183,9 @@ def _one_vocabulary(loaded: Loaded, other: Loaded) -> None:
         )
 
 
-def planned(model: Any, plan: Plan | str | None) -> Callable[[], AbstractContextManager[Any]]:
+def planned(
+    model: Any, plan: Plan | str | None, weights: Tensors | None = None
+) -> Callable[[], AbstractContextManager[Any]]:
     """A factory of contexts that yield `model` while `plan` runs on it."""
 
     @contextmanager
@@ -187,7 +193,7 @@ def planned(model: Any, plan: Plan | str | None) -> Callable[[], AbstractContext
         if plan is None:
             yield model
             return
-        with running(model, plan):
+        with running(model, plan, weights):
             yield model
 
     return context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from shoal.errors import UsageError
@@ -66,12 +66,15 @@ def measured_budget(
     return Budget(unit, share, measured_clock(model, phase, prompt=prompt, seed=seed, progress=progress))
 
 
-def priced(budget: Budget, plan: Plan, model: Any, *, prompt: int = 512, seed: int = 0) -> dict[str, Any]:
-    """What `plan` costs, as a share of dense: for a measured unit the prediction, its error, and the time itself."""
+def priced(
+    budget: Budget, plan: Plan, model: Any, *, weights: Mapping[str, Any], prompt: int = 512, seed: int = 0
+) -> dict[str, Any]:
+    """What `plan` with its `weights` costs, as a share of dense: for a measured unit the prediction, its error, and the
+    time itself."""
     facts: dict[str, Any] = {"unit": budget.unit, "asked": budget.share, "price": budget.price(plan)}
     if isinstance(budget.price, Clock):
         clock = budget.price
-        real = measured_share(model, plan, clock.phase, prompt=prompt, new=16, pairs=3, seed=seed)
+        real = measured_share(model, plan, clock.phase, weights=weights, prompt=prompt, new=16, pairs=3, seed=seed)
         facts |= {"error": clock.error, "measured": real, "dense_ms": clock.dense_ms, "timed": dict(clock.timed)}
     return facts
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from inspect import signature
@@ -12,6 +12,7 @@ from typing import Any
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
 from shoal.api.budget import COUNTED, counted_budget, layers_for, measured_budget, parse_budget, priced
 from shoal.api.journal import journaled
+from shoal.api.stand_ins import parse_then, transformed
 from shoal.data import Data
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
@@ -22,6 +23,7 @@ from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
 from shoal.record import Record, plain
 from shoal.registry import Entry, get
+from shoal.run.weights import Tensors, used_by
 from shoal.scores import Budget, Found, Legal, Scores, Traits
 from shoal.writing.surgery import blueprint
 
@@ -43,6 +45,8 @@ class Pruned:
     price: dict[str, Any] | None = None
     """Of a search within a budget: unit, share asked for, price; for times also the error and the measured share."""
     records: tuple[Record, ...] = field(default=())
+    then: tuple[dict[str, Any], ...] = ()
+    """What each transform after the method did, with the errors of its stand-ins."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for --json and the records; what is not finite is None."""
@@ -56,6 +60,8 @@ class Pruned:
             "price": plain(self.price),
             "scores": None if self.found.scores is None else self.found.scores.to_dict(),
             "trace": [{"plan": c.notation, "score": plain(c.score), "note": c.note} for c in self.found.trace],
+            "then": list(self.then),
+            "weights": {name: list(tensor.shape) for name, tensor in self.found.weights.items()},
             "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
             "bench": None if self.bench is None else self.bench.to_dict(),
         }
@@ -101,6 +107,7 @@ def prune(
     *,
     method: str = "shortgpt",
     plan: Plan | str | None = None,
+    weights: Tensors | None = None,
     drop: int | None = None,
     keep: float | None = None,
     budget: str | Budget | None = None,
@@ -117,23 +124,27 @@ def prune(
     writable: bool = True,
     zero_parts: bool = False,
     journal: Path | None = None,
+    then: Sequence[str] = (),
     assess: bool = False,
     test_data: Any = "builtin",
     progress: Progress | None = None,
     **options: Any,
 ) -> Pruned:
     """Find a plan with `drop` layers less (or a share `keep` of them, or within a `budget` such as "params=0.8") by a
-    published method, or take `plan` as it is.
+    published method, or take `plan` as it is, with its `weights`.
 
     Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
-    can express are looked at. `assess`: perplexity, agreement and generation on `limit` windows, at most 8, of the test
-    split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they evaluated.
+    can express are looked at. `then`: transforms done after that, in order, as "refit" or "slerp:t=0.3" (see `shoal
+    ls transforms`), fitted on the calibration text. `assess`: perplexity, agreement and generation on `limit` windows,
+    at most 8, of the test split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they
+    evaluated.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
         raise UsageError("give a plan or how much to remove, not both", code="U521")
     entry = get("methods", method)
     own = entry.accept(settings or {})
+    after = parse_then(then)
     loaded = opened(source, **options)
     spec = inspect(loaded.model)
     identity = Plan.identity(spec, source=loaded.source)
@@ -143,10 +154,12 @@ def prune(
     if writable:
         _require_writable(loaded, identity)
     if plan is not None:
-        plan = parse_plan(plan, identity) if isinstance(plan, str) else plan
-        found, method = Found(require(plan, spec)), "listed"
-        if writable:
-            blueprint(loaded.model, plan, zero_parts=zero_parts)
+        found, method = (
+            _given(parse_plan(plan, identity) if isinstance(plan, str) else plan, weights or {}, spec),
+            "listed",
+        )
+        if after:
+            text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
     else:
         budget = _measured(loaded, budget, _prompt(loaded, length), seed, progress)
         count, most = amount_of(spec, stack, drop, keep, budget)
@@ -165,18 +178,31 @@ def prune(
             progress=progress,
         )
         found = _found(entry, task, count, own)
-    shape = Shape()
-    result = Pruned(
-        loaded, spec, found.plan, method, found, cost(identity, spec, shape), cost(found.plan, spec, shape), text
-    )
+    said: tuple[dict[str, Any], ...] = ()
+    if after and text is not None:
+        found, said = transformed(
+            loaded, spec, found, after, text, stack=stack, batch=batch, seed=seed, progress=progress
+        )
+    if writable and (plan is not None or said):
+        blueprint(loaded.model, found.plan, zero_parts=zero_parts, weights=found.weights)
+    shape, prompt = Shape(), _prompt(loaded, length)
+    before, price = cost(identity, spec, shape), cost(found.plan, spec, shape)
+    result = Pruned(loaded, spec, found.plan, method, found, before, price, text, then=said)
+    ran: dict[str, Any] = {"plan": found.plan, "weights": found.weights}
     if most is not None:
-        price = priced(most, found.plan, loaded.model, prompt=_prompt(loaded, length), seed=seed)
-        result = replace(result, price=price)
+        result = replace(result, price=priced(most, model=loaded.model, prompt=prompt, seed=seed, **ran))
     if test is None:
         return result
-    worth = evaluate(loaded, plan=found.plan, data=test, batch=batch, progress=progress)
-    timed = bench(loaded, plan=found.plan, prompt=_prompt(loaded, length), seed=seed, progress=progress)
+    worth = evaluate(loaded, data=test, batch=batch, progress=progress, **ran)
+    timed = bench(loaded, prompt=prompt, seed=seed, progress=progress, **ran)
     return replace(result, evaluation=worth, bench=timed)
+
+
+def _given(plan: Plan, weights: Tensors, spec: Spec) -> Found:
+    """A plan that the user brings, if it is legal."""
+    own = used_by(plan, weights)
+    require(plan, spec, {name: tuple(tensor.shape) for name, tensor in own.items()})
+    return Found(plan, weights=own)
 
 
 def amount_of(

@@ -13,6 +13,7 @@ from shoal.evaluation.scoring import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan
 from shoal.run.streaming import TextPieces
+from shoal.run.weights import Tensors
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def generate(
     prompt: str,
     *,
     plan: Plan | str | None = None,
+    weights: Tensors | None = None,
     max_new_tokens: int = 128,
     sample: bool = False,
     temperature: float = 1.0,
@@ -40,7 +42,8 @@ def generate(
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Generate from `prompt` with the model's own `generate`, under `plan` when one is given; `on_text` is called with
+    """Generate from `prompt` with the model's own `generate`, under `plan` (with its `weights`) when one is
+    given; `on_text` is called with
     each finished piece of text. Raises D440 without a tokenizer."""
     tokenizer = tokenizer_of(loaded)
     use_chat = getattr(tokenizer, "chat_template", None) is not None if chat is None else chat
@@ -55,7 +58,7 @@ def generate(
         {"temperature": temperature} if sample else {"temperature": None, "top_p": None, "top_k": None}
     )
     torch.manual_seed(seed)
-    with planned(loaded.model, plan)() as model, evaluating(model):
+    with planned(loaded.model, plan, weights)() as model, evaluating(model):
         ids = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

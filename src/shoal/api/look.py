@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ def inspect(source: str | Path | nn.Module | Loaded, *, trust_remote_code: bool 
     return inspect_source(source, trust_remote_code=trust_remote_code)
 
 
-def show(plan: Plan, spec: Spec | None = None) -> dict[str, Any]:
+def show(plan: Plan, spec: Spec | None = None, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a plan does: its notation, hash, base, one strip per stack and the layers it drops; with a `spec` also the
-    problems that `check` finds there and, when there are none, the cost beside that of the base model."""
+    problems that `check` finds there and, when there are none, the cost beside that of the base model. `weights`:
+    the tensors that the plan names; their shapes are shown and checked."""
     seen: dict[str, Any] = {
         "plan": str(plan),
         "hash": plan.hash,
@@ -35,8 +37,11 @@ def show(plan: Plan, spec: Spec | None = None) -> dict[str, Any]:
         "strips": {name: strip(plan, name) for name, _ in plan.stacks},
         "dropped": {name: list(plan.dropped(name)) for name, _ in plan.stacks},
     }
+    shapes = {name: tuple(tensor.shape) for name, tensor in (weights or {}).items()}
+    if shapes:
+        seen["weights"] = {name: list(shape) for name, shape in sorted(shapes.items())}
     if spec is not None:
-        problems = check(plan, spec)
+        problems = check(plan, spec, shapes)
         seen["problems"] = [str(problem) for problem in problems]
         if not problems:
             seen["cost"] = {"dense": cost(Plan.identity(spec), spec).to_dict(), "plan": cost(plan, spec).to_dict()}
@@ -44,5 +49,5 @@ def show(plan: Plan, spec: Spec | None = None) -> dict[str, Any]:
 
 
 def ls(kind: str | None = None) -> dict[str, dict[str, str]]:
-    """Name and first sentence of every measure, search, method and exchange format, or of one `kind` of them."""
+    """Name and first sentence of every measure, search, method, transform and exchange format, or of one `kind`."""
     return {k: {e.name: e.summary for e in entries(k).values()} for k in KINDS if kind in (None, k)}

@@ -40,6 +40,7 @@ def publish(
         pruned.loaded,
         pruned.plan,
         output,
+        weights=pruned.found.weights,
         zero_parts=zero_parts,
         overwrite=overwrite,
         shard_size=shard_size,

@@ -11,6 +11,7 @@ from shoal.cli.compare import compare
 from shoal.cli.convert import convert
 from shoal.cli.diff import diff
 from shoal.cli.evaluate import evaluate
+from shoal.cli.fuse import fuse
 from shoal.cli.generate import generate
 from shoal.cli.inspect import inspect
 from shoal.cli.ls import ls
@@ -20,7 +21,7 @@ from shoal.cli.show import show
 from shoal.cli.verify import verify
 from shoal.cli.write import write
 
-VERBS = (inspect, measure, prune, compare, evaluate, bench, generate, write, verify, show, diff, convert, ls)
+VERBS = (inspect, measure, prune, fuse, compare, evaluate, bench, generate, write, verify, show, diff, convert, ls)
 
 app = typer.Typer(
     name="shoal",

@@ -64,6 +64,13 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, ..
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", "-o", help="An option of the method, as name=value.")]
+Then = Annotated[
+    list[str] | None,
+    typer.Option("--then", help="After that: a stand-in or merge, as refit or slerp:t=0.3 (shoal ls transforms)."),
+]
+SavePlan = Annotated[
+    Path | None, typer.Option("--save-plan", help="Folder for plan.json and its weights; --plan takes it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; load no weights, write nothing.")]
@@ -196,16 +203,37 @@ def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -
         return None
     from_file = text.endswith(".json") or Path(text).is_dir()
     plan = load_plan(text) if from_file else parse_plan(text, Plan.identity(spec, source=source))
-    return require(plan, spec) if legal else plan
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_weights(text).items()} if legal else {}
+    return require(plan, spec, shapes) if legal else plan
 
 
-def open_model(model: str, plan: str | None, **options: Any) -> tuple[Any, Any]:
-    """The loaded model and the plan, read and checked for it; None when there is none."""
+def read_weights(text: str | None) -> dict[str, Any]:
+    """The tensors that lie beside the plan of a file or folder; none for notation. Raises U550 or U551."""
+    if text is None or not (text.endswith(".json") or Path(text).is_dir()):
+        return {}
+    from shoal.run.weights import load_weights
+
+    return load_weights(text)
+
+
+def open_model(model: str, plan: str | None, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The loaded model, the plan, read and checked for it (None when there is none), and the plan's own weights."""
     from shoal.models.inspect import inspect
     from shoal.models.load import load
 
     loaded = load(model, **options)
-    return loaded, None if plan is None else read_plan(plan, inspect(loaded.model), loaded.source)
+    chosen = None if plan is None else read_plan(plan, inspect(loaded.model), loaded.source)
+    return loaded, chosen, read_weights(plan)
+
+
+def tell_fits(then: tuple[dict[str, Any], ...], quiet: bool) -> None:
+    """How well each stand-in fits, on stderr, before anything is written."""
+    for made in then if not quiet else ():
+        rows = [
+            [f["site"], f["drop"], f["stand_in"], f["held_drop"], f["held_stand_in"], f["note"]] for f in made["fits"]
+        ]
+        head = ["", "error dropped", "with stand-in", "dropped, held out", "with stand-in", ""]
+        typer.echo("\n".join([made["transform"], *([table(rows, head)] if rows else []), *made["notes"]]), err=True)
 
 
 def need(value: Any, message: str) -> Any:

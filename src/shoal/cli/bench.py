@@ -54,10 +54,11 @@ def bench(
 
     options = loading(device, dtype, trust_remote_code)
     with progress_bars(quiet) as progress:
-        loaded, chosen = open_model(model, plan, **options)
+        loaded, chosen, weights = open_model(model, plan, **options)
         found = run(
             loaded,
             plan=chosen,
+            weights=weights,
             against=against,
             prompt=prompt,
             new=new,

@@ -58,10 +58,11 @@ def evaluate(
     from shoal.api.assess import evaluate as run
 
     with progress_bars(quiet) as progress:
-        loaded, chosen = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         found = run(
             loaded,
             plan=chosen,
+            weights=weights,
             against=against,
             data=data,
             window=window,

@@ -51,11 +51,12 @@ def generate(
     from shoal.api.generate import generate as run
 
     with progress_bars(quiet):
-        loaded, chosen = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
     answer = run(
         loaded,
         prompt,
         plan=chosen,
+        weights=weights,
         max_new_tokens=max_new_tokens,
         sample=sample,
         temperature=temperature,

@@ -21,9 +21,11 @@ from shoal.cli._shared import (
     Model,
     PlanText,
     Quiet,
+    SavePlan,
     Seed,
     Settings,
     Stride,
+    Then,
     Trust,
     config_text,
     emit,
@@ -31,6 +33,7 @@ from shoal.cli._shared import (
     open_model,
     progress_bars,
     read_plan,
+    tell_fits,
 )  # fmt: skip
 
 
@@ -55,6 +58,8 @@ def prune(
     batch: Batch = 1,
     seed: Seed = 0,
     settings: Settings = None,
+    then: Then = None,
+    save_plan: SavePlan = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder to write; without it only the plan is printed.")
     ] = None,
@@ -90,16 +95,20 @@ def prune(
         emit(*_dry(model, plan, (drop, keep, budget), trust_remote_code), as_json=json_)
         return
     from shoal.api.find import prune as run
+    from shoal.api.stand_ins import parse_then
+    from shoal.run.weights import save_planned as keep_plan
     from shoal.writing.folder import refuse_output
 
+    parse_then(then or [])
     if output is not None:
         refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress:
-        loaded, chosen = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         pruned = run(
             loaded,
             method=method,
             plan=chosen,
+            weights=weights,
             drop=drop,
             keep=keep,
             budget=budget,
@@ -111,6 +120,7 @@ def prune(
             batch=batch,
             seed=seed,
             settings=options,
+            then=then or [],
             writable=output is not None,
             zero_parts=zero_parts,
             journal=journal,
@@ -118,6 +128,9 @@ def prune(
             test_data=test_data,
             progress=progress,
         )
+        tell_fits(pruned.then, quiet)
+        if save_plan is not None:
+            keep_plan(pruned.plan, save_plan, pruned.found.weights)
         written = None
         if output is not None:
             from shoal.api.publish import publish
@@ -134,7 +147,7 @@ def prune(
     result = pruned.to_dict() | (
         {} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()}
     )
-    emit(result, _text(pruned, written), as_json=json_)
+    emit(result, pruned_text(pruned, written), as_json=json_)
 
 
 def _dry(
@@ -154,7 +167,8 @@ def _dry(
     return {"would": what, "config": config_text()}, f"{what}\n\nthe same as a --config file:\n{config_text()}"
 
 
-def _text(pruned: Any, written: Any) -> str:
+def pruned_text(pruned: Any, written: Any) -> str:
+    """What was found, as text."""
     from shoal.api.publish import quality_rows, speed_rows
     from shoal.cli._shared import table
     from shoal.plan import strip

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import Config, Json, Quiet, emit, progress_bars, read_plan, table
+from shoal.cli._shared import Config, Json, Quiet, emit, progress_bars, read_plan, read_weights, table
 
 
 def show(
@@ -26,13 +26,15 @@ def show(
 
         with progress_bars(quiet):
             spec = inspect_source(model)
-    seen = look(load_plan(plan) if spec is None else read_plan(plan, spec, model or "", legal=False), spec)
+    chosen = load_plan(plan) if spec is None else read_plan(plan, spec, model or "", legal=False)
+    seen = look(chosen, spec, read_weights(plan))
     emit(seen, _text(seen), as_json=json_)
 
 
 def _text(seen: dict[str, Any]) -> str:
     lines = [seen["plan"], f"{seen['base']['family']}, {seen['hash'][:19]}"]
     lines += [f"{name}: {strip}   dropped {seen['dropped'][name]}" for name, strip in seen["strips"].items()]
+    lines += [f"new weights {name} {shape}" for name, shape in seen.get("weights", {}).items()]
     lines += seen.get("problems", [])
     if "cost" in seen:
         before, after = seen["cost"]["dense"], seen["cost"]["plan"]

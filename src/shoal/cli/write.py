@@ -24,8 +24,9 @@ from shoal.cli._shared import (
     open_model,
     progress_bars,
     read_plan,
+    read_weights,
 )  # fmt: skip
-from shoal.errors import UsageError
+from shoal.errors import UsageError, WriteError
 
 
 def write(
@@ -84,8 +85,8 @@ def write(
 
     refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress:
-        loaded, chosen = open_model(model, plan, **loading(device, dtype, trust_remote_code))
-        pruned = prune(loaded, plan=chosen, zero_parts=zero_parts)
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        pruned = prune(loaded, plan=chosen, weights=weights, zero_parts=zero_parts)
         written = publish(
             pruned, output, overwrite=overwrite, zero_parts=zero_parts, shard_size=shard_size, config=config_text(),
             progress=progress,
@@ -112,6 +113,11 @@ def _stream(model: str, plan: str | None, output: Path, **options: Any) -> Any:
     refuse_output(output, overwrite=options["overwrite"])
     local_folder(model)
     spec = inspect_source(model)
+    if read_weights(plan):
+        raise WriteError(
+            f"a streamed write copies the base's tensors, and the plan {plan} has new ones; write it without --stream",
+            code="W281",
+        )
     chosen = read_plan(plan, spec, model)
     command = command_line()
     record = Record(

@@ -92,15 +92,20 @@ def kept_clock(facts: Mapping[str, Any], spec: Spec) -> Clock:
     return Clock(spec=spec, **facts)
 
 
-def timed(model: Any, plans: Mapping[str, Plan], **work: Any) -> Speed:
-    """`speed` of plans on one model, each run live."""
-    return speed({name: partial(_live, model, plan) for name, plan in plans.items()}, **work)
+def timed(
+    model: Any, plans: Mapping[str, Plan], weights: Mapping[str, Mapping[str, Any]] | None = None, **work: Any
+) -> Speed:
+    """`speed` of plans on one model, each run live with its `weights`."""
+    own = weights or {}
+    return speed({name: partial(_live, model, plan, own.get(name)) for name, plan in plans.items()}, **work)
 
 
-def measured_share(model: Any, plan: Plan, phase: Phase, **work: Any) -> float:
+def measured_share(
+    model: Any, plan: Plan, phase: Phase, *, weights: Mapping[str, Any] | None = None, **work: Any
+) -> float:
     """The median share of the dense time that `plan` takes, the two timed in turn; options as of `speed`."""
     both = {"dense": Plan.identity(inspect(model)), "plan": plan}
-    return _share(timed(model, both, **work), "plan", phase)
+    return _share(timed(model, both, {"plan": weights or {}}, **work), "plan", phase)
 
 
 def counts(plan: Plan, spec: Spec) -> dict[str, float]:
@@ -163,6 +168,6 @@ def _share(found: Speed, name: str, phase: Phase) -> float:
 
 
 @contextmanager
-def _live(model: Any, plan: Plan) -> Iterator[Any]:
-    with running(model, plan):
+def _live(model: Any, plan: Plan, weights: Mapping[str, Any] | None) -> Iterator[Any]:
+    with running(model, plan, weights):
         yield model

@@ -4,7 +4,7 @@ from shoal.plan.check import Problem, check, require
 from shoal.plan.cost import Cost, Shape, cost
 from shoal.plan.diff import Change, diff
 from shoal.plan.edit import drop, exit_at, gate, keep, parallel, reorder, repeat, replace, share_kv
-from shoal.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
+from shoal.plan.file import load_plan, plan_from_json, plan_to_json, save_plan, weights_hash
 from shoal.plan.notation import format_plan, format_steps, parse_plan, parse_steps, strip
 from shoal.plan.spec import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
 from shoal.plan.steps import KV, Base, Exit, Map, Parallel, Plan, Run, Step
@@ -49,4 +49,5 @@ __all__ = [
     "save_plan",
     "share_kv",
     "strip",
+    "weights_hash",
 ]

@@ -226,18 +226,25 @@ _RULES = (_counting, _kv_source, _pinned, _native_sharing, _exits, _fills, _grou
 
 
 def _map_weights(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> Iterator[Finding]:
-    """A map is `weight` [hidden, hidden], or `down` [rank, hidden] and `up` [hidden, rank]; `bias` [hidden] or none."""
+    """A map is `weight` [hidden, hidden], `down` [rank, hidden] and `up` [hidden, rank], or `scale` [hidden]; `bias`
+    [hidden] or none; `limit` [1] or none, the norm above which a token is handed on as it is."""
     size = stack.hidden
     for step in steps:
         if not isinstance(step, Map):
             continue
         weight, down, up, bias = (shapes.get(f"{step.weights}.{name}") for name in ("weight", "down", "up", "bias"))
         here = f"the map for {stack.name} layers {step.first}-{step.last}"
-        if weight is None and (down is None or up is None):
+        scale, limit = (shapes.get(f"{step.weights}.{name}") for name in ("scale", "limit"))
+        if weight is None and scale is None and (down is None or up is None):
             yield "P112", step.first, f"{here} needs the tensor {step.weights}.weight; fit it first"
         wrong = [
             f"{step.weights}.{name} is {list(found)} instead of {list(right)}"
-            for name, found, right in (("weight", weight, (size, size)), ("bias", bias, (size,)))
+            for name, found, right in (
+                ("weight", weight, (size, size)),
+                ("bias", bias, (size,)),
+                ("scale", scale, (size,)),
+                ("limit", limit, (1,)),
+            )
             if found is not None and found != right
         ]
         if down is not None and up is not None and (down[1:] != (size,) or up != (size, *down[:1])):

@@ -15,8 +15,8 @@ FORMAT = "shoal-plan/1"
 MAX_BYTES = 4_000_000
 
 
-def plan_to_json(plan: Plan) -> str:
-    """The text of plan.json."""
+def plan_to_json(plan: Plan, *, weights: str | None = None) -> str:
+    """The text of plan.json; `weights` is the hash of the file of new tensors that lies beside it."""
     base: dict[str, Any] = {
         "family": plan.base.family,
         "fingerprint": plan.base.fingerprint,
@@ -29,6 +29,7 @@ def plan_to_json(plan: Plan) -> str:
         f'{{"format": "{FORMAT}",',
         f' "base": {json.dumps(base)},',
         f' "hash": "{plan.hash}",',
+        *([f' "weights": "{weights}",'] if weights is not None else []),
         ' "stacks": {',
     ]
     for number, (name, pieces) in enumerate(stacks.items()):
@@ -40,16 +41,7 @@ def plan_to_json(plan: Plan) -> str:
 
 def plan_from_json(text: str | bytes, *, where: str = "the plan") -> Plan:
     """Read the text of plan.json; any bytes at all give a plan or a `NotationError`, never another exception."""
-    if len(text) > MAX_BYTES:
-        raise NotationError(f"{where} is larger than {MAX_BYTES // 1_000_000} MB; this is not a plan.json")
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise NotationError(f"{where} is not JSON ({type(error).__name__}); expected a plan.json") from None
-    found = data.get("format") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or found != FORMAT:
-        shown = repr(found[:40]) if isinstance(found, str) else "none"
-        raise NotationError(f"{where} is not a plan of the format {FORMAT!r} (its format: {shown}); give a plan.json")
+    data = _read(text, where)
     base = _base(data.get("base"), where)
     stacks = data.get("stacks")
     if not isinstance(stacks, dict) or set(stacks) != {name for name, _ in base.depths}:
@@ -62,7 +54,7 @@ def plan_from_json(text: str | bytes, *, where: str = "the plan") -> Plan:
     return plan
 
 
-def save_plan(plan: Plan, path: str | Path) -> None:
+def save_plan(plan: Plan, path: str | Path, *, weights: str | None = None) -> None:
     """Write plan.json by way of a temporary sibling, so that a kill leaves the old file or the new one.
 
     Raises W215 when the folder does not exist or cannot be written.
@@ -70,7 +62,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(plan_to_json(plan), encoding="utf-8")
+        draft.write_text(plan_to_json(plan, weights=weights), encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
@@ -79,18 +71,47 @@ def save_plan(plan: Plan, path: str | Path) -> None:
 
 def load_plan(path: str | Path) -> Plan:
     """Read plan.json from a file, or from a folder that `shoal write` made. Raises `NotationError`."""
+    text, where = _bytes(path)
+    return plan_from_json(text, where=where)
+
+
+def weights_hash(path: str | Path) -> str | None:
+    """The hash of the new tensors that the plan of this file or folder was saved with, or None. Raises
+    `NotationError`."""
+    text, where = _bytes(path)
+    found = _read(text, where).get("weights")
+    if not isinstance(found, str | None):
+        raise NotationError(f"{where}: weights is {found!r:.40}; expected a hash such as sha256:0a1b")
+    return found
+
+
+def _bytes(path: str | Path) -> tuple[bytes, str]:
+    """The bytes of a plan.json, or of that of a folder, and the file's name."""
     path = Path(path)
     if path.is_dir():
         path = path / "shoal" / "plan.json"
     try:
         if path.stat().st_size > MAX_BYTES:
             raise NotationError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; this is not a plan.json")
-        text = path.read_bytes()
+        return path.read_bytes(), str(path)
     except OSError as error:
         raise NotationError(
             f"cannot read the plan {path}: {error.strerror}; give a plan.json or a folder that shoal wrote"
         ) from None
-    return plan_from_json(text, where=str(path))
+
+
+def _read(text: str | bytes, where: str) -> dict[str, Any]:
+    if len(text) > MAX_BYTES:
+        raise NotationError(f"{where} is larger than {MAX_BYTES // 1_000_000} MB; this is not a plan.json")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NotationError(f"{where} is not JSON ({type(error).__name__}); expected a plan.json") from None
+    found = data.get("format") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or found != FORMAT:
+        shown = repr(found[:40]) if isinstance(found, str) else "none"
+        raise NotationError(f"{where} is not a plan of the format {FORMAT!r} (its format: {shown}); give a plan.json")
+    return data
 
 
 def _base(data: object, where: str) -> Base:

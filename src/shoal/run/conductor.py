@@ -228,15 +228,23 @@ class Conductor:
                 layer.gradient_checkpointing = had
 
     def _map(self, step: Map, hidden: torch.Tensor) -> torch.Tensor:
-        """y = x W^T + b, or y = x + up(down(x)) + b; x is [..., hidden]."""
-        found = (self.weights.get(f"{step.weights}.{n}") for n in ("weight", "bias", "down", "up"))
+        """y = x W^T + b, y = x + up(down(x)) + b or y = scale * x + b; x is [..., hidden]. With a limit, tokens whose
+        norm is larger are handed on as they are: an attention sink, a hundred times as long as the others, would be
+        moved by more than a layer ever moves it. This asks for no position, so it holds with any cache and padding."""
+        found = (self.weights.get(f"{step.weights}.{n}") for n in ("weight", "bias", "down", "up", "scale", "limit"))
         # the layers of one model may be on several devices, and a map stands between two of them
-        weight, bias, down, up = (None if t is None else t.to(hidden.device) for t in found)
+        weight, bias, down, up, scale, limit = (None if t is None else t.to(hidden.device) for t in found)
         if weight is not None:
-            return nn.functional.linear(hidden, weight, bias)
-        assert down is not None  # check P112
-        assert up is not None
-        return hidden + nn.functional.linear(nn.functional.linear(hidden, down), up, bias)
+            out = nn.functional.linear(hidden, weight, bias)
+        elif down is not None and up is not None:
+            out = hidden + nn.functional.linear(nn.functional.linear(hidden, down), up, bias)
+        else:
+            assert scale is not None  # check P112
+            out = hidden * scale if bias is None else hidden * scale + bias
+        if limit is None:
+            return out
+        # half precision cannot hold the square of an outlier
+        return torch.where(hidden.float().norm(dim=-1, keepdim=True) <= limit.float(), out, hidden)
 
 
 def _schedule(steps: tuple[Step, ...], depth: int) -> tuple[list[list[tuple[int, Step]]], set[int]]:

@@ -83,7 +83,7 @@ def forward_without_head(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor
     modes and whether gradients are kept."""
     # the head is the dearest matrix of a small model and no layer needs it
     backbone = unwrap(model).base_model
-    state: torch.Tensor = backbone(**_inputs(backbone, ids, mask), use_cache=False).last_hidden_state
+    state: torch.Tensor = backbone(**inputs_of(backbone, ids, mask), use_cache=False).last_hidden_state
     return state
 
 
@@ -105,7 +105,8 @@ def require_whole(model: nn.Module, what: str, stack: str | None = None) -> None
         raise UsageError(f"{what} needs the whole model, but a plan is running on it; restore it first", code="U507")
 
 
-def _inputs(backbone: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def inputs_of(backbone: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The keyword arguments of a pass over ids and mask [batch, length], on the backbone's device."""
     device = torch.device(backbone.device)
     if device.type == "meta":  # an offloaded model moves its inputs itself
         device = torch.device("cpu")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, plan_to_json, require
+from shoal.run.weights import Tensors, save_weights
 from shoal.writing.card import model_card, origin
 from shoal.writing.lineage import config_note
 from shoal.writing.place import (
@@ -61,6 +63,7 @@ def write(
     plan: Plan,
     output: str | Path,
     *,
+    weights: Mapping[str, torch.Tensor] | None = None,
     zero_parts: bool = False,
     overwrite: bool = False,
     shard_size: str = "5GB",
@@ -74,6 +77,7 @@ def write(
 ) -> Written:
     """Write the stock model of `plan` with everything that belongs to it, and prove it before it gets its name.
 
+    `weights`: the tensors that the plan names, as `running` takes them; they are kept beside plan.json too.
     `zero_parts`: let a layer keep a dropped attention or mlp with all tensors zero. `records`: one JSON object a line.
     `page`: report.html, or what makes it from the proof. `card`: rows {name, unit, dense, pruned, how} of the model
     card. `command`, `config`: what the user typed, and the same as a config file. The model of `loaded` is not changed.
@@ -85,9 +89,10 @@ def write(
     W230 failed proof, W231 no proof possible; nothing that was not there before is left under the output's name then.
     """
     inner = require_writable(loaded.model)
-    require(plan, inspect(inner))
+    weights = weights or {}
+    require(plan, inspect(inner), {name: tuple(tensor.shape) for name, tensor in weights.items()})
     plan = with_source(plan, loaded.source)
-    plans = blueprint(inner, plan, zero_parts=zero_parts)
+    plans = blueprint(inner, plan, zero_parts=zero_parts, weights=weights)
     final = final_path(output)
     require_apart(final, _sources(loaded))
     refuse_output(final, overwrite=overwrite)
@@ -96,12 +101,12 @@ def write(
     note = config_note(inner.config, plan, plans)
     with disk_errors(final), staged(final) as draft:
         _tell(progress, "writing")
-        params = _fill(draft, loaded, plans, note, shard_size)
+        params = _fill(draft, loaded, plans, note, shard_size, weights)
         write_text(draft / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
             write_text(draft / "shoal" / "config.yaml", config)
         _tell(progress, "proving")
-        proof = _proved(draft, loaded, plans) if prove else Proof(False, (), against="nothing")
+        proof = _proved(draft, loaded, plans, weights) if prove else Proof(False, (), against="nothing")
         if prove:
             write_text(draft / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
         text = model_card(
@@ -129,7 +134,9 @@ def _tell(progress: Progress | None, stage: str) -> None:
         progress(_STAGES.index(stage), len(_STAGES) - 1, "write and prove")
 
 
-def _fill(draft: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], shard_size: str) -> int:
+def _fill(
+    draft: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], shard_size: str, weights: Tensors
+) -> int:
     """Tensors, configs, tokenizer, side files and plan; the number of parameters. No reference to the rewritten model
     survives, so the proof does not hold it in memory."""
     (draft / "shoal").mkdir()
@@ -144,12 +151,13 @@ def _fill(draft: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], s
             loaded.tokenizer.save_pretrained(draft)
     if loaded.folder is not None:
         copy_side_files(loaded.folder, draft)
-    write_text(draft / "shoal" / "plan.json", plan_to_json(plans.plan))
+    digest = save_weights(draft / "shoal", plans.plan, weights)
+    write_text(draft / "shoal" / "plan.json", plan_to_json(plans.plan, weights=digest))
     return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
 
 
-def _proved(folder: Path, loaded: Loaded, plans: Blueprint) -> Proof:
-    proof = prove(folder, loaded.model, plans.plan, tokenizer=loaded.tokenizer, plans=plans)
+def _proved(folder: Path, loaded: Loaded, plans: Blueprint, weights: Tensors) -> Proof:
+    proof = prove(folder, loaded.model, plans.plan, tokenizer=loaded.tokenizer, plans=plans, weights=weights)
     if not proof.passed:
         more = f" (and {len(proof.failures) - 1} more)" if len(proof.failures) > 1 else ""
         cast = (

@@ -18,8 +18,9 @@ def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[
     """The value of the key `shoal` in the config of the model of `plan`, whose base has `config`.
 
     base_layers: for each layer of the new model, in order, the layer of the ORIGINAL base that it is: a base that was
-    itself pruned hands its own numbers on. plan: the same as depth notation, with a or m where a part is silent; a
-    layer whose two parts are silent does nothing and is left out of it. silent: those parts, [place, part].
+    itself pruned hands its own numbers on. plan: the same as depth notation, with a or m where a part is silent and
+    the id of new weights; a layer whose two parts are silent does nothing and is left out of it. silent: those parts,
+    [place, part].
     base: the original base, {family, fingerprint, layers, source}, without paths of this machine.
     """
     old = _known(config)
@@ -29,7 +30,7 @@ def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[
         silent |= {(slot, part) for slot, i in enumerate(plans.slots) for at, part in old["silent"] if at == i}
     note = {
         "base_layers": layers,
-        "plan": format_steps(_steps(layers, silent)),
+        "plan": format_steps(_steps(layers, silent, dict(plans.replaced))),
         "base": old["base"] if old else _base(plan),
         "version": __version__,
     }
@@ -51,16 +52,16 @@ def _base(plan: Plan) -> dict[str, Any]:
     return base | ({"source": source} if source is not None else {})
 
 
-def _steps(layers: list[int], silent: set[tuple[int, str]]) -> tuple[Step, ...]:
+def _steps(layers: list[int], silent: set[tuple[int, str]], weights: dict[int, str]) -> tuple[Step, ...]:
     steps: list[Step] = []
     for slot, layer in enumerate(layers):
         match {part for at, part in silent if at == slot}:
             case parts if parts == {"mlp"}:
-                steps.append(Run(layer, "attention"))
+                steps.append(Run(layer, "attention", weights.get(slot)))
             case parts if parts == {"attention"}:
-                steps.append(Run(layer, "mlp"))
+                steps.append(Run(layer, "mlp", weights.get(slot)))
             case parts if not parts:
-                steps.append(Run(layer))
+                steps.append(Run(layer, weights=weights.get(slot)))
     return tuple(steps)
 
 

@@ -26,6 +26,7 @@ from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, default_device, load, load_config, meta_model
 from shoal.plan import Plan, load_plan
 from shoal.record import environment
+from shoal.run.weights import load_weights
 from shoal.writing import proof_child
 from shoal.writing.judge import Check, digest, judge
 from shoal.writing.reference import Reference, counted_reference, live_reference, quiet
@@ -76,7 +77,8 @@ def verify(
     it was written, and logits that do not depend on the cache.
 
     Raises `NotationError` when the folder holds no plan, `PlanError` P101 when `base` is another model, `ModelError`
-    for a folder that is no checkpoint, `WriteError` W231.
+    for a folder that is no checkpoint, `UsageError` U550 or U551 for missing or changed weights of the plan,
+    `WriteError` W231.
     """
     if progress is not None:
         progress(0, 1, "verify")
@@ -87,7 +89,7 @@ def verify(
 
 
 def _verified(folder: Path, base: Loaded | None, device: str | None, options: dict[str, Any]) -> Proof:
-    plan = load_plan(folder)
+    plan, weights = load_plan(folder), load_weights(folder)
     config = load_config(folder)
     why = "the plan names no source for its base"
     if base is None and plan.base.source is not None:
@@ -101,7 +103,7 @@ def _verified(folder: Path, base: Loaded | None, device: str | None, options: di
             if fingerprint != plan.base.fingerprint:
                 base, why = None, f"{plan.base.source} is another model now ({fingerprint[:15]})"
     if base is not None:
-        return prove(folder, base.model, plan, tokenizer=base.tokenizer, **options)
+        return prove(folder, base.model, plan, tokenizer=base.tokenizer, weights=weights, **options)
     known = read_json(folder / FILE).get("environment", {}) if (folder / FILE).is_file() else {}
     sums = known.get("weights") if isinstance(known, dict) else None
     with quiet():

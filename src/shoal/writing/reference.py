@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -72,27 +72,29 @@ def live_reference(
     tokenizer: Any = None,
     greedy: tuple[int, int] = (3, 32),
     plans: Blueprint | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Reference:
     """Run the probes of the proof on `model` under `plan`. `greedy`: how many prompts, how many tokens for each.
 
     Holds no copy of the weights. Raises what `running` and `blueprint` raise.
     """
     inner = unwrap(model)
-    plans = plans or blueprint(inner, plan, zero_parts=True)
+    plans = plans or blueprint(inner, plan, zero_parts=True, weights=weights)
     spec = inspect(inner)
     sets = probe_sets(inner, tokenizer)
     prompts = _prompts(sets, tokenizer, greedy[0])
     tokens = min(greedy[1], _context(inner) - max(len(p) for p in prompts)) if prompts else 0
     stack = find_stack(inner)
     sums = {name: torch.tensor(value) for name, value in measure.bit_sums(inner.state_dict()).items()}
-    moved = moved_tensors(sums, stack, plans, probe(inner, stack).layers)
+    own = {name: torch.tensor(value) for name, value in measure.bit_sums(plans.weights).items()}
+    moved = moved_tensors(sums, stack, replace(plans, weights=own), probe(inner, stack).layers)
     resized = resized_tensors(inner.state_dict(), stack, plans.slots)
     fewer = sum(inner.state_dict()[name].numel() - tensor.numel() for name, tensor in resized.items())
     moved |= {name: torch.tensor(value) for name, value in measure.bit_sums(resized).items()}
     expected = _expected(plan, plans, spec, inner, sets["random"][0].shape[1])
     tensors: dict[str, torch.Tensor] = {}
     largest = 0.0
-    with quiet(), evaluating(inner), running(inner, plan):
+    with quiet(), evaluating(inner), running(inner, plan, weights):
         for name, (ids, mask) in sets.items():
             found = {"uncached": measure.uncached(inner, ids, mask), "cached": measure.cached(inner, ids, mask)}
             largest = max(largest, float(found["uncached"].abs()[mask.bool()].max()))  # type: ignore[union-attr]

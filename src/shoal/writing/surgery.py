@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,12 +36,23 @@ class Blueprint:
     """(slot, part) whose tensors are zeroed so that it adds nothing."""
     config: PreTrainedConfig
     changed: dict[str, tuple[Any, Any]]
+    replaced: tuple[tuple[int, str], ...] = ()
+    """(slot, id of the weights that it runs with)."""
+    weights: Tensors = field(default_factory=dict)
+    """The tensors of these ids, ID.PARAMETER, in the dtype of the base's."""
 
 
-def blueprint(model: PreTrainedModel, plan: Plan, *, zero_parts: bool = False) -> Blueprint:
+def blueprint(
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    zero_parts: bool = False,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Blueprint:
     """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
-    depth, W209 replaced weights, W210 several stacks, W216 a config that its own class does not accept.
+    depth, W209 replaced weights that are not given or do not fit the layer, W210 several stacks, W216 a config that its
+    own class does not accept.
     Raises `PlanError` P126 for an order in which the family's layers cannot run.
 
     `zero_parts`: let a stock layer keep a dropped attention or mlp with all its tensors zero (exact, saves nothing).
@@ -50,7 +62,7 @@ def blueprint(model: PreTrainedModel, plan: Plan, *, zero_parts: bool = False) -
     if len(stacks) != 1:
         raise WriteError("only models with one stack can be written so far; run the plan live", code="W210")
     stack = stacks[0]
-    slots, silent = _slots(plan, zero_parts)
+    slots, silent, replaced = _slots(plan, zero_parts)
     refuse_order(stack, slots)
     text, changed = permuted_config(stack.config, slots)
     config = _whole_config(model.config, stack.config, text)
@@ -61,18 +73,43 @@ def blueprint(model: PreTrainedModel, plan: Plan, *, zero_parts: bool = False) -
         raise WriteError(
             f"no config of {stack.config.model_type} describes these layers: {why}; run the plan live", code="W216"
         ) from error
-    return Blueprint(plan, slots, silent, config, changed)
+    own = {
+        name: tensor
+        for slot, weights_id in replaced
+        for name, tensor in _fitting(stack.layer(slots[slot]), slots[slot], weights_id, weights or {}).items()
+    }
+    return Blueprint(plan, slots, silent, config, changed, replaced, own)
+
+
+def _fitting(layer: nn.Module, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
+    """The tensors of one id, ID.PARAMETER, in the dtypes of the layer that runs with them."""
+    there = layer.state_dict()
+    own = {name: tensor for name, tensor in weights.items() if name.startswith(f"{weights_id}.")}
+    if not own:
+        raise _refusal("W209", f"{index}:{weights_id}", f"the tensors {weights_id}.* are not given", f"write {index}")
+    for name, tensor in own.items():
+        old = there.get(name[len(weights_id) + 1 :])
+        if old is None or old.shape != tensor.shape:
+            why = f"{name} is {list(tensor.shape)} and the layer holds {None if old is None else list(old.shape)} there"
+            raise _refusal("W209", f"{index}:{weights_id}", why, f"write {index}")
+    return {name: tensor.to(there[name[len(weights_id) + 1 :]].dtype) for name, tensor in own.items()}
 
 
 def rewrite(
-    model: nn.Module, plan: Plan, *, zero_parts: bool = False, plans: Blueprint | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    zero_parts: bool = False,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    plans: Blueprint | None = None,
 ) -> PreTrainedModel:
     """A new stock model that computes what `plan` computes live; tensors are shared with `model` where nothing changes,
-    a layer that runs twice is two layers with equal weights. `plans`: the blueprint, when it is known already.
+    a layer that runs twice is two layers with equal weights. `weights`: the tensors that the plan names, as `running`
+    takes them. `plans`: the blueprint, when it is known already.
 
     Raises `WriteError` before any work: see `require_writable` and `blueprint`."""
     inner = require_writable(model)
-    plans = plans or blueprint(inner, plan, zero_parts=zero_parts)
+    plans = plans or blueprint(inner, plan, zero_parts=zero_parts, weights=weights)
     stack = find_stack(inner)
     base = inner.state_dict()
     tensors = moved_tensors(base, stack, plans, probe(inner, stack).layers)
@@ -122,20 +159,30 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
         else:
             moved[name] = tensor
     used: set[int] = set()
+    ids = dict(plans.replaced)
+    written: set[str] = set()
     for slot, layer in enumerate(plans.slots):
         silent = {part for s, part in plans.silent if s == slot}
         quiet = tuple(f"{n}." for part in silent for n in getattr(facts[layer].parts, part))
         for rest, tensor in by_layer[layer].items():
-            value = torch.zeros_like(tensor) if quiet and rest.startswith(quiet) else tensor
+            own = f"{ids[slot]}.{rest}" if slot in ids else ""
+            value = plans.weights[own].to(tensor.device) if own in plans.weights else tensor
+            value = torch.zeros_like(value) if quiet and rest.startswith(quiet) else value
             # two slots must not share storage: a stock checkpoint cannot say so
-            moved[f"{prefix}{slot}.{rest}"] = value.clone() if layer in used else value
+            moved[f"{prefix}{slot}.{rest}"] = value.clone() if layer in used or own in written else value
+            written.add(own)
         used.add(layer)
     return moved
 
 
-def _slots(plan: Plan, zero_parts: bool) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
+Named = tuple[tuple[int, str], ...]
+
+
+def _slots(plan: Plan, zero_parts: bool) -> tuple[tuple[int, ...], Named, Named]:
+    """The base layers, the (slot, part) that are silent, the (slot, id) that run with weights of their own."""
     slots: list[int] = []
     silent: list[tuple[int, str]] = []
+    replaced: list[tuple[int, str]] = []
     for step in plan.steps():
         text = format_steps((step,))
         match step:
@@ -153,7 +200,7 @@ def _slots(plan: Plan, zero_parts: bool) -> tuple[tuple[int, ...], tuple[tuple[i
         if step.gate is not None:
             raise _refusal("W205", text, "a stock model decides nothing at run time", f"keep or drop {step.layer}")
         if step.weights is not None:
-            raise _refusal("W209", text, "replaced weights are not written yet", f"write {step.layer}")
+            replaced.append((len(slots), step.weights))
         if step.part != "layer":
             if not zero_parts:
                 raise _refusal(
@@ -164,7 +211,7 @@ def _slots(plan: Plan, zero_parts: bool) -> tuple[tuple[int, ...], tuple[tuple[i
                 )
             silent.append((len(slots), "mlp" if step.part == "attention" else "attention"))
         slots.append(step.layer)
-    return tuple(slots), tuple(silent)
+    return tuple(slots), tuple(silent), tuple(replaced)
 
 
 def _refusal(code: str, step: str, why: str, nearest: str) -> WriteError:

@@ -1,0 +1,102 @@
+"""shoal fuse: stand-ins for what a plan removes, or merges of it into what stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoal.cli._shared import (
+    Batch,
+    Bos,
+    Config,
+    DataSource,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Length,
+    Limit,
+    Model,
+    PlanText,
+    Quiet,
+    SavePlan,
+    Seed,
+    Stride,
+    Trust,
+    config_text,
+    emit,
+    loading,
+    need,
+    open_model,
+    progress_bars,
+    tell_fits,
+)  # fmt: skip
+
+
+def fuse(
+    model: Model,
+    plan: PlanText = None,
+    then: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="A transform, as refit or slerp:t=0.3 (shoal ls transforms); again for more."),
+    ] = None,
+    data: DataSource = "builtin",
+    length: Length = 512,
+    limit: Limit = 16,
+    stride: Stride = None,
+    bos: Bos = False,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    save_plan: SavePlan = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder to write a plain checkpoint to.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")
+    ] = False,
+    assess: Annotated[bool, typer.Option("--assess/--no-assess", help="Evaluate and time dense against fused.")] = True,
+    test_data: Annotated[
+        str, typer.Option("--test-data", help="Text for the evaluation (its test split).")
+    ] = "builtin",
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+) -> None:
+    """Fit or merge what --plan removes, say how well it fits, and write the plan, a checkpoint or both."""
+    need(plan, "say what is removed: --plan 0-11,14-29 or --plan plan.json")
+    need(then or None, "say what takes its place: --with refit; see shoal ls transforms")
+    from shoal.api.stand_ins import parse_then
+
+    parse_then(then or [])
+    if dry_run:
+        emit({"config": config_text()}, config_text(), as_json=json_)
+        return
+    from shoal.api.find import prune as run
+    from shoal.run.weights import save_planned
+    from shoal.writing.folder import refuse_output
+
+    if output is not None:
+        refuse_output(output, overwrite=overwrite)
+    written: Any = None
+    with progress_bars(quiet) as progress:
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        fused = run(
+            loaded, plan=chosen, weights=weights, then=then or [], data=data, length=length, limit=limit,
+            stride=stride, bos=bos, batch=batch, seed=seed, writable=output is not None, assess=assess,
+            test_data=test_data, progress=progress,
+        )  # fmt: skip
+        tell_fits(fused.then, quiet)
+        if save_plan is not None:
+            save_planned(fused.plan, save_plan, fused.found.weights)
+        if output is not None:
+            from shoal.api.publish import publish
+
+            written = publish(fused, output, overwrite=overwrite, config=config_text(), seed=seed, progress=progress)
+    from shoal.cli.prune import pruned_text
+
+    proved = {} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()}
+    emit(fused.to_dict() | proved, pruned_text(fused, written), as_json=json_)

@@ -1,0 +1,137 @@
+"""Where a plan lacks something of the dense model, and both streams of hidden states side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from shoal.errors import ModelError, UsageError
+from shoal.fitting.result import Job
+from shoal.plan import Map, Plan, Run, Step
+from shoal.plan.steps import PartName
+from shoal.run.walk import Walk
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Layers first..last (or one `part` of one layer) that do not run; `position` is their place in the steps."""
+
+    position: int
+    first: int
+    last: int
+    part: PartName = "layer"
+
+    def __str__(self) -> str:
+        span = f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+        return span + {"layer": "", "attention": "a", "mlp": "m"}[self.part]
+
+    @property
+    def weights(self) -> str:
+        """The id of the stand-in's tensors."""
+        span = f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
+        return f"in-place-of-{span}{'' if self.part == 'layer' else '-' + self.part}"
+
+
+def find_holes(plan: Plan, what: str, stack: str | None = None) -> tuple[Hole, ...]:
+    """What `plan` lacks, in order. Raises U552 unless its steps run layers upwards, each once: only then is it clear
+    which dense state belongs behind each step. Raises U553 when it lacks nothing."""
+    found: list[Hole] = []
+    steps, due = plan.steps(stack), 0
+    for position, step in enumerate(steps):
+        first, last, part = _extent(step, what, plan)
+        second = part == "mlp" and position > 0 and steps[position - 1] == Run(first, "attention")
+        if second:
+            found.pop()
+        elif first < due:
+            raise _refusal(what, plan)
+        elif first > due:
+            found.append(Hole(position, due, first - 1))
+        if part == "mlp" and not second:
+            found.append(Hole(position, first, first, "attention"))
+        if part == "attention":
+            found.append(Hole(position + 1, first, first, "mlp"))
+        due = last + 1
+    if due < plan.depth(stack):
+        found.append(Hole(len(steps), due, plan.depth(stack) - 1))
+    if not found:
+        raise UsageError(f"{what} stands in for removed layers, and the plan {plan} removes none", code="U553")
+    return tuple(found)
+
+
+def _extent(step: Step, what: str, plan: Plan) -> tuple[int, int, PartName]:
+    if isinstance(step, Run) and step.kv.read is None:
+        return step.layer, step.layer, step.part
+    if isinstance(step, Map):
+        return step.first, step.last, "layer"
+    raise _refusal(what, plan)
+
+
+def _refusal(what: str, plan: Plan) -> UsageError:
+    return UsageError(
+        f"{what} needs a plan whose layers run upwards, each once and with its own KV, not {plan}; only drop layers",
+        code="U552",
+    )
+
+
+class Pair:
+    """The dense and the pruned stream on the same batches; each moves only forwards."""
+
+    def __init__(self, job: Job, *, skip_first: int = 0, outlier: float = float("inf")) -> None:
+        """`skip_first`: tokens at the start of each sequence that do not count. `outlier`: a token whose norm in the
+        pruned stream is more than so many times the median's does not count either."""
+        self.job, self.outlier = job, outlier
+        self.walk = Walk(job.model, job.data, stack=job.stack, batch=job.batch)
+        for start, real in zip(self.walk.starts, self.walk.real, strict=True):
+            if start.dim() != 3 or start.shape[:2] != real.shape:
+                raise ModelError(
+                    f"the layers hand on a state {list(start.shape)} for {list(real.shape)} tokens, and a stand-in "
+                    "needs one hidden state for each token; drop layers without one",
+                    code="M316",
+                )
+        self.dense, self.pruned = self.walk.stream(), self.walk.stream(job.plan)
+        self.steps = job.plan.steps(job.stack)
+        self.at, self.cursor = 0, 0
+        self.kept = self.walk.kept(skip_first)
+        total = len(self.kept)
+        self.held = set(range(total - total // 4, total)) if total > 3 else set()
+        """Numbers of the batches that are held back from the fit."""
+
+    def prune_to(self, position: int) -> None:
+        """Take the pruned stream through the steps before `position`, as the plan has them."""
+        while self.cursor < position:
+            self.pruned.advance(self.steps[self.cursor], self.job.weights)
+            self.cursor += 1
+
+    def skip_step(self) -> None:
+        """The next step of the plan has been run in another form already."""
+        self.cursor += 1
+
+    def dense_to(self, layer: int) -> None:
+        """Take the dense stream to the input of `layer`."""
+        while self.at < layer:
+            self.dense.advance(Run(self.at))
+            self.at += 1
+
+    def targets(self, hole: Hole) -> list[torch.Tensor]:
+        """The dense states behind `hole`, [batch, length, hidden] each."""
+        if hole.part != "attention":
+            self.dense_to(hole.last + 1)
+            return self.dense.states
+        self.dense_to(hole.first)
+        with torch.no_grad():
+            return [self.dense.run(n, Run(hole.first, "attention")) for n in range(len(self.dense))]
+
+    def limit(self) -> float:
+        """The norm above which a token of the pruned stream is an outlier here."""
+        norms = torch.cat(
+            [x.float().norm(dim=-1).cpu()[real] for x, real in zip(self.pruned.states, self.walk.real, strict=True)]
+        )
+        return self.outlier * float(norms.median())
+
+    def counted(self, limit: float) -> list[torch.Tensor]:
+        """For each batch the tokens that count, bool [batch, length]."""
+        return [
+            kept.to(x.device) & (x.float().norm(dim=-1) <= limit)
+            for kept, x in zip(self.kept, self.pruned.states, strict=True)
+        ]

@@ -1,0 +1,98 @@
+"""The new tensors that a plan names, kept beside its plan.json, and held to it by a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from shoal.errors import UsageError, WriteError
+from shoal.plan import Exit, Map, Plan, save_plan, weights_hash
+from shoal.plan.steps import Step, runs
+
+FILE = "weights.safetensors"
+Tensors = Mapping[str, torch.Tensor]
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors that belong to the plan at `path`, a plan.json or a folder that Shoal wrote; none when it has none.
+
+    Raises `NotationError` for a plan that cannot be read, `UsageError` U550 when its weights are missing and U551 when
+    they are not the ones it was saved with.
+    """
+    path = Path(path)
+    place = path / "shoal" / "plan.json" if path.is_dir() else path
+    expected = weights_hash(place)
+    if expected is None:
+        return {}
+    file = place.with_name(FILE)
+    if not file.is_file():
+        raise UsageError(f"the plan {place} needs the file {file}, which is not there; copy it there", code="U550")
+    if hash_of(file) != expected:
+        raise UsageError(f"{file} is not the file that {place} was saved with; restore it", code="U551")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UsageError(f"{file} cannot be read as safetensors: {error}; restore it", code="U551") from None
+
+
+def save_weights(folder: Path, plan: Plan, weights: Tensors) -> str | None:
+    """Write those of `weights` that `plan` names into `folder`; the hash for its plan.json, or None for no tensor."""
+    used = used_by(plan, weights)
+    if not used:
+        return None
+    # tensors that share storage are refused by the format, and a view would be written whole
+    content = save({name: t.detach().cpu().contiguous().clone() for name, t in sorted(used.items())})
+    draft = folder / f".{FILE}.{os.getpid()}.tmp"
+    try:
+        draft.write_bytes(content)
+        draft.replace(folder / FILE)
+    finally:
+        draft.unlink(missing_ok=True)
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def save_planned(plan: Plan, folder: str | Path, weights: Tensors | None = None) -> Path:
+    """Write `folder`/shoal/plan.json with its weights beside it; `--plan folder` runs it. Raises W280.
+
+    Whatever else the folder holds stays; weights are written first, so that a plan never waits for its tensors.
+    """
+    place = Path(folder) / "shoal"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        digest = save_weights(place, plan, weights or {})
+        save_plan(plan, place / "plan.json", weights=digest)
+    except OSError as error:
+        raise WriteError(
+            f"cannot write the plan to {folder}: {error.strerror}; choose another folder", code="W280"
+        ) from None
+    return Path(folder)
+
+
+def used_by(plan: Plan, weights: Tensors) -> dict[str, torch.Tensor]:
+    """Those of `weights` that a step of `plan` names."""
+    ids = {name for _, steps in plan.stacks for step in steps for name in _ids(step)}
+    return {name: tensor for name, tensor in weights.items() if _owned(name, ids)}
+
+
+def hash_of(file: Path) -> str:
+    """sha256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _owned(name: str, ids: set[str]) -> bool:
+    return any(name.startswith(f"{one}.") for one in ids)
+
+
+def _ids(step: Step) -> set[str]:
+    if isinstance(step, Map):
+        return {step.weights}
+    if isinstance(step, Exit):
+        return set() if step.head == "base" else {step.head}
+    return {run.weights for run in runs((step,)) if run.weights is not None}

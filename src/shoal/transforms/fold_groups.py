@@ -1,0 +1,101 @@
+"""FoldGPT's grouping: neighbouring layers share one layer's matrices, each with norms and scales of its own."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.errors import UsageError
+from shoal.fitting.holes import Pair
+from shoal.fitting.merge import middle
+from shoal.fitting.result import Fit, Job, Transformed
+from shoal.fitting.writers import Prober, folded_scale
+from shoal.models.stacks import find_stack
+from shoal.plan import Run, Step
+from shoal.plan.steps import PartName
+
+
+def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, group: int = 2) -> Transformed:
+    """Let the layers `first`..`last` share matrices in groups: each child runs its parent's, the first of its group.
+
+    Without `first` and `last` these are the middle half of the stack. A child keeps its norms, and what its parent's
+    attention and mlp write for it is scaled by one number each, s = <d, r> / <d, d> over the
+    calibration tokens (each weighted by 1 / |y|^2), d what the parent's part writes on the stream as folded so far and
+    r = y - x what leads to the dense state y behind that part. Fewer stored parameters, the
+    same FLOPs and KV. `group` 1 changes nothing. Raises U559 for a range or a group that holds no two layers, and for
+    layers that the plan does not run whole, one after the other.
+
+    Source: Liu et al. 2024 (FoldGPT, arXiv 2407.00928). How we differ: scales in closed form instead of training, no
+    gates (drop layers by any method first).
+    """
+    first, last = middle(job, first, last)
+    steps = list(job.plan.steps(job.stack))
+    wanted: list[Step] = [Run(i) for i in range(first, last + 1)]
+    start = steps.index(Run(first)) if Run(first) in steps else -1
+    if group < 1 or len(wanted) < max(2, group) or start < 0 or steps[start : start + len(wanted)] != wanted:
+        raise UsageError(
+            f"no groups of {group} can be folded in layers {first} to {last}; name two or more layers that the plan "
+            f"{job.plan} runs whole, one after the other",
+            code="U559",
+        )
+    pair = Pair(job)
+    prober, weights = Prober(pair), dict(job.weights)
+    fits: list[Fit] = []
+    pair.prune_to(start)
+    for place, child in enumerate(range(first, last + 1)):
+        parent = child - place % group
+        if parent != child:
+            own, made = _child(pair, prober, parent, child)
+            weights_id = f"fold-{child}"
+            weights |= {f"{weights_id}.{name}": tensor for name, tensor in own.items()}
+            steps[start + place] = Run(parent, weights=weights_id)
+            fits.append(made)
+        pair.pruned.advance(steps[start + place], weights)
+        job.tell(place + 1, len(wanted), "fold groups")
+    return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))
+
+
+def _child(pair: Pair, prober: Prober, parent: int, child: int) -> tuple[dict[str, torch.Tensor], Fit]:
+    """The tensors with which the parent stands in for the child, and how near it comes."""
+    stack = find_stack(pair.job.model, pair.job.stack)
+    layer = stack.layer(parent)
+    parts = pair.walk.probe.layers[child].parts
+    inner = tuple(f"{name}." for name in (*parts.attention, *parts.mlp)) if parts is not None else ("",)
+    own = {n: p.detach().clone() for n, p in stack.layer(child).named_parameters() if not n.startswith(inner)}
+    pair.dense_to(child)
+    scales, start, error = [], list(pair.pruned.states), (0.0, 0.0)
+    for part in ("attention", "mlp"):
+        writers = prober.writers(parent, part)
+        if not writers:
+            raise UsageError(
+                f"what the {part} of layer {parent} writes cannot be scaled exactly, so {child} cannot share it; "
+                "leave these layers out",
+                code="U559",
+            )
+        scale, error = _scale(pair, Run(parent, part, "fold"), own, Run(child, part))
+        scales.append(f"{scale:.4g}")
+        own |= folded_scale(layer, writers, torch.full((start[0].shape[-1],), scale))
+        pair.pruned.advance(Run(parent, part, "fold"), {f"fold.{n}": t for n, t in own.items()})
+        pair.dense.advance(Run(child, part))
+    pair.pruned.states = start
+    pair.at = child + 1
+    return own, Fit(str(child), *error, note=f"scales of attention and mlp {', '.join(scales)}; errors behind the mlp")
+
+
+def _scale(pair: Pair, run: Run, own: dict[str, torch.Tensor], dense: Run) -> tuple[float, tuple[float, float]]:
+    """The factor of what `run` adds that brings the stream nearest to the dense one behind `dense`, and the relative
+    errors without and with it."""
+    part: PartName = run.part
+    assert part != "layer"
+    dd = dr = rr = torch.zeros((), dtype=torch.float64)
+    count = 0
+    tensors = {f"fold.{n}": t for n, t in own.items()}
+    with torch.no_grad():
+        for number, keep in enumerate(pair.kept):
+            x, y = pair.pruned.states[number][keep].double(), pair.dense.run(number, dense)[keep].double()
+            weight = 1 / y.norm(dim=-1, keepdim=True)
+            added = (pair.pruned.run(number, run, tensors)[keep].double() - x) * weight
+            wanted = (y - x) * weight
+            dd, dr, rr = dd + (added**2).sum(), dr + (added * wanted).sum(), rr + (wanted**2).sum()
+            count += added.numel()
+    scale = float(dr / dd) if float(dd) else 1.0
+    return scale, (float(rr) / count, float(rr - 2 * scale * dr + scale**2 * dd) / count)

@@ -1,0 +1,148 @@
+"""FuseGPT-style fusion: the removed layer's matrices flow into its neighbours by a local distillation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from shoal.errors import UsageError
+from shoal.fitting.holes import Hole, Pair, find_holes
+from shoal.fitting.result import Fit, Job, Transformed
+from shoal.models.stacks import find_stack
+from shoal.plan import Run, Step
+from shoal.run.walk import still
+
+Tensors = dict[str, torch.Tensor]
+
+
+def fuse_group(
+    job: Job, *, neighbours: int = 1, rank: int = 8, epochs: int = 4, rate: float = 1e-3, skip_first: int = 1
+) -> Transformed:
+    """Distil each removed span into the `neighbours` layers that run before it and as many behind it.
+
+    In each of these layers every matrix becomes W + B A + sum_j (C_j D_j) * W_j: W frozen, W_j the matrix of the j-th
+    removed layer, frozen, times a coefficient for each element of the given rank (* elementwise), B A an update of
+    that rank. B and C start at zero, so that training starts from dropping. Adam on mean |f(x) - y|^2 / |y|^2, x the
+    states of the pruned model before the group, y the dense ones behind it, without the first `skip_first` tokens.
+    The result is folded into dense matrices of the same shapes: no cost at run time, a stock checkpoint holds it.
+    `epochs` 0 is dropping, bit for bit. Raises U556 when a neighbour has other matrices than a removed layer, U557 when
+    the span has no neighbour that runs whole.
+
+    Source: Pei et al. 2024 (FuseGPT, arXiv 2411.14507). How we differ: squared error relative to each token's length
+    instead of a KL divergence (the released code's is over the batch axis), one rate; choose what to remove by any
+    method.
+    """
+    holes = find_holes(job.plan, "fuse-group", job.stack)
+    pair = Pair(job, skip_first=skip_first)
+    steps: list[Step] = list(pair.steps)
+    weights = dict(job.weights)
+    fits: list[Fit] = []
+    for number, hole in enumerate(holes):
+        start = max(pair.cursor, hole.position - neighbours)
+        places = range(start, min(len(steps), hole.position + neighbours))
+        later = [other.position for other in holes[number + 1 :] if other.position < places.stop]
+        places = range(start, min([places.stop, *later]))
+        group = [_whole(steps[place], hole) for place in places]
+        if not group or hole.part != "layer":
+            raise UsageError(f"no layer beside {hole} can take it in; keep a neighbour", code="U557")
+        pair.prune_to(start)
+        behind = group[-1].layer + 1 if places.stop > hole.position else hole.last + 1
+        pair.dense_to(behind)
+        tensors, fit = _fused(pair, group, hole, rank=rank, epochs=epochs, rate=rate)
+        fits.append(fit)
+        weights |= tensors
+        for place, run in zip(places, group, strict=True):
+            steps[place] = replace(run, weights=_id(run)) if tensors else run
+            pair.pruned.advance(steps[place], weights)
+            pair.skip_step()
+        job.tell(number + 1, len(holes), "fuse groups")
+    return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))
+
+
+def _whole(step: Step, hole: Hole) -> Run:
+    if isinstance(step, Run) and step.part == "layer" and step.weights is None:
+        return step
+    raise UsageError(f"a step beside {hole} is no whole layer with its own weights; keep one there", code="U557")
+
+
+def _id(run: Run) -> str:
+    return f"fuse-group-{run.layer}"
+
+
+class _Update:
+    """The learnable part of one matrix."""
+
+    def __init__(self, old: torch.Tensor, removed: list[torch.Tensor], rank: int, generator: torch.Generator) -> None:
+        rows, columns = old.shape
+        rank = min(rank, rows, columns)
+        self.old, self.removed = old, removed
+        count = len(removed) + 1
+        self.left = torch.zeros(count, rows, rank, dtype=torch.float32, device=old.device, requires_grad=True)
+        drawn = torch.randn(count, rank, columns, generator=generator) / rank**0.5
+        self.right = drawn.to(old.device).requires_grad_()
+
+    def matrix(self) -> torch.Tensor:
+        products = self.left @ self.right
+        mixed = sum((c * w.float() for c, w in zip(products[1:], self.removed, strict=True)), products[0])
+        # the first product is small beside W, whose entries are about 1 / sqrt(columns)
+        return (self.old.float() + mixed).to(self.old.dtype)
+
+
+def _fused(pair: Pair, group: list[Run], hole: Hole, *, rank: int, epochs: int, rate: float) -> tuple[Tensors, Fit]:
+    """The dense matrices of the group after training, and the error of the group's output before and after."""
+    stack = find_stack(pair.job.model, pair.job.stack)
+    removed = [dict(stack.layer(i).named_parameters()) for i in range(hole.first, hole.last + 1)]
+    generator = torch.Generator().manual_seed(pair.job.seed)
+    updates: dict[str, _Update] = {}
+    for run in group:
+        for name, tensor in stack.layer(run.layer).named_parameters():
+            if tensor.dim() != 2:
+                continue
+            if any(name not in one or one[name].shape != tensor.shape for one in removed):
+                raise UsageError(
+                    f"layer {run.layer} and the removed {hole} have different matrices; fuse layers of one kind",
+                    code="U556",
+                )
+            old, others = tensor.detach(), [one[name].detach() for one in removed]
+            updates[f"{_id(run)}.{name}"] = _Update(old, others, rank, generator)
+    fitted = [n for n in range(len(pair.kept)) if n not in pair.held]
+    before, held_before = _errors(pair, group, updates)
+    if not epochs:
+        return {}, Fit(str(hole), before, before, held_before, held_before, "not trained")
+    learned = [p for u in updates.values() for p in (u.left, u.right)]
+    optimiser = torch.optim.Adam(learned, lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(fitted))
+    for _ in range(epochs):
+        for number in torch.randperm(len(fitted), generator=generator).tolist():
+            with still(pair.walk.model), torch.enable_grad():
+                loss = _loss(pair, group, updates, fitted[number])
+            # not backward(): that would leave gradients on the user's own norms
+            for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
+                parameter.grad = gradient
+            optimiser.step()
+            schedule.step()
+    after, held_after = _errors(pair, group, updates)
+    with torch.no_grad():
+        tensors = {name: update.matrix().contiguous() for name, update in updates.items()}
+    return tensors, Fit(str(hole), before, after, held_before, held_after, f"{epochs} epochs, relative errors")
+
+
+def _loss(pair: Pair, group: list[Run], updates: dict[str, _Update], number: int) -> torch.Tensor:
+    """Mean squared error relative to each token's length, per element."""
+    matrices = {name: update.matrix() for name, update in updates.items()}
+    stream = pair.walk.stream()
+    stream.states = list(pair.pruned.states)
+    for run in group:
+        stream.states[number] = stream.run(number, replace(run, weights=_id(run)), matrices)
+    keep = pair.kept[number]
+    out, target = stream.states[number][keep].float(), pair.dense.states[number][keep].float()
+    return ((out - target).square().sum(-1) / target.square().sum(-1)).mean() / out.shape[-1]
+
+
+def _errors(pair: Pair, group: list[Run], updates: dict[str, _Update]) -> tuple[float, float | None]:
+    """The mean loss over the batches that are fitted, and over those held back."""
+    with still(pair.walk.model), torch.no_grad():
+        losses = {n: float(_loss(pair, group, updates, n)) for n in range(len(pair.kept))}
+    held = [losses.pop(n) for n in sorted(pair.held)]
+    return sum(losses.values()) / len(losses), sum(held) / len(held) if held else None

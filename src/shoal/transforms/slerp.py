@@ -1,0 +1,35 @@
+"""Spherical interpolation between the kept layer and the removed ones."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.fitting.merge import merged, share_in
+from shoal.fitting.result import Job, Transformed
+
+
+def slerp(job: Job, *, t: float = 0.5, norms: bool = True) -> Transformed:
+    """Merge each removed span into the layer before it along the arc between their tensors.
+
+    For tensors a, b with the angle w between them: (sin((1 - t) w) a + sin(t w) b) / sin w, the straight line where
+    they are parallel. Of a longer span the removed layers' mean is b. `t` 0 is dropping, bit for bit; equal layers
+    stay as they are for any t. Raises U558 for a t outside 0 to 1.
+
+    Source: Shoemake 1985, as mergekit applies it to weights: each tensor as one vector, lengths not made equal.
+    """
+    share_in(t, "slerp")
+    return merged(
+        job, "slerp", lambda _, parts, __: _arc(parts[0], sum(parts[2:], parts[1]) / (len(parts) - 1), t), norms=norms
+    )
+
+
+def _arc(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """The point at t on the arc from `a` to `b`, tensors of one shape."""
+    if t == 0 or torch.equal(a, b):
+        return a
+    cosine = torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).clamp(-1, 1)
+    angle = torch.arccos(cosine)
+    if torch.sin(angle) < 1e-6:
+        return a + t * (b - a)
+    first, second = torch.sin((1 - t) * angle) / torch.sin(angle), torch.sin(t * angle) / torch.sin(angle)
+    return (first * a + second * b).float()

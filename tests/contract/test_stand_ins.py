@@ -1,0 +1,94 @@
+"""Stand-ins from the command line and from Python: chosen by name, fitted, kept with the plan, run again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.api.assess import evaluate
+from shoal.api.find import Pruned, prune
+from shoal.api.look import inspect, show
+from shoal.api.stand_ins import parse_then
+from shoal.errors import UsageError, WriteError
+from shoal.models.load import Loaded
+from shoal.plan import load_plan
+from shoal.run.live import running
+from shoal.run.weights import load_weights
+
+from .families import tiny
+from .planted import random_data
+from .test_api import folder  # noqa: F401
+from .test_cli import SMALL, shoal
+
+
+def pruned(*then: str, **options: Any) -> Pruned:
+    return prune(Loaded(tiny("llama"), None, "tiny"), drop=1, data=random_data(8, 16), then=then, batch=2, **options)
+
+
+def test_transforms_come_after_the_method_in_order() -> None:
+    found = pruned("linear-map:ridge=0.01,bias=false", "parallel-pairs:first=0,last=1", writable=False)
+    (gone,) = found.plan.dropped() or (found.plan.steps()[-1],)
+    assert [one["transform"] for one in found.then] == [
+        "linear-map:ridge=0.01,bias=false",
+        "parallel-pairs:first=0,last=1",
+    ]
+    assert found.then[0]["fits"][0]["stand_in"] < found.then[0]["fits"][0]["drop"], gone
+    assert not any(name.endswith(".bias") for name in found.found.weights)
+    with running(found.loaded.model, found.plan, found.found.weights), torch.no_grad():
+        assert torch.isfinite(found.loaded.model(input_ids=random_data(1, 8).ids).logits).all()
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["weights"]
+
+
+def test_a_plan_that_comes_with_weights_is_evaluated_with_them() -> None:
+    found, text = pruned("refit"), random_data(4, 16, seed=3)
+    model = found.loaded
+    with_weights = evaluate(model, plan=found.plan, weights=found.found.weights, data=text, generation=False)
+    dropped = evaluate(model, plan=f"{pruned().plan}", data=text, generation=False)
+    assert with_weights.perplexity.value != dropped.perplexity.value
+    again = prune(model, plan=found.plan, weights=found.found.weights)
+    assert again.found.weights.keys() == found.found.weights.keys()
+    assert "refit" in str(show(found.plan, inspect(model), found.found.weights)["weights"])
+
+
+def test_what_only_runs_live_is_not_written() -> None:
+    with pytest.raises(WriteError, match=r"W204: .* drop"):
+        pruned("linear-map")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("refti", r"no transform 'refti' \(did you mean refit\?\)"),
+        ("refit:rigde=1", "did you mean ridge"),
+        ("refit:ridge=much", "is not of type float"),
+        ("refit:", "gives no option"),
+    ],
+)
+def test_a_mistake_in_a_transform_is_found_before_the_search(text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        parse_then([text])
+    with pytest.raises(UsageError, match=why):
+        pruned(text)
+
+
+def test_fuse_keeps_a_plan_that_every_verb_takes(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    model, kept = str(folder), tmp_path / "kept"
+    words = [model, "--plan", "0-1,3-4", "--with", "linear-map", *SMALL, "--no-assess", "--save-plan", str(kept)]
+    said = json.loads(shoal("fuse", *words, "--json", "-q"))
+    assert said["plan"] == "0-1,~2:in-place-of-2,3-4" == str(load_plan(kept))
+    assert load_weights(kept).keys() == said["weights"].keys() and said["then"][0]["fits"]
+    small = ["--window", "32", "--limit", "2", "--no-generation", "--json"]
+    evaluated = json.loads(shoal("evaluate", model, "--plan", str(kept), *small))
+    assert evaluated["agreement"]["kl"] >= 0
+    assert "new weights in-place-of-2.weight" in shoal("show", str(kept))
+    assert "written_params" in shoal("show", str(kept), "--model", model)
+    shoal("generate", model, "Once", "--plan", str(kept), "--max-new-tokens", "2", "--raw")
+    assert "W204" in shoal("write", model, "--plan", str(kept), "--output", str(tmp_path / "out"), code=1)
+    assert not (tmp_path / "out").exists()
+    assert "W281" in shoal("write", model, "--plan", str(kept), "--output", str(tmp_path / "o"), "--stream", code=1)
+    assert "U523" in shoal("fuse", model, "--plan", "0-1,3-4", code=1)
+    assert "U501" in shoal("prune", model, "--drop", "1", "--then", "slrep", code=1)
