@@ -176,6 +176,7 @@ def prune(
             seed=seed,
             budget=most,
             progress=progress,
+            tokenizer=loaded.tokenizer,
         )
         found = _found(entry, task, count, own)
     said: tuple[dict[str, Any], ...] = ()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from shoal.fitting.result import Job, Transformed
 from shoal.plan import Plan, Spec
-from shoal.scores import Budget, Legal, Objective
+from shoal.scores import Budget, Found, Legal, Objective
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -33,3 +34,10 @@ class Task:
     budget: Budget | None = None
     """What the result may cost, when that was asked for; a method that is given `drop` removes so many layers."""
     progress: Progress | None = None
+    tokenizer: Any = None
+
+    def then(self, transform: Callable[..., Transformed], found: Found, **options: Any) -> Found:
+        """`found` with what the transform puts in the place of what was removed, fitted on the calibration text."""
+        job = Job(self.model, self.data, found.plan, found.weights, self.stack, self.batch, self.seed, self.progress)
+        made = transform(job, **options)
+        return replace(found, plan=made.plan, weights=made.weights)

@@ -1,0 +1,88 @@
+"""Shoal's own choice: several searches, stand-ins in the place of what went, and held-out text decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from shoal.data.split import hold_out
+from shoal.errors import UsageError
+from shoal.evaluation.scoring import sequence_nll
+from shoal.methods._task import Task
+from shoal.plan import Plan, cost
+from shoal.run.live import running
+from shoal.scores import Budget, Candidate, Found, Objective
+from shoal.search.greedy import greedy
+from shoal.transforms.refit import refit
+
+if TYPE_CHECKING:
+    from shoal.data import Data
+    from shoal.search._candidates import Grain
+
+
+def auto(task: Task, *, drop: int | None = None) -> Found:
+    """Remove greedily layers, or attentions and mlps apart, fit the mlps before the holes anew, and keep the best.
+
+    Searches: by the cross-entropy over whole layers; over parts; over parts by its rise per saved share of the budget.
+    Each result is tried as it is and after the transform `refit`; a quarter of the calibration sequences, which neither
+    search nor fit has seen, decides (the trace tells how). `drop` counts layers. Training-free; where only plans that
+    a stock class can express are allowed, parts stay. Raises D413 for a single sequence, and what the searches raise
+    when none of them gets there.
+    """
+    rest, held = hold_out(task.data)
+    mine = replace(task, data=rest, budget=task.budget or _layers(task, drop))
+    found: list[Found] = []
+    failed: UsageError | None = None
+    for search in _searches(mine, mine.objective(rest)):
+        try:
+            plain = search()
+        except UsageError as error:
+            failed = error
+            continue
+        found += [plain, mine.then(refit, plain)]
+    if not found and failed is not None:
+        raise failed
+    judged = sorted(((_loss(task, one, held), n, one) for n, one in enumerate(found)), key=lambda row: row[:2])
+    trace = tuple(Candidate(str(one.plan), loss, "refit" if one.weights else "as it is") for loss, _, one in judged)
+    return replace(judged[0][2], trace=trace)
+
+
+def _layers(task: Task, drop: int | None) -> Budget:
+    """As many layer runs less as `drop` says."""
+    if drop is None:
+        raise UsageError(
+            "auto needs a number of layers or a budget; write --drop 6 or --budget params=0.8", code="U540"
+        )
+    depth = task.plan.depth(task.stack)
+
+    def price(plan: Plan) -> float:
+        total = cost(plan, task.spec)
+        return (total.layer_runs + total.half_runs / 2) / depth
+
+    return Budget("layers", 1 - drop / depth, price)
+
+
+def _searches(task: Task, objective: Objective) -> Iterator[Callable[[], Found]]:
+    def by(grain: Grain, rank: Literal["loss", "saving"]) -> Callable[[], Found]:
+        return lambda: greedy(
+            task.plan,
+            objective=objective,
+            budget=task.budget,
+            grain=grain,
+            rank=rank,
+            legal=task.legal,
+            stack=task.stack,
+            progress=task.progress,
+        )
+
+    yield from (by("layer", "loss"), by("sublayers", "loss"), by("sublayers", "saving"))
+
+
+def _loss(task: Task, found: Found, held: Data) -> float:
+    """Nats per token on the sequences held back; infinite for a broken model."""
+    with running(task.model, found.plan, found.weights):
+        scored = sequence_nll(task.model, held, batch=task.batch)
+    mean = math.fsum(total for total, _ in scored) / sum(count for _, count in scored)
+    return math.inf if math.isnan(mean) else mean

@@ -1,0 +1,33 @@
+"""CULL-MT: greedy on the score of the user's own task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.errors import UsageError
+from shoal.evaluation.tasks import load_tasks, score_tasks
+from shoal.methods._task import Task
+from shoal.plan import Plan
+from shoal.run.live import running
+from shoal.scores import Found
+from shoal.search.greedy import greedy
+
+
+def cull_mt(task: Task, *, drop: int, file: Path, items: int = 100) -> Found:
+    """In each round remove the layer without which the task's score falls least; ties go to the likelier answers.
+
+    `file`: last words or multiple choice (see `shoal.evaluation.tasks`), its first `items`. The objective is the share
+    of wrong items, plus a thousandth of the mean negative log-likelihood of the right answers, which parts ties.
+    Source: Rostami and Dousti 2024 (CULL-MT, arXiv 2411.06506). How we differ: any task of such a file instead of a
+    translation score, and healing is a step of its own. Raises D450, D451, and U574 without a tokenizer.
+    """
+    if task.tokenizer is None:
+        raise UsageError("cull-mt reads a task and the model has no tokenizer; load one with it", code="U574")
+    tasks = load_tasks(file, limit=items)
+
+    def objective(plan: Plan) -> float:
+        with running(task.model, plan):
+            found = score_tasks(task.model, task.tokenizer, tasks, batch=max(8, task.batch))
+        return 1 - found.accuracy + found.nll / 1000
+
+    return greedy(task.plan, objective=objective, drop=drop, legal=task.legal, stack=task.stack, progress=task.progress)

@@ -1,0 +1,19 @@
+"""ReplaceMe: a span is replaced by a linear map inside the mlp before it."""
+
+from __future__ import annotations
+
+from shoal.measures.cosine_span import cosine_span
+from shoal.methods._task import Task
+from shoal.scores import Found
+from shoal.search.contiguous import contiguous
+from shoal.transforms import replaceme as transform
+
+
+def replaceme(task: Task, *, drop: int, ridge: float | None = None) -> Found:
+    """Remove the span that turns the state least, and multiply a fitted map into the mlp before it.
+
+    Source: Shopkhoev et al. 2025 (ReplaceMe, arXiv 2505.02819). How we differ: see the transform `replaceme`.
+    """
+    scores = cosine_span(task.model, task.data, span=drop, stack=task.stack, batch=task.batch, progress=task.progress)
+    found = contiguous(task.plan, scores=scores, drop=drop, legal=task.legal, stack=task.stack)
+    return task.then(transform.replaceme, found, ridge=ridge)

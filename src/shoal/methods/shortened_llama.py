@@ -1,0 +1,34 @@
+"""Shortened LLaMA: one shot by gradients, or by the perplexity without each layer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shoal.measures.loss_removed import loss_removed
+from shoal.measures.taylor import taylor
+from shoal.methods._task import Task
+from shoal.plan import Plan
+from shoal.scores import Found
+from shoal.search.one_shot import one_shot
+
+
+def shortened_llama(
+    task: Task, *, drop: int, by: Literal["taylor", "perplexity"] = "taylor", first: int = 4, last: int = 2
+) -> Found:
+    """Remove the layers with the lowest Taylor score, or without which perplexity is lowest, all at once.
+
+    By `taylor` the `first` and the `last` so many layers stay (the paper's Taylor+), unless too few others are left.
+    Source: Kim et al. 2024 (arXiv 2402.02834). How we differ: no retraining follows here.
+    """
+    if by == "perplexity":
+        scores = loss_removed(task.model, task.data, stack=task.stack, batch=task.batch, progress=task.progress)
+        return one_shot(task.plan, scores=scores, drop=drop, legal=task.legal, stack=task.stack)
+    scores = taylor(task.model, task.data, stack=task.stack, batch=task.batch, progress=task.progress)
+    depth = task.plan.depth(task.stack)
+    kept = {*range(first), *range(depth - last, depth)} if depth - first - last >= drop else set[int]()
+    whole = set(task.plan.layers(task.stack))
+
+    def legal(plan: Plan) -> bool:
+        return kept & whole <= set(plan.layers(task.stack)) and task.legal(plan)
+
+    return one_shot(task.plan, scores=scores, drop=drop, legal=legal, stack=task.stack)
