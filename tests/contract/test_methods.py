@@ -3,41 +3,60 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shoal.api.budget import counted_budget
 from shoal.api.journal import journaled, mean_nll
 from shoal.data import Data
-from shoal.errors import UsageError
+from shoal.errors import DataError, UsageError
+from shoal.evaluation.tasks import load_tasks, score_tasks
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
 from shoal.measures.loss_removed import loss_removed
+from shoal.measures.taylor import taylor
 from shoal.methods._task import Task
+from shoal.methods.auto import auto
 from shoal.methods.block_pruner import block_pruner
+from shoal.methods.cull_mt import cull_mt
 from shoal.methods.gromov import gromov
 from shoal.methods.loss_one_shot import loss_one_shot
 from shoal.methods.position import position
 from shoal.methods.puzzle import puzzle
+from shoal.methods.shortened_llama import shortened_llama
 from shoal.methods.shortgpt import shortgpt
 from shoal.methods.sleb import sleb
 from shoal.methods.tyukin import tyukin
 from shoal.methods.unified import unified
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, Run, check
+from shoal.plan import drop as drop_layers
 from shoal.plan.steps import Base, runs
 from shoal.registry import Entry, entries
+from shoal.run.live import running
 from shoal.scores import Found
 from shoal.writing.surgery import rewrite
 
 from .families import tiny
 from .planted import PLANTED, own_text, planted, random_data
+from .test_tasks import Letters
 
-DATA_FREE = {"position", "tyukin", "unified"}
-METHODS = [pytest.param(entry, id=entry.name) for entry in entries("methods").values()]
-LOOKING = [param for param in METHODS if param.id not in DATA_FREE]
+DATA_FREE = {"position", "tyukin", "unified", "poor-mans-bert"}
+BY_PLACE = DATA_FREE | {"mka"}
+"""What goes is known before the data is seen."""
+WITHIN_A_BUDGET = {"puzzle", "nas-prune"}
+"""They take no number of layers."""
+FREE = WITHIN_A_BUDGET | {"auto"}
+"""They may remove more than they must, and something else for a smaller budget."""
+OF_PARTS = {"tyukin", "block-pruner"}
+"""They count attentions and mlps."""
+METHODS = [pytest.param(entry, id=entry.name) for entry in entries("methods").values() if entry.name != "cull-mt"]
+LOOKING = [param for param in METHODS if param.id not in BY_PLACE]
 
 
 class Untouchable:
@@ -62,7 +81,7 @@ def random_task(**rest: Any) -> Task:
 def run(entry: Entry, task: Task, number: int) -> Found:
     """What the method finds when `number` of its pieces are to go; layers for one that takes only a budget."""
     method = entry.load()
-    if entry.name != "puzzle":
+    if entry.name not in WITHIN_A_BUDGET:
         return method(task, drop=number)
     depth = task.plan.depth()
     return method(replace(task, budget=counted_budget("layers", 1 - number / depth, task.spec)))
@@ -80,10 +99,13 @@ def gone(plan: Plan) -> set[tuple[int, str]]:
 def test_a_method_that_looks_removes_the_layer_that_does_nothing_first(entry: Entry, family: str) -> None:
     found = run(entry, task_of(planted(family), own_text(family)), 1)
     assert {layer for layer, _ in gone(found.plan)} == {PLANTED[family]}
-    assert found.trace[0].notation == str(found.plan)
+    assert found.weights or found.trace[0].notation == str(found.plan)
 
 
-@pytest.mark.parametrize(("name", "plan"), [("position", "0-1"), ("tyukin", "0,1-2m,3"), ("unified", "0,3")])
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [("position", "0-1"), ("poor-mans-bert", "0-1"), ("tyukin", "0,1-2m,3"), ("unified", "0,3")],
+)
 def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
     assert name in DATA_FREE
     spec = inspect(tiny("llama"))
@@ -94,14 +116,17 @@ def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
 
 @pytest.mark.parametrize("entry", METHODS)
 def test_a_method_repeats_itself_and_is_nested_where_it_goes_layer_by_layer(entry: Entry) -> None:
-    found = [run(entry, random_task(), number) for number in (1, 2, 3) if (entry.name, number) != ("unified", 3)]
+    most = 2 if entry.name in ("unified", "mka") else 3
+    found = [run(entry, random_task(), number) for number in range(1, most + 1)]
     sizes = [len(gone(f.plan)) for f in found]
-    least = [number * (1 if entry.name in ("tyukin", "block-pruner") else 2) for number in (1, 2, 3)][: len(sizes)]
-    assert sizes == least if entry.name != "puzzle" else all(a >= b for a, b in zip(sizes, least, strict=True))
-    assert run(entry, random_task(), 2) == found[1]
-    if entry.name not in ("gromov", "unified", "puzzle"):
+    least = [number * (1 if entry.name in OF_PARTS else 2) for number in range(1, most + 1)]
+    assert sizes == least or (entry.name in FREE and all(a >= b for a, b in zip(sizes, least, strict=True)))
+    again = run(entry, random_task(), 2)
+    assert again.plan == found[1].plan and again.weights.keys() == found[1].weights.keys()
+    assert all(torch.equal(tensor, found[1].weights[name]) for name, tensor in again.weights.items())
+    if entry.name not in FREE | {"gromov", "replaceme", "unified"}:
         assert all(gone(one.plan) < gone(other.plan) for one, other in itertools.pairwise(found))
-    assert all(str(f.plan) in {c.notation for c in f.trace} for f in found)
+    assert all(f.weights or str(f.plan) in {c.notation for c in f.trace} for f in found)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +236,49 @@ def test_presets_differ_and_random_follows_the_seed_of_the_task() -> None:
 
 
 def test_progress_reaches_the_measure_and_the_search() -> None:
-    for entry in entries("methods").values():
+    for entry in (param.values[0] for param in METHODS):
+        assert isinstance(entry, Entry)
         reports: list[Any] = []
         run(entry, random_task(progress=lambda *report, to=reports: to.append(report)), 1)
-        assert bool(reports) == (entry.name not in DATA_FREE)
+        assert bool(reports) == (entry.name not in DATA_FREE), entry.name
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_shortened_llama_keeps_its_ends_where_it_can(first: int) -> None:
+    task = random_task()
+    scores = taylor(task.model, task.data, batch=16)
+    found = shortened_llama(task, drop=1, first=first, last=1)
+    free = range(1, 3) if first == 1 else range(4)
+    assert found.plan.dropped() == (min(free, key=scores.values.__getitem__),)
+    by_loss = shortened_llama(task, drop=2, by="perplexity").plan
+    assert by_loss == loss_one_shot(task, drop=2).plan
+
+
+def test_cull_mt_removes_what_the_task_does_not_need(tmp_path: Path) -> None:
+    family = "llama"
+    words = [{"context": f"{i} and", "continuation": "so on"} for i in range(3)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(word) + "\n" for word in words))
+    task = replace(task_of(planted(family), own_text(family)), tokenizer=Letters())
+    found = cull_mt(task, drop=1, file=tmp_path / "t.jsonl")
+    dense = score_tasks(task.model, Letters(), load_tasks(tmp_path / "t.jsonl"))
+    others = [_task_loss(task, layer, tmp_path / "t.jsonl") for layer in range(4)]
+    assert found.plan.dropped() == (others.index(min(others)),)
+    assert others[PLANTED[family]] == pytest.approx(1 - dense.accuracy + dense.nll / 1000)
+    with pytest.raises(UsageError, match="U574"):
+        cull_mt(task_of(planted(family), own_text(family)), drop=1, file=tmp_path / "t.jsonl")
+
+
+def _task_loss(task: Task, layer: int, file: Path) -> float:
+    with running(task.model, drop_layers(task.plan, [layer])):
+        found = score_tasks(task.model, Letters(), load_tasks(file))
+    return 1 - found.accuracy + found.nll / 1000
+
+
+def test_auto_is_no_worse_on_what_it_held_back_than_any_of_its_candidates() -> None:
+    found = auto(random_task(), drop=2)
+    assert [c.score for c in found.trace] == sorted(c.score for c in found.trace) and len(found.trace) == 6
+    assert {c.note for c in found.trace} == {"refit", "as it is"}
+    with pytest.raises(UsageError, match="U540"):
+        auto(random_task())
+    with pytest.raises(DataError, match="D413"):
+        auto(task_of(tiny("llama"), random_data(1, 16)), drop=1)
