@@ -70,11 +70,10 @@ def test_layers_that_are_all_noise_never_have_enough() -> None:
 def test_more_sequences_help_where_there_is_a_signal() -> None:
     draw = np.random.default_rng(1)
     samples = (np.arange(10)[:, None] + draw.normal(size=(10, 200)) * 4).tolist()
-    found = enough(scores_of([0.0] * 10, samples=samples), k=3)
-    assert found.overlap[0] < 0.6
-    assert found.overlap[-1] > 0.9
-    assert found.sequences in found.sizes and found.sequences > 4
-    assert found == enough(scores_of([0.0] * 10, samples=samples), k=3), "the same seed draws the same"
+    found = enough(scores_of([0.0] * 10, samples=samples), k=3, share=0.7)
+    assert found.overlap[0] < 0.6 < found.overlap[-1] - 0.15
+    assert found.sequences in found.sizes and found.sequences > 2
+    assert found == enough(scores_of([0.0] * 10, samples=samples), k=3, share=0.7), "the same seed draws the same"
 
 
 def test_a_layer_that_was_not_judged_is_not_drawn() -> None:
