@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -52,6 +53,44 @@ def test_measure_prints_every_layer_and_the_order(model: str) -> None:
     assert len(said["values"]) == len(said["errors"]) == 5
     assert "lowest first: 2" in shoal("measure", model, *SMALL)
     shoal("measure", model, "-m", "angular-distance", "-o", "span=2", *SMALL)
+
+
+def test_several_measures_and_texts_stand_side_by_side(model: str, tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("a few words of its own, again and again; " * 40, encoding="utf-8")
+    words = ["measure", model, "-m", "block-influence", "-m", "magnitude", "--data", "builtin", "--data", str(text)]
+    plot = tmp_path / "scores.svg"
+    more = ["-o", "power=2", "-o", "skip_first=1", "--enough", "--plot", str(plot), *SMALL, "--json"]
+    said = json.loads(shoal(*words, *more))
+    names = [f"{name} on {source}" for name in ("block-influence", "magnitude") for source in ("builtin", text)]
+    assert list(said["scores"]) == names == list(said["enough"])
+    assert "first 1 tokens" in said["scores"][names[0]]["notes"][0]
+    assert said["scores"][names[2]]["unit"] == "sum of squared weights"
+    pairs = {tuple(row["of"]): row for row in said["agreement"]}
+    assert pairs[names[2], names[3]]["kendall"] == pytest.approx(1) and len(pairs) == 6
+    assert said["enough"][names[0]]["k"] == 2 and "U539" in said["enough"][names[2]]["why_not"]
+    drawing = ET.parse(plot).getroot()  # noqa: S314
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}svg")) == 4
+    text_said = shoal(*words, "--enough", *SMALL)
+    assert "Kendall" in text_said and "sequences are enough" in text_said.replace("not even", "")
+    assert "U502" in shoal(*words, "-o", "span=2", *SMALL, code=1)
+
+
+def test_one_measure_in_a_config_file_may_be_a_word_or_a_list(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for value in ("residual-ratio", "[residual-ratio]"):
+        file.write_text(f"measure: {value}\ndata: builtin\n", encoding="utf-8")
+        said = json.loads(shoal("measure", model, "--config", str(file), *SMALL, "--json"))
+        assert said["measure"] == "residual-ratio"
+    said = json.loads(shoal("measure", model, "-m", "sinks", "--enough", *SMALL, "--json"))
+    assert said["removal"] is False and set(said["enough"]) == {"k", "sizes", "overlap", "share", "sequences"}
+    assert "a probe" in shoal("measure", model, "-m", "sinks", *SMALL)
+
+
+@pytest.mark.parametrize("plot", ["scores.png", "no/such/folder/scores.svg"])
+def test_a_plot_that_cannot_be_written_is_refused_before_the_model_loads(model: str, tmp_path: Path, plot: str) -> None:
+    result = CliRunner().invoke(app, ["measure", "no/model", "--plot", str(tmp_path / plot)])
+    assert result.exit_code == 2 and "svg file in a folder that exists" in " ".join(result.output.split())
 
 
 def test_prune_writes_a_folder_that_verify_proves_again(model: str, tmp_path: Path) -> None:
