@@ -111,6 +111,7 @@ def prune(
     writable: bool = True,
     zero_parts: bool = False,
     journal: Path | None = None,
+    memory: int | None = None,
     assess: bool = False,
     test_data: Any = "builtin",
     progress: Progress | None = None,
@@ -121,7 +122,9 @@ def prune(
 
     Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
     can express are looked at. `assess`: perplexity, agreement and generation on `limit` windows, at most 8, of the test
-    split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they evaluated.
+    split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they evaluated;
+    `memory`: bytes that they may hold as hidden states, beyond which these go to disk (default: a quarter of what is
+    free).
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
@@ -151,7 +154,7 @@ def prune(
             plan=identity,
             spec=spec,
             legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),
-            objective=journaled(loaded.model, identity, path=journal, batch=batch),
+            objective=journaled(loaded.model, identity, path=journal, batch=batch, memory=memory, seed=seed),
             stack=stack,
             batch=batch,
             seed=seed,

@@ -11,7 +11,7 @@ from shoal.plan import Plan
 from shoal.scores import Budget, Candidate, Found, Legal, Objective
 from shoal.search._candidates import no_value, unmet, value_of
 from shoal.search._solve import solve
-from shoal.search._table import KEEP, Choices, Space, Table, measure, space
+from shoal.search._table import Choices, Space, Table, cheapest, measure, space
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -66,7 +66,7 @@ def milp(
             if value < best:
                 best, around = value, words
         if not measured:
-            raise unmet(budget, _cheapest(room, table, legal))
+            raise unmet(budget, cheapest(room, table, legal))
         if around == centre or len(measured) == before:
             break
     if math.isinf(best):
@@ -104,20 +104,6 @@ def _solution(
             return chosen
         refused.append(chosen)
     return None
-
-
-def _cheapest(room: Space, table: Table, legal: Legal) -> Plan:
-    """A plan as cheap as removing layer by layer, the greatest saving first, gets it."""
-    words = list(room.whole())
-    order = sorted(
-        ((table.saved[i][c], i, word) for i, options in enumerate(room.options) for c, word in enumerate(options)),
-        key=lambda one: (-one[0], one[1]),
-    )
-    for saving, place, word in order:
-        trial = [*words[:place], word, *words[place + 1 :]]
-        if saving > 0 and words[place] == KEEP and set(trial) != {"layer"} and legal(room.build(trial)):
-            words = trial
-    return room.build(words)
 
 
 def _reporter(progress: Progress | None, room: Space, number: int, rounds: int) -> Callable[[int], None] | None:
