@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,3 +131,21 @@ def test_a_dry_run_cannot_time(tmp_path: Any) -> None:
     assert done.exit_code == 1 and "U560" in done.output
     done = CliRunner().invoke(app, ["prune", str(tmp_path), "--budget", "layers=0.75", "--dry-run", "--json"])
     assert json.loads(done.stdout)["would"].startswith("would remove 1 of 4 layers")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_search_that_is_stopped_says_how_to_go_on(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **options: Any) -> None:
+        if options["journal"] is not None:
+            options["journal"].write_text('{"journal": 1}\n{"plan": "0-2", "nll": 1.0}\n{"plan": "1-3", "nll": 2.0}\n')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shoal.api.find.prune", stopped)
+    tiny("llama").save_pretrained(tmp_path / "model")
+    journal = ["--journal", str(tmp_path / "j")] if kept else []
+    done = CliRunner().invoke(app, ["prune", str(tmp_path / "model"), "--drop", "1", *journal])
+    assert done.exit_code == 130
+    assert ("keeps what was found of 2 plans; the same command goes on" in done.stderr) is kept
+    assert ("with --journal FILE" in done.stderr) is not kept
