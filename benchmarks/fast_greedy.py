@@ -86,7 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser = options(__doc__, pairs=1)  # a round of one side is the pair of a round of the other, once
     parser.add_argument("--data", default="builtin", help="a text file, or builtin (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=32, help="sequences (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="tokens in each (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=64, help="tokens in each (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="sequences in one forward (default: %(default)s)")
     parser.add_argument("--drop", type=int, default=6, help="layers to remove (default: %(default)s)")
     return parser.parse_args()

@@ -125,6 +125,7 @@ def prune(
     zero_parts: bool = False,
     journal: Path | None = None,
     then: Sequence[str] = (),
+    memory: int | None = None,
     assess: bool = False,
     test_data: Any = "builtin",
     progress: Progress | None = None,
@@ -137,7 +138,8 @@ def prune(
     can express are looked at. `then`: transforms done after that, in order, as "refit" or "slerp:t=0.3" (see `shoal
     ls transforms`), fitted on the calibration text. `assess`: perplexity, agreement and generation on `limit` windows,
     at most 8, of the test split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they
-    evaluated.
+    evaluated; `memory`: bytes that they may hold as hidden states, beyond which these go to disk (default: a quarter of
+    what is free).
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
@@ -170,7 +172,7 @@ def prune(
             plan=identity,
             spec=spec,
             legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),
-            objective=journaled(loaded.model, identity, path=journal, batch=batch),
+            objective=journaled(loaded.model, identity, path=journal, batch=batch, memory=memory, seed=seed),
             stack=stack,
             batch=batch,
             seed=seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +80,9 @@ def prune(
     journal: Annotated[
         Path | None, typer.Option("--journal", help="Keep evaluated plans here; a search cut off goes on.")
     ] = None,
+    state_memory: Annotated[
+        int | None, typer.Option("--state-memory", min=0, help="MB of hidden states held; beyond it they go to disk.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -102,7 +107,7 @@ def prune(
     parse_then(then or [])
     if output is not None:
         refuse_output(output, overwrite=overwrite)
-    with progress_bars(quiet) as progress:
+    with progress_bars(quiet) as progress, _how_to_go_on(journal):
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         pruned = run(
             loaded,
@@ -124,6 +129,7 @@ def prune(
             writable=output is not None,
             zero_parts=zero_parts,
             journal=journal,
+            memory=None if state_memory is None else state_memory << 20,
             assess=assess,
             test_data=test_data,
             progress=progress,
@@ -148,6 +154,21 @@ def prune(
         {} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()}
     )
     emit(result, pruned_text(pruned, written), as_json=json_)
+
+
+@contextmanager
+def _how_to_go_on(journal: Path | None) -> Iterator[None]:
+    """After Ctrl-C, say what was kept and how to go on from there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if journal is None or not journal.exists():
+            typer.echo("shoal: with --journal FILE a search that was stopped can go on where it was", err=True)
+        else:
+            plans = max(0, len(journal.read_bytes().splitlines()) - 1)
+            kept = f"the journal {journal} keeps what was found of {plans} plans"
+            typer.echo(f"shoal: {kept}; the same command goes on from there", err=True)
+        raise
 
 
 def _dry(

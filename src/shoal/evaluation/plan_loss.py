@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from shoal.data import Data
-from shoal.evaluation.scoring import batch_tokens, device_of, evaluating, require_context, require_scored, windows
+from shoal.evaluation.scoring import (
+    batch_tokens,
+    device_of,
+    evaluating,
+    logits_of,
+    require_context,
+    require_scored,
+    windows,
+)
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan
@@ -125,7 +133,8 @@ class PlanLoss:
         return self._exact[cut]
 
     def _tried(self, handle: Running, cut: int) -> bool:
-        ids = {"input_ids": self.data.ids[:1, :PROBE].to(device_of(self.model)), "use_cache": False}
+        ids = self.data.ids[:1, :PROBE]
+        mask = torch.ones_like(ids)  # without one, a padding token among them makes some versions warn
 
         def keep(index: int, hidden: Any) -> None:
             if isinstance(hidden, torch.Tensor):
@@ -133,12 +142,12 @@ class PlanLoss:
 
         if self._answer is None:
             with resumed(handle, seen=keep):
-                self._answer = self.model(**ids).logits
+                self._answer = logits_of(self.model, ids, mask)
         if cut not in self._probed:
             return False
         try:
             with resumed(handle, cut=cut, state=self._probed[cut].clone(), seen=lambda *_: None):
-                again = self.model(**ids).logits
+                again = logits_of(self.model, ids, mask)
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
             return False  # a layer behind the cut asks for what one before it would have left
         return torch.equal(again, self._answer)

@@ -11,8 +11,10 @@ from shoal.evaluation.plan_loss import Part, PlanLoss, mean_of
 from shoal.evaluation.stats import ratio
 from shoal.plan import Plan
 
-LEVEL = 0.002
+LEVEL = 0.001
 """The chance that one comparison drops a plan which all the data would have put first."""
+SAMPLES = 16
+"""Blocks, from two sequences or more, before anything is dropped: with fewer a t bound on skewed losses is too bold."""
 GROWTH = 1.3
 """Each stage sees so many times the batches of the one before it."""
 
@@ -92,6 +94,6 @@ def _behind(own: list[Part], other: list[Part], level: float, share: float) -> b
     sizes = [n for part in own for n in part.sizes]
     own_sums, other_sums = ([b for part in parts for b in part.blocks] for parts in (own, other))
     mean, error = ratio([a - b for a, b in zip(own_sums, other_sums, strict=True)], sizes)
-    if error is None:
+    if error is None or len(sizes) < SAMPLES or sum(len(part.sums) for part in own) < 2:
         return False
     return mean > float(stdtrit(len(sizes) - 1, 1 - level)) * error * math.sqrt(1 - share)

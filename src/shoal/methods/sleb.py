@@ -7,17 +7,19 @@ from shoal.scores import Found
 from shoal.search.greedy import greedy
 
 
-def sleb(task: Task, *, drop: int) -> Found:
+def sleb(task: Task, *, drop: int, exhaustive: bool = False) -> Found:
     """In each round remove the layer without which the cross-entropy on the calibration data is lowest.
 
-    Source: Song et al. 2024 (arXiv 2402.09025), metric 3. How we differ: the model is not rebuilt for a candidate, and
-    every evaluated plan is kept in the journal, so that a run that was cut off goes on where it was.
+    Source: Song et al. 2024 (arXiv 2402.09025), metric 3. How we differ: the model is not rebuilt for a candidate,
+    candidates share hidden states and race (`exhaustive=true` evaluates each in full, as the released code does), and
+    what was evaluated is kept in the journal, so that a run that was cut off goes on where it was.
     """
     return greedy(
         task.plan,
         objective=task.objective(task.data),
         drop=drop,
         legal=task.legal,
+        exhaustive=exhaustive,
         stack=task.stack,
         progress=task.progress,
     )

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from pathlib import Path
@@ -78,6 +79,7 @@ class _Scratch:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- it lives as long as the store
+        weakref.finalize(self, self._file.close)
         self._places: OrderedDict[Hashable, tuple[int, torch.Tensor]] = OrderedDict()
         """Offset, and an empty tensor on meta that knows shape and dtype; the device beside it."""
         self._devices: dict[Hashable, torch.device] = {}

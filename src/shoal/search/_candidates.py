@@ -98,8 +98,11 @@ class Goal:
         mean = math.fsum(saved) / len(saved) if saved else 0.0
         return min(len(there), math.ceil((whole - self.budget.share) / mean - 1e-9)) if mean > 0 else len(there)
 
-    def missed(self, plan: Plan, removed: int) -> UsageError:
-        """The error of a search that can remove nothing more from `plan`."""
+    def missed(self, plan: Plan, removed: int, unjudged: int = 0) -> UsageError:
+        """The error of a search that can remove nothing more from `plan`: nothing is legal, or of `unjudged` legal
+        plans the objective gave none a value."""
+        if unjudged and self.budget is not None:
+            return no_value(unjudged)
         return unmet(self.budget, plan) if self.budget is not None else _few(removed, self.drop or 0, self.grain)
 
 
@@ -116,6 +119,14 @@ def goal(plan: Plan, drop: int | None, budget: Budget | None, grain: Grain = "la
     if drop is not None and not 1 <= drop <= len(there):
         raise UsageError(f"cannot remove {drop} of {len(there)} parts; remove 1 or more and leave one", code="U504")
     return Goal(plan, drop, budget, grain, stack)
+
+
+def no_value(tried: int) -> UsageError:
+    """The error U546 of a search whose objective knew no number."""
+    return UsageError(
+        f"the objective gave none of {tried} plans a value that is a number; mend it, or look at data and dtype",
+        code="U546",
+    )
 
 
 def unmet(budget: Budget, plan: Plan) -> UsageError:

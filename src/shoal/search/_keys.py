@@ -11,7 +11,7 @@ from shoal.errors import PlanError, UsageError
 from shoal.plan import Plan, drop
 from shoal.plan.steps import PartName
 from shoal.scores import Candidate, Found, Legal, Objective, Scores
-from shoal.search._candidates import Goal, named, pieces, value_of
+from shoal.search._candidates import Goal, named, no_value, pieces, value_of
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -99,11 +99,10 @@ def asked(
 
 def ranked(values: Any) -> Found:
     """The plan with the lowest value, and all of them in the trace, the best first. Raises U546 when none has one."""
-    order: Sequence[tuple[float, Plan]] = sorted(
-        (one for one in values if not math.isnan(one[0])), key=lambda one: (one[0], str(one[1]))
-    )
+    tried: Sequence[tuple[float, Plan]] = list(values)
+    order = sorted((one for one in tried if not math.isnan(one[0])), key=lambda one: (one[0], str(one[1])))
     if not order:
-        raise UsageError("the objective has no value for any plan that was tried; mend it, or try more", code="U546")
+        raise no_value(len(tried))
     return Found(order[0][1], tuple(Candidate(str(plan), value) for value, plan in order))
 
 

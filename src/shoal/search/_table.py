@@ -130,6 +130,20 @@ def measure(
     return Table(room.layers, room.options, tuple(map(tuple, losses)), tuple(map(tuple, saved))), here
 
 
+def cheapest(room: Space, table: Table, legal: Legal) -> Plan:
+    """A plan as cheap as removing layer by layer, the greatest saving first, gets it."""
+    words = list(room.whole())
+    order = sorted(
+        ((table.saved[i][c], i, word) for i, options in enumerate(room.options) for c, word in enumerate(options)),
+        key=lambda one: (-one[0], one[1]),
+    )
+    for saving, place, word in order:
+        trial = [*words[:place], word, *words[place + 1 :]]
+        if saving > 0 and words[place] == KEEP and set(trial) != {"layer"} and legal(room.build(trial)):
+            words = trial
+    return room.build(words)
+
+
 def _built(room: Space, words: Choices, legal: Legal) -> Plan | None:
     try:
         plan = room.build(words)

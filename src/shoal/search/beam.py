@@ -55,7 +55,7 @@ def beam(
         if not judged:
             if done:
                 break
-            raise aim.missed(alive[0][0], removed)
+            raise aim.missed(alive[0][0], removed, len(plans))
         removed += 1
         judged = sorted(judged, key=lambda one: one[1])[:width]
         done += [one for one in judged if aim.reached(one[0], removed)]

@@ -11,7 +11,7 @@ from shoal.plan import Plan
 from shoal.scores import Budget, Candidate, Found, Legal, Objective
 from shoal.search._candidates import judge, unmet, value_of
 from shoal.search._solve import chain
-from shoal.search._table import KEEP, Space, Table, measure, space
+from shoal.search._table import KEEP, Space, Table, cheapest, measure, space
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -54,7 +54,7 @@ def dynamic_programming(
     pairs = _interactions(room, table, here, objective, legal, pairs_at, lambda done: report(done, singles))
     chosen = chain(table, pairs, budget.price(plan) - budget.share, resolution)
     if chosen is None:
-        raise unmet(budget, _least(room, table))
+        raise unmet(budget, cheapest(room, table, legal))
     words = table.words(chosen)
     try:
         smaller = room.build(words)
@@ -110,12 +110,17 @@ def _interactions(
         alone = table.losses[place][option] + table.losses[place - 1][other]
         known = value is not None and math.isfinite(value) and math.isfinite(alone)
         found[place, option, other] = (value or 0.0) - here - alone if known else math.inf
-    return found
+    return found | _borrowed(room, found)
 
 
-def _least(room: Space, table: Table) -> Plan:
-    """The whole plan without the dearest choice of every layer but the first."""
-    words = [KEEP]
-    for options, saved in zip(room.options[1:], table.saved[1:], strict=True):
-        words.append(options[max(range(len(saved)), key=saved.__getitem__)])
-    return room.build(words)
+def _borrowed(room: Space, found: dict[tuple[int, int, int], float]) -> dict[tuple[int, int, int], float]:
+    """For a whole layer beside a part: what the two parts of that kind cost beyond both, as far as it was measured."""
+    borrowed = {}
+    for (place, option, other), extra in found.items():
+        part = room.options[place][option]
+        if part != "layer":
+            if "layer" in room.options[place]:
+                borrowed[place, room.options[place].index("layer"), other] = extra
+            if "layer" in room.options[place - 1]:
+                borrowed[place, option, room.options[place - 1].index("layer")] = extra
+    return borrowed

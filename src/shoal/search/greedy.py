@@ -53,7 +53,7 @@ def greedy(
             values = _per_saving(budget, plan, options, values, value_of(objective, plan))
         chosen = best(values)
         if chosen is None:
-            raise aim.missed(plan, len(trace))
+            raise aim.missed(plan, len(trace), len(options))
         plan = options[chosen].plan
         trace.append(Candidate(str(plan), values[chosen] or 0.0, options[chosen].note))
     return Found(plan, tuple(trace))

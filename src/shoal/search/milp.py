@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from shoal.errors import UsageError
 from shoal.plan import Plan
 from shoal.scores import Budget, Candidate, Found, Legal, Objective
-from shoal.search._candidates import unmet, value_of
+from shoal.search._candidates import no_value, unmet, value_of
 from shoal.search._solve import solve
-from shoal.search._table import KEEP, Choices, Space, Table, measure, space
+from shoal.search._table import Choices, Space, Table, cheapest, measure, space
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -28,6 +28,7 @@ def milp(
     legal: Legal,
     maps: Mapping[int, str] | None = None,
     rounds: int = 2,
+    tries: int = 4,
     reach: int = 4,
     stack: str | None = None,
     progress: Progress | None = None,
@@ -36,48 +37,61 @@ def milp(
 
     minimise sum_ic loss_ic x_ic  subject to  sum_c x_ic = 1,  sum_ic saved_ic x_ic >= price(plan) - share,  x in {0, 1}
     loss_ic is the measured rise of the objective when layer i alone becomes c; saved_ic what that saves of `budget`.
-    Layers do interact, so the solution is measured end to end, and each further round measures every single change
-    *from the best solution so far* and solves again for at most `reach` layers changed. The best measured plan within
-    the budget is returned; the trace gives for each round what was predicted, what was measured, and the additivity
-    error (measured - predicted). `maps`: layer -> name of fitted weights that may stand for it.
+    Layers do interact, so the `tries` best solutions are measured end to end, and each further round measures every
+    single change *from the best solution so far* and solves again for at most `reach` layers changed. The best measured
+    plan within the budget is returned; the trace gives for each solution what was predicted, what was measured, and the
+    additivity error (measured - predicted). `maps`: layer -> name of fitted weights that may stand for it.
     Source: HiGHS through `scipy.optimize.milp`; the additive form as in Puzzle (Bercovich et al. 2024, arXiv
     2411.19146). How we differ: no replacement blocks are trained, and additivity is corrected. Raises U502, U542-U546.
     """
-    if rounds < 1 or reach < 1:
-        raise UsageError(f"rounds={rounds} and reach={reach} leave nothing to do; use 1 or more of each", code="U502")
+    if min(rounds, tries, reach) < 1:
+        raise UsageError(
+            f"rounds={rounds}, tries={tries} and reach={reach} leave nothing to do; use 1 or more of each", code="U502"
+        )
     room = space(plan, legal, stack=stack, maps=maps)
-    around, best, trace = room.whole(), None, list[Candidate]()
+    around, best, measured = room.whole(), math.inf, dict[Choices, Candidate]()
     for number in range(rounds):
         table, here = measure(room, objective, budget, legal, around, _reporter(progress, room, number, rounds))
-        chosen = _solution(room, table, budget, legal, around, reach if number else None)
-        if chosen is None:
-            if best is None:
-                raise unmet(budget, _cheapest(room, table, legal))
+        centre, before = around, len(measured)
+        for _ in range(tries):
+            chosen = _solution(room, table, budget, legal, centre, reach if number else None, measured)
+            if chosen is None:
+                break
+            words = table.words(chosen)
+            smaller, predicted = room.build(words), here + table.loss(chosen)
+            value = value_of(objective, smaller)
+            note = f"round {number + 1}: predicted {predicted:.4f}, measured {value:.4f}"
+            error = f"additivity error {value - predicted:+.4f}"
+            measured[words] = Candidate(str(smaller), value, f"{note}, {error}")
+            if value < best:
+                best, around = value, words
+        if not measured:
+            raise unmet(budget, cheapest(room, table, legal))
+        if around == centre or len(measured) == before:
             break
-        words = table.words(chosen)
-        smaller, predicted = room.build(words), here + table.loss(chosen)
-        value = value_of(objective, smaller)
-        note = f"round {number + 1}: predicted {predicted:.4f}, measured {value:.4f}"
-        trace.append(Candidate(str(smaller), value, f"{note}, additivity error {value - predicted:+.4f}"))
-        if math.isnan(value) or (best is not None and value >= best[0]):
-            break
-        best, around = (value, smaller), words
-    if best is None:
-        raise UsageError(
-            f"the objective has no value for the solution {trace[0].notation:.80}; mend it, or search in another way",
-            code="U546",
-        )
-    return Found(best[1], tuple(sorted(trace, key=lambda c: (math.isnan(c.score), c.score))))
+    if math.isinf(best):
+        raise no_value(len(measured))
+    trace = sorted(measured.values(), key=lambda c: (math.isnan(c.score), c.score))
+    return Found(room.build(around), tuple(trace))
 
 
 def _solution(
-    room: Space, table: Table, budget: Budget, legal: Legal, around: Choices, reach: int | None
+    room: Space,
+    table: Table,
+    budget: Budget,
+    legal: Legal,
+    around: Choices,
+    reach: int | None,
+    measured: Collection[Choices],
 ) -> tuple[int, ...] | None:
-    """The best legal solution that meets the budget; what is illegal as a whole is cut off and the next one taken."""
+    """The best legal solution that meets the budget and was not measured yet; what is illegal as a whole is cut off and
+    the next one taken."""
     need = budget.price(room.build(around)) - budget.share
     now = [options.index(word) for options, word in zip(room.options, around, strict=True)]
-    refused: list[tuple[int, ...]] = []
-    while len(refused) < CUTS:
+    refused = [
+        tuple(options.index(word) for options, word in zip(room.options, words, strict=True)) for words in measured
+    ]
+    for _ in range(CUTS):
         chosen = solve(table, need, around=now, reach=reach, without=refused)
         if chosen is None:
             return None
@@ -90,20 +104,6 @@ def _solution(
             return chosen
         refused.append(chosen)
     return None
-
-
-def _cheapest(room: Space, table: Table, legal: Legal) -> Plan:
-    """A plan as cheap as removing layer by layer, the greatest saving first, gets it."""
-    words = list(room.whole())
-    order = sorted(
-        ((table.saved[i][c], i, word) for i, options in enumerate(room.options) for c, word in enumerate(options)),
-        key=lambda one: (-one[0], one[1]),
-    )
-    for saving, place, word in order:
-        trial = [*words[:place], word, *words[place + 1 :]]
-        if saving > 0 and words[place] == KEEP and set(trial) != {"layer"} and legal(room.build(trial)):
-            words = trial
-    return room.build(words)
 
 
 def _reporter(progress: Progress | None, room: Space, number: int, rounds: int) -> Callable[[int], None] | None:

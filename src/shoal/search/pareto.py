@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from shoal.errors import UsageError
 from shoal.plan import Plan
 from shoal.scores import Budget, Candidate, Found, Legal, Objective
-from shoal.search._candidates import Goal, Grain, goal, named, unmet, value_of
+from shoal.search._candidates import Goal, Grain, goal, named, no_value, unmet, value_of
 from shoal.search._keys import Decoder, decoder, quiet_study, require_trials, samplers
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def pareto(
         raise UsageError(f"a population of {population} cannot breed; use population=2 or more", code="U502")
     own = decoder(goal(plan, None, budget, grain, stack), legal)
     study = quiet_study(samplers().NSGAIISampler(population_size=population, seed=seed), ["minimize", "minimize"])
+    own(dict.fromkeys((named(*piece) for piece in own.pieces), 0.0))  # can the budget be met at all?
     whole = budget.price(plan)
     tried: dict[str, tuple[float, float, Plan]] = {}
     for number in range(trials):
@@ -65,7 +66,7 @@ def _front(budget: Budget, tried: list[tuple[float, float, Plan]]) -> Found:
     """The non-dominated plans, and of those within the budget the one of lowest loss."""
     order = sorted((one for one in tried if not math.isnan(one[0])), key=lambda one: (one[1], one[0]))
     if not order:
-        raise UsageError("the objective has no value for any plan that was tried; mend it, or try more", code="U546")
+        raise no_value(len(tried))
     front: list[tuple[float, float, Plan]] = []
     for one in order:
         if not front or one[0] < front[-1][0]:
