@@ -178,7 +178,8 @@ def prune(
         if writable:
             blueprint(loaded.model, found.plan, zero_parts=zero_parts, weights=found.weights)
     shape = Shape()
-    before, price = cost(identity, spec, shape), cost(found.plan, spec, shape)
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
+    before, price = cost(identity, spec, shape), cost(found.plan, spec, shape, shapes)
     result = Pruned(loaded, spec, found.plan, method, found, before, price, text, then=said)
     if test is None:
         return result
