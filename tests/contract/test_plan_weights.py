@@ -18,6 +18,7 @@ from shoal.plan import Plan, load_plan, parse_plan
 from shoal.run.live import running
 from shoal.run.weights import FILE, load_weights, save_planned
 from shoal.writing.folder import verify, write
+from shoal.writing.proof_child import cached, distance, uncached
 from shoal.writing.surgery import rewrite
 
 from .families import tiny
@@ -54,7 +55,7 @@ def test_a_written_folder_is_proved_with_its_weights_and_a_changed_one_is_refuse
     model, plan, weights = replaced("llama")
     loaded = Loaded(model, None, "tiny-llama")
     folder = tmp_path / "written"
-    assert write(loaded, plan, folder, weights=weights | {"unused.weight": torch.zeros(3)}).proof.passed
+    write(loaded, plan, folder, weights=weights | {"unused.weight": torch.zeros(3)}, prove=False)
     assert load_weights(folder).keys() == weights.keys()
     assert verify(folder, loaded).passed
     with torch.no_grad():
@@ -69,6 +70,14 @@ def test_a_written_folder_is_proved_with_its_weights_and_a_changed_one_is_refuse
     file.unlink()
     with pytest.raises(UsageError, match=r"U550: .*copy it there"):
         load_weights(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REPLACED)
+def test_a_folder_is_proved_with_its_weights_before_it_gets_its_name(family: str, tmp_path: Path) -> None:
+    model, plan, weights = replaced(family)
+    loaded = Loaded(model, None, "tiny")
+    assert write(loaded, plan, tmp_path / "out", weights=weights).proof.passed
 
 
 def test_a_plan_folder_keeps_only_the_tensors_that_the_plan_names(tmp_path: Path) -> None:
@@ -134,3 +143,32 @@ def test_a_map_hands_tokens_beyond_its_limit_on_as_they_are() -> None:
     hook.remove()
     with pytest.raises(ShoalError, match="P113"), running(model, plan, mapped | {"map-1-2.limit": torch.ones(2)}):
         pass
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@torch.no_grad()
+def test_cached_decoding_of_a_limited_map_is_the_uncached_forward(family: str) -> None:
+    """Which tokens are handed on depends on nothing but the token: no position, no cache, no padding."""
+    model = tiny(family)
+    plan = parse_plan("0,~1-2,3:new", Plan.identity(inspect(model)))
+    ids = random_data(2, 12).ids
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    seen: list[torch.Tensor] = []
+    hook = (
+        find_stack(model)
+        .layer(0)
+        .register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    )
+    model(input_ids=ids, attention_mask=mask)
+    hook.remove()
+    weights = {
+        "map-1-2.weight": torch.eye(32) * 1.5,
+        "map-1-2.limit": seen[0].norm(dim=-1).median()[None] + 1e-3,  # no token is at the limit itself
+    }
+    name = REPLACED.get(family, REPLACED["llama"])
+    weights[f"new.{name}"] = find_stack(model).layer(3).state_dict()[name] * 0.5
+    with running(model, plan, weights):
+        whole, steps = uncached(model, ids, mask), cached(model, ids, mask)
+    assert steps is not None
+    assert distance(whole, steps, mask) < 1e-4

@@ -79,12 +79,12 @@ def test_fuse_keeps_a_plan_that_every_verb_takes(folder: Path, tmp_path: Path) -
     model, kept = str(folder), tmp_path / "kept"
     words = [model, "--plan", "0-1,3-4", "--with", "linear-map", *SMALL, "--no-assess", "--save-plan", str(kept)]
     said = json.loads(shoal("fuse", *words, "--json", "-q"))
-    assert said["plan"] == "0-1,~2:in-place-of-2,3-4" == str(load_plan(kept))
+    assert said["plan"] == "0-1,~2,3-4" == str(load_plan(kept))
     assert load_weights(kept).keys() == said["weights"].keys() and said["then"][0]["fits"]
     small = ["--window", "32", "--limit", "2", "--no-generation", "--json"]
     evaluated = json.loads(shoal("evaluate", model, "--plan", str(kept), *small))
     assert evaluated["agreement"]["kl"] >= 0
-    assert "new weights in-place-of-2.weight" in shoal("show", str(kept))
+    assert "new weights map-2-2.weight" in shoal("show", str(kept))
     assert "written_params" in shoal("show", str(kept), "--model", model)
     shoal("generate", model, "Once", "--plan", str(kept), "--max-new-tokens", "2", "--raw")
     assert "W204" in shoal("write", model, "--plan", str(kept), "--output", str(tmp_path / "out"), code=1)

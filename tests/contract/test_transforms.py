@@ -83,10 +83,10 @@ def test_a_layer_that_is_a_linear_map_is_recovered(family: str) -> None:
             made = do(name, job(model, [HOLE]), **own)
             found = made.weights
             assert relative(logits(model, made), wanted) < 1e-3
-            assert relative(found["in-place-of-2.bias"], bias) < 1e-3
+            assert relative(found["map-2-2.bias"], bias) < 1e-3
             assert made.fits[0].stand_in < 1e-6 * made.fits[0].drop
-        assert relative(found["in-place-of-2.up"] @ found["in-place-of-2.down"], change) < 1e-3
-    assert made.plan.steps()[HOLE] == Map(HOLE, HOLE, "in-place-of-2")
+        assert relative(found["map-2-2.up"] @ found["map-2-2.down"], change) < 1e-3
+    assert made.plan.steps()[HOLE] == Map(HOLE, HOLE, "map-2-2")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -124,7 +124,7 @@ def test_for_a_layer_that_does_nothing_every_stand_in_is_the_identity(family: st
         made = do(name, job(model, [layer]), **SHORT.get(name, {}))
         assert relative(logits(model, made), wanted) < 1e-5, name
         if name == "linear-map":
-            assert torch.allclose(made.weights[f"in-place-of-{layer}.weight"], torch.eye(32), atol=1e-6)
+            assert torch.allclose(made.weights[f"map-{layer}-{layer}.weight"], torch.eye(32), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -141,6 +141,17 @@ def test_replacing_is_never_worse_than_dropping_on_the_calibration_text(name: st
         assert made.fits[0].stand_in < made.fits[0].drop
 
 
+def test_one_run_stands_in_for_layers_and_the_next_attention() -> None:
+    model = tiny("llama")
+    given = replace(job(model, []), plan=parse_plan("0,2m,3", Plan.identity(inspect(model))))
+    made = do("refit", given)
+    assert [fit.site for fit in made.fits] == ["2a"] and not made.notes
+    assert made.fits[0].stand_in < made.fits[0].drop
+    assert relative(logits(model, made), logits(model)) < relative(
+        logits(model, Transformed(given.plan, {})), logits(model)
+    )
+
+
 def test_a_second_stand_in_is_fitted_on_the_stream_with_the_first() -> None:
     """The second map's error is that of the model as it will run, not that of the dense stream."""
     model, data = tiny("llama"), random_data(8, 24)
@@ -151,7 +162,7 @@ def test_a_second_stand_in_is_fitted_on_the_stream_with_the_first() -> None:
     with running(model, made.plan, made.weights):
         observe(model, data.batches(8), lambda i, x, y: states.append(y), before=lambda *_: None)
     kept = slice(0, 4)  # batches of 4: the second is held back only from 4 batches on
-    out = states[-1] @ made.weights["in-place-of-3.weight"].T + made.weights["in-place-of-3.bias"]
+    out = states[-1] @ made.weights["map-3-3.weight"].T + made.weights["map-3-3.bias"]
     assert made.fits[1].stand_in == pytest.approx(float((out - dense[3]).square().mean()), rel=1e-4)
     assert len(made.fits) == 2 and kept
 
@@ -162,7 +173,7 @@ def test_a_map_stands_in_for_a_part(part: str) -> None:
     text = "0-1,2m,3" if part == "attention" else "0-1,2a,3"
     given = replace(job(model, []), plan=parse_plan(text, Plan.identity(inspect(model))))
     made = do("linear-map", given)
-    assert str(made.plan).startswith("0-1,~2:in-place-of-2-attention,2m" if part == "attention" else "0-1,2a,~2:in-")
+    assert str(made.plan).startswith("0-1,~2:map-2-attention,2m" if part == "attention" else "0-1,2a,~2:map-2-mlp")
     assert made.fits[0].site == ("2a" if part == "attention" else "2m")
     assert made.fits[0].stand_in < made.fits[0].drop
     assert relative(logits(model, made), logits(model)) < relative(
@@ -180,7 +191,7 @@ def test_padding_and_first_tokens_are_not_fitted(side: str) -> None:
     bare = do("linear-map", job(model, [HOLE], data=data_of(data.ids[:, cut])), ridge=1e-2)
     padded = do("linear-map", job(model, [HOLE], data=data_of(data.ids * mask, mask)), ridge=1e-2)
     for name in ("weight", "bias"):
-        assert relative(padded.weights[f"in-place-of-2.{name}"], bare.weights[f"in-place-of-2.{name}"]) < 1e-4
+        assert relative(padded.weights[f"map-2-2.{name}"], bare.weights[f"map-2-2.{name}"]) < 1e-4
 
 
 def test_an_outlier_is_neither_fitted_nor_mapped() -> None:
@@ -193,8 +204,8 @@ def test_an_outlier_is_neither_fitted_nor_mapped() -> None:
         model.model.embed_tokens.weight[1] *= 100
     made = do("linear-map", job(model, [HOLE], data=data))
     bare = do("linear-map", job(model, [HOLE], data=data), outlier=float("inf"))
-    assert "in-place-of-2.limit" in made.weights and "in-place-of-2.limit" not in bare.weights
-    assert relative(made.weights["in-place-of-2.weight"], bare.weights["in-place-of-2.weight"]) > 1e-3
+    assert "map-2-2.limit" in made.weights and "map-2-2.limit" not in bare.weights
+    assert relative(made.weights["map-2-2.weight"], bare.weights["map-2-2.weight"]) > 1e-3
     ids, plan = data.ids[:1], made.plan
     seen: list[torch.Tensor] = []
     hook = find_stack(model).layer(3).register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -199,3 +199,21 @@ def test_the_batch_multiplies_work_and_cache_only(batch: int) -> None:
     assert many.decode_flops == batch * one.decode_flops
     assert many.kv_elements == batch * one.kv_elements
     assert (many.params, many.kv_per_token) == (one.params, one.kv_per_token)
+
+
+def test_new_tensors_are_counted_by_their_shapes() -> None:
+    """A low-rank map costs its two matrices, a replaced tensor is added to the shared layer."""
+    model, hidden = llama(), llama().stack().hidden
+    plan = plan_of("0,~1:m,2-3", model)
+    dropped = cost(plan_of("0,2-3", model), model)
+    small = {"m.down": (2, hidden), "m.up": (hidden, 2), "m.bias": (hidden,), "other.weight": (9, 9)}
+    found = cost(plan, model, weights=small)
+    assert found.params - dropped.params == found.written_params - dropped.written_params == 5 * hidden
+    assert found.decode_flops - dropped.decode_flops == 2 * 4 * hidden
+    assert cost(plan, model).decode_flops - dropped.decode_flops == 2 * hidden**2
+    scaled = cost(plan, model, weights={"m.scale": (hidden,)})
+    assert (scaled.params - dropped.params, scaled.decode_flops) == (hidden, dropped.decode_flops)
+    shared = plan_of("0,0:n,2-3", model)
+    assert cost(shared, model, weights={"n.mlp.weight": (3, 5)}).params == dropped.params + 15
+    assert cost(shared, model).params > dropped.params + 15
+    assert cost(shared, model, weights={"n.mlp.weight": (3, 5)}).written_params == cost(shared, model).written_params

@@ -189,7 +189,8 @@ def prune(
     if writable and (plan is not None or said):
         blueprint(loaded.model, found.plan, zero_parts=zero_parts, weights=found.weights)
     shape, prompt = Shape(), _prompt(loaded, length)
-    before, price = cost(identity, spec, shape), cost(found.plan, spec, shape)
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
+    before, price = cost(identity, spec, shape), cost(found.plan, spec, shape, shapes)
     result = Pruned(loaded, spec, found.plan, method, found, before, price, text, then=said)
     ran: dict[str, Any] = {"plan": found.plan, "weights": found.weights}
     if most is not None:

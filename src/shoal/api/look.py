@@ -44,7 +44,10 @@ def show(plan: Plan, spec: Spec | None = None, weights: Mapping[str, Any] | None
         problems = check(plan, spec, shapes)
         seen["problems"] = [str(problem) for problem in problems]
         if not problems:
-            seen["cost"] = {"dense": cost(Plan.identity(spec), spec).to_dict(), "plan": cost(plan, spec).to_dict()}
+            seen["cost"] = {
+                "dense": cost(Plan.identity(spec), spec).to_dict(),
+                "plan": cost(plan, spec, weights=shapes).to_dict(),
+            }
     return seen
 
 

@@ -75,7 +75,11 @@ Rewrite = Callable[[Site], tuple[dict[str, torch.Tensor], Fit | None]]
 
 
 def rewritten(job: Job, holes: tuple[Hole, ...], name: str, rewrite: Rewrite, *, skip_first: int = 0) -> Transformed:
-    """Rewrite the run before every hole, in order, each on the stream of the model as rewritten so far."""
+    """Rewrite the run before every hole, in order, each on the stream of the model as rewritten so far.
+
+    Of several holes behind one run (layers, then the attention of the next) it stands in for all at once.
+    """
+    holes = tuple({hole.position: hole for hole in holes}.values())
     pair = Pair(job, skip_first=skip_first)
     prober = Prober(pair)
     steps: list[Step] = list(pair.steps)

@@ -9,6 +9,7 @@ import torch
 from shoal.errors import ModelError, UsageError
 from shoal.fitting.result import Job
 from shoal.plan import Map, Plan, Run, Step
+from shoal.plan.notation import map_weights
 from shoal.plan.steps import PartName
 from shoal.run.walk import Walk
 
@@ -28,9 +29,8 @@ class Hole:
 
     @property
     def weights(self) -> str:
-        """The id of the stand-in's tensors."""
-        span = f"{self.first}" if self.first == self.last else f"{self.first}-{self.last}"
-        return f"in-place-of-{span}{'' if self.part == 'layer' else '-' + self.part}"
+        """The id of the stand-in's tensors: for whole layers the one that a map has unless the plan says otherwise."""
+        return map_weights(self.first, self.last) if self.part == "layer" else f"map-{self.first}-{self.part}"
 
 
 def find_holes(plan: Plan, what: str, stack: str | None = None) -> tuple[Hole, ...]:

@@ -10,11 +10,15 @@ Gated layers count as run and exits as not taken: this is the dearest token. The
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Map, Plan, Run, runs, writes_kv
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +54,15 @@ class Cost:
         return asdict(self)
 
 
-def cost(plan: Plan, spec: Spec, shape: Shape | None = None) -> Cost:
-    """What `plan` costs on `spec` for the work `shape`. The plan must have passed `check`."""
+def cost(plan: Plan, spec: Spec, shape: Shape | None = None, weights: Shapes | None = None) -> Cost:
+    """What `plan` costs on `spec` for the work `shape`. The plan must have passed `check`.
+
+    `weights`: the shapes of the new tensors that it names. Without them a map is counted as a full one with a bias, and
+    a layer with new weights as all new; with them a low-rank map costs what it is, and a layer of which one tensor is
+    new shares the others with the base.
+    """
     shape = shape or Shape()
-    totals = [_stack_cost(plan, stack, shape) for stack in spec.stacks]
+    totals = [_stack_cost(plan, stack, shape, weights or {}) for stack in spec.stacks]
     storages = {name: count for total in totals for name, count in total.storages.items()}
     shared = sum({name: count for total in totals for name, count in total.shared.items()}.values())
     return Cost(
@@ -82,32 +91,42 @@ class _Total:
     kv_elements: int = 0
 
 
-def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape) -> _Total:
+def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> _Total:
     total = _Total()
     for step in plan.steps(stack.name):
         if isinstance(step, Map):
-            _add_map(total, step, stack, shape)
+            _add_map(total, step, stack, shape, weights)
     for run in runs(plan.steps(stack.name)):
-        _add_run(total, run, stack, shape)
+        _add_run(total, run, stack, shape, weights)
     if not stack.decodes:
         total.decode = 0
     return total
 
 
-def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape) -> None:
-    """A full map with bias; a low-rank one is cheaper, which the plan alone cannot know."""
-    size = stack.hidden * (stack.hidden + 1)
+def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape, weights: Shapes) -> None:
+    own = _own(step.weights, weights)
+    size = sum(own.values()) or stack.hidden * (stack.hidden + 1)
+    matrices = sum(own.get(name, 0) for name in ("weight", "down", "up")) if own else stack.hidden**2
     total.storages[f":{step.weights}"] = size
     total.written += size
-    total.prefill += 2 * stack.hidden**2 * shape.prompt
-    total.decode += 2 * stack.hidden**2
+    total.prefill += 2 * matrices * shape.prompt
+    total.decode += 2 * matrices
 
 
-def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape) -> None:
+def _own(weights_id: str, weights: Shapes) -> dict[str, int]:
+    """Elements of the tensors of one id, by their names within it."""
+    start = f"{weights_id}."
+    return {name[len(start) :]: prod(shape) for name, shape in weights.items() if name.startswith(start)}
+
+
+def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: Shapes) -> None:
     layer = stack.layers[run.layer]
     params, flops = _size(layer, run)
     # the name of new weights is one for all stacks, and may look like a layer's number
-    storage = f"{stack.name}.{layer.index}" if run.weights is None else f":{run.weights}"
+    own = {} if run.weights is None else _own(run.weights, weights)
+    storage = f"{stack.name}.{layer.index}" if run.weights is None or own else f":{run.weights}"
+    if own:
+        total.storages[f":{run.weights}"] = sum(own.values())
     total.storages |= {f"{storage}.{piece}": count for piece, count in params.items()}
     total.written += layer.params  # a stock checkpoint holds whole layers
     total.shared |= dict(layer.shared)
