@@ -102,6 +102,14 @@ def local_folder(source: str | Path) -> Path:
     return place
 
 
+def gguf_file(source: str | Path) -> Path | None:
+    """The GGUF file that a model's name stands for: a .gguf file itself, or that of the built-in model; else None."""
+    if str(source) == BUILTIN:
+        return gguf.builtin_file()
+    path = Path(source).expanduser()
+    return path if path.suffix == ".gguf" else None
+
+
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a folder, hub id or the built-in model."""
     place = _place(str(source))

@@ -65,7 +65,7 @@ def decoded(data: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> np.ndarra
 
 def digest(data: np.ndarray[Any, Any]) -> str:
     """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(data).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def write_file(file: Path, arch: str, pairs: Pairs, items: Sequence[Item], tick: Tick) -> dict[str, str]:

@@ -107,7 +107,7 @@ def _pairs(
 
 def _plain(writer: GGUFWriter) -> dict[str, tuple[Any, GGUFValueType, GGUFValueType | None]]:
     """A writer's keys as they will be read back: strings as bytes, numbers rounded to float32."""
-    found = {}
+    found: dict[str, tuple[Any, GGUFValueType, GGUFValueType | None]] = {}
     for key, given in writer.kv_data[0].items():
         values = list(given.value) if given.type == GGUFValueType.ARRAY else [given.value]
         kind = given.type if given.type != GGUFValueType.ARRAY else given.sub_type or GGUFValueType.get_type(values[0])
@@ -127,9 +127,7 @@ def _rounded(value: Any, kind: GGUFValueType) -> Any:
     return bool(value) if kind == GGUFValueType.BOOL else int(value)
 
 
-def _items(
-    state: Mapping[str, torch.Tensor], config: PreTrainedConfig, family: Family, outtype: str
-) -> Iterator[Item]:
+def _items(state: Mapping[str, torch.Tensor], config: PreTrainedConfig, family: Family, outtype: str) -> Iterator[Item]:
     names = _names(family, config)
     for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from gguf import GGUFValueType, ReaderTensor, size_label
@@ -120,8 +119,8 @@ def _permuted(source: Source, slots: Sequence[int]) -> dict[str, Value]:
 
 
 def windows(arch: str, stated: Any, slots: Sequence[int]) -> dict[str, Value]:
-    """The sliding layers of a model whose layers are `slots` of its base, as an array where llama.cpp's own rule (`stated`, or
-    the architecture's) would give a layer another kind than it had."""
+    """The sliding layers of a model whose layers are `slots` of its base, as an array where llama.cpp's own rule
+    (`stated`, or the architecture's) would give a layer another kind than it had."""
     if arch not in rules.WINDOWS or isinstance(stated, list):
         return {}
     every = int(stated or rules.WINDOWS[arch])
@@ -180,5 +179,3 @@ def note(base_layers: Sequence[int], base: str, plan: str | None = None) -> dict
         "shoal.base": (base.encode(), GGUFValueType.STRING, None),
         "shoal.version": (__version__.encode(), GGUFValueType.STRING, None),
     }
-
-

@@ -35,7 +35,7 @@ def from_file(file: Path, rows: int) -> Pairs:
     Raises `ModelError` M307, M315, and `WriteError` W267 when its vocabulary is another.
     """
     found = {k: plain(f) for k, f in read_fields(file).fields.items() if k.startswith("tokenizer.")}
-    tokens = found.get("tokenizer.ggml.tokens", ([],))[0]
+    tokens: list[bytes] = found["tokenizer.ggml.tokens"][0] if "tokenizer.ggml.tokens" in found else []
     if len(tokens) != rows:
         raise WriteError(
             f"{file} has {len(tokens)} tokens and the model {rows}; give a GGUF file of the same base", code="W267"
@@ -49,7 +49,9 @@ def add_vocab(writer: GGUFWriter, tokenizer: Any, rows: int) -> None:
     Raises `WriteError` W266 for no tokenizer and for one that llama.cpp has no name for.
     """
     if tokenizer is None:
-        raise WriteError(f"the model has no tokenizer beside it, and a GGUF file needs its keys; {_REMEDY}", code="W266")
+        raise WriteError(
+            f"the model has no tokenizer beside it, and a GGUF file needs its keys; {_REMEDY}", code="W266"
+        )
     with tempfile.TemporaryDirectory(prefix="shoal-tokenizer-") as place:
         tokenizer.save_pretrained(place)
         file = Path(place) / "tokenizer.json"
@@ -111,7 +113,8 @@ def _tokens(tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:
             f"the tokenizer has a token {max(by_id)} and the model {rows} embeddings; {_REMEDY}", code="W266"
         )
     added = tokenizer.added_tokens_decoder
-    texts, kinds = [], []
+    texts: list[str] = []
+    kinds: list[int] = []
     for i in range(rows):
         texts.append(by_id.get(i, f"[PAD{i}]"))
         if i not in by_id:
