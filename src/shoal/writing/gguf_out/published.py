@@ -50,8 +50,13 @@ def refuse_file(output: str | Path, source: Path | None = None, *, overwrite: bo
         raise WriteError(f"the output {final} is the base itself; choose another output", code="W221")
     if not overwrite:
         raise WriteError(f"{final} exists; pass --overwrite to replace it, or choose another output", code="W220")
-    if not final.is_file() or final.open("rb").read(4) not in (b"GGUF", b""):
+    if not (final.is_file() and _is_gguf(final)):
         raise WriteError(f"{final} is no GGUF file, so it is not overwritten; choose another output", code="W225")
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) in (b"GGUF", b"")
 
 
 def publish_file(

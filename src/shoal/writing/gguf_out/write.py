@@ -11,7 +11,7 @@ from shoal.plan import Plan, Spec, load_plan, parse_plan, require
 from shoal.writing.gguf_out.container import TYPES
 from shoal.writing.gguf_out.converted import OUTTYPES, converted
 from shoal.writing.gguf_out.copied import Drawing, drawn
-from shoal.writing.gguf_out.forward import forward_check, is_exact, require_readable
+from shoal.writing.gguf_out.forward import forward_check, is_exact
 from shoal.writing.gguf_out.published import Forward, Written, publish_file, refuse_file
 from shoal.writing.gguf_out.source import Source, open_source, spec_of
 from shoal.writing.judge import Check
@@ -54,17 +54,16 @@ def copy_file(
     """Write `plan` on the layers of a GGUF file as another GGUF file: blocks bit for bit, metadata permuted, no torch.
 
     `outtype`: convert matrices to f32, f16, bf16 or q8_0 instead. `forward`: afterwards let transformers load both and
-    compare logits. Raises as `drawn` (W261-W264), `require_readable` (W269) and `publish_file` (W220-W230).
+    compare logits. Raises as `drawn` (W261-W264), `forward_check` (W269) and `publish_file` (W220-W230).
     """
     require_outtype(outtype)
     drawing = drawn(source, plan, outtype=outtype)
     check: Forward | None = None
     if forward:
-        require_readable(drawing)
+        base = load(str(source.path), device="cpu")
         kinds = {tensor.tensor_type.name for tensor in source.tensors if len(tensor.shape) > 1}
 
         def check(file: Path) -> Check:
-            base = load(str(source.path), device="cpu")
             return forward_check(file, base, plan, outtype=outtype, exact=is_exact(outtype, kinds))
 
     against = "the tensors of its base, by SHA-256"
@@ -93,13 +92,12 @@ def convert_model(
 ) -> Written:
     """Write the stock model of `plan` on `loaded` as a GGUF file. Options as in `converted` and `copy_file`.
 
-    Raises as `converted` (W201-W216, W263, W265-W268), `require_readable` (W269) and `publish_file` (W220-W230).
+    Raises as `converted` (W201-W216, W263, W265-W268), `forward_check` (W269) and `publish_file` (W220-W230).
     """
     require_outtype(outtype)
     drawing: Drawing = converted(loaded, plan, outtype=outtype, tokenizer_from=tokenizer_from, zero_parts=zero_parts)
     check: Forward | None = None
     if forward:
-        require_readable(drawing)
         chosen = outtype or OUTTYPES.get(loaded.model.dtype, "f16")
         stored = {TYPES[OUTTYPES[loaded.model.dtype]][0].name} if loaded.model.dtype in OUTTYPES else {"other"}
 
