@@ -25,8 +25,8 @@ TOKENS = 24
 def forward_check(file: Path, loaded: Loaded, plan: Plan, *, outtype: str | None, exact: bool) -> Check:
     """Logits of the tensors of `file`, dequantised and renamed by transformers, in the stock model of `plan`, against
     those of the live plan, for two sequences of random tokens. transformers reads few of a file's keys, so the config
-    is the plan's own: what this proves is every tensor. Not `exact`: the matrices were rounded to `outtype` on the way,
-    so the plan's stock model with its matrices rounded is what must agree, and how far it is from the live plan is said.
+    is the plan's own: what this proves is every tensor. Not `exact`: the matrices were rounded to `outtype` on the
+    way, so the plan's stock model with its matrices rounded must agree, and how far the live plan is is said.
 
     Raises `WriteError` W269 where transformers does not read GGUF files of the model's family.
     """
