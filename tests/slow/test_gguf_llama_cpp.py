@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -26,6 +27,8 @@ from shoal.writing.gguf_out.write import convert_model, copy_file, plan_for
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed; it builds from PyPI: pip install llama-cpp-python"
 )
+
+reported = logging.getLogger("shoal.tests.gguf")  # shown by -rP
 
 LOSSLESS, TABLED = 1e-5, 1e-3
 """By what share of the largest logit llama.cpp may differ, keys and values in float32: Gemma's activation is a float16
@@ -170,7 +173,7 @@ def test_pruned_smollm2_writes_the_same_tokens(
         tokens, gaps, at, moved = greedy_both(base, plan, model, ids)
         said = "the same 32 tokens" if at is None else f"token {at} differs at a gap of {gaps[at]:.5f}"
         record_property(prompt, said)
-        print(f"{way}: {said}; smallest gap {min(gaps):.5f}, logits differ by {moved:.2g}: {prompt!r}")
+        reported.warning("%s: %s; smallest gap %.5f, logits differ by %.2g: %r", way, said, min(gaps), moved, prompt)
         assert len(tokens) == 32
         assert at is None or gaps[at] < NEAR_TIE
 
@@ -178,8 +181,8 @@ def test_pruned_smollm2_writes_the_same_tokens(
 def greedy_both(
     base: Loaded, plan: Plan, model: Any, ids: list[int]
 ) -> tuple[list[int], list[float], int | None, float]:
-    """32 live greedy tokens, at each the gap of the two highest logits, where llama.cpp's first differs, and by how much
-    any logit does up to there."""
+    """32 live greedy tokens, at each the gap of the two highest logits, where llama.cpp's first differs, and by how
+    much any logit does up to there."""
     tokens: list[int] = []
     gaps: list[float] = []
     with torch.no_grad(), running(base.model, plan):
