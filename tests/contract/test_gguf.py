@@ -360,14 +360,16 @@ def test_the_command_line(loaded: Callable[..., Loaded], tmp_path: Path, monkeyp
     assert (said["plan"], said["arch"], said["base_layers"]) == ("0-5", "llama", list(range(6)))
     assert "as stored" in shoal(["write", whole, "--plan", "0,2-5", "--output", out, "--dry-run"])
     assert "proved" in shoal(["write", whole, "--plan", "0,2-5", "--output", out, "--forward"])
+    streamed = shoal(["write", out, "--plan", "1-3", "--output", tmp_path / "folder", "--stream"])
+    assert "float32 copy of the .gguf file" in streamed
+    note = json.loads((tmp_path / "folder" / "config.json").read_text())["shoal"]
+    assert (note["base_layers"], note["base"]["layers"]) == ([2, 3, 4], {"decoder": 6})
     save_plan(Plan.identity(inspect(base.model)), tmp_path / "plan.json")  # the folder's fingerprint is the file's
     shoal(["write", whole, "--plan", tmp_path / "plan.json", "--output", out, "--overwrite"])
     assert "U525" in shoal(["write", whole, "--output", out, "--device", "cpu"], 1)
     assert "U525" in shoal(["write", folder, "--output", out, "--stream"], 1)
     assert "U525" in shoal(["write", folder, "--plan", "0-3", "--output", tmp_path / "f", "--outtype", "f16"], 1)
     assert "W220" in shoal(["write", whole, "--output", out], 1)
-    streamed = shoal(["write", whole, "--plan", "0-3", "--output", tmp_path / "folder", "--stream"])
-    assert "float32 copy of the .gguf file" in streamed
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:

