@@ -30,6 +30,7 @@ from shoal.writing.gguf_out.copied import drawn
 from shoal.writing.gguf_out.families import FAMILIES, family_of
 from shoal.writing.gguf_out.source import open_source, spec_of
 from shoal.writing.gguf_out.write import convert_model, copy_file, plan_for
+from shoal.writing.place import refuse_output
 
 ARRAYS: dict[str, list[Any]] = {
     "attention.head_count": [1, 2, 3, 4, 5, 6],
@@ -89,7 +90,14 @@ def test_blocks_and_per_layer_arrays_follow_any_order(
 
 def test_lineage_is_composed_over_repeated_pruning(tmp_path: Path) -> None:
     base = raw_file(tmp_path / "base.gguf", arrays=ARRAYS)
-    copy_file(open_source(base), plan_on(base, "1,3,5,5"), tmp_path / "one.gguf")
+    told: list[tuple[int, int, str]] = []
+    copy_file(
+        open_source(base),
+        plan_on(base, "1,3,5,5"),
+        tmp_path / "one.gguf",
+        progress=lambda done, total, stage: told.append((done, total, stage)),
+    )
+    assert {stage for _, _, stage in told} == {"write tensors (MB)", "compare tensors (MB)"}
     one = tmp_path / "one.gguf"
     copy_file(open_source(one), plan_on(one, "0,2-3"), tmp_path / "two.gguf")
     two = tmp_path / "two.gguf"
@@ -141,6 +149,23 @@ def test_files_that_are_no_whole_model_are_refused(tmp_path: Path) -> None:
         refused("M315", lambda name=name: open_source(tmp_path / f"{name}.gguf"))  # type: ignore[misc]
 
 
+@settings(max_examples=40)
+@given(data=st.data())
+def test_damaged_headers_end_in_a_documented_error(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = tmp_path_factory.mktemp("damaged")
+    whole = bytearray(raw_file(place / "base.gguf", "llama", 2).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, 700))] = data.draw(st.integers(0, 255))
+    (place / "bad.gguf").write_bytes(bytes(whole))
+    try:
+        source = open_source(place / "bad.gguf")
+        drawn(source, plan_for(source, "0", "bad")[0])
+    except ShoalError:
+        pass
+
+
 def test_places_that_llama_cpp_counts_are_refused(tmp_path: Path) -> None:
     def draw(base: Path, text: str) -> Callable[[], object]:
         return lambda: drawn(open_source(base), plan_on(base, text))
@@ -160,6 +185,7 @@ def test_places_that_llama_cpp_counts_are_refused(tmp_path: Path) -> None:
 def test_the_output_is_not_taken_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = raw_file(tmp_path / "base.gguf")
     plan, source = plan_on(base, "0-3"), open_source(base)
+    refused("W225", lambda: refuse_output(tmp_path / "folder.gguf"))
     refused("W221", lambda: copy_file(source, plan, base, overwrite=True))
     refused("W222", lambda: copy_file(source, plan, tmp_path / "no" / "out.gguf"))
     out = tmp_path / "out.gguf"

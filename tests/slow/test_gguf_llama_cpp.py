@@ -33,8 +33,9 @@ reported = logging.getLogger("shoal.tests.gguf")  # shown by -rP
 LOSSLESS, TABLED = 1e-5, 1e-3
 """By what share of the largest logit llama.cpp may differ, keys and values in float32: Gemma's activation is a float16
 table."""
-NEAR_TIE = 0.01
-"""Gap of the two highest logits below which another order of a sum may choose another token."""
+NEAR_TIE = 0.001
+"""Gap of the two highest logits below which another order of a sum may choose another token: the logits of the five
+texts differ by 6e-5 at most (measured), and their smallest gap is 0.0019."""
 PROMPTS = (
     "The harbour was quiet in the early morning, and only a few boats",
     "def area(width, height):",
@@ -97,15 +98,15 @@ def test_every_family_computes_the_live_plan(name: str, text: str, tmp_path: Pat
 def test_wrong_rows_or_windows_would_show(
     tmp_path: Path, opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, rule, wrong in (
-        ("llama", "_ROPE", lambda: monkeypatch.setitem(families.FAMILIES, "llama", families.Family("llama"))),
-        ("gemma3_text", "windows", lambda: monkeypatch.setattr(families, "_add_windows", _first_window)),
+    for name, wrong in (
+        ("llama", lambda: monkeypatch.setitem(families.FAMILIES, "llama", families.Family("llama"))),
+        ("gemma3_text", lambda: monkeypatch.setattr(families, "_add_windows", _first_window)),
     ):
         base = Loaded(tiny_model(name), tiny_tokenizer(), name)
         plan = parse_plan("0,2-3,5", Plan.identity(inspect(base.model)))
         wrong()
-        convert_model(base, plan, tmp_path / f"{rule}.gguf", outtype="f32")
-        assert share(logits_of(opened(tmp_path / f"{rule}.gguf"), IDS), live_logits(base, plan, IDS)) > 10 * TABLED
+        convert_model(base, plan, tmp_path / f"{name}.gguf", outtype="f32")
+        assert share(logits_of(opened(tmp_path / f"{name}.gguf"), IDS), live_logits(base, plan, IDS)) > 10 * TABLED
 
 
 def _first_window(writer: Any, arch: str, window: int | None, sliding: list[bool]) -> None:

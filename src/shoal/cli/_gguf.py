@@ -44,7 +44,8 @@ def write_gguf(wanted: Wanted, *, json_: bool, quiet: bool, dry_run: bool) -> No
     require_outtype(wanted.outtype)
     file = gguf_file(wanted.model)
     if file is not None:
-        _refuse(wanted, "is copied from file to file", "--device", "--dtype", "--trust-remote-code", "--tokenizer-from")
+        options = ("--device", "--dtype", "--trust-remote-code", "--tokenizer-from", "--zero-parts")
+        _refuse(wanted, "is copied from file to file", *options)
     elif wanted.stream:
         raise UsageError(f"--stream copies files, but {wanted.model} is converted; leave it out", code="U525")
     if not dry_run:

@@ -123,7 +123,7 @@ def windows(arch: str, stated: Any, slots: Sequence[int]) -> dict[str, Value]:
     (`stated`, or the architecture's) would give a layer another kind than it had."""
     if arch not in rules.WINDOWS or isinstance(stated, list):
         return {}
-    every = int(stated or rules.WINDOWS[arch])
+    every = stated if type(stated) is int and stated > 0 else rules.WINDOWS[arch]
     kept = [i % every < every - 1 for i in slots]
     if kept == [i % every < every - 1 for i in range(len(slots))]:
         return {}

@@ -33,7 +33,7 @@ class Source:
     @property
     def arch(self) -> str:
         """llama.cpp's name of the architecture."""
-        return str(self.fields["general.architecture"].contents())
+        return bytes(self.fields["general.architecture"].parts[-1]).decode("utf-8", "replace")
 
     @property
     def depth(self) -> int:
@@ -77,12 +77,12 @@ def open_source(path: Path) -> Source:
     fields = reader.fields
     if reader.endianess != GGUFEndian.LITTLE:
         raise WriteError(f"{path} is big-endian, which is not copied; convert it with gguf_convert_endian", code="W260")
-    if "general.architecture" not in fields:
+    if "general.architecture" not in fields or fields["general.architecture"].types != [GGUFValueType.STRING]:
         raise WriteError(f"{path} names no architecture, so it is no model; give the file of a model", code="W260")
-    if "split.count" in fields and fields["split.count"].contents() > 1:
+    parts = _number(fields["split.count"].contents()) if "split.count" in fields else 1
+    if parts > 1:
         raise WriteError(
-            f"{path} is one of {fields['split.count'].contents()} files of a model; join them first "
-            "(llama-gguf-split --merge)",
+            f"{path} is one of {parts} files of a model; join them first (llama-gguf-split --merge)",
             code="W260",
         )
     outside: list[ReaderTensor] = []
@@ -105,13 +105,13 @@ def open_source(path: Path) -> Source:
 def spec_of(source: Source) -> Spec:
     """The Spec of a GGUF file from its header: what `shoal.inspect` says of the dequantised model, as far as the
     architecture's layers are all alike; no FLOPs or parts. A fingerprint may therefore differ where kinds do."""
-    hidden = int(source.value("embedding_length") or 0)
+    hidden = _number(source.value("embedding_length"))
     heads = _listed(source.value("attention.head_count_kv") or source.value("attention.head_count") or 0, source.depth)
     query = _listed(source.value("attention.head_count") or 1, source.depth)
     layers = []
     for index, tensors in enumerate(source.layers):
-        key = int(source.value("attention.key_length") or hidden // max(1, query[index]))
-        value = int(source.value("attention.value_length") or key)
+        key = _number(source.value("attention.key_length")) or hidden // max(1, query[index])
+        value = _number(source.value("attention.value_length")) or key
         params = sum(math.prod(t.shape.tolist()) for _, t in tensors)
         flops = sum(2 * math.prod(t.shape.tolist()) for _, t in tensors if len(t.shape) > 1)
         kv = KVSpec("full", heads[index], key, value) if heads[index] else KVSpec("none")
@@ -127,7 +127,12 @@ def spec_of(source: Source) -> Spec:
 
 
 def _listed(value: Any, depth: int) -> list[int]:
-    return [int(v) for v in value] if isinstance(value, list) and len(value) == depth else [int(value)] * depth
+    return [_number(v) for v in value] if isinstance(value, list) and len(value) == depth else [_number(value)] * depth
+
+
+def _number(value: Any) -> int:
+    """A key's number; 0 for anything else, since a file may say anything."""
+    return value if type(value) is int else 0
 
 
 def plain(field: ReaderField) -> tuple[Any, GGUFValueType, GGUFValueType | None]:
