@@ -31,6 +31,8 @@ class LayerFacts:
     window: int | None = None
     state: int = 0
     parts: Parts | None = None
+    carried: dict[str | int, int] = field(default_factory=dict)
+    """{keyword or position of an argument: which value that the layer before returned besides the hidden state}."""
     returns: dict[str, int] = field(default_factory=dict)
     """For each child of `parts`: values returned besides its tensor, -1 for a bare tensor."""
 
@@ -119,6 +121,7 @@ class _Watcher:
         self.facts: list[LayerFacts] = []
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._returns: dict[int, dict[str, int]] = {i: {} for i in range(len(layers))}
+        self._tail: list[Any] = []
 
     def __enter__(self) -> _Watcher:
         self._handles = []
@@ -141,13 +144,16 @@ class _Watcher:
                 return
             given: list[tuple[str | int, Any]] = [*kwargs.items(), *enumerate(args)]
             caches = [at for at, value in given if isinstance(value, Cache)]
-            tail = len(out) - 1 if isinstance(out, tuple | list) else -1
+            before, self._tail = self._tail, list(out[1:]) if isinstance(out, tuple | list) else []
             self.facts.append(
                 LayerFacts(
                     _own_row(layer, index),
-                    tail,
+                    len(self._tail) if isinstance(out, tuple | list) else -1,
                     next(iter(caches), None),
                     parts=find_parts(layer),
+                    carried={
+                        at: n for at, value in given for n, v in enumerate(before) if v is not None and v is value
+                    },
                     returns=self._returns[index],
                 )
             )

@@ -234,7 +234,7 @@ def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig,
                 code="W208",
             )
     for slot, layer in enumerate(slots):
-        difference = _difference(stack.layer(layer), target.layer(slot))
+        difference = _difference(stack.layer(layer), target.layer(slot), family.numbering)
         if difference is not None:
             raise WriteError(
                 f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
@@ -247,8 +247,8 @@ def _shapes_outside(model: nn.Module, stack: Stack) -> dict[str, tuple[int, ...]
     return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(f"{stack.path}.")}
 
 
-def _difference(old: nn.Module, new: nn.Module) -> str | None:
-    """The first fact in which two layers differ, their index aside."""
+def _difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:
+    """The first fact in which two layers differ, their index and what else only numbers them aside."""
     olds, news = dict(old.named_modules()), dict(new.named_modules())
     if olds.keys() != news.keys():
         return f"modules {sorted(olds.keys() ^ news.keys())[:3]}"
@@ -258,7 +258,9 @@ def _difference(old: nn.Module, new: nn.Module) -> str | None:
             return f"{name or 'the layer'} is a {type(other).__name__}, not a {type(module).__name__}"
         mine, theirs = _facts(module), _facts(other)
         # a config that was read from JSON has lists where one that was made may have tuples
-        lists = {key for one in (module, other) for key, value in vars(one).items() if isinstance(value, list)}
+        lists = {*numbering} | {
+            key for one in (module, other) for key, value in vars(one).items() if isinstance(value, list)
+        }
         for key in sorted((mine.keys() | theirs.keys()) - lists):
             if mine.get(key) != theirs.get(key):
                 return f"{f'{name}.' if name else ''}{key} is {theirs.get(key)!r}, not {mine.get(key)!r}"
