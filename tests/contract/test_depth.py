@@ -19,14 +19,13 @@ from ..survey.tiny import tiny, tiny_config
 
 SMOKE = (
     "llama", "gpt2", "qwen2_moe", "gemma3_text", "gemma4_text", "bart", "rembert", "jamba", "smollm3", "deepseek_v3",
-    "mamba2", "zaya", "hy_v4", "minimax", "zamba2", "xlstm",
+    "mamba2", "zaya", "hy_v4", "xlstm",
 )  # fmt: skip
 REFUSED = {
     "jamba": {"drop a third": "P106", "repeat": "W206", "swap": "W206"},
     "deepseek_v3": {"swap": "W206"},
     "zaya": {"drop first": "W207"},
     "hy_v4": {"drop first": "P126"},
-    "zamba2": {"drop one": "W207", "drop a third": "W207", "swap": "P126", "swap alike": "P126"},
     "xlstm": {"drop first": "P110", "repeat": "P126", "swap": "P126", "swap alike": "P126"},
 }
 

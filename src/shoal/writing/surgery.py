@@ -20,6 +20,7 @@ from shoal.models.parts import INDEX_NAMES
 from shoal.models.probe import probe
 from shoal.models.stacks import Stack, find_stack, find_stacks, unwrap
 from shoal.plan import Exit, Map, Parallel, Plan, Run, format_steps
+from shoal.writing.assemble import assembled
 
 Tensors = dict[str, torch.Tensor]
 
@@ -77,14 +78,9 @@ def rewrite(
     base = inner.state_dict()
     tensors = moved_tensors(base, stack, plans, probe(inner, stack).layers)
     tensors |= resized_tensors(base, stack, plans.slots)
-    made, info = type(inner).from_pretrained(
-        None, config=plans.config, state_dict=tensors, output_loading_info=True, dtype=inner.dtype
-    )
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise WriteError(f"the rewritten {type(inner).__name__} does not take its tensors: {wrong}", code="W213")
+    made = assembled(inner, plans.config, tensors)
     made.generation_config = inner.generation_config
-    return made.to(inner.device).eval()
+    return made
 
 
 def require_writable(model: nn.Module) -> PreTrainedModel:
