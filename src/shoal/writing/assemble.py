@@ -28,7 +28,7 @@ def assembled(like: PreTrainedModel, config: PreTrainedConfig, tensors: dict[str
     made.load_state_dict(tensors, assign=True)
     ties = made.all_tied_weights_keys
     for target, source in list(ties.items()):
-        if not torch.equal(tensors[target], tensors[source]):
+        if {target, source} <= tensors.keys() and not torch.equal(tensors[target], tensors[source]):
             del ties[target]  # what the config ties and the base does not: kept apart, as when a checkpoint has both
     made.tie_weights(recompute_mapping=False)
     _name_as(like, made)
