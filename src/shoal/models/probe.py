@@ -44,6 +44,8 @@ class Probe:
     layers: list[LayerFacts]
     seen: tuple[int, ...]
     """Identities of the layers that were probed."""
+    settings: str
+    """The config at that time: users change a window or the kinds of layers between two looks."""
     forward: bool
     """False when the forward could not run (as some do on the meta device) and only the structure was read."""
     parts_note: str | None = None
@@ -53,10 +55,11 @@ _PROBED: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
 
 
 def probe(model: nn.Module, stack: Stack) -> Probe:
-    """Probe once per list of layers; later calls answer from memory. Raises M305 when the loop calls layers in an order
-    of its own (twice, or not at all), which no plan could replace."""
+    """Probe once per list of layers and config; later calls answer from memory. Raises M305 when the loop calls layers in
+    an order of its own (twice, or not at all), which no plan could replace."""
     known = _PROBED.get(stack.owner)
-    if known is None or known.seen != tuple(id(stack.layer(i)) for i in range(stack.depth)):
+    state = tuple(id(stack.layer(i)) for i in range(stack.depth)), _settings(stack)
+    if known is None or (known.seen, known.settings) != state:
         known = _PROBED[stack.owner] = _run(model, stack)
     return known
 
@@ -90,7 +93,11 @@ def _run(model: nn.Module, stack: Stack) -> Probe:
     finally:
         for module in training:  # one by one: users train some modules and keep others in eval mode
             module.training = True
-    return Probe(watcher.facts, tuple(map(id, layers)), forward, note)
+    return Probe(watcher.facts, tuple(map(id, layers)), _settings(stack), forward, note)
+
+
+def _settings(stack: Stack) -> str:
+    return repr(stack.config.to_dict())
 
 
 def _place(model: PreTrainedModel) -> torch.device:
