@@ -55,8 +55,8 @@ _PROBED: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
 
 
 def probe(model: nn.Module, stack: Stack) -> Probe:
-    """Probe once per list of layers and config; later calls answer from memory. Raises M305 when the loop calls layers in
-    an order of its own (twice, or not at all), which no plan could replace."""
+    """Probe once per list of layers and config; later calls answer from memory. Raises M305 when the loop calls layers
+    in an order of its own (twice, or not at all), which no plan could replace."""
     known = _PROBED.get(stack.owner)
     state = tuple(id(stack.layer(i)) for i in range(stack.depth)), _settings(stack)
     if known is None or (known.seen, known.settings) != state:

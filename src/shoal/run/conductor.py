@@ -156,8 +156,9 @@ class Conductor:
     ) -> torch.Tensor:
         if run.layer != index:
             args, kwargs = self.now.calls[run.layer]
-        args = tuple(self.now.carried.get(at, value) for at, value in enumerate(args))
-        kwargs = {at: self.now.carried.get(at, value) for at, value in kwargs.items()}
+        if self.carried:
+            args = tuple(self.now.carried.get(at, value) for at, value in enumerate(args))
+            kwargs = {at: self.now.carried.get(at, value) for at, value in kwargs.items()}
         layer, fact = self.layer(run.layer), self.facts[run.layer]
         swap = partial(self._cache_for, run, slot)
         if args:
