@@ -159,7 +159,10 @@ class _Watcher:
                     next(iter(caches), None),
                     parts=find_parts(layer),
                     carried={
-                        at: n for at, value in given for n, v in enumerate(before) if v is not None and v is value
+                        at: n
+                        for at, value in given
+                        for n, v in enumerate(before)
+                        if isinstance(v, torch.Tensor) and v is value
                     },
                     returns=self._returns[index],
                 )
