@@ -31,6 +31,7 @@ INDEX_LISTS = (
     "attn_layer_indices",
     "cross_attention_layers",
     "full_attn_idxs",
+    "hybrid_layer_ids",
     "local_layer_ids",
     "moe_layers",
     "ple_layer_ids",
@@ -39,6 +40,9 @@ INDEX_LISTS = (
 
 DECODER_DEPTHS = (("decoder_layers", "encoder_layers"), ("num_decoder_layers", "num_encoder_layers"))
 """(decoder's depth, encoder's depth) in configs that have both."""
+
+SYNONYMS = ("num_blocks",)
+"""Second names of the depth that some configs keep beside the first, with the same value."""
 
 Fields = dict[str, Any]
 
@@ -136,7 +140,9 @@ def depth_fields(config: PreTrainedConfig) -> tuple[str, ...]:
     for pair in DECODER_DEPTHS:
         if isinstance(getattr(config, pair[0], None), int):
             return tuple(name for name in pair if hasattr(config, name))
-    return (str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers")),)
+    first = str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+    depth = getattr(config, first, None)
+    return (first, *(name for name in SYNONYMS if depth is not None and getattr(config, name, None) == depth))
 
 
 def depth_of(config: PreTrainedConfig) -> int | None:

@@ -31,6 +31,8 @@ class LayerFacts:
     window: int | None = None
     state: int = 0
     parts: Parts | None = None
+    carried: dict[str | int, int] = field(default_factory=dict)
+    """{keyword or position of an argument: which value that the layer before returned besides the hidden state}."""
     returns: dict[str, int] = field(default_factory=dict)
     """For each child of `parts`: values returned besides its tensor, -1 for a bare tensor."""
 
@@ -42,6 +44,8 @@ class Probe:
     layers: list[LayerFacts]
     seen: tuple[int, ...]
     """Identities of the layers that were probed."""
+    settings: str
+    """The config at that time: users change a window or the kinds of layers between two looks."""
     forward: bool
     """False when the forward could not run (as some do on the meta device) and only the structure was read."""
     parts_note: str | None = None
@@ -51,10 +55,11 @@ _PROBED: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
 
 
 def probe(model: nn.Module, stack: Stack) -> Probe:
-    """Probe once per list of layers; later calls answer from memory. Raises M305 when the loop calls layers in an order
-    of its own (twice, or not at all), which no plan could replace."""
+    """Probe once per list of layers and config; later calls answer from memory. Raises M305 when the loop calls layers
+    in an order of its own (twice, or not at all), which no plan could replace."""
     known = _PROBED.get(stack.owner)
-    if known is None or known.seen != tuple(id(stack.layer(i)) for i in range(stack.depth)):
+    state = tuple(id(stack.layer(i)) for i in range(stack.depth)), _settings(stack)
+    if known is None or (known.seen, known.settings) != state:
         known = _PROBED[stack.owner] = _run(model, stack)
     return known
 
@@ -88,7 +93,11 @@ def _run(model: nn.Module, stack: Stack) -> Probe:
     finally:
         for module in training:  # one by one: users train some modules and keep others in eval mode
             module.training = True
-    return Probe(watcher.facts, tuple(map(id, layers)), forward, note)
+    return Probe(watcher.facts, tuple(map(id, layers)), _settings(stack), forward, note)
+
+
+def _settings(stack: Stack) -> str:
+    return repr(stack.config.to_dict())
 
 
 def _place(model: PreTrainedModel) -> torch.device:
@@ -119,6 +128,7 @@ class _Watcher:
         self.facts: list[LayerFacts] = []
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._returns: dict[int, dict[str, int]] = {i: {} for i in range(len(layers))}
+        self._tail: list[Any] = []
 
     def __enter__(self) -> _Watcher:
         self._handles = []
@@ -141,13 +151,19 @@ class _Watcher:
                 return
             given: list[tuple[str | int, Any]] = [*kwargs.items(), *enumerate(args)]
             caches = [at for at, value in given if isinstance(value, Cache)]
-            tail = len(out) - 1 if isinstance(out, tuple | list) else -1
+            before, self._tail = self._tail, list(out[1:]) if isinstance(out, tuple | list) else []
             self.facts.append(
                 LayerFacts(
                     _own_row(layer, index),
-                    tail,
+                    len(self._tail) if isinstance(out, tuple | list) else -1,
                     next(iter(caches), None),
                     parts=find_parts(layer),
+                    carried={
+                        at: n
+                        for at, value in given
+                        for n, v in enumerate(before)
+                        if isinstance(v, torch.Tensor) and v is value
+                    },
                     returns=self._returns[index],
                 )
             )

@@ -37,6 +37,8 @@ class Pass:
     states: dict[int, KeysValues] = field(default_factory=dict)
     """Keys and values by base layer, for the runs that read them."""
     passing: PassingCache | None = None
+    carried: dict[str | int, Any] = field(default_factory=dict)
+    """By argument: what the run before handed to the next, besides the hidden state."""
     extra: tuple[Any, ...] | None = None
     """What the last layer returned besides the hidden state."""
 
@@ -81,6 +83,7 @@ class Conductor:
         self.planned = planned
         self.facts = probe.layers
         self.weights = weights
+        self.carried = {at: n for fact in self.facts for at, n in fact.carried.items()}
         self.due, self.kept = _schedule(steps, stack.depth)
         self.slots = _slots(steps)
         self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
@@ -109,6 +112,7 @@ class Conductor:
         if index in self.kept:
             self.now.calls[index] = (args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
+        self.now.carried = {at: _argument(at, args, kwargs) for at in self.carried}
         for position, step in steps:
             hidden = self._step(position, step, hidden, index, args, kwargs)
         returned = self._returned(index, hidden)
@@ -152,6 +156,9 @@ class Conductor:
     ) -> torch.Tensor:
         if run.layer != index:
             args, kwargs = self.now.calls[run.layer]
+        if self.carried:
+            args = tuple(self.now.carried.get(at, value) for at, value in enumerate(args))
+            kwargs = {at: self.now.carried.get(at, value) for at, value in kwargs.items()}
         layer, fact = self.layer(run.layer), self.facts[run.layer]
         swap = partial(self._cache_for, run, slot)
         if args:
@@ -166,6 +173,7 @@ class Conductor:
         )
         if isinstance(out, tuple | list):
             self.now.extra = tuple(out[1:])
+            self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
             return out[0]
         return out
 
@@ -236,6 +244,10 @@ class Conductor:
         assert down is not None  # check P112
         assert up is not None
         return hidden + nn.functional.linear(nn.functional.linear(hidden, down), up, bias)
+
+
+def _argument(at: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs.get(at) if isinstance(at, str) else args[at] if at < len(args) else None
 
 
 def _schedule(steps: tuple[Step, ...], depth: int) -> tuple[list[list[tuple[int, Step]]], set[int]]:

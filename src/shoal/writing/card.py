@@ -48,6 +48,7 @@ def model_card(
     *,
     title: str,
     base_layers: Sequence[int],
+    chain: Sequence[str] = (),
     rows: Sequence[Mapping[str, Any]] = (),
     changed: Mapping[str, tuple[Any, Any]] | None = None,
     command: str | None = None,
@@ -56,12 +57,13 @@ def model_card(
     """The text of README.md.
 
     `rows`: the before-and-after table, {name, unit, dense, pruned, how} each. `base_layers`: for every layer of the new
-    model the layer of the first base that it is. `changed`: config fields, (old, new).
+    model the layer of the first base that it is; `chain`: all prunings, the first one first. `changed`:
+    config fields, (old, new).
     """
     parts = [_front_matter(base), f"# {_line(title)}", _summary(plan, base)]
     if rows:
         parts.append(_table(rows))
-    parts += [_plan(plan, base_layers), _loading(title)]
+    parts += [_plan(plan, base_layers, chain), _loading(title)]
     if changed:
         fields = "\n".join(f"* `{name}`: {_short(old)} → {_short(new)}" for name, (old, new) in changed.items())
         parts.append(f"## Changed config fields\n\n{fields}")
@@ -97,7 +99,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["## Before and after", "", head, *lines])
 
 
-def _plan(plan: Plan, base_layers: Sequence[int]) -> str:
+def _plan(plan: Plan, base_layers: Sequence[int], chain: Sequence[str]) -> str:
     dropped = plan.dropped()
     left_out = f"Left out: {', '.join(map(str, dropped))}." if dropped else "No layer is left out."
     text = (
@@ -108,6 +110,9 @@ def _plan(plan: Plan, base_layers: Sequence[int]) -> str:
     if tuple(base_layers) != plan.layers():
         numbers = ", ".join(map(str, base_layers))
         text += f"\n\nThe base was pruned before; in the numbers of its own base, the layers are {numbers}."
+    if len(chain) > 1:
+        steps = ", then ".join(f"`{_line(text)}`" for text in chain)
+        text += f"\n\nPruned {len(chain)} times, each plan in the numbers of the model before it: {steps}."
     return text
 
 

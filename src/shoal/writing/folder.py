@@ -18,7 +18,7 @@ from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, plan_to_json, require
 from shoal.writing.card import model_card, origin
-from shoal.writing.lineage import config_note
+from shoal.writing.lineage import config_note, record_lines
 from shoal.writing.place import (
     disk_errors,
     final_path,
@@ -74,9 +74,10 @@ def write(
 ) -> Written:
     """Write the stock model of `plan` with everything that belongs to it, and prove it before it gets its name.
 
-    `zero_parts`: let a layer keep a dropped attention or mlp with all tensors zero. `records`: one JSON object a line.
-    `page`: report.html, or what makes it from the proof. `card`: rows {name, unit, dense, pruned, how} of the model
-    card. `command`, `config`: what the user typed, and the same as a config file. The model of `loaded` is not changed.
+    `zero_parts`: let a layer keep a dropped attention or mlp with all tensors zero. `records`: one JSON object a line,
+    behind those of a base that Shoal wrote. `page`: report.html, or what makes it from the proof. `card`: rows {name,
+    unit, dense, pruned, how} of the model card. `command`, `config`: what the user typed, and the same as a config
+    file. The model of `loaded` is not changed.
 
     Raises before any work `PlanError`, the `WriteError`s W201-W215 of `blueprint` and `require_writable`, and
     W220 output exists, W221 output and source overlap, W222 no parent folder, W223 too little disk space,
@@ -92,7 +93,7 @@ def write(
     require_apart(final, _sources(loaded))
     refuse_output(final, overwrite=overwrite)
     require_space(final, _bytes(inner, plans))
-    lines = [json.dumps(dict(record), ensure_ascii=False) for record in records]
+    lines = record_lines(loaded.folder, records)
     note = config_note(inner.config, plan, plans)
     with disk_errors(final), staged(final) as draft:
         _tell(progress, "writing")
@@ -109,6 +110,7 @@ def write(
             origin(loaded.source, loaded.folder),
             title=final.name,
             base_layers=note["base_layers"],
+            chain=note["chain"],
             rows=card or (),
             changed=plans.changed,
             command=command,

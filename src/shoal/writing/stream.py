@@ -25,6 +25,7 @@ from shoal.writing.card import model_card, origin
 from shoal.writing.container import Tick, parse_size, write_shards
 from shoal.writing.draft import Draft, draw
 from shoal.writing.hashes import compared
+from shoal.writing.lineage import record_lines
 from shoal.writing.place import (
     disk_errors,
     final_path,
@@ -89,7 +90,7 @@ def stream(
     require_space(final, draft.bytes)
     if forward:
         _require_memory(draft)
-    lines = [json.dumps(dict(record), ensure_ascii=False) for record in records]
+    lines = record_lines(draft.folder, records)
     with disk_errors(final), staged(final) as place:
         _configs(place, draft)
         with _syncing() as done:
@@ -104,6 +105,7 @@ def stream(
             origin(str(source), draft.folder),
             title=final.name,
             base_layers=draft.note["base_layers"],
+            chain=draft.note["chain"],
             rows=card or _rows(draft),
             changed=draft.plans.changed,
             command=command,

@@ -20,6 +20,7 @@ from shoal.models.parts import INDEX_NAMES
 from shoal.models.probe import probe
 from shoal.models.stacks import Stack, find_stack, find_stacks, unwrap
 from shoal.plan import Exit, Map, Parallel, Plan, Run, format_steps
+from shoal.writing.assemble import assembled
 
 Tensors = dict[str, torch.Tensor]
 
@@ -77,14 +78,9 @@ def rewrite(
     base = inner.state_dict()
     tensors = moved_tensors(base, stack, plans, probe(inner, stack).layers)
     tensors |= resized_tensors(base, stack, plans.slots)
-    made, info = type(inner).from_pretrained(
-        None, config=plans.config, state_dict=tensors, output_loading_info=True, dtype=inner.dtype
-    )
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise WriteError(f"the rewritten {type(inner).__name__} does not take its tensors: {wrong}", code="W213")
+    made = assembled(inner, plans.config, tensors)
     made.generation_config = inner.generation_config
-    return made.to(inner.device).eval()
+    return made
 
 
 def require_writable(model: nn.Module) -> PreTrainedModel:
@@ -234,7 +230,7 @@ def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig,
                 code="W208",
             )
     for slot, layer in enumerate(slots):
-        difference = _difference(stack.layer(layer), target.layer(slot))
+        difference = _difference(stack.layer(layer), target.layer(slot), family.numbering)
         if difference is not None:
             raise WriteError(
                 f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
@@ -247,8 +243,8 @@ def _shapes_outside(model: nn.Module, stack: Stack) -> dict[str, tuple[int, ...]
     return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(f"{stack.path}.")}
 
 
-def _difference(old: nn.Module, new: nn.Module) -> str | None:
-    """The first fact in which two layers differ, their index aside."""
+def _difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:
+    """The first fact in which two layers differ, their index and what else only numbers them aside."""
     olds, news = dict(old.named_modules()), dict(new.named_modules())
     if olds.keys() != news.keys():
         return f"modules {sorted(olds.keys() ^ news.keys())[:3]}"
@@ -258,7 +254,9 @@ def _difference(old: nn.Module, new: nn.Module) -> str | None:
             return f"{name or 'the layer'} is a {type(other).__name__}, not a {type(module).__name__}"
         mine, theirs = _facts(module), _facts(other)
         # a config that was read from JSON has lists where one that was made may have tuples
-        lists = {key for one in (module, other) for key, value in vars(one).items() if isinstance(value, list)}
+        lists = {*numbering} | {
+            key for one in (module, other) for key, value in vars(one).items() if isinstance(value, list)
+        }
         for key in sorted((mine.keys() | theirs.keys()) - lists):
             if mine.get(key) != theirs.get(key):
                 return f"{f'{name}.' if name else ''}{key} is {theirs.get(key)!r}, not {mine.get(key)!r}"
