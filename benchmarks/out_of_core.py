@@ -8,10 +8,11 @@ turns within one run, each in a fresh process and each until its files are on th
 * `write`: the same as a user has it: every tensor of source and output is compared by SHA-256 as well.
 * `mergekit`: `mergekit-yaml` with merge method passthrough and the same slices, then fsync of each file (with --envs).
 
-Targets: peak resident memory of `write`'s process, libraries included, below 1 GiB; the time of `write` itself, from the
-call to its return, at most 1.3 times `cp`; the whole process of `write`, start of Python and import of torch included,
-faster than mergekit's. All figures are in the result, those without a target too. --cache says whether the files of the
-source are in the page cache when a turn begins: read through before (warm) or dropped from it (cold).
+Targets: peak resident memory of `write`'s process, libraries included, below 1 GiB; the time of `write` itself, from
+its call to its return, at most 1.3 times `cp`; the whole process of `write`, start of Python and import of torch
+included, faster than mergekit's. All figures are in the result, those without a target too. --cache says whether the
+files of the source are in the page cache when a turn begins: read through before (warm) or dropped from it (cold).
+Ctrl-C ends the rounds and reports those that are whole.
 
     python benchmarks/out_of_core.py --gigabytes 4 --envs peer-envs
 """
@@ -77,19 +78,28 @@ def measure(args: argparse.Namespace) -> int:
         layers = make(root / "base", size)
         kept = bytes_kept(root, layers)
         rounds: list[dict[str, dict[str, float]]] = []
-        for number in range(args.rounds + 1):
-            first = number % len(turns)
-            order = [*list(turns)[first:], *list(turns)[:first]]
-            found = {}
-            for turn in order:
-                prepare(root / ("kept" if turn == "cp" else "base"), args.cache)
-                found[turn] = turns[turn](root)
-                shutil.rmtree(root / "output")
-            print(f"round {number} of {args.rounds}: {found}", file=sys.stderr, flush=True)
-            rounds.append(found)
+        try:
+            for number in range(args.rounds + 1):
+                rounds.append(one_round(root, turns, number, args.cache))
+                print(f"round {number} of {args.rounds}: {rounds[-1]}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            print(f"interrupted: {max(0, len(rounds) - 1)} rounds count", file=sys.stderr)
+    if len(rounds) < 2:
+        return 130
     return report(
         args, rounds[1:], {"layers": layers, "layers_kept": len(kept_layers(layers)), "bytes_kept": kept}, versions
     )
+
+
+def one_round(root: Path, turns: dict[str, Turn], number: int, cache: str) -> dict[str, dict[str, float]]:
+    """Every turn once; another one begins each time."""
+    first = number % len(turns)
+    found = {}
+    for turn in [*list(turns)[first:], *list(turns)[:first]]:
+        prepare(root / ("kept" if turn == "cp" else "base"), cache)
+        found[turn] = turns[turn](root)
+        shutil.rmtree(root / "output")
+    return found
 
 
 def report(
@@ -126,7 +136,8 @@ def report(
             "rounds": rounds,
         },
         "settings": {
-            "gigabytes": args.gigabytes, "rounds": args.rounds, "page cache of the source": args.cache,
+            "gigabytes": args.gigabytes, "rounds": len(rounds),
+            "load average": os.getloadavg(), "page cache of the source": args.cache,
             "shard_size": SHARD, "mergekit": {"options": MERGEKIT, **versions} if versions else "left out: no --envs",
         },
         "environment": environment(),
@@ -175,7 +186,7 @@ def prepare(folder: Path, cache: str) -> None:
                 pass
 
 
-MERGEKIT = ["--lazy-unpickle", "--no-copy-tokenizer", "--quiet", "--out-shard-size", str(SHARD // 2)]
+MERGEKIT = ["--lazy-unpickle", "--async-write", "--no-copy-tokenizer", "--quiet", "--out-shard-size", str(SHARD // 2)]
 """Shards are counted in parameters, of 2 bytes here; the checkpoint has no tokenizer, for nobody."""
 
 
@@ -220,8 +231,7 @@ def watched(command: list[str], root: Path) -> dict[str, float]:
 def streamed(root: Path, proof: str) -> dict[str, float]:
     """A whole process, and in it the write alone (`inner_s`), which brings its files to the disk itself."""
     command = [sys.executable, __file__, "--child", str(root / "base"), str(root / "output"), "--proof", proof]
-    found = watch(command)
-    return found
+    return watch(command)
 
 
 def watch(command: list[str]) -> dict[str, float]:
