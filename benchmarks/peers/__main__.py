@@ -14,12 +14,13 @@ import json
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.peers.checkpoints import DROPPED, FAMILIES, make
 from benchmarks.peers.environments import PEERS, built, own
 from benchmarks.peers.page import page
-from benchmarks.peers.tools import TOOLS, tried
+from benchmarks.peers.tools import TOOLS, Verdict, tried
 
 from shoal.models.compat import hide_own_bars
 
@@ -30,20 +31,22 @@ def main() -> int:
     )
     parser.add_argument("--envs", type=Path, required=True, help="folder of the peers' environments")
     parser.add_argument("--page", type=Path, help="write the findings as Markdown there")
+    parser.add_argument("--jobs", type=int, default=2, help="tools that run at once (default: %(default)s)")
     args = parser.parse_args()
     hide_own_bars()
     here = own()
     where = {tool: built(args.envs.resolve(), tool) if tool in PEERS else here for tool in TOOLS}
-    fields, verdicts = {}, {}
-    with tempfile.TemporaryDirectory(prefix="shoal-peers-") as name:
-        for family in FAMILIES:
+    with tempfile.TemporaryDirectory(prefix="shoal-peers-") as name, ThreadPoolExecutor(args.jobs) as jobs:
+
+        def attempt(family: str, tool: str) -> Verdict:
             base = Path(name) / family
-            fields[family] = make(family, base)
-            verdicts[family] = {}
-            for tool in TOOLS:
-                found = tried(tool, where[tool], base, base.with_name(f"{family} by {tool}"))
-                verdicts[family][tool] = found
-                print(f"{family}, {tool}: {found.kind} ({found.detail[:160]})", file=sys.stderr, flush=True)
+            found = tried(tool, where[tool], base, base.with_name(f"{family} by {tool}"))
+            print(f"{family}, {tool}: {found.kind} ({found.detail[:160]})", file=sys.stderr, flush=True)
+            return found
+
+        fields = {family: make(family, Path(name) / family) for family in FAMILIES}
+        running = {family: {tool: jobs.submit(attempt, family, tool) for tool in TOOLS} for family in FAMILIES}
+        verdicts = {family: {tool: job.result() for tool, job in row.items()} for family, row in running.items()}
     if args.page:
         args.page.write_text(page(verdicts, where, fields, platform.python_version()), encoding="utf-8")
     missed = [family for family, row in verdicts.items() if row["shoal"].kind not in ("right", "refused")]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import venv
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,9 +35,10 @@ def built(folder: Path, peer: str) -> Environment:
     """The environment of `peer` under `folder`, made when it is not there. Nothing is upgraded in one that is."""
     home = folder / peer
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if not python.exists():
-        venv.create(home, with_pip=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    if python.exists():
+        with suppress(subprocess.CalledProcessError):
+            return Environment(python, versions_in(python, peer))
+    venv.create(home, with_pip=True)
     pins = folder / "constraints.txt"
     pins.write_text(f"torch=={version('torch').partition('+')[0]}\n", encoding="utf-8")
     # torch first: a peer's own requirement could choose a larger build of it
