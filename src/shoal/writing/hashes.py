@@ -22,14 +22,15 @@ _BUFFER = 1 << 20
 _LAG = 256 << 20
 """Bytes that a copy may be ahead of the hashing of its source: what was copied last is still in memory, so that the
 source is read from its disk once."""
-_MOST = 8
+THREADS = min(8, os.cpu_count() or 1)
+"""Hashing waits for no lock."""
 
 
 class Sums:
-    """SHA-256 of tensors of the source, worked out in a thread of their own while they are copied."""
+    """SHA-256 of tensors of the source, worked out in other threads while they are copied."""
 
-    def __init__(self, thread: Executor) -> None:
-        self._thread = thread
+    def __init__(self, threads: Executor) -> None:
+        self._threads = threads
         self._found: dict[Stored, Future[str]] = {}
         self._waiting: deque[Stored] = deque()
         self._lag = 0
@@ -38,7 +39,7 @@ class Sums:
         """Hash this tensor soon; waits while too much is waiting."""
         if stored in self._found:
             return
-        self._found[stored] = self._thread.submit(digest_of, stored)
+        self._found[stored] = self._threads.submit(digest_of, stored)
         self._waiting.append(stored)
         self._lag += stored.size
         while self._lag > _LAG:
@@ -112,10 +113,9 @@ def _named(what: str, names: Sequence[str]) -> str:
 def _sums(
     items: Sequence[Item], found: Mapping[str, Stored], tick: Callable[[int], None], source: Sums
 ) -> dict[str, tuple[str, str]]:
-    """{tensor: (SHA-256 in the source, or of as many zeros; SHA-256 in the output)}; several threads, as hashing waits
-    for no lock."""
+    """{tensor: (SHA-256 in the source, or of as many zeros; SHA-256 in the output)}."""
     sums = {}
-    with ThreadPoolExecutor(min(_MOST, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(THREADS) as threads:
         try:
             theirs = {item.name: threads.submit(digest_of, found[item.name]) for item in items}
             for item in items:

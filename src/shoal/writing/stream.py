@@ -24,7 +24,7 @@ from shoal.record import environment
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import Tick, parse_size, write_shards
 from shoal.writing.draft import Draft, draw
-from shoal.writing.hashes import Sums, compared
+from shoal.writing.hashes import THREADS, Sums, compared
 from shoal.writing.place import (
     disk_errors,
     final_path,
@@ -92,8 +92,8 @@ def stream(
     lines = [json.dumps(dict(record), ensure_ascii=False) for record in records]
     with disk_errors(final), staged(final) as place:
         _configs(place, draft)
-        with _syncing() as settle, _thread() as thread:
-            sums = Sums(thread)
+        with _syncing() as settle, _threads(THREADS) as threads:
+            sums = Sums(threads)
             ticks = _ticks(progress, draft.bytes, "copy tensors")
             files = write_shards(place, draft.items, limit, ticks, copied=sums.add, settle=settle)
             proof = _proved(place, draft, sums, forward, _ticks(progress, draft.bytes, "compare tensors"))
@@ -134,20 +134,20 @@ def _syncing() -> Iterator[Callable[[Path], None]]:
     """What brings a file to the disk while others are copied and compared; otherwise the disk would idle then, and
     everything wait for it at the end. Raises the `OSError` of a file that did not reach it."""
     running: list[Future[None]] = []
-    with _thread() as thread:
+    with _threads(1) as thread:
         yield lambda file: running.append(thread.submit(sync_path, file))
     for future in running:
         future.result()
 
 
 @contextmanager
-def _thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread whose work is waited for, or dropped when this one fails."""
-    with ThreadPoolExecutor(1) as thread:
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose work is waited for, or dropped when this one fails."""
+    with ThreadPoolExecutor(count) as threads:
         try:
-            yield thread
+            yield threads
         except BaseException:
-            thread.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=True)
             raise
 
 
