@@ -24,7 +24,7 @@ from shoal.record import environment
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import Tick, parse_size, write_shards
 from shoal.writing.draft import Draft, draw
-from shoal.writing.hashes import compared
+from shoal.writing.hashes import THREADS, Sums, compared
 from shoal.writing.lineage import record_lines
 from shoal.writing.place import (
     disk_errors,
@@ -93,9 +93,11 @@ def stream(
     lines = record_lines(draft.folder, records)
     with disk_errors(final), staged(final) as place:
         _configs(place, draft)
-        with _syncing() as done:
-            files = write_shards(place, draft.items, limit, _ticks(progress, draft.bytes, "copy tensors"), done)
-            proof = _proved(place, draft, forward=forward, tick=_ticks(progress, draft.bytes, "compare tensors"))
+        with _syncing() as settle, _threads(THREADS) as threads:
+            sums = Sums(threads)
+            ticks = _ticks(progress, draft.bytes, "copy tensors")
+            files = write_shards(place, draft.items, limit, ticks, copied=sums.add, settle=settle)
+            proof = _proved(place, draft, sums, forward, _ticks(progress, draft.bytes, "compare tensors"))
         write_text(place / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
             write_text(place / "shoal" / "config.yaml", config)
@@ -134,14 +136,21 @@ def _syncing() -> Iterator[Callable[[Path], None]]:
     """What brings a file to the disk while others are copied and compared; otherwise the disk would idle then, and
     everything wait for it at the end. Raises the `OSError` of a file that did not reach it."""
     running: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            yield lambda file: running.append(thread.submit(sync_path, file))
-        except BaseException:
-            thread.shutdown(cancel_futures=True)
-            raise
+    with _threads(1) as thread:
+        yield lambda file: running.append(thread.submit(sync_path, file))
     for future in running:
         future.result()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose work is waited for, or dropped when this one fails."""
+    with ThreadPoolExecutor(count) as threads:
+        try:
+            yield threads
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def _configs(place: Path, draft: Draft) -> None:
@@ -160,9 +169,9 @@ def _configs(place: Path, draft: Draft) -> None:
     write_text(place / "shoal" / "plan.json", plan_to_json(draft.plan))
 
 
-def _proved(place: Path, draft: Draft, *, forward: bool, tick: Tick) -> Proof:
+def _proved(place: Path, draft: Draft, sums: Sums, forward: bool, tick: Tick) -> Proof:
     with quiet():
-        checks, total = compared(place, draft.items, draft.plans, draft.params, tick)
+        checks, total = compared(place, draft.items, draft.plans, draft.params, tick, sums)
     facts = {"sha256": total, **environment()}
     proof = Proof(all(check.passed for check in checks), checks, facts, against="the tensors of its base, by SHA-256")
     if proof.passed and forward:
