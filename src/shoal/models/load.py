@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from shoal.errors import ModelError
 from shoal.models import gguf
 from shoal.models.checkpoint import check_folder
+from shoal.models.depth import depth_of
 from shoal.models.inspect import inspect
 from shoal.plan import Spec
 
 BUILTIN = "smollm2"
+MAX_DEPTH = 10_000
+"""A config with more layers is damaged, and building its model would take all memory."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def dtype_of(name: str) -> torch.dtype:
 def inspect_source(source: str | Path, *, trust_remote_code: bool = False) -> Spec:
     """The Spec of a folder or hub id from its config and the headers of its safetensors; no weight is loaded."""
     place = _place(str(source))
-    spec = inspect(meta_model(load_config(source, trust_remote_code=trust_remote_code)))
+    spec = inspect(structure(load_config(source, trust_remote_code=trust_remote_code), source))
     if isinstance(place, Path):
         check_folder(place, depth=spec.stack().depth, path=spec.stack().path)
     return spec
@@ -107,7 +109,7 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
     place = _place(str(source))
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # config classes check their fields with errors of their own
         raise _unreadable(str(source), error) from None
 
 
@@ -119,6 +121,22 @@ def meta_model(config: PreTrainedConfig, *, like: PreTrainedModel | None = None)
         if like is not None:
             return type(like)._from_config(config, **kind).eval()
         return AutoModelForCausalLM.from_config(config, experts_implementation="batched_mm", **kind).eval()
+
+
+def structure(config: PreTrainedConfig, source: str | Path) -> PreTrainedModel:
+    """`meta_model(config)`. Raises M307 when no causal language model can be made of it, M332 for a depth
+    that no model has."""
+    depth = depth_of(config.get_text_config(decoder=True))
+    if depth is not None and not 0 < depth <= MAX_DEPTH:
+        raise ModelError(
+            f"the config of {source} says {str(depth)[:20]} layers; a model has 1 to {MAX_DEPTH}", code="M332"
+        )
+    try:
+        return meta_model(config)
+    except Exception as error:  # odd numbers in a config raise whatever the arithmetic with them raises
+        raise ModelError(
+            f"no causal language model can be made of the config of {source}: {_first_line(error)}", code="M307"
+        ) from None
 
 
 def _place(source: str) -> Path | str:
@@ -156,14 +174,18 @@ def load_tokenizer(place: Path | str, **options: Any) -> Any:
     """The tokenizer beside the model; None when there is none (evaluation on text then says so)."""
     try:
         return AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError):
+    except Exception:  # files of other people: tokenizers, config classes and parsers raise classes of their own
         return None
 
 
 def _unreadable(source: str, error: Exception) -> ModelError:
-    first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    first = _first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(
             f"{source} needs code of its own; read it, then pass --trust-remote-code if you trust it", code="M312"
         )
     return ModelError(f"cannot load {source}: {first}", code="M307")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

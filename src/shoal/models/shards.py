@@ -45,7 +45,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     weight_map = _weight_map(folder)
     files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
     for name in files:
-        _require_inside(folder, name)
+        require_inside(folder, name)
     found: dict[str, Stored] = {}
     for name in files:
         for tensor, place in read_places(folder / name).items():
@@ -117,7 +117,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     return found
 
 
-def _require_inside(folder: Path, name: str) -> None:
+def require_inside(folder: Path, name: str) -> None:
     """A file of this very folder; a link may lead to its neighbours, or to the blobs of the hub's cache."""
     if name != Path(name).name or "\\" in name or name in ("", ".", ".."):
         raise ModelError(f"{folder / INDEX} names {name!r}, which is no file of the folder; mend it", code="M309")

@@ -36,6 +36,11 @@ def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[
     return note | ({"silent": sorted([slot, part] for slot, part in silent)} if silent else {})
 
 
+def has_lineage(config: PreTrainedConfig) -> bool:
+    """Does the config say where its layers come from?"""
+    return _known(config) is not None
+
+
 def original_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     """For each layer of a model the layer of the original base that it is; its own number when nothing is known."""
     known = _known(config)
