@@ -12,14 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from shoal.errors import ModelError
 from shoal.models import gguf
-from shoal.models.checkpoint import check_folder
+from shoal.models.agree import require_agreement
 from shoal.models.depth import depth_of
 from shoal.models.inspect import inspect
+from shoal.models.shards import check_folder
 from shoal.plan import Spec
 
 BUILTIN = "smollm2"
-MAX_DEPTH = 10_000
-"""A config with more layers is damaged, and building its model would take all memory."""
+MAX_DEPTH = 1_000
+"""A config with more layers is damaged, and building its model, without weights, would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def load(
         return Loaded(source, tokenizer, getattr(source, "name_or_path", "") or type(source).__name__)
     place = _place(str(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    load_config(source, trust_remote_code=trust_remote_code, revision=revision)  # refused before weights are read
     chosen = dtype if dtype is not None else "auto"
     if isinstance(chosen, str) and chosen != "auto":
         chosen = dtype_of(chosen)
@@ -87,12 +89,15 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def inspect_source(source: str | Path, *, trust_remote_code: bool = False) -> Spec:
-    """The Spec of a folder or hub id from its config and the headers of its safetensors; no weight is loaded."""
+    """The Spec of a folder or hub id from its config and the headers of its safetensors; no weight is loaded.
+
+    Raises `ModelError` (M3xx) also for a folder whose tensors do not belong to the model of its config.
+    """
     place = _place(str(source))
-    spec = inspect(structure(load_config(source, trust_remote_code=trust_remote_code), source))
+    model = structure(load_config(source, trust_remote_code=trust_remote_code), source)
     if isinstance(place, Path):
-        check_folder(place, depth=spec.stack().depth, path=spec.stack().path)
-    return spec
+        require_agreement(place, model, check_folder(place))
+    return inspect(model)
 
 
 def local_folder(source: str | Path) -> Path:
@@ -104,13 +109,23 @@ def local_folder(source: str | Path) -> Path:
     return place
 
 
-def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a folder, hub id or the built-in model."""
+def load_config(
+    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedConfig:
+    """The config of a folder, hub id or the built-in model. Raises M307, M312, M332."""
     place = _place(str(source))
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+        text = config.get_text_config(decoder=True)
     except Exception as error:  # config classes check their fields with errors of their own
         raise _unreadable(str(source), error) from None
+    if not isinstance(text, PreTrainedConfig):
+        raise ModelError(
+            f"cannot load {source}: its config has a part for text that {config.model_type} does not know; mend it",
+            code="M307",
+        )
+    _require_depth(config, source)
+    return config
 
 
 def meta_model(config: PreTrainedConfig, *, like: PreTrainedModel | None = None) -> PreTrainedModel:
@@ -126,17 +141,21 @@ def meta_model(config: PreTrainedConfig, *, like: PreTrainedModel | None = None)
 def structure(config: PreTrainedConfig, source: str | Path) -> PreTrainedModel:
     """`meta_model(config)`. Raises M307 when no causal language model can be made of it, M332 for a depth
     that no model has."""
-    depth = depth_of(config.get_text_config(decoder=True))
-    if depth is not None and not 0 < depth <= MAX_DEPTH:
-        raise ModelError(
-            f"the config of {source} says {str(depth)[:20]} layers; a model has 1 to {MAX_DEPTH}", code="M332"
-        )
+    _require_depth(config, source)
     try:
         return meta_model(config)
     except Exception as error:  # odd numbers in a config raise whatever the arithmetic with them raises
         raise ModelError(
             f"no causal language model can be made of the config of {source}: {_first_line(error)}", code="M307"
         ) from None
+
+
+def _require_depth(config: PreTrainedConfig, source: str | Path) -> None:
+    depth = depth_of(config.get_text_config(decoder=True))
+    if depth is not None and not 0 < depth <= MAX_DEPTH:
+        raise ModelError(
+            f"the config of {source} says {str(depth)[:20]} layers; a model has 1 to {MAX_DEPTH}", code="M332"
+        )
 
 
 def _place(source: str) -> Path | str:

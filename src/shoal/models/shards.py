@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ModelError
-from shoal.models.checkpoint import read_header, read_json, tensor_headers
+from shoal.models.checkpoint import nameable, read_header, read_json, tensor_headers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,6 +63,17 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 code="M309",
             )
     return found
+
+
+def check_folder(folder: Path) -> dict[str, Stored]:
+    """`stored_tensors` of a folder with a config. Raises `ModelError`: M302 no config, or one that is no JSON object,
+    and what `stored_tensors` raises.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
+    read_json(config)
+    return stored_tensors(folder)
 
 
 def read_places(file: Path) -> dict[str, Stored]:
@@ -119,8 +130,8 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
 
 def require_inside(folder: Path, name: str) -> None:
     """A file of this very folder; a link may lead to its neighbours, or to the blobs of the hub's cache."""
-    if name != Path(name).name or "\\" in name or name in ("", ".", ".."):
-        raise ModelError(f"{folder / INDEX} names {name!r}, which is no file of the folder; mend it", code="M309")
+    if name != Path(name).name or "\\" in name or name in ("", ".", "..") or not nameable(name):
+        raise ModelError(f"{folder / INDEX} names {name[:80]!r}, which is no file of the folder; mend it", code="M309")
     file, home = folder / name, folder.resolve()
     if not file.is_file():
         raise ModelError(f"{folder} lacks {name}, which its index names; copy it there", code="M309")

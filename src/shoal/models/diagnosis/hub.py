@@ -48,7 +48,8 @@ def _file(hub_id: str, name: str) -> Path | None:
 
 def _header(hub_id: str) -> Tensors:
     try:
-        found = huggingface_hub.parse_safetensors_file_metadata(hub_id, SINGLE)
+        api = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT)
+        found = api.parse_safetensors_file_metadata(hub_id, SINGLE)
         return {name: tuple(info.shape) for name, info in found.tensors.items()}
     except (EntryNotFoundError, NotASafetensorsRepoError):
         raise ModelError(

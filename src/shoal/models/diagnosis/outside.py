@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import re
 
 from transformers import PreTrainedModel
 
+from shoal.models.agree import untold
 from shoal.models.diagnosis.configs import Fields, text_of
 from shoal.models.diagnosis.finding import Finding
 from shoal.models.diagnosis.layers import Layers
@@ -32,18 +32,10 @@ def compare_outside(
         shape = layers.outside[file]
         if one.name is not None and not one.converted and shape is not None and shape != state[one.name]:
             findings.append(Finding(f"the tensor {file}", f"{list(shape)}", f"{list(state[one.name])}", None))
-    held = {one.name: file for file, one in found.items()}
+    held = {one.name: file for file, one in found.items() if one.name is not None}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {}) or {}
-    optional = list(model._keys_to_ignore_on_load_missing or ())
-    missing = [
-        name
-        for name in state
-        if not name.startswith(inside)
-        and name not in held
-        and not (name in tied and (tied[name] in held or tied[name].startswith(inside)))
-        and not any(target in held for target, origin in tied.items() if origin == name)
-        and not any(re.search(pattern, name) for pattern in optional)
-    ]
+    layers_too = set(held) | {name for name in state if name.startswith(inside)}
+    missing = untold(model, state, layers_too)
     pairs = tuple((held[a], held[b]) for a, b in tied.items() if a in held and b in held)
     for target, origin in pairs:
         findings.append(
