@@ -2,7 +2,7 @@
 
 Half of the inputs come from hypothesis, half from atheris, which follows the code that an input reaches; without
 atheris (`pip install atheris`, Linux) hypothesis makes them all, and the report says so. An input may raise a
-`ShoalError` and nothing else, within `--seconds`, in `--megabytes`. Each failure is kept as a file. Exit code 1 for any.
+`ShoalError` and nothing else, within `--seconds`, in `--megabytes`. A failure is kept as a file; exit code 1 then.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import importlib.util
 import json
 import os
 import resource
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -163,7 +163,7 @@ def engine(arguments: argparse.Namespace) -> int:
             _fuzz(target, count, result, arguments)
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         found = json.loads(result.read_text()) if result.is_file() else {"target": target.name, "died": status}
-        print(json.dumps(found), flush=True)
+        _say(found)
         failed += found.get("failures", 0) + ("died" in found)
     return 1 if failed else 0
 
@@ -205,19 +205,24 @@ def main() -> int:
         return engine(arguments)
     engines = ["hypothesis", "atheris"] if importlib.util.find_spec("atheris") else ["hypothesis"]
     if len(engines) == 1:
-        print("atheris is not installed, so hypothesis makes all inputs", file=sys.stderr)
+        sys.stderr.write("atheris is not installed, so hypothesis makes all inputs\n")
     codes, lines = [], []
     for name in engines:
         share = -(-arguments.inputs // len(engines))
         words = [sys.executable, "-m", "tests.fuzz.run", *sys.argv[1:], "--engine", name, "--inputs", str(share)]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as running:
             for line in running.stdout or ():
-                print(line, end="", flush=True)
                 lines.append(json.loads(line))
+                _say(lines[-1])
         codes.append(running.returncode)
     sums = {key: sum(line.get(key, 0) for line in lines) for key in ("inputs", "failures")}
-    print(json.dumps(sums | {"engines": engines, "died": sum("died" in line for line in lines)}))
+    _say(sums | {"engines": engines, "died": sum("died" in line for line in lines)})
     return max(codes)
+
+
+def _say(found: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
