@@ -165,8 +165,15 @@ def snapshot(folder: Path) -> list[tuple[str, int]]:
     )
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("bad", BAD)
+PAIRS = [
+    # every third pair runs by default, so that each bad input and each verb is seen; all of them with -m slow
+    pytest.param(bad, verb, marks=[] if (i + j) % 3 == 0 else pytest.mark.slow)
+    for i, bad in enumerate(BAD)
+    for j, verb in enumerate(VERBS)
+]
+
+
+@pytest.mark.parametrize(("bad", "verb"), PAIRS)
 def test_bad_input_is_one_error(bad: str, verb: str, sound: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "bad", tmp_path / "out"
     shutil.copytree(sound, folder)
@@ -186,17 +193,29 @@ def test_bad_input_is_one_error(bad: str, verb: str, sound: Path, tmp_path: Path
     assert snapshot(tmp_path) == before
 
 
+PLANS = {
+    "brackets": b"[" * 3_000_000,
+    "empty": b"{}",
+    "bytes": b"\xff",
+    "half": b'{"format": "shoal-plan/1", "base": {"family": "llama"}}',
+    "number": b"9" * 5000,
+}
+READERS = ("show", "write", "write --stream", "verify", "convert", "doctor")
+
+
 @pytest.mark.parametrize(
-    "text",
-    [b"[" * 3_000_000, b"{}", b"\xff", b'{"format": "shoal-plan/1", "base": {"family": "llama"}}', b"9" * 5000],
-    ids=["brackets", "empty", "bytes", "half", "number"],
+    ("name", "verb"),
+    [
+        pytest.param(name, verb, marks=[] if (i + j) % 3 == 0 else pytest.mark.slow)
+        for i, name in enumerate(PLANS)
+        for j, verb in enumerate(READERS)
+    ],
 )
-@pytest.mark.parametrize("verb", ["show", "write", "write --stream", "verify", "convert", "doctor"])
-def test_a_bad_plan_is_one_error(text: bytes, verb: str, sound: Path, tmp_path: Path) -> None:
+def test_a_bad_plan_is_one_error(name: str, verb: str, sound: Path, tmp_path: Path) -> None:
     folder, plan = tmp_path / "folder", tmp_path / "plan.json"
     shutil.copytree(sound, folder)
-    plan.write_bytes(text)
-    (folder / "shoal" / "plan.json").write_bytes(text)
+    plan.write_bytes(PLANS[name])
+    (folder / "shoal" / "plan.json").write_bytes(PLANS[name])
     words = {
         "show": ["show", str(plan)],
         "verify": ["verify", str(folder)],
@@ -218,6 +237,7 @@ def test_a_bad_plan_is_one_error(text: bytes, verb: str, sound: Path, tmp_path: 
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_plan_cannot_lead_out_of_anything(sound: Path, tmp_path: Path) -> None:
     """A plan's source is only read as a model: a path to another file is no model, and nothing is written there."""
     folder = tmp_path / "folder"

@@ -27,7 +27,7 @@ def test_every_reader_is_driven() -> None:
 def test_a_reader_knows_documented_errors_alone(name: str) -> None:
     target = targets()[name]
 
-    @settings(max_examples=8 if name in SLOW else 40, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=4 if name in SLOW else 25, database=None, suppress_health_check=list(HealthCheck))
     @given(near(target.seeds))
     def read(data: bytes) -> None:
         with suppress(ShoalError):
