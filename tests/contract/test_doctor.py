@@ -36,6 +36,7 @@ from .broken import (
     stale,
     tensors_of,
 )
+from .families import tiny
 
 __all__ = ["folders"]
 
@@ -221,6 +222,31 @@ HOPELESS: dict[str, tuple[str, Break, str]] = {
         f"the tensor {UP}",
     ),
 }
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_layers_that_share_kv_are_known_by_their_tensors(count: int, tmp_path: Path) -> None:
+    """Gemma 3n's last two layers have no keys of their own; with 3 of 4 transformers does not even build the model."""
+    tiny("gemma3n_text", "eager").save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "broken")
+    set_config(tmp_path / "broken", num_kv_shared_layers=count)
+    seen = doctor(tmp_path / "broken")
+    assert [f"{finding}" for finding in seen.diagnosis.findings] == [f"num_kv_shared_layers is {count}, should be 2"]
+    made = repair(tmp_path / "broken", tmp_path / "out")
+    assert torch.equal(logits(made.folder), logits(tmp_path / "base"))
+
+
+def test_fields_that_tensors_do_not_show_stay(folders: Any, tmp_path: Path) -> None:
+    """A layer whose experts fit another place must not get that place's kind of attention with them."""
+    _, sound = folders("qwen2_moe")
+    shutil.copytree(sound, tmp_path / "broken")
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    fields = {"layer_types": kinds, "sliding_window": 4, "use_sliding_window": True}
+    set_config(tmp_path / "broken", **fields, mlp_only_layers=[1, 2], decoder_sparse_step=1)
+    seen = doctor(tmp_path / "broken")
+    assert [finding.what for finding in seen.diagnosis.findings] == ["mlp_only_layers"]
+    assert seen.diagnosis.config is not None
+    assert seen.diagnosis.config.layer_types == kinds
 
 
 @pytest.mark.parametrize("name", HOPELESS)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+
+from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, ShoalError
 from shoal.models.diagnosis.configs import Fields, depth_said, empty, made, with_depth
 from shoal.models.diagnosis.finding import Diagnosis, Finding
 from shoal.models.diagnosis.layers import Fit, Layers, layers_of
-from shoal.models.diagnosis.mend import Mended, by_tensors, mended
+from shoal.models.diagnosis.mend import Mended, all_fit, by_tensors, mended, variants
 from shoal.models.diagnosis.outside import TIE, compare_outside, report_missing, tied_raw
 from shoal.models.diagnosis.papers import Papers
 from shoal.models.load import MAX_DEPTH
@@ -37,14 +40,11 @@ def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
             Finding("the numbers of the layers", _listed(layers.numbers), f"0-{count - 1}", "layers are renumbered")
         )
     config = mended(raw, layers, source, tuple(kept) if kept is not None else None)
-    model = empty(made(config.raw, source), source)
-    stack = find_stack(model)
-    fit = Fit(model, stack, layers)
+    if not config.unknown and not all_fit(config.raw, layers, source):
+        config = by_tensors(config, layers, source) or config
+    model = _built(config.raw, source, count)
+    fit = Fit(model, find_stack(model), layers)
     wrong = [slot for slot, n in enumerate(layers.numbers) if not fit.fits(layers.by_number[n], slot)]
-    if wrong and not config.unknown:
-        better = by_tensors(config, layers, source)
-        if better is not None:
-            config, wrong = better, []
     findings += config.findings(raw)
     strange = _layer_findings(fit, layers, () if config.unknown else wrong, findings)
     return _finished(papers, config, layers, strange, findings)
@@ -53,8 +53,20 @@ def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
 def _layers(raw: Fields, papers: Papers) -> Layers:
     said = depth_said(raw)
     first = said if said is not None and 0 < said <= MAX_DEPTH else 1
-    model = empty(made(with_depth(raw, first), papers.source), papers.source)
+    model = _built(with_depth(raw, first), papers.source, first)
     return layers_of(model, find_stack(model), papers.tensors, papers.source)
+
+
+def _built(raw: Fields, source: str, count: int) -> PreTrainedModel:
+    """The model of `raw`, or of the first config near it of which one can be built. Raises M307, M330."""
+    config = made(raw, source)
+    try:
+        return empty(config, source)
+    except ModelError:
+        for near in variants(raw, count):
+            with suppress(ModelError):
+                return empty(made(near, source), source)
+        raise
 
 
 def _layer_findings(fit: Fit, layers: Layers, wrong: Sequence[int], findings: list[Finding]) -> set[str]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from shoal.errors import ModelError, WriteError
-from shoal.models.depth import INDEX_LISTS, RULES, permuted_config
+from shoal.models.depth import INDEX_LISTS, PER_LAYER, RULES, permuted_config
 from shoal.models.diagnosis.configs import (
     Fields,
     depth_name,
     depth_said,
     derived,
+    empty,
     lengths_of,
     lists_of,
     made,
@@ -25,8 +27,13 @@ from shoal.models.diagnosis.configs import (
 )
 from shoal.models.diagnosis.deduce import deduced
 from shoal.models.diagnosis.finding import Finding
-from shoal.models.diagnosis.layers import Layers
+from shoal.models.diagnosis.layers import Fit, Layers
+from shoal.models.stacks import find_stack
 
+_GROUPS = [*(rule.fields for rule in RULES), *((name,) for name in (*PER_LAYER, *INDEX_LISTS))]
+"""Fields that say one thing together."""
+_MOST_TRIED = 200
+"""Layers of a model for which every value of a number is tried: each costs building the model without weights."""
 NOTE = "shoal"
 """The key of the lineage in a config that Shoal wrote."""
 
@@ -86,20 +93,55 @@ def mended(raw: Fields, layers: Layers, source: str, kept: tuple[int, ...] | Non
 
 
 def by_tensors(config: Mended, layers: Layers, source: str) -> Mended | None:
-    """`config` with what its numbers and lists say of each layer set to what the layer's tensors show; None when they
-    do not show it."""
+    """`config` with one of its per-layer facts set to what the layers' tensors show; None when they do not show it.
+
+    As little as possible is changed, one list or the numbers of one rule, since a layer that fits another place by its
+    tensors need not have what other fields say of that place.
+    """
     raw, count = config.raw, len(layers.numbers)
     rules = [" ".join(rule.fields) for rule in RULES] + list(INDEX_LISTS)
     indices = [i for v in text_of(raw).values() if isinstance(v, list) for i in v if type(i) is int and 0 <= i < 4096]
     for depth, subject in ((count, None), (max(2 * count, max(indices, default=0) + 2), rules)):
         try:
             guess = deduced(with_depth(raw, depth), layers, source, ordered=False, subject=subject)
-            if guess is not None:
-                found = _kept(raw, count, depth, source, guess, "the layers' tensors")
-                return Mended(found.raw, (), found.why, config.base, config.kept)
+            if guess is None:
+                continue
+            found = _kept(raw, count, depth, source, guess, "the layers' tensors")
         except (ModelError, WriteError):
             continue
+        changed = found.changed(raw)
+        for group in [g for g in _GROUPS if any(name in changed for name in g)]:
+            new = copy.deepcopy(raw)
+            text_of(new).update({name: changed[name][1] for name in group if name in changed})
+            if all_fit(new, layers, source):
+                return Mended(new, (), found.why, config.base, config.kept)
+    for new in variants(raw, count):
+        if all_fit(new, layers, source):
+            return Mended(new, (), "the layers' tensors", config.base, config.kept)
     return None
+
+
+def all_fit(raw: Fields, layers: Layers, source: str) -> bool:
+    """Is every layer at hand, in its place, one of the model of `raw`?"""
+    try:
+        model = empty(made(raw, source), source)
+        fit = Fit(model, find_stack(model), layers)
+    except ModelError:
+        return False
+    return all(fit.fits(layers.by_number[number], slot) for slot, number in enumerate(layers.numbers))
+
+
+def variants(raw: Fields, count: int) -> Iterator[Fields]:
+    """`raw` with each other value of each rule that is one number, such as "the last k layers share KV"."""
+    for rule in RULES:
+        value = text_of(raw).get(rule.fields[0])
+        if len(rule.fields) > 1 or type(value) is not int or count > _MOST_TRIED:
+            continue
+        for fields in rule.candidates({rule.fields[0]: value}, [False] * count):
+            new = copy.deepcopy(raw)
+            text_of(new).update(fields)
+            if fields != {rule.fields[0]: value}:
+                yield new
 
 
 def _kept(raw: Fields, count: int, depth: int, source: str, kept: tuple[int, ...], why: str) -> Mended:
