@@ -43,7 +43,7 @@ __all__ = ["folders"]
 BROKEN: dict[str, tuple[str, Break, str, str | None]] = {
     "a depth that is too large": ("llama", lambda d: set_config(d, num_hidden_layers=7), "num_hidden_layers", None),
     "a depth that is too small": ("llama", lambda d: set_config(d, num_hidden_layers=2), "num_hidden_layers", None),
-    "layers with their old numbers": ("llama", numbered, "the numbers of the layers", None),
+    "layers with their old numbers": ("llama", numbered, "the numbering of the layers", None),
     "old numbers and a stale config": (
         "gemma3_text",
         all_of(numbered, stale(*WHOLE), no_note),
@@ -247,6 +247,22 @@ def test_fields_that_tensors_do_not_show_stay(folders: Any, tmp_path: Path) -> N
     assert [finding.what for finding in seen.diagnosis.findings] == ["mlp_only_layers"]
     assert seen.diagnosis.config is not None
     assert seen.diagnosis.config.layer_types == kinds
+
+
+def test_several_stacks_are_compared_as_a_whole(folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoal.models.stacks import find_stacks
+
+    for module in ("shoal.models.diagnosis.diagnose", "shoal.writing.repair"):
+        monkeypatch.setattr(f"{module}.find_stacks", lambda model: find_stacks(model) * 2)
+    _, sound = folders("llama")
+    assert doctor(sound).diagnosis.findings == ()
+    shutil.copytree(sound, tmp_path / "broken")
+    edit_index(tmp_path / "broken", lambda m: m.pop(UP))
+    with pytest.raises(WriteError, match="W252"):
+        repair(tmp_path / "broken", tmp_path / "out")
+    saved(tmp_path / "broken", lambda t: t.update({UP: torch.zeros(32, 64)}))
+    with pytest.raises(WriteError, match=r"W250.*up_proj.*\[32, 64\]"):
+        repair(tmp_path / "broken", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", HOPELESS)

@@ -127,7 +127,7 @@ def test_a_hub_id_fetches_its_papers_alone(folders: Any, hub: type[Hub], tmp_pat
     numbered(tmp_path / "single")
     hub.folder = tmp_path / "single"
     seen = doctor("owner/single")
-    assert [finding.what for finding in seen.diagnosis.findings] == ["the numbers of the layers"]
+    assert [finding.what for finding in seen.diagnosis.findings] == ["the numbering of the layers"]
     assert {name.partition(" ")[0] for name in hub.asked} == {"config.json", "model.safetensors"}
     assert all(" bytes=" in name for name in hub.asked if name.startswith("model.safetensors"))
     with pytest.raises(ModelError, match="M317"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable
@@ -82,7 +84,9 @@ class Target:
 def _scratch() -> Path:
     # memory, where the system has it, since every input is a file
     root = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 - a folder of our own is made in it
-    return Path(tempfile.mkdtemp(prefix="shoal-fuzz-", dir=root))
+    folder = tempfile.mkdtemp(prefix="shoal-fuzz-", dir=root)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def header(tensors: dict[str, tuple[int, ...]]) -> bytes:

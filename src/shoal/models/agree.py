@@ -10,26 +10,29 @@ from transformers import PreTrainedModel
 
 from shoal.errors import ModelError
 from shoal.models.names import renamed, state_shapes
-from shoal.models.shards import Stored
 from shoal.models.stacks import find_stacks
 
+Shapes = Mapping[str, tuple[int, ...] | None]
 
-def require_agreement(folder: Path, model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
+
+def require_agreement(folder: str | Path, model: PreTrainedModel, shapes: Shapes) -> None:
     """Raise `ModelError`: M313 the tensors hold another number of layers than the config says, M310 a tensor is
-    missing, M336 one has another shape. `model`: of the folder's config, on any device.
+    missing, M336 one has another shape. `model`: of the folder's config, on any device; `shapes`: None for a tensor of
+    which only the name is known.
 
     What transformers puts together or splits when it loads is left to it, and so are tensors that it ignores.
     """
     for stack in find_stacks(model):
-        _require_depth(folder, stack.depth, stack.path, stored)
+        _require_depth(folder, stack.depth, stack.path, shapes)
     if getattr(model.config, "quantization_config", None) is not None:
         return  # packed tensors have shapes of their own
     state = state_shapes(model)
-    found = renamed(model, stored, state)
+    found = renamed(model, shapes, state)
     for file, one in found.items():
-        if one.name is not None and not one.converted and stored[file].shape != state[one.name]:
+        shape = shapes[file]
+        if one.name is not None and not one.converted and shape is not None and shape != state[one.name]:
             raise ModelError(
-                f"{folder}: the tensor {file} is {list(stored[file].shape)} in the files, and {list(state[one.name])} "
+                f"{folder}: the tensor {file} is {list(shape)} in the files, and {list(state[one.name])} "
                 "by config.json; repair one of them",
                 code="M336",
             )
@@ -53,9 +56,9 @@ def untold(model: PreTrainedModel, state: Mapping[str, object], held: set[str]) 
     return [n for n in state if n not in provided and not any(re.search(pattern, n) for pattern in optional)]
 
 
-def _require_depth(folder: Path, depth: int, path: str, stored: Mapping[str, Stored]) -> None:
+def _require_depth(folder: str | Path, depth: int, path: str, shapes: Shapes) -> None:
     pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
-    found = {int(m.group(1)) for name in stored if (m := pattern.search(name))}
+    found = {int(m.group(1)) for name in shapes if (m := pattern.search(name))}
     if found and found != set(range(depth)):
         raise ModelError(
             f"{folder}: config.json says {depth} layers, the tensors hold layers {min(found)} to {max(found)}, "

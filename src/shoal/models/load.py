@@ -96,7 +96,7 @@ def inspect_source(source: str | Path, *, trust_remote_code: bool = False) -> Sp
     place = _place(str(source))
     model = structure(load_config(source, trust_remote_code=trust_remote_code), source)
     if isinstance(place, Path):
-        require_agreement(place, model, check_folder(place))
+        require_agreement(place, model, {name: found.shape for name, found in check_folder(place).items()})
     return inspect(model)
 
 

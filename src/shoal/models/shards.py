@@ -122,9 +122,14 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             tensor_headers(folder)  # says what the folder holds instead
             raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}; copy the index too", code="M309")
         return None
-    found = read_json(index).get("weight_map")
+    return weight_map(read_json(index), str(index))
+
+
+def weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
+    """{tensor: file} of the content of an index. Raises M309."""
+    found = index.get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
-        raise ModelError(f"{index} has no weight_map; copy the index again", code="M309")
+        raise ModelError(f"{where} has no weight_map; copy the index again", code="M309")
     return found
 
 

@@ -15,6 +15,7 @@ from shoal.evaluation import Progress
 from shoal.models.diagnosis import Diagnosis, Papers, diagnose, read_papers
 from shoal.models.inspect import inspect
 from shoal.models.load import structure
+from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run
 from shoal.writing.container import Item
 from shoal.writing.draft import Draft
@@ -42,7 +43,8 @@ def repair(
     as `stream` does.
 
     `kept`: which layers of its base the folder holds, in the order of its files, where it does not tell. Raises before
-    a byte is written W250 when something cannot be mended, W251 when nothing is wrong, `ModelError` M317 for a hub id
+    a byte is written W250 when something cannot be mended, W251 when nothing is wrong, W252 for a
+    model of several stacks, `ModelError` M317 for a hub id
     and what `diagnose` raises; further what `stream` raises.
     """
     with quiet():
@@ -53,6 +55,9 @@ def repair(
         if not found.findings:
             raise WriteError(f"nothing is wrong with {source}, so there is nothing to repair; use it", code="W251")
         refuse_hopeless(papers, found)
+        assert found.config is not None
+        if len(find_stacks(structure(found.config, source))) > 1:
+            raise WriteError(f"{source} has several stacks, which repair cannot write; copy it again", code="W252")
         draft = _draft(papers, found)
     return write_draft(
         draft, str(source), output, overwrite=overwrite, shard_size=shard_size, records=records, command=command,

@@ -8,6 +8,7 @@ from contextlib import suppress
 from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, ShoalError
+from shoal.models.agree import require_agreement
 from shoal.models.diagnosis.configs import Fields, depth_said, empty, made, with_depth
 from shoal.models.diagnosis.finding import Diagnosis, Finding
 from shoal.models.diagnosis.layers import Fit, Layers, layers_of
@@ -16,7 +17,7 @@ from shoal.models.diagnosis.outside import TIE, compare_outside, report_missing,
 from shoal.models.diagnosis.papers import Papers
 from shoal.models.load import MAX_DEPTH
 from shoal.models.names import attributed
-from shoal.models.stacks import find_stack
+from shoal.models.stacks import find_stack, find_stacks
 
 
 def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
@@ -30,14 +31,17 @@ def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
     raw, source = papers.config, papers.source
     if raw.get("quantization_config") is not None:
         raise ModelError(f"{source} is quantised; give the doctor the model before it was", code="M333")
-    layers = _layers(raw, papers)
+    first = _first(raw, papers)
+    if len(find_stacks(first)) > 1:
+        return _several(papers)
+    layers = layers_of(first, find_stack(first), papers.tensors, source)
     count = len(layers.numbers)
     if not 0 < count <= MAX_DEPTH:
         raise ModelError(f"{source} holds {count} layers; a model has 1 to {MAX_DEPTH}", code="M332")
     findings = list(papers.findings)
     if layers.numbers != tuple(range(count)):
         findings.append(
-            Finding("the numbers of the layers", _listed(layers.numbers), f"0-{count - 1}", "layers are renumbered")
+            Finding("the numbering of the layers", _listed(layers.numbers), f"0-{count - 1}", "layers are renumbered")
         )
     config = mended(raw, layers, source, tuple(kept) if kept is not None else None)
     if not config.unknown and not all_fit(config.raw, layers, source):
@@ -50,11 +54,22 @@ def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
     return _finished(papers, config, layers, strange, findings)
 
 
-def _layers(raw: Fields, papers: Papers) -> Layers:
+def _first(raw: Fields, papers: Papers) -> PreTrainedModel:
+    """A model of the family, of the depth that the config says where it can."""
     said = depth_said(raw)
-    first = said if said is not None and 0 < said <= MAX_DEPTH else 1
-    model = _built(with_depth(raw, first), papers.source, first)
-    return layers_of(model, find_stack(model), papers.tensors, papers.source)
+    depth = said if said is not None and 0 < said <= MAX_DEPTH else 1
+    return _built(with_depth(raw, depth), papers.source, depth)
+
+
+def _several(papers: Papers) -> Diagnosis:
+    """A model of several stacks is compared with its files as a whole; nothing of it is mended."""
+    config = made(papers.config, papers.source)
+    findings = list(papers.findings)
+    try:
+        require_agreement(papers.source, empty(config, papers.source), papers.tensors)
+    except ModelError as error:
+        findings.append(Finding("the tensors", str(error).partition(": ")[2], "those of the model of the config", None))
+    return Diagnosis(tuple(findings), config, names={name: name for name in papers.tensors})
 
 
 def _built(raw: Fields, source: str, count: int) -> PreTrainedModel:

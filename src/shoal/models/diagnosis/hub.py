@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from shoal.errors import ModelError
 from shoal.models.checkpoint import read_json
-from shoal.models.shards import INDEX, SINGLE
+from shoal.models.shards import INDEX, SINGLE, weight_map
 
 Tensors = dict[str, tuple[int, ...] | None]
 
@@ -22,8 +22,6 @@ def fetched(hub_id: str) -> tuple[dict[str, Any], Tensors]:
 
     Raises `ModelError` M307 when it cannot be reached or does not exist, M308 when it has no safetensors, M302, M309.
     """
-    from shoal.models.diagnosis.papers import weight_map
-
     config = _file(hub_id, "config.json")
     if config is None:
         raise ModelError(f"{hub_id} has no config.json; give a Hugging Face model", code="M302")

@@ -81,7 +81,7 @@ def mended(raw: Fields, layers: Layers, source: str, kept: tuple[int, ...] | Non
         _require_fitting(kept, count, depth, source)
         return _kept(raw, count, depth, source, kept, "the layers that --kept names")
     if gaps and layers.numbers[-1] < depth:
-        return _kept(raw, count, depth, source, layers.numbers, "the numbers of the layers")
+        return _kept(raw, count, depth, source, layers.numbers, "the numbering of the layers")
     known = _noted(raw, count, depth)
     if known is not None:
         return _kept(raw, count, depth, source, known, "the layers that the key shoal names")

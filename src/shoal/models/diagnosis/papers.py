@@ -9,8 +9,9 @@ from typing import Any
 from shoal.errors import ModelError
 from shoal.models.checkpoint import read_json, tensor_headers
 from shoal.models.diagnosis.finding import Finding
+from shoal.models.diagnosis.hub import fetched
 from shoal.models.load import BUILTIN, local_folder
-from shoal.models.shards import INDEX, SINGLE, Stored, read_places, require_inside
+from shoal.models.shards import INDEX, SINGLE, Stored, read_places, require_inside, weight_map
 
 Shape = tuple[int, ...] | None
 """None where only the name of a tensor is known."""
@@ -47,8 +48,6 @@ def read_papers(source: str | Path) -> Papers:
     if place.exists():
         raise ModelError(f"{source} is a file; give a folder or a hub id to the doctor", code="M306")
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        from shoal.models.diagnosis.hub import fetched
-
         return Papers(text, *fetched(text))
     raise ModelError(f"there is no model {text!r}; give a folder or a hub id (owner/name)", code="M307")
 
@@ -75,14 +74,6 @@ def index_of(folder: Path) -> dict[str, str] | None:
     if not index.is_file():
         return None
     return weight_map(read_json(index), str(index))
-
-
-def weight_map(data: dict[str, Any], where: str) -> dict[str, str]:
-    """The map of an index. Raises M309."""
-    found = data.get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
-        raise ModelError(f"{where} has no weight_map; copy the index again", code="M309")
-    return found
 
 
 def _places(folder: Path, claimed: dict[str, str] | None, findings: list[Finding]) -> dict[str, Stored]:
