@@ -26,7 +26,8 @@ def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
     `kept`: the layers of the base that were kept, in the order in which they lie in the files, for folders that do not
     tell. Raises `ModelError` for what cannot be judged at all: M307 no causal language model, M303 a family without
     plans, M312 code of its own, M330 a config that its class refuses for other reasons than its depth, M331 tensors of
-    another model, M332 a depth that no model has, M333 a quantised checkpoint, M334 `kept` that does not fit.
+    another model, M332 a depth that no model has, M333 a quantised checkpoint, M334 `kept` that does not fit,
+    M337 layers whose tensors lie in several places.
     """
     raw, source = papers.config, papers.source
     if raw.get("quantization_config") is not None:

@@ -10,6 +10,7 @@ from functools import cache
 from transformers import PreTrainedModel
 
 from shoal.errors import ModelError
+from shoal.models.agree import untold
 from shoal.models.diagnosis.papers import Shape
 from shoal.models.names import renamed, state_shapes
 from shoal.models.stacks import Stack
@@ -34,14 +35,19 @@ class Layers:
 
 
 def layers_of(model: PreTrainedModel, stack: Stack, tensors: dict[str, Shape], source: str) -> Layers:
-    """Sort tensors by layer. `model`: any depth of the right family. Raises M331 when no tensor belongs to a layer."""
+    """Sort tensors by layer. `model`: any depth of the right family.
+
+    Raises `ModelError` M331 when no tensor belongs to a layer, M337 when those of one layer lie in several places.
+    """
     counts: dict[str, int] = defaultdict(int)
+    inside: dict[str, str] = {}
     state = state_shapes(model)
     for file, one in renamed(model, tensors, state).items():
         pieces = file.split(".")
         if one.name is None or not one.name.startswith(f"{stack.path}."):
             continue
         number = one.name[len(stack.path) + 1 :].partition(".")[0]
+        inside[file] = number
         for place, piece in enumerate(pieces):
             if piece == number:
                 counts[".".join([*pieces[:place], ""])] += 1
@@ -54,6 +60,13 @@ def layers_of(model: PreTrainedModel, stack: Stack, tensors: dict[str, Shape], s
             code="M331",
         )
     prefix = max(counts, key=lambda name: (counts[name], len(name)))
+    stray = next((file for file, number in inside.items() if not file.startswith(f"{prefix}{number}.")), None)
+    if stray is not None:
+        raise ModelError(
+            f"the tensor {stray[:100]} of {source} belongs to layer {inside[stray]}, though its name is not like those "
+            f"of {prefix}{inside[stray]}; the doctor cannot judge such files, load the model instead",
+            code="M337",
+        )
     by_number: dict[int, dict[str, Shape]] = defaultdict(dict)
     outside: dict[str, Shape] = {}
     for name, shape in tensors.items():
@@ -83,6 +96,7 @@ class Fit:
     def __init__(self, model: PreTrainedModel, stack: Stack, layers: Layers) -> None:
         self._model, self._prefix, self._path = model, layers.prefix, stack.path
         self._state = state_shapes(model)
+        self._optional = set(self._state) - set(untold(model, self._state, set()))
         self._needed: dict[int, dict[str, int]] = defaultdict(dict)
         for name, shape in self._state.items():
             if name.startswith(f"{stack.path}."):
@@ -134,9 +148,11 @@ class Fit:
                 held[rest] = self._needed[index][rest]
             else:
                 held[rest] += math.prod(shape)
-        missing = [rest for rest, count in self._needed[index].items() if held[rest] == 0 and count]
+        free = {rest for rest in self._needed[index] if not held[rest] and f"{start}{rest}" in self._optional}
+        needed = {rest: count for rest, count in self._needed[index].items() if rest not in free}
+        missing = [rest for rest, count in needed.items() if held[rest] == 0 and count]
         total = sum(held.values())
-        if not (missing or strange or shapes) and total != sum(self._needed[index].values()):
-            missing = [r for r, count in self._needed[index].items() if held[r] < count][:1] or missing
+        if not (missing or strange or shapes) and total != sum(needed.values()):
+            missing = [rest for rest, count in needed.items() if held[rest] < count][:1] or missing
             strange = [] if missing else sorted(tail for tail, _ in tails)[:1]
         return sorted(missing), sorted(strange), sorted(shapes)
