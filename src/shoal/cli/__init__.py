@@ -9,6 +9,7 @@ from shoal.cli._shared import guarded
 from shoal.cli.bench import bench
 from shoal.cli.convert import convert
 from shoal.cli.diff import diff
+from shoal.cli.doctor import doctor
 from shoal.cli.evaluate import evaluate
 from shoal.cli.generate import generate
 from shoal.cli.inspect import inspect
@@ -19,7 +20,7 @@ from shoal.cli.show import show
 from shoal.cli.verify import verify
 from shoal.cli.write import write
 
-VERBS = (inspect, measure, prune, evaluate, bench, generate, write, verify, show, diff, convert, ls)
+VERBS = (inspect, measure, prune, evaluate, bench, generate, write, verify, doctor, show, diff, convert, ls)
 
 app = typer.Typer(
     name="shoal",

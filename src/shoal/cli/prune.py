@@ -132,16 +132,19 @@ def prune(
 def _dry(model: str, plan: str | None, drop: int | None, keep: float | None, trust: bool) -> tuple[dict[str, Any], str]:
     from shoal.api.find import layers_to_drop
     from shoal.models.load import inspect_source
-    from shoal.plan import cost, strip
 
     spec = inspect_source(model, trust_remote_code=trust)
+    more = {}
     if plan is not None:
-        chosen = read_plan(plan, spec, model)
-        what = f"plan {chosen}\n{strip(chosen)}\nparameters {spec.params:,} -> {cost(chosen, spec).written_params:,}"
+        from shoal.api.outlook import outlook
+        from shoal.cli.doctor import plan_text
+
+        seen = outlook(model, spec, read_plan(plan, spec, model), trust_remote_code=trust).to_dict()
+        what, more = plan_text(seen), {"outlook": seen}
     else:
         count = layers_to_drop(spec, None, drop, keep)
         what = f"would remove {count} of {spec.stack().depth} layers of {spec.family} ({spec.params:,} parameters)"
-    return {"would": what, "config": config_text()}, f"{what}\n\nthe same as a --config file:\n{config_text()}"
+    return {"would": what, "config": config_text(), **more}, f"{what}\n\nthe same as a --config file:\n{config_text()}"
 
 
 def _text(pruned: Any, written: Any) -> str:

@@ -78,13 +78,17 @@ def write(
     from shoal.models.load import inspect_source
 
     if dry_run:
-        from shoal.plan import cost
+        from shoal.api.outlook import outlook
+        from shoal.cli.doctor import plan_text
 
         spec = inspect_source(model, trust_remote_code=trust_remote_code)
         chosen = read_plan(plan, spec, model)
-        after = cost(chosen, spec)
-        text = f"would write {chosen}: {spec.params:,} -> {after.written_params:,} parameters\n\n{config_text()}"
-        emit({"plan": str(chosen), "cost": after.to_dict(), "config": config_text()}, text, as_json=json_)
+        seen = outlook(model, spec, chosen, zero_parts=zero_parts, trust_remote_code=trust_remote_code)
+        if seen.refused is not None:
+            raise seen.refused
+        text = f"would write this to {output}\n{plan_text(seen.to_dict())}\n\n{config_text()}"
+        data = {"plan": str(chosen), "cost": seen.after.to_dict(), "outlook": seen.to_dict(), "config": config_text()}
+        emit(data, text, as_json=json_)
         return
     if stream:
         with progress_bars(quiet) as progress:

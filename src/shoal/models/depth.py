@@ -151,6 +151,25 @@ def depth_of(config: PreTrainedConfig) -> int | None:
     return depth if isinstance(depth, int) else None
 
 
+def layer_facts(config: PreTrainedConfig, depth: int) -> list[dict[str, Any]]:
+    """What the fields of `config` say of each of its `depth` layers, {field or fields: value}: all that
+    `permuted_config` carries over from a layer to its new place."""
+    old = config.to_dict()
+    columns: dict[str, list[Any]] = {name: [i in old[name] for i in range(depth)] for name in _lists(old, INDEX_LISTS)}
+    columns |= {name: old[name] for name in _lists(old, PER_LAYER) if len(old[name]) == depth}
+    for rule in RULES:
+        if all(old.get(name) is not None for name in rule.fields):
+            columns[" ".join(rule.fields)] = rule.property({name: old[name] for name in rule.fields}, depth)
+    by_layer = old.get("per_layer_config")
+    if isinstance(by_layer, dict):
+        columns["per_layer_config"] = [by_layer.get(i, by_layer.get(str(i))) for i in range(depth)]
+    return [{name: column[i] for name, column in columns.items() if i < len(column)} for i in range(depth)]
+
+
+def _lists(fields: Fields, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if isinstance(fields.get(name), list)]
+
+
 def permuted_config(
     config: PreTrainedConfig, slots: tuple[int, ...]
 ) -> tuple[PreTrainedConfig, dict[str, tuple[Any, Any]]]:

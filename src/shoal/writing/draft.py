@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
-from shoal.errors import ModelError, WriteError
+from shoal.errors import WriteError
 from shoal.models.inspect import inspect
-from shoal.models.load import load_config, local_folder, meta_model
+from shoal.models.load import load_config, local_folder, meta_model, structure
 from shoal.models.names import Name, attributed
 from shoal.models.probe import probe
 from shoal.models.shards import Stored, stored_tensors
@@ -37,7 +36,7 @@ class Draft:
     items: tuple[Item, ...]
     """Tensors in the order in which they are written."""
     note: dict[str, Any]
-    """For the written config: where its layers come from."""
+    """For the written config: where its layers come from; empty when nobody knows."""
 
     @property
     def bytes(self) -> int:
@@ -61,7 +60,7 @@ def draw(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Draft:
     config = load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise WriteError(f"{source} is quantised; give the folder of the model before it was", code="W212")
-    model = _empty(config, source)
+    model = structure(config, source)
     stack = find_stack(model)
     names = attributed(model, stack, _shapes(stored))
     spec = inspect(model)
@@ -80,16 +79,6 @@ def draw(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Draft:
             code="W217",
         )
     return Draft(folder, plan, replace(plans, plan=plan), spec, items, note)
-
-
-def _empty(config: PreTrainedConfig, source: str | Path) -> PreTrainedModel:
-    try:
-        return meta_model(config)
-    except (ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0][:200]
-        raise ModelError(
-            f"no causal language model can be made of the config of {source}: {why}", code="M307"
-        ) from None
 
 
 def _shapes(stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
 from shoal.models.checkpoint import read_json
 from shoal.models.inspect import inspect
-from shoal.models.load import Loaded, default_device, load, load_config, meta_model
+from shoal.models.load import Loaded, default_device, inspect_source, load, load_config, meta_model
 from shoal.plan import Plan, load_plan
 from shoal.record import environment
 from shoal.writing import proof_child
@@ -89,6 +89,8 @@ def verify(
 def _verified(folder: Path, base: Loaded | None, device: str | None, options: dict[str, Any]) -> Proof:
     plan = load_plan(folder)
     config = load_config(folder)
+    with quiet():
+        inspect_source(folder)  # a folder that is broken says so here, not from inside a fresh process
     why = "the plan names no source for its base"
     if base is None and plan.base.source is not None:
         try:

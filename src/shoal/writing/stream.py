@@ -81,11 +81,33 @@ def stream(
     a tensor that cannot be attributed, W218 one of another size, W219 too little memory for `forward`, W220-W225 as in
     `write`; later W216, W223, W226, W227, W230 and W231. Nothing that was not there before is left then.
     """
-    limit = parse_size(shard_size)
+    parse_size(shard_size)  # before anything is read
     with quiet():
         draft = draw(source, plan, zero_parts=zero_parts)
+    return write_draft(
+        draft, str(source), output, overwrite=overwrite, shard_size=shard_size, forward=forward, records=records,
+        card=card, command=command, config=config, progress=progress,
+    )  # fmt: skip
+
+
+def write_draft(
+    draft: Draft,
+    source: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    shard_size: str = "5GB",
+    forward: bool = False,
+    records: Iterable[Mapping[str, Any]] = (),
+    card: Sequence[Mapping[str, Any]] = (),
+    command: str | None = None,
+    config: str | None = None,
+    progress: Progress | None = None,
+) -> Streamed:
+    """Write, prove and publish what `draft` says; `source` is the base's name. Options and errors as in `stream`."""
+    limit = parse_size(shard_size)
     final = final_path(output)
-    require_apart(final, [draft.folder, Path(str(source)).expanduser()])
+    require_apart(final, [draft.folder, Path(source).expanduser()])
     refuse_output(final, overwrite=overwrite)
     require_space(final, draft.bytes)
     if forward:
@@ -104,10 +126,10 @@ def stream(
         write_text(place / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
         text = model_card(
             draft.plan,
-            origin(str(source), draft.folder),
+            origin(source, draft.folder),
             title=final.name,
-            base_layers=draft.note["base_layers"],
-            chain=draft.note["chain"],
+            base_layers=draft.note.get("base_layers", draft.plans.slots),
+            chain=draft.note.get("chain", ()),
             rows=card or _rows(draft),
             changed=draft.plans.changed,
             command=command,
@@ -157,7 +179,8 @@ def _configs(place: Path, draft: Draft) -> None:
     """Config, generation config, tokenizer, side files and plan."""
     (place / "shoal").mkdir()
     made = draft.plans.config
-    made.shoal = draft.note
+    if draft.note:
+        made.shoal = draft.note
     with quiet(), savable():
         made.save_pretrained(place)
         with suppress(OSError):  # a model without one gets none, as when it is loaded
