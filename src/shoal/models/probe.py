@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from shoal.errors import ModelError
+from shoal.models.inputs import sample_inputs
+from shoal.models.kinds import is_causal
 from shoal.models.parts import INDEX_NAMES, Parts, find_parts, without
 from shoal.models.stacks import Stack, unwrap
 
@@ -31,6 +33,8 @@ class LayerFacts:
     window: int | None = None
     state: int = 0
     parts: Parts | None = None
+    carried: dict[int, str | int] = field(default_factory=dict)
+    """For each value returned besides the hidden state that the next layer is given: the keyword or position there."""
     returns: dict[str, int] = field(default_factory=dict)
     """For each child of `parts`: values returned besides its tensor, -1 for a bare tensor."""
 
@@ -61,28 +65,30 @@ def probe(model: nn.Module, stack: Stack) -> Probe:
 
 def _run(model: nn.Module, stack: Stack) -> Probe:
     layers = [stack.layer(i) for i in range(stack.depth)]
-    watcher = _Watcher(layers)
+    watcher = _Watcher(layers, by_name=stack.name != "decoder")
     inner = unwrap(model)
     training = [module for module in inner.modules() if module.training]
     inner.eval()
     place = _place(inner)
     try:
         with torch.no_grad(), watcher:
-            out = inner(**_one_token(inner, place), use_cache=True)
+            out = inner(**_arguments(inner, stack, place))
             if watcher.order != list(range(len(layers))):
                 raise ModelError(
                     f"{type(inner).__name__} calls its layers in the order {watcher.order[:12]}; "
                     "a plan needs each once and in order",
                     code="M305",
                 )
-            _read_cache(_cache_of(out), watcher.facts)
+            if stack.name == "decoder":
+                _read_cache(_cache_of(out), watcher.facts)
             note = _prove_parts(layers, watcher)
             forward = True
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         if place.type != "meta":
             raise ModelError(f"{type(inner).__name__} cannot be probed: {error}", code="M305") from error
         watcher.facts = [
-            LayerFacts(_own_row(layer, i), -1, None, parts=find_parts(layer)) for i, layer in enumerate(layers)
+            LayerFacts(_own_row(layer, i), -1, None, parts=find_parts(layer, watcher.by_name))
+            for i, layer in enumerate(layers)
         ]
         note, forward = None, False
     finally:
@@ -93,12 +99,25 @@ def _run(model: nn.Module, stack: Stack) -> Probe:
 
 def _place(model: PreTrainedModel) -> torch.device:
     """Where the forward runs: accelerate keeps offloaded weights on meta, and its hooks know where they are used."""
-    weight = model.get_input_embeddings().weight
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # two towers have no embeddings in common
+        weight = None
+    if not isinstance(weight, torch.Tensor):
+        weight = next(model.parameters())
     if not weight.is_meta:
         return weight.device
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
     found = [getattr(one, "execution_device", None) for hook in hooks for one in getattr(hook, "hooks", (hook,))]
     return torch.device(next((device for device in found if device is not None), "meta"))
+
+
+def _arguments(model: PreTrainedModel, stack: Stack, place: torch.device) -> dict[str, Any]:
+    """What the model is called with: one token, or what it reads instead."""
+    if is_causal(model):
+        return {**_one_token(model, place), "use_cache": True}
+    inputs: dict[str, Any] = {**sample_inputs(model, place)}
+    return inputs | ({"use_cache": True} if stack.name == "decoder" else {})
 
 
 def _one_token(model: PreTrainedModel, place: torch.device) -> dict[str, torch.Tensor]:
@@ -113,18 +132,19 @@ def _one_token(model: PreTrainedModel, place: torch.device) -> dict[str, torch.T
 class _Watcher:
     """Hooks on every layer and on the children of its parts for one forward."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[nn.Module], by_name: bool) -> None:
+        self.layers, self.by_name = layers, by_name
         self.order: list[int] = []
         self.facts: list[LayerFacts] = []
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._returns: dict[int, dict[str, int]] = {i: {} for i in range(len(layers))}
+        self._before: tuple[Any, ...] = ()
 
     def __enter__(self) -> _Watcher:
         self._handles = []
         for index, layer in enumerate(self.layers):
             self._handles.append(layer.register_forward_hook(self._on_layer(index), with_kwargs=True))
-            parts = find_parts(layer)
+            parts = find_parts(layer, self.by_name)
             for name in (*parts.attention, *parts.mlp) if parts else ():
                 child = layer.get_submodule(name)
                 self._handles.append(child.register_forward_hook(self._on_child(index, name)))
@@ -140,6 +160,11 @@ class _Watcher:
             if index != len(self.facts):
                 return
             given: list[tuple[str | int, Any]] = [*kwargs.items(), *enumerate(args)]
+            if self.facts:
+                self.facts[-1].carried = {
+                    n: at for n, v in enumerate(self._before) for at, value in given if v is not None and value is v
+                }
+            self._before = tuple(out[1:]) if isinstance(out, tuple | list) else ()
             caches = [at for at, value in given if isinstance(value, Cache)]
             tail = len(out) - 1 if isinstance(out, tuple | list) else -1
             self.facts.append(
@@ -147,7 +172,7 @@ class _Watcher:
                     _own_row(layer, index),
                     tail,
                     next(iter(caches), None),
-                    parts=find_parts(layer),
+                    parts=find_parts(layer, self.by_name),
                     returns=self._returns[index],
                 )
             )
