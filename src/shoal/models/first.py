@@ -21,6 +21,11 @@ class FirstOnly:
     attr: str
 
     @property
+    def module(self) -> nn.Module:
+        """The child itself."""
+        return self.layer.get_submodule(f"{self.owner}.{self.attr}")
+
+    @property
     def prefix(self) -> str:
         """What the names of its tensors begin with, inside a layer."""
         return f"{self.owner}.{self.attr}."

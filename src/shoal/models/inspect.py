@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from shoal.models.families import Family, family_of
+from shoal.models.first import first_only
 from shoal.models.probe import LayerFacts, probe
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
@@ -27,7 +28,7 @@ def inspect(model: nn.Module) -> Spec:
         probe(inner, stack)  # before weights are counted: a forward makes new placeholders for those that are offloaded
     users = _storage_users(stacks)
     built = [_stack_spec(inner, stack, users) for stack in stacks]
-    inside = {name for stack in stacks for layer in stack.layers._modules.values() for name in _storages(layer)}
+    inside = {name for stack in stacks for i in range(stack.depth) for name in _own_storages(stack, i)}
     everything = _storages(inner)
     head = inner.get_output_embeddings()
     text = config.get_text_config(decoder=True)
@@ -52,6 +53,13 @@ def _storages(module: nn.Module | None) -> dict[object, int]:
     }
 
 
+def _own_storages(stack: Stack, index: int) -> dict[object, int]:
+    """Of one layer, without what only the first layer owns: that stays when the layer goes."""
+    first = first_only(stack) if index == 0 else None
+    lent = _storages(first.module) if first is not None else {}
+    return {key: count for key, count in _storages(stack.layer(index)).items() if key not in lent}
+
+
 def _key(parameter: nn.Parameter) -> object:
     return id(parameter) if parameter.is_meta else (parameter.data_ptr(), parameter.numel(), str(parameter.device))
 
@@ -69,7 +77,7 @@ def _stack_spec(model: nn.Module, stack: Stack, users: Counter[object]) -> tuple
     layers: list[LayerSpec] = []
     for index, fact in enumerate(seen.layers):
         layer = stack.layer(index)
-        storages = _storages(layer)
+        storages = _own_storages(stack, index)
         kv = _kv(fact, stack.config, index in sharing, seen.forward) if stack.name == "decoder" else KVSpec("none")
         active = _active_share(stack.config)
         layers.append(

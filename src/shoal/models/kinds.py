@@ -12,11 +12,11 @@ from shoal.errors import ModelError
 
 CAUSAL = "AutoModelForCausalLM"
 AUTO = (
-    CAUSAL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForMaskedLM",
+    CAUSAL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModel", "AutoModelForMaskedLM",
     "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
     "AutoModelForMultipleChoice", "AutoModelForNextSentencePrediction", "AutoModelForImageClassification",
     "AutoModelForMaskedImageModeling", "AutoModelForZeroShotImageClassification", "AutoModelForAudioClassification",
-    "AutoModelForCTC", "AutoModelForTextEncoding", "AutoBackbone", "AutoModel", "AutoModelForPreTraining",
+    "AutoModelForCTC", "AutoModelForTextEncoding", "AutoBackbone", "AutoModelForPreTraining",
 )  # fmt: skip
 """The Auto classes that are looked through, in this order: a class that several name belongs to the first."""
 
