@@ -105,5 +105,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
+def read_json_list(file: Path) -> list[Any]:
+    """A JSON list from a file; empty when there is none. Raises M302 for anything else."""
+    if not file.is_file():
+        return []
+    try:
+        data = json.loads(file.read_bytes()) if file.stat().st_size <= _MAX_JSON else None
+    except (ValueError, RecursionError, OSError):
+        data = None
+    if not isinstance(data, list):
+        raise ModelError(f"{file} is not a JSON list; copy it again", code="M302")
+    return data
+
+
 def _ranges(numbers: set[int]) -> str:
     return f"layers {min(numbers)} to {max(numbers)}, {len(numbers)} of them"

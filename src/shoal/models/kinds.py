@@ -71,6 +71,17 @@ def require_causal(model: nn.Module, what: str) -> None:
         )
 
 
+def require_text(model: nn.Module, what: str) -> None:
+    """Raise M323 when `what`, which reads text, is asked of a model that reads something else."""
+    name = getattr(model, "main_input_name", "input_ids")
+    if auto_of(model) is not None and name != "input_ids":
+        raise ModelError(
+            f"{what} reads text, and {type(model).__name__} reads {name}, of which there is no data; name the layers "
+            "(--plan) or remove them by their position (--method position)",
+            code="M323",
+        )
+
+
 def _classes(name: str, kind: type[PreTrainedConfig]) -> tuple[type, ...]:
     """The classes that an Auto class has for a config class."""
     found = auto_class(name)._model_mapping.get(kind, ())

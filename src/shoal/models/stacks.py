@@ -29,9 +29,9 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     """The stacks of a model. Causal language models have one, called decoder; others see `named_stacks`. Raises M302
     when none can be found.
 
-    Rule for causal models: inside `get_decoder()`, the only `nn.ModuleList` of as many `GradientCheckpointingLayer`s as the text config
-    has layers (right for 160 of 171 causal families of transformers 5.23, never two hits); then the same without asking
-    for the class; then the same in the whole model. A family file may name the path instead.
+    Rule for causal models: inside `get_decoder()`, the only `nn.ModuleList` of as many `GradientCheckpointingLayer`s as
+    the text config has layers (right for 160 of 171 causal families of transformers 5.23, never two hits); then the
+    same without asking for the class; then the same in the whole model. A family file may name the path instead.
     """
     inner = unwrap(model)
     if not is_causal(inner):

@@ -1,4 +1,4 @@
-"""The numbered outputs of configs that a backbone can use (`out_indices`, `out_features`): renamed for another depth."""
+"""The numbered outputs in configs that a backbone can use (`out_indices`, `out_features`), for another depth."""
 
 from __future__ import annotations
 

@@ -2,4 +2,6 @@
 
 from shoal.models.families import Family
 
-FAMILY = Family(types=("deberta-v2",), pinned="a convolution over its input is added behind it", pinned_if="conv_kernel_size")
+FAMILY = Family(
+    types=("deberta-v2",), pinned="a convolution over its input is added behind it", pinned_if="conv_kernel_size"
+)
