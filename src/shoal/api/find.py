@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
 from shoal.api.journal import journaled
@@ -145,7 +145,7 @@ def prune(
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
         task = Task(
             model=loaded.model,
-            data=text,
+            data=cast(Data, text),  # None only for a method that says that it reads none
             plan=identity,
             spec=spec,
             legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),

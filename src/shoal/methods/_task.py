@@ -19,8 +19,8 @@ class Task:
     """A model and what a method may do with it."""
 
     model: Any
-    data: Data | None
-    """Calibration sequences; None for a method that says `READS_DATA = False`."""
+    data: Data
+    """Calibration sequences; nothing at all for a method that says `READS_DATA = False`."""
     plan: Plan
     """Where the search starts, usually the identity."""
     spec: Spec

@@ -1,4 +1,4 @@
-"""Which Auto class a model belongs to, and whether it is a causal language model; read from transformers' own tables."""
+"""Which Auto class a model belongs to, and whether it is a causal language model: from transformers' own tables."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _from_pretrained(place: Path | str, source: str, **options: Any) -> tuple[Pr
     try:
         known = ("trust_remote_code", "revision")
         config = AutoConfig.from_pretrained(place, **{name: options[name] for name in known if name in options})
-        return auto_class(auto_for(config)).from_pretrained(place, output_loading_info=True, **options)  # type: ignore[no-any-return]
+        return auto_class(auto_for(config)).from_pretrained(place, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable(source, error) from None
     except Exception as error:  # safetensors raises a class of its own

@@ -72,7 +72,7 @@ def _backbone(model: PreTrainedModel, stack: Stack) -> Any:
     around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and stack.owner in m.modules()]
     if "input_ids" not in inspect.signature(around[-1].forward).parameters:
         raise ModelError(
-            f"the stack {stack.name!r} of {type(model).__name__} reads no text, and there is other data for no measure; "
+            f"the stack {stack.name!r} of {type(model).__name__} reads no text, and measures have no other data; "
             "remove layers by their position (--method position)",
             code="M323",
         )

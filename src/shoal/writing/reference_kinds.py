@@ -42,7 +42,8 @@ def kind_reference(
     sets = input_sets(inner, tokenizer)
     auto = str(auto_of(inner))
     tokens = min(greedy[1], _positions(inner)) if auto == GENERATES and _starts(inner) else 0
-    tensors, chosen, largest = {}, [], 0.0
+    tensors: dict[str, torch.Tensor] = {}
+    chosen, largest = [], 0.0
     with torch.no_grad(), quiet(), evaluating(inner), running(inner, plan):
         for name, inputs in sorted(sets.items()):  # the order in which the fresh process goes through them
             returned = measure.outputs(inner, inputs)
