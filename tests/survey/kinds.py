@@ -1,7 +1,7 @@
 """The survey of encoders, encoder-decoders and vision models; writes the second part of its page.
 
-`python -m tests.survey.kinds` surveys all of `TYPES` and writes its section of `docs/supported-models.md`; with names of
-types it prints their rows and writes nothing. Each plan is laid on each stack of a model alone, and on all at once.
+`python -m tests.survey.kinds` surveys all of `TYPES` and writes its section of `docs/supported-models.md`; with names
+of types it prints their rows and writes nothing. Each plan is laid on each stack of a model alone, and on all at once.
 """
 
 from __future__ import annotations

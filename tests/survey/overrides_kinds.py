@@ -25,8 +25,8 @@ TYPES: dict[str, str] = {
         SEQ2SEQ,
     ),
     "whisper": SPEECH,
-    **dict.fromkeys(("beit", "deit", "dinov2", "dinov2_with_registers", "swin", "vit", "vit_msn"), IMAGES),
-    **dict.fromkeys(("clip", "clip_vision_model", "dinov3_vit", "ijepa", "siglip", "siglip_vision_model"), BASE),
+    **dict.fromkeys(("beit", "dinov2", "dinov2_with_registers", "swin", "vit", "vit_msn"), IMAGES),
+    **dict.fromkeys(("clip", "clip_vision_model", "deit", "dinov3_vit", "ijepa", "siglip", "siglip_vision_model"), BASE),
 }  # fmt: skip
 """By model type."""
 
