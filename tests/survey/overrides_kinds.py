@@ -26,7 +26,10 @@ TYPES: dict[str, str] = {
     ),
     "whisper": SPEECH,
     **dict.fromkeys(("beit", "dinov2", "dinov2_with_registers", "swin", "vit", "vit_msn"), IMAGES),
-    **dict.fromkeys(("clip", "clip_vision_model", "deit", "dinov3_vit", "ijepa", "siglip", "siglip_vision_model"), BASE),
+    **dict.fromkeys(
+        ("clip", "clip_vision_model", "deit", "dinov3_vit", "ijepa", "siglip", "siglip_vision_model"),
+        BASE,
+    ),
 }  # fmt: skip
 """By model type."""
 

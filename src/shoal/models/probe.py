@@ -86,10 +86,8 @@ def _run(model: nn.Module, stack: Stack) -> Probe:
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         if place.type != "meta":
             raise ModelError(f"{type(inner).__name__} cannot be probed: {error}", code="M305") from error
-        watcher.facts = [
-            LayerFacts(_own_row(layer, i), -1, None, parts=find_parts(layer, watcher.by_name))
-            for i, layer in enumerate(layers)
-        ]
+        known = [None if watcher.by_name else find_parts(layer) for layer in layers]
+        watcher.facts = [LayerFacts(_own_row(layer, i), -1, None, parts=known[i]) for i, layer in enumerate(layers)]
         note, forward = None, False
     finally:
         for module in training:  # one by one: users train some modules and keep others in eval mode
@@ -226,6 +224,10 @@ def _prove_parts(layers: list[nn.Module], watcher: _Watcher) -> str | None:
     note = None
     for index, (layer, fact, call) in enumerate(zip(layers, watcher.facts, watcher.calls, strict=True)):
         if fact.parts is None:
+            continue
+        if watcher.by_name and any(p.is_meta for p in layer.parameters()):
+            fact.parts = None  # many encoders norm the sum, which only values show
+            note = note or "without weights nothing proves that a layer only adds its attention and its mlp"
             continue
         args = tuple(None if isinstance(a, Cache) else a for a in call[0])
         kwargs = {k: None if isinstance(v, Cache) else v for k, v in call[1].items()}
