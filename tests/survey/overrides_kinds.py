@@ -33,11 +33,11 @@ TYPES: dict[str, str] = {
 }  # fmt: skip
 """By model type."""
 
-TOWERS: dict[str, Any] = {"vision_config": {"num_hidden_layers": 6}}
+DEEP_VISION: dict[str, Any] = {"vision_config": {"num_hidden_layers": 6}}
 
 KIND_OVERRIDES: dict[str, dict[str, Any]] = {
-    "clip": TOWERS,
-    "siglip": TOWERS,
+    "clip": DEEP_VISION,
+    "siglip": DEEP_VISION,
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 4},
     "t5": {"d_kv": 8},
     "mt5": {"d_kv": 8},

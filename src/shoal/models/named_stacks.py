@@ -1,7 +1,7 @@
 """The stacks of models that are no causal decoder: encoder, encoder and decoder, vision, text and vision.
 
-Where a stack's depth is written is data: for an encoder and a decoder under one config a pair of fields; for towers
-with configs of their own (`text_config`, `vision_config`, ...) the name of the tower is that of its config.
+Where a stack's depth is written is data: for an encoder and a decoder under one config a pair of fields; a stack with a
+config of its own (`text_config`, `vision_config`, ...) has the name of that config.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PAIRS = (
     ("num_layers", "num_decoder_layers"),
 )
 """(encoder's depth, decoder's depth) in configs that describe both."""
-TOWERS = {"pixel_values": "vision", "input_values": "audio", "input_features": "audio"}
-"""The stack of a model with one tower, by what it reads; anything else is an encoder of text."""
+READ_BY = {"pixel_values": "vision", "input_values": "audio", "input_features": "audio"}
+"""The name of a model's only stack, by what the model reads; anything else is an encoder of text."""
 
 
 def named_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """The stacks of `model`, an encoder before its decoder, others in the order of their configs.
 
-    Raises `ModelError` M302 when none can be found, M303 for a family that is refused, M324 for a backbone, whose
+    Raises `ModelError` M302 when none can be found, M303 for a family that is refused, M324 for a class whose
     outputs are numbered by depth.
     """
     config = model.config
@@ -38,7 +38,7 @@ def named_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     if config.is_encoder_decoder:
         stacks = tuple(_pair(model))
     else:
-        stacks = tuple(_towers(model)) or tuple(_single(model))
+        stacks = tuple(_with_configs(model)) or tuple(_single(model))
     for stack in stacks:
         _refuse(model, stack.config)
     if not stacks:
@@ -81,7 +81,7 @@ def _all_names(config: PreTrainedConfig, pair: tuple[str, str], place: int) -> t
     return (pair[place], "num_hidden_layers") if alone else (pair[place],)
 
 
-def _towers(model: PreTrainedModel) -> Iterator[Stack]:
+def _with_configs(model: PreTrainedModel) -> Iterator[Stack]:
     """A stack for every part of the model with a config of its own."""
     for name in model.config.sub_configs:
         config = getattr(model.config, name, None)
@@ -95,7 +95,7 @@ def _towers(model: PreTrainedModel) -> Iterator[Stack]:
 
 
 def _single(model: PreTrainedModel) -> Iterator[Stack]:
-    name = TOWERS.get(model.main_input_name, "encoder")
+    name = READ_BY.get(model.main_input_name, "encoder")
     pair = next((p for p in PAIRS if all(isinstance(getattr(model.config, f, None), int) for f in p)), None)
     # the encoder alone of a config that was made for a decoder too
     fields = _all_names(model.config, pair, 0) if pair is not None else ()

@@ -99,7 +99,7 @@ def _place(model: PreTrainedModel) -> torch.device:
     """Where the forward runs: accelerate keeps offloaded weights on meta, and its hooks know where they are used."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:  # two towers have no embeddings in common
+    except NotImplementedError:  # text and vision have no embeddings in common
         weight = None
     if not isinstance(weight, torch.Tensor):
         weight = next(model.parameters())

@@ -1,4 +1,4 @@
-"""The numbered outputs in configs that a backbone can use (`out_indices`, `out_features`), for another depth."""
+"""The numbered outputs that some vision configs name (`out_indices`, `out_features`), for another depth."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def observe(
     """
     inner = unwrap(model)
     found = find_stack(inner, stack)
-    backbone = _backbone(inner, found)
+    backbone = _around(inner, found)
     training = [module for module in inner.modules() if module.training]
     size: list[int] = []
     handles = []
@@ -64,9 +64,9 @@ def observe(
             module.training = True
 
 
-def _backbone(model: PreTrainedModel, stack: Stack) -> Any:
+def _around(model: PreTrainedModel, stack: Stack) -> Any:
     """The part of the model that runs the stack. Without the head, the dearest matrix of a small model, which no layer
-    needs; without the decoder or the other tower."""
+    needs; without the decoder or the other stack."""
     if stack.name == "decoder":
         return model.base_model
     around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and stack.owner in m.modules()]
