@@ -39,6 +39,7 @@ KIND_OVERRIDES: dict[str, dict[str, Any]] = {
     "clip": DEEP_VISION,
     "siglip": DEEP_VISION,
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_heads": 4},
+    "swin": {"num_heads": [2, 4], "depths": [2, 4], "window_size": 7, "embed_dim": 16, "patch_size": 2},
     "t5": {"d_kv": 8},
     "mt5": {"d_kv": 8},
     "umt5": {"d_kv": 8},

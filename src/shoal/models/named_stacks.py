@@ -30,7 +30,7 @@ def named_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """The stacks of `model`, an encoder before its decoder, others in the order of their configs.
 
     Raises `ModelError` M302 when none can be found, M303 for a family that is refused, M324 for a class whose
-    outputs are numbered by depth.
+    outputs are numbered by depth, M325 for layers in stages.
     """
     config = model.config
     _refuse(model, config)
@@ -54,6 +54,13 @@ def _refuse(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     refused = family_of(config).refused
     if refused is not None:
         raise ModelError(f"{config.model_type} models cannot be planned: {refused}", code="M303")
+    stages = getattr(config, "depths", None)
+    if isinstance(stages, list | tuple):
+        raise ModelError(
+            f"the layers of {config.model_type} are in stages ({', '.join(map(str, stages))}) of different widths, and "
+            "a plan is for one list; lower a number of depths in its config.json instead",
+            code="M325",
+        )
     if hasattr(model, "forward_with_filtered_kwargs"):  # what every backbone has, and nothing else
         raise ModelError(
             f"{type(model).__name__} numbers its outputs by depth, so a shallower one would hand on other features "

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_outputs import BaseModelOutput
 
 CACHES = ("past_key_values", "cache_params")
 
@@ -205,11 +206,12 @@ def decoded(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, 
     half, pieces = (ids.shape[1] + 1) // 2, []
     out = model(**given, decoder_input_ids=ids[:, :half], use_cache=True)
     mask = {name: value for name, value in given.items() if name == "attention_mask"}
+    read = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
     for step in range(half, ids.shape[1] + 1):
         pieces.append(next(iter(out.values())))
         if step < ids.shape[1]:
             out = model(
-                encoder_outputs=(out.encoder_last_hidden_state,),
+                encoder_outputs=read,
                 **mask,
                 decoder_input_ids=ids[:, step : step + 1],
                 past_key_values=out.past_key_values,
