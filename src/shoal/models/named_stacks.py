@@ -84,7 +84,9 @@ def _pair(model: PreTrainedModel) -> Iterator[Stack]:
 
 def _all_names(config: PreTrainedConfig, pair: tuple[str, str], place: int) -> tuple[str, ...]:
     """The field, and `num_hidden_layers` where it is a field of its own, which means the encoder's depth."""
-    alone = place == 0 and "num_hidden_layers" not in config.attribute_map and hasattr(config, "num_hidden_layers")
+    counted = isinstance(getattr(type(config), "num_hidden_layers", None), property)  # ProphetNet adds up the two
+    alone = not counted and place == 0 and "num_hidden_layers" not in config.attribute_map
+    alone = alone and hasattr(config, "num_hidden_layers")
     return (pair[place], "num_hidden_layers") if alone else (pair[place],)
 
 
