@@ -14,7 +14,7 @@ from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.methods._task import Task
 from shoal.models.inspect import inspect
-from shoal.models.kinds import require_causal, require_text
+from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
@@ -140,7 +140,7 @@ def prune(
             blueprint(loaded.model, plan, zero_parts=zero_parts)
     else:
         count = layers_to_drop(spec, stack, drop, keep)
-        if entry.reads_data:
+        if entry.reads_data or is_causal(loaded.model):  # the records of causal models name the data in any case
             require_text(loaded.model, f"the method {method}")
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
         task = Task(
