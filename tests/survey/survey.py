@@ -274,9 +274,9 @@ def main(names: list[str]) -> int:
             sys.stderr.write(f"    {code}: {why}\n")
     seconds = time.perf_counter() - started
     if not names:
-        from .page import PAGE, page
+        from .page import PAGE, kept_kinds, page
 
-        PAGE.write_text(page(rows, seconds), encoding="utf-8")
+        PAGE.write_text(page(rows, seconds) + kept_kinds(), encoding="utf-8")
     sys.stderr.write(f"{len(rows)} types in {seconds:.0f} s\n")
     return any(row.wrong for row in rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
 from shoal.api.journal import journaled
@@ -14,6 +14,7 @@ from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.methods._task import Task
 from shoal.models.inspect import inspect
+from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
@@ -80,6 +81,7 @@ def measure(
     entry = get("measures", name)
     own = entry.accept(settings or {})
     loaded = opened(source, **options)
+    require_text(loaded.model, f"the measure {name}")
     text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos, seed=seed)
     scores: Scores = entry.load()(loaded.model, text, stack=stack, batch=batch, progress=progress, **own)
     return scores
@@ -126,6 +128,8 @@ def prune(
     identity = Plan.identity(spec, source=loaded.source)
     text = None
     # before the search, which may take hours: what will be needed after it
+    if assess:
+        require_causal(loaded.model, "the evaluation after pruning")
     test = text_of(loaded, test_data, split="test", length=length, limit=min(limit, 8), bos=bos) if assess else None
     if writable:
         _require_writable(loaded, identity)
@@ -136,10 +140,12 @@ def prune(
             blueprint(loaded.model, plan, zero_parts=zero_parts)
     else:
         count = layers_to_drop(spec, stack, drop, keep)
-        text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
+        if entry.reads_data or is_causal(loaded.model):  # the records of causal models name the data in any case
+            require_text(loaded.model, f"the method {method}")
+            text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
         task = Task(
             model=loaded.model,
-            data=text,
+            data=cast(Data, text),  # None only for a method that says that it reads none
             plan=identity,
             spec=spec,
             legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),

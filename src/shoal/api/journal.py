@@ -11,6 +11,7 @@ from typing import Any
 from shoal.data import Data
 from shoal.errors import DataError
 from shoal.evaluation import sequence_nll
+from shoal.models.kinds import require_causal
 from shoal.plan import Plan
 from shoal.record import plain
 from shoal.run.live import running
@@ -34,6 +35,7 @@ def journaled(model: Any, identity: Plan, *, path: Path | None = None, batch: in
     """
 
     def on(data: Data) -> Objective:
+        require_causal(model, "a search by cross-entropy")
         known = _open(path, model, identity, data, batch) if path is not None else {}
 
         def objective(plan: Plan) -> float:

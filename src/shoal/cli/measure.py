@@ -21,6 +21,7 @@ from shoal.cli._shared import (
     Quiet,
     Seed,
     Settings,
+    StackName,
     Stride,
     Trust,
     config_text,
@@ -44,6 +45,7 @@ def measure(
     batch: Batch = 1,
     seed: Seed = 0,
     settings: Settings = None,
+    stack: StackName = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -65,7 +67,7 @@ def measure(
     with progress_bars(quiet) as progress:
         scores = run(
             model, measure, data=data, length=length, limit=limit, stride=stride, bos=bos, batch=batch,
-            settings=options, progress=progress, **loading(device, dtype, trust_remote_code),
+            stack=stack, settings=options, progress=progress, **loading(device, dtype, trust_remote_code),
         )  # fmt: skip
     emit(scores.to_dict(), _text(scores), as_json=json_)
 

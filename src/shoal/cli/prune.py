@@ -23,6 +23,7 @@ from shoal.cli._shared import (
     Quiet,
     Seed,
     Settings,
+    StackName,
     Stride,
     Trust,
     config_text,
@@ -48,6 +49,7 @@ def prune(
     batch: Batch = 1,
     seed: Seed = 0,
     settings: Settings = None,
+    stack: StackName = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder to write; without it only the plan is printed.")
     ] = None,
@@ -58,8 +60,9 @@ def prune(
         bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")
     ] = False,
     assess: Annotated[
-        bool, typer.Option("--assess/--no-assess", help="Evaluate and time dense against pruned.")
-    ] = True,
+        bool | None,
+        typer.Option("--assess/--no-assess", help="Evaluate and time dense against pruned (default: causal models)."),
+    ] = None,
     test_data: Annotated[
         str, typer.Option("--test-data", help="Text for the evaluation (its test split).")
     ] = "builtin",
@@ -80,9 +83,10 @@ def prune(
     entry = get("methods", method)
     options = entry.parse(settings or [])
     if dry_run:
-        emit(*_dry(model, plan, drop, keep, trust_remote_code), as_json=json_)
+        emit(*_dry(model, plan, drop, keep, stack, trust_remote_code), as_json=json_)
         return
     from shoal.api.find import prune as run
+    from shoal.models.kinds import is_causal
     from shoal.writing.folder import refuse_output
 
     if output is not None:
@@ -102,11 +106,12 @@ def prune(
             bos=bos,
             batch=batch,
             seed=seed,
+            stack=stack,
             settings=options,
             writable=output is not None,
             zero_parts=zero_parts,
             journal=journal,
-            assess=assess,
+            assess=is_causal(loaded.model) if assess is None else assess,
             test_data=test_data,
             progress=progress,
         )
@@ -129,7 +134,9 @@ def prune(
     emit(result, _text(pruned, written), as_json=json_)
 
 
-def _dry(model: str, plan: str | None, drop: int | None, keep: float | None, trust: bool) -> tuple[dict[str, Any], str]:
+def _dry(
+    model: str, plan: str | None, drop: int | None, keep: float | None, stack: str | None, trust: bool
+) -> tuple[dict[str, Any], str]:
     from shoal.api.find import layers_to_drop
     from shoal.models.load import inspect_source
 
@@ -142,8 +149,8 @@ def _dry(model: str, plan: str | None, drop: int | None, keep: float | None, tru
         seen = outlook(model, spec, read_plan(plan, spec, model), trust_remote_code=trust).to_dict()
         what, more = plan_text(seen), {"outlook": seen}
     else:
-        count = layers_to_drop(spec, None, drop, keep)
-        what = f"would remove {count} of {spec.stack().depth} layers of {spec.family} ({spec.params:,} parameters)"
+        count = layers_to_drop(spec, stack, drop, keep)
+        what = f"would remove {count} of {spec.stack(stack).depth} layers of {spec.family} ({spec.params:,} parameters)"
     return {"would": what, "config": config_text(), **more}, f"{what}\n\nthe same as a --config file:\n{config_text()}"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from shoal.evaluation.scoring import sequence_nll
 from shoal.evaluation.stats import ratio
 from shoal.models.inspect import inspect
+from shoal.models.kinds import require_causal
 from shoal.plan import Plan, check, drop
 from shoal.run.live import running
 from shoal.run.observe import require_whole
@@ -36,6 +37,7 @@ def loss_removed(
     How we differ: nothing is rebuilt, the layer is left out of the running model; a layer whose removal is not legal
     gets NaN and a note. Cost: one full pass per layer. Raises U507 while a plan is running.
     """
+    require_causal(model, "loss when removed")
     require_whole(model, "loss when removed", stack)
     spec = inspect(model)
     plan = Plan.identity(spec)

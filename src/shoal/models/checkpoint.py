@@ -90,3 +90,16 @@ def read_json(file: Path) -> dict[str, Any]:
 def nameable(name: str) -> bool:
     """Can a file have this name? Where it cannot, looking for it raises errors of several kinds."""
     return len(name.encode(errors="replace")) < 256 and name.isprintable()
+
+
+def read_json_list(file: Path) -> list[Any]:
+    """A JSON list from a file; empty when there is none. Raises M302 for anything else."""
+    if not file.is_file():
+        return []
+    try:
+        data = json.loads(file.read_bytes()) if file.stat().st_size <= _MAX_JSON else None
+    except (ValueError, RecursionError, OSError):
+        data = None
+    if not isinstance(data, list):
+        raise ModelError(f"{file} is not a JSON list; copy it again", code="M302")
+    return data

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import ModelError
 from shoal.models import gguf
 from shoal.models.agree import require_agreement
 from shoal.models.depth import depth_of
 from shoal.models.inspect import inspect
+from shoal.models.kinds import auto_class, auto_for
 from shoal.models.shards import check_folder
 from shoal.plan import Spec
 
@@ -44,7 +45,7 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Loaded:
-    """Load a causal language model for evaluation.
+    """Load a model for evaluation, by the Auto class that its config names: a causal language model, an encoder, ...
 
     `source`: "smollm2", a folder with config.json and safetensors, a .gguf file, a hub id, or a live model (returned as
     it is). `device`: cpu, cuda, mps, ... (default: the accelerator torch finds, else the CPU). `dtype`: auto, float32,
@@ -137,13 +138,17 @@ def load_config(
 
 
 def meta_model(config: PreTrainedConfig, *, like: PreTrainedModel | None = None) -> PreTrainedModel:
-    """The model of a config on the meta device: structure without weights; of `like`'s class when given."""
+    """The model of a config on the meta device: structure without weights; of `like`'s class when given, otherwise of
+    the Auto class that the config names."""
     # the default grouped experts read values, which a meta tensor does not have; the batched ones do not
     kind: dict[str, Any] = {"attn_implementation": like.config._attn_implementation} if like is not None else {}
     with torch.device("meta"):
         if like is not None:
             return type(like)._from_config(config, **kind).eval()
-        return AutoModelForCausalLM.from_config(config, experts_implementation="batched_mm", **kind).eval()
+        made: PreTrainedModel = auto_class(auto_for(config)).from_config(
+            config, experts_implementation="batched_mm", **kind
+        )
+        return made.eval()
 
 
 def structure(config: PreTrainedConfig, source: str | Path) -> PreTrainedModel:
@@ -188,7 +193,9 @@ def _place(source: str) -> Path | str:
 
 def _from_pretrained(place: Path | str, source: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        return AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        known = ("trust_remote_code", "revision")
+        config = AutoConfig.from_pretrained(place, **{name: options[name] for name in known if name in options})
+        return auto_class(auto_for(config)).from_pretrained(place, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable(source, error) from None
     except Exception as error:  # safetensors raises a class of its own

@@ -9,6 +9,7 @@ runs as soon as it can. The hidden state always travels through the stock loop.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.func import functional_call
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from shoal.errors import PlanError
+from shoal.models.first import first_only
 from shoal.models.parts import without
 from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
@@ -91,6 +93,7 @@ class Conductor:
         # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
         self.through = [self.plain and [step for _, step in due] == [Run(i)] for i, due in enumerate(self.due)]
+        self.first = first_only(stack)
         self.now = Pass()
         prepare_views(DynamicCache, StaticCache, PassingCache)
 
@@ -168,14 +171,23 @@ class Conductor:
             kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
         if (run.layer in self.sources or run.kv.read is not None) and run.part != "mlp":
             args, kwargs = self._share_without_cache(run, layer, fact.cache_at, args, kwargs)
-        out = (
-            layer(*args, **kwargs) if run.part == "layer" and run.weights is None else self._special(run, args, kwargs)
-        )
+        with self._as_first(run.layer):
+            out = (
+                layer(*args, **kwargs)
+                if run.part == "layer" and run.weights is None
+                else self._special(run, args, kwargs)
+            )
         if isinstance(out, tuple | list):
             self.now.extra = tuple(out[1:])
             self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
             return out[0]
         return out
+
+    def _as_first(self, index: int) -> AbstractContextManager[None]:
+        """The layer that runs first makes what all others are handed, with what layer 0 owns for it."""
+        if self.first is None or index == 0 or self.now.extra is not None:
+            return nullcontext()
+        return self.first.lent_to(self.layer(index))
 
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
         keep = None

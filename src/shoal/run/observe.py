@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, UsageError
-from shoal.models.stacks import find_stack, unwrap
+from shoal.models.stacks import Stack, find_stack, unwrap
 from shoal.run.conductor import PlannedList
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -30,12 +31,12 @@ def observe(
 
     `before` is called with each batch before it runs. Works on the model as it is: under a running plan, layers that
     do not run are not seen, and one that runs twice is seen twice. Residual streams side by side (Gemma 3n) are seen as
-    one hidden state. Raises M316 for a state without a token axis.
+    one hidden state. The decoder beside an encoder reads the text that its encoder reads. Raises M316 for a state
+    without a token axis, M323 for a stack that reads no text.
     """
     inner = unwrap(model)
     found = find_stack(inner, stack)
-    # the head is the dearest matrix of a small model and no layer needs it
-    backbone = inner.base_model
+    backbone = _around(inner, found)
     training = [module for module in inner.modules() if module.training]
     size: list[int] = []
     handles = []
@@ -55,12 +56,27 @@ def observe(
         for ids, mask in batches:
             size[:] = ids.shape
             before(ids, mask)
-            backbone(**_inputs(backbone, ids, mask), use_cache=False)
+            backbone(**_inputs(backbone, ids, mask), **({"use_cache": False} if found.name == "decoder" else {}))
     finally:
         for handle in handles:
             handle.remove()
         for module in training:
             module.training = True
+
+
+def _around(model: PreTrainedModel, stack: Stack) -> Any:
+    """The part of the model that runs the stack. Without the head, the dearest matrix of a small model, which no layer
+    needs; without the decoder or the other stack."""
+    if stack.name == "decoder":
+        return model.base_model
+    around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and stack.owner in m.modules()]
+    if "input_ids" not in inspect.signature(around[-1].forward).parameters:
+        raise ModelError(
+            f"the stack {stack.name!r} of {type(model).__name__} reads no text, and measures have no other data; "
+            "remove layers by their position (--method position)",
+            code="M323",
+        )
+    return around[-1]
 
 
 def require_whole(model: nn.Module, what: str, stack: str | None = None) -> None:
@@ -74,6 +90,8 @@ def _inputs(backbone: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict
     if device.type == "meta":  # an offloaded model moves its inputs itself
         device = torch.device("cpu")
     inputs = {"input_ids": ids.to(device)}
+    if "decoder_input_ids" in inspect.signature(backbone.forward).parameters:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     if mask is not None:
         inputs["attention_mask"] = mask.to(device)
         if not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(backbone.forward).parameters:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
 from shoal.models.inspect import inspect
+from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded
-from shoal.models.stacks import find_stack
+from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_to_json, require
 from shoal.writing.card import model_card, origin
 from shoal.writing.lineage import config_note, record_lines
@@ -31,7 +32,7 @@ from shoal.writing.place import (
 )
 from shoal.writing.proof import FILE, Proof, prove, verify
 from shoal.writing.reference import quiet
-from shoal.writing.sides import copy_side_files
+from shoal.writing.sides import copy_modules, copy_side_files
 from shoal.writing.stage import publish, staged
 from shoal.writing.surgery import Blueprint, blueprint, require_writable, rewrite
 
@@ -110,7 +111,8 @@ def write(
             origin(loaded.source, loaded.folder),
             title=final.name,
             base_layers=note["base_layers"],
-            chain=note["chain"],
+            chain=note.get("chain", ()),
+            auto=auto_of(inner) or CAUSAL,
             rows=card or (),
             changed=plans.changed,
             command=command,
@@ -146,6 +148,7 @@ def _fill(draft: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], s
             loaded.tokenizer.save_pretrained(draft)
     if loaded.folder is not None:
         copy_side_files(loaded.folder, draft)
+        copy_modules(loaded.folder, draft)
     write_text(draft / "shoal" / "plan.json", plan_to_json(plans.plan))
     return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
 
@@ -179,9 +182,12 @@ def _sources(loaded: Loaded) -> list[Path]:
 
 def _bytes(model: PreTrainedModel, plans: Blueprint) -> int:
     """Of the tensors to be written: those outside the layers once, by storage, a layer as often as it runs."""
-    stack = find_stack(model)
-    layers = [sum(t.nbytes for t in stack.layer(i).state_dict().values()) for i in range(stack.depth)]
-    outside = {
-        (t.data_ptr(), t.nbytes): t.nbytes for n, t in model.state_dict().items() if not n.startswith(f"{stack.path}.")
-    }
-    return sum(outside.values()) + sum(layers[i] for i in plans.slots)
+    stacks = find_stacks(model)
+    inside = tuple(f"{stack.path}." for stack in stacks)
+    outside = {(t.data_ptr(), t.nbytes): t.nbytes for n, t in model.state_dict().items() if not n.startswith(inside)}
+    layers = [
+        sum(t.nbytes for t in stack.layer(i).state_dict().values())
+        for stack in stacks
+        for i in plans.of(stack.name).slots
+    ]
+    return sum(outside.values()) + sum(layers)

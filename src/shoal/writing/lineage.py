@@ -31,14 +31,49 @@ def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[
     itself pruned hands its own numbers on. plan: the same as depth notation, with a or m where a part is silent; a
     layer whose two parts are silent does nothing and is left out of it. chain: the prunings, in the numbers of the
     model that each was applied to. silent: those parts, [place, part]. base: the original base, {family, fingerprint,
-    layers, source}, without paths of this machine.
+    layers, source}, without paths of this machine. A model of several stacks has base_layers and silent by stack, and
+    all stacks in the plan.
     """
+    if plans.others:
+        return _several(config, plan, plans)
     known = lineage_of(config)
     text = format_steps(plan.steps())
     if known is not None:
         return known.then(plans.slots, plans.silent, text).to_note(__version__)
     made = Lineage(plans.slots, _base(plan), (text,), frozenset(plans.silent))
     return made.to_note(__version__)
+
+
+def _several(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[str, Any]:
+    known = getattr(config, KEY, None)
+    before = {name: _one(known, name, depth) for name, depth in plan.base.depths}
+    if not isinstance(known, dict) or any(part is None for part in before.values()):
+        known = {"base": _base(plan)}
+        before = {name: Lineage(tuple(range(depth)), known["base"]) for name, depth in plan.base.depths}
+    chain = known.get("chain", [])
+    after = {
+        name: part.then(plans.of(name).slots, plans.of(name).silent, format_steps(plan.steps(name)))
+        for name, part in before.items()
+        if part is not None
+    }
+    note = {
+        "base_layers": {name: list(part.layers) for name, part in after.items()},
+        "plan": "; ".join(f"{name}: {part.notation}" for name, part in after.items()),
+        "chain": [*(chain if isinstance(chain, list) else []), str(plan)],
+        "base": known["base"],
+        "version": __version__,
+    }
+    silent = {name: sorted([slot, which] for slot, which in part.silent) for name, part in after.items()}
+    return note | ({"silent": silent} if any(silent.values()) else {})
+
+
+def _one(note: Any, stack: str, depth: int) -> Lineage | None:
+    """What the note of a model of several stacks says of one of them."""
+    if not isinstance(note, dict) or not isinstance(note.get("base_layers"), dict):
+        return None
+    quiet = note.get("silent", {})
+    one = {"base_layers": note["base_layers"].get(stack), "base": note.get("base")}
+    return read_lineage(one | {"silent": quiet.get(stack, []) if isinstance(quiet, dict) else None}, depth)
 
 
 def original_layers(config: PreTrainedConfig) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
+from shoal.models.kinds import auto_for
 from shoal.models.load import load, load_tokenizer
 from shoal.plan import Plan, plan_to_json
 from shoal.record import environment
@@ -37,7 +38,7 @@ from shoal.writing.place import (
 )
 from shoal.writing.proof import FILE, Proof, prove
 from shoal.writing.reference import quiet
-from shoal.writing.sides import copy_side_files
+from shoal.writing.sides import copy_modules, copy_side_files
 from shoal.writing.stage import publish, staged, sync_path
 
 
@@ -130,6 +131,7 @@ def write_draft(
             title=final.name,
             base_layers=draft.note.get("base_layers", draft.plans.slots),
             chain=draft.note.get("chain", ()),
+            auto=auto_for(draft.plans.config),
             rows=card or _rows(draft),
             changed=draft.plans.changed,
             command=command,
@@ -189,6 +191,7 @@ def _configs(place: Path, draft: Draft) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
     copy_side_files(draft.folder, place)
+    copy_modules(draft.folder, place)
     write_text(place / "shoal" / "plan.json", plan_to_json(draft.plan))
 
 

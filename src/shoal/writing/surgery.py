@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
 from shoal.models.depth import permuted_config
 from shoal.models.families import family_of
+from shoal.models.first import first_only
+from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import meta_model
 from shoal.models.order import refuse_order
 from shoal.models.parts import INDEX_NAMES
 from shoal.models.probe import probe
-from shoal.models.stacks import Stack, find_stack, find_stacks, unwrap
+from shoal.models.stacks import Stack, find_stacks, unwrap
+from shoal.models.stages import renamed_stages
 from shoal.plan import Exit, Map, Parallel, Plan, Run, format_steps
+from shoal.plan.steps import Step
 from shoal.writing.assemble import assembled
+from shoal.writing.several import described, refuse_cache, with_depths
 
 Tensors = dict[str, torch.Tensor]
 
@@ -31,38 +37,58 @@ class Blueprint:
 
     plan: Plan
     slots: tuple[int, ...]
-    """Base layer of each slot."""
+    """Base layer of each slot, in the main stack: the decoder, or the first."""
     silent: tuple[tuple[int, str], ...]
     """(slot, part) whose tensors are zeroed so that it adds nothing."""
     config: PreTrainedConfig
     changed: dict[str, tuple[Any, Any]]
+    others: tuple[tuple[str, tuple[int, ...], tuple[tuple[int, str], ...]], ...] = ()
+    """(name, slots, silent) of every stack beside the main one."""
+
+    def of(self, stack: str) -> Blueprint:
+        """The same with the slots of that stack as the main one's, and no other."""
+        found = next(((slots, silent) for name, slots, silent in self.others if name == stack), None)
+        slots, silent = found or (self.slots, self.silent)
+        return replace(self, slots=slots, silent=silent, others=())
+
+    @property
+    def whole(self) -> Plan:
+        """The plan of what a stock checkpoint runs: whole layers, also where a part is silent."""
+        plan = self.plan
+        for name, _ in plan.stacks:
+            plan = plan.with_steps(tuple(Run(layer) for layer in self.of(name).slots), name)
+        return plan
 
 
 def blueprint(model: PreTrainedModel, plan: Plan, *, zero_parts: bool = False) -> Blueprint:
     """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
-    depth, W209 replaced weights, W210 several stacks, W216 a config that its own class does not accept.
+    depth, W209 replaced weights, W216 a config that its own class does not accept, W241 a decoder deeper than its
+    encoder where transformers sizes the cache by the encoder, W242 a numbered output of a layer that is gone.
     Raises `PlanError` P126 for an order in which the family's layers cannot run.
 
     `zero_parts`: let a stock layer keep a dropped attention or mlp with all its tensors zero (exact, saves nothing).
     `model` may be on the meta device.
     """
     stacks = find_stacks(model)
-    if len(stacks) != 1:
-        raise WriteError("only models with one stack can be written so far; run the plan live", code="W210")
-    stack = stacks[0]
-    slots, silent = _slots(plan, zero_parts)
-    refuse_order(stack, slots)
-    text, changed = permuted_config(stack.config, slots)
-    config = _whole_config(model.config, stack.config, text)
+    filled = {stack.name: _slots(plan.steps(stack.name), zero_parts) for stack in stacks}
+    config, changed = model.config, dict[str, tuple[Any, Any]]()
+    for stack in stacks:
+        refuse_order(stack, filled[stack.name][0])
+        config, fields = _permuted(model, config, stack, filled[stack.name][0])
+        changed |= fields if len(stacks) == 1 else {described(model, stack, name): v for name, v in fields.items()}
     try:
-        _same_layers(model, stack, _read_back(config), slots)
+        read_back = _read_back(config)
+        refuse_cache(model.config, read_back, stacks, {name: len(slots) for name, (slots, _) in filled.items()})
+        _same_layers(model, stacks, read_back, {name: slots for name, (slots, _) in filled.items()})
     except (ValueError, AttributeError) as error:  # its own checks of its fields, and mixed per-layer values
         why = str(error).strip().splitlines()[-1].strip()[:300]
         raise WriteError(
-            f"no config of {stack.config.model_type} describes these layers: {why}; run the plan live", code="W216"
+            f"no config of {stacks[0].config.model_type} describes these layers: {why}; run the plan live", code="W216"
         ) from error
-    return Blueprint(plan, slots, silent, config, changed)
+    main = plan.stack_name()
+    others = tuple((name, *found) for name, found in filled.items() if name != main)
+    return Blueprint(plan, *filled[main], config, changed, others)
 
 
 def rewrite(
@@ -74,12 +100,15 @@ def rewrite(
     Raises `WriteError` before any work: see `require_writable` and `blueprint`."""
     inner = require_writable(model)
     plans = plans or blueprint(inner, plan, zero_parts=zero_parts)
-    stack = find_stack(inner)
     base = inner.state_dict()
-    tensors = moved_tensors(base, stack, plans, probe(inner, stack).layers)
-    tensors |= resized_tensors(base, stack, plans.slots)
+    tensors = dict(base)
+    for stack in find_stacks(inner):
+        own = plans.of(stack.name)
+        tensors = moved_tensors(tensors, stack, own, probe(inner, stack).layers)
+        tensors |= resized_tensors(base, stack, own.slots)
     made = assembled(inner, plans.config, tensors)
-    made.generation_config = inner.generation_config
+    if hasattr(inner, "generation_config"):  # encoders have none
+        made.generation_config = inner.generation_config
     return made
 
 
@@ -95,11 +124,10 @@ def require_writable(model: nn.Module) -> PreTrainedModel:
         raise WriteError("the model is quantised; load it dequantised to write it", code="W212")
     if any(p.is_meta for p in inner.parameters()):
         raise WriteError("some weights of the model are not in memory; load it without offloading", code="W214")
-    found = AutoModelForCausalLM._model_mapping.get(type(inner.config), ())
-    if type(inner) not in (found if isinstance(found, tuple | list) else (found,)):
+    if auto_of(inner) is None:
         raise WriteError(
-            f"AutoModelForCausalLM would not load {type(inner).__name__} from a {type(inner.config).__name__}, so no "
-            "stock checkpoint of it can be written; run the plan live",
+            f"{CAUSAL} would not load {type(inner).__name__} from a {type(inner.config).__name__}, nor would another "
+            "Auto class, so no stock checkpoint of it can be written; run the plan live",
             code="W215",
         )
     return inner
@@ -117,6 +145,10 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
             by_layer.setdefault(int(number), {})[rest] = tensor
         else:
             moved[name] = tensor
+    first = first_only(stack)
+    if first is not None:  # what only the first layer owns goes to the layer that comes first
+        lent = {rest: by_layer[0].pop(rest) for rest in list(by_layer[0]) if rest.startswith(first.prefix)}
+        moved |= {f"{prefix}0.{rest}": tensor for rest, tensor in lent.items()}
     used: set[int] = set()
     for slot, layer in enumerate(plans.slots):
         silent = {part for s, part in plans.silent if s == slot}
@@ -129,10 +161,23 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
     return moved
 
 
-def _slots(plan: Plan, zero_parts: bool) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
+def _permuted(
+    model: PreTrainedModel, whole: PreTrainedConfig, stack: Stack, slots: tuple[int, ...]
+) -> tuple[PreTrainedConfig, dict[str, tuple[Any, Any]]]:
+    """`whole`, the config of `model` with the stacks before this one in place, with this one in place too."""
+    if stack.fields:
+        return with_depths(whole, stack, slots)
+    text, changed = permuted_config(stack.config, slots)
+    changed |= renamed_stages(stack.config, text, slots)
+    if stack.config is model.config:
+        return text, changed
+    return _whole_config(whole, model.config, stack.config, text), changed
+
+
+def _slots(steps: tuple[Step, ...], zero_parts: bool) -> tuple[tuple[int, ...], tuple[tuple[int, str], ...]]:
     slots: list[int] = []
     silent: list[tuple[int, str]] = []
-    for step in plan.steps():
+    for step in steps:
         text = format_steps((step,))
         match step:
             case Parallel():
@@ -167,12 +212,12 @@ def _refusal(code: str, step: str, why: str, nearest: str) -> WriteError:
     return WriteError(f"step {step} cannot be written as a stock checkpoint: {why}; {nearest}", code=code)
 
 
-def _whole_config(whole: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig) -> PreTrainedConfig:
-    """`whole` with its text config exchanged; the text config is often the whole."""
-    if old is whole:
-        return new
+def _whole_config(
+    whole: PreTrainedConfig, base: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig
+) -> PreTrainedConfig:
+    """`whole` with one of its configs exchanged; `old` is that config in `base`, of which `whole` was made."""
     made = copy.deepcopy(whole)
-    setattr(made, next(n for n in whole.sub_configs if getattr(whole, n, None) is old), new)
+    setattr(made, next(n for n in base.sub_configs if getattr(base, n, None) is old), new)
     return made
 
 
@@ -203,9 +248,51 @@ def _depth_dim(name: str, stack: Stack) -> int | None:
     )
 
 
-def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig, slots: tuple[int, ...]) -> None:
+def _same_layers(
+    model: PreTrainedModel, stacks: tuple[Stack, ...], config: PreTrainedConfig, filled: dict[str, tuple[int, ...]]
+) -> None:
     """Build the stock model without weights and compare every slot with the base layer that it stands for: the same
     modules, tensor shapes and settings. What a family makes of a layer's position shows up here, rule or no rule."""
+    for stack in stacks:
+        _same_numbers(stack, filled[stack.name])
+    twin = meta_model(config, like=model)
+    targets = {target.name: target for target in find_stacks(twin)}
+    outside = _shapes_outside(model, stacks)
+    for stack in stacks:
+        for name, shape in outside.items():
+            dim = _depth_dim(name, stack)
+            if dim is not None:
+                size = shape[dim] // stack.depth * len(filled[stack.name])
+                outside[name] = (*shape[:dim], size, *shape[dim + 1 :])
+    for name, shape in _shapes_outside(twin, tuple(targets.values())).items():
+        if outside.get(name) != shape:
+            raise WriteError(
+                f"{name} is {list(outside.get(name, ()))} in the base and would be {list(shape)}: its size follows the "
+                "depth, which is not written yet; run the plan live",
+                code="W208",
+            )
+    for stack in stacks:
+        for slot, layer in enumerate(filled[stack.name]):
+            with _in_place(stack, slot, layer):
+                old, new = stack.layer(layer), targets[stack.name].layer(slot)
+                difference = _difference(old, new, family_of(stack.config).numbering)
+            if difference is not None:
+                raise WriteError(
+                    f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
+                    "run the plan live or keep this layer's place",
+                    code="W207",
+                )
+
+
+def _in_place(stack: Stack, slot: int, layer: int) -> AbstractContextManager[None]:
+    """What only the first layer owns goes to the layer in place 0, and is taken from layer 0 elsewhere."""
+    first = first_only(stack)
+    if first is None or (slot == 0) == (layer == 0):
+        return nullcontext()
+    return first.lent_to(stack.layer(layer)) if slot == 0 else first.taken_away()
+
+
+def _same_numbers(stack: Stack, slots: tuple[int, ...]) -> None:
     family = family_of(stack.config)
     if family.position_numbers and getattr(stack.config, family.position_numbers, False) is True:
         moved = next((i for slot, i in enumerate(slots) if slot != i), None)
@@ -215,32 +302,11 @@ def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig,
                 "run the plan live",
                 code="W207",
             )
-    twin = meta_model(config, like=model)
-    target = find_stack(twin)
-    outside = _shapes_outside(model, stack)
-    for name, shape in outside.items():
-        dim = _depth_dim(name, stack)
-        if dim is not None:
-            outside[name] = (*shape[:dim], shape[dim] // stack.depth * len(slots), *shape[dim + 1 :])
-    for name, shape in _shapes_outside(twin, target).items():
-        if outside.get(name) != shape:
-            raise WriteError(
-                f"{name} is {list(outside.get(name, ()))} in the base and would be {list(shape)}: its size follows the "
-                "depth, which is not written yet; run the plan live",
-                code="W208",
-            )
-    for slot, layer in enumerate(slots):
-        difference = _difference(stack.layer(layer), target.layer(slot), family.numbering)
-        if difference is not None:
-            raise WriteError(
-                f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
-                "run the plan live or keep this layer's place",
-                code="W207",
-            )
 
 
-def _shapes_outside(model: nn.Module, stack: Stack) -> dict[str, tuple[int, ...]]:
-    return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(f"{stack.path}.")}
+def _shapes_outside(model: nn.Module, stacks: tuple[Stack, ...]) -> dict[str, tuple[int, ...]]:
+    inside = tuple(f"{stack.path}." for stack in stacks)
+    return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
 
 
 def _difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:

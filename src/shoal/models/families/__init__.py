@@ -21,6 +21,10 @@ class Family:
     """Why no plan can be right for this family."""
     pinned: str | None = None
     """Why layer 0 must stay first, if it must."""
+    pinned_if: str | None = None
+    """The config field that must be set for `pinned` to hold."""
+    first_owns: str | None = None
+    """The module that only layer 0 has and whose result it hands on: with another layer first, that one gets it."""
     in_order: str | None = None
     """Why layers must keep their order: what a layer takes over from the one before."""
     takes_over: tuple[str, str] | None = None
