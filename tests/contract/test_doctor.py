@@ -298,7 +298,6 @@ def test_refused_repairs(folders: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="M333"):
         doctor(tmp_path / "broken")
     for change, code in (
-        ({"model_type": "vit"}, "M307"),
         ({"model_type": "nope"}, "M330"),
         ({"hidden_size": "x"}, "M330"),
     ):
