@@ -1,12 +1,20 @@
-"""A streamed write of a sharded checkpoint that is larger than its memory: peak memory, and time beside `cp`.
+"""A streamed write of a sharded checkpoint: peak memory, and time beside `cp` and beside mergekit.
 
-A Llama-shaped checkpoint of random bytes is made in a temporary folder. Then, in turns within one run: `cp` copies
-files that hold exactly the bytes that the plan keeps, and they are brought to the disk; a fresh process streams the
-plan that drops every third layer, and brings it to the disk too: once without its proof (`copy_s`) and once as a user
-does it (`whole_s`), where source and output are read once more to compare every tensor by SHA-256. Targets: peak
-resident memory of the fresh process (libraries included) below 1 GiB, and `copy_s` at most 1.3 times `cp_s`.
+A Llama-shaped checkpoint of random bytes is made in a temporary folder, and a plan drops every third layer. Then, in
+turns within one run, each in a fresh process and each until its files are on the disk:
 
-    python benchmarks/out_of_core.py --gigabytes 4
+* `cp`: `cp -r` of files that hold exactly the bytes that the plan keeps, then fsync of each.
+* `copy`: Shoal's streamed write without its proof.
+* `write`: the same as a user has it: every tensor of source and output is compared by SHA-256 as well.
+* `mergekit`: `mergekit-yaml` with merge method passthrough and the same slices, then fsync of each file (with --envs).
+
+Targets: peak resident memory of `write`'s process, libraries included, below 1 GiB; the time of `write` itself, from
+its call to its return, at most 1.3 times `cp`; the whole process of `write`, start of Python and import of torch
+included, faster than mergekit's. All figures are in the result, those without a target too. --cache says whether the
+files of the source are in the page cache when a turn begins: read through before (warm) or dropped from it (cold).
+Ctrl-C ends the rounds and reports those that are whole.
+
+    python benchmarks/out_of_core.py --gigabytes 4 --envs peer-envs
 """
 
 from __future__ import annotations
@@ -14,19 +22,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
-MADE = 32 << 20
+from _checkpoint import make
+
 REST = 5
 """Seconds of rest before each turn: a disk that is still busy with the turn before slows the next, whichever it is."""
+SHARD = 10**9
+# A process of its own, small because a process that was started by a large one counts its memory as its own peak.
+_WATCH = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE)
+seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+unit = 1 if sys.platform == "darwin" else 1024
+print(json.dumps({"seconds": seconds, "cpu_s": used.ru_utime + used.ru_stime, "peak_rss_bytes": unit * used.ru_maxrss,
+                  "said": done.stdout.decode(), "status": done.returncode}))
+"""
+
+Turn = Callable[[Path], dict[str, float]]
 
 
 def main() -> int:
@@ -34,8 +56,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--gigabytes", type=float, default=4, help="size of the checkpoint (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="paired rounds that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="paired rounds that count (default: %(default)s)")
+    parser.add_argument("--cache", choices=("warm", "cold"), default="warm", help="default: %(default)s")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made (default: the system's)")
+    parser.add_argument("--envs", type=Path, help="folder of the peers' environments; without it mergekit is left out")
     parser.add_argument("--child", nargs=2, type=Path, metavar=("SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
     parser.add_argument("--proof", choices=("with", "without"), default="with", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -44,113 +68,95 @@ def main() -> int:
 
 def measure(args: argparse.Namespace) -> int:
     size = int(args.gigabytes * 1e9)
+    turns, versions = the_turns(args.envs)
     with tempfile.TemporaryDirectory(prefix="shoal-out-of-core-", dir=args.folder) as name:
         root = Path(name)
         free = shutil.disk_usage(root).free
-        if free < 3.5 * size:
-            print(f"{root} has {free / 1e9:.1f} GB free and {3.5 * size / 1e9:.1f} GB are needed", file=sys.stderr)
+        if free < 3 * size:
+            print(f"{root} has {free / 1e9:.1f} GB free and {3 * size / 1e9:.1f} GB are needed", file=sys.stderr)
             return 2
         layers = make(root / "base", size)
         kept = bytes_kept(root, layers)
-        os.sync()
-        rounds = []
-        for number in range(args.rounds + 1):
-            turns = [copied, streamed] if number % 2 else [streamed, copied]
-            found: dict[str, Any] = {}
-            for turn in turns:
-                found |= turn(root)
-            print(f"round {number} of {args.rounds}: {found}", file=sys.stderr)
-            rounds.append(found)
-        return report(args, rounds[1:], layers, kept)
+        rounds: list[dict[str, dict[str, float]]] = []
+        try:
+            for number in range(args.rounds + 1):
+                rounds.append(one_round(root, turns, number, args.cache))
+                print(f"round {number} of {args.rounds}: {rounds[-1]}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            print(f"interrupted: {max(0, len(rounds) - 1)} rounds count", file=sys.stderr)
+    if len(rounds) < 2:
+        return 130
+    return report(
+        args, rounds[1:], {"layers": layers, "layers_kept": len(kept_layers(layers)), "bytes_kept": kept}, versions
+    )
 
 
-def report(args: argparse.Namespace, rounds: list[dict[str, Any]], layers: int, kept: int) -> int:
+def one_round(root: Path, turns: dict[str, Turn], number: int, cache: str) -> dict[str, dict[str, float]]:
+    """Every turn once; another one begins each time."""
+    first = number % len(turns)
+    found = {}
+    for turn in [*list(turns)[first:], *list(turns)[:first]]:
+        prepare(root / ("kept" if turn == "cp" else "base"), cache)
+        found[turn] = turns[turn](root)
+        shutil.rmtree(root / "output")
+    return found
+
+
+def report(
+    args: argparse.Namespace, rounds: list[dict[str, dict[str, float]]], facts: dict[str, Any], versions: dict[str, str]
+) -> int:
     from shoal.record import environment
 
-    value = {
-        "peak_rss_bytes": max(r["peak_rss_bytes"] for r in rounds),
-        "copy_over_cp": median(r["copy_s"] / r["cp_s"] for r in rounds),
+    ratios = {"copy_over_cp": ("copy", "inner_s", "cp"), "write_over_cp": ("write", "inner_s", "cp"),
+              "process_over_cp": ("write", "seconds", "cp")}  # fmt: skip
+    if versions:
+        ratios |= {
+            "process_over_mergekit": ("write", "seconds", "mergekit"),
+            "mergekit_over_cp": ("mergekit", "seconds", "cp"),
+        }
+    spread = {
+        name: quartiles([r[one][kind] / r[other]["seconds"] for r in rounds])
+        for name, (one, kind, other) in ratios.items()
     }
-    target = {"peak_rss_bytes": 2**30, "copy_over_cp": 1.3}
+    target = {"peak_rss_bytes": 2**30, "write_over_cp": 1.3} | ({"process_over_mergekit": 1.0} if versions else {})
+    value = {"peak_rss_bytes": max(r["write"]["peak_rss_bytes"] for r in rounds)} | {
+        name: spread[name]["median"] for name in target if name in spread
+    }
     missed = [name for name, limit in target.items() if not value[name] <= limit]
-    whole = median(r["whole_s"] / r["cp_s"] for r in rounds)
+    kinds = {turn: rounds[0][turn].keys() for turn in rounds[0]}
     result = {
         "benchmark": "out_of_core",
         "target": target,
         "value": value,
         "passed": not missed,
         "missed": missed,
-        "figures": {
-            "layers": layers, "layers_kept": len(kept_layers(layers)), "bytes_kept": kept,
-            "whole_over_cp": whole, "rounds": rounds,
+        "figures": facts | {
+            "ratios": spread,
+            "medians": {t: {kind: median(r[t][kind] for r in rounds) for kind in sorted(kinds[t])} for t in kinds},
+            "rounds": rounds,
         },
-        "settings": {"gigabytes": args.gigabytes, "rounds": args.rounds},
+        "settings": {
+            "gigabytes": args.gigabytes, "rounds": len(rounds),
+            "load average": os.getloadavg(), "page cache of the source": args.cache,
+            "shard_size": SHARD, "mergekit": {"options": MERGEKIT, **versions} if versions else "left out: no --envs",
+        },
         "environment": environment(),
     }  # fmt: skip
     print(json.dumps(result, indent=2))
     return 1 if missed else 0
 
 
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, middle, high = quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "q1": low, "q3": high}
+
+
 def kept_layers(depth: int) -> list[int]:
     return [i for i in range(depth) if i % 3 != 1]
 
 
-def make(folder: Path, size: int) -> int:
-    """Write the checkpoint in shards of about 1 GB (a tenth of it when it is small); returns the number of layers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from shoal.models.compat import hide_own_bars
-
-    hide_own_bars()
-    facts: dict[str, Any] = {
-        "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16,
-        "num_key_value_heads": 8, "dtype": "bfloat16",
-    }  # fmt: skip
-    with torch.device("meta"):
-        one, two = ({n: t.shape for n, t in LlamaForCausalLM(LlamaConfig(**facts, num_hidden_layers=d)).state_dict()
-                     .items()} for d in (1, 2))  # fmt: skip
-    layer = 2 * sum(s.numel() for n, s in two.items() if n not in one)
-    depth = max(3, round((size - 2 * sum(s.numel() for s in one.values())) / layer) + 1)
-    config = LlamaConfig(**facts, num_hidden_layers=depth)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {n: tuple(t.shape) for n, t in LlamaForCausalLM(config).state_dict().items()}
-    write_random(folder, shapes, size // 10 if size < 10**9 else 10**9)
-    return depth
-
-
-def write_random(folder: Path, shapes: dict[str, tuple[int, ...]], limit: int) -> None:
-    from math import prod
-
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, shape in shapes.items():
-        if shards[-1] and held + 2 * prod(shape) > limit:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += 2 * prod(shape)
-    files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    noise = os.urandom(MADE)
-    turn = 0
-    for file, shard in zip(files, shards, strict=True):
-        header, place = {}, 0
-        for name in shard:
-            end = place + 2 * prod(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [place, end]}
-            place = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            while place:  # the same noise from another start each time, so no two tensors are equal
-                turn = (turn + 104_729) % (MADE // 2)
-                stream.write(noise[turn : turn + min(place, MADE // 2)])
-                place -= min(place, MADE // 2)
-    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+def notation(depth: int) -> str:
+    return ",".join(map(str, kept_layers(depth)))
 
 
 def bytes_kept(root: Path, depth: int) -> int:
@@ -164,68 +170,101 @@ def bytes_kept(root: Path, depth: int) -> int:
     plan = parse_plan(notation(depth), Plan.identity(inspect(meta_model(load_config(root / "base")))))
     draft = draw(root / "base", plan)
     (root / "kept").mkdir()
-    write_shards(root / "kept", draft.items, 10**9, lambda _: None)
+    write_shards(root / "kept", draft.items, SHARD, lambda _: None)
     return draft.bytes
 
 
-def notation(depth: int) -> str:
-    return ",".join(map(str, kept_layers(depth)))
-
-
-def rest() -> None:
+def prepare(folder: Path, cache: str) -> None:
+    """Rest until nothing is left to write, with the files of `folder` in the page cache or out of it."""
     os.sync()
     time.sleep(REST)
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as stream:
+            if cache == "cold":
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while cache == "warm" and stream.read(16 << 20):
+                pass
 
 
-def copied(root: Path) -> dict[str, Any]:
-    rest()
+MERGEKIT = ["--lazy-unpickle", "--async-write", "--no-copy-tokenizer", "--quiet", "--out-shard-size", str(SHARD // 2)]
+"""Shards are counted in parameters, of 2 bytes here; the checkpoint has no tokenizer, for nobody."""
+
+
+def the_turns(envs: Path | None) -> tuple[dict[str, Turn], dict[str, str]]:
+    """{name: what runs it}, and the versions in mergekit's environment."""
+    turns: dict[str, Turn] = {
+        "cp": lambda root: watched(["cp", "-r", str(root / "kept"), str(root / "output")], root),
+        "copy": lambda root: streamed(root, "without"),
+        "write": lambda root: streamed(root, "with"),
+    }
+    if envs is None:
+        return turns, {}
+    from peers.environments import built
+
+    where = built(envs.resolve(), "mergekit")
+    if where.error:
+        raise SystemExit(f"mergekit cannot be installed: {where.error}")
+
+    def mergekit(root: Path) -> dict[str, float]:
+        depth = json.loads((root / "base" / "config.json").read_text())["num_hidden_layers"]
+        slices = "".join(f"  - sources:\n      - model: {root / 'base'}\n        layer_range: [{layer}, {layer + 1}]\n"
+                         for layer in kept_layers(depth))  # fmt: skip
+        (root / "slices.yaml").write_text(f"slices:\n{slices}merge_method: passthrough\ndtype: bfloat16\n")
+        tool = str(where.python.with_name("mergekit-yaml"))
+        return watched([tool, str(root / "slices.yaml"), str(root / "output"), *MERGEKIT], root)
+
+    return turns | {"mergekit": mergekit}, where.versions
+
+
+def watched(command: list[str], root: Path) -> dict[str, float]:
+    """A whole process, and fsync of what it wrote."""
+    found = watch(command)
     start = time.perf_counter()
-    subprocess.run(["cp", "-r", str(root / "kept"), str(root / "copy")], check=True)  # noqa: S603, S607
-    sync(root / "copy")
-    seconds = time.perf_counter() - start
-    shutil.rmtree(root / "copy")
-    return {"cp_s": round(seconds, 3)}
-
-
-def sync(folder: Path) -> None:
-    for file in folder.iterdir():
+    for file in (root / "output").iterdir():
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-
-
-def streamed(root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for proof in ("without", "with"):
-        rest()
-        command = [sys.executable, __file__, "--child", str(root / "base"), str(root / "streamed"), "--proof", proof]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603
-        shutil.rmtree(root / "streamed")
-        answer = json.loads(done.stdout)
-        found["peak_rss_bytes"] = max(found.get("peak_rss_bytes", 0), answer.pop("peak_rss_bytes"))
-        found["copy_s" if proof == "without" else "whole_s"] = answer["seconds"]
-        found["checks"] = answer["checks"]
+    found["seconds"] += time.perf_counter() - start
     return found
+
+
+def streamed(root: Path, proof: str) -> dict[str, float]:
+    """A whole process, and in it the write alone (`inner_s`), which brings its files to the disk itself."""
+    command = [sys.executable, __file__, "--child", str(root / "base"), str(root / "output"), "--proof", proof]
+    return watch(command)
+
+
+def watch(command: list[str]) -> dict[str, float]:
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-S", "-c", _WATCH, *command], check=True, stdout=subprocess.PIPE,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    said, status = found.pop("said"), found.pop("status")
+    if status:
+        raise SystemExit(f"{command[0]} ended with {status}")
+    if said.startswith("{"):
+        found |= json.loads(said)
+    return {name: round(number, 3) for name, number in found.items()}
 
 
 def child(source: Path, output: Path, proof: str) -> int:
     """Stream once, in this process alone."""
     from shoal.models.compat import hide_own_bars
-    from shoal.models.inspect import inspect
-    from shoal.models.load import load_config, meta_model
+    from shoal.models.load import inspect_source
     from shoal.plan import Plan, parse_plan
     from shoal.writing import stream as module
 
     hide_own_bars()
-    config = load_config(source)
-    plan = parse_plan(notation(config.num_hidden_layers), Plan.identity(inspect(meta_model(config))))
+    spec = inspect_source(source)
+    plan = parse_plan(notation(spec.stack().depth), Plan.identity(spec))
     if proof == "without":
         module.compared = lambda *_: ((), "")
+        module.Sums.add = lambda *_: None
     start = time.perf_counter()
-    made = module.stream(source, plan, output, shard_size="1GB")
+    made = module.stream(source, plan, output, shard_size=f"{SHARD}B")
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"seconds": round(seconds, 3), "checks": len(made.proof.checks), "peak_rss_bytes": peak}))
+    print(json.dumps({"inner_s": seconds, "checks": len(made.proof.checks)}))
     return 0
 
 

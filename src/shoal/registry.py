@@ -76,6 +76,11 @@ class Entry:
         """Import the function."""
         return getattr(importlib.import_module(self.module), self.attribute)
 
+    @property
+    def reads_data(self) -> bool:
+        """False for a method whose file says `READS_DATA = False`."""
+        return bool(getattr(importlib.import_module(self.module), "READS_DATA", True))
+
     def options(self) -> dict[str, inspect.Parameter]:
         """Its own options, annotations evaluated: keyword-only parameters that the harness does not fill."""
         function = self.load()

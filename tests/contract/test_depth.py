@@ -19,9 +19,15 @@ from ..survey.tiny import tiny, tiny_config
 
 SMOKE = (
     "llama", "gpt2", "qwen2_moe", "gemma3_text", "gemma4_text", "bart", "rembert", "jamba", "smollm3", "deepseek_v3",
-    "mamba2",
+    "mamba2", "zaya", "hy_v4", "xlstm",
 )  # fmt: skip
-REFUSED = {"jamba": {"drop a third": "P106", "repeat": "W206", "swap": "W206"}, "deepseek_v3": {"swap": "W206"}}
+REFUSED = {
+    "jamba": {"drop a third": "P106", "repeat": "W206", "swap": "W206"},
+    "deepseek_v3": {"swap": "W206"},
+    "zaya": {"drop first": "W207"},
+    "hy_v4": {"drop first": "P126"},
+    "xlstm": {"drop first": "P110", "repeat": "P126", "swap": "P126", "swap alike": "P126"},
+}
 
 
 def small(model_type: str, **fields: Any) -> PreTrainedConfig:
@@ -99,13 +105,25 @@ def test_a_config_with_an_encoder_is_read_by_its_decoder() -> None:
     assert changed(config, 0, 5) == {"decoder_layers": 2, "encoder_layers": 2}
 
 
-@pytest.mark.parametrize(("model_type", "layers"), [("rwkv", (0, 1, 1)), ("hy_v4", (0, 2, 1))])
+@pytest.mark.parametrize(("model_type", "layers"), [("rwkv", (0, 1, 1)), ("zamba2", (0, 2, 1))])
 def test_an_order_that_a_family_cannot_run_is_refused(model_type: str, layers: tuple[int, ...]) -> None:
     stack = find_stack(tiny(model_type))
     refuse_order(stack, (0, 1, 3))
     with pytest.raises(PlanError, match=f"in {model_type} ") as caught:
         refuse_order(stack, layers)
     assert caught.value.code == "P126"
+
+
+def test_a_layer_that_takes_over_from_the_one_before_cannot_be_the_first() -> None:
+    stack = find_stack(tiny("hy_v4"))
+    refuse_order(stack, (3, 1, 0))
+    with pytest.raises(PlanError, match="layer 4 runs first, but its indexer_types entry is 'shared'") as caught:
+        refuse_order(stack, (4, 0))
+    assert caught.value.code == "P126"
+
+
+def test_every_name_of_the_depth_is_written() -> None:
+    assert changed(tiny_config("xlstm"), 0, 5) == {"num_hidden_layers": 2, "num_blocks": 2}
 
 
 @pytest.mark.parametrize("model_type", SMOKE)

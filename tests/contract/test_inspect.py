@@ -200,3 +200,14 @@ def test_models_that_cannot_be_read_are_refused() -> None:
     broken.embed = nn.Embedding(8, 16)
     assert code_of(broken) == "M305"
     assert replace(inspect(tiny("llama")), family="x").fingerprint != inspect(tiny("llama")).fingerprint
+
+
+def test_a_config_that_changes_after_a_look_is_looked_at_again() -> None:
+    model = copy.deepcopy(tiny("gemma3_text"))
+    stack = find_stack(model)
+    seen = probe(model, stack)
+    assert seen.layers[0].window == 6
+    assert probe(model, stack) is seen
+    model.config.sliding_window = 3
+    assert probe(model, stack).layers[0].window == 3
+    assert inspect(model).stack().layers[0].kv.window == 3

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,57 @@ def test_a_wrong_byte_fails_the_proof(bases: Any, tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_wrong_copy_fails_the_proof(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true, copies = container.copy_bytes, []
+
+    def spoiled(source: Any, start: int, target: Any, offset: int, size: int, tick: Any) -> None:
+        copies.append(offset)
+        true(source, start, target, offset, size, tick)
+        if len(copies) == 7:
+            os.pwrite(target.fileno(), b"\x01\x02", offset)
+
+    monkeypatch.setattr(container, "copy_bytes", spoiled)
+    monkeypatch.setattr(hashes, "_LAG", 0)  # hash each tensor before the next is copied
+    with pytest.raises(WriteError, match=r"W230.*weights: 1"):
+        streamed(bases("llama"), "0,2-3", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sums_of_the_source(bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    places, seen = list(stored_tensors(bases("llama")).values()), list[Stored]()
+    true = {place: digest_of(place) for place in places}
+    monkeypatch.setattr(hashes, "digest_of", lambda place: seen.append(place) or true[place])
+    monkeypatch.setattr(hashes, "_LAG", 3 * max(place.size for place in places))
+    with ThreadPoolExecutor(1) as thread:
+        sums = hashes.Sums(thread)
+        for place in [*places[1:], *places[1:]]:
+            sums.add(place)
+        assert [sums.of(place) for place in places] == list(true.values())
+    assert sorted(seen, key=places.index) == places  # each once, also the one that was never added
+
+
+def test_files_reach_the_disk_while_they_grow(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [container.Item(name, place) for name, place in stored_tensors(bases("llama")).items()]
+    sizes: list[int] = []
+    monkeypatch.setattr(container, "_SETTLE", 20_000)
+    (file,) = container.write_shards(
+        tmp_path, items, 10**9, lambda _: None, settle=lambda file: sizes.append(file.stat().st_size)
+    )
+    assert len(sizes) > 3
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == file.stat().st_size
+
+
+def test_a_file_that_does_not_reach_the_disk(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(stream_module, "sync_path", fails)
+    with pytest.raises(WriteError, match="Input/output error"):
+        streamed(bases("llama"), "0,2-3", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
     index = json.loads((folder / INDEX).read_text())
     change(index["weight_map"])
@@ -303,7 +355,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: set_config(d, model_type="evil", auto_map={"AutoConfig": "evil.Config"}),
         "M312",
     ),
-    "no causal model": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "M307"),
+    "another kind of model": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "W217"),
     "no config": (lambda d: (d / "config.json").unlink(), "M302"),
 }
 

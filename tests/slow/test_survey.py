@@ -1,4 +1,4 @@
-"""The whole survey: no causal model type of the installed transformers may be wrong."""
+"""The whole surveys: no model type of the installed transformers may be wrong."""
 
 from __future__ import annotations
 
@@ -27,3 +27,23 @@ def test_no_type_is_wrong() -> None:
     red = [line for line in done.stderr.splitlines() if "wrong:" in line]
     assert done.returncode == 0, red
     assert sum(" right" in line for line in done.stderr.splitlines()) >= 150
+
+
+@pytest.mark.timeout(1800)
+def test_no_other_kind_is_wrong() -> None:
+    """Encoders, encoder-decoders and vision models, in a process of their own too."""
+    from ..survey.overrides_kinds import TYPES
+
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.survey.kinds", *TYPES],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    red = [line for line in done.stderr.splitlines() if "wrong:" in line]
+    assert done.returncode == 0, red
+    right = {line.split()[0] for line in done.stderr.splitlines() if line.count(" right") == 5}
+    assert len(right) >= 15

@@ -45,11 +45,13 @@ LATENT: dict[str, Any] = {"num_key_value_heads": 4}
 """Latent attention has as many key heads as query heads."""
 
 SLIDING_FULL = ["sliding_attention", "full_attention"] * 3
+DOTS3: dict[str, Any] = LATENT | {"head_dim": 16, "layer_types": ["indexed_attention"] * DEPTH}
 HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"] * 3}
-GEMMA4: dict[str, Any] = {"global_head_dim": 16, "layer_types": SLIDING_FULL}
-GEMMA4_ASSISTANT: dict[str, Any] = {
-    "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "layer_types": SLIDING_FULL}
+INDEXED: dict[str, Any] = {"indexer_types": ["full", "shared", "full", "full", "shared", "full"]}
+ZAMBA: dict[str, Any] = {
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention", "hybrid"]
 }
+GEMMA4: dict[str, Any] = {"global_head_dim": 16, "layer_types": SLIDING_FULL}
 QWEN4: dict[str, Any] = {
     "layer_types": ["linear_attention", "indexed_attention"] * 3, "indexer_n_heads": 2, "indexer_kv_heads": 1,
     "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "hc_lowrank": 8, "ple_embed_dim": 32,
@@ -60,7 +62,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
             "axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite",
-            "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu",
+            "kimi_linear", "longcat_flash", "minicpm3", "youtu",
         ),
         LATENT,
     ),
@@ -70,10 +72,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), GEMMA4),
     "gemma4": {"text_config": GEMMA4},
     "gemma4_unified": {"text_config": GEMMA4},
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), GEMMA4_ASSISTANT),
     "bamba": {"attn_layer_indices": [1, 3]},
     "big_bird": {"attention_type": "original_full"},
-    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
@@ -81,15 +86,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"model_type": ..., "rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"model_type": ..., "hidden_size": 32, "ffn_hidden_size": 16},
     },
-    "dots3_note_text": LATENT | {"head_dim": 16, "layer_types": ["indexed_attention"] * DEPTH},
+    "dots3_note": {
+        "text_config": DOTS3,
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense"] * 2},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
+    "dots3_note_text": DOTS3,
     "gemma3n_text": {
         "num_kv_shared_layers": 2,
         "layer_types": SLIDING_FULL,
         "intermediate_size": [64] * DEPTH,
         "activation_sparsity_pattern": [0.0] * DEPTH,
     },
+    "glm_moe_dsa": LATENT | INDEXED,
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
     "granitemoehybrid": HYBRID,
+    "hy_v4": INDEXED,
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "mamba2": {"num_heads": 8},
@@ -105,5 +117,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh"] * 3,
         "num_buckets": 4, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "use_cache": False,
     },
+    "xlstm": {"hidden_size": 128},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": ZAMBA,
+    "zamba2": ZAMBA,
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 """By model type, where names alone do not make a sound small config."""
+
+_ALL_SHARED = "its config must let every layer share KV, and its text model accepts no such config"
+_DECODER = (
+    "AutoModelForCausalLM hands the whole config to a class that needs the decoder's; only the latter can be built"
+)
+UNBUILT = {
+    "gemma3n": "its vision tower comes from timm, which is not among our dependencies; gemma3n_text is surveyed",
+    "gemma4_assistant": _ALL_SHARED,
+    "gemma4_unified_assistant": _ALL_SHARED,
+    "musicgen": _DECODER,
+    "musicgen_melody": _DECODER,
+}
+"""Why transformers builds no model of a type, in words, beside what it says itself."""

@@ -32,6 +32,18 @@ A code means that Shoal refuses the plan before a weight is read; the last colum
 {by_kind}
 
 """
+KIND_TITLE = "## Encoders, encoder-decoders and vision models"
+KIND_HEAD = """{title}
+
+Written by `python -m tests.survey.kinds`. {versions}, float32 on the CPU, {date}, {seconds:.0f} s.
+
+{types} types under the Auto class of their usual checkpoints, each as a model whose stacks have 6 random layers. Every
+plan above is laid on each stack alone and on `all` at once, runs live and is written; plain transformers loads the
+written folder in another process. **right**: everything that it returns, and with a decoder the scores of cached
+passes too, is within {limit:g} of the live plan's. {right} types are right for every plan on at least one row without
+a refusal; {wrong} verdicts are wrong.
+
+"""
 ALIKE = "two layers of one kind change places"
 
 
@@ -98,3 +110,37 @@ def _cell(text: str | None) -> str:
 
 def _release(module: Any) -> str:
     return str(module.__version__).partition("+")[0]
+
+
+def write_kinds(rows: list[Any], seconds: float) -> None:
+    """Put the section of the second survey at the end of the page, in place of an older one."""
+    first = PAGE.read_text(encoding="utf-8").partition(f"\n{KIND_TITLE}")[0]
+    PAGE.write_text(f"{first.rstrip()}\n\n{kinds_section(rows, seconds)}", encoding="utf-8")
+
+
+def kept_kinds() -> str:
+    """The section of the second survey as it stands on the page, for a page that is written anew."""
+    _, title, rest = PAGE.read_text(encoding="utf-8").partition(f"\n{KIND_TITLE}")
+    return title + rest
+
+
+def kinds_section(rows: list[Any], seconds: float) -> str:
+    """A row for every type and stack."""
+    found = {row.model_type for row in rows if row.verdicts and set(row.verdicts.values()) == {"right"}}
+    wrong = sum(verdict.startswith("wrong") for row in rows for verdict in row.verdicts.values())
+    head = KIND_HEAD.format(
+        title=KIND_TITLE,
+        versions=f"Python {platform.python_version()}, torch {_release(torch)}, transformers {_release(transformers)}",
+        date=dt.datetime.now(tz=dt.UTC).date(),
+        seconds=seconds,
+        types=len({row.model_type for row in rows}),
+        limit=LIMIT,
+        right=len(found),
+        wrong=wrong,
+    )
+    lines = [f"| type | Auto class | stack | {' | '.join(PLANS)} | notes |", "|---" * (len(PLANS) + 4) + "|"]
+    for row in rows:
+        notes = "; ".join(f"{code}: {why}" for code, why in row.reasons.items()) or row.missing or ""
+        verdicts = " | ".join(_cell(row.verdicts.get(kind, "not built")) for kind in PLANS)
+        lines.append(f"| {row.model_type} | {row.auto} | {row.stack} | {verdicts} | {_cell(notes)} |")
+    return head + "\n".join(lines) + "\n"

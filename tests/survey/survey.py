@@ -30,7 +30,7 @@ from shoal.plan import Plan, parse_plan, require
 from shoal.run.live import running
 from shoal.writing.surgery import blueprint, require_writable, rewrite
 
-from .overrides import DEPTH, VOCAB
+from .overrides import DEPTH, UNBUILT, VOCAB
 from .tiny import tiny
 
 KINDS = ("drop one", "drop first", "drop a third", "repeat", "swap", "swap alike")
@@ -127,7 +127,7 @@ def _write_all(model_type: str, place: str) -> dict[str, Any]:
         model = tiny(model_type)
         whole = uncached(model)
     except Exception as error:
-        row.missing = _said(error)
+        row.missing = f"{UNBUILT[model_type]} ({_said(error)})" if model_type in UNBUILT else _said(error)
         return asdict(row)
     chunks = _baseline(model, whole)
     if chunks is None:
@@ -251,8 +251,7 @@ def cached(model: PreTrainedModel, chunks: tuple[int, ...]) -> torch.Tensor:
 
 
 def _said(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def _plain(error: ShoalError) -> str:
@@ -275,9 +274,9 @@ def main(names: list[str]) -> int:
             sys.stderr.write(f"    {code}: {why}\n")
     seconds = time.perf_counter() - started
     if not names:
-        from .page import PAGE, page
+        from .page import PAGE, kept_kinds, page
 
-        PAGE.write_text(page(rows, seconds), encoding="utf-8")
+        PAGE.write_text(page(rows, seconds) + kept_kinds(), encoding="utf-8")
     sys.stderr.write(f"{len(rows)} types in {seconds:.0f} s\n")
     return any(row.wrong for row in rows)
 

@@ -31,6 +31,9 @@ def tiny(model_type: str) -> PreTrainedModel:
                 parameter.normal_(0, 0.15)
             elif "norm" in name and name.endswith("bias"):
                 parameter.normal_(0, 0.05)
+        for module in model.modules():  # as in every trained model; Youtu zeroes this row again whenever it is loaded
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
     model.tie_weights()
     return model
 

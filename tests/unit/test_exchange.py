@@ -81,9 +81,11 @@ def slices(*ranges: str, more: str = "merge_method: passthrough", model: str = "
         ("shortgpt", "[5, 6, 2]", "0-1,3-4,7"),
         ("shortgpt", "[]", "0-7"),
         ("pruneme", "[1, 8]", "1-6"),
+        ("pruneme", "block_start,block_end,average_distance\r\n1,3,0.4\r\n5,7,0.1\r\n6,8,0.1\r\n", "0-4,7"),
         ("llama-quantize", "3,5\n", "0-2,4,6-7"),
         ("llama-quantize", "--prune-layers 3, 5", "0-2,4,6-7"),
         ("llm-drop", '{"model_type": "llama", "drop_attn_list": [3, 4], "drop_mlp_list": [4]}', "0-2,3m,5-7"),
+        ("llm-drop", json.dumps({"drop_attn_list": [i == 3 for i in range(8)], "drop_mlp_list": None}), "0-2,3m,4-7"),
         ("swift", '{"attention": [3, 4], "mlp": [4, 6]}', "0-2,3m,5,6a,7"),
         ("swift", '{"base-13b": {"summaries": {"attention": [], "mlp": [0]}}}', "0a,1-7"),
         ("notation", "0-3,5a\n", "0-3,5a"),
@@ -107,7 +109,7 @@ def test_what_is_written_is_what_the_tools_expect() -> None:
     assert written("pruneme", "0-2,5-7") == "[4, 5]\n"
     assert written("llama-quantize", "0-2,5-7") == "3,4\n"
     assert json.loads(written("llm-drop", "0-2,3m,5-7")) == {"drop_attn_list": [3, 4], "drop_mlp_list": [4]}
-    assert json.loads(written("swift", "0-2,3m,5-7")) == {"attention": [3, 4], "mlp": [4]}
+    assert json.loads(written("swift", "0-2,3m,5-7")) == {"base": {"attention": [3, 4], "mlp": [4]}}
 
 
 def test_block_configs_state_the_sizes_of_what_runs() -> None:
@@ -129,6 +131,13 @@ def test_block_configs_are_read_with_the_fields_of_released_checkpoints() -> Non
     blocks[6]["ffn"].update(no_op=True, ffn_mult=None)
     assert read("nemotron-nas", json.dumps({"block_configs": blocks, "hidden_size": 8})) == "0-1,2m,3-5,6a,7"
     assert read("nemotron-nas", json.dumps(blocks)) == "0-1,2m,3-5,6a,7"
+    newer = [
+        {"attention": dict(attention), "ffn": {"intermediate_size": 256, "hidden_act": "silu"}} for _ in range(DEPTH)
+    ]
+    newer[1]["ffn"] = {"no_op": True, "intermediate_size": None}
+    assert read("nemotron-nas", json.dumps(newer)) == "0,1a,2-7"
+    newer[3]["ffn"]["intermediate_size"] = 512
+    assert "a plan cannot say intermediate_size 512 in layer 3 beside 256" in refusal("nemotron-nas", json.dumps(newer))
     blocks[5]["ffn"]["ffn_mult"] = 1.0
     assert "N103: nemotron-nas: a plan cannot say ffn_mult 1.0 in layer" in refusal("nemotron-nas", json.dumps(blocks))
     blocks[5]["attention"]["replace_with_linear"] = True
@@ -191,6 +200,15 @@ def test_two_models_are_named() -> None:
         ("shortgpt", "{}", "N101: the shortgpt list is a mapping; expected a list of layers"),
         ("llama-quantize", "3-5", "N101: cannot read '3-5' as a llama-quantize list; write layers as in 3,7,11"),
         ("llama-quantize", "", "N101"),
+        (
+            "pruneme",
+            "block_start,block_end,average_distance\n7,9,0.1\n",
+            "N102: the pruneme file has the span '7' to '9'",
+        ),
+        ("pruneme", "block_start,block_end,average_distance\n1,3,nan\n", "N102"),
+        ("pruneme", "block_start,block_end,average_distance\n", "N101: the pruneme file has no span"),
+        ("pruneme", "block_start,block_end\n1,2\n", "N101: cannot read the pruneme file (KeyError)"),
+        ("llm-drop", '{"drop_attn_list": [true, false]}', "N106: drop_attn_list says true or false for 2 layers"),
         ("llm-drop", "{}", "has neither drop_attn_list nor drop_mlp_list"),
         ("llm-drop", '{"drop_attn_list": [], "num_hidden_layers": 32}', "N106: the llm-drop file is for 32 layers"),
         ("swift", '{"a": {"mlp": [1]}, "b": {"mlp": [2]}}', "N103: the swift file holds 2 plans ('a', 'b'); keep one"),

@@ -26,6 +26,7 @@ from shoal.evaluation import (
     perplexity,
     speed,
 )
+from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded, load
 from shoal.plan import Plan
 from shoal.record import plain
@@ -105,6 +106,7 @@ def evaluate(
     """
     _plan_or_model(plan, against)
     loaded = opened(source, **options)
+    require_causal(loaded.model, "evaluate")
     text = text_of(loaded, data, split=split, length=window, stride=stride, limit=limit, bos=bos)
     other = None if against is None else opened(against, **options)
     if other is not None:
@@ -151,6 +153,7 @@ def bench(
     """
     _plan_or_model(plan, against)
     loaded = opened(source, **options)
+    require_causal(loaded.model, "bench")
     variants: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
     if against is not None:
         dense = opened(against, **options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
 from shoal.api.budget import COUNTED, counted_budget, layers_for, measured_budget, parse_budget, priced
@@ -18,6 +18,7 @@ from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.methods._task import Task
 from shoal.models.inspect import inspect
+from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
@@ -95,6 +96,7 @@ def measure(
     traits: Traits = getattr(import_module(entry.module), "TRAITS", Traits())
     text = None
     if traits.text:
+        require_text(loaded.model, f"the measure {name}")
         text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos, seed=seed)
     if "tokenizer" in signature(function).parameters:
         own["tokenizer"] = loaded.tokenizer
@@ -152,23 +154,23 @@ def prune(
     identity = Plan.identity(spec, source=loaded.source)
     text, most = None, None
     # before the search, which may take hours: what will be needed after it
-    test = text_of(loaded, test_data, split="test", length=length, limit=min(limit, 8), bos=bos) if assess else None
+    test = _test(loaded, test_data, length=length, limit=min(limit, 8), bos=bos) if assess else None
     if writable:
         _require_writable(loaded, identity)
     if plan is not None:
-        found, method = (
-            _given(parse_plan(plan, identity) if isinstance(plan, str) else plan, weights or {}, spec),
-            "listed",
-        )
+        plan = parse_plan(plan, identity) if isinstance(plan, str) else plan
+        found, method = _given(plan, weights or {}, spec), "listed"
         if after:
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
     else:
         budget = _measured(loaded, budget, _prompt(loaded, length), seed, progress)
         count, most = amount_of(spec, stack, drop, keep, budget)
-        text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
+        if entry.reads_data or is_causal(loaded.model):  # the records of causal models name the data in any case
+            require_text(loaded.model, f"the method {method}")
+            text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
         task = Task(
             model=loaded.model,
-            data=text,
+            data=cast(Data, text),  # None only for a method that says that it reads none
             plan=identity,
             spec=spec,
             legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),
@@ -186,7 +188,7 @@ def prune(
         found, said = transformed(
             loaded, spec, found, after, text, stack=stack, batch=batch, seed=seed, progress=progress
         )
-    if writable and (plan is not None or said):
+    if writable and (plan is not None or found.weights):
         blueprint(loaded.model, found.plan, zero_parts=zero_parts, weights=found.weights)
     shape, prompt = Shape(), _prompt(loaded, length)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
@@ -195,11 +197,17 @@ def prune(
     ran: dict[str, Any] = {"plan": found.plan, "weights": found.weights}
     if most is not None:
         result = replace(result, price=priced(most, model=loaded.model, prompt=prompt, seed=seed, **ran))
-    if test is None:
-        return result
-    worth = evaluate(loaded, data=test, batch=batch, progress=progress, **ran)
-    timed = bench(loaded, prompt=prompt, seed=seed, progress=progress, **ran)
-    return replace(result, evaluation=worth, bench=timed)
+    if test is not None:
+        worth = evaluate(loaded, data=test, batch=batch, progress=progress, **ran)
+        timed = bench(loaded, prompt=prompt, seed=seed, progress=progress, **ran)
+        result = replace(result, evaluation=worth, bench=timed)
+    return result
+
+
+def _test(loaded: Loaded, source: Any, **options: Any) -> Data:
+    """The text of the evaluation after pruning."""
+    require_causal(loaded.model, "the evaluation after pruning")
+    return text_of(loaded, source, split="test", **options)
 
 
 def _given(plan: Plan, weights: Tensors, spec: Spec) -> Found:

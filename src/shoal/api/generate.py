@@ -10,6 +10,7 @@ import torch
 
 from shoal.api.assess import planned, tokenizer_of
 from shoal.evaluation.scoring import evaluating
+from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan
 from shoal.run.streaming import TextPieces
@@ -45,6 +46,7 @@ def generate(
     """Generate from `prompt` with the model's own `generate`, under `plan` (with its `weights`) when one is
     given; `on_text` is called with
     each finished piece of text. Raises D440 without a tokenizer."""
+    require_causal(loaded.model, "generate")
     tokenizer = tokenizer_of(loaded)
     use_chat = getattr(tokenizer, "chat_template", None) is not None if chat is None else chat
     if use_chat:

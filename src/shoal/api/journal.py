@@ -14,6 +14,7 @@ from shoal.errors import DataError
 from shoal.evaluation.plan_loss import PlanLoss
 from shoal.evaluation.race import LEVEL, race
 from shoal.evaluation.scoring import sequence_nll
+from shoal.models.kinds import require_causal
 from shoal.plan import Plan
 from shoal.record import plain
 from shoal.scores import Objective
@@ -46,6 +47,7 @@ def journaled(
     """
 
     def on(data: Data) -> Objective:
+        require_causal(model, "a search by cross-entropy")
         known, lost = _open(path, model, identity, data, batch) if path is not None else ({}, {})
         return Journaled(PlanLoss(model, data, batch=batch, memory=memory, share=share), path, known, lost, seed)
 

@@ -10,6 +10,7 @@ from shoal.cli.bench import bench
 from shoal.cli.compare import compare
 from shoal.cli.convert import convert
 from shoal.cli.diff import diff
+from shoal.cli.doctor import doctor
 from shoal.cli.evaluate import evaluate
 from shoal.cli.fuse import fuse
 from shoal.cli.generate import generate
@@ -21,7 +22,9 @@ from shoal.cli.show import show
 from shoal.cli.verify import verify
 from shoal.cli.write import write
 
-VERBS = (inspect, measure, prune, fuse, compare, evaluate, bench, generate, write, verify, show, diff, convert, ls)
+VERBS = (
+    inspect, measure, prune, fuse, compare, evaluate, bench, generate, write, verify, doctor, show, diff, convert, ls,
+)  # fmt: skip
 
 app = typer.Typer(
     name="shoal",

@@ -71,6 +71,9 @@ Then = Annotated[
 SavePlan = Annotated[
     Path | None, typer.Option("--save-plan", help="Folder for plan.json and its weights; --plan takes it.")
 ]
+StackName = Annotated[
+    str | None, typer.Option("--stack", help="encoder, decoder, vision, text (default: the decoder, or the first).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; load no weights, write nothing.")]

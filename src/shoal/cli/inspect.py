@@ -10,12 +10,18 @@ from shoal.cli._shared import Config, Json, Model, Quiet, Trust, emit, progress_
 def inspect(
     model: Model, trust_remote_code: Trust = False, json_: Json = False, quiet: Quiet = False, config: Config = None
 ) -> None:
-    """Show a model's stacks, layers, parts and KV, from its config and headers alone; no weight is loaded."""
-    from shoal.models.load import inspect_source
+    """Show a model's stacks, layers, parts and KV, and where they come from if Shoal wrote it; no weight is loaded."""
+    from shoal.models.load import inspect_source, load_config
+    from shoal.writing.lineage import lineage_of
 
     with progress_bars(quiet):
         spec = inspect_source(model, trust_remote_code=trust_remote_code)
-    emit(spec.to_dict(), _text(spec), as_json=json_)
+        known = lineage_of(load_config(model, trust_remote_code=trust_remote_code))
+    data, text = spec.to_dict(), _text(spec)
+    if known is not None:
+        data |= {"lineage": known.to_dict()}
+        text += f"\n{known.describe()}"
+    emit(data, text, as_json=json_)
 
 
 def _text(spec: Any) -> str:

@@ -22,6 +22,7 @@ from shoal.cli._shared import (
     Quiet,
     Seed,
     Settings,
+    StackName,
     Stride,
     Trust,
     config_text,
@@ -50,6 +51,7 @@ def measure(
     batch: Batch = 1,
     seed: Seed = 0,
     settings: Settings = None,
+    stack: StackName = None,
     lowest: Annotated[int, typer.Option("--lowest", min=1, help="How many of the lowest layers are compared.")] = 8,
     enough: Annotated[bool, typer.Option("--enough", help="Also say how many sequences are enough.")] = False,
     plot: Annotated[
@@ -76,7 +78,7 @@ def measure(
         found = measure_several(
             model, measure, data=data, settings=options, lowest=lowest, stability=enough, progress=progress,
             load=loading(device, dtype, trust_remote_code), length=length, limit=limit, stride=stride, bos=bos,
-            batch=batch,
+            batch=batch, stack=stack,
         )  # fmt: skip
     if plot is not None:
         from shoal.report.plots import scores_file

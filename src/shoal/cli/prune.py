@@ -26,6 +26,7 @@ from shoal.cli._shared import (
     SavePlan,
     Seed,
     Settings,
+    StackName,
     Stride,
     Then,
     Trust,
@@ -62,6 +63,7 @@ def prune(
     settings: Settings = None,
     then: Then = None,
     save_plan: SavePlan = None,
+    stack: StackName = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder to write; without it only the plan is printed.")
     ] = None,
@@ -72,8 +74,9 @@ def prune(
         bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")
     ] = False,
     assess: Annotated[
-        bool, typer.Option("--assess/--no-assess", help="Evaluate and time dense against pruned.")
-    ] = True,
+        bool | None,
+        typer.Option("--assess/--no-assess", help="Evaluate and time dense against pruned (default: causal models)."),
+    ] = None,
     test_data: Annotated[
         str, typer.Option("--test-data", help="Text for the evaluation (its test split).")
     ] = "builtin",
@@ -97,10 +100,11 @@ def prune(
     entry = get("methods", method)
     options = entry.parse(settings or [])
     if dry_run:
-        emit(*_dry(model, plan, (drop, keep, budget), trust_remote_code), as_json=json_)
+        emit(*_dry(model, plan, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
         return
     from shoal.api.find import prune as run
     from shoal.api.stand_ins import parse_then
+    from shoal.models.kinds import is_causal
     from shoal.run.weights import save_planned as keep_plan
     from shoal.writing.folder import refuse_output
 
@@ -124,13 +128,14 @@ def prune(
             bos=bos,
             batch=batch,
             seed=seed,
+            stack=stack,
             settings=options,
             then=then or [],
             writable=output is not None,
             zero_parts=zero_parts,
             journal=journal,
             memory=None if state_memory is None else state_memory << 20,
-            assess=assess,
+            assess=is_causal(loaded.model) if assess is None else assess,
             test_data=test_data,
             progress=progress,
         )
@@ -172,20 +177,23 @@ def _how_to_go_on(journal: Path | None) -> Iterator[None]:
 
 
 def _dry(
-    model: str, plan: str | None, amount: tuple[int | None, float | None, str | None], trust: bool
+    model: str, plan: str | None, amount: tuple[int | None, float | None, str | None], stack: str | None, trust: bool
 ) -> tuple[dict[str, Any], str]:
     from shoal.api.find import amount_of
     from shoal.models.load import inspect_source
-    from shoal.plan import cost, strip
 
     spec = inspect_source(model, trust_remote_code=trust)
+    more = {}
     if plan is not None:
-        chosen = read_plan(plan, spec, model)
-        what = f"plan {chosen}\n{strip(chosen)}\nparameters {spec.params:,} -> {cost(chosen, spec).written_params:,}"
+        from shoal.api.outlook import outlook
+        from shoal.cli.doctor import plan_text
+
+        seen = outlook(model, spec, read_plan(plan, spec, model), trust_remote_code=trust).to_dict()
+        what, more = plan_text(seen), {"outlook": seen}
     else:
-        count, _ = amount_of(spec, None, *amount)
-        what = f"would remove {count} of {spec.stack().depth} layers of {spec.family} ({spec.params:,} parameters)"
-    return {"would": what, "config": config_text()}, f"{what}\n\nthe same as a --config file:\n{config_text()}"
+        count, _ = amount_of(spec, stack, *amount)
+        what = f"would remove {count} of {spec.stack(stack).depth} layers of {spec.family} ({spec.params:,} parameters)"
+    return {"would": what, "config": config_text(), **more}, f"{what}\n\nthe same as a --config file:\n{config_text()}"
 
 
 def pruned_text(pruned: Any, written: Any) -> str:

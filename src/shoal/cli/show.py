@@ -16,9 +16,11 @@ def show(
     quiet: Quiet = False,
     config: Config = None,
 ) -> None:
-    """Show which layers a plan runs; with --model also whether it is legal there and what it costs."""
+    """Show which layers a plan runs; with --model also whether it is legal there and what it costs; of a written
+    folder also which layers of the original base it holds."""
     from shoal.api.look import show as look
     from shoal.plan import load_plan
+    from shoal.plan.lineage import lineage_of_folder
 
     spec = None
     if model is not None:
@@ -28,7 +30,11 @@ def show(
             spec = inspect_source(model)
     chosen = load_plan(plan) if spec is None else read_plan(plan, spec, model or "", legal=False)
     seen = look(chosen, spec, read_weights(plan))
-    emit(seen, _text(seen), as_json=json_)
+    text, known = _text(seen), lineage_of_folder(plan)
+    if known is not None:
+        seen |= {"lineage": known.to_dict()}
+        text += f"\n{known.describe()}"
+    emit(seen, text, as_json=json_)
 
 
 def _text(seen: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shoal.cli._gguf import Wanted, write_gguf
 from shoal.cli._shared import (
     Config,
     Device,
@@ -31,7 +32,7 @@ from shoal.errors import UsageError, WriteError
 
 def write(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder to write, or a .gguf file.")],
     plan: PlanText = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")
@@ -44,8 +45,15 @@ def write(
         bool, typer.Option("--stream", help="Copy file to file without loading: a local folder of any size.")
     ] = False,
     forward: Annotated[
-        bool, typer.Option("--forward", help="With --stream: load both models after all and compare them.")
+        bool,
+        typer.Option("--forward", help="With --stream or .gguf: load both models after all and compare them."),
     ] = False,
+    outtype: Annotated[
+        str | None, typer.Option("--outtype", help="Matrices of a .gguf: f32, f16, bf16, q8_0 (default: as stored).")
+    ] = None,
+    tokenizer_from: Annotated[
+        Path | None, typer.Option("--tokenizer-from", help="A .gguf file whose tokenizer a .gguf output takes.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -54,7 +62,16 @@ def write(
     dry_run: DryRun = False,
     config: Config = None,
 ) -> None:
-    """Write MODEL under --plan as a checkpoint that plain transformers loads, proved in a fresh process first."""
+    """Write MODEL under --plan as a checkpoint that plain transformers loads, proved in a fresh process first; or as a
+    .gguf file for llama.cpp."""
+    if output.suffix == ".gguf":
+        wanted = Wanted(
+            model, plan, output, outtype, tokenizer_from, zero_parts, overwrite, forward, stream, device, dtype,
+            trust_remote_code,
+        )  # fmt: skip
+        write_gguf(wanted, json_=json_, quiet=quiet, dry_run=dry_run)
+        return
+    _refuse_gguf_options({"--outtype": outtype, "--tokenizer-from": tokenizer_from})
     need(plan, "say what to write: --plan 0-11,14-29 or --plan plan.json")
     _require_options_fit(
         stream, forward, {"--device": device, "--dtype": dtype, "--trust-remote-code": trust_remote_code}
@@ -62,13 +79,17 @@ def write(
     from shoal.models.load import inspect_source
 
     if dry_run:
-        from shoal.plan import cost
+        from shoal.api.outlook import outlook
+        from shoal.cli.doctor import plan_text
 
         spec = inspect_source(model, trust_remote_code=trust_remote_code)
         chosen = read_plan(plan, spec, model)
-        after = cost(chosen, spec)
-        text = f"would write {chosen}: {spec.params:,} -> {after.written_params:,} parameters\n\n{config_text()}"
-        emit({"plan": str(chosen), "cost": after.to_dict(), "config": config_text()}, text, as_json=json_)
+        seen = outlook(model, spec, chosen, zero_parts=zero_parts, trust_remote_code=trust_remote_code)
+        if seen.refused is not None:
+            raise seen.refused
+        text = f"would write this to {output}\n{plan_text(seen.to_dict())}\n\n{config_text()}"
+        data = {"plan": str(chosen), "cost": seen.after.to_dict(), "outlook": seen.to_dict(), "config": config_text()}
+        emit(data, text, as_json=json_)
         return
     if stream:
         with progress_bars(quiet) as progress:
@@ -77,6 +98,7 @@ def write(
                 forward=forward, progress=progress,
             )  # fmt: skip
         text = f"proved and written to {streamed.folder}: {streamed.params:,} parameters in {streamed.files} files"
+        text += _dequantised(model)
         emit({"output": str(streamed.folder), "proof": streamed.proof.to_dict()}, text, as_json=json_)
         return
     from shoal.api.find import prune
@@ -93,6 +115,22 @@ def write(
         )  # fmt: skip
     text = f"proved and written to {written.folder}: {chosen}, {written.params:,} parameters"
     emit({"output": str(written.folder), "plan": str(chosen), "proof": written.proof.to_dict()}, text, as_json=json_)
+
+
+def _refuse_gguf_options(given: dict[str, Any]) -> None:
+    """U525 for options that only a .gguf output has."""
+    wrong = next((name for name, value in given.items() if value is not None), None)
+    if wrong is not None:
+        raise UsageError(f"{wrong} belongs to an --output that ends in .gguf; leave it out", code="U525")
+
+
+def _dequantised(model: str) -> str:
+    """What --stream does not say by itself of a GGUF base: no checkpoint holds its blocks."""
+    from shoal.models.load import gguf_file
+
+    if gguf_file(model) is None:
+        return ""
+    return ", from the float32 copy of the .gguf file (an --output ending in .gguf keeps its blocks as they are)"
 
 
 def _require_options_fit(stream: bool, forward: bool, others: dict[str, Any]) -> None:

@@ -16,9 +16,9 @@ _LIST = re.compile(r"\s*(?:--prune-layers[\s=]+)?(\d{1,6}(?:\s*,\s*\d{1,6})*)\s*
 def llama_quantize() -> Format:
     """The layers to remove with commas between them, counted from 0.
 
-    Source: the option --prune-layers of llama.cpp (pull request 13037); a text that begins with the option's name is
-    read too. Says: whole layers removed, at least one. Files of families with per-layer metadata do not load after
-    llama.cpp's own pruning (issue 27976).
+    Source: `parse_layer_prune` of llama.cpp (tools/quantize/quantize.cpp at 03161a4), the value of the option
+    --prune-layers; a text that begins with the option's name is read too. Says: whole layers removed, at least one.
+    Files of families with per-layer metadata do not load after llama.cpp's own pruning (its issue 27976).
     """
     return Format(_read, _write)
 

@@ -24,7 +24,8 @@ _NO_LAYERS = frozenset(
 def mergekit() -> Format:
     """Slices of one model in YAML, counted from 0 with the end left out: [0, 12] is layers 0 to 11.
 
-    Source: github.com/arcee-ai/mergekit, merge method passthrough. Ranges may repeat and overlap, which copies layers;
+    Source: github.com/arcee-ai/mergekit, merge method passthrough; files written here were read by the configuration
+    parser of mergekit 0.1.5. Ranges may repeat and overlap, which copies layers;
     the model's name becomes the plan's source. Says: whole layers removed, repeated, reordered. Refused when read:
     several models, several sources in a slice, parameters such as scale, other merge methods (all N103).
     """

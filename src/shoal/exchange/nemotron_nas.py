@@ -14,6 +14,11 @@ NAME = "nemotron-nas"
 LLAMA_LIKE = frozenset({"llama", "mistral", "nemotron-nas"})
 """Families whose layer is nemotron-nas's own when its sizes are (`_layer_sizes`)."""
 SIZES = {"attention": "n_heads_in_group", "ffn": "ffn_mult"}
+SAME = {
+    "attention": ("n_heads_in_group", "num_key_value_heads"),
+    "ffn": ("ffn_mult", "intermediate_size", "hidden_act", "gated"),
+}
+"""What the parts that run may say about themselves, if all say the same."""
 ROUND = 256
 """nemotron-nas rounds 2/3 x ffn_mult x hidden up to a multiple of this."""
 
@@ -21,8 +26,9 @@ ROUND = 256
 def nemotron_nas() -> Format:
     """The config field block_configs, one entry for each layer of the base model, from 0.
 
-    Source: the config of DeciLM / Llama-Nemotron checkpoints (Bercovich et al. 2024, arXiv 2411.19146), served by
-    vLLM, SGLang, TensorRT-LLM and llama.cpp. `no_op` leaves a part out; a whole config.json or the bare list is read.
+    Source: the config of DeciLM / Llama-Nemotron checkpoints (Bercovich et al. 2024, arXiv 2411.19146), as read by
+    vLLM's nemotron_nas.py at 00bd149, which takes newer configs with intermediate_size for ffn_mult too. `no_op` leaves
+    a part out; a whole config.json or the bare list is read.
     Says: layers, attentions and mlps removed, of a Llama-like model. intermediate = ceil256(2/3 ffn_mult hidden).
     Refused when read: linear replacements, widths that differ between layers, windows and sinks (N103).
     """
@@ -44,7 +50,8 @@ def _read(text: str | bytes, identity: Plan) -> Plan:
 
 def _removed(blocks: list[Any], part: str) -> frozenset[int]:
     """Layers whose `part` is a no_op; the others must be alike."""
-    gone, size = set[int](), None
+    gone: set[int] = set()
+    size: dict[str, Any] | None = None
     for layer, block in enumerate(blocks):
         facts = block.get(part) if isinstance(block, dict) else None
         if not isinstance(facts, dict) or type(facts.get("no_op", False)) is not bool:
@@ -53,11 +60,12 @@ def _removed(blocks: list[Any], part: str) -> frozenset[int]:
             gone.add(layer)
             continue
         for key, value in facts.items():
-            if key not in ("no_op", SIZES[part]) and value:
+            if key not in ("no_op", *SAME[part]) and value:
                 _refuse(f"{shown(key)} in the {part} of layer {layer}", f"a {part} without it")
-        found = facts.get(SIZES[part])
+        found = {key: facts.get(key) for key in SAME[part]}
         if size is not None and found != size:
-            what = f"{SIZES[part]} {shown(found)} in layer {layer} beside {shown(size)}"
+            key = next(key for key in found if found[key] != size[key])
+            what = f"{key} {shown(found[key])} in layer {layer} beside {shown(size[key])}"
             _refuse(what, "layers of one width; a plan changes the depth")
         size = found
     return frozenset(gone)

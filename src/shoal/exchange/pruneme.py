@@ -1,30 +1,63 @@
-"""PruneMe's way of counting: a list of layers to remove, as in `[22, 23, 26]`, where 1 is the first layer."""
+"""PruneMe's table of spans, of which the one with the smallest distance goes, and its way of counting: from 1."""
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 
+from shoal.errors import NotationError
 from shoal.exchange._drops import Drops, apply_drops, drops_of
-from shoal.exchange._format import Format, from_json, layer_numbers
+from shoal.exchange._format import Format, decoded, from_json, layer_numbers, shown
 from shoal.plan import Plan, Spec
 
 NAME = "pruneme"
 FIRST = 1
+START, END, DISTANCE = "block_start", "block_end", "average_distance"
 
 
 def pruneme() -> Format:
-    """A JSON list of the layers to remove, in any order, counted from 1 as PruneMe does.
+    """A layer_distances.csv of PruneMe, or a JSON list of the layers to remove, in any order, counted from 1.
 
-    Source: the numbers of github.com/arcee-ai/PruneMe's CSV; ModelOpt's Minitron and economize count from 1 too.
-    Says: whole layers removed. How we differ: the CSV itself ranks spans and is no plan, and its users disagree about
-    which end of a span belongs to it (arcee-ai/PruneMe issue 4), so each layer is named here.
+    Source: compute_block_similarity/layer_similarity.py of github.com/arcee-ai/PruneMe at 279c6b1 (after Gromov et al.
+    2024, arXiv 2403.17887). A row compares what goes out of its block_start with what goes out of its block_end, both
+    counted from 1, so the layers behind block_start up to block_end are removed; its own slice.yaml does the same. The
+    row with the smallest distance is read, the first of equals. Says: whole layers removed, written as the list.
     """
     return Format(_read, _write)
 
 
 def _read(text: str | bytes, identity: Plan) -> Plan:
-    gone = layer_numbers(from_json(text, NAME), f"the {NAME} list (counted from 1)", identity.depth(), first=FIRST)
+    plain = decoded(text, NAME)
+    if plain.lstrip().startswith(START):
+        gone = _span(plain, identity.depth())
+    else:
+        what = f"the {NAME} list (counted from 1)"
+        gone = layer_numbers(from_json(text, NAME), what, identity.depth(), first=FIRST)
     return apply_drops(identity, Drops(gone, gone))
+
+
+def _span(plain: str, depth: int) -> frozenset[int]:
+    """0-based layers of the best row."""
+    best: tuple[float, int, int] | None = None
+    try:
+        for row in csv.DictReader(plain.strip().splitlines()):
+            found = float(row[DISTANCE]), int(row[START]), int(row[END])
+            if not math.isfinite(found[0]) or not FIRST <= found[1] < found[2] <= depth:
+                raise NotationError(
+                    f"the {NAME} file has the span {shown(row[START])} to {shown(row[END])} with distance "
+                    f"{shown(row[DISTANCE])}; the model has the layers 1 to {depth}, give its own file",
+                    code="N102",
+                )
+            best = found if best is None or found[0] < best[0] else best
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise NotationError(
+            f"cannot read the {NAME} file ({type(error).__name__}); it has the columns {START}, {END} and {DISTANCE}",
+            code="N101",
+        ) from None
+    if best is None:
+        raise NotationError(f"the {NAME} file has no span; give one with a row for each", code="N101")
+    return frozenset(range(best[1], best[2]))
 
 
 def _write(plan: Plan, spec: Spec | None = None) -> str:

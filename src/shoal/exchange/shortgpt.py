@@ -14,8 +14,8 @@ NAME = "shortgpt"
 def shortgpt() -> Format:
     """A JSON list of the layers to remove, in any order, counted from 0.
 
-    Source: `layers_to_remove` of github.com/sramshetty/ShortGPT, which deletes them from the list of layers; SLEB,
-    Shortened LLaMA and optipfair count the same way.
+    Source: `layers_to_remove` of github.com/sramshetty/ShortGPT, which deletes them from the list of layers
+    (short_gpt/short_hf.py at 6003ec3).
     Says: whole layers removed.
     """
     return Format(_read, _write)

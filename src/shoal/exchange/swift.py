@@ -15,10 +15,11 @@ PARTS = ("attention", "mlp")
 
 
 def swift() -> Format:
-    """A JSON mapping with the lists attention and mlp of what SWIFT's draft skips, counted from 0.
+    """A JSON mapping from MODEL_TASK to the lists attention and mlp of what SWIFT's draft skips, counted from 0.
 
-    Source: skip_layers.json of github.com/hemingkx/SWIFT (Xia et al. 2024, arXiv 2410.06916). The mapping may lie
-    inside others (by model, by task) as long as there is one; a missing list is empty. Says: layers, attentions and
+    Source: skip_layers.json of github.com/hemingkx/SWIFT at 312a2a0 (Xia et al. 2024, arXiv 2410.06916), which looks
+    it up by model and task. Written under the model's name: add the task to it. When read, the mapping may lie inside
+    others or in none, as long as there is one; a missing list is empty. Says: layers, attentions and
     mlps removed. How we differ: the plan is the draft's, SWIFT verifies with the whole model.
     """
     return Format(_read, _write)
@@ -58,4 +59,5 @@ def _the_one(found: list[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, An
 
 def _write(plan: Plan, spec: Spec | None = None) -> str:
     drops = drops_of(plan, name=NAME)
-    return json.dumps({"attention": sorted(drops.attention), "mlp": sorted(drops.mlp)}) + "\n"
+    name = (plan.base.source or plan.base.family).rstrip("/").rpartition("/")[2] or plan.base.family
+    return json.dumps({name: {"attention": sorted(drops.attention), "mlp": sorted(drops.mlp)}}) + "\n"

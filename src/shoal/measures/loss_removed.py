@@ -9,6 +9,7 @@ import torch
 from shoal.evaluation.candidates import compare_each, without_each
 from shoal.evaluation.scoring import logits_of, token_nll
 from shoal.evaluation.tally import tally
+from shoal.models.kinds import require_causal
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -34,6 +35,7 @@ def loss_removed(
     How we differ: nothing is rebuilt, the layer is left out of the running model; a layer whose removal is not legal
     gets NaN and a note. Cost: one full pass per layer. Raises U507 while a plan is running.
     """
+    require_causal(model, "loss when removed")
 
     def losses(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return token_nll(logits_of(model, ids, mask), ids)

@@ -21,7 +21,7 @@ class Task:
 
     model: Any
     data: Data
-    """Calibration sequences."""
+    """Calibration sequences; nothing at all for a method that says `READS_DATA = False`."""
     plan: Plan
     """Where the search starts, usually the identity."""
     spec: Spec

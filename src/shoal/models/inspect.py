@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from shoal.models.families import family_of
+from shoal.models.families import Family, family_of
+from shoal.models.first import first_only
 from shoal.models.probe import LayerFacts, probe
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
@@ -27,7 +28,7 @@ def inspect(model: nn.Module) -> Spec:
         probe(inner, stack)  # before weights are counted: a forward makes new placeholders for those that are offloaded
     users = _storage_users(stacks)
     built = [_stack_spec(inner, stack, users) for stack in stacks]
-    inside = {name for stack in stacks for layer in stack.layers._modules.values() for name in _storages(layer)}
+    inside = {name for stack in stacks for i in range(stack.depth) for name in _own_storages(stack, i)}
     everything = _storages(inner)
     head = inner.get_output_embeddings()
     text = config.get_text_config(decoder=True)
@@ -52,6 +53,13 @@ def _storages(module: nn.Module | None) -> dict[object, int]:
     }
 
 
+def _own_storages(stack: Stack, index: int) -> dict[object, int]:
+    """Of one layer, without what only the first layer owns: that stays when the layer goes."""
+    first = first_only(stack) if index == 0 else None
+    lent = _storages(first.module) if first is not None else {}
+    return {key: count for key, count in _storages(stack.layer(index)).items() if key not in lent}
+
+
 def _key(parameter: nn.Parameter) -> object:
     return id(parameter) if parameter.is_meta else (parameter.data_ptr(), parameter.numel(), str(parameter.device))
 
@@ -69,8 +77,8 @@ def _stack_spec(model: nn.Module, stack: Stack, users: Counter[object]) -> tuple
     layers: list[LayerSpec] = []
     for index, fact in enumerate(seen.layers):
         layer = stack.layer(index)
-        storages = _storages(layer)
-        kv = _kv(fact, stack.config, index in sharing, seen.forward)
+        storages = _own_storages(stack, index)
+        kv = _kv(fact, stack.config, index in sharing, seen.forward) if stack.name == "decoder" else KVSpec("none")
         active = _active_share(stack.config)
         layers.append(
             LayerSpec(
@@ -78,7 +86,7 @@ def _stack_spec(model: nn.Module, stack: Stack, users: Counter[object]) -> tuple
                 kind=kinds[index],
                 params=sum(n for key, n in storages.items() if users[key] == 1),
                 flops=_flops(layer, active),
-                width=_width(stack.config, kv, [layers[i].kv for i in sharing.get(index, ())]),
+                width=_width(stack, kv, [layers[i].kv for i in sharing.get(index, ())]),
                 kv=kv,
                 attention=_part(layer, fact.parts.attention, active, users) if fact.parts else None,
                 mlp=_part(layer, fact.parts.mlp, active, users) if fact.parts else None,
@@ -88,11 +96,15 @@ def _stack_spec(model: nn.Module, stack: Stack, users: Counter[object]) -> tuple
                     if users[key] > 1
                 ),
                 needs=sharing.get(index, ()),
-                pinned=family.pinned if index == 0 else None,
+                pinned=family.pinned if index == 0 and _pins(family, stack.config) else None,
             )
         )
     hidden = int(getattr(stack.config, "hidden_size", 0))
     return StackSpec(stack.name, stack.path, hidden, tuple(layers)), seen.forward, seen.parts_note
+
+
+def _pins(family: Family, config: PreTrainedConfig) -> bool:
+    return family.pinned_if is None or bool(getattr(config, family.pinned_if, None))
 
 
 def layer_kinds(config: PreTrainedConfig, depth: int) -> list[str]:
@@ -118,10 +130,13 @@ def _native_sharing(config: PreTrainedConfig, kinds: list[str]) -> dict[int, tup
     return {index: (last_of_kind[kinds[index]],) for index in range(first, len(kinds)) if kinds[index] in last_of_kind}
 
 
-def _width(config: PreTrainedConfig, kv: KVSpec, sources: list[KVSpec]) -> int:
-    """Query heads x (key_dim + value_dim); a layer that reads another's KV has the dimensions of its source."""
-    heads = getattr(config, "num_attention_heads", None)
+def _width(stack: Stack, kv: KVSpec, sources: list[KVSpec]) -> int:
+    """Query heads x (key_dim + value_dim); a layer that reads another's KV has the dimensions of its source, and one
+    without a cache has heads that share out the hidden state."""
+    heads = getattr(stack.config, f"{stack.name}_attention_heads", getattr(stack.config, "num_attention_heads", None))
     dims = max(one.key_dim + one.value_dim for one in (kv, *sources))
+    if stack.name != "decoder":
+        return 2 * int(getattr(stack.config, "hidden_size", 0))
     return heads * dims if isinstance(heads, int) else 0
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import ModelError
 from shoal.models import gguf
-from shoal.models.checkpoint import check_folder
+from shoal.models.agree import require_agreement
+from shoal.models.depth import depth_of
 from shoal.models.inspect import inspect
+from shoal.models.kinds import auto_class, auto_for
+from shoal.models.shards import check_folder
 from shoal.plan import Spec
 
 BUILTIN = "smollm2"
+MAX_DEPTH = 1_000
+"""A config with more layers is damaged, and building its model, without weights, would take minutes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Loaded:
-    """Load a causal language model for evaluation.
+    """Load a model for evaluation, by the Auto class that its config names: a causal language model, an encoder, ...
 
     `source`: "smollm2", a folder with config.json and safetensors, a .gguf file, a hub id, or a live model (returned as
     it is). `device`: cpu, cuda, mps, ... (default: the accelerator torch finds, else the CPU). `dtype`: auto, float32,
@@ -51,6 +55,7 @@ def load(
         return Loaded(source, tokenizer, getattr(source, "name_or_path", "") or type(source).__name__)
     place = _place(str(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    load_config(source, trust_remote_code=trust_remote_code, revision=revision)  # refused before weights are read
     chosen = dtype if dtype is not None else "auto"
     if isinstance(chosen, str) and chosen != "auto":
         chosen = dtype_of(chosen)
@@ -85,12 +90,15 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def inspect_source(source: str | Path, *, trust_remote_code: bool = False) -> Spec:
-    """The Spec of a folder or hub id from its config and the headers of its safetensors; no weight is loaded."""
+    """The Spec of a folder or hub id from its config and the headers of its safetensors; no weight is loaded.
+
+    Raises `ModelError` (M3xx) also for a folder whose tensors do not belong to the model of its config.
+    """
     place = _place(str(source))
-    spec = inspect(meta_model(load_config(source, trust_remote_code=trust_remote_code)))
+    model = structure(load_config(source, trust_remote_code=trust_remote_code), source)
     if isinstance(place, Path):
-        check_folder(place, depth=spec.stack().depth, path=spec.stack().path)
-    return spec
+        require_agreement(place, model, {name: found.shape for name, found in check_folder(place).items()})
+    return inspect(model)
 
 
 def local_folder(source: str | Path) -> Path:
@@ -102,23 +110,65 @@ def local_folder(source: str | Path) -> Path:
     return place
 
 
-def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a folder, hub id or the built-in model."""
+def gguf_file(source: str | Path) -> Path | None:
+    """The GGUF file that a model's name stands for: a .gguf file itself, or that of the built-in model; else None."""
+    if str(source) == BUILTIN:
+        return gguf.builtin_file()
+    path = Path(source).expanduser()
+    return path if path.suffix == ".gguf" else None
+
+
+def load_config(
+    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedConfig:
+    """The config of a folder, hub id or the built-in model. Raises M307, M312, M332."""
     place = _place(str(source))
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+        text = config.get_text_config(decoder=True)
+    except Exception as error:  # config classes check their fields with errors of their own
         raise _unreadable(str(source), error) from None
+    if not isinstance(text, PreTrainedConfig):
+        raise ModelError(
+            f"cannot load {source}: its config has a part for text that {config.model_type} does not know; mend it",
+            code="M307",
+        )
+    _require_depth(config, source)
+    return config
 
 
 def meta_model(config: PreTrainedConfig, *, like: PreTrainedModel | None = None) -> PreTrainedModel:
-    """The model of a config on the meta device: structure without weights; of `like`'s class when given."""
+    """The model of a config on the meta device: structure without weights; of `like`'s class when given, otherwise of
+    the Auto class that the config names."""
     # the default grouped experts read values, which a meta tensor does not have; the batched ones do not
     kind: dict[str, Any] = {"attn_implementation": like.config._attn_implementation} if like is not None else {}
     with torch.device("meta"):
         if like is not None:
             return type(like)._from_config(config, **kind).eval()
-        return AutoModelForCausalLM.from_config(config, experts_implementation="batched_mm", **kind).eval()
+        made: PreTrainedModel = auto_class(auto_for(config)).from_config(
+            config, experts_implementation="batched_mm", **kind
+        )
+        return made.eval()
+
+
+def structure(config: PreTrainedConfig, source: str | Path) -> PreTrainedModel:
+    """`meta_model(config)`. Raises M307 when no causal language model can be made of it, M332 for a depth
+    that no model has."""
+    _require_depth(config, source)
+    try:
+        return meta_model(config)
+    except Exception as error:  # odd numbers in a config raise whatever the arithmetic with them raises
+        raise ModelError(
+            f"no causal language model can be made of the config of {source}: {_first_line(error)}", code="M307"
+        ) from None
+
+
+def _require_depth(config: PreTrainedConfig, source: str | Path) -> None:
+    depth = depth_of(config.get_text_config(decoder=True))
+    if depth is not None and not 0 < depth <= MAX_DEPTH:
+        raise ModelError(
+            f"the config of {source} says {str(depth)[:20]} layers; a model has 1 to {MAX_DEPTH}", code="M332"
+        )
 
 
 def _place(source: str) -> Path | str:
@@ -143,7 +193,9 @@ def _place(source: str) -> Path | str:
 
 def _from_pretrained(place: Path | str, source: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        return AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        known = ("trust_remote_code", "revision")
+        config = AutoConfig.from_pretrained(place, **{name: options[name] for name in known if name in options})
+        return auto_class(auto_for(config)).from_pretrained(place, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable(source, error) from None
     except Exception as error:  # safetensors raises a class of its own
@@ -156,14 +208,18 @@ def load_tokenizer(place: Path | str, **options: Any) -> Any:
     """The tokenizer beside the model; None when there is none (evaluation on text then says so)."""
     try:
         return AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError):
+    except Exception:  # files of other people: tokenizers, config classes and parsers raise classes of their own
         return None
 
 
 def _unreadable(source: str, error: Exception) -> ModelError:
-    first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    first = _first_line(error)
     if "trust_remote_code" in str(error):
         return ModelError(
             f"{source} needs code of its own; read it, then pass --trust-remote-code if you trust it", code="M312"
         )
     return ModelError(f"cannot load {source}: {first}", code="M307")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

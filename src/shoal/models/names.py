@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +47,13 @@ def attributed(model: PreTrainedModel, stack: Stack, shapes: Shapes) -> dict[str
     Raises `WriteError` W217 for a tensor that cannot be attributed, W218 for one of another size, `ModelError` M310
     for one that is missing.
     """
-    state = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
-    renamed = _renamed(model, stack, shapes, state)
+    state = state_shapes(model)
+    known = _known(model, stack, shapes, state)
     lost: dict[str, int] = {}
-    inside = {file: number for file, (name, _) in renamed.items() if (number := _layer(name, stack)) is not None}
+    inside = {file: number for file, (name, _) in known.items() if (number := _layer(name, stack)) is not None}
     prefix = _prefix(inside, stack)
     names = {}
-    for file, (name, converted) in renamed.items():
+    for file, (name, converted) in known.items():
         if not converted and shapes[file] != state[name]:
             raise WriteError(
                 f"the tensor {file} is {list(shapes[file])} in the files and {list(state[name])} in the model; "
@@ -70,25 +70,49 @@ def attributed(model: PreTrainedModel, stack: Stack, shapes: Shapes) -> dict[str
     return names
 
 
-def _state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """Where transformers puts one tensor of a file."""
+
+    name: str | None
+    """In the model; None when it belongs to no part of it."""
+    converted: bool = False
+    """Is it one of several tensors that are put together, or a part of one that is split?"""
+    ignored: bool = False
+    """Does the model's class say that it may be there all the same?"""
+
+
+def state_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of a model, which may be on the meta device."""
     found: dict[str, torch.Tensor] = model.state_dict()
-    return found
+    return {name: tuple(tensor.shape) for name, tensor in found.items()}
 
 
-def _renamed(model: PreTrainedModel, stack: Stack, shapes: Shapes, state: Shapes) -> dict[str, tuple[str, bool]]:
-    """{name in the files: (name in the model, is it converted)}, as transformers renames; without ignored ones."""
+def renamed(model: PreTrainedModel, files: Iterable[str], state: Shapes) -> dict[str, Renamed]:
+    """Each tensor of the files as transformers renames it when it loads `model`, whose tensors are `state`."""
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
     found = {}
-    for file in sorted(shapes, key=dot_natural_key):  # some renamings remember the names before, in this order
+    for file in sorted(files, key=dot_natural_key):  # some renamings remember the names before, in this order
         name, pattern = rename_source_key(file, renamings, converters, model.base_model_prefix, state)
         if name not in state and file in state:
             name, pattern = file, None
         if name in state:
-            found[file] = (name, pattern is not None)
-        elif not any(re.search(pattern, file) for pattern in ignored):
+            found[file] = Renamed(name, pattern is not None)
+        else:
+            found[file] = Renamed(None, ignored=any(re.search(pattern, file) for pattern in ignored))
+    return found
+
+
+def _known(model: PreTrainedModel, stack: Stack, shapes: Shapes, state: Shapes) -> dict[str, tuple[str, bool]]:
+    """{name in the files: (name in the model, is it converted)}, without ignored ones. Raises W217."""
+    found = {}
+    for file, one in renamed(model, shapes, state).items():
+        if one.name is not None:
+            found[file] = (one.name, one.converted)
+        elif not one.ignored:
             raise WriteError(
                 f"the tensor {file} belongs to no part of {type(model).__name__} ({stack.path} holds its layers); "
                 "load the model and write it without streaming",

@@ -23,16 +23,25 @@ class Parts:
     mlp: tuple[str, ...]
 
 
-def find_parts(layer: nn.Module) -> Parts | None:
+def find_parts(layer: nn.Module, by_name: bool = False) -> Parts | None:
     """Split a layer's children: the attention holds the module that knows its place, norms belong to neither, the
-    rest is the mlp. None when one of the two is missing, as in layers that are only a mixer."""
+    rest is the mlp. None when one of the two is missing, as in layers that are only a mixer.
+
+    `by_name`: where no module knows its place, as in encoders that keep no cache, the attention is called so."""
     attention, mlp = [], []
+    indexed = {name for name, child in layer.named_children() if _knows_its_place(child)}
+    if not indexed and by_name:
+        indexed = {name for name, child in layer.named_children() if "attention" in type(child).__name__.lower()}
     for name, child in layer.named_children():
-        if any(index in module.__dict__ for module in child.modules() for index in INDEX_NAMES):
+        if name in indexed:
             attention.append(name)
         elif any(p.dim() >= 2 for p in child.parameters()):
             mlp.append(name)
     return Parts(tuple(attention), tuple(mlp)) if len(attention) == 1 and mlp else None
+
+
+def _knows_its_place(module: nn.Module) -> bool:
+    return any(index in one.__dict__ for one in module.modules() for index in INDEX_NAMES)
 
 
 @contextmanager

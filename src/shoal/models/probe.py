@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from shoal.errors import ModelError
+from shoal.models.inputs import sample_inputs
+from shoal.models.kinds import is_causal
 from shoal.models.parts import INDEX_NAMES, Parts, find_parts, without
 from shoal.models.stacks import Stack, unwrap
 
@@ -31,6 +33,8 @@ class LayerFacts:
     window: int | None = None
     state: int = 0
     parts: Parts | None = None
+    carried: dict[str | int, int] = field(default_factory=dict)
+    """{keyword or position of an argument: which value that the layer before returned besides the hidden state}."""
     returns: dict[str, int] = field(default_factory=dict)
     """For each child of `parts`: values returned besides its tensor, -1 for a bare tensor."""
 
@@ -42,6 +46,8 @@ class Probe:
     layers: list[LayerFacts]
     seen: tuple[int, ...]
     """Identities of the layers that were probed."""
+    settings: str
+    """The config at that time: users change a window or the kinds of layers between two looks."""
     forward: bool
     """False when the forward could not run (as some do on the meta device) and only the structure was read."""
     parts_note: str | None = None
@@ -51,54 +57,72 @@ _PROBED: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
 
 
 def probe(model: nn.Module, stack: Stack) -> Probe:
-    """Probe once per list of layers; later calls answer from memory. Raises M305 when the loop calls layers in an order
-    of its own (twice, or not at all), which no plan could replace."""
+    """Probe once per list of layers and config; later calls answer from memory. Raises M305 when the loop calls layers
+    in an order of its own (twice, or not at all), which no plan could replace."""
     known = _PROBED.get(stack.owner)
-    if known is None or known.seen != tuple(id(stack.layer(i)) for i in range(stack.depth)):
+    state = tuple(id(stack.layer(i)) for i in range(stack.depth)), _settings(stack)
+    if known is None or (known.seen, known.settings) != state:
         known = _PROBED[stack.owner] = _run(model, stack)
     return known
 
 
 def _run(model: nn.Module, stack: Stack) -> Probe:
     layers = [stack.layer(i) for i in range(stack.depth)]
-    watcher = _Watcher(layers)
+    watcher = _Watcher(layers, by_name=stack.name != "decoder")
     inner = unwrap(model)
     training = [module for module in inner.modules() if module.training]
     inner.eval()
     place = _place(inner)
     try:
         with torch.no_grad(), watcher:
-            out = inner(**_one_token(inner, place), use_cache=True)
+            out = inner(**_arguments(inner, stack, place))
             if watcher.order != list(range(len(layers))):
                 raise ModelError(
                     f"{type(inner).__name__} calls its layers in the order {watcher.order[:12]}; "
                     "a plan needs each once and in order",
                     code="M305",
                 )
-            _read_cache(_cache_of(out), watcher.facts)
+            if stack.name == "decoder":
+                _read_cache(_cache_of(out), watcher.facts)
             note = _prove_parts(layers, watcher)
             forward = True
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         if place.type != "meta":
             raise ModelError(f"{type(inner).__name__} cannot be probed: {error}", code="M305") from error
-        watcher.facts = [
-            LayerFacts(_own_row(layer, i), -1, None, parts=find_parts(layer)) for i, layer in enumerate(layers)
-        ]
+        known = [None if watcher.by_name else find_parts(layer) for layer in layers]
+        watcher.facts = [LayerFacts(_own_row(layer, i), -1, None, parts=known[i]) for i, layer in enumerate(layers)]
         note, forward = None, False
     finally:
         for module in training:  # one by one: users train some modules and keep others in eval mode
             module.training = True
-    return Probe(watcher.facts, tuple(map(id, layers)), forward, note)
+    return Probe(watcher.facts, tuple(map(id, layers)), _settings(stack), forward, note)
+
+
+def _settings(stack: Stack) -> str:
+    return repr(stack.config.to_dict())
 
 
 def _place(model: PreTrainedModel) -> torch.device:
     """Where the forward runs: accelerate keeps offloaded weights on meta, and its hooks know where they are used."""
-    weight = model.get_input_embeddings().weight
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # text and vision have no embeddings in common
+        weight = None
+    if not isinstance(weight, torch.Tensor):
+        weight = next(model.parameters())
     if not weight.is_meta:
         return weight.device
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
     found = [getattr(one, "execution_device", None) for hook in hooks for one in getattr(hook, "hooks", (hook,))]
     return torch.device(next((device for device in found if device is not None), "meta"))
+
+
+def _arguments(model: PreTrainedModel, stack: Stack, place: torch.device) -> dict[str, Any]:
+    """What the model is called with: one token, or what it reads instead."""
+    if is_causal(model):
+        return {**_one_token(model, place), "use_cache": True}
+    inputs: dict[str, Any] = {**sample_inputs(model, place)}
+    return inputs | ({"use_cache": True} if stack.name == "decoder" else {})
 
 
 def _one_token(model: PreTrainedModel, place: torch.device) -> dict[str, torch.Tensor]:
@@ -113,18 +137,19 @@ def _one_token(model: PreTrainedModel, place: torch.device) -> dict[str, torch.T
 class _Watcher:
     """Hooks on every layer and on the children of its parts for one forward."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[nn.Module], by_name: bool) -> None:
+        self.layers, self.by_name = layers, by_name
         self.order: list[int] = []
         self.facts: list[LayerFacts] = []
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._returns: dict[int, dict[str, int]] = {i: {} for i in range(len(layers))}
+        self._tail: list[Any] = []
 
     def __enter__(self) -> _Watcher:
         self._handles = []
         for index, layer in enumerate(self.layers):
             self._handles.append(layer.register_forward_hook(self._on_layer(index), with_kwargs=True))
-            parts = find_parts(layer)
+            parts = find_parts(layer, self.by_name)
             for name in (*parts.attention, *parts.mlp) if parts else ():
                 child = layer.get_submodule(name)
                 self._handles.append(child.register_forward_hook(self._on_child(index, name)))
@@ -141,13 +166,19 @@ class _Watcher:
                 return
             given: list[tuple[str | int, Any]] = [*kwargs.items(), *enumerate(args)]
             caches = [at for at, value in given if isinstance(value, Cache)]
-            tail = len(out) - 1 if isinstance(out, tuple | list) else -1
+            before, self._tail = self._tail, list(out[1:]) if isinstance(out, tuple | list) else []
             self.facts.append(
                 LayerFacts(
                     _own_row(layer, index),
-                    tail,
+                    len(self._tail) if isinstance(out, tuple | list) else -1,
                     next(iter(caches), None),
-                    parts=find_parts(layer),
+                    parts=find_parts(layer, self.by_name),
+                    carried={
+                        at: n
+                        for at, value in given
+                        for n, v in enumerate(before)
+                        if isinstance(v, torch.Tensor) and v is value
+                    },
                     returns=self._returns[index],
                 )
             )
@@ -201,6 +232,10 @@ def _prove_parts(layers: list[nn.Module], watcher: _Watcher) -> str | None:
     note = None
     for index, (layer, fact, call) in enumerate(zip(layers, watcher.facts, watcher.calls, strict=True)):
         if fact.parts is None:
+            continue
+        if watcher.by_name and any(p.is_meta for p in layer.parameters()):
+            fact.parts = None  # many encoders norm the sum, which only values show
+            note = note or "without weights nothing proves that a layer only adds its attention and its mlp"
             continue
         args = tuple(None if isinstance(a, Cache) else a for a in call[0])
         kwargs = {k: None if isinstance(v, Cache) else v for k, v in call[1].items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ModelError
-from shoal.models.checkpoint import read_header, read_json, tensor_headers
+from shoal.models.checkpoint import nameable, read_header, read_json, tensor_headers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -45,7 +45,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     weight_map = _weight_map(folder)
     files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
     for name in files:
-        _require_inside(folder, name)
+        require_inside(folder, name)
     found: dict[str, Stored] = {}
     for name in files:
         for tensor, place in read_places(folder / name).items():
@@ -63,6 +63,17 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 code="M309",
             )
     return found
+
+
+def check_folder(folder: Path) -> dict[str, Stored]:
+    """`stored_tensors` of a folder with a config. Raises `ModelError`: M302 no config, or one that is no JSON object,
+    and what `stored_tensors` raises.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
+    read_json(config)
+    return stored_tensors(folder)
 
 
 def read_places(file: Path) -> dict[str, Stored]:
@@ -111,16 +122,21 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             tensor_headers(folder)  # says what the folder holds instead
             raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}; copy the index too", code="M309")
         return None
-    found = read_json(index).get("weight_map")
+    return weight_map(read_json(index), str(index))
+
+
+def weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
+    """{tensor: file} of the content of an index. Raises M309."""
+    found = index.get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
-        raise ModelError(f"{index} has no weight_map; copy the index again", code="M309")
+        raise ModelError(f"{where} has no weight_map; copy the index again", code="M309")
     return found
 
 
-def _require_inside(folder: Path, name: str) -> None:
+def require_inside(folder: Path, name: str) -> None:
     """A file of this very folder; a link may lead to its neighbours, or to the blobs of the hub's cache."""
-    if name != Path(name).name or "\\" in name or name in ("", ".", ".."):
-        raise ModelError(f"{folder / INDEX} names {name!r}, which is no file of the folder; mend it", code="M309")
+    if name != Path(name).name or "\\" in name or name in ("", ".", "..") or not nameable(name):
+        raise ModelError(f"{folder / INDEX} names {name[:80]!r}, which is no file of the folder; mend it", code="M309")
     file, home = folder / name, folder.resolve()
     if not file.is_file():
         raise ModelError(f"{folder} lacks {name}, which its index names; copy it there", code="M309")

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
 from shoal.errors import ModelError
 from shoal.models.depth import depth_of
 from shoal.models.families import family_of
+from shoal.models.kinds import is_causal
+from shoal.models.lists import Stack, layer_lists, path_of
+from shoal.models.named_stacks import named_stacks
 
-
-@dataclass(frozen=True)
-class Stack:
-    """One list of layers inside a model: `getattr(owner, attr)` is the `nn.ModuleList` called `path`."""
-
-    name: str
-    path: str
-    owner: nn.Module
-    attr: str
-    config: PreTrainedConfig
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The list as it is now, a running plan's stand-in included."""
-        found = getattr(self.owner, self.attr)
-        assert isinstance(found, nn.ModuleList)
-        return found
-
-    def layer(self, index: int) -> nn.Module:
-        """The real layer with this base index."""
-        found = self.layers._modules[str(index)]
-        assert found is not None
-        return found
-
-    @property
-    def depth(self) -> int:
-        return len(self.layers._modules)
+__all__ = ["Stack", "find_stack", "find_stacks", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -52,13 +26,16 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
-    """The stacks of a model. Causal language models have one, called decoder. Raises M302 when none can be found.
+    """The stacks of a model. Causal language models have one, called decoder; others see `named_stacks`. Raises M302
+    when none can be found.
 
-    Rule: inside `get_decoder()`, the only `nn.ModuleList` of as many `GradientCheckpointingLayer`s as the text config
-    has layers (right for 160 of 171 causal families of transformers 5.23, never two hits); then the same without asking
-    for the class; then the same in the whole model. A family file may name the path instead.
+    Rule for causal models: inside `get_decoder()`, the only `nn.ModuleList` of as many `GradientCheckpointingLayer`s as
+    the text config has layers (right for 160 of 171 causal families of transformers 5.23, never two hits); then the
+    same without asking for the class; then the same in the whole model. A family file may name the path instead.
     """
     inner = unwrap(model)
+    if not is_causal(inner):
+        return named_stacks(inner)
     config = inner.config.get_text_config(decoder=True)
     family = family_of(config)
     if family.refused is not None:
@@ -72,7 +49,7 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
         for root in (inner.get_decoder(), inner)
         for strict in (True, False)
         if root is not None
-        for hit in (_lists(root, depth, strict),)
+        for hit in (layer_lists(root, depth, strict),)
         if len(hit) == 1
     ]
     if not hits:
@@ -82,8 +59,7 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
             code="M302",
         )
     owner, attr = hits[0][0]
-    prefix = next(name for name, module in inner.named_modules() if module is owner)
-    return (Stack("decoder", f"{prefix}.{attr}" if prefix else attr, owner, attr, config),)
+    return (Stack("decoder", path_of(inner, owner, attr), owner, attr, config),)
 
 
 def find_stack(model: nn.Module, name: str | None = None) -> Stack:
@@ -93,22 +69,3 @@ def find_stack(model: nn.Module, name: str | None = None) -> Stack:
     if wanted not in stacks:
         raise ModelError(f"the model has no stack {wanted!r}; it has {', '.join(stacks)}", code="M304")
     return stacks[wanted]
-
-
-def _lists(root: nn.Module, depth: int | None, strict: bool) -> list[tuple[nn.Module, str]]:
-    """(owner, attribute) of every list of `depth` layers; lists inside another hit (experts) are left out."""
-    hits: list[tuple[nn.Module, str]] = []
-    inside: set[int] = set()
-    for module in root.modules():
-        for attr, child in module.named_children():
-            if not isinstance(child, nn.ModuleList) or len(child._modules) != depth or id(child) in inside:
-                continue
-            members = list(child._modules.values())
-            if all(isinstance(m, GradientCheckpointingLayer) if strict else _has_children(m) for m in members):
-                hits.append((module, attr))
-                inside |= {id(m) for m in child.modules()}
-    return hits
-
-
-def _has_children(module: nn.Module | None) -> bool:
-    return module is not None and len(list(module.children())) > 1

@@ -87,8 +87,8 @@ class StackSpec:
 
     @property
     def decodes(self) -> bool:
-        """True when the stack runs for every new token; an encoder runs once, and each token sees the whole prompt."""
-        return self.name not in ("encoder", "vision")
+        """True when the stack runs for every new token; any other runs once, and each token sees the whole prompt."""
+        return self.name == "decoder"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ runs as soon as it can. The hidden state always travels through the stock loop.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.func import functional_call
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from shoal.errors import PlanError
+from shoal.models.first import first_only
 from shoal.models.parts import without
 from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
@@ -37,6 +39,8 @@ class Pass:
     states: dict[int, KeysValues] = field(default_factory=dict)
     """Keys and values by base layer, for the runs that read them."""
     passing: PassingCache | None = None
+    carried: dict[str | int, Any] = field(default_factory=dict)
+    """By argument: what the run before handed to the next, besides the hidden state."""
     extra: tuple[Any, ...] | None = None
     """What the last layer returned besides the hidden state."""
 
@@ -81,6 +85,7 @@ class Conductor:
         self.planned = planned
         self.facts = probe.layers
         self.weights = weights
+        self.carried = {at: n for fact in self.facts for at, n in fact.carried.items()}
         self.due, self.kept = _schedule(steps, stack.depth)
         self.slots = _slots(steps)
         self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
@@ -88,6 +93,7 @@ class Conductor:
         # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
         self.through = [self.plain and [step for _, step in due] == [Run(i)] for i, due in enumerate(self.due)]
+        self.first = first_only(stack)
         self.now = Pass()
         prepare_views(DynamicCache, StaticCache, PassingCache)
 
@@ -109,6 +115,7 @@ class Conductor:
         if index in self.kept:
             self.now.calls[index] = (args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
+        self.now.carried = {at: _argument(at, args, kwargs) for at in self.carried}
         for position, step in steps:
             hidden = self._step(position, step, hidden, index, args, kwargs)
         returned = self.passed(index, hidden)
@@ -153,6 +160,9 @@ class Conductor:
     ) -> torch.Tensor:
         if run.layer != index:
             args, kwargs = self.now.calls[run.layer]
+        if self.carried:
+            args = tuple(self.now.carried.get(at, value) for at, value in enumerate(args))
+            kwargs = {at: self.now.carried.get(at, value) for at, value in kwargs.items()}
         layer, fact = self.layer(run.layer), self.facts[run.layer]
         swap = partial(self._cache_for, run, slot)
         if args:
@@ -162,13 +172,23 @@ class Conductor:
             kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
         if (run.layer in self.sources or run.kv.read is not None) and run.part != "mlp":
             args, kwargs = self._share_without_cache(run, layer, fact.cache_at, args, kwargs)
-        out = (
-            layer(*args, **kwargs) if run.part == "layer" and run.weights is None else self._special(run, args, kwargs)
-        )
+        with self._as_first(run.layer):
+            out = (
+                layer(*args, **kwargs)
+                if run.part == "layer" and run.weights is None
+                else self._special(run, args, kwargs)
+            )
         if isinstance(out, tuple | list):
             self.now.extra = tuple(out[1:])
+            self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
             return out[0]
         return out
+
+    def _as_first(self, index: int) -> AbstractContextManager[None]:
+        """The layer that runs first makes what all others are handed, with what layer 0 owns for it."""
+        if self.first is None or index == 0 or self.now.extra is not None:
+            return nullcontext()
+        return self.first.lent_to(self.layer(index))
 
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
         keep = None
@@ -245,6 +265,10 @@ class Conductor:
             return out
         # half precision cannot hold the square of an outlier
         return torch.where(hidden.float().norm(dim=-1, keepdim=True) <= limit.float(), out, hidden)
+
+
+def _argument(at: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs.get(at) if isinstance(at, str) else args[at] if at < len(args) else None
 
 
 def _schedule(steps: tuple[Step, ...], depth: int) -> tuple[list[list[tuple[int, Step]]], set[int]]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from shoal.errors import PlanError
 from shoal.models.inspect import inspect
+from shoal.models.kinds import is_causal
 from shoal.models.order import refuse_order
 from shoal.models.probe import probe
 from shoal.models.stacks import Stack, find_stacks, unwrap
@@ -38,9 +39,9 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
     `model`: a transformers model, also under PEFT or with accelerate hooks; only its list of layers is exchanged.
     `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
     hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are brought to the model's dtype and device.
-    Raises `PlanError` (P1xx) when the plan is not legal here, P122 when another plan is running already, P124 for
-    replaced layers of a model that accelerate offloads, P125 for gates and exits, which need a policy, P126 for an
-    order in which the family's layers cannot run.
+    Raises `PlanError` (P1xx) when the plan is not legal here, P109 for KV sharing beside an encoder, P122 when another
+    plan is running already, P124 for replaced layers of a model that accelerate offloads, P125 for gates and exits,
+    which need a policy, P126 for an order in which the family's layers cannot run.
     """
     inner = unwrap(model)
     stacks = find_stacks(inner)
@@ -54,6 +55,8 @@ def apply(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor
         refuse_order(stack, tuple(run.layer for run in runs(plan.steps(stack.name))))
         _refuse_offloaded(stack, plan.steps(stack.name))
         _refuse_undecided(plan.steps(stack.name))
+        if stack.name == "decoder" and not is_causal(inner) and inner.config.is_encoder_decoder:
+            _refuse_shared(plan.steps(stack.name))
     swapped = []
     for stack in stacks:
         like = next(stack.layer(0).parameters())
@@ -72,6 +75,16 @@ def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:
                 f"layer {run.layer} is offloaded, and accelerate would put its own weights back over {run.weights!r}; "
                 "load the model without offloading to run replaced layers",
                 code="P124",
+            )
+
+
+def _refuse_shared(steps: tuple[Step, ...]) -> None:
+    for run in runs(steps):
+        if run.kv.read is not None:
+            raise PlanError(
+                f"decoder layer {run.layer} also attends to the encoder and needs a row of the KV cache for that, "
+                f"so it cannot share the KV of layer {run.kv.read}; write it without @",
+                code="P109",
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, UsageError
 from shoal.models.parts import without
@@ -34,11 +35,12 @@ def observe(
 
     `before` is called with each batch before it runs. Works on the model as it is: under a running plan, layers that
     do not run are not seen, and one that runs twice is seen twice. Residual streams side by side (Gemma 3n) are seen as
-    one hidden state.
+    one hidden state. The decoder beside an encoder reads the text that its encoder reads.
     `part`: "attention" watches the step from a layer's input to the state with its attention added, "mlp" the one from
     there to the layer's output. The state between is what the layer makes without its mlp, whatever norms and
     multipliers stand around the parts; it costs each layer's attention once more. Layers without such parts are not
-    seen. Raises M316 for a state without a token axis, U531 when no layer has parts, U507 for parts of a running plan.
+    seen. Raises M316 for a state without a token axis, U531 when no layer has parts, U507 for parts of a running plan,
+    M323 for a stack that reads no text.
     """
     inner = unwrap(model)
     found = find_stack(inner, stack)
@@ -70,7 +72,7 @@ def observe(
         for ids, mask in batches:
             size[:] = ids.shape
             before(ids, mask)
-            forward_without_head(inner, ids, mask)
+            forward_without_head(inner, ids, mask, found)
     finally:
         for handle in handles:
             handle.remove()
@@ -78,12 +80,16 @@ def observe(
             module.training = True
 
 
-def forward_without_head(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def forward_without_head(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, stack: Stack | None = None
+) -> torch.Tensor:
     """What the head is given, [batch, length, hidden], for `ids` and `mask` [batch, length]; the caller chooses the
-    modes and whether gradients are kept."""
-    # the head is the dearest matrix of a small model and no layer needs it
-    backbone = unwrap(model).base_model
-    state: torch.Tensor = backbone(**inputs_of(backbone, ids, mask), use_cache=False).last_hidden_state
+    modes and whether gradients are kept. `stack`: the one that must run, the decoder or the only one otherwise."""
+    inner = unwrap(model)
+    found = stack or find_stack(inner)
+    backbone = _around(inner, found)
+    more = {"use_cache": False} if found.name == "decoder" else {}
+    state: torch.Tensor = backbone(**inputs_of(backbone, ids, mask), **more).last_hidden_state
     return state
 
 
@@ -99,6 +105,21 @@ def _with_parts(inner: nn.Module, found: Stack, part: PartName) -> list[LayerFac
     return known.layers
 
 
+def _around(model: PreTrainedModel, stack: Stack) -> Any:
+    """The part of the model that runs the stack. Without the head, the dearest matrix of a small model, which no layer
+    needs; without the decoder or the other stack."""
+    if stack.name == "decoder":
+        return model.base_model
+    around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and stack.owner in m.modules()]
+    if "input_ids" not in inspect.signature(around[-1].forward).parameters:
+        raise ModelError(
+            f"the stack {stack.name!r} of {type(model).__name__} reads no text, and measures have no other data; "
+            "remove layers by their position (--method position)",
+            code="M323",
+        )
+    return around[-1]
+
+
 def require_whole(model: nn.Module, what: str, stack: str | None = None) -> None:
     """Raise U507 when a plan is running on the stack: `what` needs the base model's own layers, once and in order."""
     if isinstance(find_stack(model, stack).layers, PlannedList):
@@ -111,6 +132,8 @@ def inputs_of(backbone: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> di
     if device.type == "meta":  # an offloaded model moves its inputs itself
         device = torch.device("cpu")
     inputs = {"input_ids": ids.to(device)}
+    if "decoder_input_ids" in inspect.signature(backbone.forward).parameters:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     if mask is not None:
         inputs["attention_mask"] = mask.to(device)
         if not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(backbone.forward).parameters:

@@ -28,6 +28,7 @@ def fit_rows(cache: Cache, rows: tuple[int, ...]) -> None:
     """
     if isinstance(cache, EncoderDecoderCache):
         fit_rows(cache.self_attention_cache, rows)
+        fit_rows(cache.cross_attention_cache, rows)
         return
     fitted = cache.__dict__.get("_shoal_rows")
     if fitted == rows:
@@ -73,14 +74,33 @@ def slot_view(
     With `read`, update stores nothing and answers with these keys and values. With `keep`, its answer is handed on, for
     later layers to read (a sliding row stores less than it returns, so the stored tensors would not do).
     """
-    if isinstance(cache, EncoderDecoderCache):  # as some decoders without an encoder use it
+    if isinstance(cache, EncoderDecoderCache):  # some decoders without an encoder use one too
         pair = copy.copy(cache)
         pair.self_attention_cache = slot_view(cache.self_attention_cache, row, read=read, keep=keep)
+        pair.cross_attention_cache = slot_view(cache.cross_attention_cache, row)
+        pair.is_updated = _Flag(cache.is_updated, row)
         return pair
     view = _view_type(type(cache)).__new__(_view_type(type(cache)))
     view.__dict__ = cache.__dict__
     view._inner, view._row, view._read, view._keep = cache, row, read, keep
     return view
+
+
+class _Flag(dict[int, bool]):
+    """`is_updated` for one layer: whether its row of the cross-attention is filled, whatever index it asks for."""
+
+    def __init__(self, flags: dict[int, bool], row: int) -> None:
+        super().__init__()
+        self._flags, self._row = flags, row
+
+    def get(self, key: int, default: Any = None) -> Any:
+        return self._flags.get(self._row, default)
+
+    def __getitem__(self, key: int) -> bool:
+        return self._flags[self._row]
+
+    def __setitem__(self, key: int, value: bool) -> None:
+        self._flags[self._row] = value
 
 
 class _Rows:

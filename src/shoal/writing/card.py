@@ -10,12 +10,14 @@ from typing import Any
 import yaml
 
 from shoal._version import __version__
+from shoal.models.kinds import CAUSAL
 from shoal.plan import Plan, format_plan, strip
 from shoal.writing.proof import Proof
 
 BUILTIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 """Hub id and license of the built-in model, whose folder carries no card."""
 _MAX_CARD = 1_000_000
+Layers = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ def model_card(
     base: Origin,
     *,
     title: str,
-    base_layers: Sequence[int],
+    base_layers: Layers,
+    chain: Sequence[str] = (),
+    auto: str = CAUSAL,
     rows: Sequence[Mapping[str, Any]] = (),
     changed: Mapping[str, tuple[Any, Any]] | None = None,
     command: str | None = None,
@@ -56,12 +60,13 @@ def model_card(
     """The text of README.md.
 
     `rows`: the before-and-after table, {name, unit, dense, pruned, how} each. `base_layers`: for every layer of the new
-    model the layer of the first base that it is. `changed`: config fields, (old, new).
+    model (by stack, where it has several) the layer of the first base that it is; `chain`: all prunings, the first one
+    first. `auto`: the Auto class that loads it. `changed`: config fields, (old, new).
     """
     parts = [_front_matter(base), f"# {_line(title)}", _summary(plan, base)]
     if rows:
         parts.append(_table(rows))
-    parts += [_plan(plan, base_layers), _loading(title)]
+    parts += [_plan(plan, base_layers, chain), _loading(title, auto)]
     if changed:
         fields = "\n".join(f"* `{name}`: {_short(old)} → {_short(new)}" for name, (old, new) in changed.items())
         parts.append(f"## Changed config fields\n\n{fields}")
@@ -81,9 +86,11 @@ def _front_matter(base: Origin) -> str:
 
 def _summary(plan: Plan, base: Origin) -> str:
     name = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{_line(base.name)}`"
-    depth, kept = plan.depth(), len(plan.layers())
+    counts = {stack: f"{len(plan.layers(stack))} layers in place of {plan.depth(stack)}" for stack, _ in plan.stacks}
+    several = ", ".join(f"{stack} {count}" for stack, count in counts.items())
+    depth = several if len(counts) > 1 else next(iter(counts.values()))
     return (
-        f"{name} with {kept} layers in place of {depth}, made by Shoal {__version__}. "
+        f"{name} with {depth}, made by Shoal {__version__}. "
         "It is a stock `transformers` model: no code of its own is needed to load it."
     )
 
@@ -97,26 +104,41 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["## Before and after", "", head, *lines])
 
 
-def _plan(plan: Plan, base_layers: Sequence[int]) -> str:
-    dropped = plan.dropped()
-    left_out = f"Left out: {', '.join(map(str, dropped))}." if dropped else "No layer is left out."
+def _plan(plan: Plan, base_layers: Layers, chain: Sequence[str]) -> str:
+    names = [name for name, _ in plan.stacks]
+    strips, left_out, before = [], [], []
+    for name in names:
+        mark, whose = ("", "") if len(names) == 1 else (f"{name}: ", f" of {name}")
+        strips.append(f"{mark}{strip(plan, name)}")
+        numbers = ", ".join(map(str, plan.dropped(name)))
+        left_out.append(f"Left out{whose}: {numbers}." if numbers else f"No layer{whose} is left out.")
+        own = base_layers[name] if isinstance(base_layers, Mapping) else base_layers
+        if tuple(own) != plan.layers(name):
+            before.append(f"{mark}{', '.join(map(str, own))}")
+    drawn = "\n".join(strips)
     text = (
-        f"## Plan\n\n```\n{format_plan(plan)}\n{strip(plan)}\n```\n\n"
+        f"## Plan\n\n```\n{format_plan(plan)}\n{drawn}\n```\n\n"
         "One mark for each layer of the base, layer 0 first: █ runs, ▀ attention only, ▄ mlp only, "
-        f"↻ runs more than once, · left out. {left_out} Layers are counted from 0."
+        f"↻ runs more than once, · left out. {' '.join(left_out)} Layers are counted from 0."
     )
-    if tuple(base_layers) != plan.layers():
-        numbers = ", ".join(map(str, base_layers))
+    if before:
+        numbers = "; ".join(before)
         text += f"\n\nThe base was pruned before; in the numbers of its own base, the layers are {numbers}."
+    if len(chain) > 1:
+        steps = ", then ".join(f"`{_line(text)}`" for text in chain)
+        text += f"\n\nPruned {len(chain)} times, each plan in the numbers of the model before it: {steps}."
     return text
 
 
-def _loading(title: str) -> str:
-    code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({_line(title)!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({_line(title)!r})"
-    )
+def _loading(title: str, auto: str) -> str:
+    if auto != CAUSAL:
+        code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({_line(title)!r})"
+    else:
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({_line(title)!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({_line(title)!r})"
+        )
     return f"## How to load it\n\nWith the path or the hub id of this folder:\n\n```python\n{code}\n```"
 
 

@@ -22,6 +22,9 @@ _BUFFER = 4 << 20
 _ELSEWHERE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
 """What a system answers that cannot copy from this file system to that one by itself."""
 
+_SETTLE = 256 << 20
+"""Bytes after which a growing file may be brought to the disk, so that the disk need not wait for its end."""
+
 Tick = Callable[[int], None]
 
 
@@ -45,11 +48,19 @@ def parse_size(text: str) -> int:
 
 
 def write_shards(
-    folder: Path, items: Sequence[Item], limit: int, tick: Tick, done: Callable[[Path], None] = lambda _: None
+    folder: Path,
+    items: Sequence[Item],
+    limit: int,
+    tick: Tick,
+    *,
+    copied: Callable[[Stored], None] = lambda _: None,
+    settle: Callable[[Path], None] = lambda _: None,
 ) -> list[Path]:
     """Write `items` in their order to files of `limit` bytes of tensors at most (a larger tensor has a file of its own)
-    and the index of them when they are several. `tick` hears of every piece's bytes, `done` of each
-    file that is complete. Returns the files.
+    and the index of them when they are several. Returns the files.
+
+    `tick` hears of every piece's bytes, `copied` of each source tensor that is in its new place, `settle` of a file
+    after every 256 MiB and when it is complete.
 
     Raises `OSError`, and `ModelError` M309 when a source file is shorter than its header says.
     """
@@ -57,8 +68,8 @@ def write_shards(
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        _write(folder / name, shard, tick)
-        done(folder / name)
+        _write(folder / name, shard, tick, copied, settle)
+        settle(folder / name)
     if count > 1:
         total = sum(item.source.size for item in items)
         weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
@@ -85,7 +96,13 @@ def _width(stored: Stored) -> int:
     return int(digits[0]) if digits else 8
 
 
-def _write(file: Path, items: Sequence[Item], tick: Tick) -> None:
+def _write(
+    file: Path,
+    items: Sequence[Item],
+    tick: Tick,
+    copied: Callable[[Stored], None],
+    settle: Callable[[Path], None],
+) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0
     for item in items:
@@ -97,7 +114,7 @@ def _write(file: Path, items: Sequence[Item], tick: Tick) -> None:
     text += b" " * (-len(text) % 8)
     with file.open("wb", buffering=0) as target:
         target.write(struct.pack("<Q", len(text)) + text)
-        offset = 8 + len(text)
+        offset = settled = 8 + len(text)
         opened: BinaryIO | None = None
         try:
             for item in items:
@@ -109,7 +126,11 @@ def _write(file: Path, items: Sequence[Item], tick: Tick) -> None:
                             opened.close()
                         opened = open(item.source.file, "rb", buffering=0)  # noqa: SIM115, PTH123 - closed below
                     copy_bytes(opened, item.source.start, target, offset, item.source.size, tick)
+                    copied(item.source)
                 offset += item.source.size
+                if offset - settled >= _SETTLE:
+                    settle(file)
+                    settled = offset
         finally:
             if opened is not None:
                 opened.close()

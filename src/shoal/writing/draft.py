@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
-from shoal.errors import ModelError, WriteError
+from shoal.errors import WriteError
+from shoal.models.first import first_only
 from shoal.models.inspect import inspect
-from shoal.models.load import load_config, local_folder, meta_model
+from shoal.models.load import load_config, local_folder, meta_model, structure
 from shoal.models.names import Name, attributed
 from shoal.models.probe import probe
 from shoal.models.shards import Stored, stored_tensors
-from shoal.models.stacks import find_stack
+from shoal.models.stacks import find_stack, find_stacks
 from shoal.plan import Plan, Run, Spec, cost, require
 from shoal.writing.container import Item
 from shoal.writing.lineage import config_note
@@ -37,7 +38,7 @@ class Draft:
     items: tuple[Item, ...]
     """Tensors in the order in which they are written."""
     note: dict[str, Any]
-    """For the written config: where its layers come from."""
+    """For the written config: where its layers come from; empty when nobody knows."""
 
     @property
     def bytes(self) -> int:
@@ -61,7 +62,8 @@ def draw(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Draft:
     config = load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise WriteError(f"{source} is quantised; give the folder of the model before it was", code="W212")
-    model = _empty(config, source)
+    model = structure(config, source)
+    _refuse_several(model)
     stack = find_stack(model)
     names = attributed(model, stack, _shapes(stored))
     spec = inspect(model)
@@ -82,14 +84,17 @@ def draw(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Draft:
     return Draft(folder, plan, replace(plans, plan=plan), spec, items, note)
 
 
-def _empty(config: PreTrainedConfig, source: str | Path) -> PreTrainedModel:
-    try:
-        return meta_model(config)
-    except (ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0][:200]
-        raise ModelError(
-            f"no causal language model can be made of the config of {source}: {why}", code="M307"
-        ) from None
+def _refuse_several(model: PreTrainedModel) -> None:
+    stacks = find_stacks(model)
+    if len(stacks) > 1 or first_only(stacks[0]) is not None:
+        why = (
+            "has several stacks"
+            if len(stacks) > 1
+            else "moves a tensor of its first layer to the layer that replaces it"
+        )
+        raise WriteError(
+            f"{type(model).__name__} {why}, which streaming cannot write yet; write it without --stream", code="W240"
+        )
 
 
 def _shapes(stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:

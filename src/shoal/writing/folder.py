@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
 from shoal.models.inspect import inspect
+from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded
-from shoal.models.stacks import find_stack
+from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_to_json, require
 from shoal.run.weights import Tensors, save_weights
 from shoal.writing.card import model_card, origin
-from shoal.writing.lineage import config_note
+from shoal.writing.lineage import config_note, record_lines
 from shoal.writing.place import (
     disk_errors,
     final_path,
@@ -33,7 +34,7 @@ from shoal.writing.place import (
 )
 from shoal.writing.proof import FILE, Proof, prove, verify
 from shoal.writing.reference import quiet
-from shoal.writing.sides import copy_side_files
+from shoal.writing.sides import copy_modules, copy_side_files
 from shoal.writing.stage import publish, staged
 from shoal.writing.surgery import Blueprint, blueprint, require_writable, rewrite
 
@@ -78,9 +79,10 @@ def write(
     """Write the stock model of `plan` with everything that belongs to it, and prove it before it gets its name.
 
     `weights`: the tensors that the plan names, as `running` takes them; they are kept beside plan.json too.
-    `zero_parts`: let a layer keep a dropped attention or mlp with all tensors zero. `records`: one JSON object a line.
-    `page`: report.html, or what makes it from the proof. `card`: rows {name, unit, dense, pruned, how} of the model
-    card. `command`, `config`: what the user typed, and the same as a config file. The model of `loaded` is not changed.
+    `zero_parts`: let a layer keep a dropped attention or mlp with all tensors zero. `records`: one JSON object a line,
+    behind those of a base that Shoal wrote. `page`: report.html, or what makes it from the proof. `card`: rows {name,
+    unit, dense, pruned, how} of the model card. `command`, `config`: what the user typed, and the same as a config
+    file. The model of `loaded` is not changed.
 
     Raises before any work `PlanError`, the `WriteError`s W201-W215 of `blueprint` and `require_writable`, and
     W220 output exists, W221 output and source overlap, W222 no parent folder, W223 too little disk space,
@@ -97,7 +99,7 @@ def write(
     require_apart(final, _sources(loaded))
     refuse_output(final, overwrite=overwrite)
     require_space(final, _bytes(inner, plans))
-    lines = [json.dumps(dict(record), ensure_ascii=False) for record in records]
+    lines = record_lines(loaded.folder, records)
     note = config_note(inner.config, plan, plans)
     with disk_errors(final), staged(final) as draft:
         _tell(progress, "writing")
@@ -114,6 +116,8 @@ def write(
             origin(loaded.source, loaded.folder),
             title=final.name,
             base_layers=note["base_layers"],
+            chain=note.get("chain", ()),
+            auto=auto_of(inner) or CAUSAL,
             rows=card or (),
             changed=plans.changed,
             command=command,
@@ -151,6 +155,7 @@ def _fill(
             loaded.tokenizer.save_pretrained(draft)
     if loaded.folder is not None:
         copy_side_files(loaded.folder, draft)
+        copy_modules(loaded.folder, draft)
     digest = save_weights(draft / "shoal", plans.plan, weights)
     write_text(draft / "shoal" / "plan.json", plan_to_json(plans.plan, weights=digest))
     return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
@@ -185,9 +190,12 @@ def _sources(loaded: Loaded) -> list[Path]:
 
 def _bytes(model: PreTrainedModel, plans: Blueprint) -> int:
     """Of the tensors to be written: those outside the layers once, by storage, a layer as often as it runs."""
-    stack = find_stack(model)
-    layers = [sum(t.nbytes for t in stack.layer(i).state_dict().values()) for i in range(stack.depth)]
-    outside = {
-        (t.data_ptr(), t.nbytes): t.nbytes for n, t in model.state_dict().items() if not n.startswith(f"{stack.path}.")
-    }
-    return sum(outside.values()) + sum(layers[i] for i in plans.slots)
+    stacks = find_stacks(model)
+    inside = tuple(f"{stack.path}." for stack in stacks)
+    outside = {(t.data_ptr(), t.nbytes): t.nbytes for n, t in model.state_dict().items() if not n.startswith(inside)}
+    layers = [
+        sum(t.nbytes for t in stack.layer(i).state_dict().values())
+        for stack in stacks
+        for i in plans.of(stack.name).slots
+    ]
+    return sum(outside.values()) + sum(layers)

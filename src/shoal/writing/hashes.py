@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from shoal.errors import ShoalError
@@ -18,21 +19,52 @@ from shoal.writing.judge import Check
 from shoal.writing.surgery import Blueprint
 
 _BUFFER = 1 << 20
+_LAG = 256 << 20
+"""Bytes that a copy may be ahead of the hashing of its source: what was copied last is still in memory, so that the
+source is read from its disk once."""
+THREADS = min(8, os.cpu_count() or 1)
+"""Hashing waits for no lock."""
+
+
+class Sums:
+    """SHA-256 of tensors of the source, worked out in other threads while they are copied."""
+
+    def __init__(self, threads: Executor) -> None:
+        self._threads = threads
+        self._found: dict[Stored, Future[str]] = {}
+        self._waiting: deque[Stored] = deque()
+        self._lag = 0
+
+    def add(self, stored: Stored) -> None:
+        """Hash this tensor soon; waits while too much is waiting."""
+        if stored in self._found:
+            return
+        self._found[stored] = self._threads.submit(digest_of, stored)
+        self._waiting.append(stored)
+        self._lag += stored.size
+        while self._lag > _LAG:
+            first = self._waiting.popleft()
+            self._found[first].result()
+            self._lag -= first.size
+
+    def of(self, stored: Stored) -> str:
+        """The SHA-256 of a tensor, also of one that was never added."""
+        return self._found[stored].result() if stored in self._found else digest_of(stored)
 
 
 def compared(
-    folder: Path, items: Sequence[Item], plans: Blueprint, wanted: int, tick: Callable[[int], None]
+    folder: Path, items: Sequence[Item], plans: Blueprint, wanted: int, tick: Callable[[int], None], source: Sums
 ) -> tuple[tuple[Check, ...], str]:
     """The checks of `folder`, which was written from `items`, and one SHA-256 over all its tensors.
 
-    Everything is read again from the disk's view of the folder: its index, headers and config. `wanted`: parameters by
-    the plan's cost. `tick` hears of the bytes of each tensor that was compared.
+    Everything of `folder` is read again: its index, headers, config and tensors. `wanted`: parameters by the plan's
+    cost. `tick` hears of the bytes of each tensor that was compared. `source`: what is known of the tensors there.
     """
     try:
         found = stored_tensors(folder)
     except ShoalError as error:
         return (Check("loads", False, str(error)[:500], "no error", "index and headers of the written files"),), ""
-    sums = _sums([item for item in items if item.name in found], found, tick)
+    sums = _sums([item for item in items if item.name in found], found, tick, source)
     return tuple(_checks(folder, items, plans, wanted, found, sums)), _whole(sums)
 
 
@@ -79,25 +111,20 @@ def _named(what: str, names: Sequence[str]) -> str:
 
 
 def _sums(
-    items: Sequence[Item], found: Mapping[str, Stored], tick: Callable[[int], None]
+    items: Sequence[Item], found: Mapping[str, Stored], tick: Callable[[int], None], source: Sums
 ) -> dict[str, tuple[str, str]]:
-    """{tensor: (SHA-256 in the source, or of as many zeros; SHA-256 in the output)}; two threads, as hashing waits for
-    no lock."""
-
-    @cache
-    def of_source(source: Stored) -> str:
-        return digest_of(source)
-
-    def ours(item: Item) -> str:
-        return _zeros(item.source.size) if item.zero else of_source(item.source)
-
+    """{tensor: (SHA-256 in the source, or of as many zeros; SHA-256 in the output)}."""
     sums = {}
-    with ThreadPoolExecutor(2) as threads:
-        for item in items:
-            one = threads.submit(ours, item)
-            other = threads.submit(digest_of, found[item.name])
-            sums[item.name] = (one.result(), other.result())
-            tick(item.source.size)
+    with ThreadPoolExecutor(THREADS) as threads:
+        try:
+            theirs = {item.name: threads.submit(digest_of, found[item.name]) for item in items}
+            for item in items:
+                ours = _zeros(item.source.size) if item.zero else source.of(item.source)
+                sums[item.name] = (ours, theirs[item.name].result())
+                tick(item.source.size)
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
     return sums
 
 

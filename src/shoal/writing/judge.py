@@ -41,13 +41,16 @@ def limit_for(dtype: str, largest: float) -> float:
 def judge(reference: Reference, answer: dict[str, Any]) -> Iterator[Check]:
     """The checks of one folder, from what `proof_child.answer` said of it."""
     if "error" in answer:
-        yield Check("loads", False, str(answer["error"])[:500], "no error", "AutoModelForCausalLM in a fresh process")
+        yield Check("loads", False, str(answer["error"])[:500], "no error", f"{reference.auto} in a fresh process")
         return
     expected = reference.expected
     keys = [f"{kind.removesuffix('_keys')} {key}" for kind, found in answer["keys"].items() for key in found]
-    loads = "missing, unexpected and mismatched tensors of AutoModelForCausalLM in a fresh process"
+    loads = f"missing, unexpected and mismatched tensors of {reference.auto} in a fresh process"
     yield Check("loads", not keys, len(keys), 0, f"{loads}: {', '.join(keys[:3])}" if keys else loads)
     yield from _weights(reference, answer["weights"])
+    if reference.depths is not None:
+        yield from _of_kind(reference, answer)
+        return
     yield from _logits(reference, answer)
     if reference.prompts:
         yield _greedy(reference, answer["greedy"])
@@ -58,6 +61,30 @@ def judge(reference: Reference, answer: dict[str, Any]) -> Iterator[Check]:
         yield Check(name, value == wanted, value, wanted, how)
     if answer["kv"] is not None:
         yield from _kv(reference, answer["kv"])
+
+
+def _of_kind(reference: Reference, answer: dict[str, Any]) -> Iterator[Check]:
+    """What any model but a causal one is asked."""
+    expected = reference.expected
+    limit = limit_for(reference.dtype, reference.largest or answer["largest"])
+    groups = {"outputs": answer["outputs"]} if answer["outputs"] else {}
+    if not groups and answer["cached_whole"]:
+        groups = {"outputs cached": {f"{name}, cached against whole": v for name, v in answer["cached_whole"].items()}}
+    for name, values in groups.items():
+        worst = max(values, key=lambda n: (values[n] != values[n], values[n]))
+        how = f"largest absolute difference, {reference.dtype}, worst of {len(values)}: {worst}"
+        yield Check(name, values[worst] <= limit, values[worst], limit, how)
+    if reference.greedy:
+        yield _greedy(reference, answer["greedy"])
+    found = answer["parameters"]
+    how = "by unique storage, against the plan's cost"
+    yield Check("parameters", found == expected.parameters, found, expected.parameters, how)
+    for stack, depth in (expected.depths or {}).items():
+        found = answer["depths"][stack]
+        yield Check(f"depth of {stack}", found == depth, found, depth, "config.json, against the layers of the plan")
+    if answer["kv"] is not None:
+        how = "elements of the decoder's self-attention in its cache, against the plan's cost"
+        yield Check("KV held", answer["kv"] == expected.kv_elements, answer["kv"], expected.kv_elements, how)
 
 
 def _weights(reference: Reference, found: dict[str, int]) -> Iterator[Check]:

@@ -1,47 +1,106 @@
-"""Where the layers of a written model come from: one key in config.json, composed over repeated pruning."""
+"""The lineage and the records of a base, handed on to the model that is made of it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from shoal._version import __version__
-from shoal.plan import Plan, Run, Step, format_steps
+from shoal.models.depth import depth_of
+from shoal.plan import Plan, format_steps
+from shoal.plan.lineage import KEY, Lineage, read_lineage
 from shoal.writing.surgery import Blueprint
 
-KEY = "shoal"
+MAX_RECORDS = 20_000_000
+"""Bytes of a base's records that are handed on; a larger file was not written by Shoal."""
+
+
+def lineage_of(config: PreTrainedConfig) -> Lineage | None:
+    """Where the layers of a model come from, by its config; None for a model that Shoal did not write."""
+    return read_lineage(getattr(config, KEY, None), depth_of(config.get_text_config(decoder=True)))
 
 
 def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[str, Any]:
     """The value of the key `shoal` in the config of the model of `plan`, whose base has `config`.
 
     base_layers: for each layer of the new model, in order, the layer of the ORIGINAL base that it is: a base that was
-    itself pruned hands its own numbers on. plan: the same as depth notation, with a or m where a part is silent and
-    the id of new weights; a layer whose two parts are silent does nothing and is left out of it. silent: those parts,
-    [place, part].
-    base: the original base, {family, fingerprint, layers, source}, without paths of this machine.
+    itself pruned hands its own numbers on. plan: the same as depth notation, with a or m where a part is silent; a
+    layer whose two parts are silent does nothing and is left out of it. chain: the prunings, in the numbers of the
+    model that each was applied to. silent: those parts, [place, part]. base: the original base, {family, fingerprint,
+    layers, source}, without paths of this machine. A model of several stacks has base_layers and silent by stack, and
+    all stacks in the plan.
     """
-    old = _known(config)
-    layers = [old["base_layers"][i] for i in plans.slots] if old else list(plans.slots)
-    silent = set(plans.silent)
-    if old:
-        silent |= {(slot, part) for slot, i in enumerate(plans.slots) for at, part in old["silent"] if at == i}
+    if plans.others:
+        return _several(config, plan, plans)
+    known = lineage_of(config)
+    text = format_steps(plan.steps())
+    if known is not None:
+        return known.then(plans.slots, plans.silent, text).to_note(__version__)
+    made = Lineage(plans.slots, _base(plan), (text,), frozenset(plans.silent))
+    return made.to_note(__version__)
+
+
+def _several(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[str, Any]:
+    known = getattr(config, KEY, None)
+    before = {name: _one(known, name, depth) for name, depth in plan.base.depths}
+    if not isinstance(known, dict) or any(part is None for part in before.values()):
+        known = {"base": _base(plan)}
+        before = {name: Lineage(tuple(range(depth)), known["base"]) for name, depth in plan.base.depths}
+    chain = known.get("chain", [])
+    after = {
+        name: part.then(plans.of(name).slots, plans.of(name).silent, format_steps(plan.steps(name)))
+        for name, part in before.items()
+        if part is not None
+    }
     note = {
-        "base_layers": layers,
-        "plan": format_steps(_steps(layers, silent, dict(plans.replaced))),
-        "base": old["base"] if old else _base(plan),
+        "base_layers": {name: list(part.layers) for name, part in after.items()},
+        "plan": "; ".join(f"{name}: {part.notation}" for name, part in after.items()),
+        "chain": [*(chain if isinstance(chain, list) else []), str(plan)],
+        "base": known["base"],
         "version": __version__,
     }
-    return note | ({"silent": sorted([slot, part] for slot, part in silent)} if silent else {})
+    silent = {name: sorted([slot, which] for slot, which in part.silent) for name, part in after.items()}
+    return note | ({"silent": silent} if any(silent.values()) else {})
+
+
+def _one(note: Any, stack: str, depth: int) -> Lineage | None:
+    """What the note of a model of several stacks says of one of them."""
+    if not isinstance(note, dict) or not isinstance(note.get("base_layers"), dict):
+        return None
+    quiet = note.get("silent", {})
+    one = {"base_layers": note["base_layers"].get(stack), "base": note.get("base")}
+    return read_lineage(one | {"silent": quiet.get(stack, []) if isinstance(quiet, dict) else None}, depth)
 
 
 def original_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     """For each layer of a model the layer of the original base that it is; its own number when nothing is known."""
-    known = _known(config)
-    depth = config.get_text_config(decoder=True).num_hidden_layers
-    return tuple(known["base_layers"]) if known else tuple(range(depth))
+    known = lineage_of(config)
+    return known.layers if known else tuple(range(depth_of(config.get_text_config(decoder=True)) or 0))
+
+
+def record_lines(base: Path | None, records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The lines of shoal/records.jsonl: those of the folder that the base came from, then `records`. What is no JSON
+    object there, or lies behind a symlink, is left out."""
+    return [*_earlier(base), *(json.dumps(dict(record), ensure_ascii=False) for record in records)]
+
+
+def _earlier(base: Path | None) -> list[str]:
+    file = None if base is None else base / "shoal" / "records.jsonl"
+    if file is None or not file.is_file() or file.is_symlink() or file.stat().st_size > MAX_RECORDS:
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines if _is_record(line)]
+
+
+def _is_record(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _base(plan: Plan) -> dict[str, Any]:
@@ -50,31 +109,3 @@ def _base(plan: Plan) -> dict[str, Any]:
         source = Path(source).name
     base = {"family": plan.base.family, "fingerprint": plan.base.fingerprint, "layers": dict(plan.base.depths)}
     return base | ({"source": source} if source is not None else {})
-
-
-def _steps(layers: list[int], silent: set[tuple[int, str]], weights: dict[int, str]) -> tuple[Step, ...]:
-    steps: list[Step] = []
-    for slot, layer in enumerate(layers):
-        match {part for at, part in silent if at == slot}:
-            case parts if parts == {"mlp"}:
-                steps.append(Run(layer, "attention", weights.get(slot)))
-            case parts if parts == {"attention"}:
-                steps.append(Run(layer, "mlp", weights.get(slot)))
-            case parts if not parts:
-                steps.append(Run(layer, weights=weights.get(slot)))
-    return tuple(steps)
-
-
-def _known(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The note of a base that Shoal wrote, or None: it comes from a file that anyone may have edited."""
-    note = getattr(config, KEY, None)
-    depth = config.get_text_config(decoder=True).num_hidden_layers
-    if not isinstance(note, dict) or not isinstance(note.get("base"), dict):
-        return None
-    layers, silent = note.get("base_layers"), note.get("silent", [])
-    if not isinstance(layers, list) or len(layers) != depth or not all(type(i) is int and i >= 0 for i in layers):
-        return None
-    pairs = isinstance(silent, list) and all(
-        isinstance(s, list) and len(s) == 2 and type(s[0]) is int and s[1] in ("attention", "mlp") for s in silent
-    )
-    return {"base_layers": layers, "silent": [tuple(s) for s in silent], "base": note["base"]} if pairs else None

@@ -23,6 +23,8 @@ def refuse_output(output: str | Path, *, overwrite: bool = False) -> None:
     """Raise W220, W222, W224 or W225 when nothing may or can be written to `output`; a long search asks this first.
     What killed writes left beside it is removed."""
     final = final_path(output)
+    if final.suffix == ".gguf":
+        raise WriteError(f"a folder is written here, and {final.name} would be a file; use `shoal write`", code="W225")
     if not final.parent.is_dir():
         raise WriteError(f"there is no folder {final.parent} to write {final.name} into; make it first", code="W222")
     if not os.access(final.parent, os.W_OK | os.X_OK):

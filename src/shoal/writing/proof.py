@@ -23,13 +23,14 @@ from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
 from shoal.models.checkpoint import read_json
 from shoal.models.inspect import inspect
-from shoal.models.load import Loaded, default_device, load, load_config, meta_model
+from shoal.models.load import Loaded, default_device, inspect_source, load, load_config, meta_model
 from shoal.plan import Plan, load_plan
 from shoal.record import environment
 from shoal.run.weights import load_weights
 from shoal.writing import proof_child
 from shoal.writing.judge import Check, digest, judge
 from shoal.writing.reference import Reference, counted_reference, live_reference, quiet
+from shoal.writing.reference_kinds import counted_kind, kind_reference, proves_as_causal
 
 FORMAT = "shoal-proof/1"
 FILE = Path("shoal") / "proof.json"
@@ -61,7 +62,8 @@ def prove(folder: str | Path, model: nn.Module, plan: Plan, *, tokenizer: Any = 
     `model` is the base model; the parent needs no second copy of its weights, the fresh process holds the folder's.
     Raises `WriteError` W231 when the fresh process cannot be run.
     """
-    return prove_many([(Path(folder), live_reference(model, plan, tokenizer=tokenizer, **options))])[0]
+    live = live_reference if proves_as_causal(model) else kind_reference
+    return prove_many([(Path(folder), live(model, plan, tokenizer=tokenizer, **options))])[0]
 
 
 def verify(
@@ -91,6 +93,8 @@ def verify(
 def _verified(folder: Path, base: Loaded | None, device: str | None, options: dict[str, Any]) -> Proof:
     plan, weights = load_plan(folder), load_weights(folder)
     config = load_config(folder)
+    with quiet():
+        inspect_source(folder)  # a folder that is broken says so here, not from inside a fresh process
     why = "the plan names no source for its base"
     if base is None and plan.base.source is not None:
         try:
@@ -107,7 +111,9 @@ def _verified(folder: Path, base: Loaded | None, device: str | None, options: di
     known = read_json(folder / FILE).get("environment", {}) if (folder / FILE).is_file() else {}
     sums = known.get("weights") if isinstance(known, dict) else None
     with quiet():
-        reference = counted_reference(meta_model(config), device=device or default_device(), digest=sums)
+        empty = meta_model(config)
+        counted = counted_reference if proves_as_causal(empty) else counted_kind
+        reference = counted(empty, device=device or default_device(), digest=sums)
     return prove_many([(folder, reference)], against=f"its own config, because {why}")[0]
 
 
@@ -136,7 +142,9 @@ def _ask(jobs: Sequence[tuple[Path, Reference]], scratch: Path) -> list[dict[str
                 "options": reference.options,
                 "prompts": reference.prompts,
                 "tokens": reference.tokens,
+                "auto": reference.auto,
             }
+            | ({} if reference.depths is None else {"depths": reference.depths})
         )
     request, answers = scratch / "request.json", scratch / "answers.json"
     facts = {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}

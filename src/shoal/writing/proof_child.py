@@ -11,7 +11,8 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers.modeling_outputs import BaseModelOutput
 
 CACHES = ("past_key_values", "cache_params")
 
@@ -127,7 +128,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     load, prompts and tokens for the greedy check."""
     from safetensors.torch import load_file
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = getattr(transformers, job["auto"]).from_pretrained(
         job["folder"],
         dtype=getattr(torch, job["dtype"]),
         use_safetensors=True,
@@ -141,8 +142,15 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         "keys": {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")},
         "class": type(model).__name__,
         "parameters": parameters(model),
-        "depth": model.config.get_text_config(decoder=True).num_hidden_layers,
         "weights": bit_sums(model.state_dict()),
+    }
+    return found | (of_kind if "depths" in job else causal)(model, tensors, job)
+
+
+def causal(model: Any, tensors: dict[str, torch.Tensor], job: dict[str, Any]) -> dict[str, Any]:
+    """What is asked of a causal language model."""
+    found: dict[str, Any] = {
+        "depth": model.config.get_text_config(decoder=True).num_hidden_layers,
         "logits": {},
         "cached_uncached": {},
         "largest": 0.0,
@@ -160,6 +168,87 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     prompts = [torch.tensor([prompt], device=job["device"]) for prompt in job["prompts"]]
     found["greedy"] = [greedy(model, prompt, job["tokens"])[0] for prompt in prompts]
     return found
+
+
+def of_kind(model: Any, tensors: dict[str, torch.Tensor], job: dict[str, Any]) -> dict[str, Any]:
+    """What is asked of any other model: every floating tensor that it returns, and what a decoder makes of a cache.
+    `tensors`: SET.in.NAME, SET.out.NAME and SET.cached; job["depths"]: by stack, the field that holds its depth."""
+    found: dict[str, Any] = {"outputs": {}, "cached_whole": {}, "greedy": [], "kv": None, "largest": 0.0}
+    for name in sorted({key.partition(".")[0] for key in tensors}):
+        inputs = {key.split(".")[2]: t for key, t in tensors.items() if key.startswith(f"{name}.in.")}
+        returned = outputs(model, inputs)
+        for key, value in returned.items():
+            found["largest"] = max(found["largest"], float(value.abs().max()))
+            if f"{name}.out.{key}" in tensors:
+                found["outputs"][f"{name} {key}"] = difference(value, tensors[f"{name}.out.{key}"])
+        if "decoder_input_ids" in inputs:
+            steps, found["kv"] = decoded(model, inputs)
+            found["cached_whole"][name] = difference(steps, next(iter(returned.values())))
+            if f"{name}.cached" in tensors:
+                found["outputs"][f"{name} cached"] = difference(steps, tensors[f"{name}.cached"])
+        if job["tokens"]:
+            found["greedy"].append(written(model, inputs, job["tokens"])[0])
+    found["depths"] = {name: reached(model.config, field) for name, field in job["depths"].items()}
+    return found
+
+
+def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every floating tensor that one pass without a cache returns, by its name; the scores or states come first."""
+    out = model(**inputs, **({"use_cache": False} if "decoder_input_ids" in inputs else {}))
+    return {name: value for name, value in out.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+
+
+def decoded(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The decoder's scores (or states) [b, t, n] from half of its tokens at once and the others one by one, with one
+    pass of the encoder; and the elements of keys and values that its self-attention then holds."""
+    ids = inputs["decoder_input_ids"]
+    given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    half, pieces = (ids.shape[1] + 1) // 2, []
+    out = model(**given, decoder_input_ids=ids[:, :half], use_cache=True)
+    mask = {name: value for name, value in given.items() if name == "attention_mask"}
+    read = BaseModelOutput(last_hidden_state=out.encoder_last_hidden_state)
+    for step in range(half, ids.shape[1] + 1):
+        pieces.append(next(iter(out.values())))
+        if step < ids.shape[1]:
+            out = model(
+                encoder_outputs=read,
+                **mask,
+                decoder_input_ids=ids[:, step : step + 1],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
+    rows = out.past_key_values.self_attention_cache.layers
+    return torch.cat(pieces, 1), sum(t.numel() for row in rows for t in _tensors(vars(row)))
+
+
+def written(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[list[int], list[float]]:
+    """`tokens` greedy tokens for the first row of the encoder's inputs, by `generate`, and the gaps as in `greedy`."""
+    given = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
+    out = model.generate(
+        **given,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    best = [scores[0].float().topk(2).values.tolist() for scores in out.scores]
+    return out.sequences[0, -len(best) :].tolist(), [first - second for first, second in best]
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest absolute difference of all values; NaN when one is NaN."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    return float((ours.float() - theirs.to(ours.device).float()).abs().max())
+
+
+def reached(config: Any, field: str) -> Any:
+    """The value of a field, which may be in a config inside this one."""
+    for name in field.split("."):
+        config = getattr(config, name)
+    return config
 
 
 def main(request_file: str) -> None:

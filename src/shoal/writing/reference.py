@@ -14,9 +14,10 @@ from transformers.utils import logging
 
 from shoal.evaluation.scoring import evaluating
 from shoal.models.inspect import inspect
+from shoal.models.kinds import CAUSAL
 from shoal.models.probe import probe
-from shoal.models.stacks import find_stack, unwrap
-from shoal.plan import Plan, Run, Shape, Spec, cost
+from shoal.models.stacks import find_stacks, unwrap
+from shoal.plan import Plan, Shape, Spec, cost
 from shoal.run.live import running
 from shoal.writing import proof_child as measure
 from shoal.writing.surgery import Blueprint, blueprint, moved_tensors, resized_tensors
@@ -43,6 +44,8 @@ class Expected:
     rows: list[list[int]] | None = None
     weights: dict[str, int] | None = None
     """The bit sum of every tensor."""
+    depths: dict[str, int] | None = None
+    """By stack, for another kind than a causal model."""
     digest: str | None = None
     """Of the bit sums of an earlier proof, when there is no base to take them from."""
 
@@ -63,6 +66,10 @@ class Reference:
     """For each prompt the live tokens, and at each the gap between the two highest scores."""
     largest: float = 0.0
     """The largest absolute live logit."""
+    auto: str = CAUSAL
+    """The Auto class that loads the folder."""
+    depths: dict[str, str] | None = None
+    """For another kind than a causal model: by stack, the field of its config that holds the depth."""
 
 
 def live_reference(
@@ -84,14 +91,8 @@ def live_reference(
     sets = probe_sets(inner, tokenizer)
     prompts = _prompts(sets, tokenizer, greedy[0])
     tokens = min(greedy[1], _context(inner) - max(len(p) for p in prompts)) if prompts else 0
-    stack = find_stack(inner)
-    sums = {name: torch.tensor(value) for name, value in measure.bit_sums(inner.state_dict()).items()}
-    own = {name: torch.tensor(value) for name, value in measure.bit_sums(plans.weights).items()}
-    moved = moved_tensors(sums, stack, replace(plans, weights=own), probe(inner, stack).layers)
-    resized = resized_tensors(inner.state_dict(), stack, plans.slots)
-    fewer = sum(inner.state_dict()[name].numel() - tensor.numel() for name, tensor in resized.items())
-    moved |= {name: torch.tensor(value) for name, value in measure.bit_sums(resized).items()}
-    expected = _expected(plan, plans, spec, inner, sets["random"][0].shape[1])
+    moved, fewer = expected_weights(inner, plans)
+    expected = counts(plans, spec, inner, sets["random"][0].shape[1])
     tensors: dict[str, torch.Tensor] = {}
     largest = 0.0
     with quiet(), evaluating(inner), running(inner, plan, weights):
@@ -108,7 +109,7 @@ def live_reference(
             expected,
             parameters=expected.parameters - fewer,
             rows=rows["rows"] if rows is not None and whole else None,
-            weights={name: int(value) for name, value in moved.items()},
+            weights=moved,
         ),
         tensors,
         prompts=tuple(prompts),
@@ -126,9 +127,25 @@ def counted_reference(model: PreTrainedModel, *, device: str, digest: str | None
     sets = probe_sets(model, None, device="cpu")
     plan = Plan.identity(spec)
     slots = tuple(range(spec.stack().depth))
-    expected = _expected(plan, Blueprint(plan, slots, (), model.config, {}), spec, model, sets["random"][0].shape[1])
+    expected = counts(Blueprint(plan, slots, (), model.config, {}), spec, model, sets["random"][0].shape[1])
     tensors = {f"{n}.{kind}": t for n, pair in sets.items() for kind, t in zip(("ids", "mask"), pair, strict=True)}
     return Reference(replace(expected, digest=digest), tensors, **load_settings(model) | {"device": device})
+
+
+def expected_weights(model: PreTrainedModel, plans: Blueprint) -> tuple[dict[str, int], int]:
+    """The bit sum of every tensor of the stock model, from those of `model`; and by how many elements the tensors
+    outside the layers become smaller."""
+    state = model.state_dict()
+    moved = {name: torch.tensor(value) for name, value in measure.bit_sums(state).items()}
+    new = {name: torch.tensor(value) for name, value in measure.bit_sums(plans.weights).items()}
+    fewer = 0
+    for stack in find_stacks(model):
+        own = plans.of(stack.name)
+        moved = moved_tensors(moved, stack, replace(own, weights=new), probe(model, stack).layers)
+        resized = resized_tensors(state, stack, own.slots)
+        fewer += sum(state[name].numel() - tensor.numel() for name, tensor in resized.items())
+        moved |= {name: torch.tensor(value) for name, value in measure.bit_sums(resized).items()}
+    return {name: int(value) for name, value in moved.items()}, fewer
 
 
 def load_settings(model: PreTrainedModel) -> dict[str, Any]:
@@ -173,10 +190,9 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _expected(plan: Plan, plans: Blueprint, spec: Spec, model: PreTrainedModel, length: int) -> Expected:
+def counts(plans: Blueprint, spec: Spec, model: PreTrainedModel, length: int) -> Expected:
     """A stock checkpoint runs whole layers, also where the plan silences a part, so that is what is costed."""
-    whole = plan.with_steps(tuple(Run(layer) for layer in plans.slots))
-    priced = cost(whole, spec, Shape(context=length))
+    priced = cost(plans.whole, spec, Shape(context=length))
     layers = [spec.stack().layers[i] for i in plans.slots]
     # the plan's cost says how many tokens a window sees; transformers stores one less, as the next token brings its own
     less = sum(layer.kv.per_token for layer in layers if layer.kv.window is not None and layer.kv.window <= length)

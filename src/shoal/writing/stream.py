@@ -18,13 +18,15 @@ from transformers import GenerationConfig
 
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
+from shoal.models.kinds import auto_for
 from shoal.models.load import load, load_tokenizer
 from shoal.plan import Plan, plan_to_json
 from shoal.record import environment
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import Tick, parse_size, write_shards
 from shoal.writing.draft import Draft, draw
-from shoal.writing.hashes import compared
+from shoal.writing.hashes import THREADS, Sums, compared
+from shoal.writing.lineage import record_lines
 from shoal.writing.place import (
     disk_errors,
     final_path,
@@ -36,7 +38,7 @@ from shoal.writing.place import (
 )
 from shoal.writing.proof import FILE, Proof, prove
 from shoal.writing.reference import quiet
-from shoal.writing.sides import copy_side_files
+from shoal.writing.sides import copy_modules, copy_side_files
 from shoal.writing.stage import publish, staged, sync_path
 
 
@@ -80,30 +82,56 @@ def stream(
     a tensor that cannot be attributed, W218 one of another size, W219 too little memory for `forward`, W220-W225 as in
     `write`; later W216, W223, W226, W227, W230 and W231. Nothing that was not there before is left then.
     """
-    limit = parse_size(shard_size)
+    parse_size(shard_size)  # before anything is read
     with quiet():
         draft = draw(source, plan, zero_parts=zero_parts)
+    return write_draft(
+        draft, str(source), output, overwrite=overwrite, shard_size=shard_size, forward=forward, records=records,
+        card=card, command=command, config=config, progress=progress,
+    )  # fmt: skip
+
+
+def write_draft(
+    draft: Draft,
+    source: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    shard_size: str = "5GB",
+    forward: bool = False,
+    records: Iterable[Mapping[str, Any]] = (),
+    card: Sequence[Mapping[str, Any]] = (),
+    command: str | None = None,
+    config: str | None = None,
+    progress: Progress | None = None,
+) -> Streamed:
+    """Write, prove and publish what `draft` says; `source` is the base's name. Options and errors as in `stream`."""
+    limit = parse_size(shard_size)
     final = final_path(output)
-    require_apart(final, [draft.folder, Path(str(source)).expanduser()])
+    require_apart(final, [draft.folder, Path(source).expanduser()])
     refuse_output(final, overwrite=overwrite)
     require_space(final, draft.bytes)
     if forward:
         _require_memory(draft)
-    lines = [json.dumps(dict(record), ensure_ascii=False) for record in records]
+    lines = record_lines(draft.folder, records)
     with disk_errors(final), staged(final) as place:
         _configs(place, draft)
-        with _syncing() as done:
-            files = write_shards(place, draft.items, limit, _ticks(progress, draft.bytes, "copy tensors"), done)
-            proof = _proved(place, draft, forward=forward, tick=_ticks(progress, draft.bytes, "compare tensors"))
+        with _syncing() as settle, _threads(THREADS) as threads:
+            sums = Sums(threads)
+            ticks = _ticks(progress, draft.bytes, "copy tensors")
+            files = write_shards(place, draft.items, limit, ticks, copied=sums.add, settle=settle)
+            proof = _proved(place, draft, sums, forward, _ticks(progress, draft.bytes, "compare tensors"))
         write_text(place / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
             write_text(place / "shoal" / "config.yaml", config)
         write_text(place / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
         text = model_card(
             draft.plan,
-            origin(str(source), draft.folder),
+            origin(source, draft.folder),
             title=final.name,
-            base_layers=draft.note["base_layers"],
+            base_layers=draft.note.get("base_layers", draft.plans.slots),
+            chain=draft.note.get("chain", ()),
+            auto=auto_for(draft.plans.config),
             rows=card or _rows(draft),
             changed=draft.plans.changed,
             command=command,
@@ -132,21 +160,29 @@ def _syncing() -> Iterator[Callable[[Path], None]]:
     """What brings a file to the disk while others are copied and compared; otherwise the disk would idle then, and
     everything wait for it at the end. Raises the `OSError` of a file that did not reach it."""
     running: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            yield lambda file: running.append(thread.submit(sync_path, file))
-        except BaseException:
-            thread.shutdown(cancel_futures=True)
-            raise
+    with _threads(1) as thread:
+        yield lambda file: running.append(thread.submit(sync_path, file))
     for future in running:
         future.result()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose work is waited for, or dropped when this one fails."""
+    with ThreadPoolExecutor(count) as threads:
+        try:
+            yield threads
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def _configs(place: Path, draft: Draft) -> None:
     """Config, generation config, tokenizer, side files and plan."""
     (place / "shoal").mkdir()
     made = draft.plans.config
-    made.shoal = draft.note
+    if draft.note:
+        made.shoal = draft.note
     with quiet(), savable():
         made.save_pretrained(place)
         with suppress(OSError):  # a model without one gets none, as when it is loaded
@@ -155,12 +191,13 @@ def _configs(place: Path, draft: Draft) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
     copy_side_files(draft.folder, place)
+    copy_modules(draft.folder, place)
     write_text(place / "shoal" / "plan.json", plan_to_json(draft.plan))
 
 
-def _proved(place: Path, draft: Draft, *, forward: bool, tick: Tick) -> Proof:
+def _proved(place: Path, draft: Draft, sums: Sums, forward: bool, tick: Tick) -> Proof:
     with quiet():
-        checks, total = compared(place, draft.items, draft.plans, draft.params, tick)
+        checks, total = compared(place, draft.items, draft.plans, draft.params, tick, sums)
     facts = {"sha256": total, **environment()}
     proof = Proof(all(check.passed for check in checks), checks, facts, against="the tensors of its base, by SHA-256")
     if proof.passed and forward:

@@ -5,24 +5,42 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
 from shoal.models.depth import permuted_config
 from shoal.models.families import family_of
+from shoal.models.first import first_only
+from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import meta_model
 from shoal.models.order import refuse_order
 from shoal.models.parts import INDEX_NAMES
 from shoal.models.probe import probe
-from shoal.models.stacks import Stack, find_stack, find_stacks, unwrap
+from shoal.models.stacks import Stack, find_stacks, unwrap
+from shoal.models.stages import renamed_stages
 from shoal.plan import Exit, Map, Parallel, Plan, Run, format_steps
+from shoal.plan.steps import Step
+from shoal.writing.assemble import assembled
+from shoal.writing.several import described, refuse_cache, with_depths
 
 Tensors = dict[str, torch.Tensor]
+
+
+class Filled(NamedTuple):
+    """What is in the places of one stack."""
+
+    slots: tuple[int, ...]
+    """Base layer of each slot."""
+    silent: tuple[tuple[int, str], ...] = ()
+    """(slot, part) whose tensors are zeroed."""
+    replaced: tuple[tuple[int, str], ...] = ()
+    """(slot, id of the weights that it runs with)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class Blueprint:
 
     plan: Plan
     slots: tuple[int, ...]
-    """Base layer of each slot."""
+    """Base layer of each slot, in the main stack: the decoder, or the first."""
     silent: tuple[tuple[int, str], ...]
     """(slot, part) whose tensors are zeroed so that it adds nothing."""
     config: PreTrainedConfig
@@ -40,6 +58,22 @@ class Blueprint:
     """(slot, id of the weights that it runs with)."""
     weights: Tensors = field(default_factory=dict)
     """The tensors of these ids, ID.PARAMETER, in the dtype of the base's."""
+    others: tuple[tuple[str, Filled], ...] = ()
+    """(name, its slots, silent and replaced) of every stack beside the main one."""
+
+    def of(self, stack: str) -> Blueprint:
+        """The same with the slots of that stack as the main one's, and no other."""
+        mine = Filled(self.slots, self.silent, self.replaced)
+        found = dict(self.others).get(stack, mine)
+        return replace(self, slots=found.slots, silent=found.silent, replaced=found.replaced, others=())
+
+    @property
+    def whole(self) -> Plan:
+        """The plan of what a stock checkpoint runs: whole layers, also where a part is silent."""
+        plan = self.plan
+        for name, _ in plan.stacks:
+            plan = plan.with_steps(tuple(Run(layer) for layer in self.of(name).slots), name)
+        return plan
 
 
 def blueprint(
@@ -51,39 +85,44 @@ def blueprint(
 ) -> Blueprint:
     """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
-    depth, W209 replaced weights that are not given or do not fit the layer, W210 several stacks, W216 a config that its
-    own class does not accept.
+    depth, W209 replaced weights that are not given or do not fit the layer, W216 a config that its own class does not
+    accept, W241 a decoder deeper than its encoder where transformers sizes the cache by the encoder, W242 a numbered
+    output of a layer that is gone.
     Raises `PlanError` P126 for an order in which the family's layers cannot run.
 
     `zero_parts`: let a stock layer keep a dropped attention or mlp with all its tensors zero (exact, saves nothing).
     `model` may be on the meta device.
     """
     stacks = find_stacks(model)
-    if len(stacks) != 1:
-        raise WriteError("only models with one stack can be written so far; run the plan live", code="W210")
-    stack = stacks[0]
-    slots, silent, replaced = _slots(plan, zero_parts)
-    refuse_order(stack, slots)
-    text, changed = permuted_config(stack.config, slots)
-    config = _whole_config(model.config, stack.config, text)
+    filled = {stack.name: _slots(plan.steps(stack.name), zero_parts) for stack in stacks}
+    config, changed = model.config, dict[str, tuple[Any, Any]]()
+    for stack in stacks:
+        refuse_order(stack, filled[stack.name].slots)
+        config, fields = _permuted(model, config, stack, filled[stack.name].slots)
+        changed |= fields if len(stacks) == 1 else {described(model, stack, name): v for name, v in fields.items()}
     try:
-        _same_layers(model, stack, _read_back(config), slots)
+        read_back = _read_back(config)
+        refuse_cache(model.config, read_back, stacks, {name: len(found.slots) for name, found in filled.items()})
+        _same_layers(model, stacks, read_back, {name: found.slots for name, found in filled.items()})
     except (ValueError, AttributeError) as error:  # its own checks of its fields, and mixed per-layer values
         why = str(error).strip().splitlines()[-1].strip()[:300]
         raise WriteError(
-            f"no config of {stack.config.model_type} describes these layers: {why}; run the plan live", code="W216"
+            f"no config of {stacks[0].config.model_type} describes these layers: {why}; run the plan live", code="W216"
         ) from error
     own = {
         name: tensor
-        for slot, weights_id in replaced
-        for name, tensor in _fitting(stack.layer(slots[slot]), slots[slot], weights_id, weights or {}).items()
+        for stack in stacks
+        for slot, weights_id in filled[stack.name].replaced
+        for name, tensor in _fitting(stack, filled[stack.name].slots[slot], weights_id, weights or {}).items()
     }
-    return Blueprint(plan, slots, silent, config, changed, replaced, own)
+    main = filled[plan.stack_name()]
+    others = tuple((name, found) for name, found in filled.items() if name != plan.stack_name())
+    return Blueprint(plan, main.slots, main.silent, config, changed, main.replaced, own, others)
 
 
-def _fitting(layer: nn.Module, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
+def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
     """The tensors of one id, ID.PARAMETER, in the dtypes of the layer that runs with them."""
-    there = layer.state_dict()
+    there = stack.layer(index).state_dict()
     own = {name: tensor for name, tensor in weights.items() if name.startswith(f"{weights_id}.")}
     if not own:
         raise _refusal("W209", f"{index}:{weights_id}", f"the tensors {weights_id}.* are not given", f"write {index}")
@@ -110,18 +149,16 @@ def rewrite(
     Raises `WriteError` before any work: see `require_writable` and `blueprint`."""
     inner = require_writable(model)
     plans = plans or blueprint(inner, plan, zero_parts=zero_parts, weights=weights)
-    stack = find_stack(inner)
     base = inner.state_dict()
-    tensors = moved_tensors(base, stack, plans, probe(inner, stack).layers)
-    tensors |= resized_tensors(base, stack, plans.slots)
-    made, info = type(inner).from_pretrained(
-        None, config=plans.config, state_dict=tensors, output_loading_info=True, dtype=inner.dtype
-    )
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise WriteError(f"the rewritten {type(inner).__name__} does not take its tensors: {wrong}", code="W213")
-    made.generation_config = inner.generation_config
-    return made.to(inner.device).eval()
+    tensors = dict(base)
+    for stack in find_stacks(inner):
+        own = plans.of(stack.name)
+        tensors = moved_tensors(tensors, stack, own, probe(inner, stack).layers)
+        tensors |= resized_tensors(base, stack, own.slots)
+    made = assembled(inner, plans.config, tensors)
+    if hasattr(inner, "generation_config"):  # encoders have none
+        made.generation_config = inner.generation_config
+    return made
 
 
 def require_writable(model: nn.Module) -> PreTrainedModel:
@@ -136,11 +173,10 @@ def require_writable(model: nn.Module) -> PreTrainedModel:
         raise WriteError("the model is quantised; load it dequantised to write it", code="W212")
     if any(p.is_meta for p in inner.parameters()):
         raise WriteError("some weights of the model are not in memory; load it without offloading", code="W214")
-    found = AutoModelForCausalLM._model_mapping.get(type(inner.config), ())
-    if type(inner) not in (found if isinstance(found, tuple | list) else (found,)):
+    if auto_of(inner) is None:
         raise WriteError(
-            f"AutoModelForCausalLM would not load {type(inner).__name__} from a {type(inner.config).__name__}, so no "
-            "stock checkpoint of it can be written; run the plan live",
+            f"{CAUSAL} would not load {type(inner).__name__} from a {type(inner.config).__name__}, nor would another "
+            "Auto class, so no stock checkpoint of it can be written; run the plan live",
             code="W215",
         )
     return inner
@@ -158,6 +194,10 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
             by_layer.setdefault(int(number), {})[rest] = tensor
         else:
             moved[name] = tensor
+    first = first_only(stack)
+    if first is not None:  # what only the first layer owns goes to the layer that comes first
+        lent = {rest: by_layer[0].pop(rest) for rest in list(by_layer[0]) if rest.startswith(first.prefix)}
+        moved |= {f"{prefix}0.{rest}": tensor for rest, tensor in lent.items()}
     used: set[int] = set()
     ids = dict(plans.replaced)
     written: set[str] = set()
@@ -175,15 +215,24 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
     return moved
 
 
-Named = tuple[tuple[int, str], ...]
+def _permuted(
+    model: PreTrainedModel, whole: PreTrainedConfig, stack: Stack, slots: tuple[int, ...]
+) -> tuple[PreTrainedConfig, dict[str, tuple[Any, Any]]]:
+    """`whole`, the config of `model` with the stacks before this one in place, with this one in place too."""
+    if stack.fields:
+        return with_depths(whole, stack, slots)
+    text, changed = permuted_config(stack.config, slots)
+    changed |= renamed_stages(stack.config, text, slots)
+    if stack.config is model.config:
+        return text, changed
+    return _whole_config(whole, model.config, stack.config, text), changed
 
 
-def _slots(plan: Plan, zero_parts: bool) -> tuple[tuple[int, ...], Named, Named]:
-    """The base layers, the (slot, part) that are silent, the (slot, id) that run with weights of their own."""
+def _slots(steps: tuple[Step, ...], zero_parts: bool) -> Filled:
     slots: list[int] = []
     silent: list[tuple[int, str]] = []
     replaced: list[tuple[int, str]] = []
-    for step in plan.steps():
+    for step in steps:
         text = format_steps((step,))
         match step:
             case Parallel():
@@ -211,19 +260,19 @@ def _slots(plan: Plan, zero_parts: bool) -> tuple[tuple[int, ...], Named, Named]
                 )
             silent.append((len(slots), "mlp" if step.part == "attention" else "attention"))
         slots.append(step.layer)
-    return tuple(slots), tuple(silent), tuple(replaced)
+    return Filled(tuple(slots), tuple(silent), tuple(replaced))
 
 
 def _refusal(code: str, step: str, why: str, nearest: str) -> WriteError:
     return WriteError(f"step {step} cannot be written as a stock checkpoint: {why}; {nearest}", code=code)
 
 
-def _whole_config(whole: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig) -> PreTrainedConfig:
-    """`whole` with its text config exchanged; the text config is often the whole."""
-    if old is whole:
-        return new
+def _whole_config(
+    whole: PreTrainedConfig, base: PreTrainedConfig, old: PreTrainedConfig, new: PreTrainedConfig
+) -> PreTrainedConfig:
+    """`whole` with one of its configs exchanged; `old` is that config in `base`, of which `whole` was made."""
     made = copy.deepcopy(whole)
-    setattr(made, next(n for n in whole.sub_configs if getattr(whole, n, None) is old), new)
+    setattr(made, next(n for n in base.sub_configs if getattr(base, n, None) is old), new)
     return made
 
 
@@ -254,9 +303,51 @@ def _depth_dim(name: str, stack: Stack) -> int | None:
     )
 
 
-def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig, slots: tuple[int, ...]) -> None:
+def _same_layers(
+    model: PreTrainedModel, stacks: tuple[Stack, ...], config: PreTrainedConfig, filled: dict[str, tuple[int, ...]]
+) -> None:
     """Build the stock model without weights and compare every slot with the base layer that it stands for: the same
     modules, tensor shapes and settings. What a family makes of a layer's position shows up here, rule or no rule."""
+    for stack in stacks:
+        _same_numbers(stack, filled[stack.name])
+    twin = meta_model(config, like=model)
+    targets = {target.name: target for target in find_stacks(twin)}
+    outside = _shapes_outside(model, stacks)
+    for stack in stacks:
+        for name, shape in outside.items():
+            dim = _depth_dim(name, stack)
+            if dim is not None:
+                size = shape[dim] // stack.depth * len(filled[stack.name])
+                outside[name] = (*shape[:dim], size, *shape[dim + 1 :])
+    for name, shape in _shapes_outside(twin, tuple(targets.values())).items():
+        if outside.get(name) != shape:
+            raise WriteError(
+                f"{name} is {list(outside.get(name, ()))} in the base and would be {list(shape)}: its size follows the "
+                "depth, which is not written yet; run the plan live",
+                code="W208",
+            )
+    for stack in stacks:
+        for slot, layer in enumerate(filled[stack.name]):
+            with _in_place(stack, slot, layer):
+                old, new = stack.layer(layer), targets[stack.name].layer(slot)
+                difference = _difference(old, new, family_of(stack.config).numbering)
+            if difference is not None:
+                raise WriteError(
+                    f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
+                    "run the plan live or keep this layer's place",
+                    code="W207",
+                )
+
+
+def _in_place(stack: Stack, slot: int, layer: int) -> AbstractContextManager[None]:
+    """What only the first layer owns goes to the layer in place 0, and is taken from layer 0 elsewhere."""
+    first = first_only(stack)
+    if first is None or (slot == 0) == (layer == 0):
+        return nullcontext()
+    return first.lent_to(stack.layer(layer)) if slot == 0 else first.taken_away()
+
+
+def _same_numbers(stack: Stack, slots: tuple[int, ...]) -> None:
     family = family_of(stack.config)
     if family.position_numbers and getattr(stack.config, family.position_numbers, False) is True:
         moved = next((i for slot, i in enumerate(slots) if slot != i), None)
@@ -266,36 +357,15 @@ def _same_layers(model: PreTrainedModel, stack: Stack, config: PreTrainedConfig,
                 "run the plan live",
                 code="W207",
             )
-    twin = meta_model(config, like=model)
-    target = find_stack(twin)
-    outside = _shapes_outside(model, stack)
-    for name, shape in outside.items():
-        dim = _depth_dim(name, stack)
-        if dim is not None:
-            outside[name] = (*shape[:dim], shape[dim] // stack.depth * len(slots), *shape[dim + 1 :])
-    for name, shape in _shapes_outside(twin, target).items():
-        if outside.get(name) != shape:
-            raise WriteError(
-                f"{name} is {list(outside.get(name, ()))} in the base and would be {list(shape)}: its size follows the "
-                "depth, which is not written yet; run the plan live",
-                code="W208",
-            )
-    for slot, layer in enumerate(slots):
-        difference = _difference(stack.layer(layer), target.layer(slot))
-        if difference is not None:
-            raise WriteError(
-                f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
-                "run the plan live or keep this layer's place",
-                code="W207",
-            )
 
 
-def _shapes_outside(model: nn.Module, stack: Stack) -> dict[str, tuple[int, ...]]:
-    return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(f"{stack.path}.")}
+def _shapes_outside(model: nn.Module, stacks: tuple[Stack, ...]) -> dict[str, tuple[int, ...]]:
+    inside = tuple(f"{stack.path}." for stack in stacks)
+    return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
 
 
-def _difference(old: nn.Module, new: nn.Module) -> str | None:
-    """The first fact in which two layers differ, their index aside."""
+def _difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:
+    """The first fact in which two layers differ, their index and what else only numbers them aside."""
     olds, news = dict(old.named_modules()), dict(new.named_modules())
     if olds.keys() != news.keys():
         return f"modules {sorted(olds.keys() ^ news.keys())[:3]}"
@@ -305,7 +375,9 @@ def _difference(old: nn.Module, new: nn.Module) -> str | None:
             return f"{name or 'the layer'} is a {type(other).__name__}, not a {type(module).__name__}"
         mine, theirs = _facts(module), _facts(other)
         # a config that was read from JSON has lists where one that was made may have tuples
-        lists = {key for one in (module, other) for key, value in vars(one).items() if isinstance(value, list)}
+        lists = {*numbering} | {
+            key for one in (module, other) for key, value in vars(one).items() if isinstance(value, list)
+        }
         for key in sorted((mine.keys() | theirs.keys()) - lists):
             if mine.get(key) != theirs.get(key):
                 return f"{f'{name}.' if name else ''}{key} is {theirs.get(key)!r}, not {mine.get(key)!r}"

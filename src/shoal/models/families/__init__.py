@@ -21,12 +21,21 @@ class Family:
     """Why no plan can be right for this family."""
     pinned: str | None = None
     """Why layer 0 must stay first, if it must."""
+    pinned_if: str | None = None
+    """The config field that must be set for `pinned` to hold."""
+    first_owns: str | None = None
+    """The module that only layer 0 has and whose result it hands on: with another layer first, that one gets it."""
     in_order: str | None = None
     """Why layers must keep their order: what a layer takes over from the one before."""
+    takes_over: tuple[str, str] | None = None
+    """(field with an entry for each layer, the entry of layers that take something over from the one before, so that
+    none of them can run first)."""
     once: str | None = None
     """Why no layer can run twice."""
     sized_by_depth: dict[str, int] = field(default_factory=dict)
     """{end of a tensor's name: dimension} of tensors outside the layers that hold one block for every layer."""
+    numbering: tuple[str, ...] = ()
+    """Attributes that follow a layer's position and change nothing it computes; every other such attribute does."""
     position_numbers: str | None = None
     """What the family computes from a layer's position: a rewritten model that shifts a layer would differ."""
 

@@ -2,6 +2,4 @@
 
 from shoal.models.families import Family
 
-FAMILY = Family(
-    types=("glm_moe_dsa", "glm5_next", "hy_v4"), in_order="a layer may attend to the tokens chosen by the layer before"
-)
+FAMILY = Family(types=("glm_moe_dsa", "glm5_next", "hy_v4"), takes_over=("indexer_types", "shared"))

@@ -1,0 +1,1 @@
+"""Side by side: the same layers dropped from the same checkpoints by mergekit, optipfair, economize and Shoal."""

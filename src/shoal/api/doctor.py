@@ -1,0 +1,91 @@
+"""What a checkpoint is and what is wrong with it, from its papers alone; and what a plan would make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.api.outlook import Outlook, outlook_of
+from shoal.errors import ModelError, UsageError
+from shoal.models.diagnosis import Diagnosis, diagnose, read_papers
+from shoal.models.inspect import inspect
+from shoal.models.load import structure
+from shoal.plan import Plan, Run, Spec, load_plan, parse_plan, parse_steps, require
+from shoal.writing.reference import quiet
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What the doctor says."""
+
+    source: str
+    diagnosis: Diagnosis
+    spec: Spec
+    """Of the model of the config, mended where it can be."""
+    dtype: str
+    outlook: Outlook
+    """Of the plan that was asked about, else of the whole model."""
+    planned: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        stacks = {stack.name: stack.depth for stack in self.spec.stacks}
+        seen = self.outlook.to_dict()
+        return {
+            "source": self.source,
+            "sound": not self.diagnosis.broken,
+            "mendable": bool(self.diagnosis.findings) and not self.diagnosis.hopeless,
+            "family": self.spec.family,
+            "layers": stacks,
+            "dtype": self.dtype,
+            "findings": [finding.to_dict() for finding in self.diagnosis.findings],
+            "changed": {name: list(pair) for name, pair in self.diagnosis.changed.items()},
+            **seen["before"],
+            "engines": seen["engines"],
+            "plan": seen if self.planned else None,
+        }
+
+    def require_sound(self) -> None:
+        """Raise M335 when the checkpoint does not load rightly."""
+        broken, hopeless = self.diagnosis.broken, self.diagnosis.hopeless
+        if broken:
+            count = f"{len(broken)} things are wrong, the first" if len(broken) > 1 else "one thing is wrong"
+            unknown = any(finding.what in self.diagnosis.changed for finding in hopeless)
+            remedy = "--repair OUT writes a sound copy" if not hopeless else "copy it again"
+            if unknown:
+                remedy = 'say which layers of its base it holds with --kept "0-5,8-11"'
+            first = (hopeless or broken)[0]
+            raise ModelError(f"{self.source} is broken, {count}: {first}; {remedy}", code="M335")
+
+
+def doctor(source: str | Path, *, plan: str | None = None, kept: str | None = None) -> Examined:
+    """Examine a folder or a hub id. `plan`: notation, plan.json or its folder, to be judged too. `kept`: the layers of
+    the base that a broken folder holds, as notation.
+
+    Raises `ModelError` for what cannot be judged at all (M3xx), `PlanError` for a plan that is not legal, U527.
+    """
+    with quiet():
+        found = diagnose(read_papers(source), None if kept is None else layer_list(kept))
+        assert found.config is not None
+        model = structure(found.config, source)
+        spec = inspect(model)
+        chosen = Plan.identity(spec) if plan is None else require(_plan(plan, spec, str(source)), spec)
+        seen = outlook_of(model, spec, chosen)
+    return Examined(str(source), found, spec, str(model.dtype).removeprefix("torch."), seen, planned=plan is not None)
+
+
+def layer_list(text: str) -> Sequence[int]:
+    """The layers that notation such as 0-5,8-11 names, in its order. Raises U527 for anything but whole layers."""
+    steps = parse_steps(text)
+    layers = [step.layer for step in steps if isinstance(step, Run)]
+    if tuple(Run(layer) for layer in layers) != tuple(steps):
+        raise UsageError(f"--kept is {text[:60]!r}; name whole layers, as in 0-5,8-11", code="U527")
+    return layers
+
+
+def _plan(text: str, spec: Spec, source: str) -> Plan:
+    if text.endswith(".json") or Path(text).is_dir():
+        return load_plan(text)
+    return parse_plan(text, Plan.identity(spec, source=source))

@@ -1,0 +1,94 @@
+"""shoal doctor: is a checkpoint sound, what would a plan make of it, and a sound copy of a broken one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoal.cli._shared import Json, PlanText, Quiet, emit, progress_bars, table
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="A folder or a hub id; a hub id's weights are not fetched.")],
+    plan: PlanText = None,
+    kept: Annotated[
+        str | None, typer.Option("--kept", help="Layers of the base that a broken folder holds, such as 0-5,8-11.")
+    ] = None,
+    repair: Annotated[Path | None, typer.Option("--repair", help="Write a sound copy to this folder.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")
+    ] = False,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file.")] = "5GB",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a checkpoint is, what is wrong with it and what a plan would make of it, without reading a weight."""
+    from shoal.api.doctor import doctor as examine
+
+    with progress_bars(quiet) as progress:
+        seen = examine(model, plan=plan, kept=kept)
+        made = None
+        if repair is not None:
+            made = _repaired(seen, repair, kept, overwrite=overwrite, shard_size=shard_size, progress=progress)
+    data = seen.to_dict() | {"repaired": None if made is None else str(made.folder)}
+    emit(data, _text(data, seen, made), as_json=json_)
+    if made is None:
+        seen.require_sound()
+
+
+def _repaired(seen: Any, output: Path, kept: str | None, **options: Any) -> Any:
+    from shoal.api.doctor import layer_list
+    from shoal.record import Record, command_line
+    from shoal.writing.repair import repair
+
+    command = command_line()
+    record = Record("repair", seen.to_dict(), base=seen.spec.fingerprint, command=command)
+    return repair(
+        seen.source,
+        output,
+        kept=None if kept is None else layer_list(kept),
+        records=[record.to_dict()],
+        command=" ".join(command),
+        **options,
+    )
+
+
+def _text(data: dict[str, Any], seen: Any, made: Any) -> str:
+    depths = ", ".join(f"{depth} {name} layers" for name, depth in data["layers"].items())
+    lines = [
+        f"{data['family']}: {depths}, {data['parameters']:,} parameters, {data['dtype']}, "
+        f"{data['kv_bytes_per_token']:,} bytes of KV per token"
+    ]
+    if data["findings"]:
+        rows = [
+            ["" if f["breaks"] else "(loads)", f["what"], f["found"], f["wanted"], f["mend"] or "cannot be mended"]
+            for f in data["findings"]
+        ]
+        lines += ["", table(rows, ["", "wrong", "is", "should be", "repair"])]
+    else:
+        lines.append("sound: config, index and tensors agree")
+    lines += ["", plan_text(data["plan"]) if data["plan"] else engines_text(data["engines"])]
+    if made is not None:
+        lines += ["", f"proved and written to {made.folder}: {made.params:,} parameters in {made.files} files"]
+    return "\n".join(lines)
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """An outlook as lines."""
+    lines = [f"plan {plan['plan']}"]
+    lines += [f"{name}: {strip}   dropped {plan['dropped'][name]}" for name, strip in plan["strips"].items()]
+    rows = [[name.replace("_", " "), value, plan["after"][name]] for name, value in plan["before"].items()]
+    lines.append(table(rows, ["", "before", "after"]))
+    lines += [f"config {name}: {old} -> {new}" for name, (old, new) in plan["changed"].items()]
+    if plan["refused"]:
+        lines.append(f"cannot be written: {plan['refused']}")
+    return "\n".join([*lines, "", engines_text(plan["engines"])])
+
+
+def engines_text(engines: list[dict[str, Any]]) -> str:
+    """The engines' verdicts as a table."""
+    said = {True: "loads", False: "does not", None: "no rule"}
+    rows = [[e["engine"], said[e["loads"]], e["because"] or "", e["version"]] for e in engines]
+    return table(rows, ["engine (by rules, not run)", "", "because", "rules of"])

@@ -1,0 +1,9 @@
+"""What is wrong with a checkpoint, said from its config, index and headers alone; no tensor is read."""
+
+from __future__ import annotations
+
+from shoal.models.diagnosis.diagnose import diagnose
+from shoal.models.diagnosis.finding import Diagnosis, Finding
+from shoal.models.diagnosis.papers import Papers, read_papers
+
+__all__ = ["Diagnosis", "Finding", "Papers", "diagnose", "read_papers"]

@@ -1,0 +1,150 @@
+"""From the papers of a checkpoint to what is wrong with it, and to the sound checkpoint that it can become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from transformers import PreTrainedModel
+
+from shoal.errors import ModelError, ShoalError
+from shoal.models.agree import require_agreement
+from shoal.models.diagnosis.configs import Fields, depth_said, empty, made, with_depth
+from shoal.models.diagnosis.finding import Diagnosis, Finding
+from shoal.models.diagnosis.layers import Fit, Layers, layers_of
+from shoal.models.diagnosis.mend import Mended, all_fit, by_tensors, mended, variants
+from shoal.models.diagnosis.outside import TIE, compare_outside, report_missing, tied_raw
+from shoal.models.diagnosis.papers import Papers
+from shoal.models.load import MAX_DEPTH
+from shoal.models.names import attributed
+from shoal.models.stacks import find_stack, find_stacks
+
+
+def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
+    """Compare config, index and tensors of a checkpoint with each other.
+
+    `kept`: the layers of the base that were kept, in the order in which they lie in the files, for folders that do not
+    tell. Raises `ModelError` for what cannot be judged at all: M307 no causal language model, M303 a family without
+    plans, M312 code of its own, M330 a config that its class refuses for other reasons than its depth, M331 tensors of
+    another model, M332 a depth that no model has, M333 a quantised checkpoint, M334 `kept` that does not fit,
+    M337 layers whose tensors lie in several places.
+    """
+    raw, source = papers.config, papers.source
+    if raw.get("quantization_config") is not None:
+        raise ModelError(f"{source} is quantised; give the doctor the model before it was", code="M333")
+    first = _first(raw, papers)
+    if len(find_stacks(first)) > 1:
+        return _several(papers)
+    layers = layers_of(first, find_stack(first), papers.tensors, source)
+    count = len(layers.numbers)
+    if not 0 < count <= MAX_DEPTH:
+        raise ModelError(f"{source} holds {count} layers; a model has 1 to {MAX_DEPTH}", code="M332")
+    findings = list(papers.findings)
+    if layers.numbers != tuple(range(count)):
+        findings.append(
+            Finding("the numbering of the layers", _listed(layers.numbers), f"0-{count - 1}", "layers are renumbered")
+        )
+    config = mended(raw, layers, source, tuple(kept) if kept is not None else None)
+    if not config.unknown and not all_fit(config.raw, layers, source):
+        config = by_tensors(config, layers, source) or config
+    model = _built(config.raw, source, count)
+    fit = Fit(model, find_stack(model), layers)
+    wrong = [slot for slot, n in enumerate(layers.numbers) if not fit.fits(layers.by_number[n], slot)]
+    findings += config.findings(raw)
+    strange = _layer_findings(fit, layers, () if config.unknown else wrong, findings)
+    return _finished(papers, config, layers, strange, findings)
+
+
+def _first(raw: Fields, papers: Papers) -> PreTrainedModel:
+    """A model of the family, of the depth that the config says where it can."""
+    said = depth_said(raw)
+    depth = said if said is not None and 0 < said <= MAX_DEPTH else 1
+    return _built(with_depth(raw, depth), papers.source, depth)
+
+
+def _several(papers: Papers) -> Diagnosis:
+    """A model of several stacks is compared with its files as a whole; nothing of it is mended."""
+    config = made(papers.config, papers.source)
+    findings = list(papers.findings)
+    try:
+        require_agreement(papers.source, empty(config, papers.source), papers.tensors)
+    except ModelError as error:
+        findings.append(Finding("the tensors", str(error).partition(": ")[2], "those of the model of the config", None))
+    return Diagnosis(tuple(findings), config, names={name: name for name in papers.tensors})
+
+
+def _built(raw: Fields, source: str, count: int) -> PreTrainedModel:
+    """The model of `raw`, or of the first config near it of which one can be built. Raises M307, M330."""
+    config = made(raw, source)
+    try:
+        return empty(config, source)
+    except ModelError:
+        for near in variants(raw, count):
+            with suppress(ModelError):
+                return empty(made(near, source), source)
+        raise
+
+
+def _layer_findings(fit: Fit, layers: Layers, wrong: Sequence[int], findings: list[Finding]) -> set[str]:
+    """What is wrong inside layers that fit no config; returns the files' tensors that belong to no part of them."""
+    strange: set[str] = set()
+    for slot in wrong:
+        number = layers.numbers[slot]
+        missing, extra, shapes = fit.differences(layers.by_number[number], slot)
+        start = f"{layers.prefix}{number}"
+        findings += [Finding(f"the tensor {rest} of layer {slot}", "missing", "in a file", None) for rest in missing]
+        for tail in shapes:
+            shape = layers.by_number[number][tail]
+            wanted = "the shape that the config says"
+            findings.append(Finding(f"the tensor {start}{tail}", f"{list(shape or ())}", wanted, None))
+        for tail in extra:
+            mend = None if missing or shapes else "it is left out"
+            findings.append(Finding(f"the tensor {start}{tail}", "there", "no part of the layer", mend))
+            strange.add(f"{start}{tail}")
+    return strange
+
+
+def _finished(papers: Papers, config: Mended, layers: Layers, strange: set[str], findings: list[Finding]) -> Diagnosis:
+    raw, source = config.raw, papers.source
+    whole = made(raw, source)
+    model = empty(whole, source)
+    stack = find_stack(model)
+    outside: list[Finding] = []
+    extra, missing, pairs = compare_outside(model, stack, layers, outside)
+    if missing:
+        tied = made(tied_raw(raw, True), source)
+        again: list[Finding] = []
+        if not compare_outside(empty(tied, source), stack, layers, again)[1]:
+            outside, whole = again, tied
+            model = empty(whole, source)
+            outside.append(Finding(TIE, "false, without " + ", ".join(missing), "true", "it is set to true"))
+        else:
+            report_missing(missing, outside)
+    findings += outside
+    strange |= extra
+    names = {name: name for name in layers.outside if name not in strange}
+    for slot, number in enumerate(layers.numbers):
+        for tail in layers.by_number[number]:
+            if f"{layers.prefix}{number}{tail}" not in strange:
+                names[f"{layers.prefix}{slot}{tail}"] = f"{layers.prefix}{number}{tail}"
+    found = Diagnosis(tuple(findings), whole, config.changed(papers.config), names, pairs, config.base, config.kept)
+    if found.hopeless or any(papers.tensors[name] is None for name in names.values()):
+        return found
+    shapes = {new: shape for new, old in names.items() if (shape := papers.tensors[old]) is not None}
+    try:
+        attributed(model, stack, shapes)
+    except ShoalError as error:
+        last = Finding("the tensors", str(error).partition(": ")[2], "those of the model of the config", None)
+        return Diagnosis((*findings, last), whole, found.changed, names, pairs, config.base, config.kept)
+    return found
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+    return text if len(text) <= 100 else f"{text[:97]}..."

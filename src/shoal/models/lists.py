@@ -1,0 +1,66 @@
+"""Lists of layers inside a module: what a stack is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One list of layers inside a model: `getattr(owner, attr)` is the `nn.ModuleList` called `path`."""
+
+    name: str
+    path: str
+    owner: nn.Module
+    attr: str
+    config: PreTrainedConfig
+    """The model's config or one inside it: where the depth is written."""
+    fields: tuple[str, ...] = ()
+    """The fields of `config` that hold the depth, where `shoal.models.depth.depth_fields` means another stack."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The list as it is now, a running plan's stand-in included."""
+        found = getattr(self.owner, self.attr)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def layer(self, index: int) -> nn.Module:
+        """The real layer with this base index."""
+        found = self.layers._modules[str(index)]
+        assert found is not None
+        return found
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers._modules)
+
+
+def layer_lists(root: nn.Module, depth: int | None, strict: bool) -> list[tuple[nn.Module, str]]:
+    """(owner, attribute) of every list of `depth` layers; lists inside another hit (experts) are left out. `strict`:
+    only lists of `GradientCheckpointingLayer`s."""
+    hits: list[tuple[nn.Module, str]] = []
+    inside: set[int] = set()
+    for module in root.modules():
+        for attr, child in module.named_children():
+            if not isinstance(child, nn.ModuleList) or len(child._modules) != depth or id(child) in inside:
+                continue
+            members = list(child._modules.values())
+            if all(isinstance(m, GradientCheckpointingLayer) if strict else _has_children(m) for m in members):
+                hits.append((module, attr))
+                inside |= {id(m) for m in child.modules()}
+    return hits
+
+
+def _has_children(module: nn.Module | None) -> bool:
+    return module is not None and len(list(module.children())) > 1
+
+
+def path_of(model: nn.Module, owner: nn.Module, attr: str) -> str:
+    """The name of the list `attr` of `owner` inside `model`."""
+    prefix = next(name for name, module in model.named_modules() if module is owner)
+    return f"{prefix}.{attr}" if prefix else attr

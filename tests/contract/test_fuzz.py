@@ -1,0 +1,57 @@
+"""A few inputs for every reader; `python -m tests.fuzz.run` drives the same readers with 100,000."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from shoal.errors import ModelError, ShoalError
+from shoal.registry import entries
+
+from ..fuzz.mutate import near
+from ..fuzz.run import Watch
+from ..fuzz.targets import targets
+
+SLOW = ("inspect", "doctor:config", "doctor:index", "doctor:header")
+NAMES = ("config", "index", "header", "plan.json", "notation", *SLOW, *(f"exchange:{n}" for n in entries("exchange")))
+
+
+def test_every_reader_is_driven() -> None:
+    assert set(targets()) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reader_knows_documented_errors_alone(name: str) -> None:
+    target = targets()[name]
+
+    @settings(max_examples=4 if name in SLOW else 25, database=None, suppress_health_check=list(HealthCheck))
+    @given(near(target.seeds))
+    def read(data: bytes) -> None:
+        with suppress(ShoalError):
+            target.run(data)
+
+    read()
+
+
+def test_a_reader_that_breaks_is_caught(tmp_path: Path) -> None:
+    def read(data: bytes) -> None:
+        if data == b"documented":
+            raise ModelError("one sentence", code="M307")
+        if data == b"slow":
+            while True:
+                pass
+        if data == b"broken":
+            raise KeyError(data)
+
+    watch = Watch("planted", read, tmp_path, 0.1)
+    for data in (b"fine", b"documented"):
+        watch(data)
+    assert not watch.failures
+    for data in (b"slow", b"broken", b"broken"):
+        watch(data)
+    assert watch.counts == {"inputs": 5, "read": 1, "M307": 1, "failures": 3}
+    assert sorted(kind.partition(" ")[0] for kind in watch.failures.values()) == ["KeyError", "longer"]
+    assert {file.read_bytes() for file in tmp_path.iterdir()} == {b"slow", b"broken"}
