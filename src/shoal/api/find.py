@@ -183,11 +183,7 @@ def prune(
             tokenizer=loaded.tokenizer,
         )
         found = _found(entry, task, count, own)
-    said: tuple[dict[str, Any], ...] = ()
-    if after and text is not None:
-        found, said = transformed(
-            loaded, spec, found, after, text, stack=stack, batch=batch, seed=seed, progress=progress
-        )
+    found, said = transformed(loaded, spec, found, after, text, stack=stack, batch=batch, seed=seed, progress=progress)
     if writable and (plan is not None or found.weights):
         blueprint(loaded.model, found.plan, zero_parts=zero_parts, weights=found.weights)
     shape, prompt = Shape(), _prompt(loaded, length)

@@ -43,16 +43,18 @@ def transformed(
     spec: Spec,
     found: Found,
     then: Sequence[Then],
-    data: Data,
+    data: Data | None,
     *,
     stack: str | None = None,
     batch: int = 1,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Found, tuple[dict[str, Any], ...]]:
-    """`found` with the transforms done in order, and for each what it did: name, plan, shapes of tensors, errors."""
+    """`found` with the transforms done in order, and for each what it did: name, plan, shapes of tensors, errors.
+    `data` is None only where there is nothing to do."""
     said = []
     for one in then:
+        assert data is not None
         job = Job(loaded.model, data, found.plan, found.weights, stack, batch, seed, progress)
         made: Transformed = one.entry.load()(job, **one.options)
         weights = used_by(made.plan, made.weights)

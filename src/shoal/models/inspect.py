@@ -78,15 +78,16 @@ def _stack_spec(model: nn.Module, stack: Stack, users: Counter[object]) -> tuple
     for index, fact in enumerate(seen.layers):
         layer = stack.layer(index)
         storages = _own_storages(stack, index)
-        kv = _kv(fact, stack.config, index in sharing, seen.forward) if stack.name == "decoder" else KVSpec("none")
-        active = _active_share(stack.config)
+        config = _of_layer(stack.config, index)
+        kv = _kv(fact, config, index in sharing, seen.forward) if stack.name == "decoder" else KVSpec("none")
+        active = _active_share(config)
         layers.append(
             LayerSpec(
                 index=index,
                 kind=kinds[index],
                 params=sum(n for key, n in storages.items() if users[key] == 1),
                 flops=_flops(layer, active),
-                width=_width(stack, kv, [layers[i].kv for i in sharing.get(index, ())]),
+                width=_width(stack.name, config, kv, [layers[i].kv for i in sharing.get(index, ())]),
                 kv=kv,
                 attention=_part(layer, fact.parts.attention, active, users) if fact.parts else None,
                 mlp=_part(layer, fact.parts.mlp, active, users) if fact.parts else None,
@@ -130,13 +131,19 @@ def _native_sharing(config: PreTrainedConfig, kinds: list[str]) -> dict[int, tup
     return {index: (last_of_kind[kinds[index]],) for index in range(first, len(kinds)) if kinds[index] in last_of_kind}
 
 
-def _width(stack: Stack, kv: KVSpec, sources: list[KVSpec]) -> int:
+def _of_layer(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
+    """The config as one layer sees it: where fields differ by layer (Gemma 4), transformers raises for the whole's."""
+    own: PreTrainedConfig = config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+    return own
+
+
+def _width(stack: str, config: PreTrainedConfig, kv: KVSpec, sources: list[KVSpec]) -> int:
     """Query heads x (key_dim + value_dim); a layer that reads another's KV has the dimensions of its source, and one
     without a cache has heads that share out the hidden state."""
-    heads = getattr(stack.config, f"{stack.name}_attention_heads", getattr(stack.config, "num_attention_heads", None))
+    heads = getattr(config, f"{stack}_attention_heads", getattr(config, "num_attention_heads", None))
     dims = max(one.key_dim + one.value_dim for one in (kv, *sources))
-    if stack.name != "decoder":
-        return 2 * int(getattr(stack.config, "hidden_size", 0))
+    if stack != "decoder":
+        return 2 * int(getattr(config, "hidden_size", 0))
     return heads * dims if isinstance(heads, int) else 0
 
 
