@@ -127,22 +127,35 @@ def test_text_needs_a_tokenizer(loaded: Loaded) -> None:
     assert raised.value.code == "D440"
 
 
-@pytest.mark.parametrize("name", list(entries("methods")))
+BY_LOSS = ("loss-one-shot", "sleb", "auto", "block-pruner", "puzzle", "nas-prune", "shortened-llama")
+"""A layer may do harm on this text."""
+BY_PLACE = ("position", "poor-mans-bert", "unified", "tyukin", "mka")
+
+
+@pytest.mark.parametrize("name", [name for name in entries("methods") if name != "cull-mt"])
 def test_prune_by_every_method(loaded: Loaded, unchanged: None, name: str) -> None:
-    found = prune(loaded, method=name, drop=1, **SMALL)
-    assert len(found.plan.dropped()) == 1 and found.method == name
-    if name not in ("position", "loss-one-shot", "sleb"):  # a layer may do harm on this text, none turns less
+    amount = {"budget": "layers=0.8"} if name in ("puzzle", "nas-prune") else {"drop": 1}
+    short = {"settings": {"trials": 8, "population": 4}} if name == "nas-prune" else {}
+    found = prune(
+        loaded, method=name, writable=False, **amount, **short, **{**SMALL, "limit": 8 if name == "mka" else 3}
+    )
+    assert found.method == name and str(found.plan) != "0-4"
+    if name not in (*BY_LOSS, *BY_PLACE):  # none turns less
         assert found.plan.dropped() == (PLANTED,)
-    assert found.before.params - found.after.params == found.spec.stack().layers[0].params
-    assert found.after.written_params == found.after.params
     data = as_json(found)
     assert data["method"] == name and data["plan"] == str(found.plan) and data["hash"] == found.plan.hash
     assert data["dropped"] == {"decoder": list(found.plan.dropped())}
-    assert data["data"]["count"] == 3
     assert data["evaluation"] is None and data["bench"] is None
-    assert data["trace"][-1]["plan"] == str(found.plan)
+    assert data["trace"] and data["weights"].keys() == found.found.weights.keys()
     if name == "position":
         assert data["trace"][0]["score"] is None
+
+
+def test_a_layer_less_is_its_parameters_less(loaded: Loaded) -> None:
+    found = prune(loaded, drop=1, **SMALL)
+    assert found.before.params - found.after.params == found.spec.stack().layers[0].params
+    assert found.after.written_params == found.after.params
+    assert as_json(found)["data"]["count"] == 3 and as_json(found)["trace"][-1]["plan"] == str(found.plan)
 
 
 def test_prune_takes_a_share_and_settings(loaded: Loaded) -> None:

@@ -29,7 +29,7 @@ TIMES = {"attention": (0.03, 0.05), "mlp": (0.07, 0.02)}
 """Seconds of one part, for prefill and for decode; 0.1 seconds are fixed."""
 
 
-def made_up(model: Any, plans: dict[str, Plan], **work: Any) -> Speed:
+def made_up(model: Any, plans: dict[str, Plan], weights: Any = None, **work: Any) -> Speed:
     """What a machine would say whose parts take `TIMES`."""
 
     def seconds(plan: Plan, phase: int) -> float:

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from shoal.api.find import measure
-from shoal.errors import PlanError, UsageError
+from shoal.errors import DataError, PlanError, UsageError
 from shoal.evaluation.scoring import logits_of
-from shoal.evaluation.tasks import Item, item_scores, load_items
+from shoal.evaluation.tasks import Item, load_tasks
 from shoal.measures.attention_similarity import attention_similarity
 from shoal.measures.kv_freeze import kv_freeze
 from shoal.measures.logit_lens import logit_lens
 from shoal.measures.sinks import sinks
 from shoal.measures.swap_curve import swap_curve
-from shoal.measures.task_removed import task_removed
+from shoal.measures.task_removed import _solved, task_removed
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan
@@ -232,8 +232,11 @@ def test_items_are_scored_by_what_follows(tmp_path: Path) -> None:
         {"context": "", "continuation": "word"},
     ]
     file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    items = load_items(file)
-    assert items[1] == Item("Question: up?\n", ("down", "not down", "x"), 1) and len(load_items(file, 2)) == 2
+    tasks = load_tasks(file)
+    items = tasks.items
+    assert (
+        items[1] == Item("Question: up?\n", ("down", "not down", "x"), 1) and len(load_tasks(file, limit=2).items) == 2
+    )
 
     def followed(context: str, choice: str) -> tuple[float, bool]:
         before = tokenizer(context)["input_ids"] or [tokenizer.bos_token_id]
@@ -244,9 +247,9 @@ def test_items_are_scored_by_what_follows(tmp_path: Path) -> None:
         return found.gather(-1, told[:, None]).sum().item(), bool((found.argmax(-1) == told).all())
 
     for batch in (1, 3):
-        smooth = item_scores(model, tokenizer, items, score="logprob", batch=batch)
-        sharp = item_scores(model, tokenizer, items, batch=batch)
-        choices = [followed(items[1].context, choice)[0] for choice in items[1].choices]
+        smooth = _solved(model, tokenizer, tasks, "logprob", batch)
+        sharp = _solved(model, tokenizer, tasks, "accuracy", batch)
+        choices = [followed(items[1].context, choice)[0] for choice in items[1].options]
         assert smooth[0] == pytest.approx(followed("The cat sat on the", " mat")[0], abs=1e-3)
         assert smooth[1] == pytest.approx(torch.tensor(choices).log_softmax(0)[1].item(), abs=1e-3)
         assert smooth[2] == pytest.approx(followed("", "word")[0], abs=1e-3)
@@ -267,6 +270,5 @@ def test_a_file_without_items_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text(text, encoding="utf-8")
     for path in (file, tmp_path / "missing.jsonl"):
-        with pytest.raises(UsageError) as raised:
-            load_items(path)
-        assert raised.value.code == "U532"
+        with pytest.raises(DataError, match="D45"):
+            load_tasks(path)

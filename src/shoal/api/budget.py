@@ -67,7 +67,13 @@ def measured_budget(
 
 
 def priced(
-    budget: Budget, plan: Plan, model: Any, *, weights: Mapping[str, Any], prompt: int = 512, seed: int = 0
+    budget: Budget,
+    plan: Plan,
+    model: Any,
+    *,
+    weights: Mapping[str, Any] | None = None,
+    prompt: int = 512,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """What `plan` with its `weights` costs, as a share of dense: for a measured unit the prediction, its error, and the
     time itself."""

@@ -31,16 +31,11 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """Items of one kind from one file."""
+    """The items of one file."""
 
     name: str
     items: tuple[Item, ...]
     sha256: str
-
-    @property
-    def choices(self) -> bool:
-        """True for multiple choice, False for words to be written."""
-        return len(self.items[0].options) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +84,7 @@ def load_tasks(path: str | Path, *, limit: int | None = None) -> Tasks:
     items = tuple(_item(line, f"{file.name}, line {number}") for number, line in lines)
     if not items:
         raise DataError(f"{file} holds no items; name another file or raise the limit", code="D451")
-    mixed = next((n for (n, _), item in zip(lines, items, strict=True) if _kind(item) != _kind(items[0])), None)
-    if mixed is not None:
-        raise DataError(f"{file.name}, line {mixed} is of another kind than line {lines[0][0]}; part them", code="D450")
     return Tasks(file.stem, items, hashlib.sha256("\n".join(line for _, line in lines).encode()).hexdigest())
-
-
-def _kind(item: Item) -> bool:
-    return len(item.options) > 1
 
 
 def _item(line: str, where: str) -> Item:
@@ -157,7 +145,7 @@ def option_scores(
 def _tokens(model: Any, tokenizer: Any, context: str, option: str) -> tuple[list[int], int]:
     """The ids of context and option together, and how many of them are the option's."""
     stripped = context.rstrip()
-    space = context[len(stripped) :] or " "
+    space = context[len(stripped) :] or (" " if stripped else "")
     head = tokenizer(stripped, add_special_tokens=False)["input_ids"] if stripped else []
     whole = tokenizer(f"{stripped}{space}{option.lstrip()}", add_special_tokens=False)["input_ids"]
     if not head:
@@ -196,7 +184,7 @@ def _summary(tasks: Tasks, found: Sequence[tuple[Option, ...]]) -> TaskScore:
         name=tasks.name,
         accuracy=accuracy,
         error=math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else None,
-        normalised=sum(normal) / count if normal else None,
+        normalised=sum(normal) / len(normal) if normal else None,
         nll=math.fsum(losses) / count,
         items=count,
         correct=tuple(right),

@@ -27,7 +27,7 @@ def top1_removed(
     batch: int = 1,
     progress: Progress | None = None,
 ) -> Scores:
-    """The share of tokens for which the model's first choice changes when one layer (or its attention or mlp) is
+    """The share of tokens whose first choice changes when one layer (or its attention or mlp) is
     removed: the delete curve.
 
     c_i = E_t[ argmax_v p_t(v) != argmax_v q_i,t(v) ], p_t and q_i,t [vocab] the distributions after token t with and

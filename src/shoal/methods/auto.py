@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 def auto(task: Task, *, drop: int | None = None) -> Found:
     """Remove greedily layers, or attentions and mlps apart, fit the mlps before the holes anew, and keep the best.
 
+    Source: the parts are FinerCut's (arXiv 2405.18218) and SLEB's (arXiv 2402.09025) greedy removal, and the refit of
+    ReplaceMe (arXiv 2505.02819) without its constraint. How we differ: held-out text chooses among them.
     Searches: by the cross-entropy over whole layers; over parts; over parts by its rise per saved share of the budget.
     Each result is tried as it is and after the transform `refit`; a quarter of the calibration sequences, which neither
     search nor fit has seen, decides (the trace tells how). `drop` counts layers. Training-free; where only plans that

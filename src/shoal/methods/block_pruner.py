@@ -16,7 +16,8 @@ def block_pruner(
 
     `drop` counts parts; with a budget, as many go as it takes, and `rank=saving` takes the lowest rise per saved share.
     Source: Zhong et al. 2024 (BlockPruner, arXiv 2406.10594), which ranks by perplexity as here; Zhang et al. 2024
-    (FinerCut, arXiv 2405.18218) does the same by the distance of the output.
+    (FinerCut, arXiv 2405.18218) does the same by the distance of the output. How we differ: candidates race on shared
+    hidden states (`exhaustive` evaluates all of them in full), and the price of a part can count.
     """
     return greedy(
         task.plan,

@@ -13,14 +13,16 @@ from shoal.scores import Found
 from shoal.search.greedy import greedy
 
 
-def cull_mt(task: Task, *, drop: int, file: Path, items: int = 100) -> Found:
+def cull_mt(task: Task, *, drop: int, file: Path | None = None, items: int = 100) -> Found:
     """In each round remove the layer without which the task's score falls least; ties go to the likelier answers.
 
     `file`: last words or multiple choice (see `shoal.evaluation.tasks`), its first `items`. The objective is the share
     of wrong items, plus a thousandth of the mean negative log-likelihood of the right answers, which parts ties.
     Source: Rostami and Dousti 2024 (CULL-MT, arXiv 2411.06506). How we differ: any task of such a file instead of a
-    translation score, and healing is a step of its own. Raises D450, D451, and U574 without a tokenizer.
+    translation score, and healing is a step of its own. Raises D450, D451, U574 without a file or a tokenizer.
     """
+    if file is None:
+        raise UsageError("cull-mt needs the user's task; name its file, as in --set file=task.jsonl", code="U574")
     if task.tokenizer is None:
         raise UsageError("cull-mt reads a task and the model has no tokenizer; load one with it", code="U574")
     tasks = load_tasks(file, limit=items)

@@ -12,8 +12,7 @@ from shoal.transforms import mka as transform
 
 
 def mka(task: Task, *, drop: int, spare: int = 1) -> Found:
-    """Merge the last layers into the one before them, weighted by how alike their outputs are; the `spare` very last
-    ones stay as they are.
+    """Merge the last layers but `spare` into the one before them, weighted by how alike their outputs are.
 
     Source: Liu et al. 2024 (MKA, arXiv 2406.16330), whose released code takes the last two layers again and again and
     changes no weight. How we differ: weights do change, see the transform `mka`, and the last layer stays. Raises U504.

@@ -10,12 +10,15 @@ from shoal.methods._task import Task
 from shoal.plan import drop as drop_layers
 from shoal.scores import Candidate, Found
 
+READS_DATA = False
+
 
 def tyukin(task: Task, *, drop: int, part: Literal["attention", "mlp"] = "attention", keep_last: bool = True) -> Found:
     """Remove the attention (or mlp) of the `drop` deepest layers, without looking at data.
 
     Source: Tyukin et al. 2024 (arXiv 2407.15516; 2404.05741), who find that a third of the attentions of Llama 2 13B
-    can go, and that keeping the last layer whole helps for attention. Raises U504 when there are not so many.
+    can go, and that keeping the last layer whole helps for attention. How we differ: the attention is really removed,
+    with its KV. Raises U504 when there are not so many.
     """
     layers = sorted(set(task.plan.layers(task.stack)))
     layers = layers[:-1] if keep_last else layers

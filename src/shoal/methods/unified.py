@@ -10,6 +10,8 @@ from shoal.methods._task import Task
 from shoal.plan import keep as keep_layers
 from shoal.scores import Candidate, Found
 
+READS_DATA = False
+
 
 def unified(task: Task, *, drop: int, spacing: Literal["even", "released"] = "even") -> Found:
     """Keep the first layer, the last one, and the others at equal distances, without looking at data.

@@ -72,7 +72,7 @@ def observe(
         for ids, mask in batches:
             size[:] = ids.shape
             before(ids, mask)
-            forward_without_head(inner, ids, mask, found)
+            _pass(inner, ids, mask, found)
     finally:
         for handle in handles:
             handle.remove()
@@ -80,17 +80,17 @@ def observe(
             module.training = True
 
 
-def forward_without_head(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, stack: Stack | None = None
-) -> torch.Tensor:
+def forward_without_head(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """What the head is given, [batch, length, hidden], for `ids` and `mask` [batch, length]; the caller chooses the
-    modes and whether gradients are kept. `stack`: the one that must run, the decoder or the only one otherwise."""
-    inner = unwrap(model)
-    found = stack or find_stack(inner)
+    modes and whether gradients are kept."""
+    state: torch.Tensor = _pass(unwrap(model), ids, mask, find_stack(model)).last_hidden_state
+    return state
+
+
+def _pass(inner: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, found: Stack) -> Any:
     backbone = _around(inner, found)
     more = {"use_cache": False} if found.name == "decoder" else {}
-    state: torch.Tensor = backbone(**inputs_of(backbone, ids, mask), **more).last_hidden_state
-    return state
+    return backbone(**inputs_of(backbone, ids, mask), **more)
 
 
 def _with_parts(inner: nn.Module, found: Stack, part: PartName) -> list[LayerFacts]:

@@ -210,7 +210,7 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
             value = torch.zeros_like(value) if quiet and rest.startswith(quiet) else value
             # two slots must not share storage: a stock checkpoint cannot say so
             moved[f"{prefix}{slot}.{rest}"] = value.clone() if layer in used or own in written else value
-            written.add(own)
+            written |= {own} if own else set()
         used.add(layer)
     return moved
 
