@@ -286,9 +286,10 @@ def test_help_is_fast_and_importing_costs_no_torch() -> None:
     times = []
     for _ in range(3):
         code = (
-            "import time; t = time.perf_counter(); import shoal.cli; shoal.cli.app(['--help'], standalone_mode=False)\n"
+            "import time; t = time.process_time(); import shoal.cli; shoal.cli.app(['--help'], standalone_mode=False)\n"
         )
-        code += "import sys; print(time.perf_counter() - t, file=sys.stderr)"
+        # of the processor, not of the wall clock: other tests run beside this one
+        code += "import sys; print(time.process_time() - t, file=sys.stderr)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         times.append(float(done.stderr.split()[-1]))
     assert min(times) < 0.3
