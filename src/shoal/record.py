@@ -80,16 +80,18 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines; what a kill cut short, and what is no object, is left out."""
+    """What each line of a file holds, none if there is no file: a JSON object, or an empty one for a line that a kill
+    cut short and for one that is no object."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return [found for line in text.splitlines() if isinstance(found := _read(line), dict)]
+    return [_object(line) for line in text.splitlines()]
 
 
-def _read(line: str) -> Any:
+def _object(line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        found = json.loads(line)
     except (ValueError, RecursionError):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def command_line() -> tuple[str, ...]:

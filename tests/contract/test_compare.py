@@ -131,6 +131,10 @@ def test_results_of_another_comparison_are_refused(loaded: Loaded, tmp_path: Pat
     with pytest.raises(DataError, match="D460"):
         run(loaded, tmp_path / "file", methods=("position",))
     assert (tmp_path / "cells.jsonl").read_bytes() == before
+    (tmp_path / "cells.jsonl").write_text("my notes\n")
+    with pytest.raises(DataError, match="D460"):
+        run(loaded, tmp_path, methods=("position",), budgets=("layers=0.8",))
+    assert (tmp_path / "cells.jsonl").read_text() == "my notes\n"
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_anything_runs(loaded: Loaded, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from shoal.evaluation.race import LEVEL, race
 from shoal.evaluation.scoring import sequence_nll
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan
-from shoal.record import plain
+from shoal.record import append_line, read_objects
 from shoal.scores import Objective
 
 FORMAT = "shoal-journal/1"
@@ -87,7 +87,7 @@ class Journaled:
         def dropped(plan: Plan, seen: int) -> None:
             lost.add(str(plan))
             if self.path is not None:
-                _append(self.path, {"lost": str(plan), "race": name, "batches": seen})
+                append_line(self.path, {"lost": str(plan), "race": name, "batches": seen})
 
         values = race(
             self.loss,
@@ -105,7 +105,7 @@ class Journaled:
     def _learn(self, key: str, value: float) -> None:
         self.known[key] = value
         if self.path is not None:
-            _append(self.path, {"plan": key, "nll": value})
+            append_line(self.path, {"plan": key, "nll": value})
 
 
 def _open(
@@ -114,17 +114,17 @@ def _open(
     """The values in the journal and what lost in which race; a new journal gets its first line."""
     lines = _lines(path)
     facts = {"journal": FORMAT, "base": identity.base.fingerprint, "data": data.info.sha256}
-    head = _object(lines[0]) if lines else {}
+    head = lines[0] if lines else {}
     if lines and head.get("journal") != FORMAT:
         raise DataError(f"{path} is not a journal of Shoal; name another file", code="D430")
     dense = mean_nll(model, data, batch=batch)
     if not lines:
-        _append(path, {**facts, "dense": dense})
+        append_line(path, {**facts, "dense": dense})
         return {}, {}
     before = _number(head.get("dense"))
     if any(head.get(name) != value for name, value in facts.items()) or not math.isclose(before, dense, rel_tol=1e-4):
         raise DataError(f"the journal {path} belongs to another model or other data; name another file", code="D430")
-    entries = [_object(line) for line in lines[1:]]
+    entries = lines[1:]
     lost: dict[str, set[str]] = {}
     for entry in entries:
         if {"lost", "race"} <= entry.keys():
@@ -133,30 +133,14 @@ def _open(
     return known, lost
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a journal; none if there is no file yet. Raises D430 for what cannot be read."""
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """What the lines of a journal hold; none if there is no file yet. Raises D430 for what cannot be read."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        return read_objects(path)
     except OSError as error:
         raise DataError(f"cannot keep a journal at {path} ({error.strerror}); name another file", code="D430") from None
 
 
-def _object(line: str) -> dict[str, Any]:
-    """What a line holds; empty for one that a kill cut short, or that is no JSON object."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    """Add a line in one write, behind the end of one that was cut short."""
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-    with path.open("ab", buffering=0) as stream:
-        stream.write((b"" if whole else b"\n") + json.dumps(plain(entry), allow_nan=False).encode() + b"\n")
