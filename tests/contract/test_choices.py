@@ -145,6 +145,12 @@ def test_the_integer_programme_is_exhaustive_search_on_measured_differences(eigh
     assert first.note.endswith(f"additivity error {error:+.4f}")
 
 
+def test_dynamic_programming_may_save_where_nothing_must_be_saved() -> None:
+    table = table_of(*split([(0, 0, 0, 0, 0, 0), (-1, 0, 0, 1, 0, 0)]))
+    chosen = chain(table, {}, 0.0, 100)
+    assert chosen is not None and table.loss(chosen) == brute(table, 0.0) == -1
+
+
 @settings(max_examples=6)
 @given(tables, st.integers(0, 60), st.randoms())
 def test_dynamic_programming_is_exhaustive_search_with_neighbours(

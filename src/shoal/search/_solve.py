@@ -71,7 +71,7 @@ def chain(table: Table, pairs: Pairs, need: float, resolution: int = 1000) -> tu
 
     bins = math.ceil(need * resolution - 1e-9)
     steps = [[math.floor(saving * resolution + 1e-6) for saving in row] for row in table.saved]
-    size = max(1, bins) + 1  # savings beyond what is needed count as just enough
+    size = max(0, bins) + 1  # savings beyond what is needed count as just enough
     best: list[list[np.ndarray[Any, Any]]] = []
     came: list[list[np.ndarray[Any, Any]]] = []
     for place, losses in enumerate(table.losses):
