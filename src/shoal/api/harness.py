@@ -6,13 +6,12 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shoal.api.assess import text_of, tokenizer_of
+from shoal.api.assess import planned, text_of, tokenizer_of
 from shoal.api.budget import COUNTED, counted_budget, parse_budget
 from shoal.api.find import Pruned, prune
 from shoal.api.study import Cell, Protocol, file_name
@@ -28,7 +27,6 @@ from shoal.models.checkpoint import read_json
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, cost
-from shoal.run.live import running
 from shoal.scores import Budget, Unit
 
 DENSE = "dense"
@@ -105,7 +103,7 @@ class Harness:
             )
         seconds = time.perf_counter() - start
         weights = pruned.found.weights
-        variant = partial(running, self.loaded.model, pruned.plan, weights)
+        variant = planned(self.loaded.model, pruned.plan, weights)
         name = pruned.plan.hash + _digest(weights)
         if name not in self.worth:
             self.worth[name] = self._quality(name, variant)
@@ -175,12 +173,8 @@ class Harness:
         protocol, model = self.protocol, self.loaded.model
         if not protocol.pairs:
             return {}
-
-        def pruned() -> AbstractContextManager[Any]:
-            return _Giving(variant(), model)
-
         timed = speed(
-            {DENSE: lambda: nullcontext(model), "pruned": pruned},
+            {DENSE: planned(model, None), "pruned": variant},
             prompt=protocol.prompt,
             new=protocol.decoded,
             batch=protocol.batch,
@@ -189,20 +183,6 @@ class Harness:
         mine = timed.variants[1]
         ratios = {"prefill": mine.prefill_ratio, "decode": mine.decode_ratio}
         return {name: {"median": r.median, "low": r.low, "high": r.high} for name, r in ratios.items()}
-
-
-class _Giving(AbstractContextManager[Any]):
-    """A context that gives the model instead of what it gives itself."""
-
-    def __init__(self, inner: AbstractContextManager[Any], model: Any) -> None:
-        self._inner, self._model = inner, model
-
-    def __enter__(self) -> Any:
-        self._inner.__enter__()
-        return self._model
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._inner.__exit__(*error)
 
 
 def _digest(weights: Mapping[str, Any]) -> str:

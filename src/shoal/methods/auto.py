@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shoal.data.split import hold_out
 from shoal.errors import UsageError
-from shoal.evaluation.scoring import sequence_nll
+from shoal.evaluation.perplexity import perplexity
 from shoal.methods._task import Task
 from shoal.plan import Plan, cost
 from shoal.run.live import running
@@ -85,6 +85,5 @@ def _searches(task: Task, objective: Objective) -> Iterator[Callable[[], Found]]
 def _loss(task: Task, found: Found, held: Data) -> float:
     """Nats per token on the sequences held back; infinite for a broken model."""
     with running(task.model, found.plan, found.weights):
-        scored = sequence_nll(task.model, held, batch=task.batch)
-    mean = math.fsum(total for total, _ in scored) / sum(count for _, count in scored)
+        mean = perplexity(task.model, held, batch=task.batch).nll
     return math.inf if math.isnan(mean) else mean
