@@ -129,6 +129,8 @@ def test_text_needs_a_tokenizer(loaded: Loaded) -> None:
 
 BY_LOSS = ("loss-one-shot", "sleb", "auto", "block-pruner", "puzzle", "nas-prune", "shortened-llama")
 """A layer may do harm on this text."""
+LIVE = ("auto", "block-pruner", "nas-prune", "puzzle", "secretly-linear", "tyukin")
+"""They remove parts, put maps in their place, or may remove more than they must."""
 BY_PLACE = ("position", "poor-mans-bert", "unified", "tyukin", "mka")
 
 
@@ -136,13 +138,19 @@ BY_PLACE = ("position", "poor-mans-bert", "unified", "tyukin", "mka")
 def test_prune_by_every_method(loaded: Loaded, unchanged: None, name: str) -> None:
     amount = {"budget": "layers=0.8"} if name in ("puzzle", "nas-prune") else {"drop": 1}
     short = {"settings": {"trials": 8, "population": 4}} if name == "nas-prune" else {}
-    found = prune(
-        loaded, method=name, writable=False, **amount, **short, **{**SMALL, "limit": 8 if name == "mka" else 3}
-    )
+    small = SMALL | {"limit": 8 if name == "mka" else 3}
+    found = prune(loaded, method=name, writable=name not in LIVE, **amount, **short, **small)
     assert found.method == name and str(found.plan) != "0-4"
     if name not in (*BY_LOSS, *BY_PLACE):  # none turns less
         assert found.plan.dropped() == (PLANTED,)
+    if name not in LIVE:
+        assert len(found.plan.dropped()) == 1
+        assert found.before.params - found.after.written_params == found.spec.stack().layers[0].params
     data = as_json(found)
+    if not found.found.weights:  # which, while the plan runs live, are held beside the base's
+        assert found.after.written_params == found.after.params or name in LIVE
+        assert data["trace"][0 if name in ("auto", "puzzle", "nas-prune") else -1]["plan"] == str(found.plan)
+    assert data["data"]["count"] == small["limit"]
     assert data["method"] == name and data["plan"] == str(found.plan) and data["hash"] == found.plan.hash
     assert data["dropped"] == {"decoder": list(found.plan.dropped())}
     assert data["evaluation"] is None and data["bench"] is None
