@@ -11,7 +11,8 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from shoal.models.inspect import inspect
 from shoal.models.load import inspect_source, load
 from shoal.models.shards import INDEX, Stored, stored_tensors
 from shoal.plan import Plan, load_plan, parse_plan
-from shoal.writing import container, hashes
+from shoal.writing import container, twins
 from shoal.writing import stream as stream_module
 from shoal.writing.container import parse_size
 from shoal.writing.folder import write
-from shoal.writing.hashes import digest_of
 from shoal.writing.stream import Streamed, stream
+from shoal.writing.twins import same_bytes
 
 from .families import tiny
 
@@ -70,8 +71,14 @@ def written(folder: Path, text: str, output: Path, **options: Any) -> Path:
     return write(loaded, parse_plan(text, Plan.identity(inspect(loaded.model))), output, prove=False, **options).folder
 
 
-def content(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    return {name: (s.dtype, s.shape, digest_of(s)) for name, s in stored_tensors(folder).items()}
+def content(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {name: (s.dtype, s.shape, bytes_of(s)) for name, s in stored_tensors(folder).items()}
+
+
+def bytes_of(stored: Stored) -> bytes:
+    with stored.file.open("rb") as file:
+        file.seek(stored.start)
+        return file.read(stored.size)
 
 
 def config_of(folder: Path) -> Any:
@@ -166,7 +173,7 @@ def test_lineage_papers_and_the_next_prune(bases: Any, tmp_path: Path) -> None:
     assert {"LICENSE", "README.md", "plan.json", "proof.json", "records.jsonl", "config.yaml"} <= names
     assert "modeling_evil.py" not in names
     card = (tmp_path / "one" / "README.md").read_text()
-    assert "SHA-256" in card
+    assert "byte by byte" in card
     assert "None" not in card
 
 
@@ -186,7 +193,7 @@ def test_progress_and_one_large_file(bases: Any, tmp_path: Path) -> None:
     )
     assert made.files == 1
     assert not (made.folder / INDEX).exists()
-    assert {stage for _, _, stage in seen} == {"copy tensors (MB)", "compare tensors (MB)"}
+    assert {stage for _, _, stage in seen} == {"copy and compare tensors (MB)"}
     assert made.bytes == sum(s.size for s in stored_tensors(made.folder).values())
 
 
@@ -209,61 +216,108 @@ def test_without_the_system_s_copy(bases: Any, tmp_path: Path, monkeypatch: pyte
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
-def test_a_wrong_byte_fails_the_proof(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = hashes.compared
+def test_a_header_that_names_another_place_fails_the_proof(
+    bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = twins.compared
 
     def spoiled(folder: Path, *rest: Any) -> Any:
-        place = stored_tensors(folder)["model.layers.1.mlp.up_proj.weight"]
-        with place.file.open("r+b") as file:
-            file.seek(place.start + 5)
-            file.write(b"\x01\x02")
+        first, second = (stored_tensors(folder)[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 1))
+        data = first.file.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        one, two = (header[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 1))
+        one["data_offsets"], two["data_offsets"] = two["data_offsets"], one["data_offsets"]
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+        assert (len(text), first.file) == (length, second.file)
+        with first.file.open("r+b") as file:  # the header alone: what was copied is still being compared
+            file.write(data[:8] + text)
         return true(folder, *rest)
 
     monkeypatch.setattr(stream_module, "compared", spoiled)
-    with pytest.raises(WriteError, match=r"W230.*weights: 1.*up_proj"):
-        streamed(bases("llama"), "0,2-3", tmp_path / "out")
+    with pytest.raises(WriteError, match=r"W230.*weights: 2.*up_proj"):
+        streamed(bases("llama"), "0,2-3", tmp_path / "out", shard_size="5GB")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_copy_fails_the_proof(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true, copies = container.copy_bytes, []
+@pytest.mark.parametrize("zero_parts", [False, True])
+def test_a_wrong_copy_fails_the_proof(
+    zero_parts: bool, bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, spoilt = twins.Twins.add, list[str]()
 
-    def spoiled(source: Any, start: int, target: Any, offset: int, size: int, tick: Any) -> None:
-        copies.append(offset)
-        true(source, start, target, offset, size, tick)
-        if len(copies) == 7:
-            os.pwrite(target.fileno(), b"\x01\x02", offset)
+    def spoiled(self: Any, item: Any, copy: Stored) -> None:
+        if not spoilt and item.zero == zero_parts and "mlp" in item.name:
+            spoilt.append(item.name)
+            with copy.file.open("r+b") as file:
+                file.seek(copy.start + copy.size - 1)
+                file.write(b"\x99")
+        true(self, item, copy)
 
-    monkeypatch.setattr(container, "copy_bytes", spoiled)
-    monkeypatch.setattr(hashes, "_LAG", 0)  # hash each tensor before the next is copied
-    with pytest.raises(WriteError, match=r"W230.*weights: 1"):
-        streamed(bases("llama"), "0,2-3", tmp_path / "out")
+    monkeypatch.setattr(twins.Twins, "add", spoiled)
+    with pytest.raises(WriteError, match=r"W230.*weights: 1.*mlp"):
+        streamed(bases("llama"), "0,1a,3", tmp_path / "out", zero_parts=True)
+    assert len(spoilt) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_sums_of_the_source(bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    places, seen = list(stored_tensors(bases("llama")).values()), list[Stored]()
-    true = {place: digest_of(place) for place in places}
-    monkeypatch.setattr(hashes, "digest_of", lambda place: seen.append(place) or true[place])
-    monkeypatch.setattr(hashes, "_LAG", 3 * max(place.size for place in places))
-    with ThreadPoolExecutor(1) as thread:
-        sums = hashes.Sums(thread)
-        for place in [*places[1:], *places[1:]]:
-            sums.add(place)
-        assert [sums.of(place) for place in places] == list(true.values())
-    assert sorted(seen, key=places.index) == places  # each once, also the one that was never added
+def test_bytes_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twins, "_BUFFER", 64)
+    data = bytes(range(1, 201))
+    (tmp_path / "one").write_bytes(b"head" + data)
+    one = Stored(tmp_path / "one", "U8", (200,), 4, 200)
+    for at in (None, 0, 63, 64, 127, 192, 199):
+        changed = bytearray(data)
+        if at is not None:
+            changed[at] ^= 1
+        (tmp_path / "two").write_bytes(bytes(changed))
+        assert same_bytes(one, replace(one, file=tmp_path / "two", start=0)) == (at is None)
+    (tmp_path / "zeros").write_bytes(bytes(200))
+    assert same_bytes(replace(one, file=tmp_path / "zeros", start=0), None)
+    (tmp_path / "zeros").write_bytes(bytes(199) + b"\x01")
+    assert not same_bytes(replace(one, file=tmp_path / "zeros", start=0), None)
+    (tmp_path / "two").write_bytes(data[:-1])  # ends too early
+    assert not same_bytes(one, replace(one, file=tmp_path / "two", start=0))
+    assert not same_bytes(one, replace(one, size=199))
+
+
+def test_a_place_that_was_not_compared_is_not_the_same(bases: Any) -> None:
+    first, second = list(stored_tensors(bases("llama")).values())[:2]
+    pairs = twins.Twins()
+    pairs.add(container.Item("a", first), first)
+    assert pairs.same(container.Item("b", first), first)
+    for item, place in (
+        (container.Item("a", second), second),
+        (container.Item("a", first), second),
+        (container.Item("a", first, zero=True), first),
+    ):
+        assert not pairs.same(item, place)
+
+
+def test_a_failure_stops_the_other_threads(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [container.Item(name, place) for name, place in stored_tensors(bases("llama")).items()]
+    seen: list[str] = []
+
+    def fails(item: Any, place: Stored) -> None:
+        seen.append(item.name)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(container, "THREADS", 2)
+    with pytest.raises(OSError, match="Input/output error"):
+        container.write_shards(tmp_path, items, 10**9, lambda _: None, copied=fails)
+    assert len(seen) < len(items)
 
 
 def test_files_reach_the_disk_while_they_grow(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = [container.Item(name, place) for name, place in stored_tensors(bases("llama")).items()]
-    sizes: list[int] = []
+    done, at = [0], list[int]()
     monkeypatch.setattr(container, "_SETTLE", 20_000)
-    (file,) = container.write_shards(
-        tmp_path, items, 10**9, lambda _: None, settle=lambda file: sizes.append(file.stat().st_size)
+    container.write_shards(
+        tmp_path, items, 10**9, lambda size: done.append(done[-1] + size), settle=lambda _: at.append(done[-1])
     )
-    assert len(sizes) > 3
-    assert sizes == sorted(sizes)
-    assert sizes[-1] == file.stat().st_size
+    assert len(at) > 3
+    assert all(later - earlier >= 20_000 for earlier, later in pairwise(at[:-1]))
+    assert at[-1] == done[-1] == sum(item.source.size for item in items)
 
 
 def test_a_file_that_does_not_reach_the_disk(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

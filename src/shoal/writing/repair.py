@@ -19,11 +19,11 @@ from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run
 from shoal.writing.container import Item
 from shoal.writing.draft import Draft
-from shoal.writing.hashes import digest_of
 from shoal.writing.lineage import config_note, lineage_of
 from shoal.writing.reference import quiet
 from shoal.writing.stream import Streamed, write_draft
 from shoal.writing.surgery import Blueprint
+from shoal.writing.twins import same_bytes
 
 TIE = "tie_word_embeddings"
 
@@ -39,8 +39,8 @@ def repair(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Streamed:
-    """Write a sound copy of the local folder `source`, every tensor that stays byte for byte, and prove it by SHA-256
-    as `stream` does.
+    """Write a sound copy of the local folder `source`, every tensor that stays byte for byte, and prove it byte by
+    byte as `stream` does.
 
     `kept`: which layers of its base the folder holds, in the order of its files, where it does not tell. Raises before
     a byte is written W250 when something cannot be mended, W251 when nothing is wrong, W252 for a
@@ -101,7 +101,7 @@ def _settled(papers: Papers, found: Diagnosis) -> tuple[PreTrainedConfig, dict[s
     assert found.config is not None
     names = dict(found.names)
     for target, origin in found.doubtful:
-        if digest_of(papers.places[target]) == digest_of(papers.places[origin]):
+        if same_bytes(papers.places[target], papers.places[origin]):
             names.pop(target, None)
         else:
             _tie(found.config, False)

@@ -25,7 +25,6 @@ from shoal.record import environment
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import Tick, parse_size, write_shards
 from shoal.writing.draft import Draft, draw
-from shoal.writing.hashes import THREADS, Sums, compared
 from shoal.writing.lineage import record_lines
 from shoal.writing.place import (
     disk_errors,
@@ -40,6 +39,7 @@ from shoal.writing.proof import FILE, Proof, prove
 from shoal.writing.reference import quiet
 from shoal.writing.sides import copy_modules, copy_side_files
 from shoal.writing.stage import publish, staged, sync_path
+from shoal.writing.twins import Twins, compared
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def stream(
     progress: Progress | None = None,
 ) -> Streamed:
     """Write the stock model of `plan` from the files of the local folder `source`, with dtype and bytes of every tensor
-    kept, and compare both folders by SHA-256 before the new one gets its name.
+    kept, and compare both folders byte by byte before the new one gets its name.
 
     `forward`: afterwards load both and prove the new one as `write` does; needs twice the base's weights in memory.
     Other options as in `write`. Raises before a byte is written `ModelError` M3xx for a folder that is no sound
@@ -116,11 +116,11 @@ def write_draft(
     lines = record_lines(draft.folder, records)
     with disk_errors(final), staged(final) as place:
         _configs(place, draft)
-        with _syncing() as settle, _threads(THREADS) as threads:
-            sums = Sums(threads)
-            ticks = _ticks(progress, draft.bytes, "copy tensors")
-            files = write_shards(place, draft.items, limit, ticks, copied=sums.add, settle=settle)
-            proof = _proved(place, draft, sums, forward, _ticks(progress, draft.bytes, "compare tensors"))
+        twins = Twins()
+        with _syncing() as settle:
+            ticks = _ticks(progress, draft.bytes, "copy and compare tensors")
+            files = write_shards(place, draft.items, limit, ticks, copied=twins.add, settle=settle)
+            proof = _proved(place, draft, twins, forward)
         write_text(place / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
             write_text(place / "shoal" / "config.yaml", config)
@@ -160,21 +160,14 @@ def _syncing() -> Iterator[Callable[[Path], None]]:
     """What brings a file to the disk while others are copied and compared; otherwise the disk would idle then, and
     everything wait for it at the end. Raises the `OSError` of a file that did not reach it."""
     running: list[Future[None]] = []
-    with _threads(1) as thread:
-        yield lambda file: running.append(thread.submit(sync_path, file))
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            yield lambda file: running.append(thread.submit(sync_path, file))
+        except BaseException:
+            thread.shutdown(cancel_futures=True)
+            raise
     for future in running:
         future.result()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads whose work is waited for, or dropped when this one fails."""
-    with ThreadPoolExecutor(count) as threads:
-        try:
-            yield threads
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
 
 
 def _configs(place: Path, draft: Draft) -> None:
@@ -195,11 +188,11 @@ def _configs(place: Path, draft: Draft) -> None:
     write_text(place / "shoal" / "plan.json", plan_to_json(draft.plan))
 
 
-def _proved(place: Path, draft: Draft, sums: Sums, forward: bool, tick: Tick) -> Proof:
+def _proved(place: Path, draft: Draft, twins: Twins, forward: bool) -> Proof:
     with quiet():
-        checks, total = compared(place, draft.items, draft.plans, draft.params, tick, sums)
-    facts = {"sha256": total, **environment()}
-    proof = Proof(all(check.passed for check in checks), checks, facts, against="the tensors of its base, by SHA-256")
+        checks = compared(place, draft.items, draft.plans, draft.params, twins)
+    facts = environment()
+    proof = Proof(all(check.passed for check in checks), checks, facts, against="the tensors of its base, byte by byte")
     if proof.passed and forward:
         with quiet():
             base = load(str(draft.folder), device="cpu")
