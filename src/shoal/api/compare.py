@@ -60,8 +60,9 @@ def compare(
     """Run every cell that `folder` does not hold yet, keep each when it is done, and answer all of them.
 
     See `cells` for methods and budgets, `Protocol` for data, `options` go to `shoal.load`. A method that fails is a row
-    with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, the longest first, and each
-    of `workers` holds the model; what they find is timed afterwards, here, one plan after the other. Raises before anything runs `UsageError`, `DataError` and `ModelError`.
+    with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, the longest first, and
+    each of `workers` holds the model; what they find is timed afterwards, in this process, one plan after the other.
+    Raises before anything runs `UsageError`, `DataError` and `ModelError`.
     """
     protocol, place = protocol or Protocol(), Path(folder).expanduser()
     asked = cells(methods, budgets, seeds)

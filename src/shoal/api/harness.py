@@ -14,6 +14,7 @@ from typing import Any
 from shoal.api.assess import planned, text_of, tokenizer_of
 from shoal.api.budget import COUNTED, counted_budget, parse_budget
 from shoal.api.find import Pruned, prune
+from shoal.api.quizzes import Quiz, quiz_scores, quizzes
 from shoal.api.study import Cell, Protocol, file_name
 from shoal.data import Data
 from shoal.errors import ShoalError
@@ -22,7 +23,6 @@ from shoal.evaluation import generation_check, perplexity, speed
 from shoal.evaluation.clock import Clock, Phase, kept_clock, measured_clock
 from shoal.evaluation.peak import peak_memory
 from shoal.evaluation.scoring import device_of
-from shoal.evaluation.tasks import Tasks, load_tasks, score_tasks
 from shoal.models.checkpoint import read_json
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
@@ -43,7 +43,7 @@ class Harness:
     protocol: Protocol
     folder: Path
     tests: dict[str, Data]
-    tasks: tuple[Tasks, ...]
+    tasks: tuple[Quiz, ...]
     budgets: dict[str, Budget] = field(default_factory=dict)
     worth: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Quality by plan and the digest of its weights: two methods may well find the same."""
@@ -55,7 +55,7 @@ class Harness:
         """Read all data before anything runs. Raises `DataError`."""
         asked = {"split": "test", "length": protocol.window, "limit": protocol.windows}
         tests = {Path(name).name: text_of(loaded, name, **asked) for name in protocol.tests}
-        tasks = tuple(load_tasks(path, limit=protocol.task_items) for path in protocol.tasks)
+        tasks = quizzes(protocol.tasks, limit=protocol.task_items)
         if tasks:
             tokenizer_of(loaded)
         return cls(loaded, protocol, folder, tests, tasks)
@@ -193,9 +193,9 @@ class Harness:
                     "error": worth.error,
                     "windows": worth.per_sequence,
                 }
-            for tasks in self.tasks:
-                score = score_tasks(loaded.model, loaded.tokenizer, tasks, batch=max(8, protocol.batch))
-                found.setdefault("tasks", {})[tasks.name] = score.to_dict()
+            scores = quiz_scores(loaded.model, loaded.tokenizer, self.tasks, batch=max(8, protocol.batch))
+            if scores:
+                found["tasks"] = {name: score.to_dict() for name, score in scores.items()}
             if protocol.new_tokens and loaded.tokenizer is not None:
                 written = generation_check(loaded.model, loaded.tokenizer, new_tokens=protocol.new_tokens)
                 found["repetition"] = written.repetition

@@ -25,17 +25,17 @@ class Worker(Protocol):
 class Order(Protocol):
     """How long a piece will take, as far as is known from those that are done."""
 
-    def __call__(self, item: Any) -> Any:
+    def __call__(self, item: Any, /) -> Any:
         """Larger for what takes longer."""
 
-    def learn(self, row: Mapping[str, Any]) -> None:
+    def learn(self, row: Mapping[str, Any], /) -> None:
         """Take note of a result."""
 
 
 def spread(
     worker: Worker, items: Sequence[Any], *, ray: str | None, workers: int, expected: Order
 ) -> Iterator[dict[str, Any]]:
-    """The results as they are done: in the order of `items` without Ray, with it those `expected` to take longest first.
+    """The results as they are done: in the order of `items` without Ray, with it the `expected` longest first.
 
     Raises U571 when Ray is asked for and not installed, or cannot be reached.
     """

@@ -48,7 +48,7 @@ class Protocol:
     """Calibration text (its `calibrate` split, if it has splits)."""
     tests: tuple[str, ...] = ("builtin",)
     tasks: tuple[str, ...] = ()
-    """Files of last words or multiple choice, see `shoal.evaluation.tasks`."""
+    """.jsonl files of last words or multiple choice, see `shoal.evaluation.tasks`, or names of lm-eval."""
     length: int = 512
     limit: int = 16
     window: int = 512
