@@ -81,6 +81,11 @@ class Entry:
         """False for a method whose file says `READS_DATA = False`."""
         return bool(getattr(importlib.import_module(self.module), "READS_DATA", True))
 
+    @property
+    def searches(self) -> bool:
+        """True for a method whose file says `SEARCHES = True`: it evaluates many plans, and takes its time."""
+        return bool(getattr(importlib.import_module(self.module), "SEARCHES", False))
+
     def options(self) -> dict[str, inspect.Parameter]:
         """Its own options, annotations evaluated: keyword-only parameters that the harness does not fill."""
         function = self.load()

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from shoal.api import budget as budget_module
+from shoal.api import compare as compare_module
 from shoal.api import harness as harness_module
 from shoal.api.compare import Compared, compare, publish
-from shoal.api.study import Protocol
+from shoal.api.study import Expected, Protocol, cells
 from shoal.cli import app
 from shoal.errors import DataError, UsageError
 from shoal.models.load import Loaded, load
@@ -173,6 +175,79 @@ def test_ray_that_is_not_there_is_one_sentence(loaded: Loaded, tmp_path: Path, m
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UsageError, match=r"U571.*pip install"):
         run(loaded, tmp_path, ray="local")
+
+
+def one_after_the_other(worker: Any, items: Any, **_: Any) -> Any:
+    """What Ray does, in this process."""
+    return (worker.row(item) for item in items)
+
+
+def test_what_workers_found_is_timed_afterwards_and_a_kill_in_between_repeats_no_cell(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"methods": ("shortgpt", "replaceme"), "budgets": ("layers=0.8",), "protocol": FULL}
+    alone = run(loaded, tmp_path / "alone", **asked)
+    monkeypatch.setattr(compare_module, "spread", one_after_the_other)
+    with monkeypatch.context() as patch:
+        patch.setattr(harness_module, "speed", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(loaded, tmp_path / "spread", ray="local", **asked)
+    held = list((tmp_path / "spread" / "untimed").iterdir())
+    assert [path.name.partition("_")[0] for path in held] == ["replaceme"]
+    with monkeypatch.context() as patch:
+        patch.setattr(harness_module.Harness, "row", lambda *_: pytest.fail("a finished cell ran again"))
+        found = run(loaded, tmp_path / "spread", ray="local", **asked)
+    assert results(found) == results(alone) and found.rows[2]["result"]["weights"]
+    assert all(row["measured"]["decode"]["median"] > 0 for row in found.rows[1:])
+    assert not (tmp_path / "spread" / "untimed").exists()
+
+
+def test_tensors_that_were_lost_before_their_plan_was_timed_are_found_again(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"methods": ("replaceme",), "budgets": ("layers=0.8",), "protocol": FULL, "ray": "local"}
+    monkeypatch.setattr(compare_module, "spread", one_after_the_other)
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "_time", lambda *_: None)
+        assert "decode" not in run(loaded, tmp_path, **asked).rows[1]["measured"]
+    for path in (tmp_path / "untimed").iterdir():
+        path.unlink()
+    assert run(loaded, tmp_path, **asked).rows[1]["measured"]["decode"]["median"] > 0
+
+
+def test_two_methods_that_find_one_plan_are_judged_and_timed_once(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    for name in ("_quality", "_times"):
+        whole = getattr(harness_module.Harness, name)
+        wrapped = lambda self, *rest, name=name, whole=whole: ran.append(name) or whole(self, *rest)  # noqa: E731
+        monkeypatch.setattr(harness_module.Harness, name, wrapped)
+    asked: dict[str, Any] = {"budgets": ("layers=0.8",), "protocol": FULL}
+    first = run(loaded, tmp_path, methods=("position:which=first",), **asked)
+    assert ran == ["_quality", "_quality", "_times"]
+    # another name for the same, and another process, which knows it from the file
+    both = run(loaded, tmp_path, methods=("position:which=first", "position: which=first"), **asked)
+    assert ran == ["_quality", "_quality", "_times"]
+    assert both.rows[2]["key"] != both.rows[1]["key"] and both.rows[2]["result"] == first.rows[1]["result"]
+
+
+def test_the_seconds_of_a_search_hold_no_timing_of_its_result(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget_module, "measured_share", lambda *_, **__: pytest.fail("timed within the search"))
+    found = run(loaded, tmp_path, methods=("position",), budgets=("decode=0.9",), protocol=replace(PROTOCOL, prompt=8))
+    assert found.rows[1]["result"]["price"] <= 0.9
+
+
+def test_the_longest_cells_go_first() -> None:
+    asked = cells(["position", "sleb", "shortgpt"], ["layers=0.9,0.5"], [0])
+    known = Expected([{"method": "shortgpt", "measured": {"seconds": 2.0}}, {"method": "position", "error": "U5"}])
+    order = [cell.key[:-7] if cell else "dense" for cell in sorted([None, *asked], key=known, reverse=True)]
+    wanted = [f"{name} layers={share}" for name in ("sleb", "shortgpt", "position") for share in ("0.5", "0.9")]
+    assert order == ["dense", *wanted]
+    known.learn({"method": "sleb", "measured": {"seconds": 1.0}})
+    assert max(asked, key=known).key == "shortgpt layers=0.5 seed=0"
 
 
 @pytest.mark.slow

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from shoal.api.quizzes import quiz_scores, quizzes
 from shoal.data import Data, load_data
 from shoal.errors import DataError, UsageError
 from shoal.evaluation import (
@@ -26,6 +27,7 @@ from shoal.evaluation import (
     perplexity,
     speed,
 )
+from shoal.evaluation.tasks import TaskScore
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded, load
 from shoal.plan import Plan
@@ -45,10 +47,17 @@ class Evaluation:
     agreement: Agreement | None = None
     generation: GenerationCheck | None = None
     dense_generation: GenerationCheck | None = None
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    dense_tasks: dict[str, TaskScore] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: plain(value.to_dict()) for name, value in found.items() if value is not None}
+        scores = ("tasks", "dense_tasks")
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in scores}
+        told = {name: plain(value.to_dict()) for name, value in found.items() if value is not None}
+        for name in scores:
+            if own := getattr(self, name):
+                told[name] = {task: plain(score.to_dict()) for task, score in own.items()}
+        return told
 
 
 @dataclass(frozen=True)
@@ -95,19 +104,23 @@ def evaluate(
     batch: int = 1,
     generation: bool = True,
     new_tokens: int = 64,
+    tasks: Sequence[str | Path] = (),
+    task_items: int = 200,
     progress: Progress | None = None,
     **options: Any,
 ) -> Evaluation:
     """Perplexity on `limit` windows of `window` tokens and a greedy generation check; with a `plan` (run live) or a
     model to compare `against`, also the dense figures, KL(dense || this) and top-1 agreement.
 
-    `weights`: the tensors that the plan names, as `running` takes them. `options` go to `shoal.load`. Raises
-    `ShoalError` for a model, plan or data that cannot be used.
+    `weights`: the tensors that the plan names, as `running` takes them. `tasks`: .jsonl files of last words or multiple
+    choice, or tasks of lm-eval; of each the first `task_items`. `options` go to `shoal.load`. Raises `ShoalError` for a
+    model, plan or data that cannot be used.
     """
     _plan_or_model(plan, against)
     loaded = opened(source, **options)
     require_causal(loaded.model, "evaluate")
     text = text_of(loaded, data, split=split, length=window, stride=stride, limit=limit, bos=bos)
+    asked = quizzes(tasks, limit=task_items)
     other = None if against is None else opened(against, **options)
     if other is not None:
         _one_vocabulary(loaded, other)
@@ -118,18 +131,23 @@ def evaluate(
             return None
         return generation_check(model, loaded.tokenizer, new_tokens=new_tokens, progress=progress)
 
+    def scored(model: Any) -> dict[str, TaskScore]:
+        tokenizer = tokenizer_of(loaded) if asked else None
+        return quiz_scores(model, tokenizer, asked, batch=max(8, batch), progress=progress)
+
     if plan is None and other is None:
-        return Evaluation(
-            perplexity(loaded.model, text, batch=batch, progress=progress), generation=written(loaded.model)
-        )
+        worth = perplexity(loaded.model, text, batch=batch, progress=progress)
+        return Evaluation(worth, generation=written(loaded.model), tasks=scored(loaded.model))
     if other is None:
         both = compare(loaded.model, text, dense=nullcontext, pruned=context, batch=batch, progress=progress)
     else:
         both = compare_between(other.model, loaded.model, text, batch=batch, progress=progress)
     with context():
-        mine = written(loaded.model)
-    dense = written(loaded.model if other is None else other.model)
-    return Evaluation(both.pruned, both.dense, both.agreement, mine, dense)
+        mine, right = written(loaded.model), scored(loaded.model)
+    reference = loaded.model if other is None else other.model
+    return Evaluation(
+        both.pruned, both.dense, both.agreement, mine, written(reference), tasks=right, dense_tasks=scored(reference)
+    )
 
 
 def bench(

@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
+from shoal.api.study import file_name
 from shoal.errors import DataError
 from shoal.record import append_line, read_objects
+from shoal.run.weights import Tensors
 
 FORMAT = "shoal-compare/1"
 
@@ -19,7 +23,7 @@ class Cells:
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        self.path = folder / "cells.jsonl"
+        self.path, self._folder = folder / "cells.jsonl", folder / "untimed"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = read_objects(self.path)
@@ -36,6 +40,27 @@ class Cells:
         self.done = {str(line["key"]): line for line in lines[1:] if "key" in line}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a finished cell."""
+        """Keep a finished cell; the later of two lines with one key counts."""
         append_line(self.path, row)
         self.done[row["key"]] = json.loads(json.dumps(row))
+
+    def hold(self, key: str, weights: Tensors) -> None:
+        """Keep the tensors of a plan until it is timed; do so before the cell is added."""
+        if weights:
+            self._folder.mkdir(exist_ok=True)
+            save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, self._held(key))
+
+    def held(self, key: str) -> Tensors | None:
+        """The tensors of a plan, none for one without; None when they are not there."""
+        if not self.done[key].get("result", {}).get("weights"):
+            return {}
+        return load_file(self._held(key)) if self._held(key).is_file() else None
+
+    def release(self, key: str) -> None:
+        """Forget the tensors."""
+        self._held(key).unlink(missing_ok=True)
+        if self._folder.is_dir() and not any(self._folder.iterdir()):
+            self._folder.rmdir()
+
+    def _held(self, key: str) -> Path:
+        return self._folder / f"{file_name(key)}.safetensors"

@@ -13,7 +13,7 @@ from shoal.api.assess import opened
 from shoal.api.cells import Cells
 from shoal.api.harness import DENSE, Harness
 from shoal.api.spread import spread
-from shoal.api.study import Cell, Protocol, cells
+from shoal.api.study import Cell, Expected, Protocol, cells
 from shoal.evaluation import Progress
 from shoal.plan import Plan, parse_plan, strip
 from shoal.record import command_line, environment
@@ -60,8 +60,9 @@ def compare(
     """Run every cell that `folder` does not hold yet, keep each when it is done, and answer all of them.
 
     See `cells` for methods and budgets, `Protocol` for data, `options` go to `shoal.load`. A method that fails is a row
-    with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, each of `workers` holds
-    the model. Raises before anything runs `UsageError`, `DataError` and `ModelError`.
+    with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, the longest first, and
+    each of `workers` holds the model; what they find is timed afterwards, in this process, one plan after the other.
+    Raises before anything runs `UsageError`, `DataError` and `ModelError`.
     """
     protocol, place = protocol or Protocol(), Path(folder).expanduser()
     asked = cells(methods, budgets, seeds)
@@ -73,16 +74,38 @@ def compare(
     store = Cells(place, facts)
     wanted: list[Cell | None] = [None, *asked]
     keys = [DENSE if cell is None else cell.key for cell in wanted]
-    left = [cell for cell, key in zip(wanted, keys, strict=True) if key not in store.done]
+    left = [cell for cell, key in zip(wanted, keys, strict=True) if not _kept(key, store, harness)]
     done = len(wanted) - len(left)
+    harness.learn(store.done.values())
     if progress is not None:
         progress(done, len(wanted), "cells")
-    for row in spread(harness, left, ray=ray, workers=workers):
-        store.add(row)
+    for row in spread(harness, left, ray=ray, workers=workers, expected=Expected(store.done.values())):
+        weights = row.pop("weights", {})
+        if ray is None:
+            store.add(harness.timed(row, weights))
+        else:
+            store.hold(row["key"], weights if harness.untimed(row) else {})
+            store.add(row)
         done += 1
         if progress is not None:
             progress(done, len(wanted), "cells")
+    _time(keys, store, harness, progress)
     return Compared(facts, tuple(store.done[key] for key in keys), place, harness.identity())
+
+
+def _kept(key: str, store: Cells, harness: Harness) -> bool:
+    """Whether the cell need not run again: it is done, and timed or can be."""
+    return key in store.done and not (harness.untimed(store.done[key]) and store.held(key) is None)
+
+
+def _time(keys: Sequence[str], store: Cells, harness: Harness, progress: Progress | None) -> None:
+    """The times of the cells that have none yet, one after the other, when no worker is busy any more."""
+    left = [key for key in keys if harness.untimed(store.done[key])]
+    for number, key in enumerate(left):
+        store.add(harness.timed(store.done[key], store.held(key) or {}))
+        store.release(key)
+        if progress is not None:
+            progress(number + 1, len(left), "times")
 
 
 def publish(found: Compared) -> Path:

@@ -128,6 +128,7 @@ def prune(
     journal: Path | None = None,
     then: Sequence[str] = (),
     memory: int | None = None,
+    timed: bool = True,
     assess: bool = False,
     test_data: Any = "builtin",
     progress: Progress | None = None,
@@ -141,7 +142,7 @@ def prune(
     ls transforms`), fitted on the calibration text. `assess`: perplexity, agreement and generation on `limit` windows,
     at most 8, of the test split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they
     evaluated; `memory`: bytes that they may hold as hidden states, beyond which these go to disk (default: a quarter of
-    what is free).
+    what is free). `timed`: of a budget in prefill or decode also the time that the result really takes.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
@@ -192,11 +193,11 @@ def prune(
     result = Pruned(loaded, spec, found.plan, method, found, before, price, text, then=said)
     ran: dict[str, Any] = {"plan": found.plan, "weights": found.weights}
     if most is not None:
-        result = replace(result, price=priced(most, model=loaded.model, prompt=prompt, seed=seed, **ran))
+        result = replace(result, price=priced(most, model=loaded.model, prompt=prompt, seed=seed, timed=timed, **ran))
     if test is not None:
         worth = evaluate(loaded, data=test, batch=batch, progress=progress, **ran)
-        timed = bench(loaded, prompt=prompt, seed=seed, progress=progress, **ran)
-        result = replace(result, evaluation=worth, bench=timed)
+        speed = bench(loaded, prompt=prompt, seed=seed, progress=progress, **ran)
+        result = replace(result, evaluation=worth, bench=speed)
     return result
 
 

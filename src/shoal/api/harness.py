@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from shoal.api.assess import planned, text_of, tokenizer_of
 from shoal.api.budget import COUNTED, counted_budget, parse_budget
 from shoal.api.find import Pruned, prune
+from shoal.api.quizzes import Quiz, quiz_scores, quizzes
 from shoal.api.study import Cell, Protocol, file_name
 from shoal.data import Data
 from shoal.errors import ShoalError
@@ -22,14 +23,16 @@ from shoal.evaluation import generation_check, perplexity, speed
 from shoal.evaluation.clock import Clock, Phase, kept_clock, measured_clock
 from shoal.evaluation.peak import peak_memory
 from shoal.evaluation.scoring import device_of
-from shoal.evaluation.tasks import Tasks, load_tasks, score_tasks
 from shoal.models.checkpoint import read_json
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
-from shoal.plan import Plan, Spec, cost
+from shoal.plan import Plan, Spec, cost, parse_plan
+from shoal.run.weights import Tensors
 from shoal.scores import Budget, Unit
 
 DENSE = "dense"
+QUALITY = ("perplexity", "nll", "tasks", "repetition", "kl", "top1")
+"""Of a result: what depends on its plan alone."""
 
 
 @dataclass
@@ -40,17 +43,19 @@ class Harness:
     protocol: Protocol
     folder: Path
     tests: dict[str, Data]
-    tasks: tuple[Tasks, ...]
+    tasks: tuple[Quiz, ...]
     budgets: dict[str, Budget] = field(default_factory=dict)
     worth: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Quality by plan, for plans without weights of their own: two methods may well find the same plan."""
+    """Quality by plan and the digest of its weights: two methods may well find the same."""
+    paces: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Times, in the same way."""
 
     @classmethod
     def of(cls, loaded: Loaded, protocol: Protocol, folder: Path) -> Harness:
         """Read all data before anything runs. Raises `DataError`."""
         asked = {"split": "test", "length": protocol.window, "limit": protocol.windows}
         tests = {Path(name).name: text_of(loaded, name, **asked) for name in protocol.tests}
-        tasks = tuple(load_tasks(path, limit=protocol.task_items) for path in protocol.tasks)
+        tasks = quizzes(protocol.tasks, limit=protocol.task_items)
         if tasks:
             tokenizer_of(loaded)
         return cls(loaded, protocol, folder, tests, tasks)
@@ -75,8 +80,19 @@ class Harness:
             "tasks": {tasks.name: tasks.sha256 for tasks in self.tasks},
         }
 
+    def learn(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take over what other processes, or an earlier run, found out about plans."""
+        for row in rows:
+            result, measured = row.get("result", {}), row.get("measured", {})
+            if "digest" in result:
+                name = result["hash"] + result["digest"]
+                self.worth.setdefault(name, {part: result[part] for part in QUALITY if part in result})
+                if "decode" in measured:
+                    self.paces.setdefault(name, {phase: measured[phase] for phase in ("prefill", "decode")})
+
     def row(self, cell: Cell | None) -> dict[str, Any]:
-        """Run one cell, the dense model for None; an error that is the method's or the budget's becomes the row."""
+        """Run one cell but for its times, the dense model for None; an error that is the method's or the budget's
+        becomes the row. `weights` are the tensors of its plan, for `timed`, which takes them out."""
         if cell is None:
             return {"key": DENSE, "result": self._quality(DENSE, nullcontext), "measured": {}}
         head = {"key": cell.key, "method": cell.method, "budget": cell.budget, "seed": cell.seed}
@@ -99,16 +115,37 @@ class Harness:
                 settings=cell.settings(),
                 writable=self.protocol.writable,
                 batch=self.protocol.batch,
-                journal=self.folder / "journals" / f"{file_name(cell)}.jsonl",
+                timed=False,
+                journal=self.folder / "journals" / f"{file_name(cell.key)}.jsonl",
             )
         seconds = time.perf_counter() - start
-        weights = pruned.found.weights
-        variant = planned(self.loaded.model, pruned.plan, weights)
-        name = pruned.plan.hash + _digest(weights)
+        weights, digest = pruned.found.weights, _digest(pruned.found.weights)
+        name = pruned.plan.hash + digest
         if name not in self.worth:
-            self.worth[name] = self._quality(name, variant)
-        result = self._plan(pruned, budget, bool(weights)) | self.worth[name]
-        return {"result": result, "measured": {"seconds": seconds, "peak": peak.growth, **self._times(variant)}}
+            self.worth[name] = self._quality(name, planned(self.loaded.model, pruned.plan, weights))
+        result = self._plan(pruned, budget, bool(weights)) | {"digest": digest} | self.worth[name]
+        return {"result": result, "measured": {"seconds": seconds, "peak": peak.growth}, "weights": weights}
+
+    def untimed(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row of a cell still lacks its times."""
+        return bool(self.protocol.pairs) and "plan" in row.get("result", {}) and "decode" not in row["measured"]
+
+    def timed(self, row: dict[str, Any], weights: Tensors) -> dict[str, Any]:
+        """The row with its times, measured now unless the same plan with the same weights was timed before.
+
+        Not a part of `row`, because two processes that time at once would time each other.
+        """
+        if not self.untimed(row):
+            return row
+        result = row["result"]
+        name = result["hash"] + result["digest"]
+        try:
+            if name not in self.paces:
+                plan = parse_plan(result["plan"], self.identity())
+                self.paces[name] = self._times(planned(self.loaded.model, plan, weights))
+        except ShoalError as error:
+            return {key: row[key] for key in ("key", "method", "budget", "seed")} | {"error": str(error)}
+        return row | {"measured": row["measured"] | self.paces[name]}
 
     def budget(self, text: str) -> Budget:
         """The budget of that text; the same one for all cells. Raises U523."""
@@ -156,9 +193,9 @@ class Harness:
                     "error": worth.error,
                     "windows": worth.per_sequence,
                 }
-            for tasks in self.tasks:
-                score = score_tasks(loaded.model, loaded.tokenizer, tasks, batch=max(8, protocol.batch))
-                found.setdefault("tasks", {})[tasks.name] = score.to_dict()
+            scores = quiz_scores(loaded.model, loaded.tokenizer, self.tasks, batch=max(8, protocol.batch))
+            if scores:
+                found["tasks"] = {name: score.to_dict() for name, score in scores.items()}
             if protocol.new_tokens and loaded.tokenizer is not None:
                 written = generation_check(loaded.model, loaded.tokenizer, new_tokens=protocol.new_tokens)
                 found["repetition"] = written.repetition
@@ -171,8 +208,6 @@ class Harness:
 
     def _times(self, variant: Any) -> dict[str, Any]:
         protocol, model = self.protocol, self.loaded.model
-        if not protocol.pairs:
-            return {}
         timed = speed(
             {DENSE: planned(model, None), "pruned": variant},
             prompt=protocol.prompt,

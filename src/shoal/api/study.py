@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -47,7 +48,7 @@ class Protocol:
     """Calibration text (its `calibrate` split, if it has splits)."""
     tests: tuple[str, ...] = ("builtin",)
     tasks: tuple[str, ...] = ()
-    """Files of last words or multiple choice, see `shoal.evaluation.tasks`."""
+    """.jsonl files of last words or multiple choice, see `shoal.evaluation.tasks`, or names of lm-eval."""
     length: int = 512
     limit: int = 16
     window: int = 512
@@ -67,6 +68,29 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Expected:
+    """Cell -> what is known of how long it will take, the largest first: longest first keeps all workers busy."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._seconds: dict[str, float] = {}
+        for row in rows:
+            self.learn(row)
+
+    def learn(self, row: Mapping[str, Any]) -> None:
+        """Take note of a cell that is done."""
+        if "method" in row:
+            took = row.get("measured", {}).get("seconds", 0.0)
+            self._seconds[row["method"]] = max(took, self._seconds.get(row["method"], 0.0))
+
+    def __call__(self, cell: Cell | None) -> tuple[float, bool, float]:
+        """A method that nothing is known of yet comes before the others, among them those that evaluate many plans;
+        then the smaller budget, which takes more steps."""
+        if cell is None:
+            return math.inf, True, 1.0
+        searches = get("methods", cell.name).searches
+        return self._seconds.get(cell.method, math.inf), searches, 1 - parse_budget(cell.budget)[1]
 
 
 def cells(methods: Sequence[str], budgets: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
@@ -93,9 +117,9 @@ def _shares(text: str) -> list[str]:
     return found
 
 
-def file_name(cell: Cell) -> str:
-    """A name for the cell's own files."""
-    return "".join(char if char.isalnum() or char in "-.=" else "_" for char in cell.key)
+def file_name(key: str) -> str:
+    """A name for the own files of the cell with this key."""
+    return "".join(char if char.isalnum() or char in "-.=" else "_" for char in key)
 
 
 def full_paths(names: Sequence[str | Path]) -> tuple[str, ...]:

@@ -49,8 +49,8 @@ def compare(
         list[str] | None, typer.Option("--test-data", help="Text for perplexity; once for each. Default: builtin.")
     ] = None,
     tasks: Annotated[
-        list[Path] | None,
-        typer.Option("--tasks", help="A .jsonl file of last words or multiple choice; once for each."),
+        list[str] | None,
+        typer.Option("--tasks", help="A .jsonl file, or a task or .yaml file of lm-eval; once for each."),
     ] = None,
     length: Length = 512,
     limit: Limit = 16,

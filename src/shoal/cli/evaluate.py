@@ -43,6 +43,11 @@ def evaluate(
     batch: Batch = 1,
     generation: Annotated[bool, typer.Option("--generation/--no-generation", help="Greedy generation check.")] = True,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate for each prompt.")] = 64,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", help="A .jsonl file, or a task or .yaml file of lm-eval; once for each."),
+    ] = None,
+    task_items: Annotated[int, typer.Option("--task-items", min=1, help="Items of each task.")] = 200,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -56,6 +61,7 @@ def evaluate(
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
     from shoal.api.assess import evaluate as run
+    from shoal.api.study import full_paths
 
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
@@ -72,6 +78,8 @@ def evaluate(
             batch=batch,
             generation=generation,
             new_tokens=new_tokens,
+            tasks=full_paths(tasks or []),
+            task_items=task_items,
             progress=progress,
             **(loading(device, dtype, trust_remote_code) if against is not None else {}),
         )
@@ -92,5 +100,8 @@ def _text(found: Any) -> str:
     row("top-1 agreement", lambda a: a.top1, found.agreement, None)
     row("repeated 4-grams", lambda g: g.repetition, found.generation, found.dense_generation)
     row("ended by itself", lambda g: g.ended, found.generation, found.dense_generation)
+    for name, score in found.tasks.items():
+        row(f"{name}, right of {score.items}", lambda s: s.accuracy, score, found.dense_tasks.get(name))
+        row("  standard error", lambda s: s.error, score, found.dense_tasks.get(name))
     head = f"{found.perplexity.info.describe()}; {found.perplexity.tokens:,} tokens predicted\n"
     return head + table(rows, ["", "this model", "dense"])

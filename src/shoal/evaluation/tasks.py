@@ -50,7 +50,7 @@ class TaskScore:
     normalised: float | None
     """The same with log-likelihood per character, which long options need; None where there is nothing to choose."""
     nll: float
-    """Mean over items of the right option's negative log-likelihood, in nats per item."""
+    """Mean over items of the right option's negative log-likelihood, in nats per item; NaN where it is not known."""
     items: int
     correct: tuple[bool, ...]
     """By item, for paired comparisons."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from shoal.data import Data
     from shoal.search._candidates import Grain
 
+SEARCHES = True
+
 
 def auto(task: Task, *, drop: int | None = None) -> Found:
     """Remove greedily layers, or attentions and mlps apart, fit the mlps before the holes anew, and keep the best.

@@ -8,6 +8,8 @@ from shoal.methods._task import Task
 from shoal.scores import Found
 from shoal.search.greedy import greedy
 
+SEARCHES = True
+
 
 def block_pruner(
     task: Task, *, drop: int | None = None, rank: Literal["loss", "saving"] = "loss", exhaustive: bool = False

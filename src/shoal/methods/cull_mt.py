@@ -12,6 +12,8 @@ from shoal.run.live import running
 from shoal.scores import Found
 from shoal.search.greedy import greedy
 
+SEARCHES = True
+
 
 def cull_mt(task: Task, *, drop: int, file: Path | None = None, items: int = 100) -> Found:
     """In each round remove the layer without which the task's score falls least; ties go to the likelier answers.

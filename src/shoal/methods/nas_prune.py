@@ -9,6 +9,8 @@ from shoal.methods._task import Task
 from shoal.scores import Found
 from shoal.search.pareto import pareto
 
+SEARCHES = True
+
 
 def nas_prune(
     task: Task, *, grain: Literal["layer", "sublayers"] = "layer", trials: int = 128, population: int = 16

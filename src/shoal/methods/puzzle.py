@@ -7,6 +7,8 @@ from shoal.methods._task import Task
 from shoal.scores import Found
 from shoal.search.milp import milp
 
+SEARCHES = True
+
 
 def puzzle(task: Task, *, rounds: int = 2) -> Found:
     """Choose for each layer keep, no attention, no mlp or nothing, by an integer programme over measured losses.

@@ -6,6 +6,8 @@ from shoal.methods._task import Task
 from shoal.scores import Found
 from shoal.search.greedy import greedy
 
+SEARCHES = True
+
 
 def sleb(task: Task, *, drop: int, exhaustive: bool = False) -> Found:
     """In each round remove the layer without which the cross-entropy on the calibration data is lowest.

@@ -68,7 +68,8 @@ def start_keys(own: Decoder, scores: Scores) -> dict[str, float]:
 
 
 def asked(
-    own: Decoder,
+    aim: Goal,
+    legal: Legal,
     objective: Objective,
     sampler: Any,
     *,
@@ -79,10 +80,10 @@ def asked(
 ) -> Found:
     """Let an optuna sampler propose keys `trials` times; the best plan, and all different ones in order of value.
 
-    Raises U502 for no trials, U546 when no plan had a value.
+    `scores` give the first proposal. Raises U502 for no trials, U546 when no plan had a value.
     """
     require_trials(trials)
-    study = quiet_study(sampler, ["minimize"])
+    own, study = decoder(aim, legal), quiet_study(sampler, ["minimize"])
     if scores is not None:
         study.enqueue_trial(start_keys(own, scores))
     values: dict[str, tuple[float, Plan]] = {}
@@ -122,6 +123,13 @@ def samplers() -> Any:
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.samplers
+
+
+def breeder(population: int, seed: int) -> Any:
+    """The sampler that breeds (NSGA-II, Deb et al. 2002). Raises U502 for a population that cannot, U547."""
+    if population < 2:
+        raise UsageError(f"a population of {population} cannot breed; use population=2 or more", code="U502")
+    return samplers().NSGAIISampler(population_size=population, seed=seed)
 
 
 def quiet_study(sampler: Any, directions: list[Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from shoal.plan import Plan
 from shoal.scores import Budget, Found, Legal, Objective, Scores
 from shoal.search._candidates import Grain, goal
-from shoal.search._keys import asked, decoder, samplers
+from shoal.search._keys import asked, samplers
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -34,6 +34,7 @@ def bayesian(
     and within the budget. `scores` give the first plan. The same seed tries the same plans. Source: the tree-structured
     Parzen estimator (Bergstra et al. 2011), as optuna has it. Raises U502, U504, U505, U540-U547.
     """
-    own = decoder(goal(plan, drop, budget, grain, stack), legal)
+    aim = goal(plan, drop, budget, grain, stack)
     sampler = samplers().TPESampler(n_startup_trials=max(0, first), seed=seed)
-    return asked(own, objective, sampler, trials=trials, scores=scores, progress=progress, stage="Bayesian search")
+    stage = "Bayesian search"
+    return asked(aim, legal, objective, sampler, trials=trials, scores=scores, progress=progress, stage=stage)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shoal.errors import UsageError
 from shoal.plan import Plan
 from shoal.scores import Budget, Found, Legal, Objective, Scores
 from shoal.search._candidates import Grain, goal
-from shoal.search._keys import asked, decoder, samplers
+from shoal.search._keys import asked, breeder
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -35,8 +34,6 @@ def evolutionary(
     and within the budget. `scores` give the first plan. The same seed breeds the same plans. Source: NSGA-II (Deb et
     al. 2002) with one objective, as optuna has it. Raises U502, U504, U505, U540-U547.
     """
-    if population < 2:
-        raise UsageError(f"a population of {population} cannot breed; use population=2 or more", code="U502")
-    own = decoder(goal(plan, drop, budget, grain, stack), legal)
-    sampler = samplers().NSGAIISampler(population_size=population, seed=seed)
-    return asked(own, objective, sampler, trials=trials, scores=scores, progress=progress, stage="evolution")
+    aim, sampler = goal(plan, drop, budget, grain, stack), breeder(population, seed)
+    stage = "evolution"
+    return asked(aim, legal, objective, sampler, trials=trials, scores=scores, progress=progress, stage=stage)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from shoal.errors import UsageError
 from shoal.plan import Plan
 from shoal.scores import Budget, Candidate, Found, Legal, Objective
 from shoal.search._candidates import Goal, Grain, goal, named, no_value, unmet, value_of
-from shoal.search._keys import Decoder, decoder, quiet_study, require_trials, samplers
+from shoal.search._keys import Decoder, breeder, decoder, quiet_study, require_trials
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -37,10 +36,8 @@ def pareto(
     neurons stay. Raises U502, U504, U540-U547.
     """
     require_trials(trials)
-    if population < 2:
-        raise UsageError(f"a population of {population} cannot breed; use population=2 or more", code="U502")
-    own = decoder(goal(plan, None, budget, grain, stack), legal)
-    study = quiet_study(samplers().NSGAIISampler(population_size=population, seed=seed), ["minimize", "minimize"])
+    sampler = breeder(population, seed)
+    own, study = decoder(goal(plan, None, budget, grain, stack), legal), quiet_study(sampler, ["minimize", "minimize"])
     own(dict.fromkeys((named(*piece) for piece in own.pieces), 0.0))  # can the budget be met at all?
     whole = budget.price(plan)
     tried: dict[str, tuple[float, float, Plan]] = {}
