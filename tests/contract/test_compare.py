@@ -72,6 +72,28 @@ def test_every_cell_has_its_plan_its_quality_and_its_times(first: Compared) -> N
     assert first_layers["result"]["plan"] == "2-4"
 
 
+def test_a_search_for_a_smaller_budget_is_told_what_the_larger_one_ran(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = run(loaded, tmp_path / "both", methods=("sleb",))
+    alone = run(loaded, tmp_path / "alone", methods=("sleb",), budgets=("layers=0.6",))
+    assert results(both)[-1] == results(alone)[-1]
+    memos = []
+    true = harness_module.prune
+
+    def spied(*args: Any, **options: Any) -> Any:
+        memos.append(options["memo"])
+        before = memos[-1].saved
+        found = true(*args, **options)
+        memos[-1].saved += 1000 * (memos[-1].saved > before)
+        return found
+
+    monkeypatch.setattr(harness_module, "prune", spied)
+    rows = run(loaded, tmp_path / "timed", methods=("sleb",)).rows
+    seconds = [row["measured"]["seconds"] for row in rows[1:]]
+    assert seconds[0] < 500 < seconds[1]  # what was reused counts as if it had been run
+
+
 def test_the_silent_layer_goes_first_and_changes_nothing(first: Compared) -> None:
     dense, row = first.rows[:2]
     assert row["result"]["plan"] == "0-1,3-4" and row["result"]["kl"] == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shoal.api.journal import Journaled, journaled
-from shoal.evaluation.plan_loss import PlanLoss
+from shoal.evaluation.plan_loss import Memo, PlanLoss
 from shoal.evaluation.race import race
 from shoal.evaluation.scoring import sequence_nll
 from shoal.models.inspect import inspect
@@ -108,6 +108,28 @@ def test_beyond_the_memory_states_go_to_disk_or_are_computed_again(
     loss.close()
     if not disk:
         assert loss.layers_run == len(candidates(model)) * DEPTH * len(loss.batches)
+
+
+def test_searches_tell_each_other_what_plans_scored() -> None:
+    model, memo = tiny("llama"), Memo()
+    plans = candidates(model)
+    alone = PlanLoss(model, DATA, batch=2)
+    expected = [alone.parts(plan, range(len(alone.batches))) for plan in plans]
+    first = PlanLoss(model, DATA, batch=2, memo=memo)
+    assert [first.parts(plan, [0]) for plan in plans] == [parts[:1] for parts in expected]
+    assert memo.saved == 0
+    second = PlanLoss(model, DATA, batch=2, memo=memo)
+    assert [second.parts(plan, range(len(second.batches))) for plan in plans] == expected
+    assert memo.saved > 0
+    layers = second.layers_run
+    assert 0 < layers < alone.layers_run  # the batch that the first one had run was not run again
+    assert [second.parts(plan, range(len(second.batches))) for plan in plans] == expected
+    assert second.layers_run == layers
+    saved = memo.saved
+    other = PlanLoss(model, random_data(5, 20, seed=1), batch=2, memo=memo)
+    assert other(plans[0]) != second(plans[0])  # another text is another question
+    assert PlanLoss(model, DATA, batch=1, memo=memo)(plans[0]) == pytest.approx(second(plans[0]))
+    assert memo.saved > saved
 
 
 def test_states_are_copies_and_the_oldest_goes_first() -> None:

@@ -16,6 +16,7 @@ from shoal.api.stand_ins import parse_then, transformed
 from shoal.data import Data
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
+from shoal.evaluation.plan_loss import Memo
 from shoal.methods._task import Task
 from shoal.models.inspect import inspect
 from shoal.models.kinds import is_causal, require_causal, require_text
@@ -128,6 +129,7 @@ def prune(
     journal: Path | None = None,
     then: Sequence[str] = (),
     memory: int | None = None,
+    memo: Memo | None = None,
     timed: bool = True,
     assess: bool = False,
     test_data: Any = "builtin",
@@ -142,7 +144,8 @@ def prune(
     ls transforms`), fitted on the calibration text. `assess`: perplexity, agreement and generation on `limit` windows,
     at most 8, of the test split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they
     evaluated; `memory`: bytes that they may hold as hidden states, beyond which these go to disk (default: a quarter of
-    what is free). `timed`: of a budget in prefill or decode also the time that the result really takes.
+    what is free); `memo`: what other calls on this model found of plans. `timed`: of a budget
+    in prefill or decode also the time that the result really takes.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
@@ -175,7 +178,7 @@ def prune(
             plan=identity,
             spec=spec,
             legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),
-            objective=journaled(loaded.model, identity, path=journal, batch=batch, memory=memory, seed=seed),
+            objective=journaled(loaded.model, identity, path=journal, batch=batch, memory=memory, seed=seed, memo=memo),
             stack=stack,
             batch=batch,
             seed=seed,

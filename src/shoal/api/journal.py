@@ -11,7 +11,7 @@ from typing import Any
 
 from shoal.data import Data
 from shoal.errors import DataError
-from shoal.evaluation.plan_loss import PlanLoss
+from shoal.evaluation.plan_loss import Memo, PlanLoss
 from shoal.evaluation.race import LEVEL, race
 from shoal.evaluation.scoring import sequence_nll
 from shoal.models.kinds import require_causal
@@ -37,19 +37,21 @@ def journaled(
     memory: int | None = None,
     share: bool = True,
     seed: int = 0,
+    memo: Memo | None = None,
 ) -> Callable[[Data], Objective]:
     """Data -> objective: the cross-entropy of a plan on them, each plan evaluated once.
 
     With `path` the values are kept in a JSON-lines file (null for what is not finite). Its first line names the data,
     the model's structure and the dense value, which is computed anew at every start, so that a journal of other weights
-    is refused (D430). Plans share what they have in common (`PlanLoss`, where `memory` and `share` are explained), and
-    the objective can race many plans, in an order of the batches drawn with `seed`.
+    is refused (D430). Plans share what they have in common (`PlanLoss`, where `memory`, `share` and `memo` are
+    explained), and the objective can race many plans, in an order of the batches drawn with `seed`.
     """
 
     def on(data: Data) -> Objective:
         require_causal(model, "a search by cross-entropy")
         known, lost = _open(path, model, identity, data, batch) if path is not None else ({}, {})
-        return Journaled(PlanLoss(model, data, batch=batch, memory=memory, share=share), path, known, lost, seed)
+        loss = PlanLoss(model, data, batch=batch, memory=memory, share=share, memo=memo)
+        return Journaled(loss, path, known, lost, seed)
 
     return on
 

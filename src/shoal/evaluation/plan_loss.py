@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -45,12 +46,24 @@ class Part:
     """Scored tokens in each block."""
 
 
+@dataclass
+class Memo:
+    """What plans scored, for several searches on one model: a search that asks for a batch that an earlier one had run
+    is told at once, and what it is told is the same to the last bit."""
+
+    found: dict[tuple[str, str, int], tuple[Part, float]] = field(default_factory=dict)
+    """By the data's hash with the batch size, plan and batch number; the seconds that it took."""
+    saved: float = 0.0
+    """Seconds that were not spent again."""
+
+
 class PlanLoss:
     """Plan -> cross-entropy on `data`, equal bit for bit to `sequence_nll` of the running plan on the same batches.
 
     The hidden state at which plans part is kept (see `States`), so that a plan whose first layers another plan ran
     already computes only what follows. A model in which something besides the hidden state travels from layer to layer
     is found by trying (a few tokens, every cut, before it is used) and runs in full. `share=False` runs all in full.
+    `memo`: what other searches on this very model have found.
     Raises `UsageError` U510 for windows longer than the context, `DataError` D420 if no token is scored.
     """
 
@@ -63,6 +76,7 @@ class PlanLoss:
         share: bool = True,
         memory: int | None = None,
         disk: int | None = None,
+        memo: Memo | None = None,
     ) -> None:
         require_context(model, data.ids.shape[1])
         self.model, self.data = model, data
@@ -71,6 +85,8 @@ class PlanLoss:
         self.layers_run = 0
         """Taps passed with computation so far, over all batches; what sharing saved shows here."""
         self.states = States(device_of(model), memory=memory, disk=disk)
+        self._memo = Memo() if memo is None else memo
+        self._name = f"{data.info.sha256} {batch}"
         self._share = share and len(find_stacks(model)) == 1
         self._exact: dict[int, bool] = {}
         self._probed: dict[int, torch.Tensor] = {}
@@ -83,10 +99,18 @@ class PlanLoss:
 
     def parts(self, plan: Plan, numbers: Iterable[int], *, among: Collection[Prefix] | None = None) -> list[Part]:
         """The sums of these batches, by their number. `among`: the only prefixes whose states are worth keeping."""
-        wanted = list(numbers)
-        starts = {number: self._start(plan, number) for number in wanted}
-        with evaluating(self.model), running(self.model, plan) as handle:
-            return [self._part(handle, plan, number, starts[number], among) for number in wanted]
+        wanted, known = list(numbers), self._memo.found
+        keys = {number: (self._name, str(plan), number) for number in wanted}
+        missing = [number for number in wanted if keys[number] not in known]
+        self._memo.saved += math.fsum(known[keys[number]][1] for number in wanted if keys[number] in known)
+        if missing:
+            starts = {number: self._start(plan, number) for number in missing}
+            with evaluating(self.model), running(self.model, plan) as handle:
+                for number in missing:
+                    begun = perf_counter()
+                    part = self._part(handle, plan, number, starts[number], among)
+                    known[keys[number]] = part, perf_counter() - begun
+        return [known[keys[number]][0] for number in wanted]
 
     def forks(self, plans: Collection[Plan]) -> set[Prefix]:
         """What `parts` may be told to keep when all of `plans` are going to be evaluated."""
