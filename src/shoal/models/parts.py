@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,8 +70,7 @@ class _Stub(nn.Module):
     def __init__(self, child: nn.Module | None, extra: int, passes: bool) -> None:
         super().__init__()
         assert child is not None
-        parameters = list(inspect.signature(child.forward).parameters)
-        self._residual = parameters.index("residual") if "residual" in parameters else None
+        self._residual = _residual(getattr(child.forward, "__func__", child.forward))
         self._extra, self._passes = extra, passes
         self.__dict__["_child"] = child  # not registered: its parameters must not appear twice
 
@@ -88,3 +88,10 @@ class _Stub(nn.Module):
             out = torch.zeros_like(x)
         extra = self.__dict__["_extra"]
         return out if extra < 0 else (out, *[None] * extra)
+
+
+@cache
+def _residual(forward: Callable[..., Any]) -> int | None:
+    """The place of the residual among the arguments after `self`; asked for in every pass, so it is remembered."""
+    parameters = [name for name in inspect.signature(forward).parameters if name != "self"]
+    return parameters.index("residual") if "residual" in parameters else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from shoal.plan import Plan
@@ -43,14 +44,11 @@ def greedy(
     trace: list[Candidate] = []
     while not aim.reached(plan, len(trace)):
         options = moves(plan, grain, legal, stack)
-        values = judge(
-            objective,
-            [move.plan for move in options],
-            exhaustive=exhaustive or rank == "saving",
-            report=_reporter(progress, aim, len(trace), len(options)),
-        )
+        report = _reporter(progress, aim, len(trace), len(options))
         if rank == "saving" and budget is not None:
-            values = _per_saving(budget, plan, options, values, value_of(objective, plan))
+            values = _per_saving(budget, objective, plan, options, exhaustive, report)
+        else:
+            values = judge(objective, [move.plan for move in options], exhaustive=exhaustive, report=report)
         chosen = best(values)
         if chosen is None:
             raise aim.missed(plan, len(trace), len(options))
@@ -60,15 +58,33 @@ def greedy(
 
 
 def _per_saving(
-    budget: Budget, plan: Plan, options: list[Move], values: list[float | None], now: float
+    budget: Budget,
+    objective: Objective,
+    plan: Plan,
+    options: list[Move],
+    exhaustive: bool,
+    report: Callable[[int], None] | None,
 ) -> list[float | None]:
-    """The rise of the objective over what the removal saves; NaN for one that saves nothing."""
-    whole = budget.price(plan)
-    saved = [whole - budget.price(move.plan) for move in options]
-    return [
-        (value - now) / saving if value is not None and saving > 0 else math.nan
-        for value, saving in zip(values, saved, strict=True)
-    ]
+    """The rise of the objective over what the removal saves; NaN for one that saves nothing, None for one that lost a
+    race. Only pieces that save the same race each other: for these the lower objective is the lower rise per saving."""
+    now, whole = value_of(objective, plan), budget.price(plan)
+    alike: dict[float, list[int]] = {}
+    for place, move in enumerate(options):
+        alike.setdefault(round(whole - budget.price(move.plan), 9), []).append(place)
+    values: list[float | None] = [math.nan] * len(options)
+    done = 0
+    for saving, places in alike.items():
+        if saving > 0:
+            told = None if report is None else partial(_onward, report, done)
+            found = judge(objective, [options[place].plan for place in places], exhaustive=exhaustive, report=told)
+            for place, value in zip(places, found, strict=True):
+                values[place] = None if value is None else (value - now) / saving
+        done += len(places)
+    return values
+
+
+def _onward(report: Callable[[int], None], before: int, done: int) -> None:
+    report(before + done)
 
 
 def _reporter(progress: Progress | None, aim: Goal, round_: int, size: int) -> Callable[[int], None] | None:
