@@ -77,6 +77,7 @@ class Harness:
         return {
             "base": inspect(self.loaded.model).fingerprint,
             "source": self.loaded.source,
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "protocol": self.protocol.to_dict(),
             "calibration": self.calibration(0).info.sha256,
             "tests": {name: data.info.sha256 for name, data in self.tests.items()},

@@ -29,11 +29,11 @@ def auto(task: Task, *, drop: int | None = None) -> Found:
 
     Source: the parts are FinerCut's (arXiv 2405.18218) and SLEB's (arXiv 2402.09025) greedy removal, and the refit of
     ReplaceMe (arXiv 2505.02819) without its constraint. How we differ: held-out text chooses among them.
-    Searches: by the cross-entropy over whole layers; over parts; over parts by its rise per saved share of the budget.
-    Each result is tried as it is and after the transform `refit`; a quarter of the calibration sequences, which neither
-    search nor fit has seen, decides (the trace tells how). `drop` counts layers. Training-free; where only plans that
-    a stock class can express are allowed, parts stay. Raises D413 for a single sequence, and what the searches raise
-    when none of them gets there.
+    Searches: by the cross-entropy over whole layers; over parts by its rise per saved share of the budget. Each result
+    is tried as it is and after the transform `refit`; a quarter of the calibration sequences, which neither search nor
+    fit has seen, decides (the trace tells how). `drop` counts layers. Training-free; where only plans that a stock
+    class can express are allowed, parts stay. Raises D413 for a single sequence, and what the searches raise when none
+    of them gets there.
     """
     rest, held = hold_out(task.data)
     mine = replace(task, data=rest, budget=task.budget or _layers(task, drop))
@@ -81,7 +81,7 @@ def _searches(task: Task, objective: Objective) -> Iterator[Callable[[], Found]]
             progress=task.progress,
         )
 
-    yield from (by("layer", "loss"), by("sublayers", "loss"), by("sublayers", "saving"))
+    yield from (by("layer", "loss"), by("sublayers", "saving"))
 
 
 def _loss(task: Task, found: Found, held: Data) -> float:
