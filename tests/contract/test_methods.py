@@ -25,6 +25,7 @@ from shoal.methods.auto import auto
 from shoal.methods.block_pruner import block_pruner
 from shoal.methods.cull_mt import cull_mt
 from shoal.methods.gromov import gromov
+from shoal.methods.hsd import hsd
 from shoal.methods.loss_one_shot import loss_one_shot
 from shoal.methods.position import position
 from shoal.methods.puzzle import puzzle
@@ -46,7 +47,7 @@ from .families import tiny
 from .planted import PLANTED, own_text, planted, random_data
 from .test_tasks import Letters
 
-DATA_FREE = {"position", "tyukin", "unified", "poor-mans-bert"}
+DATA_FREE = {"hsd", "position", "tyukin", "unified", "poor-mans-bert"}
 BY_PLACE = DATA_FREE | {"mka"}
 """What goes is known before the data is seen."""
 WITHIN_A_BUDGET = {"puzzle", "nas-prune"}
@@ -55,6 +56,8 @@ FREE = WITHIN_A_BUDGET | {"auto"}
 """They may remove more than they must, and something else for a smaller budget."""
 OF_PARTS = {"tyukin", "block-pruner"}
 """They count attentions and mlps."""
+KEEP_TWO = {"hsd", "mka", "unified"}
+"""Of four layers they leave two or more."""
 METHODS = [pytest.param(entry, id=entry.name) for entry in entries("methods").values() if entry.name != "cull-mt"]
 LOOKING = [param for param in METHODS if param.id not in BY_PLACE]
 
@@ -104,7 +107,7 @@ def test_a_method_that_looks_removes_the_layer_that_does_nothing_first(entry: En
 
 @pytest.mark.parametrize(
     ("name", "plan"),
-    [("position", "0-1"), ("poor-mans-bert", "0-1"), ("tyukin", "0,1-2m,3"), ("unified", "0,3")],
+    [("position", "0-1"), ("poor-mans-bert", "0-1"), ("tyukin", "0,1-2m,3"), ("unified", "0,3"), ("hsd", "0,3")],
 )
 def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
     assert name in DATA_FREE
@@ -116,7 +119,7 @@ def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
 
 @pytest.mark.parametrize("entry", METHODS)
 def test_a_method_repeats_itself_and_is_nested_where_it_goes_layer_by_layer(entry: Entry) -> None:
-    most = 2 if entry.name in ("unified", "mka") else 3
+    most = 2 if entry.name in KEEP_TWO else 3
     found = [run(entry, random_task(), number) for number in range(1, most + 1)]
     sizes = [len(gone(f.plan)) for f in found]
     least = [number * (1 if entry.name in OF_PARTS else 2) for number in range(1, most + 1)]
@@ -152,6 +155,20 @@ def test_unified_keeps_the_golden_sets(drop: int, spacing: Any, kept: tuple[int,
 def test_unified_keeps_two_layers(drop: int) -> None:
     with pytest.raises(UsageError, match="U504"):
         unified(random_task(), drop=drop)
+
+
+def test_hsd_takes_every_second_layer_level_by_level() -> None:
+    base = Base("llama", "x", (("decoder", 10),))
+    nothing: Any = Untouchable()
+    task = Task(
+        nothing, nothing, Plan(base, (("decoder", tuple(Run(i) for i in range(10))),)), nothing, lambda p: True, nothing
+    )
+    gone = [hsd(task, drop=number).plan.dropped() for number in range(1, 9)]
+    order = [(set(more) - set(less)).pop() for less, more in itertools.pairwise([(), *gone])]
+    assert order == [8, 6, 4, 2, 7, 3, 5, 1], "of 1-8: the even ones; of 1 3 5 7: 7 and 3; of 1 5: 5"
+    for number in (0, 9):
+        with pytest.raises(UsageError, match="U504"):
+            hsd(task, drop=number)
 
 
 def test_tyukin_goes_from_the_top_and_spares_the_last_layer_when_asked() -> None:
