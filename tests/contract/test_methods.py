@@ -16,6 +16,7 @@ from shoal.api.journal import journaled, mean_nll
 from shoal.data import Data
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.tasks import load_tasks, score_tasks
+from shoal.fitting.result import Job
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
 from shoal.measures.loss_removed import loss_removed
@@ -26,6 +27,7 @@ from shoal.methods.block_pruner import block_pruner
 from shoal.methods.cull_mt import cull_mt
 from shoal.methods.gromov import gromov
 from shoal.methods.hsd import hsd
+from shoal.methods.laco import laco
 from shoal.methods.loss_one_shot import loss_one_shot
 from shoal.methods.position import position
 from shoal.methods.puzzle import puzzle
@@ -41,6 +43,7 @@ from shoal.plan.steps import Base, runs
 from shoal.registry import Entry, entries
 from shoal.run.live import running
 from shoal.scores import Found
+from shoal.transforms.difference_sum import difference_sum
 from shoal.writing.surgery import rewrite
 
 from .families import tiny
@@ -56,10 +59,12 @@ FREE = WITHIN_A_BUDGET | {"auto"}
 """They may remove more than they must, and something else for a smaller budget."""
 OF_PARTS = {"tyukin", "block-pruner"}
 """They count attentions and mlps."""
-KEEP_TWO = {"hsd", "mka", "unified"}
+KEEP_TWO = {"hsd", "laco", "mka", "unified"}
 """Of four layers they leave two or more."""
 METHODS = [pytest.param(entry, id=entry.name) for entry in entries("methods").values() if entry.name != "cull-mt"]
-LOOKING = [param for param in METHODS if param.id not in BY_PLACE]
+MOVED = {"laco"}
+"""What a layer did goes on under another number, so which numbers are gone says nothing."""
+LOOKING = [param for param in METHODS if param.id not in BY_PLACE | MOVED]
 
 
 class Untouchable:
@@ -127,7 +132,7 @@ def test_a_method_repeats_itself_and_is_nested_where_it_goes_layer_by_layer(entr
     again = run(entry, random_task(), 2)
     assert again.plan == found[1].plan and again.weights.keys() == found[1].weights.keys()
     assert all(torch.equal(tensor, found[1].weights[name]) for name, tensor in again.weights.items())
-    if entry.name not in FREE | {"gromov", "replaceme", "unified"}:
+    if entry.name not in FREE | MOVED | {"gromov", "replaceme", "unified"}:
         assert all(gone(one.plan) < gone(other.plan) for one, other in itertools.pairwise(found))
     assert all(f.weights or str(f.plan) in {c.notation for c in f.trace} for f in found)
 
@@ -169,6 +174,43 @@ def test_hsd_takes_every_second_layer_level_by_level() -> None:
     for number in (0, 9):
         with pytest.raises(UsageError, match="U504"):
             hsd(task, drop=number)
+
+
+def dense_logits(task: Task, found: Found | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        if found is None:
+            return task.model(input_ids=task.data.ids, use_cache=False).logits
+        with running(task.model, found.plan, found.weights):
+            return task.model(input_ids=task.data.ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", [name for name in PLANTED if name != "qwen2"])  # its biases differ, and stay
+def test_laco_lets_the_layer_that_does_nothing_become_the_one_behind_it(family: str) -> None:
+    task = task_of(planted(family), own_text(family))
+    found = laco(task, drop=1)
+    assert found.plan.dropped() == (PLANTED[family] + 1,)
+    assert torch.allclose(dense_logits(task, found), dense_logits(task), atol=1e-5)
+    assert min(c.score for c in found.trace) == pytest.approx(0, abs=1e-6)
+
+
+def test_laco_collapses_from_the_top_by_the_formula_of_the_paper() -> None:
+    task = random_task()
+    theta = [layer.mlp.down_proj.weight.detach() for layer in task.model.model.layers]
+    found = laco(task, drop=3, group=3, interval=1, low=0, threshold=-1.0)
+    assert str(found.plan) == "0:laco-0" and [c.notation for c in found.trace] == ["0-1", "0"]
+    first = theta[1] + (theta[2] - theta[1]) + (theta[3] - theta[1])
+    assert torch.allclose(found.weights["laco-0.mlp.down_proj.weight"], first, atol=1e-6), "and then 1 goes into 0"
+    assert "laco-0.input_layernorm.weight" not in found.weights
+    job = Job(task.model, task.data, drop_layers(task.plan, [2, 3]), batch=16)
+    once = laco(task, drop=2, group=3, threshold=-1.0)
+    wanted = difference_sum(job).weights
+    assert {name.split(".", 1)[1] for name in once.weights} == {name.split(".", 1)[1] for name in wanted}
+    assert all(torch.allclose(t, wanted[f"difference-sum-{n[5:]}"], atol=1e-6) for n, t in once.weights.items())
+    for options in ({"threshold": 1.1}, {"low": 3}, {"low": 2, "drop": 2}):
+        with pytest.raises(UsageError, match="U504"):
+            laco(task, **{"drop": 1, **options})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="U558"):
+        laco(task, drop=1, group=1)
 
 
 def test_tyukin_goes_from_the_top_and_spares_the_last_layer_when_asked() -> None:
