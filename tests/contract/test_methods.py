@@ -25,6 +25,7 @@ from shoal.methods._task import Task
 from shoal.methods.auto import auto
 from shoal.methods.block_pruner import block_pruner
 from shoal.methods.cull_mt import cull_mt
+from shoal.methods.foldgpt import foldgpt
 from shoal.methods.gromov import gromov
 from shoal.methods.hsd import hsd
 from shoal.methods.laco import laco
@@ -98,8 +99,14 @@ def run(entry: Entry, task: Task, number: int) -> Found:
 def gone(plan: Plan) -> set[tuple[int, str]]:
     """The attentions and mlps that do not run."""
     parts = ("attention", "mlp")
-    there = {(r.layer, p) for r in runs(plan.steps()) for p in (parts if r.part == "layer" else (r.part,))}
+    there = {(_place(r), p) for r in runs(plan.steps()) for p in (parts if r.part == "layer" else (r.part,))}
     return {(layer, part) for layer in range(plan.depth()) for part in parts} - there
+
+
+def _place(run: Run) -> int:
+    """The layer that `run` is, also where it runs another's matrices."""
+    folded = run.weights is not None and run.weights.startswith("fold-")
+    return int(str(run.weights)[5:]) if folded else run.layer
 
 
 @pytest.mark.parametrize("family", tuple(PLANTED))
@@ -211,6 +218,16 @@ def test_laco_collapses_from_the_top_by_the_formula_of_the_paper() -> None:
             laco(task, **{"drop": 1, **options})  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="U558"):
         laco(task, drop=1, group=1)
+
+
+def test_foldgpt_shares_the_matrices_of_what_sleb_leaves() -> None:
+    task = random_task()
+    left = sleb(task, drop=1).plan.layers()
+    found = foldgpt(task, drop=1)
+    assert str(found.plan) == f"{left[0]},{left[0]}:fold-{left[1]},{left[2]}"
+    assert not any("proj" in name and "o_proj" not in name and "down_proj" not in name for name in found.weights)
+    assert foldgpt(task, drop=1, group=1).plan == sleb(task, drop=1).plan
+    assert foldgpt(task, drop=3).weights == {}
 
 
 def test_tyukin_goes_from_the_top_and_spares_the_last_layer_when_asked() -> None:

@@ -301,11 +301,18 @@ def test_folding_groups_shares_matrices_and_keeps_norms() -> None:
     norm = find_stack(model).layer(1).input_layernorm.weight
     assert torch.equal(made.weights["fold-1.input_layernorm.weight"], norm)
     assert do("fold-groups", job(model, []), first=0, last=3, group=1).plan.is_identity()
-    twins = copy.deepcopy(model)
+    around = do("fold-groups", job(model, [1]), first=0, last=2)
+    assert str(around.plan) == "0,0:fold-2,3" and [fit.site for fit in around.fits] == ["2"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
+def test_folding_twins_changes_nothing(family: str) -> None:
+    twins = copy.deepcopy(tiny(family))
     layers = find_stack(twins).layers
     layers[1].load_state_dict(layers[0].state_dict())
     folded = do("fold-groups", job(twins, []), first=0, last=1)
-    assert relative(logits(twins, folded), logits(twins)) < 1e-4
+    assert folded.weights and relative(logits(twins, folded), logits(twins)) < 1e-4
+    assert ("a norm is behind" in folded.fits[0].note) == (family == "olmo2")
 
 
 def test_parallel_pairs() -> None:
@@ -413,7 +420,7 @@ WRONG = {
     "mka": ([HOLE], {"share": -1.0}, "U558"),
     "fuse-group": ([HOLE], {"neighbours": 0}, "U557"),
     "parallel-pairs": ([], {"first": 2, "last": 2}, "U559"),
-    "fold-groups": ([1], {"first": 0, "last": 2}, "U559"),
+    "fold-groups": ([1], {"first": 0, "last": 2, "group": 3}, "U559"),
 }
 
 
