@@ -24,6 +24,7 @@ from shoal.measures.taylor import taylor
 from shoal.methods._task import Task
 from shoal.methods.auto import auto
 from shoal.methods.block_pruner import block_pruner
+from shoal.methods.cqil import cqil
 from shoal.methods.cull_mt import cull_mt
 from shoal.methods.foldgpt import foldgpt
 from shoal.methods.gromov import gromov
@@ -38,7 +39,7 @@ from shoal.methods.sleb import sleb
 from shoal.methods.tyukin import tyukin
 from shoal.methods.unified import unified
 from shoal.models.inspect import inspect
-from shoal.plan import Plan, Run, check
+from shoal.plan import Parallel, Plan, Run, check
 from shoal.plan import drop as drop_layers
 from shoal.plan.steps import Base, runs
 from shoal.registry import Entry, entries
@@ -63,9 +64,11 @@ OF_PARTS = {"tyukin", "block-pruner"}
 KEEP_TWO = {"hsd", "laco", "mka", "unified"}
 """Of four layers they leave two or more."""
 METHODS = [pytest.param(entry, id=entry.name) for entry in entries("methods").values() if entry.name != "cull-mt"]
+SIDE_BY_SIDE = {"cqil"}
+"""They run everything."""
 MOVED = {"laco"}
 """What a layer did goes on under another number, so which numbers are gone says nothing."""
-LOOKING = [param for param in METHODS if param.id not in BY_PLACE | MOVED]
+LOOKING = [param for param in METHODS if param.id not in BY_PLACE | MOVED | SIDE_BY_SIDE]
 
 
 class Untouchable:
@@ -131,15 +134,19 @@ def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
 
 @pytest.mark.parametrize("entry", METHODS)
 def test_a_method_repeats_itself_and_is_nested_where_it_goes_layer_by_layer(entry: Entry) -> None:
-    most = 2 if entry.name in KEEP_TWO else 3
+    most = 2 if entry.name in KEEP_TWO | SIDE_BY_SIDE else 3
     found = [run(entry, random_task(), number) for number in range(1, most + 1)]
     sizes = [len(gone(f.plan)) for f in found]
     least = [number * (1 if entry.name in OF_PARTS else 2) for number in range(1, most + 1)]
+    if entry.name in SIDE_BY_SIDE:
+        least = [0] * most
     assert sizes == least or (entry.name in FREE and all(a >= b for a, b in zip(sizes, least, strict=True)))
+        entry.name in FREE and all(a >= b for a, b in zip(sizes, least, strict=True))
+    )
     again = run(entry, random_task(), 2)
     assert again.plan == found[1].plan and again.weights.keys() == found[1].weights.keys()
     assert all(torch.equal(tensor, found[1].weights[name]) for name, tensor in again.weights.items())
-    if entry.name not in FREE | MOVED | {"gromov", "replaceme", "unified"}:
+    if entry.name not in FREE | MOVED | SIDE_BY_SIDE | {"gromov", "replaceme", "unified"}:
         assert all(gone(one.plan) < gone(other.plan) for one, other in itertools.pairwise(found))
     assert all(f.weights or str(f.plan) in {c.notation for c in f.trace} for f in found)
 
@@ -228,6 +235,31 @@ def test_foldgpt_shares_the_matrices_of_what_sleb_leaves() -> None:
     assert not any("proj" in name and "o_proj" not in name and "down_proj" not in name for name in found.weights)
     assert foldgpt(task, drop=1, group=1).plan == sleb(task, drop=1).plan
     assert foldgpt(task, drop=3).weights == {}
+
+
+@pytest.mark.parametrize("family", tuple(PLANTED))
+def test_cqil_puts_the_layer_that_does_nothing_beside_another(family: str) -> None:
+    task, null = task_of(planted(family), own_text(family)), PLANTED[family]
+    found = cqil(task, drop=1, bypass=False)
+    assert {c.notation for c in found.trace} == {"(0|1),2-3", "0,(1|2),3", "0-1,(2|3)"}
+    side = next(step for step in found.plan.steps() if isinstance(step, Parallel))
+    assert null in {run.layer for run in side.branches}
+    assert torch.allclose(dense_logits(task, found), dense_logits(task), atol=1e-5)
+
+
+def test_cqil_saves_steps_and_refuses_a_budget() -> None:
+    task = random_task()
+    two = cqil(task, drop=2)
+    assert str(two.plan) == "(0a|1a),(0m|1m),(2a|3a),(2m|3m)"
+    assert two.trace[0].score == pytest.approx(task.objective(task.data)(two.plan))
+    assert str(cqil(task, drop=2, group=3, bypass=False).plan) in ("(0|1|2),3", "0,(1|2|3)")
+    for options in ({"drop": 3}, {"drop": 1, "group": 1}, {"drop": 0}):
+        with pytest.raises(UsageError, match="U504"):
+            cqil(task, **options)
+    with pytest.raises(UsageError, match="U504: no range"):
+        cqil(replace(task, legal=lambda plan: False), drop=1)
+    with pytest.raises(UsageError, match=r"U523.*params=0.8"):
+        cqil(replace(task, budget=counted_budget("params", 0.8, task.spec)), drop=1)
 
 
 def test_tyukin_goes_from_the_top_and_spares_the_last_layer_when_asked() -> None:

@@ -323,6 +323,20 @@ def test_parallel_pairs() -> None:
     assert do("parallel-pairs", job(model, [])).plan == made.plan.with_steps(
         (Run(0), Parallel((Run(1), Run(2))), Run(3))
     )
+    bypassed = do("parallel-pairs", job(model, []), first=1, last=3, bypass=True)
+    assert str(bypassed.plan) == "0,(1a|2a),(1m|2m),3"
+    assert not check(bypassed.plan, inspect(model))
+    stream = Walk(model, random_data(2, 12), batch=2).stream()
+    stream.advance(Run(0))
+    x = stream.states[0]
+    with torch.no_grad():
+        h = x + sum(stream.run(0, Run(layer, "attention")) - x for layer in (1, 2))
+        stream.states[0] = h
+        y = h + sum(stream.run(0, Run(layer, "mlp")) - h for layer in (1, 2))
+    stream.states[0] = x
+    for step in bypassed.plan.steps()[1:3]:
+        stream.advance(step)
+    assert relative(stream.states[0], y) < 1e-6, "what an attention wrote is counted once"
     still = planted("llama")
     pair = do("parallel-pairs", job(still, []), first=PLANTED["llama"], last=PLANTED["llama"] + 1)
     assert relative(logits(still, pair), logits(still)) < 1e-5
