@@ -52,5 +52,5 @@ def cqil(task: Task, *, drop: int, group: int = 2, bypass: bool = True) -> Found
         raise UsageError(
             f"no range of {count} layers may run in groups of {group}; allow plans that only run live", code="U504"
         )
-    best = min(trace, key=lambda one: one.score)
-    return Found(plans[best.notation], tuple(trace))
+    trace.sort(key=lambda one: one.score)
+    return Found(plans[trace[0].notation], tuple(trace))
