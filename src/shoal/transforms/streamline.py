@@ -12,7 +12,7 @@ from shoal.models.kinds import require_causal
 from shoal.plan import Plan
 
 Tensors = dict[str, torch.Tensor]
-_RATES: dict[Kind, float] = {"layer": 1e-4, "ffn": 1e-3, "swiglu": 1e-3}
+_RATES: dict[Kind, float] = {"layer": 3e-4, "ffn": 1e-3, "swiglu": 1e-3}
 
 
 def streamline(
@@ -34,7 +34,7 @@ def streamline(
     far, y the dense one behind the span; maps leave first tokens and outliers out, as `linear-map` does. Then
     `loss_epochs` on the cross-entropy of the next token, for all nets of the plan at once and nothing else.
     A quarter of the sequences is held back and says after which epoch a net is best. The start counts as one, so that
-    the fit is never worse than dropping, and training nothing is dropping, bit for bit. `rate`: 1e-4 for a layer and
+    the fit is never worse than dropping, and training nothing is dropping, bit for bit. `rate`: 3e-4 for a layer and
     1e-3 for a net unless given, a third of it for the language loss. Raises U557 where no whole layer stands beside a
     span, M322 for a model without next-token scores unless `loss_epochs` is 0.
 
