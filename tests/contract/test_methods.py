@@ -19,6 +19,7 @@ from shoal.evaluation.tasks import load_tasks, score_tasks
 from shoal.fitting.result import Job
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
+from shoal.measures.cosine_span import cosine_span
 from shoal.measures.loss_removed import loss_removed
 from shoal.measures.taylor import taylor
 from shoal.methods._task import Task
@@ -30,6 +31,7 @@ from shoal.methods.foldgpt import foldgpt
 from shoal.methods.gromov import gromov
 from shoal.methods.hsd import hsd
 from shoal.methods.laco import laco
+from shoal.methods.llm_streamline import llm_streamline
 from shoal.methods.loss_one_shot import loss_one_shot
 from shoal.methods.position import position
 from shoal.methods.puzzle import puzzle
@@ -39,7 +41,7 @@ from shoal.methods.sleb import sleb
 from shoal.methods.tyukin import tyukin
 from shoal.methods.unified import unified
 from shoal.models.inspect import inspect
-from shoal.plan import Parallel, Plan, Run, check
+from shoal.plan import Map, Parallel, Plan, Run, check
 from shoal.plan import drop as drop_layers
 from shoal.plan.steps import Base, runs
 from shoal.registry import Entry, entries
@@ -258,6 +260,18 @@ def test_cqil_saves_steps_and_refuses_a_budget() -> None:
         cqil(replace(task, legal=lambda plan: False), drop=1)
     with pytest.raises(UsageError, match=r"U523.*params=0.8"):
         cqil(replace(task, budget=counted_budget("params", 0.8, task.spec)), drop=1)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_llm_streamline_is_the_span_of_the_highest_cosine_and_a_net(number: int) -> None:
+    task = random_task()
+    scores = cosine_span(task.model, task.data, span=number, batch=16)
+    first = min(range(4 - number + 1), key=scores.values.__getitem__)
+    bare = llm_streamline(task, drop=number, epochs=0, loss_epochs=0)
+    assert bare.plan.dropped() == tuple(range(first, first + number)) and not bare.weights
+    assert bare.scores == scores
+    net = llm_streamline(task, drop=number, kind="swiglu", epochs=1, loss_epochs=0)
+    assert net.plan.steps()[first] == Map(first, first + number - 1, f"map-{first}-{first + number - 1}")
 
 
 def test_tyukin_goes_from_the_top_and_spares_the_last_layer_when_asked() -> None:
