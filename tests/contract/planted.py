@@ -62,10 +62,7 @@ def answers(family: str) -> PreTrainedModel:
         for name, parameter in stack.layer(NULL).named_parameters():
             if any(piece in ("o_proj", "c_proj", "down_proj") for piece in name.split(".")):
                 parameter.zero_()
-    draw = torch.Generator().manual_seed(5)
-    width = model.config.get_text_config().hidden_size
-    turn = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
-    shift = 0.1 * torch.randn(width, generator=draw)
+    turn, shift = affine_of(model.config.get_text_config().hidden_size)
 
     def affine(_: torch.nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         mapped = (args[0] if args else kwargs["hidden_states"]) @ turn + shift
@@ -73,6 +70,13 @@ def answers(family: str) -> PreTrainedModel:
 
     stack.layer(LINEAR).register_forward_hook(affine, with_kwargs=True)
     return model
+
+
+def affine_of(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the affine layer of `answers` does: x @ turn [width, width] + shift [width]."""
+    draw = torch.Generator().manual_seed(5)
+    turn = torch.eye(width) + 0.3 * torch.randn(width, width, generator=draw) / width**0.5
+    return turn, 0.1 * torch.randn(width, generator=draw)
 
 
 @cache

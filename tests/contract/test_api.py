@@ -127,11 +127,12 @@ def test_text_needs_a_tokenizer(loaded: Loaded) -> None:
     assert raised.value.code == "D440"
 
 
-BY_LOSS = ("loss-one-shot", "sleb", "auto", "block-pruner", "puzzle", "nas-prune", "shortened-llama")
+BY_LOSS = ("foldgpt", "loss-one-shot", "sleb", "auto", "block-pruner", "puzzle", "nas-prune", "shortened-llama")
 """A layer may do harm on this text."""
-LIVE = ("auto", "block-pruner", "nas-prune", "puzzle", "secretly-linear", "tyukin")
-"""They remove parts, put maps in their place, or may remove more than they must."""
-BY_PLACE = ("position", "poor-mans-bert", "unified", "tyukin", "mka")
+LIVE = ("auto", "block-pruner", "cqil", "nas-prune", "puzzle", "secretly-linear", "tyukin")
+"""They remove parts, put maps in their place, run layers side by side, or may remove more than they must."""
+BY_PLACE = ("position", "poor-mans-bert", "unified", "tyukin", "mka", "hsd", "cqil", "laco")
+"""The planted layer need not be what goes."""
 
 
 @pytest.mark.parametrize("name", [name for name in entries("methods") if name != "cull-mt"])
@@ -144,12 +145,12 @@ def test_prune_by_every_method(loaded: Loaded, unchanged: None, name: str) -> No
     if name not in (*BY_LOSS, *BY_PLACE):  # none turns less
         assert found.plan.dropped() == (PLANTED,)
     if name not in LIVE:
-        assert len(found.plan.dropped()) == 1
+        assert len(found.plan.layers()) == 4 and (len(found.plan.dropped()) == 1 or name == "foldgpt")
         assert found.before.params - found.after.written_params == found.spec.stack().layers[0].params
     data = as_json(found)
     if not found.found.weights:  # which, while the plan runs live, are held beside the base's
         assert found.after.written_params == found.after.params or name in LIVE
-        assert data["trace"][0 if name in ("auto", "puzzle", "nas-prune") else -1]["plan"] == str(found.plan)
+        assert data["trace"][0 if name in ("auto", "cqil", "puzzle", "nas-prune") else -1]["plan"] == str(found.plan)
     assert data["data"]["count"] == small["limit"]
     assert data["method"] == name and data["plan"] == str(found.plan) and data["hash"] == found.plan.hash
     assert data["dropped"] == {"decoder": list(found.plan.dropped())}
@@ -157,6 +158,24 @@ def test_prune_by_every_method(loaded: Loaded, unchanged: None, name: str) -> No
     assert data["trace"] and data["weights"].keys() == found.found.weights.keys()
     if name == "position":
         assert data["trace"][0]["score"] is None
+
+
+@pytest.mark.parametrize("unit", ["params", "layers"])
+@pytest.mark.parametrize("name", ["foldgpt", "hsd", "laco", "llm-streamline"])
+def test_a_method_that_counts_layers_meets_a_budget(loaded: Loaded, name: str, unit: str) -> None:
+    found = prune(loaded, method=name, budget=f"{unit}=0.7", **SMALL)
+    assert found.price is not None and found.price["price"] <= 0.7
+    one = found.spec.stack().layers[0].params / found.before.params if unit == "params" else 1 / 5
+    assert found.price["price"] + one > 0.7, "and no more goes than must"
+
+
+def test_cqil_refuses_a_budget_and_plans_that_are_to_be_written(loaded: Loaded) -> None:
+    with pytest.raises(UsageError, match="U523"):
+        prune(loaded, method="cqil", budget="params=0.7", writable=False, **SMALL)
+    with pytest.raises(UsageError, match=r"U504.*allow plans that only run live"):
+        prune(loaded, method="cqil", drop=1, **SMALL)
+    with pytest.raises(WriteError, match="W204"):
+        prune(loaded, method="llm-streamline", drop=3, settings={"kind": "ffn", "epochs": 1}, **SMALL)
 
 
 def test_a_layer_less_is_its_parameters_less(loaded: Loaded) -> None:

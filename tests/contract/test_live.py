@@ -182,6 +182,20 @@ def test_a_low_rank_map_adds_to_its_input() -> None:
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_map_can_be_a_feed_forward_net() -> None:
+    model, generator = tiny("llama"), torch.Generator().manual_seed(3)
+    gate, down = (torch.randn(4, 32, generator=generator) * 0.3 for _ in range(2))
+    up = torch.randn(32, 4, generator=generator) * 0.3
+    net = {"map-1-2.gate": gate, "map-1-2.up": up}
+    for weights, inner in (
+        (net, lambda h: torch.nn.functional.silu(h @ gate.T)),
+        (net | {"map-1-2.down": down}, lambda h: torch.nn.functional.silu(h @ gate.T) * (h @ down.T)),
+    ):
+        expected = by_hand(model, {"input_ids": IDS}, lambda call, h, f=inner: call(3, (g := call(0, h)) + f(g) @ up.T))
+        with running(model, "0,~1-2,3", weights):
+            torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_one_layer_can_run_with_several_weights() -> None:
     model = own("llama")
     layer = model.model.layers[1]

@@ -16,15 +16,22 @@ from shoal.api.journal import journaled, mean_nll
 from shoal.data import Data
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.tasks import load_tasks, score_tasks
+from shoal.fitting.result import Job
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
+from shoal.measures.cosine_span import cosine_span
 from shoal.measures.loss_removed import loss_removed
 from shoal.measures.taylor import taylor
 from shoal.methods._task import Task
 from shoal.methods.auto import auto
 from shoal.methods.block_pruner import block_pruner
+from shoal.methods.cqil import cqil
 from shoal.methods.cull_mt import cull_mt
+from shoal.methods.foldgpt import foldgpt
 from shoal.methods.gromov import gromov
+from shoal.methods.hsd import hsd
+from shoal.methods.laco import laco
+from shoal.methods.llm_streamline import llm_streamline
 from shoal.methods.loss_one_shot import loss_one_shot
 from shoal.methods.position import position
 from shoal.methods.puzzle import puzzle
@@ -34,19 +41,20 @@ from shoal.methods.sleb import sleb
 from shoal.methods.tyukin import tyukin
 from shoal.methods.unified import unified
 from shoal.models.inspect import inspect
-from shoal.plan import Plan, Run, check
+from shoal.plan import Map, Parallel, Plan, Run, check
 from shoal.plan import drop as drop_layers
 from shoal.plan.steps import Base, runs
 from shoal.registry import Entry, entries
 from shoal.run.live import running
 from shoal.scores import Found
+from shoal.transforms.difference_sum import difference_sum
 from shoal.writing.surgery import rewrite
 
 from .families import tiny
 from .planted import PLANTED, own_text, planted, random_data
 from .test_tasks import Letters
 
-DATA_FREE = {"position", "tyukin", "unified", "poor-mans-bert"}
+DATA_FREE = {"hsd", "position", "tyukin", "unified", "poor-mans-bert"}
 BY_PLACE = DATA_FREE | {"mka"}
 """What goes is known before the data is seen."""
 WITHIN_A_BUDGET = {"puzzle", "nas-prune"}
@@ -55,8 +63,14 @@ FREE = WITHIN_A_BUDGET | {"auto"}
 """They may remove more than they must, and something else for a smaller budget."""
 OF_PARTS = {"tyukin", "block-pruner"}
 """They count attentions and mlps."""
+KEEP_TWO = {"hsd", "laco", "mka", "unified"}
+"""Of four layers they leave two or more."""
 METHODS = [pytest.param(entry, id=entry.name) for entry in entries("methods").values() if entry.name != "cull-mt"]
-LOOKING = [param for param in METHODS if param.id not in BY_PLACE]
+SIDE_BY_SIDE = {"cqil"}
+"""They run everything."""
+MOVED = {"laco"}
+"""What a layer did goes on under another number, so which numbers are gone says nothing."""
+LOOKING = [param for param in METHODS if param.id not in BY_PLACE | MOVED | SIDE_BY_SIDE]
 
 
 class Untouchable:
@@ -90,8 +104,14 @@ def run(entry: Entry, task: Task, number: int) -> Found:
 def gone(plan: Plan) -> set[tuple[int, str]]:
     """The attentions and mlps that do not run."""
     parts = ("attention", "mlp")
-    there = {(r.layer, p) for r in runs(plan.steps()) for p in (parts if r.part == "layer" else (r.part,))}
+    there = {(_place(r), p) for r in runs(plan.steps()) for p in (parts if r.part == "layer" else (r.part,))}
     return {(layer, part) for layer in range(plan.depth()) for part in parts} - there
+
+
+def _place(run: Run) -> int:
+    """The layer that `run` is, also where it runs another's matrices."""
+    folded = run.weights is not None and run.weights.startswith("fold-")
+    return int(str(run.weights)[5:]) if folded else run.layer
 
 
 @pytest.mark.parametrize("family", tuple(PLANTED))
@@ -104,7 +124,7 @@ def test_a_method_that_looks_removes_the_layer_that_does_nothing_first(entry: En
 
 @pytest.mark.parametrize(
     ("name", "plan"),
-    [("position", "0-1"), ("poor-mans-bert", "0-1"), ("tyukin", "0,1-2m,3"), ("unified", "0,3")],
+    [("position", "0-1"), ("poor-mans-bert", "0-1"), ("tyukin", "0,1-2m,3"), ("unified", "0,3"), ("hsd", "0,3")],
 )
 def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
     assert name in DATA_FREE
@@ -116,15 +136,17 @@ def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
 
 @pytest.mark.parametrize("entry", METHODS)
 def test_a_method_repeats_itself_and_is_nested_where_it_goes_layer_by_layer(entry: Entry) -> None:
-    most = 2 if entry.name in ("unified", "mka") else 3
+    most = 2 if entry.name in KEEP_TWO | SIDE_BY_SIDE else 3
     found = [run(entry, random_task(), number) for number in range(1, most + 1)]
     sizes = [len(gone(f.plan)) for f in found]
     least = [number * (1 if entry.name in OF_PARTS else 2) for number in range(1, most + 1)]
+    if entry.name in SIDE_BY_SIDE:
+        least = [0] * most
     assert sizes == least or (entry.name in FREE and all(a >= b for a, b in zip(sizes, least, strict=True)))
     again = run(entry, random_task(), 2)
     assert again.plan == found[1].plan and again.weights.keys() == found[1].weights.keys()
     assert all(torch.equal(tensor, found[1].weights[name]) for name, tensor in again.weights.items())
-    if entry.name not in FREE | {"gromov", "replaceme", "unified"}:
+    if entry.name not in FREE | MOVED | SIDE_BY_SIDE | {"gromov", "replaceme", "unified"}:
         assert all(gone(one.plan) < gone(other.plan) for one, other in itertools.pairwise(found))
     assert all(f.weights or str(f.plan) in {c.notation for c in f.trace} for f in found)
 
@@ -152,6 +174,104 @@ def test_unified_keeps_the_golden_sets(drop: int, spacing: Any, kept: tuple[int,
 def test_unified_keeps_two_layers(drop: int) -> None:
     with pytest.raises(UsageError, match="U504"):
         unified(random_task(), drop=drop)
+
+
+def test_hsd_takes_every_second_layer_level_by_level() -> None:
+    base = Base("llama", "x", (("decoder", 10),))
+    nothing: Any = Untouchable()
+    task = Task(
+        nothing, nothing, Plan(base, (("decoder", tuple(Run(i) for i in range(10))),)), nothing, lambda p: True, nothing
+    )
+    gone = [hsd(task, drop=number).plan.dropped() for number in range(1, 9)]
+    order = [(set(more) - set(less)).pop() for less, more in itertools.pairwise([(), *gone])]
+    assert order == [8, 6, 4, 2, 7, 3, 5, 1], "of 1-8: the even ones; of 1 3 5 7: 7 and 3; of 1 5: 5"
+    for number in (0, 9):
+        with pytest.raises(UsageError, match="U504"):
+            hsd(task, drop=number)
+
+
+def dense_logits(task: Task, found: Found | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        if found is None:
+            return task.model(input_ids=task.data.ids, use_cache=False).logits
+        with running(task.model, found.plan, found.weights):
+            return task.model(input_ids=task.data.ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", [name for name in PLANTED if name != "qwen2"])  # its biases differ, and stay
+def test_laco_lets_the_layer_that_does_nothing_become_the_one_behind_it(family: str) -> None:
+    task = task_of(planted(family), own_text(family))
+    found = laco(task, drop=1)
+    assert found.plan.dropped() == (PLANTED[family] + 1,)
+    assert torch.allclose(dense_logits(task, found), dense_logits(task), atol=1e-5)
+    assert min(c.score for c in found.trace) == pytest.approx(0, abs=1e-6)
+
+
+def test_laco_collapses_from_the_top_by_the_formula_of_the_paper() -> None:
+    task = random_task()
+    theta = [layer.mlp.down_proj.weight.detach() for layer in task.model.model.layers]
+    found = laco(task, drop=3, group=3, interval=1, low=0, threshold=-1.0)
+    assert str(found.plan) == "0:laco-0" and [c.notation for c in found.trace] == ["0-1", "0"]
+    first = theta[1] + (theta[2] - theta[1]) + (theta[3] - theta[1])
+    assert torch.allclose(found.weights["laco-0.mlp.down_proj.weight"], first, atol=1e-6), "and then 1 goes into 0"
+    assert "laco-0.input_layernorm.weight" not in found.weights
+    job = Job(task.model, task.data, drop_layers(task.plan, [2, 3]), batch=16)
+    once = laco(task, drop=2, group=3, threshold=-1.0)
+    wanted = difference_sum(job).weights
+    assert {name.split(".", 1)[1] for name in once.weights} == {name.split(".", 1)[1] for name in wanted}
+    assert all(torch.allclose(t, wanted[f"difference-sum-{n[5:]}"], atol=1e-6) for n, t in once.weights.items())
+    for options in ({"threshold": 1.1}, {"low": 3}, {"low": 2, "drop": 2}):
+        with pytest.raises(UsageError, match="U504"):
+            laco(task, **{"drop": 1, **options})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="U558"):
+        laco(task, drop=1, group=1)
+
+
+def test_foldgpt_shares_the_matrices_of_what_sleb_leaves() -> None:
+    task = random_task()
+    left = sleb(task, drop=1).plan.layers()
+    found = foldgpt(task, drop=1)
+    assert str(found.plan) == f"{left[0]},{left[0]}:fold-{left[1]},{left[2]}"
+    assert not any("proj" in name and "o_proj" not in name and "down_proj" not in name for name in found.weights)
+    assert foldgpt(task, drop=1, group=1).plan == sleb(task, drop=1).plan
+    assert foldgpt(task, drop=3).weights == {}
+
+
+@pytest.mark.parametrize("family", tuple(PLANTED))
+def test_cqil_puts_the_layer_that_does_nothing_beside_another(family: str) -> None:
+    task, null = task_of(planted(family), own_text(family)), PLANTED[family]
+    found = cqil(task, drop=1, bypass=False)
+    assert {c.notation for c in found.trace} == {"(0|1),2-3", "0,(1|2),3", "0-1,(2|3)"}
+    side = next(step for step in found.plan.steps() if isinstance(step, Parallel))
+    assert null in {run.layer for run in side.branches}
+    assert torch.allclose(dense_logits(task, found), dense_logits(task), atol=1e-5)
+
+
+def test_cqil_saves_steps_and_refuses_a_budget() -> None:
+    task = random_task()
+    two = cqil(task, drop=2)
+    assert str(two.plan) == "(0a|1a),(0m|1m),(2a|3a),(2m|3m)"
+    assert two.trace[0].score == pytest.approx(task.objective(task.data)(two.plan))
+    assert str(cqil(task, drop=2, group=3, bypass=False).plan) in ("(0|1|2),3", "0,(1|2|3)")
+    for options in ({"drop": 3}, {"drop": 1, "group": 1}, {"drop": 0}):
+        with pytest.raises(UsageError, match="U504"):
+            cqil(task, **options)
+    with pytest.raises(UsageError, match="U504: no range"):
+        cqil(replace(task, legal=lambda plan: False), drop=1)
+    with pytest.raises(UsageError, match=r"U523.*params=0.8"):
+        cqil(replace(task, budget=counted_budget("params", 0.8, task.spec)), drop=1)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_llm_streamline_is_the_span_of_the_highest_cosine_and_a_net(number: int) -> None:
+    task = random_task()
+    scores = cosine_span(task.model, task.data, span=number, batch=16)
+    first = min(range(4 - number + 1), key=scores.values.__getitem__)
+    bare = llm_streamline(task, drop=number, epochs=0, loss_epochs=0)
+    assert bare.plan.dropped() == tuple(range(first, first + number)) and not bare.weights
+    assert bare.scores == scores
+    net = llm_streamline(task, drop=number, kind="swiglu", epochs=1, loss_epochs=0)
+    assert net.plan.steps()[first] == Map(first, first + number - 1, f"map-{first}-{first + number - 1}")
 
 
 def test_tyukin_goes_from_the_top_and_spares_the_last_layer_when_asked() -> None:

@@ -287,6 +287,57 @@ def test_fusing_a_group_lowers_its_error_and_starts_from_dropping(family: str) -
     assert all(torch.equal(t, again.weights[n]) for n, t in made.weights.items())
 
 
+KINDS = ("layer", "ffn", "swiglu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_trained_net_comes_nearer_than_dropping_and_starts_from_it(family: str, kind: str) -> None:
+    model, given = tiny(family), job(tiny(family), [1, 2])
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    null = do("streamline", given, kind=kind, epochs=0, loss_epochs=0)
+    assert null.plan == given.plan and not null.weights
+    made = do("streamline", given, kind=kind, epochs=4, loss_epochs=1, rate=3e-3)
+    assert str(made.plan) == ("0:streamline-0,3" if kind == "layer" else "0,~1-2,3")
+    assert not check(made.plan, inspect(model), {n: tuple(t.shape) for n, t in made.weights.items()})
+    (fit,) = made.fits
+    assert fit.site == "1-2" and fit.drop == null.fits[0].drop and fit.held_drop == null.fits[0].held_drop
+    assert fit.stand_in < fit.drop * 0.99 and (fit.held_stand_in or 0) < (fit.held_drop or 0)
+    assert "language loss" in made.notes[0] and not null.notes
+    again = do("streamline", given, kind=kind, epochs=4, loss_epochs=1, rate=3e-3)
+    assert all(torch.equal(t, again.weights[n]) for n, t in made.weights.items())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_language_loss_is_that_of_the_model_with_its_nets(kind: str) -> None:
+    """Trained on the loss alone, it falls on the very text; the errors of the states are as they were before."""
+    model = tiny("llama")
+    text = random_data(3, 24)
+    given = job(model, [1, 3], data=text, batch=1)
+    made = do("streamline", given, kind=kind, epochs=0, loss_epochs=6, rate=9e-3)
+    assert [fit.drop for fit in made.fits] == [fit.stand_in for fit in made.fits]
+    before, after = (float(piece) for piece in made.notes[0].split(": ")[1].split(" to "))
+    losses = []
+    for one in (Transformed(given.plan, {}), made):
+        with running(model, one.plan, one.weights), torch.no_grad():
+            losses.append(float(model(input_ids=text.ids, labels=text.ids, use_cache=False).loss))
+    assert losses == pytest.approx([before, after], abs=1e-4) and after < before
+
+
+def test_a_net_takes_over_from_the_holes_on_both_sides() -> None:
+    model = tiny("llama")
+    whole = do("streamline", job(model, [0, 2, 3]), epochs=2, loss_epochs=0, rate=1e-3)
+    assert str(whole.plan) == "1:streamline-1" and [fit.site for fit in whole.fits] == ["0, 2-3"]
+    given = replace(job(model, []), plan=parse_plan("0,1a,3", Plan.identity(inspect(model))))
+    parts = do("streamline", given, kind="swiglu", epochs=2, loss_epochs=0, inner=5)
+    assert str(parts.plan) == "0,1a,~1:map-1-mlp,~2,3" and parts.weights["map-2-2.up"].shape == (32, 5)
+    assert [fit.site for fit in parts.fits] == ["1m", "2"]
+    with pytest.raises(UsageError, match="U557"):
+        do("streamline", given)
+
+
 def test_folding_groups_shares_matrices_and_keeps_norms() -> None:
     model = tiny("llama")
     made = do("fold-groups", job(model, []), first=0, last=3)
@@ -301,11 +352,18 @@ def test_folding_groups_shares_matrices_and_keeps_norms() -> None:
     norm = find_stack(model).layer(1).input_layernorm.weight
     assert torch.equal(made.weights["fold-1.input_layernorm.weight"], norm)
     assert do("fold-groups", job(model, []), first=0, last=3, group=1).plan.is_identity()
-    twins = copy.deepcopy(model)
+    around = do("fold-groups", job(model, [1]), first=0, last=2)
+    assert str(around.plan) == "0,0:fold-2,3" and [fit.site for fit in around.fits] == ["2"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
+def test_folding_twins_changes_nothing(family: str) -> None:
+    twins = copy.deepcopy(tiny(family))
     layers = find_stack(twins).layers
     layers[1].load_state_dict(layers[0].state_dict())
     folded = do("fold-groups", job(twins, []), first=0, last=1)
-    assert relative(logits(twins, folded), logits(twins)) < 1e-4
+    assert folded.weights and relative(logits(twins, folded), logits(twins)) < 1e-4
+    assert ("a norm is behind" in folded.fits[0].note) == (family == "olmo2")
 
 
 def test_parallel_pairs() -> None:
@@ -316,6 +374,20 @@ def test_parallel_pairs() -> None:
     assert do("parallel-pairs", job(model, [])).plan == made.plan.with_steps(
         (Run(0), Parallel((Run(1), Run(2))), Run(3))
     )
+    bypassed = do("parallel-pairs", job(model, []), first=1, last=3, bypass=True)
+    assert str(bypassed.plan) == "0,(1a|2a),(1m|2m),3"
+    assert not check(bypassed.plan, inspect(model))
+    stream = Walk(model, random_data(2, 12), batch=2).stream()
+    stream.advance(Run(0))
+    x = stream.states[0]
+    with torch.no_grad():
+        h = x + sum(stream.run(0, Run(layer, "attention")) - x for layer in (1, 2))
+        stream.states[0] = h
+        y = h + sum(stream.run(0, Run(layer, "mlp")) - h for layer in (1, 2))
+    stream.states[0] = x
+    for step in bypassed.plan.steps()[1:3]:
+        stream.advance(step)
+    assert relative(stream.states[0], y) < 1e-6, "what an attention wrote is counted once"
     still = planted("llama")
     pair = do("parallel-pairs", job(still, []), first=PLANTED["llama"], last=PLANTED["llama"] + 1)
     assert relative(logits(still, pair), logits(still)) < 1e-5
@@ -413,7 +485,7 @@ WRONG = {
     "mka": ([HOLE], {"share": -1.0}, "U558"),
     "fuse-group": ([HOLE], {"neighbours": 0}, "U557"),
     "parallel-pairs": ([], {"first": 2, "last": 2}, "U559"),
-    "fold-groups": ([1], {"first": 0, "last": 2}, "U559"),
+    "fold-groups": ([1], {"first": 0, "last": 2, "group": 3}, "U559"),
 }
 
 
@@ -432,5 +504,5 @@ def test_layers_of_two_kinds_are_not_merged() -> None:
 
 
 def test_every_transform_is_tested_here() -> None:
-    named = {*STAND_INS, *MERGES, "compensate", "fuse-group", "fold-groups", "parallel-pairs"}
+    named = {*STAND_INS, *MERGES, "compensate", "fuse-group", "fold-groups", "parallel-pairs", "streamline"}
     assert set(entries("transforms")) == named

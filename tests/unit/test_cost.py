@@ -211,6 +211,8 @@ def test_new_tensors_are_counted_by_their_shapes() -> None:
     assert found.params - dropped.params == found.written_params - dropped.written_params == 5 * hidden
     assert found.decode_flops - dropped.decode_flops == 2 * 4 * hidden
     assert cost(plan, model).decode_flops - dropped.decode_flops == 2 * hidden**2
+    net = cost(plan, model, weights=small | {"m.gate": (2, hidden)})
+    assert net.decode_flops - dropped.decode_flops == 2 * 6 * hidden
     scaled = cost(plan, model, weights={"m.scale": (hidden,)})
     assert (scaled.params - dropped.params, scaled.decode_flops) == (hidden, dropped.decode_flops)
     shared = plan_of("0,0:n,2-3", model)

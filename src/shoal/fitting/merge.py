@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from shoal.errors import UsageError
 from shoal.fitting.holes import Hole, find_holes
 from shoal.fitting.result import Job, Transformed
-from shoal.models.stacks import find_stack
+from shoal.models.stacks import Stack, find_stack
 from shoal.plan import Run, Step
 
 Rule = Callable[[str, Sequence[torch.Tensor], Hole], torch.Tensor]
@@ -33,22 +33,49 @@ def merged(job: Job, name: str, rule: Rule, *, norms: bool = False) -> Transform
                 "keep one",
                 code="U557",
             )
-        own = dict(stack.layer(run.layer).named_parameters())
-        others = [dict(stack.layer(i).named_parameters()) for i in range(hole.first, hole.last + 1)]
-        _require_alike(name, run.layer, hole, own, others)
+        removed = range(hole.first, hole.last + 1)
         weights_id = f"{name}-{run.layer}"
-        for key, tensor in own.items():
-            if norms or tensor.dim() >= 2:
-                parts = [tensor.detach().float(), *(other[key].detach().to(tensor.device).float() for other in others)]
-                weights[f"{weights_id}.{key}"] = rule(key, parts, hole).to(tensor.dtype).contiguous()
+        for key, tensor, parts in _parts(stack, name, run.layer, removed, norms):
+            weights[f"{weights_id}.{key}"] = rule(key, parts, hole).to(tensor.dtype).contiguous()
         steps[hole.position - 1] = Run(run.layer, weights=weights_id, kv=run.kv, gate=run.gate)
     return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights)
 
 
+def combined(
+    model: torch.nn.Module, name: str, layer: int, shares: Mapping[int, float], stack: str | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of `layer` when its matrices become sum_j shares[j] * theta_j over layers j of the base, under the
+    weights id NAME-LAYER. Raises U556 as `merged` does."""
+    others = [index for index in shares if index != layer]
+    factors = [shares.get(layer, 0.0), *(shares[index] for index in others)]
+    made = {}
+    for key, tensor, parts in _parts(find_stack(model, stack), name, layer, others, norms=False):
+        total = sum((factor * part for factor, part in zip(factors, parts, strict=True)), torch.zeros_like(parts[0]))
+        made[f"{name}-{layer}.{key}"] = total.to(tensor.dtype).contiguous()
+    return made
+
+
+def _parts(
+    stack: Stack, name: str, layer: int, removed: Sequence[int], norms: bool
+) -> Iterator[tuple[str, torch.Tensor, list[torch.Tensor]]]:
+    """Each tensor of `layer` that is merged: its name, itself, and it and those of the removed layers in float32."""
+    own = dict(stack.layer(layer).named_parameters())
+    others = [dict(stack.layer(index).named_parameters()) for index in removed]
+    _require_alike(name, layer, removed, own, others)
+    for key, tensor in own.items():
+        if norms or tensor.dim() >= 2:
+            rest = (other[key].detach().to(tensor.device).float() for other in others)
+            yield key, tensor, [tensor.detach().float(), *rest]
+
+
 def _require_alike(
-    name: str, layer: int, hole: Hole, own: dict[str, torch.nn.Parameter], others: list[dict[str, torch.nn.Parameter]]
+    name: str,
+    layer: int,
+    removed: Sequence[int],
+    own: dict[str, torch.nn.Parameter],
+    others: list[dict[str, torch.nn.Parameter]],
 ) -> None:
-    for index, other in enumerate(others, hole.first):
+    for index, other in zip(removed, others, strict=True):
         shapes = [{key: p.shape for key, p in one.items()} for one in (own, other)]
         if shapes[0] != shapes[1]:
             raise UsageError(

@@ -226,16 +226,17 @@ _RULES = (_counting, _kv_source, _pinned, _native_sharing, _exits, _fills, _grou
 
 
 def _map_weights(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> Iterator[Finding]:
-    """A map is `weight` [hidden, hidden], `down` [rank, hidden] and `up` [hidden, rank], or `scale` [hidden]; `bias`
-    [hidden] or none; `limit` [1] or none, the norm above which a token is handed on as it is."""
+    """A map is `weight` [hidden, hidden]; or `up` [hidden, rank] with `down` [rank, hidden], `gate` [rank, hidden] (a
+    feed-forward net) or both (SwiGLU); or `scale` [hidden]. `bias` [hidden] or none; `limit` [1] or none, the norm
+    above which a token is handed on as it is."""
     size = stack.hidden
     for step in steps:
         if not isinstance(step, Map):
             continue
         weight, down, up, bias = (shapes.get(f"{step.weights}.{name}") for name in ("weight", "down", "up", "bias"))
         here = f"the map for {stack.name} layers {step.first}-{step.last}"
-        scale, limit = (shapes.get(f"{step.weights}.{name}") for name in ("scale", "limit"))
-        if weight is None and scale is None and (down is None or up is None):
+        scale, limit, gate = (shapes.get(f"{step.weights}.{name}") for name in ("scale", "limit", "gate"))
+        if weight is None and scale is None and (up is None or (down is None and gate is None)):
             yield "P112", step.first, f"{here} needs the tensor {step.weights}.weight; fit it first"
         wrong = [
             f"{step.weights}.{name} is {list(found)} instead of {list(right)}"
@@ -247,9 +248,10 @@ def _map_weights(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> I
             )
             if found is not None and found != right
         ]
-        if down is not None and up is not None and (down[1:] != (size,) or up != (size, *down[:1])):
-            pair = f"{step.weights}.down is {list(down)} and .up is {list(up)}"
-            wrong.append(f"{pair} instead of [rank, {size}] and [{size}, rank]")
+        for name, inner in (("down", down), ("gate", gate)):
+            if inner is not None and up is not None and (inner[1:] != (size,) or up != (size, *inner[:1])):
+                pair = f"{step.weights}.{name} is {list(inner)} and .up is {list(up)}"
+                wrong.append(f"{pair} instead of [rank, {size}] and [{size}, rank]")
         for what in wrong:
             yield "P113", step.first, f"{here} does not fit: {what}; fit it on this model"
 

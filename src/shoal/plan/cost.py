@@ -106,7 +106,7 @@ def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> 
 def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape, weights: Shapes) -> None:
     own = _own(step.weights, weights)
     size = sum(own.values()) or stack.hidden * (stack.hidden + 1)
-    matrices = sum(own.get(name, 0) for name in ("weight", "down", "up")) if own else stack.hidden**2
+    matrices = sum(own.get(name, 0) for name in ("weight", "gate", "down", "up")) if own else stack.hidden**2
     total.storages[f":{step.weights}"] = size
     total.written += size
     total.prefill += 2 * matrices * shape.prompt

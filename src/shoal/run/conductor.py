@@ -29,6 +29,7 @@ from shoal.plan.steps import runs, writes_kv
 from shoal.run.slots import KeysValues, PassingCache, fit_rows, prepare_views, slot_view
 
 Tensors = dict[str, torch.Tensor]
+_MAPPED = ("weight", "bias", "gate", "down", "up", "scale", "limit")
 
 
 @dataclass
@@ -248,16 +249,16 @@ class Conductor:
                 layer.gradient_checkpointing = had
 
     def _map(self, step: Map, hidden: torch.Tensor) -> torch.Tensor:
-        """y = x W^T + b, y = x + up(down(x)) + b or y = scale * x + b; x is [..., hidden]. With a limit, tokens whose
+        """y = x W^T + b, y = x + up(inner(x)) + b or y = scale * x + b; x is [..., hidden]. With a limit, tokens whose
         norm is larger are handed on as they are: an attention sink, a hundred times as long as the others, would be
         moved by more than a layer ever moves it. This asks for no position, so it holds with any cache and padding."""
-        found = (self.weights.get(f"{step.weights}.{n}") for n in ("weight", "bias", "down", "up", "scale", "limit"))
+        found = (self.weights.get(f"{step.weights}.{n}") for n in _MAPPED)
         # the layers of one model may be on several devices, and a map stands between two of them
-        weight, bias, down, up, scale, limit = (None if t is None else t.to(hidden.device) for t in found)
+        weight, bias, gate, down, up, scale, limit = (None if t is None else t.to(hidden.device) for t in found)
         if weight is not None:
             out = nn.functional.linear(hidden, weight, bias)
-        elif down is not None and up is not None:
-            out = hidden + nn.functional.linear(nn.functional.linear(hidden, down), up, bias)
+        elif up is not None:
+            out = hidden + nn.functional.linear(_inner(hidden, gate, down), up, bias)
         else:
             assert scale is not None  # check P112
             out = hidden * scale if bias is None else hidden * scale + bias
@@ -265,6 +266,17 @@ class Conductor:
             return out
         # half precision cannot hold the square of an outlier
         return torch.where(hidden.float().norm(dim=-1, keepdim=True) <= limit.float(), out, hidden)
+
+
+def _inner(hidden: torch.Tensor, gate: torch.Tensor | None, down: torch.Tensor | None) -> torch.Tensor:
+    """down(x), silu(gate(x)), or their product."""
+    down_x = None if down is None else nn.functional.linear(hidden, down)
+    gate_x = None if gate is None else nn.functional.silu(nn.functional.linear(hidden, gate))
+    if down_x is None or gate_x is None:
+        found = gate_x if down_x is None else down_x
+        assert found is not None  # check P112
+        return found
+    return gate_x * down_x
 
 
 def _argument(at: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,39 +10,34 @@ from shoal.fitting.merge import middle
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, folded_scale
 from shoal.models.stacks import find_stack
-from shoal.plan import Run, Step
-from shoal.plan.steps import PartName
+from shoal.plan import Run
+from shoal.plan.steps import PartName, layers_of
 
 
 def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, group: int = 2) -> Transformed:
-    """Let the layers `first`..`last` share matrices in groups: each child runs its parent's, the first of its group.
+    """Let the layers `first`..`last` that run share matrices in groups: each child runs its parent's, the first of its
+    group.
 
-    Without `first` and `last` these are the middle half of the stack. A child keeps its norms, and what its parent's
-    attention and mlp write for it is scaled by one number each, s = <d, r> / <d, d> over the
-    calibration tokens (each weighted by 1 / |y|^2), d what the parent's part writes on the stream as folded so far and
-    r = y - x what leads to the dense state y behind that part. Fewer stored parameters, the
-    same FLOPs and KV. `group` 1 changes nothing. Raises U559 for a range or a group that holds no two layers, and for
-    layers that the plan does not run whole, one after the other.
+    Without `first` and `last` these are the middle half of the stack. Removed layers among them stay removed. A child
+    keeps its norms, and what its parent's attention and mlp write for it is scaled by one number each, s = <d, r> / <d,
+    d> over the calibration tokens (each weighted by 1 / |y|^2), d what the parent's part writes on the stream as folded
+    so far and r = y - x what leads to the dense state y behind that part; s = 1 where that cannot be written into the
+    weights exactly, as before a norm, which the child keeps. Fewer stored parameters, the same FLOPs and KV. `group` 1
+    changes nothing. Raises U559 for a range or a group that holds no two layers, and where something else runs among
+    them than whole layers, upwards, with their own weights and KV.
 
     Source: Liu et al. 2024 (FoldGPT, arXiv 2407.00928). How we differ: scales in closed form instead of training, no
     gates (drop layers by any method first).
     """
     first, last = middle(job, first, last)
     steps = list(job.plan.steps(job.stack))
-    wanted: list[Step] = [Run(i) for i in range(first, last + 1)]
-    start = steps.index(Run(first)) if Run(first) in steps else -1
-    if group < 1 or len(wanted) < max(2, group) or start < 0 or steps[start : start + len(wanted)] != wanted:
-        raise UsageError(
-            f"no groups of {group} can be folded in layers {first} to {last}; name two or more layers that the plan "
-            f"{job.plan} runs whole, one after the other",
-            code="U559",
-        )
+    start, children = _range(job, first, last, group)
     pair = Pair(job)
     prober, weights = Prober(pair), dict(job.weights)
     fits: list[Fit] = []
     pair.prune_to(start)
-    for place, child in enumerate(range(first, last + 1)):
-        parent = child - place % group
+    for place, child in enumerate(children):
+        parent = children[place - place % group]
         if parent != child:
             own, made = _child(pair, prober, parent, child)
             weights_id = f"fold-{child}"
@@ -50,8 +45,24 @@ def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, 
             steps[start + place] = Run(parent, weights=weights_id)
             fits.append(made)
         pair.pruned.advance(steps[start + place], weights)
-        job.tell(place + 1, len(wanted), "fold groups")
+        job.tell(place + 1, len(children), "fold groups")
     return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))
+
+
+def _range(job: Job, first: int, last: int, group: int) -> tuple[int, list[int]]:
+    """The position of the first step that belongs to the layers first..last, and the layers that these steps run."""
+    steps = job.plan.steps(job.stack)
+    places = [n for n, step in enumerate(steps) if any(first <= layer <= last for layer in layers_of(step))]
+    children = [layer for n in places for layer in layers_of(steps[n])]
+    whole = [steps[n] for n in places] == [Run(layer) for layer in children]
+    together = not places or places == list(range(places[0], places[-1] + 1))
+    if group < 1 or len(children) < max(2, group) or not whole or not together or children != sorted(set(children)):
+        raise UsageError(
+            f"no groups of {group} can be folded in layers {first} to {last}; name two or more layers that the plan "
+            f"{job.plan} runs whole, one after the other",
+            code="U559",
+        )
+    return places[0], children
 
 
 def _child(pair: Pair, prober: Prober, parent: int, child: int) -> tuple[dict[str, torch.Tensor], Fit]:
@@ -65,14 +76,8 @@ def _child(pair: Pair, prober: Prober, parent: int, child: int) -> tuple[dict[st
     scales, start, error = [], list(pair.pruned.states), (0.0, 0.0)
     for part in ("attention", "mlp"):
         writers = prober.writers(parent, part)
-        if not writers:
-            raise UsageError(
-                f"what the {part} of layer {parent} writes cannot be scaled exactly, so {child} cannot share it; "
-                "leave these layers out",
-                code="U559",
-            )
-        scale, error = _scale(pair, Run(parent, part, "fold"), own, Run(child, part))
-        scales.append(f"{scale:.4g}")
+        scale, error = _scale(pair, Run(parent, part, "fold"), own, Run(child, part), free=bool(writers))
+        scales.append(f"{scale:.4g}" if writers else "1 (a norm is behind)")
         own |= folded_scale(layer, writers, torch.full((start[0].shape[-1],), scale))
         pair.pruned.advance(Run(parent, part, "fold"), {f"fold.{n}": t for n, t in own.items()})
         pair.dense.advance(Run(child, part))
@@ -81,9 +86,11 @@ def _child(pair: Pair, prober: Prober, parent: int, child: int) -> tuple[dict[st
     return own, Fit(str(child), *error, note=f"scales of attention and mlp {', '.join(scales)}; errors behind the mlp")
 
 
-def _scale(pair: Pair, run: Run, own: dict[str, torch.Tensor], dense: Run) -> tuple[float, tuple[float, float]]:
-    """The factor of what `run` adds that brings the stream nearest to the dense one behind `dense`, and the relative
-    errors without and with it."""
+def _scale(
+    pair: Pair, run: Run, own: dict[str, torch.Tensor], dense: Run, *, free: bool
+) -> tuple[float, tuple[float, float]]:
+    """The factor of what `run` adds that brings the stream nearest to the dense one behind `dense`, 1 unless it is
+    free, and the relative errors of adding nothing and of adding it."""
     part: PartName = run.part
     assert part != "layer"
     dd = dr = rr = torch.zeros((), dtype=torch.float64)
@@ -97,5 +104,5 @@ def _scale(pair: Pair, run: Run, own: dict[str, torch.Tensor], dense: Run) -> tu
             wanted = (y - x) * weight
             dd, dr, rr = dd + (added**2).sum(), dr + (added * wanted).sum(), rr + (wanted**2).sum()
             count += added.numel()
-    scale = float(dr / dd) if float(dd) else 1.0
+    scale = float(dr / dd) if free and float(dd) else 1.0
     return scale, (float(rr) / count, float(rr - 2 * scale * dr + scale**2 * dd) / count)

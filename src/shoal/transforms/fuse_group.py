@@ -9,9 +9,9 @@ import torch
 from shoal.errors import UsageError
 from shoal.fitting.holes import Hole, Pair, find_holes
 from shoal.fitting.result import Fit, Job, Transformed
+from shoal.fitting.train import frozen, train
 from shoal.models.stacks import find_stack
 from shoal.plan import Run, Step
-from shoal.run.walk import still
 
 Tensors = dict[str, torch.Tensor]
 
@@ -24,7 +24,8 @@ def fuse_group(
     In each of these layers every matrix becomes W + B A + sum_j (C_j D_j) * W_j: W frozen, W_j the matrix of the j-th
     removed layer, frozen, times a coefficient for each element of the given rank (* elementwise), B A an update of
     that rank. B and C start at zero, so that training starts from dropping. Adam on mean |f(x) - y|^2 / |y|^2, x the
-    states of the pruned model before the group, y the dense ones behind it, without the first `skip_first` tokens.
+    states of the pruned model before the group, y the dense ones behind it, without the first `skip_first` tokens. A
+    quarter of the sequences is held back and says after which epoch it is best; the start counts as one.
     The result is folded into dense matrices of the same shapes: no cost at run time, a stock checkpoint holds it.
     `epochs` 0 is dropping, bit for bit. Raises U556 when a neighbour has other matrices than a removed layer, U557 when
     the span has no neighbour that runs whole.
@@ -49,7 +50,8 @@ def fuse_group(
         pair.prune_to(start)
         behind = group[-1].layer + 1 if places.stop > hole.position else hole.last + 1
         pair.dense_to(behind)
-        tensors, fit = _fused(pair, group, hole, rank=rank, epochs=epochs, rate=rate)
+        with frozen(pair.walk.model):
+            tensors, fit = _fused(pair, group, hole, rank=rank, epochs=epochs, rate=rate)
         fits.append(fit)
         weights |= tensors
         for place, run in zip(places, group, strict=True):
@@ -106,26 +108,21 @@ def _fused(pair: Pair, group: list[Run], hole: Hole, *, rank: int, epochs: int, 
                 )
             old, others = tensor.detach(), [one[name].detach() for one in removed]
             updates[f"{_id(run)}.{name}"] = _Update(old, others, rank, generator)
-    fitted = [n for n in range(len(pair.kept)) if n not in pair.held]
-    before, held_before = _errors(pair, group, updates)
+    done = train(
+        [leaf for update in updates.values() for leaf in (update.left, update.right)],
+        lambda number: _loss(pair, group, updates, number),
+        [n for n in range(len(pair.kept)) if n not in pair.held],
+        sorted(pair.held),
+        epochs=epochs,
+        rate=rate,
+        seed=pair.job.seed,
+    )
+    note = f"{epochs} epochs, relative errors" if epochs else "not trained"
+    fit = Fit(str(hole), done.before, done.after, done.held_before, done.held_after, note)
     if not epochs:
-        return {}, Fit(str(hole), before, before, held_before, held_before, "not trained")
-    learned = [p for u in updates.values() for p in (u.left, u.right)]
-    optimiser = torch.optim.Adam(learned, lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(fitted))
-    for _ in range(epochs):
-        for number in torch.randperm(len(fitted), generator=generator).tolist():
-            with still(pair.walk.model), torch.enable_grad():
-                loss = _loss(pair, group, updates, fitted[number])
-            # not backward(): that would leave gradients on the user's own norms
-            for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
-                parameter.grad = gradient
-            optimiser.step()
-            schedule.step()
-    after, held_after = _errors(pair, group, updates)
+        return {}, fit
     with torch.no_grad():
-        tensors = {name: update.matrix().contiguous() for name, update in updates.items()}
-    return tensors, Fit(str(hole), before, after, held_before, held_after, f"{epochs} epochs, relative errors")
+        return {name: update.matrix().contiguous() for name, update in updates.items()}, fit
 
 
 def _loss(pair: Pair, group: list[Run], updates: dict[str, _Update], number: int) -> torch.Tensor:
@@ -138,11 +135,3 @@ def _loss(pair: Pair, group: list[Run], updates: dict[str, _Update], number: int
     keep = pair.kept[number]
     out, target = stream.states[number][keep].float(), pair.dense.states[number][keep].float()
     return ((out - target).square().sum(-1) / target.square().sum(-1)).mean() / out.shape[-1]
-
-
-def _errors(pair: Pair, group: list[Run], updates: dict[str, _Update]) -> tuple[float, float | None]:
-    """The mean loss over the batches that are fitted, and over those held back."""
-    with still(pair.walk.model), torch.no_grad():
-        losses = {n: float(_loss(pair, group, updates, n)) for n in range(len(pair.kept))}
-    held = [losses.pop(n) for n in sorted(pair.held)]
-    return sum(losses.values()) / len(losses), sum(held) / len(held) if held else None

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shoal.errors import UsageError
 from shoal.fitting.merge import middle
 from shoal.fitting.result import Job, Transformed
 from shoal.plan import Parallel, Run, Step
+from shoal.plan.steps import PartName
 
 
-def parallel_pairs(job: Job, *, first: int | None = None, last: int | None = None, group: int = 2) -> Transformed:
+def parallel_pairs(
+    job: Job, *, first: int | None = None, last: int | None = None, group: int = 2, bypass: bool = False
+) -> Transformed:
     """Let the layers `first`..`last` that run run in groups on one input: y = x + sum_j (F_j(x) - x).
 
-    Without `first` and `last` these are the middle half of the stack. Consecutive whole layers are taken `group` at a
-    time, in order; what is left over stays as it is. Every layer keeps its weights and its KV and runs once, so
-    parameters, FLOPs and KV are those of the plan: what shrinks is the number of steps one after the other. `group` 1
-    changes nothing. Raises U559 for a range in which no group fits.
+    With `bypass` the attentions of a group read one input and then its mlps one that holds what all of these wrote,
+    each counted once: h = x + sum_j A_j(x), y = h + sum_j M_j(h). Without `first` and `last` these are the middle half
+    of the stack. Consecutive whole layers are taken `group` at a time, in order; what is left over stays as it is.
+    Every layer keeps its weights and its KV and runs once, so parameters, FLOPs and KV are those of the plan: what
+    shrinks is the number of steps one after the other. `group` 1 changes nothing. Raises U559 for a range in which no
+    group fits.
 
-    Source: Zou et al. 2024 (CQIL, arXiv 2404.06709). How we differ: no bypass (layer j's mlp does not see the other
-    branches' attention), as a plan runs whole layers; the released code adds bypassed states in place, counting them
-    twice.
+    Source: Zou et al. 2024 (CQIL, arXiv 2404.06709). How we differ: the paper's bypass hands layer j's mlp the
+    attention outputs of the layers before it in the group, here of all layers in it, as a step of a plan has one input;
+    the released code adds bypassed states in place, counting them twice.
     """
     first, last = middle(job, first, last)
     if group < 1 or first > last or group > last - first + 1:
@@ -33,9 +40,18 @@ def parallel_pairs(job: Job, *, first: int | None = None, last: int | None = Non
         if fits and isinstance(step, Run):
             waiting.append(step)
             if len(waiting) == group:
-                steps += waiting if group == 1 else [Parallel(tuple(waiting))]
+                steps += _together(waiting, bypass)
                 waiting = []
         else:
             steps += [*waiting, step]
             waiting = []
     return Transformed(job.plan.with_steps((*steps, *waiting), job.stack), job.weights)
+
+
+def _together(waiting: list[Run], bypass: bool) -> list[Step]:
+    if len(waiting) == 1:
+        return [*waiting]
+    if not bypass:
+        return [Parallel(tuple(waiting))]
+    parts: tuple[PartName, ...] = ("attention", "mlp")
+    return [Parallel(tuple(replace(run, part=part) for run in waiting)) for part in parts]

@@ -1,0 +1,44 @@
+"""Hierarchical Skip Decoding as a static preset: every second layer, then every second one of what is left."""
+
+from __future__ import annotations
+
+import math
+
+from shoal.errors import UsageError
+from shoal.methods._task import Task
+from shoal.plan import drop as drop_layers
+from shoal.scores import Candidate, Found
+
+READS_DATA = False
+
+
+def hsd(task: Task, *, drop: int) -> Found:
+    """Remove layers level by level, without looking at data; the first and the last layer stay.
+
+    A level takes every second of the layers that are left between them, the deepest first, and the next level begins
+    when it is done. So a plan with more removed lacks all that one with fewer lacks, and a text that begins with the
+    one may go on with the other: no layer runs whose keys and values of earlier tokens were never stored.
+    Source: Zhu et al. 2024 (HSD, arXiv 2403.14919), unverified: the formula from position to layers is not known to us,
+    only that it is a hierarchy over the length of the text. How we differ: one plan for all positions. Raises U504 when
+    fewer than 2 layers would be left.
+    """
+    layers = sorted(set(task.plan.layers(task.stack)))
+    if not 1 <= drop <= len(layers) - 2:
+        raise UsageError(
+            f"cannot remove {drop} of {len(layers)} layers between the first and the last; remove 1 to "
+            f"{len(layers) - 2}",
+            code="U504",
+        )
+    smaller = drop_layers(task.plan, _hierarchy(layers[1:-1])[:drop], stack=task.stack)
+    if not task.legal(smaller):
+        raise UsageError(f"the plan {smaller} is not legal; choose another number of layers", code="U504")
+    return Found(smaller, (Candidate(str(smaller), math.nan, f"the first {drop} layers of the hierarchy removed"),))
+
+
+def _hierarchy(left: list[int]) -> list[int]:
+    """All of `left` in the order in which they go."""
+    order: list[int] = []
+    while len(left) > 1:
+        order += left[1::2][::-1]
+        left = left[::2]
+    return order + left

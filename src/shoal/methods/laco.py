@@ -1,0 +1,91 @@
+"""LaCo: windows of layers collapse into their first one, from the top down, while the output stays what it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from shoal.errors import UsageError
+from shoal.fitting.collapse import Collapsed, Likeness
+from shoal.fitting.result import Job
+from shoal.methods._task import Task
+from shoal.plan import drop as drop_layers
+from shoal.scores import Candidate, Found, too_few
+
+
+def laco(
+    task: Task,
+    *,
+    drop: int,
+    group: int = 4,
+    interval: int = 2,
+    low: int = 1,
+    threshold: float | None = None,
+    sequences: int = 4,
+) -> Found:
+    """Collapse windows of `group` layers into their first where the final hidden state turns little, from the top down.
+
+    theta_l <- theta_l + sum_k (theta_(l+k) - theta_l) over the k = 1..group-1 layers behind it as they are by then, so
+    that windows may overlap; norms and biases are l's own. A window is merged where s = mean over sequences of cos(h,
+    h') reaches `threshold`, h and h' [length * hidden] the final states of the dense model and of the merged one; then
+    the window goes down by `interval`, else by one, as far as layer `low`. `sequences` of the calibration text are
+    compared. The last window takes in no more layers than are still to go. Without a threshold it is the highest that
+    gets there: after each pass it falls to the best s refused, and by 0.01 at least.
+    Source: Yang et al. 2024 (LaCo, arXiv 2402.11187). How we differ: the paper's formula, where the released notebooks
+    put the window's last layer in its place (the transform `laco-notebook`); the threshold is found from the number of
+    layers. Raises U504 when not enough windows may go, U558 for windows that cannot be.
+    """
+    if group < 2 or interval < 1 or low < 0 or sequences < 1:
+        raise UsageError(
+            f"laco cannot merge windows of {group} layers, {interval} apart, down to layer {low}, on {sequences} "
+            "sequences; give 2, 1, 0 and 1 or more",
+            code="U558",
+        )
+    job = Job(task.model, task.data, task.plan, stack=task.stack, batch=task.batch)
+    trace: list[Candidate] = []
+    alike = _judge(task, job, Likeness(job, sequences), drop, trace)
+    limit = math.inf if threshold is None else threshold
+    while True:
+        state, refused = _collapse(task, alike, drop, group, interval, low, limit)
+        if len(state.gone) == drop:
+            made = state.transformed(job, "laco")
+            return Found(made.plan, tuple(trace), weights=made.weights)
+        if threshold is not None or refused == -math.inf:
+            raise too_few(len(state.gone), drop)
+        limit = min(refused, limit - 0.01)
+
+
+def _collapse(
+    task: Task, alike: Callable[[Collapsed], float], drop: int, group: int, interval: int, low: int, limit: float
+) -> tuple[Collapsed, float]:
+    """One pass from the top down: what is left, and the best similarity that was refused, -inf for none."""
+    state, refused = Collapsed(tuple(sorted(set(task.plan.layers(task.stack))))), -math.inf
+    place = len(state.alive)
+    while (count := min(group - 1, drop - len(state.gone))) > 0:
+        place = min(place, len(state.alive) - count - 1)
+        if place < low:
+            break
+        trial = state.merged(place, count)
+        found = alike(trial)
+        if found >= limit:
+            state, place = trial, place - interval
+        else:
+            refused, place = max(refused, found), place - 1
+    return state, refused
+
+
+def _judge(task: Task, job: Job, likeness: Likeness, drop: int, trace: list[Candidate]) -> Callable[[Collapsed], float]:
+    """The similarity of a state, computed once, -inf where its plan is not legal."""
+    known: dict[str, float] = {}
+
+    def alike(state: Collapsed) -> float:
+        key = repr((state.alive, sorted((layer, sorted(own.items())) for layer, own in state.shares.items())))
+        if key not in known:
+            plain = drop_layers(task.plan, state.gone, stack=task.stack)
+            known[key] = likeness.of_collapsed(state, "laco") if task.legal(plain) else -math.inf
+            trace.append(Candidate(str(plain), 1 - known[key], f"{len(state.gone)} layers merged, 1 - cosine"))
+            if task.progress is not None:
+                task.progress(len(state.gone), drop, "layers merged")
+        return known[key]
+
+    return alike
