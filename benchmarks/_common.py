@@ -32,6 +32,7 @@ def options(description: str | None, *, pairs: int) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2", help="what shoal.load takes (default: %(default)s)")
     parser.add_argument("--threads", type=_positive, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator torch finds, else the CPU)")
+    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: as shoal.load has it)")
     return parser
 
 
@@ -46,7 +47,7 @@ def opened(args: argparse.Namespace) -> Loaded:
     """The model of --model on --device, with torch held to --threads."""
     torch.set_num_threads(args.threads)
     hide_own_bars()
-    return load(args.model, device=args.device)
+    return load(args.model, device=args.device, dtype=args.dtype)
 
 
 def say(text: str) -> None:
