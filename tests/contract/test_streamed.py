@@ -16,19 +16,30 @@ import torch
 from typer.testing import CliRunner
 
 from shoal.api.find import measure, prune
+from shoal.api.journal import Journaled, journaled
 from shoal.cli import app
 from shoal.errors import ModelError, UsageError
+from shoal.evaluation import layer_major_loss
+from shoal.evaluation.layer_major_loss import LayerMajorLoss
+from shoal.evaluation.plan_loss import PlanLoss
 from shoal.models import streamed as streamed_module
+from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load
 from shoal.models.stacks import find_stack
 from shoal.models.streamed import held, is_streamed
+from shoal.plan import Plan, drop, parse_plan
 from shoal.run.layer_major import LayerMajor
 from shoal.run.live import running
 from shoal.run.observe import observe
+from shoal.search.greedy import greedy
 
 from .families import FAMILIES, tiny
+from .planted import random_data
 from .test_api import model_folder
+from .test_fast import CARRIES_MORE, DATA, candidates
 
+EVERY_DAY = {"bloom", "deepseek_v3", "gemma3n_text", "gpt2", "jamba", "llama"}
+SOME = [pytest.param(name, marks=[] if name in EVERY_DAY else pytest.mark.slow) for name in sorted(FAMILIES)]
 ASKED: dict[str, Any] = {"length": 24, "limit": 6, "batch": 4}
 IDS = torch.randint(3, 60, (5, 12), generator=torch.Generator().manual_seed(0))
 MEASURES = {
@@ -77,7 +88,7 @@ def same(a: dict[tuple[int, int], list[torch.Tensor]], b: dict[tuple[int, int], 
     return a.keys() == b.keys() and all(torch.equal(p, q) for key in a for p, q in zip(a[key], b[key], strict=True))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", SOME)
 def test_layer_by_layer_makes_the_states_that_the_stock_forward_makes(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +161,50 @@ def test_states_that_fit_nowhere_are_one_sentence_and_a_disk_is_enough(loaded: L
 def test_a_streamed_model_is_pruned_to_the_same_plan(method: str, loaded: Loaded, streamed: Loaded) -> None:
     one, other = (prune(model, method=method, drop=2, **ASKED) for model in (loaded, streamed))
     assert str(one.plan) == str(other.plan) and one.to_dict() == other.to_dict()
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_losses_layer_by_layer_are_those_of_the_running_plans(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(family, "eager").eval()
+    plans = candidates(model)
+    exact = PlanLoss(model, DATA, batch=2, share=False)
+    monkeypatch.setattr(layer_major_loss, "is_streamed", lambda _: True)
+    loss = LayerMajorLoss(exact, memory=4096)
+    taken = loss.takes(plans)
+    assert taken or family in CARRIES_MORE
+    if taken:
+        plans.append(parse_plan("0x2,1,3", plans[0]))
+        assert loss(plans, exact.batches) == [exact(plan) for plan in plans]
+    assert not loss.takes([parse_plan("0,2,1,3", plans[0])])
+
+
+def test_a_search_reads_each_layer_once_a_round(
+    loaded: Loaded, streamed: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: Counter[str] = Counter()
+    fetch = accelerate.utils.offload.OffloadedWeightsLoader.__getitem__
+
+    def counted(self: Any, key: str) -> torch.Tensor:
+        reads[key] += 1
+        return fetch(self, key)
+
+    plan = Plan.identity(inspect(streamed.model))
+    text = random_data(6, 20)
+    found = {}
+    for name, model in (("streamed", streamed.model), ("in memory", loaded.model)):
+        objective = journaled(model, plan, path=tmp_path / name, batch=2)(text)
+        assert isinstance(objective, Journaled)
+        if name == "streamed":
+            objective.race([drop(plan, [0]), drop(plan, [1])])  # also tries whether layer by layer is exact
+            monkeypatch.setattr(accelerate.utils.offload.OffloadedWeightsLoader, "__getitem__", counted)
+        found[name] = greedy(plan, objective=objective, legal=lambda _: True, drop=2).plan, objective.known
+    assert found["streamed"][0] == found["in memory"][0]
+    common = found["streamed"][1].keys() & found["in memory"][1].keys()
+    assert len(common) >= 2 and all(found["streamed"][1][key] == found["in memory"][1][key] for key in common)
+    # two rounds, the second without what went in the first; the first layer once more for the head of each
+    times = {int(key.split(".")[2]): n for key, n in reads.items() if ".layers." in key}
+    (gone,) = (layer for layer, n in times.items() if n == 1)
+    assert gone in found["streamed"][0].dropped() and times | {gone: 2} == dict.fromkeys(range(1, 5), 2) | {0: 4}
 
 
 def test_the_verbs_stream(folder: Path, loaded: Loaded, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ The batches wait at a layer as hidden states, in memory up to a share of what is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
@@ -14,10 +15,13 @@ from torch import nn
 from shoal.errors import UsageError
 from shoal.models.stacks import Stack
 from shoal.models.streamed import held
-from shoal.plan import Run
+from shoal.plan import Run, Step
 from shoal.run.observe import Turn
 from shoal.run.states import States
 from shoal.run.walk import Walk
+
+Path = tuple[tuple[Step, ...], ...]
+"""For each layer of the stack the steps that run there, each a run of this very layer; none where it is left out."""
 
 
 class LayerMajor:
@@ -38,7 +42,7 @@ class LayerMajor:
         self._stream = walk.stream()
         self._states = States(walk.starts[0].device, memory=memory)
         for number, state in enumerate(self._stream.states):
-            self._states.put((0, number), state)
+            self._states.put(((), number), state)
         self._stream.states[:] = [torch.empty(0)] * len(self.rows)
         _let_go(walk)
 
@@ -46,39 +50,63 @@ class LayerMajor:
         """The batches as they were cut."""
         return iter(self.rows)
 
-    @torch.no_grad()
     def run(self, turn: Turn, report: Callable[[int], None] | None = None) -> None:
         """Run every layer once, in order, on all batches; `turn` is called before each run of a layer, `report` with
         the number of layers that are done.
 
         What the layers make equals bit for bit what the stock forward makes: they are the same calls in another order.
-        Hooks on the layers see them. Evaluation mode is the caller's business.
+        Hooks on the layers see them. Evaluation mode is the caller's business. Raises U576 for states that fit nowhere.
         """
-        firsts = list(accumulate((len(ids) for ids, _ in self.rows), initial=0))
         try:
-            for index in range(self.stack.depth):
-                with held(self.stack.layer(index)):
-                    for number, (ids, mask) in enumerate(self.rows):
-                        turn(ids, mask, firsts[number])
-                        self._advance(index, number)
-                if report is not None:
-                    report(index + 1)
+            self.along([tuple((Run(index),) for index in range(self.stack.depth))], turn=turn, report=report)
         finally:
-            self._states.close()
+            self.close()
 
-    def _advance(self, index: int, number: int) -> None:
-        states, stream = self._states, self._stream
-        state = states.get((index, number))
+    @torch.no_grad()
+    def along(
+        self, paths: Sequence[Path], *, turn: Turn | None = None, report: Callable[[int], None] | None = None
+    ) -> None:
+        """Take all batches along each path; what paths have in common runs once. Then `state` has their ends."""
+        firsts = list(accumulate((len(ids) for ids, _ in self.rows), initial=0))
+        here: list[tuple[Step, ...]] = [()] * len(paths)
+        for index in range(self.stack.depth):
+            moves = dict.fromkeys((old, path[index]) for old, path in zip(here, paths, strict=True) if path[index])
+            there = [old + path[index] for old, path in zip(here, paths, strict=True)]
+            gone = set(here) - set(there)
+            with held(self.stack.layer(index)) if moves else nullcontext():
+                for number, (ids, mask) in enumerate(self.rows):
+                    for before, steps in moves:
+                        if turn is not None:
+                            turn(ids, mask, firsts[number])
+                        self._move(before, steps, number)
+                    for before in gone:
+                        self._states.forget((before, number))
+            here = there
+            if report is not None:
+                report(index + 1)
+
+    def state(self, steps: tuple[Step, ...], number: int) -> torch.Tensor:
+        """The hidden state of batch `number` behind these steps. Raises U576 when there was no place for it."""
+        state = self._states.get((steps, number))
         if state is None:
             raise UsageError(
                 f"the hidden states of {len(self.rows)} batches fit neither into memory nor into the temporary folder; "
                 "use fewer or shorter sequences, or set TMPDIR to a larger disk",
                 code="U576",
             )
-        states.forget((index, number))
-        stream.states[number] = state
-        states.put((index + 1, number), stream.run(number, Run(index)))
-        stream.states[number] = torch.empty(0)
+        return state
+
+    def close(self) -> None:
+        """Forget the hidden states."""
+        self._states.close()
+
+    def _move(self, before: tuple[Step, ...], steps: tuple[Step, ...], number: int) -> None:
+        state = self.state(before, number)
+        for step in steps:
+            self._stream.states[number] = state
+            state = self._stream.run(number, step)
+        self._stream.states[number] = torch.empty(0)
+        self._states.put((before + steps, number), state)
 
 
 def _let_go(walk: Walk) -> None:
