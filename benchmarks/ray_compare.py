@@ -85,7 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="Ray workers (default: %(default)s)")
     parser.add_argument("--methods", default=",".join(METHODS), help="parted by commas (default: %(default)s)")
     parser.add_argument("--budgets", default="layers=0.9,0.8", help="UNIT=SHARE,SHARE (default: %(default)s)")
-    parser.add_argument("--sequences", type=int, default=8, help="calibration sequences (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=4, help="calibration sequences (default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens in each (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=8, help="test windows (default: %(default)s)")
     parser.add_argument("--window", type=int, default=256, help="tokens in each (default: %(default)s)")

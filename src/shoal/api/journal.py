@@ -11,6 +11,7 @@ from typing import Any
 
 from shoal.data import Data
 from shoal.errors import DataError
+from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import Memo, PlanLoss
 from shoal.evaluation.race import LEVEL, race
 from shoal.evaluation.scoring import sequence_nll
@@ -51,7 +52,7 @@ def journaled(
         require_causal(model, "a search by cross-entropy")
         known, lost = _open(path, model, identity, data, batch) if path is not None else ({}, {})
         loss = PlanLoss(model, data, batch=batch, memory=memory, share=share, memo=memo)
-        return Journaled(loss, path, known, lost, seed)
+        return Journaled(loss, path, known, lost, seed, memory=memory)
 
     return on
 
@@ -60,9 +61,17 @@ class Journaled:
     """An objective that remembers: whole values by plan, and which plans were dropped in which race."""
 
     def __init__(
-        self, loss: PlanLoss, path: Path | None, known: dict[str, float], lost: dict[str, set[str]], seed: int = 0
+        self,
+        loss: PlanLoss,
+        path: Path | None,
+        known: dict[str, float],
+        lost: dict[str, set[str]],
+        seed: int = 0,
+        *,
+        memory: int | None = None,
     ) -> None:
         self.loss, self.path, self.known, self.lost, self.seed = loss, path, known, lost, seed
+        self.by_layer = LayerMajorLoss(loss, memory=memory)
 
     def __call__(self, plan: Plan) -> float:
         """Nats per token on all the data."""
@@ -76,10 +85,13 @@ class Journaled:
     ) -> list[float | None]:
         """The value of each plan, None for one that `keep` others beat (see `shoal.evaluation.race`).
 
+        Of a model whose layers lie in files all are evaluated, layer by layer (`LayerMajorLoss`), and none is dropped.
         What was dropped has no value in the journal: it is noted as lost in this very race, the same plans with the
         same settings, and is not run again when the race is.
         """
         keys = [str(plan) for plan in plans]
+        if self.by_layer.takes(plans):
+            return self._layer_by_layer(plans, keys, report)
         facts = [sorted(keys), keep, LEVEL, self.seed, len(self.loss.batches)]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         lost = self.lost.setdefault(name, set())
@@ -103,6 +115,17 @@ class Journaled:
             if value is not None:
                 self._learn(str(plan), value)
         return [None if key in lost else self.known[key] for key in keys]
+
+    def _layer_by_layer(
+        self, plans: Sequence[Plan], keys: Sequence[str], report: Callable[[int], None] | None
+    ) -> list[float | None]:
+        new = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in self.known}
+        done, depth = len(plans) - len(new), self.by_layer.stack.depth
+        told = None if report is None else lambda layers: report(done + len(new) * layers // depth)
+        losses = self.by_layer(list(new.values()), self.loss.batches, told) if new else []
+        for key, value in zip(new, losses, strict=True):
+            self._learn(key, value)
+        return [self.known[key] for key in keys]
 
     def _learn(self, key: str, value: float) -> None:
         self.known[key] = value

@@ -8,11 +8,14 @@ from typing import Any
 from shoal._version import __version__
 from shoal.api.find import Pruned
 from shoal.evaluation import Progress, Spread
+from shoal.models.stacks import find_stack
+from shoal.models.streamed import is_streamed
 from shoal.plan import Cost, Plan
 from shoal.record import Record, command_line, environment
 from shoal.report import render
 from shoal.writing.folder import Written, write
 from shoal.writing.proof import Proof
+from shoal.writing.stream import Streamed, stream
 
 
 def publish(
@@ -25,8 +28,12 @@ def publish(
     config: str | None = None,
     seed: int | None = None,
     progress: Progress | None = None,
-) -> Written:
-    """Write `pruned` to the folder `output` with its records, model card and page, proved first (see `shoal.write`)."""
+) -> Written | Streamed:
+    """Write `pruned` to the folder `output` with its records, model card and page, proved first (see `shoal.write`).
+
+    A model whose layers were left in their files is written from file to file, without a page (see
+    `shoal.writing.stream`).
+    """
     command = command_line()
     record = Record(
         "prune",
@@ -36,20 +43,25 @@ def publish(
         seed=seed,
         command=command,
     )
+    options: dict[str, Any] = {
+        "zero_parts": zero_parts,
+        "overwrite": overwrite,
+        "shard_size": shard_size,
+        "records": [record.to_dict()],
+        "card": [*cost_rows(pruned), *quality_rows(pruned), *flat_speed_rows(pruned)],
+        "command": " ".join(command),
+        "config": config,
+        "progress": progress,
+    }
+    if is_streamed(find_stack(pruned.loaded.model)) and not pruned.found.weights:
+        return stream(pruned.loaded.folder or pruned.loaded.source, pruned.plan, output, **options)
     return write(
         pruned.loaded,
         pruned.plan,
         output,
         weights=pruned.found.weights,
-        zero_parts=zero_parts,
-        overwrite=overwrite,
-        shard_size=shard_size,
-        records=[record.to_dict()],
         page=lambda proof: render(page_data(pruned, proof, " ".join(command), record.time)),
-        card=[*cost_rows(pruned), *quality_rows(pruned), *flat_speed_rows(pruned)],
-        command=" ".join(command),
-        config=config,
-        progress=progress,
+        **options,
     )
 
 

@@ -71,6 +71,9 @@ Then = Annotated[
 SavePlan = Annotated[
     Path | None, typer.Option("--save-plan", help="Folder for plan.json and its weights; --plan takes it.")
 ]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Leave the layers in their files and read each when it runs: any size fits.")
+]
 StackName = Annotated[
     str | None, typer.Option("--stack", help="encoder, decoder, vision, text (default: the decoder, or the first).")
 ]
@@ -193,9 +196,12 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def loading(device: str | None, dtype: str | None, trust_remote_code: bool = False) -> dict[str, Any]:
+def loading(
+    device: str | None, dtype: str | None, trust_remote_code: bool = False, stream: bool = False
+) -> dict[str, Any]:
     """Options for `shoal.load`."""
-    return {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    asked = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    return asked | ({"stream": True} if stream else {})
 
 
 def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -> Any:

@@ -23,6 +23,7 @@ from shoal.cli._shared import (
     Seed,
     Settings,
     StackName,
+    Stream,
     Stride,
     Trust,
     config_text,
@@ -57,6 +58,7 @@ def measure(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the scores with their errors into this .svg file.")
     ] = None,
+    stream: Stream = False,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -77,7 +79,7 @@ def measure(
     with progress_bars(quiet) as progress:
         found = measure_several(
             model, measure, data=data, settings=options, lowest=lowest, stability=enough, progress=progress,
-            load=loading(device, dtype, trust_remote_code), length=length, limit=limit, stride=stride, bos=bos,
+            load=loading(device, dtype, trust_remote_code, stream), length=length, limit=limit, stride=stride, bos=bos,
             batch=batch, stack=stack,
         )  # fmt: skip
     if plot is not None:

@@ -27,6 +27,7 @@ from shoal.cli._shared import (
     Seed,
     Settings,
     StackName,
+    Stream,
     Stride,
     Then,
     Trust,
@@ -75,7 +76,9 @@ def prune(
     ] = False,
     assess: Annotated[
         bool | None,
-        typer.Option("--assess/--no-assess", help="Evaluate and time dense against pruned (default: causal models)."),
+        typer.Option(
+            "--assess/--no-assess", help="Evaluate and time dense against pruned (default: causal models in memory)."
+        ),
     ] = None,
     test_data: Annotated[
         str, typer.Option("--test-data", help="Text for the evaluation (its test split).")
@@ -86,6 +89,7 @@ def prune(
     state_memory: Annotated[
         int | None, typer.Option("--state-memory", min=0, help="MB of hidden states held; beyond it they go to disk.")
     ] = None,
+    stream: Stream = False,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -112,7 +116,7 @@ def prune(
     if output is not None:
         refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress, _how_to_go_on(journal):
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, stream))
         pruned = run(
             loaded,
             method=method,
@@ -135,7 +139,7 @@ def prune(
             zero_parts=zero_parts,
             journal=journal,
             memory=None if state_memory is None else state_memory << 20,
-            assess=is_causal(loaded.model) if assess is None else assess,
+            assess=is_causal(loaded.model) and not stream if assess is None else assess,
             test_data=test_data,
             progress=progress,
         )
@@ -219,7 +223,8 @@ def pruned_text(pruned: Any, written: Any) -> str:
     if pruned.price is not None:
         lines.append(_price(pruned.price))
     if written is not None:
-        lines.append(f"proved and written to {written.folder}; the page: {written.folder / 'report.html'}")
+        page = written.folder / "report.html"
+        lines.append(f"proved and written to {written.folder}" + (f"; the page: {page}" if page.exists() else ""))
     return "\n".join(lines)
 
 

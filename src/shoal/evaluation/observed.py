@@ -49,7 +49,8 @@ def observe_tokens(
 ) -> Seen:
     """Sum `statistic` over the tokens of each sequence, without padding and the first `skip_first`, or the `last` only.
 
-    `what` names the measure in progress and errors. Only `span` inputs are held at a time. Raises U503 when the span
+    `what` names the measure in progress and errors. Only `span` inputs are held at a time (of all
+    batches, where layers are read from files one after the other). Raises U503 when the span
     does not fit, U508 when `skip_first` leaves no token, U507 for spans or parts while a plan is running.
     """
     found = find_stack(model, stack)
@@ -62,17 +63,20 @@ def observe_tokens(
     sums = torch.zeros(starts, 2, len(data), dtype=torch.float64)
     passes = torch.zeros(starts, len(data), dtype=torch.float64)
     counts = torch.zeros(len(data), dtype=torch.int64)
-    inputs: dict[int, torch.Tensor] = {}
+    inputs: dict[tuple[int, int], torch.Tensor] = {}
     keep = torch.ones(1, 1, dtype=torch.bool)
     rows = slice(0, 0)
 
-    def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def turn(ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> None:
         nonlocal keep, rows
         keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
         keep = keep & (keep.cumsum(-1) > skip_first)
         if last:
             keep = keep & (keep.flip(-1).cumsum(-1).flip(-1) == 1)
-        rows = slice(rows.stop, rows.stop + len(ids))
+        rows = slice(first, first + len(ids))
+
+    def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        turn(ids, mask, rows.stop)
         counts[rows] = keep.sum(-1)
         if progress is not None:
             progress(rows.stop, len(data), what)
@@ -81,16 +85,16 @@ def observe_tokens(
         start = index - span + 1
         if span > 1:
             if index < starts:
-                inputs[index] = x
+                inputs[index, rows.start] = x
             if start < 0:
                 return
-            x = inputs.pop(start).to(y.device)
+            x = inputs.pop((start, rows.start)).to(y.device)
         found = torch.where(keep, statistic(x, y).cpu().double(), 0.0)
         first = found.gather(-1, keep.int().argmax(-1, keepdim=True))[:, 0]
         sums[start, :, rows] += torch.stack([found.sum(-1), first])
         passes[start, rows] += 1
 
-    observe(model, data.batches(batch), watch, before=before, stack=stack, part=part)
+    observe(model, data.batches(batch), watch, before=before, turn=turn, progress=progress, stack=stack, part=part)
     whole, first = (sums / passes[:, None]).unbind(1)  # 0 / 0 where a layer did not run
     return Seen(found.name, whole.tolist(), first.tolist(), counts.tolist())
 

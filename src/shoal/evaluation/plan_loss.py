@@ -132,7 +132,7 @@ class PlanLoss:
         if not self._share:
             return 0
         known = (cut for cut, prefix in self._of(plan).items() if (number, prefix) in self.states)
-        return next((cut for cut in sorted(known, reverse=True) if self._resumable(cut)), 0)
+        return next((cut for cut in sorted(known, reverse=True) if self.resumable(cut)), 0)
 
     def _part(self, handle: Running, plan: Plan, number: int, cut: int, among: Collection[Prefix] | None) -> Part:
         ids, mask, keep = self.batches[number]
@@ -146,9 +146,9 @@ class PlanLoss:
                 self.states.put((number, prefix), hidden)
 
         with resumed(handle, cut=cut if state is not None else 0, state=state, seen=seen):
-            return _part(batch_tokens(self.model, ids, mask, keep), keep)
+            return part_of(batch_tokens(self.model, ids, mask, keep), keep)
 
-    def _resumable(self, cut: int) -> bool:
+    def resumable(self, cut: int) -> bool:
         """Whether the base model gives the same logits, bit for bit, when it begins at `cut`."""
         if cut not in self._exact:
             plan = Plan.identity(inspect(self.model))
@@ -183,7 +183,8 @@ def mean_of(parts: Iterable[Part]) -> float:
     return math.fsum(total for part in parts for total in part.sums) / sum(n for part in parts for n in part.counts)
 
 
-def _part(nll: torch.Tensor, keep: torch.Tensor) -> Part:
+def part_of(nll: torch.Tensor, keep: torch.Tensor) -> Part:
+    """What the losses of one batch, float64 [batch, length - 1], add up to; `keep` says which tokens are scored."""
     short = -nll.shape[1] % BLOCK
     blocks = torch.nn.functional.pad(nll, (0, short)).reshape(-1, BLOCK).sum(-1)
     sizes = torch.nn.functional.pad(keep, (0, short)).reshape(-1, BLOCK).sum(-1)

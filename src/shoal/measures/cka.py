@@ -52,10 +52,13 @@ def cka(
     keep = torch.ones(1, 1, dtype=torch.bool)
     counts: list[int] = []
 
-    def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def turn(ids: torch.Tensor, mask: torch.Tensor | None, _: int) -> None:
         nonlocal keep
         keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
         keep = keep & (keep.cumsum(-1) > skip_first)
+
+    def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        turn(ids, mask, 0)
         counts.extend(keep.sum(-1).tolist())
         if min(counts) < LEAST:
             raise UsageError(
@@ -75,7 +78,9 @@ def cka(
                 if index == found.depth - 1:
                     seen.add(row, index + 1, m)
 
-    observe(model, data.batches(batch), watch, before=before, stack=stack, part=part)
+    # the matrix needs all layers of one sequence together
+    by_layer = None if seen is not None else turn
+    observe(model, data.batches(batch), watch, before=before, turn=by_layer, progress=progress, stack=stack, part=part)
     values, errors = [], []
     for own in triples:
         known = torch.tensor(own, dtype=torch.float64).numpy() if own else None

@@ -63,9 +63,13 @@ def linearity(
         """One run over `rows`, the kept tokens of every sequence handed to the layers from `first` on."""
         keep = torch.ones(1, 1, dtype=torch.bool)
 
-        def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-            nonlocal keep, done
+        def turn(ids: torch.Tensor, mask: torch.Tensor | None, _: int) -> None:
+            nonlocal keep
             keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+
+        def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+            nonlocal done
+            turn(ids, mask, 0)
             done += len(ids)
             if progress is not None:
                 progress(done, len(data) * -(-found.depth // size), "linearity")
@@ -76,7 +80,16 @@ def linearity(
                 for row, real in enumerate(keep):
                     sums[index - first].add(x[row].cpu().double()[real], change[row][real], skip_first)
 
-        observe(model, _batches(data, rows, batch), watch, before=before, stack=stack, part=part)
+        observe(
+            model,
+            _batches(data, rows, batch),
+            watch,
+            before=before,
+            turn=turn,
+            progress=progress,
+            stack=stack,
+            part=part,
+        )
 
     for start in range(0, found.depth, size):
         equations = [_Equations() for _ in range(start, min(start + size, found.depth))]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -10,6 +13,18 @@ import transformers
 def hide_own_bars() -> None:
     """Switch the progress bars of transformers off for this process; Shoal shows its own."""
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def hide_offload_note() -> Iterator[None]:
+    """Meanwhile accelerate does not tell that parameters are offloaded: it was asked for."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def decoded(raw: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from shoal.errors import ModelError
 from shoal.models import gguf
 from shoal.models.agree import require_agreement
+from shoal.models.compat import hide_offload_note
 from shoal.models.depth import depth_of
 from shoal.models.inspect import inspect
 from shoal.models.kinds import auto_class, auto_for
 from shoal.models.shards import check_folder
+from shoal.models.streamed import device_map, require_streamable
 from shoal.plan import Spec
 
 BUILTIN = "smollm2"
@@ -44,24 +46,30 @@ def load(
     attention: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    stream: bool = False,
 ) -> Loaded:
     """Load a model for evaluation, by the Auto class that its config names: a causal language model, an encoder, ...
 
     `source`: "smollm2", a folder with config.json and safetensors, a .gguf file, a hub id, or a live model (returned as
     it is). `device`: cpu, cuda, mps, ... (default: the accelerator torch finds, else the CPU). `dtype`: auto, float32,
-    bfloat16, float16 (default: what the checkpoint says). Raises `ModelError` (M3xx) with the remedy.
+    bfloat16, float16 (default: what the checkpoint says). `stream`: leave the layers in their files and read each one
+    when it runs, for a model that does not fit into memory. Raises `ModelError` (M3xx) with the remedy.
     """
     if isinstance(source, nn.Module):
         return Loaded(source, tokenizer, getattr(source, "name_or_path", "") or type(source).__name__)
     place = _place(str(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    load_config(source, trust_remote_code=trust_remote_code, revision=revision)  # refused before weights are read
+    config = load_config(source, trust_remote_code=trust_remote_code, revision=revision)  # before weights are read
+    if stream:
+        require_streamable(str(source), dtype)
+        options["device_map"] = device_map(structure(config, source), device or default_device())
     chosen = dtype if dtype is not None else "auto"
     if isinstance(chosen, str) and chosen != "auto":
         chosen = dtype_of(chosen)
-    model, info = _from_pretrained(
-        place, str(source), dtype=chosen, use_safetensors=True, attn_implementation=attention, **options
-    )
+    with hide_offload_note():
+        model, info = _from_pretrained(
+            place, str(source), dtype=chosen, use_safetensors=True, attn_implementation=attention, **options
+        )
     if info["missing_keys"] or info["mismatched_keys"]:
         names = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
         raise ModelError(
@@ -70,10 +78,9 @@ def load(
             code="M310",
         )
     if tokenizer is None:
-        tokenizer = load_tokenizer(place, **options)
-    return Loaded(
-        model.eval().to(device or default_device()), tokenizer, str(source), place if isinstance(place, Path) else None
-    )
+        tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code, revision=options["revision"])
+    model = model.eval() if stream else model.eval().to(device or default_device())
+    return Loaded(model, tokenizer, str(source), place if isinstance(place, Path) else None)
 
 
 def default_device() -> str:

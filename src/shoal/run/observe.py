@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,9 +14,15 @@ from shoal.errors import ModelError, UsageError
 from shoal.models.parts import without
 from shoal.models.probe import LayerFacts, probe
 from shoal.models.stacks import Stack, find_stack, unwrap
+from shoal.models.streamed import is_streamed
 from shoal.plan.steps import PartName
 from shoal.run.conductor import PlannedList
 
+if TYPE_CHECKING:
+    from shoal.run.layer_major import LayerMajor
+
+Turn = Callable[[torch.Tensor, torch.Tensor | None, int], None]
+"""Called with ids, mask and the number of the first sequence of the batch whose turn it is."""
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with the base layer, its input and its output, each [batch, length, hidden], in the order of execution."""
 
@@ -28,6 +34,8 @@ def observe(
     watch: Watch,
     *,
     before: Callable[[torch.Tensor, torch.Tensor | None], None],
+    turn: Turn | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
     stack: str | None = None,
     part: PartName = "layer",
 ) -> None:
@@ -39,8 +47,11 @@ def observe(
     `part`: "attention" watches the step from a layer's input to the state with its attention added, "mlp" the one from
     there to the layer's output. The state between is what the layer makes without its mlp, whatever norms and
     multipliers stand around the parts; it costs each layer's attention once more. Layers without such parts are not
-    seen. Raises M316 for a state without a token axis, U531 when no layer has parts, U507 for parts of a running plan,
-    M323 for a stack that reads no text.
+    seen. `turn`: of a watcher that can take the batches layer by layer; called with ids, mask and the number of the
+    first sequence before each run of a layer. Where layers are read from files, all batches then pass one layer before
+    the next is read, and `progress` tells how many layers were. Raises M316 for a state without a token axis, U531 when
+    no layer has parts, U507 for parts of a running plan, M323 for a stack that reads no text, U576 for states of all
+    batches that fit neither memory nor disk.
     """
     inner = unwrap(model)
     found = find_stack(inner, stack)
@@ -48,6 +59,8 @@ def observe(
     size: list[int] = []
     handles = []
     facts = None if part == "layer" else _with_parts(inner, found, part)
+
+    prepared = _prepared(inner, found, batches) if turn is not None else None
 
     def hook(index: int) -> Callable[..., None]:
         def seen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -69,6 +82,9 @@ def observe(
         inner.eval()
         for index in range(found.depth):
             handles += [found.layer(index).register_forward_hook(hook(index), with_kwargs=True)]
+        if prepared is not None and turn is not None:
+            _layer_by_layer(prepared, before, turn, size, progress)
+            return
         for ids, mask in batches:
             size[:] = ids.shape
             before(ids, mask)
@@ -78,6 +94,35 @@ def observe(
             handle.remove()
         for module in training:
             module.training = True
+
+
+def _prepared(
+    inner: PreTrainedModel, found: Stack, batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
+) -> LayerMajor | None:
+    """The batches at the door, where reading a layer once for all of them is worth it and possible: a whole stack in
+    files, run by the base model."""
+    from shoal.run.layer_major import LayerMajor  # it is built on the walk, which is built on this file
+
+    whole = not isinstance(found.layers, PlannedList) and _around(inner, found) is inner.base_model
+    return LayerMajor(inner, found, batches) if whole and is_streamed(found) else None
+
+
+def _layer_by_layer(
+    prepared: LayerMajor,
+    before: Callable[[torch.Tensor, torch.Tensor | None], None],
+    turn: Turn,
+    size: list[int],
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    for ids, mask in prepared.rows:
+        before(ids, mask)
+
+    def at(ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> None:
+        size[:] = ids.shape
+        turn(ids, mask, first)
+
+    depth = prepared.stack.depth
+    prepared.run(at, None if progress is None else lambda done: progress(done, depth, "layers read"))
 
 
 def forward_without_head(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -56,6 +56,13 @@ class States:
             return self._held[key].clone()
         return None if self._scratch is None else self._scratch.get(key)
 
+    def forget(self, key: Hashable) -> None:
+        """Give the place of one state back."""
+        if key in self._held:
+            self._used -= _bytes(self._held.pop(key))
+        elif self._scratch is not None:
+            self._scratch.forget(key)
+
     def close(self) -> None:
         """Forget everything and give the disk back."""
         self._held.clear()
@@ -114,6 +121,12 @@ class _Scratch:
         if self._file.readinto(raw.data) != raw.nbytes:
             return None
         return state.to(self._devices[key])
+
+    def forget(self, key: Hashable) -> None:
+        if key in self._places:
+            place, like = self._places.pop(key)
+            del self._devices[key]
+            self._free.setdefault(_bytes(like), []).append(place)
 
     def close(self) -> None:
         self._file.close()

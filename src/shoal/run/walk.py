@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from shoal.data import Data
 from shoal.models.probe import probe
 from shoal.models.stacks import find_stack, unwrap
 from shoal.plan import Plan, Step
@@ -23,14 +22,20 @@ from shoal.run.observe import inputs_of, require_whole
 Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
+class Batched(Protocol):
+    """What can be cut into batches, such as `Data`."""
+
+    def batches(self, size: int, /) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Ids and mask [batch, length] of each."""
+
+
 class Walk:
     """Batches of `data` at the door of a model's layers. Holds what the layers are called with, once for each batch."""
 
-    def __init__(self, model: nn.Module, data: Data, *, stack: str | None = None, batch: int = 1) -> None:
+    def __init__(self, model: nn.Module, data: Batched, *, stack: str | None = None, batch: int = 1) -> None:
         """Raises U507 when a plan is running on the model."""
         require_whole(model, "fitting a stand-in", stack)
         self.model, self.stack = unwrap(model), find_stack(model, stack)
-        self.data = data
         self.probe = probe(self.model, self.stack)
         self.starts: list[torch.Tensor] = []
         self.calls: list[Calls] = []

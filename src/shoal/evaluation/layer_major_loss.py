@@ -1,0 +1,97 @@
+"""The cross-entropy of many plans on a model whose layers lie in files: each is read once for all plans and batches.
+
+What plans have in common runs once, and no plan is dropped on the way: reading is what takes time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shoal.evaluation.plan_loss import Part, PlanLoss, mean_of, part_of
+from shoal.evaluation.scoring import batch_tokens, evaluating
+from shoal.models.stacks import find_stack
+from shoal.models.streamed import held, is_streamed
+from shoal.plan import Plan, Run
+from shoal.plan.steps import KV
+from shoal.run.layer_major import LayerMajor, Path
+from shoal.run.live import running
+from shoal.run.tail import ending_with
+
+Window = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""Ids, mask and the tokens that are scored, as `shoal.evaluation.scoring.windows` cuts them."""
+PROBE = 8
+"""Tokens on which it is tried whether the way layer by layer gives what the stock forward gives."""
+
+
+class LayerMajorLoss:
+    """Plans -> nats per token, equal bit for bit to the running plan on the same batches, where `takes` says so."""
+
+    def __init__(self, loss: PlanLoss, *, memory: int | None = None) -> None:
+        """`memory`: bytes of hidden states held, None for a quarter of what is free."""
+        self.loss, self.model, self.memory, self.stack = loss, loss.model, memory, find_stack(loss.model)
+        self._same: bool | None = None
+
+    def takes(self, plans: Sequence[Plan]) -> bool:
+        """Whether layers are read from files and every plan runs layers or parts of them in order, in a model where
+        nothing but the hidden state travels. That is tried once, on a few tokens: forwards that begin in the middle
+        and at the last layer, and the first and the last plan side by side."""
+        paths = [path_of(plan, self.stack.depth) for plan in plans]
+        if not plans or None in paths or not is_streamed(self.stack):
+            return False
+        if self._same is None:
+            cuts = {self.stack.depth // 2, self.stack.depth - 1} - {0}
+            self._same = all(map(self.loss.resumable, cuts)) and self._tried([plans[0], plans[-1]])
+        return self._same
+
+    def __call__(
+        self, plans: Sequence[Plan], windows: Sequence[Window], report: Callable[[int], None] | None = None
+    ) -> list[float]:
+        """The loss of each plan on all batches; `report` is called with the number of layers that were read."""
+        paths = [path for path in (path_of(plan, self.stack.depth) for plan in plans) if path is not None]
+        with evaluating(self.model):
+            door = LayerMajor(self.model, self.stack, [(ids, mask) for ids, mask, _ in windows], memory=self.memory)
+            try:
+                door.along(paths, report=report)
+                with held(self.stack.layer(0)), ending_with(self.model, self.stack.name) as give:
+                    return [mean_of(self._ends(door, path, windows, give)) for path in paths]
+            finally:
+                door.close()
+
+    def _ends(
+        self, door: LayerMajor, path: Path, windows: Sequence[Window], give: Callable[[torch.Tensor | None], None]
+    ) -> list[Part]:
+        steps = tuple(step for at in path for step in at)
+        found = []
+        for number, (ids, mask, keep) in enumerate(windows):
+            give(door.state(steps, number))
+            found.append(part_of(batch_tokens(self.model, ids, mask, keep), keep))
+        return found
+
+    def _tried(self, plans: Sequence[Plan]) -> bool:
+        ids = self.loss.data.ids[:1, :PROBE]
+        window = (ids, torch.ones_like(ids), torch.ones(1, ids.shape[1] - 1, dtype=torch.bool))
+        wanted = []
+        for plan in plans:
+            with evaluating(self.model), running(self.model, plan):
+                wanted.append(mean_of([part_of(batch_tokens(self.model, *window), window[2])]))
+        try:
+            return self(plans, [window]) == wanted
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
+            return False  # a layer asks for what one before it would have left
+
+
+def path_of(plan: Plan, depth: int) -> Path | None:
+    """For each layer the steps of the plan that run there; None for a plan with anything but layers and parts of
+    layers, each at its place."""
+    if len(plan.stacks) > 1:
+        return None
+    at: list[list[Run]] = [[] for _ in range(depth)]
+    last = 0
+    for step in plan.steps():
+        if not isinstance(step, Run) or step.weights or step.gate or step.kv != KV() or step.layer < last:
+            return None
+        at[step.layer].append(step)
+        last = step.layer
+    return tuple(map(tuple, at))

@@ -1,0 +1,76 @@
+"""A model whose layers stay in its files: each is read when it runs and dropped afterwards, by accelerate's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from shoal.errors import ModelError
+from shoal.models.lists import Stack
+from shoal.models.stacks import find_stacks
+
+
+def require_streamable(source: str, dtype: Any) -> None:
+    """Raise M340 where accelerate is missing, M341 for another dtype than the checkpoint's, which would be a copy of
+    the whole model."""
+    if find_spec("accelerate") is None:
+        raise ModelError(
+            f"streaming {source} needs the package accelerate; run: pip install 'shoal[stream]'", code="M340"
+        )
+    if dtype not in (None, "auto"):
+        raise ModelError(
+            f"the layers of {source} are read as its files hold them, not as {dtype}; leave out the dtype", code="M341"
+        )
+
+
+def device_map(structure: PreTrainedModel, device: str) -> dict[str, str]:
+    """Module or parameter -> `device`, or disk for every layer of every stack; `structure` is the model on meta."""
+    layers = {id(stack.layer(i)) for stack in find_stacks(structure) for i in range(stack.depth)}
+    found: dict[str, str] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        inside = any(id(child) in layers for child in module.modules())
+        if id(module) in layers or (name and not inside):
+            found[name] = "disk" if id(module) in layers else device
+            return
+        prefix = f"{name}." if name else ""
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        found.update({prefix + child: device for child, _ in own})
+        for child, inner in module.named_children():
+            visit(inner, prefix + child)
+
+    visit(structure, "")
+    return found
+
+
+def is_streamed(stack: Stack) -> bool:
+    """Whether the layers of the stack lie elsewhere and are read whenever they run."""
+    return all(_hooks(stack.layer(i)) for i in range(stack.depth))
+
+
+@contextmanager
+def held(layer: nn.Module) -> Iterator[None]:
+    """Meanwhile the weights of a layer are there, read once however often it runs; nothing for a layer that is."""
+    with ExitStack() as stack:
+        for module, hook in _hooks(layer):
+            hook.pre_forward(module)
+            stack.callback(hook.post_forward, module, None)
+            hook.offload = False
+            # undone first: what is marked as not offloaded is not dropped
+            stack.callback(setattr, hook, "offload", True)
+        yield
+
+
+def _hooks(layer: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """The modules whose own tensors are offloaded, with the hook that fetches them."""
+    found: list[tuple[nn.Module, Any]] = []
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        chained = getattr(hook, "hooks", (hook,))
+        found += [(module, one) for one in chained if getattr(one, "offload", False)]
+    return found
