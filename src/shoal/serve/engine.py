@@ -154,8 +154,8 @@ class Engine:
                 with self._change:
                     self._open = True
                     self._change.notify_all()
-                while (job := self._next()) is not None:
-                    self._work(job, generate)
+                while self._work_on_next(generate):
+                    pass
         except BaseException as error:  # whatever it is, it is raised where the engine was started
             with self._change:
                 self._failure = error
@@ -163,8 +163,17 @@ class Engine:
         finally:
             with self._change:
                 self._open = False
-                while self._line:
-                    self._tell(self._line.popleft(), End("error", 0))
+                for job in (*([self._at_work] if self._at_work else []), *self._line):
+                    self._tell(job, End("error", job.tokens))
+                self._at_work = None
+                self._line.clear()
+
+    def _work_on_next(self, generate: Generate) -> bool:
+        # a function of its own: a name in the loop would keep the last request alive as long as none comes
+        job = self._next()
+        if job is not None:
+            self._work(job, generate)
+        return job is not None
 
     def _next(self) -> Job | None:
         with self._change:

@@ -56,9 +56,10 @@ class Exchange:
                 return Response(status_code=CLIENT_LEFT)
             return collected.result()
         finally:
-            collected.cancel()
-            left.cancel()
             self.engine.cancel(self.job)
+            for task in (collected, left):
+                task.cancel()
+            await asyncio.gather(collected, left, return_exceptions=True)
 
     async def _collect(self) -> Response:
         pieces: list[str] = []

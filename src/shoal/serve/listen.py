@@ -87,6 +87,16 @@ def url(sock: socket.socket) -> str:
 def listen(app: Any, sock: socket.socket, *, drain: int = 30) -> None:
     """Answer on `sock` until SIGTERM or SIGINT; then take nothing new, finish what was begun within `drain` seconds,
     and raise `SystemExit` 0 or `KeyboardInterrupt`. Only in the main thread."""
+    # uvicorn drains, then raises the signal again; a server that was told to stop and did has not failed
+    before = signal.signal(signal.SIGTERM, _stopped)
+    try:
+        server(app, drain=drain).run(sockets=[sock])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def server(app: Any, *, drain: int = 30) -> uvicorn.Server:
+    """A uvicorn server for an ASGI application, silent but for warnings."""
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -97,12 +107,7 @@ def listen(app: Any, sock: socket.socket, *, drain: int = 30) -> None:
         server_header=False,
         timeout_graceful_shutdown=drain,
     )
-    # uvicorn drains, then raises the signal again; a server that was told to stop and did has not failed
-    before = signal.signal(signal.SIGTERM, _stopped)
-    try:
-        uvicorn.Server(config).run(sockets=[sock])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return uvicorn.Server(config)
 
 
 def _stopped(number: int, frame: Any) -> None:
