@@ -37,6 +37,8 @@ class Script:
     runs: int = 0
     now: int = 0
     most: int = 0
+    gate: threading.Event | None = None
+    """What is waited for before anything is written."""
     begun: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, ask: Ask, on_tokens: OnTokens) -> Ran:
@@ -44,6 +46,8 @@ class Script:
         self.most = max(self.most, self.now)
         self.runs += 1
         self.begun.set()
+        if self.gate is not None:
+            self.gate.wait(30)
         pause = threading.Event()
         try:
             ids = (self.ids * (1 + ask.max_new_tokens // len(self.ids)))[: ask.max_new_tokens]
@@ -92,7 +96,7 @@ def serving(
                 thread.join()
 
 
-def until(true: Callable[[], bool], seconds: float = 5.0) -> bool:
+def until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
     """Whether something becomes true in time."""
     pause = threading.Event()
     for _ in range(int(seconds * 100)):
