@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -121,10 +122,12 @@ def _tell_address(address: str, name: str, plan: Any, *, chat: bool, key: bool, 
 
 
 def _tell_request(told: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        _line(told)
-    elif not quiet:
-        typer.echo(f"{told['method']} {told['path']} {told['status']} {told['seconds']:.3f} s", err=True)
+    # the answer is sent: that nobody reads the log any more must not become a fault of the request
+    with suppress(OSError):
+        if as_json:
+            _line(told)
+        elif not quiet:
+            typer.echo(f"{told['method']} {told['path']} {told['status']} {told['seconds']:.3f} s", err=True)
 
 
 def _line(data: dict[str, Any]) -> None:

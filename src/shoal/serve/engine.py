@@ -186,14 +186,14 @@ class Engine:
 
     def _work(self, job: Job, generate: Generate) -> None:
         job.begun = time.monotonic()
-        writing = _Writing(job, self._decode, self._tell)
+        writing = _Writing(job, self._decode, self._eos, self._tell)
         reason: Reason = "error"
         ran = Ran()
         try:
             if not job.cancelled:
                 ran = generate(job.ask, writing.on_tokens)
                 writing.finish()
-            reason = "cancelled" if job.cancelled else writing.reason(self._eos)
+            reason = "cancelled" if job.cancelled else writing.reason()
         except Exception:  # one request must not end the others': out of memory, a fault of the model's code
             _log.exception("a generation failed")
         job.ended = time.monotonic()
@@ -212,8 +212,8 @@ class Engine:
 class _Writing:
     """The text of one job while it grows."""
 
-    def __init__(self, job: Job, decode: Decode, tell: Callable[[Job, Piece | End], None]) -> None:
-        self._job, self._tell = job, tell
+    def __init__(self, job: Job, decode: Decode, eos: frozenset[int], tell: Callable[[Job, Piece | End], None]) -> None:
+        self._job, self._eos, self._tell = job, eos, tell
         self._pieces, self._stops = Pieces(decode), Stops(job.ask.stop)
         self._last: int | None = None
 
@@ -226,7 +226,8 @@ class _Writing:
                 break
             self._job.tokens += 1
             self._last = token
-            text += self._stops.add(self._pieces.add(token))
+            if token not in self._eos:  # not every tokenizer knows that it is a special one
+                text += self._stops.add(self._pieces.add(token))
         self._say(text)
         return self._stops.found or self._job.cancelled
 
@@ -235,8 +236,8 @@ class _Writing:
             self._say(self._stops.add(self._pieces.rest()))
         self._say(self._stops.rest())
 
-    def reason(self, eos: frozenset[int]) -> Reason:
-        stopped = self._stops.found or self._last in eos
+    def reason(self) -> Reason:
+        stopped = self._stops.found or self._last in self._eos
         return "length" if not stopped and self._job.tokens >= self._job.ask.max_new_tokens else "stop"
 
     def _say(self, text: str) -> None:

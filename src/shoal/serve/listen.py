@@ -105,6 +105,7 @@ def server(app: Any, *, drain: int = 30) -> uvicorn.Server:
         access_log=False,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=drain,
     )
     return uvicorn.Server(config)

@@ -125,6 +125,7 @@ def parse(kind: type[Asked], body: bytes) -> Asked:
     unknown, and for one whose effect this server does not have."""
     try:
         raw = json.loads(body, parse_constant=_no_number)
+        json.dumps(raw, ensure_ascii=False).encode()  # half of a surrogate pair is legal JSON, but no text
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RefusedError(400, f"the body is not valid JSON: {why}", code="invalid_json") from None
@@ -169,10 +170,19 @@ def _refused(error: ValidationError, given: dict[str, Any]) -> RefusedError:
             code="unsupported_parameter",
         )
     what = first["msg"].removeprefix("Value error, ")
+    if where and first["type"] != "missing":
+        what = _EITHER.get(where.rpartition(".")[2], what)
     return RefusedError(400, f"{where}: {what}" if where else what, param=where, code="invalid_value")
 
 
 _NAMES = {name for one in (Completion, Chat, Message, TextPart, StreamOptions) for name in one.model_fields}
+
+_EITHER = {
+    "prompt": "must be one text or one list of token ids",
+    "stop": "must be a text or up to 4 texts of 1 to 1000 letters",
+    "content": "must be a text or a list of parts of type text",
+}
+"""Fields with several types, of which pydantic's first sentence knows one."""
 
 
 def _no_number(word: str) -> float:
