@@ -88,7 +88,7 @@ def serving(
         running = server(made.app, drain=5)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [sock]}, name="uvicorn")
         thread.start()
-        with httpx.Client(base_url=url(sock), timeout=30) as client:
+        with httpx.Client(base_url=url(sock), timeout=120) as client:
             try:
                 yield client, made
             finally:

@@ -195,8 +195,8 @@ def test_nothing_is_left_behind(loaded: Loaded) -> None:
         finally:
             tracemalloc.stop()
         assert grown < 64_000, f"{grown} bytes after 40 requests"
-        assert len(threading.enumerate()) <= here + 1  # starlette's pool may grow by one
-    assert until(lambda: {t for t in threading.enumerate() if "AnyIO" not in t.name} <= threads)
+        assert len(threading.enumerate()) == here
+    assert set(threading.enumerate()) <= threads
 
 
 def gone(*kinds: type) -> bool:

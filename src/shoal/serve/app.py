@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -51,6 +51,8 @@ class Service:
         self._engine, self._prompts, self._metrics = engine, prompts, metrics
         self.name, self._limits, self._host, self._key = name, limits, host, key
         self._on_request = on_request
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="shoal-encode")
+        self._encoding = 0
         self._since = int(time.time())
         self._routes = [
             Route("/v1/completions", self._completions, methods=["POST"]),
@@ -75,6 +77,10 @@ class Service:
     def can_chat(self) -> bool:
         """Whether the model has a chat template."""
         return self._prompts.can_chat
+
+    def close(self) -> None:
+        """End the thread that encodes prompts."""
+        self._encoder.shutdown(cancel_futures=True)
 
     def admit(self, request: Request) -> None:
         """Raise `RefusedError` 401 or 403. Health is for everybody on the right name: a supervisor has no key."""
@@ -101,8 +107,7 @@ class Service:
         asked = parse(kind, await read_body(request, self._limits))
         self._require_name(asked.model)
         try:
-            self._engine.require_place()  # before the work of encoding a prompt that will not be answered
-            ids, most = await run_in_threadpool(self._prompts.encode, asked)
+            ids, most = await self._encoded(asked)
             ask = Ask(ids, most, asked.temperature, asked.top_p, asked.seed, asked.stops)
             events = Events()
             job = self._engine.submit(ask, events)
@@ -115,6 +120,15 @@ class Service:
         answer = Answer(self.name, chat=kind is Chat, with_usage=asked.with_usage)
         exchange = Exchange(self._engine, job, events, answer, deadline, self._limits.timeout)
         return exchange if asked.stream else await exchange.whole(request)
+
+    async def _encoded(self, asked: Completion | Chat) -> tuple[tuple[int, ...], int]:
+        """The prompt's ids and the tokens that may follow. Who has no place in the line costs no encoding either."""
+        self._engine.require_place(coming=self._encoding)
+        self._encoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, self._prompts.encode, asked)
+        finally:
+            self._encoding -= 1
 
     def _require_name(self, name: str) -> None:
         if name != self.name:

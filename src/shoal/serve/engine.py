@@ -122,11 +122,11 @@ class Engine:
         """Jobs at work: 0 or 1."""
         return int(self._at_work is not None)
 
-    def require_place(self) -> None:
-        """Raise what `submit` would raise now."""
+    def require_place(self, coming: int = 0) -> None:
+        """Raise what `submit` would raise now, or when `coming` others have joined the line."""
         if not self.alive:
             raise ClosedError("the engine is closed")
-        if len(self._line) + self.working > self._places:
+        if len(self._line) + self.working + coming > self._places:
             mean = sum(self._seconds) / len(self._seconds)
             raise FullError(min(60, max(1, math.ceil(mean))))
 

@@ -6,7 +6,7 @@ import copy
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,7 +57,9 @@ def service(
     metrics = Metrics()
     with Engine(prepare, decode, eos=_eos(model), waiting=limits.waiting, on_end=metrics.ended) as engine:
         metrics.watch(engine)
-        yield Service(engine, prompts, metrics, name=name, limits=limits, host=host, key=key, on_request=on_request)
+        made = Service(engine, prompts, metrics, name=name, limits=limits, host=host, key=key, on_request=on_request)
+        with closing(made):
+            yield made
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from shoal.serve.limits import RefusedError
@@ -13,13 +12,13 @@ class Prompts:
     """The tokenizer and the limits of one model.
 
     `context`: positions for prompt and answer together, None when the model names none. `most`: new tokens that one
-    request may ask for. `vocabulary`: rows of the embedding. Threads may share it.
+    request may ask for. `vocabulary`: rows of the embedding. One thread at a time: fast tokenizers keep the settings of
+    a call in themselves.
     """
 
     def __init__(self, tokenizer: Any, *, model: str, vocabulary: int, context: int | None, most: int) -> None:
         self._tokenizer, self._model, self._vocabulary = tokenizer, model, vocabulary
         self._context, self._most = context, most
-        self._one_at_a_time = threading.Lock()  # fast tokenizers keep the settings of a call in themselves
 
     @property
     def can_chat(self) -> bool:
@@ -36,8 +35,7 @@ class Prompts:
                 param="max_tokens",
                 code="max_tokens_too_large",
             )
-        with self._one_at_a_time:
-            ids = self._ids(asked.text_or_ids) if isinstance(asked, Completion) else self._chat(asked)
+        ids = self._ids(asked.text_or_ids) if isinstance(asked, Completion) else self._chat(asked)
         if not ids:
             raise RefusedError(400, f"{field} has no tokens; send some text", param=field, code="empty_prompt")
         return tuple(ids), self._room(len(ids), asked.wanted, field)
