@@ -41,11 +41,11 @@ class Ask:
 class Ran:
     """What a way of writing counted over one request beside its tokens; None for what it does not count.
 
-    `layers`: executed layers, summed over the generated tokens. `drafted`, `accepted`: tokens that a draft proposed,
-    and those of them that were kept.
+    `layers`: executed layers, summed over the generated tokens, a layer without its mlp as a half. `drafted`,
+    `accepted`: tokens that a draft proposed, and those of them that were kept.
     """
 
-    layers: int | None = None
+    layers: float | None = None
     drafted: int | None = None
     accepted: int | None = None
 
@@ -66,7 +66,11 @@ def settings(ask: Ask) -> dict[str, Any]:
     return length | {"do_sample": True, "temperature": float(ask.temperature), "top_p": float(ask.top_p), "top_k": 0}
 
 
-def calling(generate: Callable[..., Any], device: torch.device, *, counts: Callable[[], Ran] = Ran) -> Generate:
+def _nothing(ask: Ask) -> Ran:
+    return Ran()
+
+
+def calling(generate: Callable[..., Any], device: torch.device, *, counts: Callable[[Ask], Ran] = _nothing) -> Generate:
     """A `Generate` that calls `generate` as one calls transformers' own: `input_ids` and `attention_mask` [1, tokens],
     `settings` and a stopping criterion. `counts` is asked after each request for what that one request counted."""
 
@@ -79,7 +83,7 @@ def calling(generate: Callable[..., Any], device: torch.device, *, counts: Calla
             stopping_criteria=[NewTokens(len(ask.ids), on_tokens)],
             **settings(ask),
         )
-        return counts()
+        return counts(ask)
 
     return write
 

@@ -60,7 +60,7 @@ class Metrics:
         self._count("shoal_drafted_tokens", "Tokens that a draft proposed.", ran.drafted)
         self._count("shoal_accepted_tokens", "Tokens of the drafts that were kept.", ran.accepted)
 
-    def _count(self, name: str, says: str, value: int | None) -> None:
+    def _count(self, name: str, says: str, value: float | None) -> None:
         if value is None:
             return
         if name not in self._counted:
