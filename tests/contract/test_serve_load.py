@@ -23,6 +23,7 @@ from shoal.serve.engine import ClosedError, Engine, FullError, Job
 from shoal.serve.exchange import Events, Exchange
 from shoal.serve.generating import Ask, Ran, under_plan
 from shoal.serve.limits import Limits
+from shoal.serve.prompts import Prompts
 
 from .serving import Script, events, ids_of, instead, serving, streamed, until
 from .test_api import folder  # noqa: F401
@@ -70,6 +71,25 @@ def test_64_requests_at_once_are_bounded_in_number(loaded: Loaded) -> None:
             assert answer.json()["choices"][0]["text"] == "abcd"
         else:
             assert "".join(one["choices"][0]["text"] for one in events(answer)) == "abcd"
+
+
+def test_prompts_on_their_way_into_the_line_count(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, gate, refused = Prompts.encode, threading.Event(), threading.Semaphore(0)
+    monkeypatch.setattr(Prompts, "encode", lambda *own: gate.wait(30) and encode(*own))
+    with serving(loaded, Script([100]), limits=Limits(waiting=2)) as (client, _):
+
+        def ask(_: int) -> int:
+            with httpx.Client(base_url=client.base_url, timeout=60) as own:
+                status = own.post(TEXT, json=SHORT).status_code
+            if status == 429:
+                refused.release()
+            return status
+
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask, n) for n in range(8)]
+            told = [refused.acquire(timeout=8) for _ in range(8 - 3)]
+            gate.set()
+            assert all(told) and sorted(one.result() for one in asked) == [200] * 3 + [429] * 5
 
 
 @pytest.mark.parametrize("stream", [True, False])
