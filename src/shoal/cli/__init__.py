@@ -18,12 +18,14 @@ from shoal.cli.inspect import inspect
 from shoal.cli.ls import ls
 from shoal.cli.measure import measure
 from shoal.cli.prune import prune
+from shoal.cli.serve import serve
 from shoal.cli.show import show
 from shoal.cli.verify import verify
 from shoal.cli.write import write
 
 VERBS = (
-    inspect, measure, prune, fuse, compare, evaluate, bench, generate, write, verify, doctor, show, diff, convert, ls,
+    inspect, measure, prune, fuse, compare, evaluate, bench, generate, serve, write, verify, doctor, show, diff,
+    convert, ls,
 )  # fmt: skip
 
 app = typer.Typer(

@@ -1,0 +1,1 @@
+"""A server with the interface of OpenAI for one model, under a plan or as it is: `shoal serve`."""

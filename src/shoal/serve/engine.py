@@ -1,0 +1,245 @@
+"""One model, one thread that generates, and a line of bounded length in front of it.
+
+Knows nothing of HTTP: a job's events go to a function, which is called from the generating thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self
+
+from shoal.serve.generating import Ask, Generate, Prepare, Ran
+from shoal.serve.text import Decode, Pieces, Stops
+
+_log = logging.getLogger("shoal.serve")
+
+Reason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is certain."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The last event of a job. `tokens`: those generated, the one that ended it included."""
+
+    reason: Reason
+    tokens: int
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in the line or at work, and when what happened to it (seconds of the monotonic clock)."""
+
+    ask: Ask
+    on_event: Callable[[Piece | End], None]
+    cancelled: bool = False
+    tokens: int = 0
+    asked: float = field(default_factory=time.monotonic)
+    begun: float | None = None
+    first: float | None = None
+    ended: float | None = None
+
+
+class FullError(Exception):
+    """No place in the line. `retry_after`: seconds after which one is likely to be free."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the line is full; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class ClosedError(Exception):
+    """The engine does not work any more."""
+
+
+class Engine:
+    """`with Engine(...) as engine:` starts the generating thread; leaving stops it within a token and waits for it.
+
+    `prepare` is entered by that thread, and what it raises comes out of the `with`. `decode`: ids to text, used by that
+    thread alone. `eos`: ids that end a text. `waiting`: places in the line, besides the job at work. `on_end` is told
+    of every job, with its reason and what `generate` counted.
+    """
+
+    def __init__(
+        self,
+        prepare: Prepare,
+        decode: Decode,
+        *,
+        eos: frozenset[int] = frozenset(),
+        waiting: int = 16,
+        on_end: Callable[[Job, Reason, Ran], None] = lambda job, reason, ran: None,
+    ) -> None:
+        self._prepare, self._decode, self._eos, self._places, self._on_end = prepare, decode, eos, waiting, on_end
+        self._line: deque[Job] = deque()
+        self._at_work: Job | None = None
+        self._change = threading.Condition()
+        self._open = False
+        self._failure: BaseException | None = None
+        self._seconds: deque[float] = deque([1.0], maxlen=16)
+        self._thread = threading.Thread(target=self._live, name="shoal-serve", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        with self._change:
+            self._change.wait_for(lambda: self._open or self._failure is not None)
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._change:
+            self._open = False
+            for job in (*self._line, *([self._at_work] if self._at_work else [])):
+                job.cancelled = True
+            self._change.notify_all()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are taken."""
+        return self._open and self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the line."""
+        return len(self._line)
+
+    @property
+    def working(self) -> int:
+        """Jobs at work: 0 or 1."""
+        return int(self._at_work is not None)
+
+    def require_place(self, coming: int = 0) -> None:
+        """Raise what `submit` would raise now, or when `coming` others have joined the line."""
+        if not self.alive:
+            raise ClosedError("the engine is closed")
+        if len(self._line) + self.working + coming > self._places:
+            mean = sum(self._seconds) / len(self._seconds)
+            raise FullError(min(60, max(1, math.ceil(mean))))
+
+    def submit(self, ask: Ask, on_event: Callable[[Piece | End], None]) -> Job:
+        """Join the line. Raises `FullError` or `ClosedError`."""
+        job = Job(ask, on_event)
+        with self._change:
+            self.require_place()
+            self._line.append(job)
+            self._change.notify_all()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Leave the line, or stop within a token; a job that has ended stays as it is."""
+        with self._change:
+            job.cancelled = True
+            if job in self._line:
+                self._line.remove(job)
+                self._on_end(job, "cancelled", Ran())
+                self._tell(job, End("cancelled", 0))
+
+    def _live(self) -> None:
+        try:
+            with self._prepare() as generate:
+                with self._change:
+                    self._open = True
+                    self._change.notify_all()
+                while self._work_on_next(generate):
+                    pass
+        except BaseException as error:  # whatever it is, it is raised where the engine was started
+            with self._change:
+                self._failure = error
+                self._change.notify_all()
+        finally:
+            with self._change:
+                self._open = False
+                for job in (*([self._at_work] if self._at_work else []), *self._line):
+                    self._tell(job, End("error", job.tokens))
+                self._at_work = None
+                self._line.clear()
+
+    def _work_on_next(self, generate: Generate) -> bool:
+        # a function of its own: a name in the loop would keep the last request alive as long as none comes
+        job = self._next()
+        if job is not None:
+            self._work(job, generate)
+        return job is not None
+
+    def _next(self) -> Job | None:
+        with self._change:
+            self._at_work = None
+            self._change.wait_for(lambda: self._line or not self._open)
+            if not self._line:
+                return None
+            self._at_work = self._line.popleft()
+            return self._at_work
+
+    def _work(self, job: Job, generate: Generate) -> None:
+        job.begun = time.monotonic()
+        writing = _Writing(job, self._decode, self._eos, self._tell)
+        reason: Reason = "error"
+        ran = Ran()
+        try:
+            if not job.cancelled:
+                ran = generate(job.ask, writing.on_tokens)
+                writing.finish()
+            reason = "cancelled" if job.cancelled else writing.reason()
+        except Exception:  # one request must not end the others': out of memory, a fault of the model's code
+            _log.exception("a generation failed")
+        job.ended = time.monotonic()
+        self._seconds.append(job.ended - job.begun)
+        self._on_end(job, reason, ran)
+        self._tell(job, End(reason, job.tokens))
+
+    @staticmethod
+    def _tell(job: Job, event: Piece | End) -> None:
+        try:
+            job.on_event(event)
+        except RuntimeError:  # the event loop that it belongs to is closed: nobody listens any more
+            job.cancelled = True
+
+
+class _Writing:
+    """The text of one job while it grows."""
+
+    def __init__(self, job: Job, decode: Decode, eos: frozenset[int], tell: Callable[[Job, Piece | End], None]) -> None:
+        self._job, self._eos, self._tell = job, eos, tell
+        self._pieces, self._stops = Pieces(decode), Stops(job.ask.stop)
+        self._last: int | None = None
+
+    def on_tokens(self, new: list[int]) -> bool:
+        if self._job.first is None and new:
+            self._job.first = time.monotonic()
+        text = ""
+        for token in new:
+            if self._stops.found:
+                break
+            self._job.tokens += 1
+            self._last = token
+            if token not in self._eos:  # not every tokenizer knows that it is a special one
+                text += self._stops.add(self._pieces.add(token))
+        self._say(text)
+        return self._stops.found or self._job.cancelled
+
+    def finish(self) -> None:
+        if not self._stops.found:
+            self._say(self._stops.add(self._pieces.rest()))
+        self._say(self._stops.rest())
+
+    def reason(self) -> Reason:
+        stopped = self._stops.found or self._last in self._eos
+        return "length" if not stopped and self._job.tokens >= self._job.ask.max_new_tokens else "stop"
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._tell(self._job, Piece(text))

@@ -1,0 +1,100 @@
+"""What the engine runs: one function that writes for one request, made by a context that prepares the model.
+
+Another way of writing (a policy, self-speculation) is another context of this shape: it prepares the model and yields
+`calling(...)` with its own `generate` and, when it counts more than tokens, its own `counts`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoal.api.assess import planned
+from shoal.evaluation.scoring import device_of, evaluating
+from shoal.models.load import Loaded
+from shoal.plan import Plan
+from shoal.run.listening import NewTokens, OnTokens
+from shoal.run.weights import Tensors
+
+_GREEDY_BELOW = 1e-4
+"""Logits divided by less than this overflow; the likeliest token is all that is left of the distribution anyway."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one request wants written. A temperature of 0 takes the likeliest token; no seed draws one."""
+
+    ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a way of writing counted over one request beside its tokens; None for what it does not count.
+
+    `layers`: executed layers, summed over the generated tokens, a layer without its mlp as a half. `drafted`,
+    `accepted`: tokens that a draft proposed, and those of them that were kept.
+    """
+
+    layers: float | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+
+
+Generate = Callable[[Ask, OnTokens], Ran]
+"""Writes for one request, hands over each new token at once, and stops within a token when told to."""
+
+Prepare = Callable[[], AbstractContextManager[Generate]]
+"""Entered by the thread that generates, once, before the first request, and left after the last."""
+
+
+def settings(ask: Ask) -> dict[str, Any]:
+    """The arguments of transformers' `generate` for this request; whatever else the model's own generation config says
+    (a repetition penalty) stays."""
+    length = {"max_new_tokens": ask.max_new_tokens}
+    if ask.temperature < _GREEDY_BELOW:
+        return length | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return length | {"do_sample": True, "temperature": float(ask.temperature), "top_p": float(ask.top_p), "top_k": 0}
+
+
+def _nothing(ask: Ask) -> Ran:
+    return Ran()
+
+
+def calling(generate: Callable[..., Any], device: torch.device, *, counts: Callable[[Ask], Ran] = _nothing) -> Generate:
+    """A `Generate` that calls `generate` as one calls transformers' own: `input_ids` and `attention_mask` [1, tokens],
+    `settings` and a stopping criterion. `counts` is asked after each request for what that one request counted."""
+
+    def write(ask: Ask, on_tokens: OnTokens) -> Ran:
+        ids = torch.tensor([ask.ids], dtype=torch.long, device=device)
+        torch.manual_seed(secrets.randbits(63) if ask.seed is None else ask.seed)
+        generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            stopping_criteria=[NewTokens(len(ask.ids), on_tokens)],
+            **settings(ask),
+        )
+        return counts(ask)
+
+    return write
+
+
+def under_plan(loaded: Loaded, plan: Plan | str | None = None, weights: Tensors | None = None) -> Prepare:
+    """The model's own `generate`, with `plan` (and the tensors that it names) running when one is given. Entering it
+    raises `PlanError` (P1xx) for a plan that cannot run."""
+
+    @contextmanager
+    def prepare() -> Iterator[Generate]:
+        with planned(loaded.model, plan, weights)() as model, evaluating(model):
+            yield calling(model.generate, device_of(model))
+
+    return prepare
