@@ -38,3 +38,19 @@ def share(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise UsageError(f"{name}={value:g} is no share; give a number from 0 to 1", code="U586")
     return value
+
+
+def kept_layers(plan: Plan, text: str) -> tuple[int, ...]:
+    """The layers in `text`, all of `plan` when it is empty. Raises U584 for one that the plan does not run."""
+    listed = layer_list(text) if text else plan.layers()
+    if missing := sorted(set(listed) - set(plan.layers())):
+        raise UsageError(
+            f"layer {missing[0]} in {text!r:.60} is none of the layers of the plan, {plan}; name its layers",
+            code="U584",
+        )
+    return listed
+
+
+def spread(depth: int, number: int) -> list[int]:
+    """`number` of `depth` places, as even as can be, the first and the last among them when there are two."""
+    return sorted({round(place * (depth - 1) / (number - 1)) for place in range(number)}) if number > 1 else [0]
