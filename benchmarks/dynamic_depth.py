@@ -2,7 +2,8 @@
 
 `python -m benchmarks.dynamic_depth`. Quality: teacher-forced, 64 columns of each window are the prompt; KL(dense ||
 policy) and top-1 agreement over the tokens that ran every layer, so that what differs comes from the KV of earlier
-tokens alone. Time: greedy tokens at batch 1, dense and policy in turn, median of the ratios by the wall clock and by CPU time of the process.
+tokens alone. Time: greedy tokens at batch 1, dense and policy in turn, median of the ratios by the wall clock and by
+CPU time of the process.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 USED = [family for family in FAMILIES if family not in RECURRENT]
 FEW = (
-    "llama", "gpt2", "qwen2", "mistral", "gemma2", "gemma3_text", "gpt_neox", "opt", "qwen2_moe", "smollm3", "granite",
-    "falcon", "deepseek_v3", "gemma3n_text",
+    "llama", "gpt2", "qwen2", "mistral", "gemma2", "gemma3_text", "gpt_neox", "opt", "smollm3", "falcon", "deepseek_v3",
+    "gemma3n_text",
 )  # fmt: skip
 """The families of every run; the others run with -m slow."""
 
@@ -79,7 +79,7 @@ NEVER = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma3_text", "opt", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "falcon"])
 def test_a_policy_that_skips_nothing_is_bit_exact(family: str) -> None:
     model, batch = tiny(family), batch_of(2)
     dense = whole(model, batch), stepped(model, batch, "dynamic")
@@ -120,25 +120,20 @@ def test_a_fixed_choice_is_the_static_plan(family: str) -> None:
         except ShoalError as error:
             refused.add(error.code)
             continue
-        for rows in (1, 2):
-            batch = batch_of(rows)
-            seen = batch["attention_mask"].bool()
-            with running(model, plan):
-                right = [whole(model, batch), *(stepped(model, batch, cache) for cache in ("dynamic", "static"))]
-            with running(model, "0-3", policy=policy) as handle:
-                got = [whole(model, batch), *(stepped(model, batch, cache) for cache in ("dynamic", "static"))]
-                counts = handle.trace.counts
-            for one, other in zip(right, got, strict=True):
-                assert (one - other)[seen].abs().max() <= 1e-5, policy
-            kept = {step.layer for step in _plan(model, plan).steps()}  # type: ignore[union-attr]
-            assert counts.layers == dict.fromkeys(sorted(kept), 3 * rows * LENGTH), policy
-            assert counts.asked == 3 * rows * LENGTH * len(kept)
-            assert counts.to_dict()["simulated"] == 0
+        batch = batch_of(2)
+        seen = batch["attention_mask"].bool()
+        with running(model, plan):
+            right = [whole(model, batch), *(stepped(model, batch, cache) for cache in ("dynamic", "static"))]
+        with running(model, "0-3", policy=policy) as handle:
+            got = [whole(model, batch), *(stepped(model, batch, cache) for cache in ("dynamic", "static"))]
+            counts = handle.trace.counts
+        for one, other in zip(right, got, strict=True):
+            assert (one - other)[seen].abs().max() <= 1e-5, policy
+        kept = sorted(parse_plan(plan, Plan.identity(inspect(model))).layers())
+        assert counts.layers == dict.fromkeys(kept, 3 * 2 * LENGTH), policy
+        assert counts.asked == 3 * 2 * LENGTH * len(kept)
+        assert counts.to_dict()["simulated"] == 0
     assert refused == ({"P136"} if "gemma" in family else set())
-
-
-def _plan(model: Any, text: str) -> Plan:
-    return parse_plan(text, Plan.identity(inspect(model)))
 
 
 DECIDING = (
@@ -162,7 +157,7 @@ DECIDING = (
 )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "granite"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_one_pass_is_a_prefill_and_steps(family: str) -> None:
     """Every policy decides the same token by token, whether its text comes at once or as it is written."""
     model = tiny(family)
@@ -175,11 +170,10 @@ def test_one_pass_is_a_prefill_and_steps(family: str) -> None:
                 handle.prompt = PREFILL
                 right, deep = whole(model, batch), handle.trace.depths
                 handle.prompt = None
-                for cache in ("dynamic", "static"):
-                    for chunk in (1, 2):
-                        got = stepped(model, batch, cache, chunk)
-                        assert (got - right)[seen].abs().max() <= 1e-4, (policy, rows, cache, chunk)
-                        assert handle.trace.depths == deep, (policy, rows, cache, chunk)
+                for cache, chunk in (("dynamic", 1), ("dynamic", 2), ("static", 1)):
+                    got = stepped(model, batch, cache, chunk)
+                    assert (got - right)[seen].abs().max() <= 1e-4, (policy, rows, cache, chunk)
+                    assert handle.trace.depths == deep, (policy, rows, cache, chunk)
             depths[policy, rows] = deep
             assert any(depth < DEPTH for depth in deep[0][PREFILL:]), f"{policy} skips nothing here"
     assert {policy.partition(":")[0] for policy in DECIDING} | {"per-prompt"} == set(entries("policies"))
