@@ -19,6 +19,7 @@ _KINDS = {
     "search": "From scores or an objective to a plan within a budget.",
     "methods": "Published systems as compositions of a measure and a search: `shoal prune --method NAME`.",
     "transforms": "Stand-ins for removed layers and merges: `shoal prune --then NAME`, `shoal fuse --with NAME`.",
+    "policies": "Who decides at run time which layers a token runs: `shoal generate --policy NAME` (docs/dynamic.md).",
     "exchange": "Files of other tools that hold a plan: `shoal convert PLAN --to NAME` (docs/exchange.md).",
 }
 _CODE = re.compile(r"[NPWMDU]\d{3}")
@@ -33,7 +34,7 @@ _AREAS = {
 
 
 def catalogue() -> str:
-    """Every measure, search, method, transform and exchange format with its own docstring."""
+    """Every measure, search, method, transform, policy and exchange format with its own docstring."""
     lines = ["# Catalogue", "", _MADE, ""]
     for kind in KINDS:
         lines += [f"## {kind.capitalize()}", "", _KINDS[kind], ""]

@@ -24,14 +24,15 @@ from typing import Any, Literal
 
 from shoal.errors import UsageError
 
-Kind = Literal["measures", "search", "methods", "transforms", "exchange"]
-KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "transforms", "exchange")
+Kind = Literal["measures", "search", "methods", "transforms", "policies", "exchange"]
+KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "transforms", "policies", "exchange")
 
 _ONE: dict[Kind, str] = {
     "measures": "measure",
     "search": "search",
     "methods": "method",
     "transforms": "transform",
+    "policies": "policy",
     "exchange": "format",
 }
 
@@ -132,15 +133,21 @@ class Entry:
         return key
 
 
+def home_of(kind: Kind) -> str:
+    """The package that holds the entries of one kind."""
+    return "shoal.run.policies" if kind == "policies" else f"shoal.{kind}"
+
+
 def entries(kind: Kind) -> dict[str, Entry]:
     """All entries of one kind by public name, in alphabetical order."""
-    spec = importlib.util.find_spec(f"shoal.{kind}")
+    home = home_of(kind)
+    spec = importlib.util.find_spec(home)
     assert spec is not None
     found: dict[str, Entry] = {}
     for place in spec.submodule_search_locations or ():
         for file in sorted(Path(place).glob("[!_]*.py")):
             name = file.stem.replace("_", "-")
-            found[name] = Entry(kind, name, f"shoal.{kind}.{file.stem}", file.stem, _docstring(file))
+            found[name] = Entry(kind, name, f"{home}.{file.stem}", file.stem, _docstring(file))
     for point in entry_points(group=f"shoal.{kind}"):
         found.setdefault(point.name, Entry(kind, point.name, point.module, point.attr, f"From {point.value}."))
     return dict(sorted(found.items()))

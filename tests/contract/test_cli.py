@@ -171,7 +171,7 @@ def test_a_config_file_that_cannot_be_used_is_refused(model: str, tmp_path: Path
 
 def test_ls_knows_every_kind() -> None:
     said = json.loads(shoal("ls", "--json"))
-    assert {"measures", "search", "methods", "transforms", "exchange"} == set(said)
+    assert {"measures", "search", "methods", "transforms", "policies", "exchange"} == set(said)
     assert "shortgpt" in shoal("ls", "methods")
     assert "U501" in shoal("ls", "measure", code=1)
 

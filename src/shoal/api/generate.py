@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from shoal.api.assess import planned, tokenizer_of
+from shoal.api.assess import tokenizer_of
 from shoal.evaluation.scoring import evaluating
+from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan
+from shoal.run.live import Running, running
 from shoal.run.streaming import TextPieces
 from shoal.run.weights import Tensors
 
@@ -25,6 +28,9 @@ class Answer:
     text: str
     tokens: int
     plan: str | None
+    policy: str | None = None
+    trace: dict[str, Any] | None = None
+    """With a policy: how deep each token went and what ran (`shoal.run.trace.Trace.to_dict`)."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -36,6 +42,7 @@ def generate(
     *,
     plan: Plan | str | None = None,
     weights: Tensors | None = None,
+    policy: str | None = None,
     max_new_tokens: int = 128,
     sample: bool = False,
     temperature: float = 1.0,
@@ -44,8 +51,8 @@ def generate(
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
     """Generate from `prompt` with the model's own `generate`, under `plan` (with its `weights`) when one is
-    given; `on_text` is called with
-    each finished piece of text. Raises D440 without a tokenizer."""
+    given, and under `policy`, as `exit:confidence=0.9`; `on_text` is called with each finished piece of text. Raises
+    D440 without a tokenizer, P130 to P138 for a policy that cannot decide on this model."""
     require_causal(loaded.model, "generate")
     tokenizer = tokenizer_of(loaded)
     use_chat = getattr(tokenizer, "chat_template", None) is not None if chat is None else chat
@@ -60,14 +67,25 @@ def generate(
         {"temperature": temperature} if sample else {"temperature": None, "top_p": None, "top_k": None}
     )
     torch.manual_seed(seed)
-    with planned(loaded.model, plan, weights)() as model, evaluating(model):
-        ids = model.generate(
+    trace = None
+    with _ready(loaded.model, plan, weights, policy) as handle, evaluating(loaded.model):
+        ids = loaded.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=sample,
             streamer=None if on_text is None else TextPieces(tokenizer, on_text),
             **drawn,
         )
+        if handle is not None and handle.policy is not None:
+            trace = handle.trace.to_dict()
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
-    return Answer(prompt, text, len(new), None if plan is None else str(plan))
+    return Answer(prompt, text, len(new), None if plan is None else str(plan), policy, trace)
+
+
+def _ready(
+    model: Any, plan: Plan | str | None, weights: Tensors | None, policy: str | None
+) -> AbstractContextManager[Running | None]:
+    if policy is not None:
+        return running(model, Plan.identity(inspect(model)) if plan is None else plan, weights, policy=policy)
+    return nullcontext() if plan is None else running(model, plan, weights)

@@ -52,5 +52,5 @@ def show(plan: Plan, spec: Spec | None = None, weights: Mapping[str, Any] | None
 
 
 def ls(kind: str | None = None) -> dict[str, dict[str, str]]:
-    """Name and first sentence of every measure, search, method, transform and exchange format, or of one `kind`."""
+    """Name and first sentence of every measure, search, method, transform, policy and format, or of one `kind`."""
     return {k: {e.name: e.summary for e in entries(k).values()} for k in KINDS if kind in (None, k)}

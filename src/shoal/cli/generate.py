@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,6 +29,10 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="What to answer or to continue.", show_default=False)],
     plan: PlanText = None,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", help="Who decides at run time, as exit:confidence=0.9 (shoal ls policies)."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="With --sample.")] = 1.0,
@@ -57,6 +61,7 @@ def generate(
         prompt,
         plan=chosen,
         weights=weights,
+        policy=policy,
         max_new_tokens=max_new_tokens,
         sample=sample,
         temperature=temperature,
@@ -64,4 +69,13 @@ def generate(
         seed=seed,
         on_text=None if json_ else lambda piece: typer.echo(piece, nl=False),
     )
-    emit(answer.to_dict(), "", as_json=json_)
+    emit(answer.to_dict(), "" if answer.trace is None else f"\n{_depth(answer.trace)}", as_json=json_)
+
+
+def _depth(trace: dict[str, Any]) -> str:
+    """One line about what the policy did."""
+    counts = trace["counts"]
+    said = f"{counts['mean_depth']:.1f} of {trace['layers']:g} layers per token"
+    if counts["heads"]:
+        said += f", {counts['heads']} looks through the head"
+    return said + (f", {counts['simulated']:g} layer runs simulated" if counts["simulated"] else "")

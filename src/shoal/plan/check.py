@@ -199,7 +199,7 @@ def _exits(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
 
 
 def _fills(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
-    for run in runs(steps):
+    for run, skippable in _skippable(steps):
         if run.kv.fill is None:
             continue
         here, kv = f"{stack.name} layer {run.layer} has the KV fill {run.kv.fill!r}", stack.layers[run.layer].kv
@@ -211,8 +211,17 @@ def _fills(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
             )
         elif not writes_kv(run) or not kv.per_token:
             yield "P116", run.layer, f"{here}, but stores no KV of its own; drop the fill"
-        elif run.gate is None:
+        elif not skippable:
             yield "P116", run.layer, f"{here} but no gate that could skip it; write {run.layer}?GATE/{run.kv.fill}"
+
+
+def _skippable(steps: tuple[Step, ...]) -> Iterator[tuple[Run, bool]]:
+    """Every run, and whether a gate of its own or an exit before it may keep tokens from it."""
+    behind = False
+    for step in steps:
+        behind = behind or (isinstance(step, Exit) and step.gate is not None)
+        for run in runs((step,)):
+            yield run, behind or run.gate is not None
 
 
 def _groups(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ runs as soon as it can. The hidden state always travels through the stock loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,10 +49,18 @@ class Pass:
 class PlannedList(nn.ModuleList):
     """Stands in for a model's list of layers: the same children under the same names, but iterating yields taps."""
 
-    def __init__(self, stack: Stack, probe: Probe, steps: tuple[Step, ...], weights: Tensors) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        probe: Probe,
+        steps: tuple[Step, ...],
+        weights: Tensors,
+        conduct: Callable[..., Conductor] | None = None,
+    ) -> None:
+        """`conduct` makes the conductor; by default one for plans in which nothing is decided at run time."""
         super().__init__()
         self._modules = stack.layers._modules  # shared: what PEFT or accelerate change later is seen here too
-        self.__dict__["conductor"] = Conductor(self, stack, probe, steps, weights)
+        self.__dict__["conductor"] = (conduct or Conductor)(self, stack, probe, steps, weights)
         self.__dict__["_taps"] = [Tap(self.__dict__["conductor"], i) for i in range(len(self._modules))]
 
     def __iter__(self) -> Iterator[Any]:

@@ -18,6 +18,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from shoal.errors import PlanError
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+Store = Callable[[torch.Tensor, torch.Tensor], KeysValues]
+"""Puts new keys and values into the row and answers with what is to be attended to."""
+Take = Callable[[Store, torch.Tensor, torch.Tensor], KeysValues]
+"""Called instead of a row's update, with what would have been done and this call's keys and values."""
 
 
 def fit_rows(cache: Cache, rows: tuple[int, ...]) -> None:
@@ -67,22 +71,28 @@ class PassingCache(Cache):
 
 
 def slot_view(
-    cache: Cache, row: int, *, read: KeysValues | None = None, keep: Callable[[KeysValues], None] | None = None
+    cache: Cache,
+    row: int,
+    *,
+    read: KeysValues | None = None,
+    keep: Callable[[KeysValues], None] | None = None,
+    take: Take | None = None,
 ) -> Cache:
     """`cache` as one layer shall see it: every method with a `layer_idx` lands in `row`, whatever index it is given.
 
     With `read`, update stores nothing and answers with these keys and values. With `keep`, its answer is handed on, for
-    later layers to read (a sliding row stores less than it returns, so the stored tensors would not do).
+    later layers to read (a sliding row stores less than it returns, so the stored tensors would not do). With `take`,
+    that function decides what is stored and attended to.
     """
     if isinstance(cache, EncoderDecoderCache):  # some decoders without an encoder use one too
         pair = copy.copy(cache)
-        pair.self_attention_cache = slot_view(cache.self_attention_cache, row, read=read, keep=keep)
+        pair.self_attention_cache = slot_view(cache.self_attention_cache, row, read=read, keep=keep, take=take)
         pair.cross_attention_cache = slot_view(cache.cross_attention_cache, row)
         pair.is_updated = _Flag(cache.is_updated, row)
         return pair
     view = _view_type(type(cache)).__new__(_view_type(type(cache)))
     view.__dict__ = cache.__dict__
-    view._inner, view._row, view._read, view._keep = cache, row, read, keep
+    view._inner, view._row, view._read, view._keep, view._take = cache, row, read, keep, take
     return view
 
 
@@ -139,7 +149,7 @@ def prepare_views(*cache_types: type[Cache]) -> None:
 def _make_view_type(cache_type: type[Cache]) -> Any:
     """A subclass (isinstance still holds) derived from the installed cache: new methods are covered by themselves."""
     namespace: dict[str, Any] = {
-        "__slots__": ("_inner", "_keep", "_read", "_row"),
+        "__slots__": ("_inner", "_keep", "_read", "_row", "_take"),
         "layers": property(lambda self: _Rows(self._inner.layers, self._row)),
         "__getattr__": lambda self, name: getattr(self._inner, name),
     }
@@ -168,6 +178,10 @@ def _update(redirected: Callable[..., KeysValues]) -> Callable[..., KeysValues]:
     def update(self: Any, *args: Any, **kwargs: Any) -> KeysValues:
         if self._read is not None:
             return self._read
+        if self._take is not None:
+            keys = args[0] if args else kwargs.pop("key_states")
+            values = args[1] if len(args) > 1 else kwargs.pop("value_states")
+            return self._take(lambda k, v: redirected(self, k, v, *args[2:], **kwargs), keys, values)
         states = redirected(self, *args, **kwargs)
         if self._keep is not None:
             self._keep(states)

@@ -1,0 +1,77 @@
+"""Exit: the rest of the layers is left out, always behind one layer or once the model is sure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from shoal.errors import UsageError
+from shoal.plan import Exit, Plan, Spec
+from shoal.plan.steps import Fill
+from shoal.run.gates import Decision, Moment, Policy, Sight, both
+from shoal.run.layer_lists import exit_layers, share
+from shoal.run.place import with_exits
+
+Signal = Literal["probability", "margin", "certainty", "saturation"]
+
+
+def exit(  # noqa: A001 - the file's name is the policy's
+    plan: Plan,
+    spec: Spec,
+    *,
+    after: int | None = None,
+    confidence: float | None = None,
+    by: Signal = "probability",
+    first: int | None = None,
+    every: int = 1,
+    layers: str = "",
+    head: str = "base",
+    prefill: bool = False,
+    fill: Fill = "project",
+) -> Policy:
+    """Leave behind one layer, always (after=N) or at the first exit where the model is confident (confidence=0.9).
+
+    The state of a token that leaves goes to the model's final norm and head (or to `head`, whose tensors are called
+    HEAD-LAYER). With `after` the layers 0..N run, N 0-based. With `confidence` = c a token leaves at the first exit
+    with s >= c, s in [0, 1]: by=probability max_v p(v); margin p(1) - p(2), the two largest; certainty 1 - H(p) / ln V;
+    saturation cos(x_l, x_{l-1}), which needs no head. Exits are behind every `every`-th layer from `first` on (default:
+    the middle), or behind `layers` (8,12,20-24). Prompts run whole unless prefill=true. `fill`: what the layers that
+    were left out store (docs/dynamic.md).
+    Source: confidence: Schuster et al. 2022 (CALM, arXiv 2207.07061), entropy: Xin et al. 2020 (DeeBERT, arXiv
+    2004.12993), fixed exits: Elhoushi et al. 2024 (LayerSkip, arXiv 2404.16710).
+    How we differ: the threshold does not fall with the position; models need not be trained for it; entropy is divided
+    by its maximum, so that more is surer for every signal. Raises U585 unless exactly one of after and confidence is
+    given, U586 for a threshold outside [0, 1].
+    """
+    if (after is None) == (confidence is None):
+        raise UsageError(
+            "exit leaves always (after=8) or when it is sure (confidence=0.9); give exactly one of the two", code="U585"
+        )
+    if after is not None:
+        return _Always(with_exits(plan, spec, [after], fill, head), prefill)
+    assert confidence is not None
+    at = exit_layers(plan, layers=layers, first=first, every=every)
+    return _WhenSure(with_exits(plan, spec, at, fill, head), share("confidence", confidence), by, prefill)
+
+
+class _Always(Policy):
+    def __init__(self, plan: Plan, prefill: bool) -> None:
+        super().__init__(plan)
+        self.prefill = prefill
+
+    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
+        return True if self.prefill else moment.decoding(sight.hidden.device)
+
+
+class _WhenSure(Policy):
+    def __init__(self, plan: Plan, threshold: float, by: Signal, prefill: bool) -> None:
+        super().__init__(plan)
+        self.threshold, self.by, self.prefill = threshold, by, prefill
+
+    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
+        asked = True if self.prefill else moment.decoding(sight.hidden.device)
+        if asked is False:
+            return False
+        sure: torch.Tensor = sight.read(self.by) >= self.threshold
+        return both(asked, sure)

@@ -1,0 +1,119 @@
+"""How deep each token went, and what really ran: counted by hooks on the real layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.models.probe import LayerFacts
+from shoal.models.stacks import Stack
+
+
+@dataclass
+class Counts:
+    """Tokens x layers since the policy began to run, padding included."""
+
+    layers: dict[int, int] = field(default_factory=dict)
+    """By base layer: tokens for which the layer was called whole or in part."""
+    mlps: dict[int, int] = field(default_factory=dict)
+    """By base layer: tokens for which its mlp was called (layers whose parts are known)."""
+    asked: float = 0.0
+    """Tokens x layers that the policy asked for, halves for a layer without its mlp."""
+    late: int = 0
+    """Tokens x layers of tokens that had left and whose layers ran later (the fill "defer")."""
+    projected: int = 0
+    """Tokens x layers of which only keys and values were computed (the fill "project"); not in `layers`."""
+    heads: int = 0
+    """Tokens for which norm and head ran at an exit to find out whether to leave."""
+    tokens: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data. `simulated`: tokens x layers that ran although the policy had skipped them, because another token
+        of the same call needed the layer; `mean_depth`: layers per token as the policy decided."""
+        called = sum(self.layers.values())
+        halves = sum(n - self.mlps[layer] for layer, n in self.layers.items() if layer in self.mlps) / 2
+        return {
+            "tokens": self.tokens,
+            "mean_depth": self.asked / self.tokens if self.tokens else 0.0,
+            "executed": called - halves,
+            "asked": self.asked,
+            "simulated": called - halves - self.asked - self.late,
+            "late": self.late,
+            "projected": self.projected,
+            "heads": self.heads,
+            "layers": {str(layer): n for layer, n in sorted(self.layers.items())},
+        }
+
+
+@dataclass
+class Trace:
+    """Of the sequences that are being written: the tokens that went in and how many layers each ran, row by row.
+
+    The two have equal length: `depths[row][column]` belongs to `tokens[row][column]`, the token that was read there;
+    padding has depth 0. `layers` is the number of layers of the plan when nothing is skipped.
+    """
+
+    layers: float = 0.0
+    tokens: list[list[int]] = field(default_factory=list)
+    depths: list[list[float]] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and for a page."""
+        return {
+            "layers": self.layers, "tokens": self.tokens, "depths": self.depths, "counts": self.counts.to_dict()
+        }  # fmt: skip
+
+    def begin(self, past: int, rows: int) -> None:
+        """A forward behind `past` columns begins; what was cropped, or written before an empty cache, is gone."""
+        for name in ("tokens", "depths"):
+            kept: list[list[Any]] = [row[:past] for row in getattr(self, name)]
+            if len(kept) != rows:
+                kept = [[] for _ in range(rows)]
+            setattr(self, name, [row + [0] * (past - len(row)) for row in kept])
+
+    def end(self, ids: torch.Tensor | None, depths: torch.Tensor, real: torch.Tensor | None) -> None:
+        """The forward is over: `ids` and `depths` [batch, tokens]."""
+        if real is not None:
+            depths = depths * real.to(depths)
+        self.depths = [old + new for old, new in zip(self.depths, depths.tolist(), strict=True)]
+        read = ids.tolist() if ids is not None else [[-1] * depths.shape[1]] * depths.shape[0]
+        self.tokens = [old + new for old, new in zip(self.tokens, read, strict=True)]
+
+
+def count_calls(stack: Stack, facts: list[LayerFacts], counts: Counts) -> Callable[[], None]:
+    """Hooks on every real layer and on its mlp that fill `counts`; the answer takes them away."""
+    handles = []
+    for index in range(stack.depth):
+        layer, parts = stack.layer(index), facts[index].parts
+        handles.append(layer.register_forward_hook(_counting(counts.layers, index), with_kwargs=True))
+        if parts is not None:
+            counts.mlps[index] = 0
+            child = layer.get_submodule(parts.mlp[0])
+            handles.append(child.register_forward_hook(_counting_mlp(counts, index)))
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def _counting(counts: dict[int, int], index: int) -> Callable[..., None]:
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        counts[index] = counts.get(index, 0) + hidden.shape[-3] * hidden.shape[-2]
+
+    return count
+
+
+def _counting_mlp(counts: Counts, index: int) -> Callable[..., None]:
+    def count(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+        if args and isinstance(args[0], torch.Tensor):
+            counts.mlps[index] += args[0].shape[:-1].numel()
+
+    return count
