@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from shoal.errors import UsageError
 
-Kind = Literal["measures", "search", "methods", "transforms", "exchange"]
-KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "transforms", "exchange")
+Kind = Literal["measures", "search", "methods", "transforms", "exchange", "drafts"]
+KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "transforms", "exchange", "drafts")
 
 _ONE: dict[Kind, str] = {
     "measures": "measure",
@@ -33,6 +33,7 @@ _ONE: dict[Kind, str] = {
     "methods": "method",
     "transforms": "transform",
     "exchange": "format",
+    "drafts": "draft",
 }
 
 HARNESS = frozenset(
@@ -127,15 +128,21 @@ class Entry:
         return key
 
 
+def home_of(kind: Kind) -> str:
+    """The package that holds the entries of one kind."""
+    return "shoal.run.speculate.drafts" if kind == "drafts" else f"shoal.{kind}"
+
+
 def entries(kind: Kind) -> dict[str, Entry]:
     """All entries of one kind by public name, in alphabetical order."""
-    spec = importlib.util.find_spec(f"shoal.{kind}")
+    home = home_of(kind)
+    spec = importlib.util.find_spec(home)
     assert spec is not None
     found: dict[str, Entry] = {}
     for place in spec.submodule_search_locations or ():
         for file in sorted(Path(place).glob("[!_]*.py")):
             name = file.stem.replace("_", "-")
-            found[name] = Entry(kind, name, f"shoal.{kind}.{file.stem}", file.stem, _docstring(file))
+            found[name] = Entry(kind, name, f"{home}.{file.stem}", file.stem, _docstring(file))
     for point in entry_points(group=f"shoal.{kind}"):
         found.setdefault(point.name, Entry(kind, point.name, point.module, point.attr, f"From {point.value}."))
     return dict(sorted(found.items()))
