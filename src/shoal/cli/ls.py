@@ -12,11 +12,11 @@ from shoal.errors import UsageError
 
 def ls(
     kind: Annotated[
-        str | None, typer.Argument(help="measures, search, methods, transforms or exchange; all if left out.")
+        str | None, typer.Argument(help="measures, search, methods, transforms, exchange or drafts; all if left out.")
     ] = None,
     json_: Json = False,
 ) -> None:
-    """List measures, searches, methods, transforms and exchange formats, each with one line."""
+    """List measures, searches, methods, transforms, exchange formats and drafts, each with one line."""
     from shoal.registry import KINDS, entries
 
     if kind is not None and kind not in KINDS:

@@ -32,9 +32,7 @@ def pick(scores: torch.Tensor, sample: bool) -> tuple[int, torch.Tensor | None]:
     return int(torch.multinomial(chances, 1)), chances
 
 
-def verdict(
-    scores: torch.Tensor, token: int | None, drawn_from: torch.Tensor | None, sample: bool
-) -> tuple[int, bool]:
+def verdict(scores: torch.Tensor, token: int | None, drawn_from: torch.Tensor | None, sample: bool) -> tuple[int, bool]:
     """The next token given the base model's processed scores [1, vocabulary], and whether it is the drafted `token`.
 
     `token` None: nothing was drafted here.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,9 @@ from shoal.run.speculate.feed import Feed
 from shoal.run.speculate.rows import lent
 from shoal.run.speculate.stage import Stage
 
+Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+"""Layer -> what the stock forward calls it with."""
+
 
 class Bench:
     """Layers at the place of the last token, reading the base model's own rows and writing to none of them."""
@@ -26,9 +28,9 @@ class Bench:
         """Raises U588 for a model whose layers hand more than the hidden state to each other."""
         require_separable(stage)
         self.stage, self.cache = stage, cache
-        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.calls: Calls = {}
         spare = lent(cache, range(len(cache.layers)), 0)
-        stage.through(_notes(self.calls, stage), feed, ids, spare)
+        stage.through(_Notes(self.calls, stage), feed, ids, spare)
         args, kwargs = self.calls[0]
         self.start: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         """What enters layer 0, [1, 1, hidden]."""
@@ -99,18 +101,14 @@ def _spread(cache: Cache, row: int, times: int) -> Cache:
 
 
 class _Notes:
-    """Stands for a part: layers that write down what they are called with and hand the state on."""
+    """Layers that write down what they are called with and hand the state on."""
 
-    def __init__(self, taps: list[Callable[..., Any]]) -> None:
-        self.taps = taps
-
-
-def _notes(calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]], stage: Stage) -> Any:
-    return _Notes([_Note(index, stage, calls) for index in range(stage.depth)])  # type: ignore[arg-type]
+    def __init__(self, calls: Calls, stage: Stage) -> None:
+        self.taps: list[Any] = [_Note(index, stage, calls) for index in range(stage.depth)]
 
 
 class _Note:
-    def __init__(self, index: int, stage: Stage, calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+    def __init__(self, index: int, stage: Stage, calls: Calls) -> None:
         self.index, self.stage, self.calls = index, stage, calls
 
     def __getattr__(self, name: str) -> Any:

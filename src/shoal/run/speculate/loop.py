@@ -77,9 +77,7 @@ class Loop:
         new = len(offer) + 1
         text = torch.cat([self.ids, self.ids.new_tensor([offer.tokens])], -1) if len(offer) else self.ids
         with self.meter.on("verify"):
-            logits = (
-                self.stage.full(self.feed, text, new, self.cache) if draft is None else draft.judge(text, new)
-            )
+            logits = self.stage.full(self.feed, text, new, self.cache) if draft is None else draft.judge(text, new)
         kept = 0
         for position in range(new):
             drafted = offer.tokens[position] if position < len(offer) else None

@@ -1,9 +1,8 @@
-"""What a chooser may look at before a round: the text, the cache behind it, and single layers tried on single states."""
+"""What a chooser may look at before a round: the text, the cache behind it, and single layers at the last token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -39,14 +38,20 @@ class Scene:
         """The cache as it is now; it stays so."""
         return lent(self.cache, range(len(self.cache.layers)), 0)
 
-    def agreement(self, steps: tuple[Run, ...], before: Cache, since: int) -> float:
-        """Share of the tokens behind `since` that a draft of `steps` would have drafted, in one pass over them.
+    def hits(self, steps: tuple[Run, ...], before: Cache, since: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each token behind `since`, [tokens]: would a draft of `steps` have drafted it, and how sure was it?
 
-        `before`: the snapshot taken when the text was `since` tokens long. The text must have grown since.
+        One pass over these tokens, on `before`: the snapshot taken when the text was `since` tokens long, its last
+        token not in it. The text must have grown since.
         """
         ready = self.stage.prepare(steps)
+        rows = lent(before, ready.draft.rows, 0)
         new = self.length - since + 1
-        rows: Any = lent(before, ready.draft.rows, 0)
-        scores = self.stage.logits(ready.draft, self.feed, self.ids, new, rows)
-        said = scores[:-1].argmax(-1)
-        return float((said == self.ids[0, since:]).float().mean())
+        scores = self.stage.logits(ready.draft, self.feed, self.ids, new, rows)[:-1]
+        ready.draft.conductor.forget()
+        best, said = scores.max(-1)
+        return said == self.ids[0, since:], (best - scores.logsumexp(-1)).exp()
+
+    def agreement(self, steps: tuple[Run, ...], before: Cache, since: int) -> float:
+        """The share of hits."""
+        return float(self.hits(steps, before, since)[0].float().mean())

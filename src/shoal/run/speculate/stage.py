@@ -8,7 +8,8 @@ comes behind layer k-1; a skip set that begins at layer 3 shares layers 0, 1 and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from inspect import signature
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -24,10 +25,16 @@ from shoal.plan.steps import KV, Step
 from shoal.run.conductor import PlannedList
 from shoal.run.speculate.feed import Feed
 from shoal.run.speculate.rows import lent
-from shoal.run.speculate.steering import Part, Resumed, Saving, SteeredList
+from shoal.run.speculate.steering import Part, Stateful, SteeredList
 
 _KEPT = 16
 """Drafts held ready; choosers on the fly come back to the same few."""
+
+
+class Playable(Protocol):
+    """What a list of layers can yield in place of its layers."""
+
+    taps: list[Any]
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Stage:
         self.probe = probe(self.model, self.stack)
         self.spec: Spec = inspect(self.model)
         self.depth = self.stack.depth
+        self.takes = frozenset(signature(self.model.forward).parameters)
         self.original = self.stack.layers
         self.list = SteeredList(self.stack, self.probe)
 
@@ -90,9 +98,9 @@ class Stage:
         return Ready(
             steps,
             shared,
-            Part.of(Saving(*where, steps, after)),
-            Part.of(Saving(*where, steps[:shared], after)),
-            Part.of(Resumed(*where, rest)),
+            Part.of(Stateful(*where, steps, after)),
+            Part.of(Stateful(*where, steps[:shared], after)),
+            Part.of(Stateful(*where, rest)),
         )
 
     def _legal(self, steps: tuple[Run, ...]) -> None:
@@ -129,7 +137,7 @@ class Stage:
         finally:
             self.list.play(None)
 
-    def through(self, part: Part | None, feed: Feed, ids: torch.Tensor, cache: Cache) -> Any:
+    def through(self, part: Playable, feed: Feed, ids: torch.Tensor, cache: Cache) -> Any:
         """Take the last token through `part` without the head."""
         inputs = feed(ids, 1, cache)
         inputs.pop("logits_to_keep", None)
@@ -147,7 +155,7 @@ class Draft:
         self.stage, self.ready, self.feed, self.cache = stage, ready, feed, cache
         self.rows = lent(cache, ready.draft.rows, ready.shared)
         for part in (ready.draft, ready.ahead):
-            part.conductor.saved = []  # type: ignore[union-attr]
+            part.conductor.forget()
 
     def next(self, ids: torch.Tensor) -> torch.Tensor:
         """The draft's logits behind the last token of `ids`, [1, vocabulary]."""
@@ -162,8 +170,7 @@ class Draft:
         if not ready.shared:
             return stage.full(self.feed, ids, new, self.cache)
         stage.through(ready.ahead, self.feed, ids, lent(self.cache, ready.ahead.rows, ready.shared))
-        states = [*ready.draft.conductor.saved, *ready.ahead.conductor.saved]  # type: ignore[union-attr]
-        assert isinstance(ready.rest.conductor, Resumed)
+        states = [*ready.draft.conductor.saved, *ready.ahead.conductor.saved]
         ready.rest.conductor.states = torch.cat(states, dim=-2)
         rows = lent(self.cache, ready.rest.rows, len(ready.rest.rows))
         if not ready.rest.rows:  # nothing is left to run; masks are made from some row all the same
@@ -171,7 +178,8 @@ class Draft:
         try:
             return stage.logits(ready.rest, self.feed, ids, new, rows)
         finally:
-            ready.rest.conductor.states = None
+            for part in (ready.draft, ready.ahead, ready.rest):
+                part.conductor.forget()
 
 
 def _scores(out: Any, new: int) -> torch.Tensor:

@@ -22,8 +22,8 @@ class SteeredList(PlannedList):
         self.__dict__["_real"] = self.__dict__["_taps"]
         self.play(None)
 
-    def play(self, part: Part | None) -> None:
-        """From now on run `part`; None: every layer."""
+    def play(self, part: Any) -> None:
+        """From now on yield the `taps` of `part`; None: every layer."""
         self.__dict__["_now"] = None if part is None else part.taps
 
     def __iter__(self) -> Iterator[Any]:
@@ -39,48 +39,45 @@ class SteeredList(PlannedList):
 class Part:
     """Some steps of the model, ready to run over a cache of their own rows."""
 
-    conductor: Saving | Resumed
-    taps: list[Tap]
+    conductor: Stateful
+    taps: list[Any]
     rows: tuple[int, ...]
     """The base row behind each slot of the part."""
 
     @classmethod
-    def of(cls, conductor: Saving | Resumed) -> Part:
+    def of(cls, conductor: Stateful) -> Part:
         """The part that a conductor plays."""
         taps = [Tap(conductor, i) for i in range(len(conductor.due))]
         return cls(conductor, taps, conductor.rows)
 
 
-class Saving(Conductor):
-    """Runs its steps and keeps the hidden states that come out of layer `after`."""
+class Stateful(Conductor):
+    """Hands states out of the pass and takes states in.
+
+    `saved` grows by what comes out of layer `after`. With `states`, [batch, tokens, hidden], the steps run on these,
+    whatever hidden state the stock forward begins with.
+    """
 
     def __init__(
-        self, planned: PlannedList, stack: Stack, probe: Probe, steps: tuple[Step, ...], after: int | None
+        self, planned: PlannedList, stack: Stack, probe: Probe, steps: tuple[Step, ...], after: int | None = None
     ) -> None:
         super().__init__(planned, stack, probe, steps, {})
         self.after = after
         self.saved: list[torch.Tensor] = []
-
-    def tap(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As every conductor; the state behind layer `after` is [batch, 1, hidden]."""
-        out = super().tap(index, args, kwargs)
-        if index == self.after:
-            self.saved.append(out[0] if isinstance(out, tuple | list) else out)
-        return out
-
-
-class Resumed(Conductor):
-    """Runs its steps on states that were computed before, whatever hidden state the stock forward begins with."""
-
-    def __init__(self, planned: PlannedList, stack: Stack, probe: Probe, steps: tuple[Step, ...]) -> None:
-        super().__init__(planned, stack, probe, steps, {})
         self.states: torch.Tensor | None = None
 
     def tap(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As every conductor; layer 0 is handed `states`, [batch, tokens, hidden]."""
+        """As every conductor."""
         if index == 0 and self.states is not None:
             if args:
                 args = (self.states, *args[1:])
             else:
                 kwargs = kwargs | {"hidden_states": self.states}
-        return super().tap(index, args, kwargs)
+        out = super().tap(index, args, kwargs)
+        if index == self.after:
+            self.saved.append(out[0] if isinstance(out, tuple | list) else out)
+        return out
+
+    def forget(self) -> None:
+        """Let go of all states."""
+        self.saved, self.states = [], None

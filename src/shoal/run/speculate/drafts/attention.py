@@ -18,7 +18,9 @@ def attention(*, spec: Spec, layers: str = "") -> Chooser:
     2404.03865); as a draft it is lossless.
     """
     depth = spec.stack("decoder").depth
-    named = {run.layer for run in runs(parse_steps(layers))} if layers.strip() else set(range(depth // 4, 3 * depth // 4))
+    named = (
+        {run.layer for run in runs(parse_steps(layers))} if layers.strip() else set(range(depth // 4, 3 * depth // 4))
+    )
     if not named or max(named) >= depth:
         raise UsageError(
             f"layers {layers or 'none'} cannot give up their mlps: the model has the layers 0 to {depth - 1}; "

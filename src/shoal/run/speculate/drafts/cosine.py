@@ -23,7 +23,8 @@ def cosine(*, spec: Spec, threshold: float = 0.95, every: int = 32) -> Chooser:
     """
     if not -1 <= threshold <= 1 or every < 1:
         raise UsageError(
-            f"cosine cannot use a threshold of {threshold} every {every} tokens; use -1 to 1, and 1 or more", code="U584"
+            f"cosine cannot use a threshold of {threshold} every {every} tokens; use -1 to 1, and 1 or more",
+            code="U584",
         )
     return _Cosine(spec, threshold, every)
 

@@ -122,10 +122,10 @@ def _timed(bench: Bench, items: list[tuple[int, PartName]]) -> dict[tuple[int, P
 
 
 def _steps(depth: int, kept: frozenset[int], items: list[tuple[int, PartName]]) -> tuple[Run, ...]:
-    parts = {layer: [part for n, (one, part) in enumerate(items) if one == layer and n in kept] for layer in range(depth)}
-    return tuple(
-        Run(layer, part="layer" if len(found) == 2 else found[0]) for layer, found in parts.items() if found
-    )
+    parts = {
+        layer: [part for n, (one, part) in enumerate(items) if one == layer and n in kept] for layer in range(depth)
+    }
+    return tuple(Run(layer, part="layer" if len(found) == 2 else found[0]) for layer, found in parts.items() if found)
 
 
 def _near(state: torch.Tensor, true: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ def lookup(*, spec: Spec, ngram: int = 2) -> Finder:
     """Draft what followed the last time that the last tokens stood in the text: no layer runs for it.
 
     `ngram`: the longest run of tokens that is looked up; shorter ones follow when it is not found. Good where the text
-    repeats its prompt (summaries, edits of code). Joined with layers (lookup+exit:8), these draft when nothing is found.
+    repeats its prompt (summaries, edits of code). In lookup+exit:8 the layers draft where nothing is found.
 
     Prompt lookup decoding (Saxena 2023), found by transformers' own generator.
     """

@@ -17,5 +17,7 @@ def skip(*, spec: Spec, keep: str = "") -> Chooser:
     beforehand (here it is given, or chosen by `swift`, `clasp`, `knapsack`), and its code verifies through all layers.
     """
     if not keep.strip():
-        raise UsageError("the draft skip names no layers; write those that it keeps, as in skip:0-11,14-29", code="U580")
+        raise UsageError(
+            "the draft skip names no layers; write those that it keeps, as in skip:0-11,14-29", code="U580"
+        )
     return Fixed(parse_steps(keep))

@@ -56,7 +56,9 @@ class _Swift:
         self.tried, self.score, self.before = 0, -1.0, None
         parts = self._parts()
         count = max(1, round(self.fraction * len(parts)))
-        self.best = frozenset(parts[(2 * n + 1) * len(parts) // (2 * count)] for n in range(count)) if parts else frozenset()
+        self.best = (
+            frozenset(parts[(2 * n + 1) * len(parts) // (2 * count)] for n in range(count)) if parts else frozenset()
+        )
         return self._steps(self.best)
 
     def again(self, scene: Scene) -> tuple[Run, ...] | None:
@@ -92,11 +94,14 @@ class _Swift:
         return self.best - {out} | {new}
 
     def _parts(self) -> list[int]:
-        """2 i is the attention of layer i, 2 i + 1 its mlp; a layer without parts is skipped as a whole (2 i)."""
+        """2 i is the attention of layer i, 2 i + 1 its mlp; a layer without parts is skipped as a whole (2 i).
+        Layers that others read from stay."""
         layers = self.spec.stack("decoder").layers
+        read = {needed for layer in layers for needed in layer.needs}
         return [
             2 * layer.index + part
             for layer in layers[1:-1]
+            if layer.index not in read
             for part in ((0, 1) if layer.attention is not None and layer.mlp is not None else (0,))
         ]
 
