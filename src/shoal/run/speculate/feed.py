@@ -23,7 +23,7 @@ class Feed:
         self.kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
 
     def __call__(self, ids: torch.Tensor, new: int, cache: Cache) -> dict[str, Any]:
-        """Arguments for the last `new` tokens of `ids`, [1, tokens], and all their logits; `cache` holds those before."""
+        """Arguments for the last `new` tokens of `ids`, [1, tokens], and their logits; `cache` holds those before."""
         kwargs, grown = dict(self.kwargs), ids.shape[1] - self.start
         for name, extend in _EXTENDED.items():
             if (known := kwargs.get(name)) is not None:

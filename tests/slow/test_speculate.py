@@ -1,0 +1,60 @@
+"""Self-speculation over many draws and many prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation import LogitsProcessorList
+
+from shoal.api.prompts import BUILTIN
+from shoal.api.speculate import encoded, tune_draft
+from shoal.run.speculate.speculator import Speculator
+
+from ..contract.test_speculate_sampling import _scores, drawn_by_generating, expected, p_value, small
+
+REAL = (
+    "exit:8",
+    "skip:0-11,14-29",
+    "attention:18-25",
+    "lookup",
+    "swift",
+    "cosine",
+    "clasp:skip=3",
+    "knapsack",
+    "lookup+exit:20",
+)
+
+
+@pytest.mark.parametrize("draft", ["exit:1", "skip:1"])
+def test_twenty_thousand_generated_texts_have_the_base_models_distribution(draft: str) -> None:
+    model = small()
+    torch.manual_seed(0)
+    counts = drawn_by_generating(model, draft, 20_000)
+    assert p_value(counts, expected(_scores(model, LogitsProcessorList()), 3)) > 0.001
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("draft", REAL)
+def test_fifty_prompts_are_answered_token_for_token(smollm2: Any, draft: str) -> None:
+    """Fifty prompts of 128 tokens: the texts of the built-in prompts, cut and continued."""
+    texts = [text for kind in BUILTIN.values() for text in kind]
+    prompts = [f"{text}\n\nAnswer as number {n}." for n in range(9) for text in texts][:50]
+    speculator = Speculator(smollm2.model, draft, count=False)
+    asked = {"max_new_tokens": 128, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    wrong = []
+    for text in prompts:
+        inputs = encoded(smollm2, text, None)
+        if not torch.equal(speculator.generate(**inputs, **asked), smollm2.model.generate(**inputs, **asked)):
+            wrong.append((text, speculator.stats.close_calls))
+    assert not wrong
+
+
+@pytest.mark.timeout(1800)
+def test_the_tuner_says_what_it_found(smollm2: Any) -> None:
+    found = tune_draft(smollm2, [BUILTIN["code"][1]], new=16, finalists=2, pairs=1, few=True, also=["exit:2"])
+    assert [v.different for v in found.verified] == [0, 0, 0]
+    assert found.verified[-1].draft == "exit:2"
+    assert (found.draft is None) == found.verdict.startswith("do not use it here")
+    assert found.foreseen == sorted(found.foreseen, key=lambda row: -row["speedup"])
