@@ -13,7 +13,7 @@ from shoal.models.stacks import find_stack
 from .families import tiny
 
 EAGER = {"gemma2", "gemma3_text", "bloom", "gpt_oss", "gemma3n_text", "gptj"}
-FAMILIES = ("llama", "gpt2", "opt", "qwen2", "gemma3_text", "gpt_neox", "mixtral", "bloom")
+FAMILIES = ("llama", "gpt2", "opt", "gemma3_text", "mixtral", "bloom")
 DRAFTS = {
     "exit": "exit:2",
     "skip": "skip:0,2-3",

@@ -16,14 +16,18 @@ class Length:
 
     `confidence`: stop behind a token before whose choice the draft's largest probability was below this; None: never;
     "auto": a threshold that moves after every verification so that about nine of ten drafted tokens are accepted
-    (Draft & Verify, Zhang et al., 2309.08168, eq. 5-6: a = 0.5 a + 0.5 rate; t = 0.9 t + 0.1 (t +- 0.01)). Whether to
-    stop depends on the draft's distribution alone, never on the token drawn, so sampling stays exact.
+    (Draft & Verify, Zhang et al., 2309.08168, eq. 5-6: a = 0.5 a + 0.5 rate; t = 0.9 t + 0.1 (t +- 0.01)), and layers
+    that hardly ever draft right (a < 0.25) rest for 4 rounds, then 8, up to 64 while they do no better. Whether to stop
+    depends on the draft's distribution alone, never on the token drawn, so sampling stays exact.
     """
 
     most: int = 4
     confidence: Confidence = "auto"
     threshold: float = 0.6
     rate: float = 0.9
+    resting: int = 0
+    """Rounds for which the layers draft nothing."""
+    rest: int = 4
 
     def __post_init__(self) -> None:
         if self.most < 1:
@@ -48,9 +52,20 @@ class Length:
             return False
         return largest < (self.threshold if self.confidence == "auto" else float(self.confidence))
 
+    def rests(self) -> bool:
+        """Do the layers sit this round out? Asked once for each round in which they could draft."""
+        if not self.resting:
+            return False
+        self.resting -= 1
+        return True
+
     def judged(self, drafted: int, accepted: int) -> None:
         """Hear what became of the draft."""
         if drafted and self.confidence == "auto":
             self.rate = 0.5 * self.rate + 0.5 * accepted / drafted
             step = 0.01 if self.rate <= 0.9 else -0.01
             self.threshold = min(0.99, max(0.0, 0.9 * self.threshold + 0.1 * (self.threshold + step)))
+            if self.rate < 0.25:
+                self.resting, self.rest = self.rest, min(64, 2 * self.rest)
+            elif accepted:
+                self.rest = 4

@@ -105,7 +105,7 @@ class Loop:
             found = self.finder.find(self.ids, most) if self.finder is not None else []
         if found:
             return Offer(found, [None] * len(found), looked_up=True), None
-        if self.chooser is None:
+        if self.chooser is None or self.length.rests():
             return Offer(), None
         self._choose()
         with self.meter.on("draft"):
