@@ -14,7 +14,7 @@ import pytest
 import shoal
 from shoal import registry
 from shoal.errors import UsageError
-from shoal.registry import KINDS, Entry, Kind, entries, get
+from shoal.registry import KINDS, Entry, Kind, entries, get, home_of
 
 PACKAGE = Path(shoal.__file__).parent
 ALL = [pytest.param(entry, id=f"{kind}/{entry.name}") for kind in KINDS for entry in entries(kind).values()]
@@ -47,7 +47,10 @@ ENTRY = Entry("measures", "sample", __name__, "sample", inspect.getdoc(sample) o
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_are_file_names(kind: Kind) -> None:
-    files = {path.stem.replace("_", "-") for path in (PACKAGE / kind).glob("[!_]*.py")}
+    files = {
+        path.stem.replace("_", "-")
+        for path in (PACKAGE / home_of(kind).removeprefix("shoal.").replace(".", "/")).glob("[!_]*.py")
+    }
     assert set(entries(kind)) == files
     assert list(entries(kind)) == sorted(files)
 
