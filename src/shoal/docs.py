@@ -21,6 +21,7 @@ _KINDS = {
     "transforms": "Stand-ins for removed layers and merges: `shoal prune --then NAME`, `shoal fuse --with NAME`.",
     "policies": "Who decides at run time which layers a token runs: `shoal generate --policy NAME` (docs/dynamic.md).",
     "exchange": "Files of other tools that hold a plan: `shoal convert PLAN --to NAME` (docs/exchange.md).",
+    "drafts": "Lossless drafts of self-speculation: `shoal generate --speculate NAME` (docs/speculation.md).",
 }
 _CODE = re.compile(r"[NPWMDU]\d{3}")
 _AREAS = {
@@ -60,7 +61,7 @@ def command_line() -> str:
 
     runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
     lines = ["# Command line", "", _MADE, ""]
-    for name in (None, *(verb.__name__ for verb in VERBS)):
+    for name in (None, *(verb.__name__.replace("_", "-") for verb in VERBS)):
         words = [*([name] if name else []), "--help"]
         said = runner.invoke(app, words, prog_name="shoal").output
         lines += [f"## shoal {name}" if name else "## shoal", "", "```text", *said.rstrip().splitlines(), "```", ""]

@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from shoal.errors import UsageError
 
-Kind = Literal["measures", "search", "methods", "transforms", "policies", "exchange"]
-KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "transforms", "policies", "exchange")
+Kind = Literal["measures", "search", "methods", "transforms", "policies", "exchange", "drafts"]
+KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "transforms", "policies", "exchange", "drafts")
 
 _ONE: dict[Kind, str] = {
     "measures": "measure",
@@ -34,7 +34,11 @@ _ONE: dict[Kind, str] = {
     "transforms": "transform",
     "policies": "policy",
     "exchange": "format",
+    "drafts": "draft",
 }
+
+_HOMES: dict[Kind, str] = {"policies": "shoal.run.policies", "drafts": "shoal.run.speculate.drafts"}
+"""Where the files of a kind are, for those that are not in a room of that name."""
 
 HARNESS = frozenset(
     {
@@ -135,7 +139,7 @@ class Entry:
 
 def home_of(kind: Kind) -> str:
     """The package that holds the entries of one kind."""
-    return "shoal.run.policies" if kind == "policies" else f"shoal.{kind}"
+    return _HOMES.get(kind, f"shoal.{kind}")
 
 
 def entries(kind: Kind) -> dict[str, Entry]:

@@ -20,12 +20,13 @@ from shoal.cli.measure import measure
 from shoal.cli.prune import prune
 from shoal.cli.serve import serve
 from shoal.cli.show import show
+from shoal.cli.tune_draft import tune_draft
 from shoal.cli.verify import verify
 from shoal.cli.write import write
 
 VERBS = (
-    inspect, measure, prune, fuse, compare, evaluate, bench, generate, serve, write, verify, doctor, show, diff,
-    convert, ls,
+    inspect, measure, prune, fuse, compare, evaluate, bench, generate, tune_draft, serve, write, verify, doctor, show,
+    diff, convert, ls,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -39,7 +40,7 @@ app = typer.Typer(
     epilog="MODEL is a hub id, a folder, a .gguf file or smollm2 (built in). Layers are 0-based base layers, always.",
 )
 for verb in VERBS:
-    app.command(verb.__name__)(guarded(verb))
+    app.command(verb.__name__.replace("_", "-"))(guarded(verb))
 
 
 def _version(wanted: bool) -> None:

@@ -39,6 +39,11 @@ def generate(
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")
     ] = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option("--speculate", help='Lossless draft: auto, exit:8, skip:"0-11,14-29", lookup (shoal ls drafts).'),
+    ] = None,
+    draft_length: Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted at most.")] = 4,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -56,6 +61,12 @@ def generate(
 
     with progress_bars(quiet):
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+    if speculate is not None:
+        from shoal.cli.tune_draft import speak
+
+        speak(loaded, prompt, chosen, speculate, json_, quiet, length=draft_length, max_new_tokens=max_new_tokens,
+              sample=sample, temperature=temperature, chat=chat, seed=seed)  # fmt: skip
+        return
     answer = run(
         loaded,
         prompt,

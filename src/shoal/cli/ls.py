@@ -12,11 +12,12 @@ from shoal.errors import UsageError
 
 def ls(
     kind: Annotated[
-        str | None, typer.Argument(help="measures, search, methods, transforms, policies or exchange; all if left out.")
+        str | None,
+        typer.Argument(help="measures, search, methods, transforms, policies, exchange or drafts; all if left out."),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """List measures, searches, methods, transforms, policies and exchange formats, each with one line."""
+    """List measures, searches, methods, transforms, policies, exchange formats and drafts, each with one line."""
     from shoal.registry import KINDS, entries
 
     if kind is not None and kind not in KINDS:

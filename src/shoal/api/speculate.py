@@ -1,0 +1,230 @@
+"""tune_draft: the draft with the most tokens per second on these prompts, or the advice to draft nothing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from shoal.api.assess import tokenizer_of
+from shoal.api.prompts import BUILTIN
+from shoal.errors import UsageError
+from shoal.evaluation import Progress
+from shoal.evaluation.scoring import evaluating
+from shoal.models.kinds import require_causal
+from shoal.models.load import Loaded
+from shoal.run.speculate.candidates import layer_drafts, ranked
+from shoal.run.speculate.foresee import Foresight, Told
+from shoal.run.speculate.lengths import Confidence
+from shoal.run.speculate.speculator import Speculator
+
+WORTH = 1.03
+"""A draft is advised when its median round is this much faster than plain decoding, and its worst not slower."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One setting, generated with in turn with plain `generate`."""
+
+    draft: str
+    length: int
+    confidence: Confidence
+    foreseen: float | None
+    """Speed-up that was foreseen; None for a draft that the user named."""
+    speedup: float
+    """Median over rounds of plain seconds / speculative seconds, prefill included, all prompts together."""
+    worst: float
+    best: float
+    acceptance: float | None
+    tokens_per_round: float
+    layers_per_token: float
+    different: int
+    """Prompts whose text was another than plain decoding's."""
+    close_calls: int
+    """Greedy choices between two logits less than 1e-4 apart: only there rounding may choose another token."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the tuner found."""
+
+    prompts: int
+    new: int
+    device: str
+    dtype: str
+    threads: int
+    plain_tokens_per_second: float
+    foreseen: list[dict[str, Any]]
+    verified: list[Verified]
+    draft: str | None
+    """The draft to use; None: plain decoding is faster."""
+    length: int = 0
+    confidence: Confidence = None
+    speedup: float = 1.0
+    verdict: str = ""
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def tune_draft(
+    loaded: Loaded,
+    prompts: Sequence[str] | None = None,
+    *,
+    new: int = 64,
+    finalists: int = 3,
+    pairs: int = 3,
+    also: Sequence[str] = (),
+    chat: bool | None = None,
+    few: bool = False,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Find the draft that generates fastest from `prompts` (default: six that come along, of three kinds).
+
+    The base model writes `new` tokens for each prompt; each candidate is run over that text once, which shows what it
+    would have drafted; every length and confidence is then counted and timed by measured passes, and the best
+    `finalists`, with the drafts `also`, generate in turn with plain `generate`, `pairs` times. `few`: fewer candidates.
+    Greedy decoding, batch 1. Raises D440 without a tokenizer, U619 when the model ends every text at once, and what
+    `Speculator` raises for a model that cannot be drafted for.
+    """
+    require_causal(loaded.model, "tune-draft")
+    start = time.perf_counter()
+    texts = list(prompts) if prompts is not None else [text for kind in BUILTIN.values() for text in kind]
+    tell = progress or (lambda *_: None)
+    model = loaded.model
+    with evaluating(model), torch.no_grad():
+        tasks = [encoded(loaded, text, chat) for text in texts]
+        probe = Speculator(model, "lookup")
+        told, plain = _written(model, tasks, new, tell)
+        with probe.stage as stage:
+            foresight = Foresight(stage, told)
+            times = foresight.time_base()
+            drafts = layer_drafts(foresight, few)
+            rows = ranked(foresight, times, drafts, times.full[1])
+            del foresight
+        settings = [(str(r["draft"]), r["length"], r["confidence"], r["speedup"]) for r in _finalists(rows, finalists)]
+        settings += [(text, 4, "auto", None) for text in also]
+        verified = []
+        for number, setting in enumerate(settings):
+            tell(number, len(settings), f"verifying {setting[0]}")
+            verified.append(_verified(model, tasks, new, pairs, setting))
+        tell(len(settings), len(settings), "verified")
+    return _tuned(model, tasks, new, plain, rows, verified, time.perf_counter() - start)
+
+
+def _finalists(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The best lookup, the best layers and the best of both before the next best: they win on different prompts."""
+    first: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for row in rows:
+        pieces = str(row["draft"]).split("+")
+        first.setdefault((pieces[0].startswith("lookup"), pieces[-1].startswith("lookup")), row)
+    chosen = list(first.values())
+    chosen += [row for row in rows if row not in chosen]
+    return chosen[:count]
+
+
+def encoded(loaded: Loaded, text: str, chat: bool | None) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, [1, length], with the chat template where there is one (`chat` None)."""
+    tokenizer = tokenizer_of(loaded)
+    if getattr(tokenizer, "chat_template", None) is not None if chat is None else chat:
+        made = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        made = tokenizer(text, return_tensors="pt")
+    return {name: made[name].to(loaded.model.device) for name in ("input_ids", "attention_mask")}
+
+
+def _greedy(new: int) -> dict[str, Any]:
+    return {"max_new_tokens": new, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def _written(
+    model: Any, tasks: list[dict[str, torch.Tensor]], new: int, tell: Callable[..., Any]
+) -> tuple[list[Told], float]:
+    """What plain decoding writes, and its tokens per second."""
+    told, seconds, tokens = [], 0.0, 0
+    for number, task in enumerate(tasks):
+        tell(number, len(tasks), "plain decoding")
+        ids, spent = _timed(partial(model.generate, **task, **_greedy(new)), model)
+        prompt = task["input_ids"].shape[1]
+        seconds, tokens = seconds + spent, tokens + ids.shape[1] - prompt
+        if ids.shape[1] - prompt > 2 and prompt > 1:
+            told.append(Told(ids, prompt))
+    if not told:
+        raise UsageError(
+            "the model ends its text at once on every prompt, so there is nothing to draft; give other prompts",
+            code="U619",
+        )
+    return told, tokens / seconds
+
+
+def _verified(
+    model: Any, tasks: list[dict[str, torch.Tensor]], new: int, pairs: int, setting: tuple[Any, ...]
+) -> Verified:
+    draft, length, confidence, foreseen = setting
+    speculator = Speculator(model, draft, length=length, confidence=confidence)
+    ratios, different, totals = [], 0, [0, 0, 0, 0, 0]
+    ran = 0.0
+    for turn in range(pairs):
+        plain = ours = 0.0
+        for task in tasks:
+            expected, spent = _timed(partial(model.generate, **task, **_greedy(new)), model)
+            plain += spent
+            found, spent = _timed(partial(speculator.generate, **task, **_greedy(new)), model)
+            ours += spent
+            if turn == 0:
+                s = speculator.stats
+                different += not torch.equal(expected, found)
+                counts = (s.drafted, s.accepted, s.rounds, s.tokens - 1, s.close_calls)
+                totals = [a + b for a, b in zip(totals, counts, strict=True)]
+                ran += (s.layers_per_token or 0) * (s.tokens - 1)
+        ratios.append(plain / ours)
+    drafted, accepted, rounds, tokens, close = totals
+    return Verified(
+        draft, length, confidence, foreseen, statistics.median(ratios), min(ratios), max(ratios),
+        accepted / drafted if drafted else None, tokens / max(1, rounds), ran / max(1, tokens), different, close,
+    )  # fmt: skip
+
+
+def _timed(call: Callable[[], Any], model: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    out = call()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return out, time.perf_counter() - start
+
+
+def _tuned(
+    model: Any,
+    tasks: list[Any],
+    new: int,
+    plain: float,
+    rows: list[dict[str, Any]],
+    verified: list[Verified],
+    seconds: float,
+) -> Tuned:
+    best = max(verified, key=lambda v: v.speedup)
+    use = best.speedup >= WORTH and best.worst >= 1
+    spread = f"{best.speedup:.2f} x plain decoding ({best.worst:.2f} to {best.best:.2f} over rounds)"
+    if use:
+        verdict = f"use {best.draft} with at most {best.length} drafted tokens: {spread}"
+    else:
+        verdict = f"do not use it here: the best draft, {best.draft}, reaches {spread}"
+    notes = [
+        f"{v.draft}: {v.different} of {len(tasks)} texts differ from plain decoding ({v.close_calls} close calls)"
+        for v in verified
+        if v.different
+    ]
+    return Tuned(
+        len(tasks), new, str(model.device), str(model.dtype).removeprefix("torch."), torch.get_num_threads(), plain,
+        rows, verified, best.draft if use else None, best.length if use else 0, best.confidence if use else None,
+        best.speedup if use else 1.0, verdict, seconds, notes,
+    )  # fmt: skip

@@ -1,0 +1,46 @@
+"""What a draft kind is: something that chooses steps, or something that finds tokens without running any layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+
+from shoal.plan import Spec
+from shoal.plan.steps import Step
+
+if TYPE_CHECKING:
+    from shoal.run.speculate.scene import Scene
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """Chooses the layers of the draft, once or anew before a round."""
+
+    def begin(self, spec: Spec) -> tuple[Step, ...]:
+        """The steps of the first draft; called once for each generation, which may forget what was learnt before."""
+
+    def again(self, scene: Scene) -> tuple[Step, ...] | None:
+        """Called before each round; None: draft with the same steps."""
+
+
+@runtime_checkable
+class Finder(Protocol):
+    """Finds a likely continuation in the text itself."""
+
+    def find(self, ids: torch.Tensor, most: int) -> list[int]:
+        """Up to `most` tokens to come behind `ids`, [1, length]; none when nothing is found."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A draft of the same steps throughout."""
+
+    steps: tuple[Step, ...]
+
+    def begin(self, spec: Spec) -> tuple[Step, ...]:
+        return self.steps
+
+    def again(self, scene: Scene) -> tuple[Step, ...] | None:
+        return None

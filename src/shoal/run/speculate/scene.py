@@ -1,0 +1,57 @@
+"""What a chooser may look at before a round: the text, the cache behind it, and single layers at the last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+
+from shoal.plan.steps import Run
+from shoal.run.speculate.account import Stats
+from shoal.run.speculate.bench import Bench
+from shoal.run.speculate.feed import Feed
+from shoal.run.speculate.rows import lent
+from shoal.run.speculate.stage import Stage
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The moment before a round. The last token of `ids`, [1, length], is not in the cache yet."""
+
+    stage: Stage
+    feed: Feed
+    cache: Cache
+    ids: torch.Tensor
+    stats: Stats
+
+    @property
+    def length(self) -> int:
+        """Tokens of text so far."""
+        return int(self.ids.shape[1])
+
+    def bench(self) -> Bench:
+        """Single layers, to be tried on states of the last token."""
+        return Bench(self.stage, self.feed, self.cache, self.ids)
+
+    def snapshot(self) -> Cache:
+        """The cache as it is now; it stays so."""
+        return lent(self.cache, range(len(self.cache.layers)), 0)
+
+    def hits(self, steps: tuple[Run, ...], before: Cache, since: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each token behind `since`, [tokens]: would a draft of `steps` have drafted it, and how sure was it?
+
+        One pass over these tokens, on `before`: the snapshot taken when the text was `since` tokens long, its last
+        token not in it. The text must have grown since.
+        """
+        ready = self.stage.prepare(steps)
+        rows = lent(before, ready.draft.rows, 0)
+        new = self.length - since + 1
+        scores = self.stage.logits(ready.draft, self.feed, self.ids, new, rows)[:-1]
+        ready.draft.conductor.forget()
+        best, said = scores.max(-1)
+        return said == self.ids[0, since:], (best - scores.logsumexp(-1)).exp()
+
+    def agreement(self, steps: tuple[Run, ...], before: Cache, since: int) -> float:
+        """The share of hits."""
+        return float(self.hits(steps, before, since)[0].float().mean())

@@ -1,0 +1,43 @@
+"""Tiny models whose later layers are weak, so that drafts are sometimes right, and one draft of each kind."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import torch
+from transformers import PreTrainedModel
+
+from shoal.models.stacks import find_stack
+
+from .families import tiny
+
+EAGER = {"gemma2", "gemma3_text", "bloom", "gpt_oss", "gemma3n_text", "gptj"}
+FAMILIES = ("llama", "gpt2", "opt", "gemma3_text", "mixtral", "bloom")
+DRAFTS = {
+    "exit": "exit:2",
+    "skip": "skip:0,2-3",
+    "attention": "attention:2",
+    "lookup": "lookup:1",
+    "swift": "swift:window=4;fraction=0.3",
+    "cosine": "cosine:0.9",
+    "clasp": "clasp:skip=1;every=1",
+    "knapsack": "knapsack:every=3",
+}
+
+
+@cache
+def weak(family: str) -> PreTrainedModel:
+    """The family's tiny model with layers 2 and 3 at a third of their weights; nobody may change it."""
+    model = copy.deepcopy(tiny(family, "eager" if family in EAGER else "sdpa"))
+    stack = find_stack(model)
+    with torch.no_grad():
+        for index in (2, 3):
+            for parameter in stack.layer(index).parameters():
+                if parameter.dim() >= 2:
+                    parameter.mul_(0.35)
+    return model
+
+
+def prompt(length: int = 10, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,77 @@
+"""Self-speculation over many draws and many prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chi2
+
+from shoal.api.prompts import BUILTIN
+from shoal.api.speculate import encoded, tune_draft
+from shoal.run.speculate.speculator import Speculator
+
+from ..contract.test_speculate_sampling import START, VOCAB, small
+
+REAL = (
+    "exit:8",
+    "skip:0-11,14-29",
+    "attention:18-25",
+    "lookup",
+    "swift",
+    "cosine",
+    "clasp:skip=3",
+    "knapsack",
+    "lookup+exit:20",
+)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("draft", ["exit:1", "skip:1", "lookup:1+exit:1"])
+def test_twenty_thousand_generated_tokens_have_the_base_models_distribution(draft: str) -> None:
+    """Without attention the next token depends on the last one alone, so every token of a long text is a draw."""
+    model = small()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+        chances = model(torch.arange(VOCAB)[:, None]).logits[:, -1].softmax(-1)
+    speculator = Speculator(model, draft, length=3, confidence=None, count=False)
+    torch.manual_seed(0)
+    counts = torch.zeros(VOCAB, VOCAB)
+    for _ in range(80):
+        ids = torch.tensor([START])
+        asked = {"max_new_tokens": 250, "do_sample": True, "top_k": 0}
+        text = speculator.generate(ids, attention_mask=torch.ones_like(ids), **asked)[0, len(START) - 1 :]
+        counts.index_put_((text[:-1], text[1:]), torch.ones(len(text) - 1), accumulate=True)
+    assert counts.sum() == 20_000
+    assert speculator.stats.acceptance is not None
+    assert 0.1 < speculator.stats.acceptance < 0.95
+    foreseen = chances * counts.sum(-1, keepdim=True)
+    statistic = float(((counts - foreseen) ** 2 / foreseen).sum())
+    assert chi2.sf(statistic, VOCAB * (VOCAB - 1)) > 0.001
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("draft", REAL)
+def test_fifty_prompts_are_answered_token_for_token(smollm2: Any, draft: str) -> None:
+    """Fifty prompts of 128 tokens: the texts of the built-in prompts, cut and continued."""
+    texts = [text for kind in BUILTIN.values() for text in kind]
+    prompts = [f"{text}\n\nAnswer as number {n}." for n in range(9) for text in texts][:50]
+    speculator = Speculator(smollm2.model, draft, count=False)
+    asked = {"max_new_tokens": 128, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    wrong = []
+    for text in prompts:
+        inputs = encoded(smollm2, text, None)
+        if not torch.equal(speculator.generate(**inputs, **asked), smollm2.model.generate(**inputs, **asked)):
+            wrong.append((text, speculator.stats.close_calls))
+    assert not wrong
+
+
+@pytest.mark.timeout(1800)
+def test_the_tuner_says_what_it_found(smollm2: Any) -> None:
+    found = tune_draft(smollm2, [BUILTIN["code"][1]], new=16, finalists=2, pairs=1, few=True, also=["exit:2"])
+    assert [v.different for v in found.verified] == [0, 0, 0]
+    assert found.verified[-1].draft == "exit:2"
+    assert (found.draft is None) == found.verdict.startswith("do not use it here")
+    assert found.foreseen == sorted(found.foreseen, key=lambda row: -row["speedup"])
