@@ -77,12 +77,14 @@ def serving(
     loaded: Loaded,
     generate: Generate | None = None,
     *,
+    prepare: Prepare | None = None,
     plan: str | None = None,
     limits: Limits | None = None,
     **own: Any,
 ) -> Iterator[tuple[httpx.Client, Service]]:
     """A client of a server that runs in a thread of this process."""
-    prepare = under_plan(loaded, plan) if generate is None else instead(generate)
+    if prepare is None:
+        prepare = under_plan(loaded, plan) if generate is None else instead(generate)
     with service(loaded, prepare, name="tiny", limits=limits, **own) as made, bind("127.0.0.1", 0) as sock:
         sock.listen(128)
         running = server(made.app, drain=5)

@@ -30,6 +30,13 @@ from shoal.errors import UsageError
 def serve(
     model: Model,
     plan: PlanText = None,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", help="Who decides at run time, as exit:confidence=0.9 (shoal ls policies)."),
+    ] = None,
+    speculate: Annotated[
+        str | None, typer.Option("--speculate", help="Self-speculation, as exit:8 (shoal ls drafts).")
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -58,10 +65,12 @@ def serve(
         _tell_settings(json_)
         return
     _require_extra()
-    from shoal.serve.generating import under_plan
+    from shoal.serve.dynamic import chosen_way
     from shoal.serve.limits import Limits, is_loopback
     from shoal.serve.listen import bind, listen, service, url
 
+    if speculate is not None and (plan, policy) != (None, None):
+        raise UsageError("--speculate drafts for the whole model; leave out --plan and --policy", code="U593")
     if api_key is not None and (not api_key.isascii() or not api_key or api_key != api_key.strip()):
         raise UsageError(
             "the API key is empty, or has spaces around it or letters that are not ASCII; give another, or none",
@@ -75,7 +84,7 @@ def serve(
         limits = Limits(queue, max_tokens, timeout, max_body << 10, context)
         with service(
             loaded,
-            under_plan(loaded, chosen, weights),
+            chosen_way(loaded, chosen, weights, policy=policy, draft=speculate),
             name=name,
             limits=limits,
             host=host,
@@ -83,7 +92,8 @@ def serve(
             on_request=lambda told: _tell_request(told, as_json=json_, quiet=quiet),
         ) as made:
             sock.listen(128)
-            _tell_address(url(sock), made.name, chosen, chat=made.can_chat, key=api_key is not None, as_json=json_)
+            way = {"plan": None if chosen is None else str(chosen), "policy": policy, "draft": speculate}
+            _tell_address(url(sock), made.name, way, chat=made.can_chat, key=api_key is not None, as_json=json_)
             listen(made.app, sock, drain=drain)
 
 
@@ -109,15 +119,16 @@ def _tell_settings(as_json: bool) -> None:
     emit({"config": text}, text, as_json=as_json)
 
 
-def _tell_address(address: str, name: str, plan: Any, *, chat: bool, key: bool, as_json: bool) -> None:
+def _tell_address(address: str, name: str, way: dict[str, str | None], *, chat: bool, key: bool, as_json: bool) -> None:
     if as_json:
-        _line({"address": address, "model": name, "plan": None if plan is None else str(plan)})
+        _line({"address": address, "model": name, **way})
         return
     path = "chat/completions" if chat else "completions"
     said: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
     body = shlex.quote(json.dumps({"model": name, **said}, ensure_ascii=False))
     authorization = '-H "Authorization: Bearer $SHOAL_API_KEY" ' if key else ""
-    typer.echo(f"{name}{'' if plan is None else f' ({plan})'} at {address}/v1")
+    said_way = ", ".join(one for one in way.values() if one is not None)
+    typer.echo(f"{name}{said_way and f' ({said_way})'} at {address}/v1")
     typer.echo(f"curl {address}/v1/{path} -H 'Content-Type: application/json' {authorization}-d {body}")
 
 

@@ -1,0 +1,69 @@
+"""Ways of writing whose depth is decided at run time: under a policy, and with a draft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shoal.evaluation.scoring import device_of, evaluating
+from shoal.models.inspect import inspect
+from shoal.models.load import Loaded
+from shoal.plan import Plan
+from shoal.run.live import running
+from shoal.run.speculate.speculator import Speculator
+from shoal.run.weights import Tensors
+from shoal.serve.generating import Ask, Generate, Prepare, Ran, calling, under_plan
+
+
+def under_policy(
+    loaded: Loaded, policy: Any, plan: Plan | str | None = None, weights: Tensors | None = None
+) -> Prepare:
+    """The model's own `generate` under `policy`, as `exit:confidence=0.9` or an object. Entering it raises `PlanError`
+    (P1xx) for a policy that cannot decide on this model or plan."""
+
+    @contextmanager
+    def prepare() -> Iterator[Generate]:
+        base = Plan.identity(inspect(loaded.model)) if plan is None else plan
+        with running(loaded.model, base, weights, policy=policy) as handle, evaluating(loaded.model):
+
+            def counts(ask: Ask) -> Ran:
+                # the last column of the prompt decides the first token, and the last token is never read
+                return Ran(layers=sum(handle.trace.depths[0][len(ask.ids) - 1 :]))
+
+            yield calling(loaded.model.generate, device_of(loaded.model), counts=counts)
+
+    return prepare
+
+
+def drafted(loaded: Loaded, draft: str, **options: Any) -> Prepare:
+    """The text of the model alone, written by self-speculation with `draft`, as `exit:8`; `options` are those of
+    `Speculator`. Raises what it raises, here already."""
+    speculator = Speculator(loaded.model, draft, **options)
+
+    def counts(ask: Ask) -> Ran:
+        stats = speculator.stats
+        behind = stats.layers_per_token
+        layers = None if behind is None else stats.depth + round(behind * (stats.tokens - 1))
+        return Ran(layers=layers, drafted=stats.drafted, accepted=stats.accepted)
+
+    @contextmanager
+    def prepare() -> Iterator[Generate]:
+        with evaluating(loaded.model):
+            yield calling(speculator.generate, device_of(loaded.model), counts=counts)
+
+    return prepare
+
+
+def chosen_way(
+    loaded: Loaded,
+    plan: Plan | None,
+    weights: Tensors | None,
+    *,
+    policy: str | None = None,
+    draft: str | None = None,
+) -> Prepare:
+    """What the options of `shoal serve` ask for: a plan, a policy on it, or a draft for the whole model."""
+    if draft is not None:
+        return drafted(loaded, draft)
+    return under_plan(loaded, plan, weights) if policy is None else under_policy(loaded, policy, plan, weights)
