@@ -60,13 +60,13 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = options(__doc__, pairs=3)
+    parser = options(__doc__, pairs=2)
     parser.add_argument(
         "--exit", type=int, default=8, help="layers that draft against the stock (default: %(default)s)"
     )
     parser.add_argument("--late-exit", type=int, default=20, help="a second exit (default: %(default)s)")
     parser.add_argument("--length", type=int, default=4, help="drafted tokens (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=32, help="tokens for each prompt (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=24, help="tokens for each prompt (default: %(default)s)")
     parser.add_argument("--dtype", help="of the model of --shape: float32, bfloat16, float16 (default: by the device)")
     parser.add_argument("--shape", choices=SHAPES, help="time a model of this shape, too")
     parser.add_argument("--no-tune", action="store_true", help="leave the tuner out")
@@ -78,7 +78,8 @@ def _against_stock(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """`stop`: each side ends and leaves out drafts by its own rule; otherwise both draft --length tokens every time."""
     model, device = loaded.model, loaded.model.device
-    tasks = [encoded(loaded, texts[0], None) for texts in BUILTIN.values()]
+    texts_asked = [kind[0] for kind in BUILTIN.values()][: 3 if stop else 1]
+    tasks = [encoded(loaded, text, None) for text in texts_asked]
     speculator = Speculator(model, f"exit:{layer}", length=args.length, confidence="auto" if stop else None)
     sides: dict[str, Any] = {
         "plain": model.generate,
@@ -148,7 +149,7 @@ def _layers(model: Any) -> Iterator[Counter[int]]:
 
 def _tuned(loaded: Any, kind: str, args: argparse.Namespace) -> dict[str, Any]:
     say(f"tuning on {kind}")
-    found = tune_draft(loaded, BUILTIN[kind], new=args.new, finalists=3, pairs=args.pairs).to_dict()
+    found = tune_draft(loaded, BUILTIN[kind], new=args.new, finalists=2, pairs=args.pairs).to_dict()
     return found | {"foreseen": found["foreseen"][:5]}
 
 
