@@ -131,3 +131,8 @@ def streamed(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[str
         found = events(response)
     choices = [choice for chunk in found for choice in chunk.get("choices", [])]
     return "".join(c["delta"].get("content", "") if "delta" in c else c["text"] for c in choices), found
+
+
+def new_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    """Those of ours that are left: the monitor of a progress bar comes when it likes and stays."""
+    return [t for t in set(threading.enumerate()) - before if not type(t).__module__.startswith("tqdm")]

@@ -59,12 +59,7 @@ def test_a_mistake_is_one_sentence(
         assert CliRunner().invoke(app, typed).exit_code == 2
     else:
         assert f"shoal: {code}" in shoal(*typed, code=1)
-    assert not _new_threads(before)
-
-
-def _new_threads(before: set[threading.Thread]) -> list[threading.Thread]:
-    """Those that are ours: the monitor of a progress bar comes when it likes and stays."""
-    return [t for t in set(threading.enumerate()) - before if not type(t).__module__.startswith("tqdm")]
+    assert not new_threads(before)
 
 
 def _numbers_only(host: str, port: int, **own: object) -> list[tuple[object, ...]]:
