@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from shoal.cli import app
 
+from .serving import new_threads
 from .test_api import folder  # noqa: F401
 from .test_cli import shoal
 
