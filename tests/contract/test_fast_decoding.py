@@ -1,4 +1,4 @@
-"""The fast decode path gives the tokens of generate: families, plans, processors, sampling, batches, menus, refusals."""
+"""The fast decode path gives the tokens of generate: families, plans, processors, sampling, batches, menus."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Pieces(BaseStreamer):
 @pytest.mark.parametrize("family", PLAIN + OTHERS)
 def test_the_thin_loop_gives_the_tokens_of_generate(family: str) -> None:
     model = model_of(family)
-    fast = FastDecoder(model, compile="off")
+    fast = FastDecoder(model, mode="off")
     assert torch.equal(fast.generate(prompt(), **greedy(30)), model.generate(prompt(), **greedy(30)))
     assert torch.equal(fast.generate(**padded(), **greedy()), model.generate(**padded(), **greedy()))
 
@@ -76,20 +76,20 @@ def test_captured_layers_give_the_tokens_of_generate(family: str) -> None:
     """The layers go through the compiler's capture, with a cache of one row each; only the code it would make is left
     out. Windows of 6 tokens are left behind."""
     model = model_of(family)
-    fast = FastDecoder(model, compile="layers", backend="eager")
+    fast = FastDecoder(model, mode="layers", backend="eager")
     assert torch.equal(fast.generate(prompt(), **greedy()), model.generate(prompt(), **greedy()))
     assert torch.equal(fast.generate(**padded(), **greedy()), model.generate(**padded(), **greedy()))
     assert len(fast.compiled) == 2
 
 
-@pytest.mark.parametrize("compile", ["off", "layers"])
+@pytest.mark.parametrize("mode", ["off", "layers"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_plans(plan: str, compile: Any) -> None:
+def test_plans(plan: str, mode: Any) -> None:
     model = model_of("llama")
-    fast = FastDecoder(model, plan, compile=compile, backend="eager")
+    fast = FastDecoder(model, plan, mode=mode, backend="eager")
     with running(model, plan):
         want, both = model.generate(prompt(), **greedy()), model.generate(**padded(), **greedy())
-        inside = FastDecoder(model, compile="off").generate(prompt(), **greedy())
+        inside = FastDecoder(model, mode="off").generate(prompt(), **greedy())
     assert torch.equal(fast.generate(prompt(), **greedy()), want)
     assert torch.equal(fast.generate(**padded(), **greedy()), both)
     assert torch.equal(inside, want)
@@ -99,7 +99,7 @@ def test_plans(plan: str, compile: Any) -> None:
 def test_a_menu_is_switched_without_compiling_again() -> None:
     model = model_of("llama")
     menu = {"all": "0-3", "few": "0,3", "mixed": "0,2@0,1,3"}
-    fast = FastDecoder(model, menu, compile="layers", backend="eager")
+    fast = FastDecoder(model, menu, mode="layers", backend="eager")
     assert fast.plans == list(menu)
     made = {}
     for name in ("all", "few", "mixed", "all", "mixed", "few"):
@@ -115,10 +115,10 @@ def test_a_menu_is_switched_without_compiling_again() -> None:
     assert len(fast._calls) == 1
 
 
-@pytest.mark.parametrize("compile", ["off", "layers"])
-def test_processors_stops_and_samples(compile: Any) -> None:
+@pytest.mark.parametrize("mode", ["off", "layers"])
+def test_processors_stops_and_samples(mode: Any) -> None:
     model = model_of("llama")
-    fast = FastDecoder(model, compile=compile, backend="eager")
+    fast = FastDecoder(model, mode=mode, backend="eager")
     free = model.generate(prompt(2), **greedy())
     own = {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])}
     want = model.generate(prompt(2), **own, **greedy())
@@ -146,7 +146,7 @@ class After(StoppingCriteria):
 def test_streamer_and_stopping_criteria() -> None:
     model = model_of("llama")
     seen = []
-    for decode in (model.generate, FastDecoder(model, compile="off").generate):
+    for decode in (model.generate, FastDecoder(model, mode="off").generate):
         pieces = Pieces()
         tokens = decode(prompt(), streamer=pieces, stopping_criteria=StoppingCriteriaList([After()]), **greedy())
         assert tokens.shape[1] == 9
@@ -158,7 +158,7 @@ def test_streamer_and_stopping_criteria() -> None:
 def test_the_model_is_as_it_was() -> None:
     model = copy.deepcopy(model_of("llama"))
     before = [type(module) for module in model.modules()]
-    fast = FastDecoder(model, "0,2-3", compile="layers", backend="eager")
+    fast = FastDecoder(model, "0,2-3", mode="layers", backend="eager")
     with pytest.raises(ZeroDivisionError):
         fast.generate(prompt(), stopping_criteria=StoppingCriteriaList([_Fails()]), **greedy())
     assert [type(module) for module in model.modules()] == before
@@ -175,9 +175,9 @@ class _Fails(StoppingCriteria):
 
 def test_auto_says_why_it_does_not_compile() -> None:
     fast = FastDecoder(model_of("mamba2"))
-    assert (fast.compile, "running state" in str(fast.why_off)) == ("off", True)
-    with pytest.raises(UsageError, match="U563.*running state"):
-        FastDecoder(model_of("mamba2"), compile="layers")
+    assert (fast.mode, "running state" in str(fast.why_off)) == ("off", True)
+    with pytest.raises(UsageError, match=r"U563.*running state"):
+        FastDecoder(model_of("mamba2"), mode="layers")
 
 
 @pytest.mark.parametrize(
@@ -196,23 +196,23 @@ def test_auto_says_why_it_does_not_compile() -> None:
 )
 def test_what_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        FastDecoder(model_of("llama"), compile="off").generate(prompt(), max_new_tokens=2, **arguments)
+        FastDecoder(model_of("llama"), mode="off").generate(prompt(), max_new_tokens=2, **arguments)
 
 
 def test_refused_models_menus_and_plans() -> None:
     model = model_of("llama")
-    with pytest.raises(UsageError, match="U565.*no plan"):
+    with pytest.raises(UsageError, match=r"U565.*no plan"):
         FastDecoder(model, {})
-    with pytest.raises(UsageError, match="U565.*'fully'"):
-        FastDecoder(model, compile="fully")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="U566.*few"):
-        FastDecoder(model, {"few": "0,3"}, compile="off").generate(prompt(), max_new_tokens=2)
-    with pytest.raises(UsageError, match="U563.*training mode"):
+    with pytest.raises(UsageError, match=r"U565.*'fully'"):
+        FastDecoder(model, mode="fully")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"U566.*few"):
+        FastDecoder(model, {"few": "0,3"}, mode="off").generate(prompt(), max_new_tokens=2)
+    with pytest.raises(UsageError, match=r"U563.*training mode"):
         FastDecoder(copy.deepcopy(model).train())
-    with pytest.raises(PlanError, match="P103"):
+    with pytest.raises(PlanError, match=r"P103"):
         FastDecoder(model, "0,9")
-    fast = FastDecoder(model, "0,3", compile="off")
-    with running(model, "0-2"), pytest.raises(PlanError, match="P122"):
+    fast = FastDecoder(model, "0,3", mode="off")
+    with running(model, "0-2"), pytest.raises(PlanError, match=r"P122"):
         fast.generate(prompt(), max_new_tokens=2)
 
 
@@ -220,5 +220,5 @@ def test_a_step_that_is_not_the_models_own_is_refused() -> None:
     want = torch.tensor([[1.0, -4.0]])
     assert refuse_difference(want, want + 1e-4) == pytest.approx(2.5e-5, rel=0.01)
     for have in (want + 0.1, want * float("nan")):
-        with pytest.raises(UsageError, match="U564"):
+        with pytest.raises(UsageError, match=r"U564"):
             refuse_difference(want, have)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +36,7 @@ def generate(
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")
     ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Compile the layers first; for many tokens.")] = False,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -52,16 +54,25 @@ def generate(
 
     with progress_bars(quiet):
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
-    answer = run(
-        loaded,
-        prompt,
-        plan=chosen,
-        weights=weights,
-        max_new_tokens=max_new_tokens,
-        sample=sample,
-        temperature=temperature,
-        chat=chat,
-        seed=seed,
-        on_text=None if json_ else lambda piece: typer.echo(piece, nl=False),
-    )
+    with _fast(loaded.model, fast):
+        answer = run(
+            loaded,
+            prompt,
+            plan=chosen,
+            weights=weights,
+            max_new_tokens=max_new_tokens,
+            sample=sample,
+            temperature=temperature,
+            chat=chat,
+            seed=seed,
+            on_text=None if json_ else lambda piece: typer.echo(piece, nl=False),
+        )
     emit(answer.to_dict(), "", as_json=json_)
+
+
+def _fast(model: Any, wanted: bool) -> AbstractContextManager[object]:
+    if not wanted:
+        return nullcontext()
+    from shoal.run.fast import fast_generate
+
+    return fast_generate(model)

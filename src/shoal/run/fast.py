@@ -17,11 +17,18 @@ from shoal.models.stacks import Stack, find_stack, find_stacks, unwrap
 from shoal.plan import Plan
 from shoal.run.conductor import PlannedList
 from shoal.run.fast_layers import Call, compiled_call, compiled_calls, standing_in
-from shoal.run.fast_legal import refuse_arguments, refuse_difference, refuse_model, refuse_settings, why_not_compiled
+from shoal.run.fast_legal import (
+    refuse_arguments,
+    refuse_deciding,
+    refuse_difference,
+    refuse_model,
+    refuse_settings,
+    why_not_compiled,
+)
 from shoal.run.fast_loop import Forward, Inputs, decode
 from shoal.run.live import apply
 
-Compile = Literal["auto", "layers", "step", "off"]
+Mode = Literal["auto", "layers", "step", "off"]
 Menu = Mapping[str, Plan | str]
 Key = tuple[str | None, int, int, int]
 
@@ -59,13 +66,13 @@ class FastDecoder:
         plan: Plan | str | Menu | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
         *,
-        compile: Compile = "auto",
+        mode: Mode = "auto",
         backend: str = "inductor",
     ) -> None:
         """`plan`: what `shoal.running` takes, or a menu {name: plan}; None runs the model as it is, a plan that is
         running already included. `weights`: the tensors that the plans name, as `running` takes them.
 
-        `compile`: "layers" compiles the layers and the head one by one (seconds, whatever the depth, shared by all
+        `mode`: "layers" compiles the layers and the head one by one (seconds, whatever the depth, shared by all
         plans), "step" the whole step (minutes on a CPU, once a plan; with CUDA graphs on a GPU), "off" neither. "auto"
         is "layers" on a CPU, "step" elsewhere, and "off" for a model that cannot be compiled (`why_off` says why).
         `backend`: torch.compile's. Raises `PlanError` as `running` does, and `UsageError`: U563 a model that does not
@@ -74,17 +81,17 @@ class FastDecoder:
         """
         self.model: Any = unwrap(model)
         refuse_model(self.model)
-        if compile not in get_args(Compile):
-            known = ", ".join(get_args(Compile))
-            raise UsageError(f"compile={compile!r} is unknown; use one of {known}", code="U565")
+        if mode not in get_args(Mode):
+            known = ", ".join(get_args(Mode))
+            raise UsageError(f"mode={mode!r} is unknown; use one of {known}", code="U565")
         if isinstance(plan, Mapping) and not plan:
             raise UsageError("the menu holds no plan; give one or more by name", code="U565")
         self.why_off = why_not_compiled(self.model)
-        if self.why_off is not None and compile in ("layers", "step"):
-            message = f'{type(self.model).__name__} cannot be compiled: {self.why_off}; use compile="off"'
+        if self.why_off is not None and mode in ("layers", "step"):
+            message = f'{type(self.model).__name__} cannot be compiled: {self.why_off}; use mode="off"'
             raise UsageError(message, code="U563")
         own = "layers" if self.model.device.type == "cpu" else "step"
-        self.compile = ("off" if self.why_off else own) if compile == "auto" else compile
+        self.mode = ("off" if self.why_off else own) if mode == "auto" else mode
         self.compiled: dict[Key, Compiled] = {}
         """What was compiled so far."""
         self._backend = backend
@@ -105,7 +112,8 @@ class FastDecoder:
         `inputs`: token ids [batch, prompt], left-padded with their `attention_mask` where they differ in length.
         `plan`: a name of the menu; needed when there is one. Raises `UsageError`: U562 an argument that the fast path
         does not take (beams, assistants, scores, caches, ...), U563 a model in training mode, U564 a compiled step that
-        is not the model's own, U566 a name that the menu does not have; `PlanError` P122 when another plan is running.
+        is not the model's own, U566 a name that the menu does not have, U567 when something that runs on the model
+        decides token by token; `PlanError` P122 when another plan is running.
         """
         refuse_arguments(kwargs)
         refuse_model(self.model)
@@ -114,12 +122,14 @@ class FastDecoder:
             message = f"plan={plan!r} is not in the menu; it has {names}"
             raise UsageError(message, code="U566")
         streamer = kwargs.get("streamer")
+        refuse_deciding([stack.layers for stack in find_stacks(self.model)])
 
         def loop(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
             return self._loop(plan, streamer, input_ids, **prepared)
 
         with self._switched(plan):
-            tokens: torch.Tensor = self.model.generate(inputs, custom_generate=loop, **kwargs)
+            stock = type(self.model).generate  # the instance's may be this very method
+            tokens: torch.Tensor = stock(self.model, inputs, custom_generate=loop, **kwargs)
         return tokens
 
     def _loop(
@@ -136,7 +146,7 @@ class FastDecoder:
         """Called by `generate` with all that it prepared."""
         refuse_settings(generation_config)
         forward, standing = self.model, nullcontext
-        if self.compile != "off":
+        if self.mode != "off":
             key, cache = self._cache(plan, input_ids.shape[0], generation_config.max_length)
             forward, modules = self._compiled_step(key)
             if key not in self.compiled:
@@ -195,11 +205,11 @@ class FastDecoder:
     def _compiled_step(self, key: Key) -> tuple[Forward, list[tuple[nn.Module, Any]]]:
         """What runs a step, and what stands in for which modules meanwhile."""
         sliding = any(self._caches[key[0]][1].is_sliding)
-        own: Any = key if self.compile == "step" else key[1:]
+        own: Any = key if self.mode == "step" else key[1:]
         if own not in self._calls:
             self._calls[own] = compiled_call(self._options(), self._backend, dynamic=None if sliding else False)
         call = self._calls[own]
-        if self.compile == "layers":
+        if self.mode == "layers":
             return self.model, compiled_calls(self.model, find_stack(self.model, "decoder"), call)
 
         def forward(**inputs: Any) -> Any:
@@ -241,6 +251,19 @@ class FastDecoder:
         finally:
             for stack, layers in before:
                 setattr(stack.owner, stack.attr, layers)
+
+
+@contextmanager
+def fast_generate(model: nn.Module, *, mode: Mode = "auto") -> Iterator[FastDecoder]:
+    """`model.generate` takes the fast path inside; what `FastDecoder` raises, it raises. A plan may be put on and taken
+    off meanwhile."""
+    decoder = FastDecoder(model, mode=mode)
+    inner = decoder.model
+    try:
+        inner.generate = decoder.generate
+        yield decoder
+    finally:
+        inner.__dict__.pop("generate", None)
 
 
 def _shortened(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:

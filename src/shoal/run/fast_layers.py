@@ -78,12 +78,9 @@ class CompiledLayer:
             if isinstance(value, Cache):
                 kwargs[name], keep, stored = _own_row(value, self.row)
         if any(isinstance(value, Cache) for value in args):
-            swapped = []
-            for value in args:
-                if isinstance(value, Cache):
-                    value, keep, stored = _own_row(value, self.row)
-                swapped.append(value)
-            args = tuple(swapped)
+            place = next(n for n, value in enumerate(args) if isinstance(value, Cache))
+            own, keep, stored = _own_row(args[place], self.row)
+            args = (*args[:place], own, *args[place + 1 :])
         out = self.call(self.module, args, kwargs)
         if keep is not None:  # a static row answers one token with the tensors it stores
             keep((stored.keys, stored.values))

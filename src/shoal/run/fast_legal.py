@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWind
 from transformers.generation import GenerationMode
 
 from shoal.errors import UsageError
+from shoal.run.conductor import Conductor, PlannedList
 
 REFUSED_ARGUMENTS = (
     "assistant_model", "custom_generate", "inputs_embeds", "negative_prompt_ids", "past_key_values", "stop_strings",
@@ -57,6 +58,15 @@ def refuse_model(model: Any) -> None:
         raise UsageError(message, code="U563")
 
 
+def refuse_deciding(lists: Iterable[Any]) -> None:
+    """Raise `UsageError` U567 when a list of layers is run by something that decides at every token, a policy or a
+    draft: a fixed step would decide once and for all."""
+    for layers in lists:
+        if isinstance(layers, PlannedList) and type(layers.__dict__["conductor"]) is not Conductor:
+            message = "what runs on this model decides token by token, which a fixed step cannot"
+            raise UsageError(f"{message}; call model.generate without the fast path", code="U567")
+
+
 def why_not_compiled(model: Any) -> str | None:
     """Why this model's decode step cannot be compiled with a cache of fixed length; None when it may be."""
     if getattr(model, "_is_stateful", False):
@@ -88,5 +98,5 @@ def refuse_difference(want: torch.Tensor, have: torch.Tensor) -> float:
     limit = 1e-3 if exact else 5e-2
     if not far <= limit:
         message = f"the compiled step's logits differ by {far:.2g} of the largest from the model's own"
-        raise UsageError(f'{message}; decode with compile="off", and report the family', code="U564")
+        raise UsageError(f'{message}; decode with mode="off", and report the family', code="U564")
     return far
