@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,7 @@ from shoal.cli._shared import (
     open_model,
     progress_bars,
 )  # fmt: skip
+from shoal.errors import UsageError
 
 
 def generate(
@@ -44,6 +46,7 @@ def generate(
         typer.Option("--speculate", help='Lossless draft: auto, exit:8, skip:"0-11,14-29", lookup (shoal ls drafts).'),
     ] = None,
     draft_length: Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted at most.")] = 4,
+    fast: Annotated[bool, typer.Option("--fast", help="Compile the layers first; for many tokens.")] = False,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -57,6 +60,8 @@ def generate(
     if dry_run:
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
+    if fast and (policy, speculate) != (None, None):
+        raise UsageError("--fast is for plans that decide nothing; leave out --policy and --speculate", code="U567")
     from shoal.api.generate import generate as run
 
     with progress_bars(quiet):
@@ -67,19 +72,20 @@ def generate(
         speak(loaded, prompt, chosen, speculate, json_, quiet, length=draft_length, max_new_tokens=max_new_tokens,
               sample=sample, temperature=temperature, chat=chat, seed=seed)  # fmt: skip
         return
-    answer = run(
-        loaded,
-        prompt,
-        plan=chosen,
-        weights=weights,
-        policy=policy,
-        max_new_tokens=max_new_tokens,
-        sample=sample,
-        temperature=temperature,
-        chat=chat,
-        seed=seed,
-        on_text=None if json_ else lambda piece: typer.echo(piece, nl=False),
-    )
+    with _fast(loaded.model, fast):
+        answer = run(
+            loaded,
+            prompt,
+            plan=chosen,
+            weights=weights,
+            policy=policy,
+            max_new_tokens=max_new_tokens,
+            sample=sample,
+            temperature=temperature,
+            chat=chat,
+            seed=seed,
+            on_text=None if json_ else lambda piece: typer.echo(piece, nl=False),
+        )
     emit(answer.to_dict(), "" if answer.trace is None else f"\n{_depth(answer.trace)}", as_json=json_)
 
 
@@ -90,3 +96,11 @@ def _depth(trace: dict[str, Any]) -> str:
     if counts["heads"]:
         said += f", {counts['heads']} looks through the head"
     return said + (f", {counts['simulated']:g} layer runs simulated" if counts["simulated"] else "")
+
+
+def _fast(model: Any, wanted: bool) -> AbstractContextManager[object]:
+    if not wanted:
+        return nullcontext()
+    from shoal.run.fast import fast_generate
+
+    return fast_generate(model)
