@@ -10,7 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from shoal._version import __version__
 from shoal.api.assess import Source, opened, text_of
+from shoal.api.exit_options import Exits, exit_options
+from shoal.api.pages import write_page
 from shoal.api.promise import Promise, Settings, no_promise, promise
 from shoal.data import Data
 from shoal.errors import UsageError
@@ -22,8 +25,8 @@ from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, parse_plan
-from shoal.record import environment, plain
-from shoal.registry import get
+from shoal.record import command_line, environment, plain
+from shoal.report.calibration import render_calibration
 from shoal.run.deciding import make_policy
 from shoal.run.gates import Policy
 from shoal.run.policies.calibrated import Calibrated
@@ -106,7 +109,13 @@ def calibrate(
     loaded = opened(source, **options)
     require_causal(loaded.model, "calibrate")
     spec = inspect(loaded.model)
-    whole = Plan.identity(spec) if plan is None else parse_plan(plan, Plan.identity(spec)) if isinstance(plan, str) else plan
+    whole = (
+        Plan.identity(spec)
+        if plan is None
+        else parse_plan(plan, Plan.identity(spec))
+        if isinstance(plan, str)
+        else plan
+    )
     gated = make_policy(exits.text, whole, spec).plan
     text = text_of(loaded, data, split=split, length=length, limit=limit, seed=seed)
     found = _recorded(loaded, gated, text, prompt, weights, batch, progress, features)
@@ -157,42 +166,20 @@ def calibrate(
     return Calibration(file, promises, table, uniform, _notes(promises, live, exits, head))
 
 
-@dataclass(frozen=True)
-class Exits:
-    """The options of `exit` that stay when its threshold is calibrated."""
-
-    text: str
-    by: str
-    head: str
-    fill: str
-    prefill: bool
-
-
-def exit_options(policy: str) -> Exits:
-    """Read `exit:layers=8-20,by=margin`. Raises U603 for a policy that has no thresholds to choose."""
-    name, _, rest = policy.partition(":")
-    entry = get("policies", name.strip())
-    if entry.name != "exit":
-        raise UsageError(
-            f"the policy {entry.name} leaves at no threshold of its own that could be calibrated; give exit with its "
-            "options, as exit:layers=12-20,by=margin",
-            code="U603",
-        )
-    pieces = [piece for piece in rest.split(",") if piece]
-    for piece in pieces:
-        if piece.partition("=")[0].strip() in ("after", "confidence"):
-            raise UsageError(
-                f"{piece!r:.60} fixes what calibrate chooses; give exit without after and confidence", code="U603"
-            )
-    text = ",".join([f"{name.strip()}:confidence=1", *pieces])
-    pairs: list[str] = []
-    for piece in pieces:
-        if "=" in piece:
-            pairs.append(piece)
-        elif pairs:
-            pairs[-1] += f",{piece}"
-    own = {key: parameter.default for key, parameter in entry.options().items()} | entry.parse(pairs)
-    return Exits(text, own["by"], own["head"], own["fill"], own["prefill"])
+def publish(found: Calibration, path: str | Path, *, title: str) -> None:
+    """Write the page with the curve, the promises and the table."""
+    made = found.file.made
+    facts = {
+        "text": f"{made['data']['source']}, {made['data']['count']} sequences of {made['data']['length']} tokens",
+        "prompt": f"{made['prompt']} tokens",
+        "test": f"{made['guarantee']}, {made['bound'] or 'no bound'}, on {made['check']} exits",
+        "signal": found.file.by,
+        "fill": found.file.fill,
+    }
+    page = render_calibration(
+        found.to_dict() | {"title": title, "facts": facts, "command": " ".join(command_line()), "version": __version__}
+    )
+    write_page(path, page)
 
 
 def _recorded(
@@ -282,5 +269,3 @@ def _notes(promises: Sequence[Promise], live: bool, exits: Exits, head: float) -
         if not one.promised
     ]
     return tuple(notes)
-
-

@@ -50,6 +50,19 @@ class Promise:
     """Settings that were tested until one failed."""
     sequences: int
 
+    def sentence(self) -> str:
+        """What is promised, in words."""
+        kind, _, value = self.target.partition("=")
+        what = f"an agreement of {value} or more" if kind == "agreement" else f"a loss at most {value} nats higher"
+        if not self.promised:
+            return f"{self.target}: no setting passed on {self.sequences} sequences; nobody leaves"
+        how = "on average" if self.confidence is None else f"with confidence {self.confidence:g}"
+        shown = f"{1 - self.risk:.4f} agree" if kind == "agreement" else f"risk {self.risk:.4f} of {self.limit:.4g}"
+        return (
+            f"{self.target}: {what} {how}, at {self.layers:.2f} layers per token ({shown} on the {self.sequences} "
+            "sequences that tested it)"
+        )
+
 
 def promise(
     choose: Features,

@@ -117,7 +117,13 @@ class Setting:
 
 
 def search_path(
-    features: Features, target: Target, by: str, *, head: float = 0.0, ceiling: float | None = None, notches: int = NOTCHES
+    features: Features,
+    target: Target,
+    by: str,
+    *,
+    head: float = 0.0,
+    ceiling: float | None = None,
+    notches: int = NOTCHES,
 ) -> list[Setting]:
     """From "nobody leaves" on, always the lower threshold at one exit that saves most for the risk it adds, until the
     risk passes `ceiling` (default: three times the target's).

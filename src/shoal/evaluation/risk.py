@@ -150,5 +150,3 @@ def sequence_means(values: np.ndarray, counted: np.ndarray) -> Losses:
     """The mean of `values` [sequences, tokens] over the counted tokens of each sequence."""
     found: Losses = (values * counted).sum(1) / counted.sum(1)
     return found
-
-
