@@ -16,8 +16,8 @@ from shoal.models.inspect import inspect
 from shoal.models.probe import probe
 from shoal.models.stacks import find_stack
 from shoal.plan import Exit, Plan, Run
-from shoal.run.gates import Decision, Moment, Policy, Sight
 from shoal.run.gated import kinds_of
+from shoal.run.gates import Decision, Moment, Policy, Sight
 from shoal.run.place import with_exits, with_gates
 
 from .families import DEPTH, VOCAB, tiny
@@ -103,10 +103,10 @@ def stepped(model: PreTrainedModel, batch: Batch, kind: str, chunk: int = 2) -> 
     return torch.cat(out, 1)
 
 
-def expected(family: str, kind: str, rows: int) -> torch.Tensor:
+def expected(family: str, kind: str, rows: int, table: dict[Any, torch.Tensor] | None = None) -> torch.Tensor:
     """The logits under the policy: stock layers called by hand on the whole sequence, with eager attention, whose mask
     is always there to be edited."""
-    model, batch, table = tiny(family, "eager"), batch_of(rows), tables(kind)
+    model, batch, table = tiny(family, "eager"), batch_of(rows), table or tables(kind)
     what, _, fill = kind.partition("/")
     runs = {layer: _runs(table, what, layer)[:rows, :, None] for layer in range(DEPTH)}
 

@@ -25,6 +25,7 @@ from shoal.run.deferred import catch_up, wait
 from shoal.run.entries import entries_of, past_of
 from shoal.run.gates import Decision, Moment, Policy, both, settle, unless
 from shoal.run.kv_rules import Filled, Forward, Kind, Place, Rules
+from shoal.run.masks import real_columns
 from shoal.run.partly import partly
 from shoal.run.readout import Heads, Look, Readout
 from shoal.run.slots import PassingCache, Take, slot_view
@@ -73,7 +74,7 @@ class GatedConductor(Conductor):
         self.after = {at: next_run(steps, at) for at in range(len(steps))}
         self.trace = Trace(layers=sum(1.0 if run.part == "layer" else 0.5 for run in runs(steps)))
         self.prompt: int | None = None
-        self.inputs: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self.inputs: tuple[torch.Tensor | None, Any] = (None, None)
         self.ending: torch.Tensor | None = None
         self.flow: Flow | None = None
         self.readout: Readout | None = None
@@ -116,8 +117,7 @@ class GatedConductor(Conductor):
         past = past_of(cache)
         entries.reach(past, tokens)
         ids, mask = self.inputs
-        real = None if mask is None or mask.dim() != 2 else mask[:, -tokens:].bool()
-        moment = Moment(rows, tokens, past, self.prompt, None if real is None or bool(real.all()) else real)
+        moment = Moment(rows, tokens, past, self.prompt, real_columns(mask, past, tokens))
         self.flow = Flow(moment, Forward(cache, entries, past, tokens, rows), ids)
         self.trace.begin(past, rows)
         if self.heads is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -69,3 +71,22 @@ def causal(
 def _added(may: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     nothing = torch.zeros((), dtype=dtype, device=may.device)
     return torch.where(may, nothing, torch.finfo(dtype).min)
+
+
+def real_columns(mask: Any, past: int, tokens: int) -> torch.Tensor | None:
+    """Which of the `tokens` columns behind `past` are no padding, bool [batch, tokens]; None: all, or not to be seen.
+
+    `mask`: what the model is called with, [batch, columns], or, from generate with a static cache, one of four
+    dimensions or one for each kind of layer.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 4:
+        newest = mask[:, 0, -1]  # sees all that may be seen
+        mask = newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
+        real = mask[:, past : past + tokens]
+    else:
+        real = mask[:, -tokens:].bool()
+    return None if bool(real.all()) else real

@@ -136,21 +136,12 @@ def require_decidable(policy: Policy, spec: Spec, model: object, probe: Probe) -
     for step, behind in _skippable(steps):
         _require_plain(step, _gate(step) is not None)
         for run in runs((step,)):
-            layer = layers[run.layer]
-            if layer.kv.kind == "recurrent" and run.part != "mlp":
-                raise PlanError(
-                    f"layer {run.layer} ({layer.kind}) of this {spec.family} keeps a recurrent state, which cannot be "
-                    "made up for tokens that skip it; let the policy decide about layers with attention alone, and "
-                    "leave behind the last recurrent one",
-                    code="P131",
-                )
-            if run.kv.read is not None or (run.layer in read and run.gate is not None):
-                raise PlanError(
-                    f"layer {run.layer} shares keys and values with another one, which a policy cannot skip; write the "
-                    "plan without @, or choose other layers",
-                    code="P133",
-                )
-            if writes_kv(run) and layer.kv.per_token and not _whole_kv(policy, behind):
+            if policy.leaves_out == "mlp" and not behind:
+                _require_parts(run, probe.layers[run.layer])
+                continue
+            _require_attention(run, layers[run.layer], spec.family)
+            _require_own_kv(run, read)
+            if writes_kv(run) and layers[run.layer].kv.per_token:
                 _require_fill(run, policy, probe.layers[run.layer], behind)
     _require_sources(steps, probe)
 
@@ -165,15 +156,38 @@ def _skippable(steps: tuple[Step, ...]) -> Iterator[tuple[Step, bool]]:
             yield step, behind
 
 
-def _whole_kv(policy: Policy, behind: bool) -> bool:
-    return policy.leaves_out == "mlp" and not behind
-
-
 def _require_plain(step: Step, gated: bool) -> None:
     if isinstance(step, Parallel) or (isinstance(step, Map) and gated):
         raise PlanError(
             f"{format_steps((step,))} cannot stand behind a gate or an exit in this version; put the gate at a layer",
             code="P132",
+        )
+
+
+def _require_parts(run: Run, fact: LayerFacts) -> None:
+    if fact.parts is None or run.part != "layer":
+        raise PlanError(
+            f"layer {run.layer} has no mlp of its own that could be left out; choose a policy that skips whole layers",
+            code="P105",
+        )
+
+
+def _require_attention(run: Run, layer: LayerSpec, family: str) -> None:
+    if layer.kv.kind == "recurrent" and run.part != "mlp":
+        raise PlanError(
+            f"layer {run.layer} ({layer.kind}) of this {family} keeps a recurrent state, which cannot be made up for "
+            "tokens that skip it; let the policy decide about layers with attention alone, and leave behind the last "
+            "recurrent one",
+            code="P131",
+        )
+
+
+def _require_own_kv(run: Run, read: set[int | None]) -> None:
+    if run.kv.read is not None or (run.layer in read and (run.gate is not None or run.kv.fill in (None, "mask"))):
+        raise PlanError(
+            f"layer {run.layer} shares keys and values with another layer, so no token can be without them; write the "
+            "plan without @, or let tokens leave with the fill project",
+            code="P133",
         )
 
 

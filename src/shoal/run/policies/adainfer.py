@@ -26,7 +26,7 @@ def adainfer(
     """Leave at the first exit where gap x (p1 - p2) + top x p1 + bias > 0, a logistic regression on two features.
 
     p1 >= p2 are the two largest probabilities that norm and head give the state at the exit. `gap`, `top` and `bias`
-    are fitted on recorded exits by `shoal.evaluation.exit_fit.fit_adainfer` (the label: is the exit's likeliest token
+    are fitted on recorded exits by `shoal.fitting.exits.fit_adainfer` (the label: is the exit's likeliest token
     the one that the whole model writes?); the defaults stand for "both about 0.75". Exits as for `exit`; prompts run
     whole unless prefill=true.
     Source: Fan et al. 2024 (AdaInfer, arXiv 2403.02181).
