@@ -89,6 +89,10 @@ class DepthStreamer:
         finally:
             hook.remove()
 
+    def trace(self) -> dict[str, Any]:
+        """The trace of the policy as plain data, with what was `written`."""
+        return self.handle.trace.to_dict() | {"written": [one.to_dict() for one in self.written]}
+
     def _text(self, token: int) -> str:
         """What this token adds. Decoded with the tokens before it, because some tokenizers write a space only between
         two words, and because a character may take several tokens."""

@@ -24,7 +24,8 @@ from shoal.cli.verify import verify
 from shoal.cli.write import write
 
 VERBS = (
-    inspect, measure, prune, fuse, compare, evaluate, bench, generate, calibrate, write, verify, doctor, show, diff, convert, ls,
+    inspect, measure, prune, fuse, compare, evaluate, bench, generate, calibrate, write, verify, doctor, show, diff,
+    convert, ls,
 )  # fmt: skip
 
 app = typer.Typer(

@@ -54,8 +54,8 @@ def parse_target(text: str, cap: float = 1.0) -> Target:
         number = -1.0
     if kind == "agreement" and not 0 < number < 1:
         raise UsageError(
-            f"{text!r:.60} is out of range: an agreement is a share above 0 and below 1, as agreement=0.95 (1 cannot be "
-            "promised by a sample)",
+            f"{text!r:.60} is out of range: an agreement is a share above 0 and below 1, as agreement=0.95 (no sample "
+            "can promise 1)",
             code="U602",
         )
     if kind == "loss" and not 0 < number < cap:

@@ -115,7 +115,7 @@ def load_features(path: str | Path) -> Features:
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path} holds no recorded exits ({str(error):.80}); remove it, and they are recorded anew", code="D472"
+            f"{path} holds no recorded exits ({str(error)[:80]}); remove it, and they are recorded anew", code="D472"
         ) from None
 
 
@@ -164,7 +164,8 @@ def record_exits(
     counted = np.ones(shape, bool)
     done = 0
     with running(model, plan, weights, policy=recorder) as handle, evaluating(model):
-        assert handle.deciding is not None and handle.deciding.conductor is not None
+        assert handle.deciding is not None
+        assert handle.deciding.conductor is not None
         recorder.read = handle.deciding.conductor._read
         for ids, mask in data.batches(batch):
             rows = slice(done, done + len(ids))

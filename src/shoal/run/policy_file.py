@@ -112,7 +112,7 @@ def load_policy(path: str | Path) -> PolicyFile:
         return _read(data)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise NotationError(
-            f"{path} is no policy that this version can read ({str(error):.80}); make it anew with shoal calibrate",
+            f"{path} is no policy that this version can read ({str(error)[:80]}); make it anew with shoal calibrate",
             code="N006",
         ) from None
 

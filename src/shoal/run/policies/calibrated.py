@@ -98,8 +98,8 @@ def _typed(text: str) -> dict[int, float]:
             number = float("nan")
         if not separator or not -1 <= number <= 1:
             raise UsageError(
-                f"at={text!r:.60} is no list of thresholds; write LAYER:THRESHOLD with thresholds up to 1, joined by +, "
-                "as 14:0.97+20:0.8",
+                f"at={text!r:.60} is no list of thresholds; write LAYER:THRESHOLD, thresholds up to 1, joined by +, as "
+                "14:0.97+20:0.8",
                 code="U604",
             )
     return found
