@@ -31,8 +31,8 @@ class Answer:
     plan: str | None
     policy: str | None = None
     trace: dict[str, Any] | None = None
-    """With a policy: how deep each token went and what ran (`shoal.run.trace.Trace.to_dict`), and `written`: text, layers
-    and confidence of each token that was written (`Written`)."""
+    """With a policy: how deep each token went and what ran (`shoal.run.trace.Trace.to_dict`), and `written`: text,
+    layers and confidence of each token that was written (`Written`)."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,9 +54,9 @@ def generate(
     on_token: Callable[[Written], None] | None = None,
 ) -> Answer:
     """Generate from `prompt` with the model's own `generate`, under `plan` (with its `weights`) when one is
-    given, and under `policy`, as `exit:confidence=0.9` or the policy.json of `shoal calibrate`; `on_text` is called with
-    each finished piece of text, with a policy `on_token` with each token and its depth. Raises D440 without a tokenizer,
-    P130 to P138 for a policy that cannot decide on this model, U605 for one that was calibrated for another."""
+    given, and under `policy`, as `exit:confidence=0.9` or the policy.json of `shoal calibrate`; `on_text` is called
+    with each finished piece of text, with a policy `on_token` with each token and its depth. Raises D440 without a
+    tokenizer, P130 to P138 for a policy that cannot decide on this model, U605 for one calibrated for another."""
     require_causal(loaded.model, "generate")
     tokenizer = tokenizer_of(loaded)
     use_chat = getattr(tokenizer, "chat_template", None) is not None if chat is None else chat

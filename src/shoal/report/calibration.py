@@ -53,8 +53,8 @@ def _sentence(one: Data) -> str:
         return f"{one['target']}: no setting passed the test on {one['sequences']} sequences, so nobody leaves."
     how = "on average" if one["confidence"] is None else f"with confidence {one['confidence']:g}"
     return (
-        f"{one['target']} is promised {how} at {one['layers']:.2f} layers per token; {number(_shown(one))} was found on "
-        f"the {one['sequences']} sequences that tested it."
+        f"{one['target']} is promised {how} at {one['layers']:.2f} layers per token; {number(_shown(one))} was found "
+        f"on the {one['sequences']} sequences that tested it."
     )
 
 
