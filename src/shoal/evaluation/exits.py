@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def record_exits(
                 for name in SIGNALS:
                     arrays[name][at, rows] = found[name].numpy()
                 choice[at, rows], nll[at, rows] = found["choice"].numpy(), found["nll"].numpy()
-            whole = _looked(lambda part, of=logits: of[:, part], ids, prompt)
+            whole = _looked(partial(_columns, logits), ids, prompt)
             choice[-1, rows], nll[-1, rows] = whole["choice"].numpy(), whole["nll"].numpy()
             if mask is not None:
                 counted[rows] = (mask[:, prompt:-1] * mask[:, prompt + 1 :]).bool().cpu().numpy()
@@ -207,7 +208,7 @@ def live_losses(
         for ids, mask in data.batches(batch):
             rows = slice(done, done + len(ids))
             logits = logits_of(model, ids, mask)
-            own = _looked(lambda part, of=logits: of[:, part], ids, first)
+            own = _looked(partial(_columns, logits), ids, first)
             if nats:
                 lost.append(own["nll"].numpy() - features.nll[-1, rows])
             else:
@@ -245,6 +246,10 @@ def _places(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
             depth += sum(1.0 if run.part == "layer" else 0.5 for run in runs((step,)))
             last = max(layers_of(step), default=last)
     return tuple(layers), (*depths, depth)
+
+
+def _columns(logits: torch.Tensor, part: slice) -> torch.Tensor:
+    return logits[:, part]
 
 
 def _looked(logits: Callable[[slice], torch.Tensor], ids: torch.Tensor, first: int) -> dict[str, torch.Tensor]:

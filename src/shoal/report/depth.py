@@ -28,7 +28,7 @@ _CSS = "<style>" + "".join(
 .written .given{color:var(--soft);border:0}
 .shades{list-style:none;display:flex;flex-wrap:wrap;gap:.5rem 1rem;padding:0;margin:.8rem 0}
 .shades b{font-weight:400;padding:.1em .7em;margin-right:.4em}
-label.numbers{display:block;margin:.6rem 0;cursor:pointer}
+label.numbers{cursor:pointer}.given::after{content:" \\21e8  ";color:var(--removed)}
 #numbers:checked~.written span[data-n]::after{content:attr(data-n);font-size:.62em;vertical-align:super;
 margin-left:.1em;font-variant-numeric:tabular-nums}
 @media print{.written span[data-n]::after{content:attr(data-n);font-size:.62em;vertical-align:super}}
@@ -112,7 +112,7 @@ def _counts(written: Sequence[Data]) -> str:
     found = Counter(one["layers"] for one in written)
     top = max(found.values(), default=1)
     rows = [
-        numeric(layers)
+        numeric(_whole(layers))
         + numeric(count)
         + cell(
             f'<svg class="bars" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
@@ -123,11 +123,16 @@ def _counts(written: Sequence[Data]) -> str:
     return table(["layers", "tokens", ""], rows, right=(0, 1))
 
 
+def _whole(layers: float) -> float:
+    """Layers without decimals, unless a half was left out."""
+    return int(layers) if layers == int(layers) else layers
+
+
 def _table(written: Sequence[Data]) -> str:
     rows = [
         numeric(place)
         + cell(f"<code>{esc(one['text'])}</code>")
-        + numeric(one["layers"])
+        + numeric(_whole(one["layers"]))
         + numeric(one.get("confidence"))
         for place, one in enumerate(written, 1)
     ]
