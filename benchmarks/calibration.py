@@ -1,5 +1,5 @@
-"""Does the promise hold? Exits are recorded once; then, many times over, one random part of the sequences calibrates and
-the rest is held out. One JSON object is printed.
+"""Does the promise hold? Exits are recorded once; then, many times over, one random part of the sequences calibrates
+and the rest is held out. One JSON object is printed.
 
 In each resampling `shoal calibrate` sees --calibrate sequences (half choose the settings, half test them), and the
 agreement with the full model is measured on the held-out ones under the chosen thresholds. A promise of confidence

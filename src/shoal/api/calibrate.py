@@ -258,7 +258,7 @@ def _notes(promises: Sequence[Promise], live: bool, exits: Exits, head: float) -
     ]
     if not live and exits.fill != "defer":
         notes.append(
-            f"Tested on recorded exits, with the keys and values of the whole plan; the fill {exits.fill} makes others. "
+            f"Tested on recorded exits, with keys and values of the whole plan; the fill {exits.fill} makes others. "
             "Use --check live, or fill=defer."
         )
     if exits.by != "saturation":
