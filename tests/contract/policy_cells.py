@@ -16,8 +16,8 @@ from shoal.models.inspect import inspect
 from shoal.models.probe import probe
 from shoal.models.stacks import find_stack
 from shoal.plan import Exit, Plan, Run
-from shoal.run.gated import kinds_of
 from shoal.run.gates import Decision, Moment, Policy, Sight
+from shoal.run.kv_rules import kinds_of
 from shoal.run.place import with_exits, with_gates
 
 from .families import DEPTH, VOCAB, tiny

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan
+from shoal.run.entries import COMPUTED, COPIED, HOLE, PROJECTED
 from shoal.run.live import running
 from shoal.run.place import with_exits, with_gates
 
@@ -117,6 +118,22 @@ def test_what_was_cropped_is_forgotten(fill: str) -> None:
         assert handle.trace.depths == deep
         past.crop(-4)
         assert (on(8, 12) - right[:, 8:]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("fill", "code"), [("project", PROJECTED), ("copy", COPIED), ("mask", HOLE)])
+def test_every_entry_says_what_it_is(fill: str, code: int) -> None:
+    """One code for each layer, sequence and column; what a token ran is computed, the rest is what the fill says."""
+    model, batch, table = tiny("llama"), batch_of(2), tables("skip/copy")
+    spec = inspect(model)
+    gated = with_gates(Plan.identity(spec), spec, range(1, DEPTH), "written", fill)  # type: ignore[arg-type]
+    past = DynamicCache(config=model.config)
+    with running(model, gated, policy=Written(gated, table)), torch.no_grad():
+        for start, end in ((0, 7), (7, 9), (9, 10), (10, 11), (11, 12)):
+            model(batch["input_ids"][:, start:end], batch["attention_mask"][:, :end], past_key_values=past)
+    codes = past._shoal_entries.codes[:, :, :LENGTH]  # type: ignore[attr-defined]
+    assert [row.get_seq_length() for row in past.layers] == [LENGTH] * DEPTH
+    for layer in range(DEPTH):
+        assert torch.equal(codes[layer], torch.where(table[layer], COMPUTED, code))
 
 
 def test_a_deferred_token_runs_once_and_late() -> None:

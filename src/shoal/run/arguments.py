@@ -9,6 +9,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from shoal.models.stacks import Stack
+from shoal.run.observe import input_device
 
 Place = str | int
 Path = tuple[Place, ...]
@@ -113,7 +114,7 @@ def _watch(model: Any, stack: Stack, queries: int) -> list[Call]:
         stack.layer(i).register_forward_pre_hook(_noting(calls, i), with_kwargs=True) for i in range(stack.depth)
     ]
     training = [module for module in model.modules() if module.training]
-    ids = torch.zeros((2, _PAST + queries), dtype=torch.long, device=model.device)
+    ids = torch.zeros((2, _PAST + queries), dtype=torch.long, device=input_device(model))
     mask = torch.ones_like(ids)
     mask[1, 0] = 0
     try:

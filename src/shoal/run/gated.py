@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,32 +23,14 @@ from shoal.run.arguments import Arguments, Call, with_argument
 from shoal.run.conductor import Conductor, PlannedList, Tensors
 from shoal.run.deferred import catch_up, wait
 from shoal.run.entries import entries_of, past_of
-from shoal.run.gates import Decision, Moment, Policy, both, settle, unless
-from shoal.run.kv_rules import Filled, Forward, Kind, Place, Rules
+from shoal.run.flow import Flow, next_run, wide
+from shoal.run.gates import Decision, Moment, Policy, either, settle, unless
+from shoal.run.kv_rules import Filled, Forward, Place, Rules, kinds_of
 from shoal.run.masks import real_columns
 from shoal.run.partly import partly
 from shoal.run.readout import Heads, Look, Readout
 from shoal.run.slots import PassingCache, Take, slot_view
 from shoal.run.trace import Trace
-
-
-@dataclass
-class Flow:
-    """What one forward has decided so far."""
-
-    moment: Moment
-    kv: Forward
-    ids: torch.Tensor | None
-    left: Decision = False
-    """Which tokens have left at an exit."""
-    kept: torch.Tensor | None = None
-    """For those that have left: the state that final norm and head shall read."""
-    before: torch.Tensor | None = None
-    """The hidden state one run before."""
-    depth: float = 0.0
-    """Layers run by all tokens; `extra` [batch, tokens] has those that only some ran."""
-    extra: torch.Tensor | None = None
-    heads: list[tuple[Decision, str]] = field(default_factory=list)
 
 
 class GatedConductor(Conductor):
@@ -129,7 +111,7 @@ class GatedConductor(Conductor):
         assert flow is not None
         moment, counts = flow.moment, self.trace.counts
         if flow.kept is not None:
-            hidden = flow.kept if flow.left is True else torch.where(_wide(flow.left), flow.kept, hidden)
+            hidden = flow.kept if flow.left is True else torch.where(wide(flow.left), flow.kept, hidden)
         if self.heads is not None:
             self.heads.now = [(where, head) for where, head in flow.heads if self.heads.owned(head)]
         depths = torch.full((moment.rows, moment.tokens), flow.depth)
@@ -158,7 +140,7 @@ class GatedConductor(Conductor):
                 if flow.left is True:
                     return hidden
                 out = super()._step(position, step, hidden, index, args, kwargs)
-                return out if flow.left is False else torch.where(_wide(flow.left), hidden, out)
+                return out if flow.left is False else torch.where(wide(flow.left), hidden, out)
 
     def _exit(self, step: Exit, hidden: torch.Tensor, flow: Flow) -> torch.Tensor:
         if flow.left is True:
@@ -169,8 +151,8 @@ class GatedConductor(Conductor):
         if new is False:
             return hidden
         state = hidden if self.heads is None else self.heads.lens(step.head, hidden)
-        flow.kept = state if new is True or flow.kept is None else torch.where(_wide(new), state, flow.kept)
-        flow.left = settle(new if flow.left is False else _either(flow.left, new))
+        flow.kept = state if new is True or flow.kept is None else torch.where(wide(new), state, flow.kept)
+        flow.left = settle(new if flow.left is False else either(flow.left, new))
         flow.heads.append((new, step.head))
         return hidden
 
@@ -206,7 +188,7 @@ class GatedConductor(Conductor):
             return hidden
         # whoever left and is to run later anyway may as well run now: its state goes on, its answer is kept
         out = self._called(position, step, place, hidden, call, True if deferred else active, size)
-        out = out if isinstance(active, bool) or deferred else torch.where(_wide(active), out, hidden)
+        out = out if isinstance(active, bool) or deferred else torch.where(wide(active), out, hidden)
         flow.before = before
         if self.policy.watches and active is True:
             self.policy.saw(step, flow.moment, before, out)
@@ -298,25 +280,6 @@ class GatedConductor(Conductor):
         if flow.extra is None:
             flow.extra = torch.zeros(flow.moment.rows, flow.moment.tokens)
         flow.extra += size * active.cpu()
-
-
-def kinds_of(probe: Probe) -> list[Kind]:
-    """What two layers must have in common for one to take the other's keys and values: their shapes and window."""
-    return [(fact.keys, fact.values, fact.window) for fact in probe.layers]
-
-
-def next_run(steps: tuple[Step, ...], position: int) -> int:
-    """The position of the run behind `position`; the number of steps when there is none."""
-    return next((at for at in range(position + 1, len(steps)) if isinstance(steps[at], Run)), len(steps))
-
-
-def _wide(where: Decision) -> torch.Tensor:
-    assert isinstance(where, torch.Tensor)
-    return where[..., None]
-
-
-def _either(one: Decision, other: Decision) -> Decision:
-    return unless(True, both(unless(True, one), unless(True, other)))
 
 
 def _view(value: Any, slot: int, take: Take) -> Any:

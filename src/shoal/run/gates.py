@@ -142,6 +142,11 @@ def unless(one: Decision, other: Decision) -> Decision:
     return both(one, (not other) if isinstance(other, bool) else ~other)
 
 
+def either(one: Decision, other: Decision) -> Decision:
+    """Or."""
+    return unless(True, both(unless(True, one), unless(True, other)))
+
+
 def settle(decision: Decision) -> Decision:
     """A bool where the tensor says the same for all."""
     if isinstance(decision, bool):

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from shoal.errors import PlanError
-from shoal.models.probe import LayerFacts
+from shoal.models.probe import LayerFacts, Probe
 from shoal.plan import Run
 from shoal.run.arguments import Arguments, Call, argument, with_argument
 from shoal.run.entries import COPIED, HOLE, PENDING, PROJECTED, Entries
@@ -20,6 +20,11 @@ from shoal.run.slots import KeysValues, Store, Take
 
 CODES = {None: HOLE, "project": PROJECTED, "copy": COPIED, "mask": HOLE, "defer": PENDING}
 Kind = tuple[Any, ...]
+
+
+def kinds_of(probe: Probe) -> list[Kind]:
+    """What two layers must have in common for one to take the other's keys and values: their shapes and window."""
+    return [(fact.keys, fact.values, fact.window) for fact in probe.layers]
 
 
 class Filled(Exception):  # noqa: N818 - a signal, no error

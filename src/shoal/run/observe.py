@@ -126,11 +126,15 @@ def require_whole(model: nn.Module, what: str, stack: str | None = None) -> None
         raise UsageError(f"{what} needs the whole model, but a plan is running on it; restore it first", code="U507")
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model reads its inputs; an offloaded one moves them itself."""
+    device = torch.device(model.device)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def inputs_of(backbone: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """The keyword arguments of a pass over ids and mask [batch, length], on the backbone's device."""
-    device = torch.device(backbone.device)
-    if device.type == "meta":  # an offloaded model moves its inputs itself
-        device = torch.device("cpu")
+    device = input_device(backbone)
     inputs = {"input_ids": ids.to(device)}
     if "decoder_input_ids" in inspect.signature(backbone.forward).parameters:
         inputs["decoder_input_ids"] = inputs["input_ids"]

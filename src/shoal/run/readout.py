@@ -12,6 +12,7 @@ from torch import nn
 
 from shoal.models.stacks import Stack
 from shoal.run.gates import Sight
+from shoal.run.observe import input_device
 
 Tensors = Mapping[str, torch.Tensor]
 ELEMENTS = 1 << 24
@@ -65,7 +66,7 @@ def _chain(model: Any, stack: Stack) -> list[nn.Module] | None:
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        ids = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         for handle in handles:
