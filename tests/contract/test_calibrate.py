@@ -142,8 +142,10 @@ def test_too_few_sequences_say_how_many_are_needed(model: str) -> None:  # noqa:
 
 def test_a_policy_of_another_model_and_broken_files_are_refused(model: str, tmp_path: Path) -> None:  # noqa: F811
     level = {"name": "one", "thresholds": {"1": 0.5}}
-    whole = {"format": "shoal-policy/1", "policy": "calibrated", "family": "other", "fingerprint": "sha256:0",
-             "plan": "x", "levels": [level], "by": "margin", "head": "base", "fill": "project", "prefill": False}  # fmt: skip
+    whole = {
+        "format": "shoal-policy/1", "policy": "calibrated", "family": "other", "fingerprint": "sha256:0", "plan": "x",
+        "levels": [level], "by": "margin", "head": "base", "fill": "project", "prefill": False,
+    }  # fmt: skip
     file = tmp_path / "policy.json"
     for change, code in (
         ({}, "U605"), ({"levels": []}, "N006"), ({"by": "mood"}, "N006"), ({"format": "x"}, "N006"),
