@@ -141,16 +141,11 @@ def calibrate(
         for target in wanted
     )
     path = thin(search_path(chosen, wanted[0], exits.by, head=settings.head), points)
-    table = tuple(_row(found, held, wanted[0], exits.by, one.thresholds, head, n) for n, one in enumerate(path))
-    uniform = tuple(
-        _row(found, held, wanted[0], exits.by, one.thresholds, head, n)
-        for n, one in enumerate(one_threshold(chosen, wanted[0], exits.by))
+    shown = [(one.thresholds for one in own) for own in (path, one_threshold(chosen, wanted[0], exits.by))]
+    table, uniform = (
+        tuple(_row(found, held, wanted[0], exits.by, own, head, number) for number, own in enumerate(rows))
+        for rows in shown
     )
-    levels = [_level(found, one) for one in promises]
-    levels += [
-        Level(f"setting-{row['setting']}", {int(k): v for k, v in row["thresholds"].items()}, False, row["layers"])
-        for row in table
-    ]
     made = {
         "data": asdict(text.info),
         "prompt": prompt,
@@ -159,11 +154,11 @@ def calibrate(
         "bound": bound if guarantee == "fixed-sequence" else None,
         "environment": environment(),
     }
+    levels = (*(_level(found, one) for one in promises), *map(_unpromised, table))
     file = PolicyFile(
-        spec.family, whole.base.fingerprint, whole.hash, tuple(levels), exits.by, exits.head, exits.fill, exits.prefill,
-        made,
-    )  # fmt: skip
-    return Calibration(file, promises, table, uniform, _notes(promises, live, exits, head))
+        spec.family, whole.base.fingerprint, whole.hash, levels, exits.by, exits.head, exits.fill, exits.prefill, made
+    )
+    return Calibration(file, promises, table, uniform, _notes(promises, live, exits, head, found.depths[-1]))
 
 
 def publish(found: Calibration, path: str | Path, *, title: str) -> None:
@@ -226,6 +221,11 @@ def _level(features: Features, one: Promise) -> Level:
     return Level(one.target, _finite(features, one.thresholds), one.promised, one.layers, plain(found))
 
 
+def _unpromised(row: dict[str, Any]) -> Level:
+    thresholds = {int(layer): value for layer, value in row["thresholds"].items()}
+    return Level(f"setting-{row['setting']}", thresholds, False, row["layers"])
+
+
 def _head_in_layers(spec: Spec) -> float:
     """What a look through norm and head costs, in layers of the mean size."""
     layers = spec.stack().layers
@@ -247,7 +247,7 @@ def _row(
     }
 
 
-def _notes(promises: Sequence[Promise], live: bool, exits: Exits, head: float) -> tuple[str, ...]:
+def _notes(promises: Sequence[Promise], live: bool, exits: Exits, head: float, whole: float) -> tuple[str, ...]:
     """What the promise does not say."""
     notes = [
         "The promise is about sequences like the calibration text, fed as they are (teacher-forced): each token is "
@@ -263,6 +263,12 @@ def _notes(promises: Sequence[Promise], live: bool, exits: Exits, head: float) -
         )
     if exits.by != "saturation":
         notes.append(f"A look through the head costs about as much as {head:.1f} layers, which mean layers leave out.")
+    notes += [
+        f"With its looks, {one.target} costs as much as {one.layers + head * one.looks:.1f} layers, more than the "
+        f"{whole:g} of the whole plan: do not expect it to be faster here."
+        for one in promises
+        if one.promised and one.layers + head * one.looks > whole
+    ]
     notes += [
         f"No setting passed for {one.target}: nobody leaves. More sequences, other exits or another signal may help."
         for one in promises

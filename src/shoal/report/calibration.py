@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal.report.canvas import KEPT, LINE, REMOVED, SIZE, TEXT, figure_of, svg_of
+from shoal.report.canvas import KEPT, REMOVED, SIZE, TEXT, figure_of, svg_of
 from shoal.report.page import document
 from shoal.report.sections import facts_list, section
 from shoal.report.tables import cell, numeric, table
@@ -60,7 +60,7 @@ def _sentence(one: Data) -> str:
 
 def _curve(data: Data, kind: str) -> str:
     figure, axes = figure_of(12, 5.2)
-    for rows, colour, width, mark in ((data["uniform"], LINE, 1.2, "."), (data["table"], KEPT, 2.2, "o")):
+    for rows, colour, width, mark in ((data["uniform"], "#808080", 1.2, "."), (data["table"], KEPT, 2.2, "o")):
         own = sorted((row["layers"], row[kind]) for row in rows)
         axes.plot([x for x, _ in own], [y for _, y in own], color=colour, linewidth=width, marker=mark, markersize=5)
     for one in data["promises"]:
