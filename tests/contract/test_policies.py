@@ -154,6 +154,7 @@ DECIDING = (
     "menu:plans=0-3+0-1+0,3,choose=turn",
     "apart:decode=0,3",
     "ffn-skip:cold_first=1,cold_last=0,threshold=0.5",
+    "calibrated:at=0:0.02+2:0.01",
 )
 
 

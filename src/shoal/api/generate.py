@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from shoal.api.assess import tokenizer_of
+from shoal.api.depths import DepthStreamer, Written
 from shoal.evaluation.scoring import evaluating
 from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
@@ -30,7 +31,8 @@ class Answer:
     plan: str | None
     policy: str | None = None
     trace: dict[str, Any] | None = None
-    """With a policy: how deep each token went and what ran (`shoal.run.trace.Trace.to_dict`)."""
+    """With a policy: how deep each token went and what ran (`shoal.run.trace.Trace.to_dict`), and `written`: text,
+    layers and confidence of each token that was written (`Written`)."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,10 +51,12 @@ def generate(
     chat: bool | None = None,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    on_token: Callable[[Written], None] | None = None,
 ) -> Answer:
     """Generate from `prompt` with the model's own `generate`, under `plan` (with its `weights`) when one is
-    given, and under `policy`, as `exit:confidence=0.9`; `on_text` is called with each finished piece of text. Raises
-    D440 without a tokenizer, P130 to P138 for a policy that cannot decide on this model."""
+    given, and under `policy`, as `exit:confidence=0.9` or the policy.json of `shoal calibrate`; `on_text` is called
+    with each finished piece of text, with a policy `on_token` with each token and its depth. Raises D440 without a
+    tokenizer, P130 to P138 for a policy that cannot decide on this model, U605 for one calibrated for another."""
     require_causal(loaded.model, "generate")
     tokenizer = tokenizer_of(loaded)
     use_chat = getattr(tokenizer, "chat_template", None) is not None if chat is None else chat
@@ -68,16 +72,18 @@ def generate(
     )
     torch.manual_seed(seed)
     trace = None
-    with _ready(loaded.model, plan, weights, policy) as handle, evaluating(loaded.model):
-        ids = loaded.model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=sample,
-            streamer=None if on_text is None else TextPieces(tokenizer, on_text),
-            **drawn,
-        )
+    with ExitStack() as stack:
+        handle = stack.enter_context(_ready(loaded.model, plan, weights, policy))
+        stack.enter_context(evaluating(loaded.model))
+        streamer: Any = None if on_text is None else TextPieces(tokenizer, on_text)
         if handle is not None and handle.policy is not None:
-            trace = handle.trace.to_dict()
+            streamer = DepthStreamer(tokenizer, handle, on_token=on_token, on_text=on_text)
+            stack.enter_context(streamer.watching(loaded.model))
+        ids = loaded.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer, **drawn
+        )
+        if isinstance(streamer, DepthStreamer):
+            trace = streamer.trace()
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     return Answer(prompt, text, len(new), None if plan is None else str(plan), policy, trace)
@@ -87,5 +93,6 @@ def _ready(
     model: Any, plan: Plan | str | None, weights: Tensors | None, policy: str | None
 ) -> AbstractContextManager[Running | None]:
     if policy is not None:
+        policy = f"calibrated:file={policy}" if policy.endswith(".json") and ":" not in policy else policy
         return running(model, Plan.identity(inspect(model)) if plan is None else plan, weights, policy=policy)
     return nullcontext() if plan is None else running(model, plan, weights)

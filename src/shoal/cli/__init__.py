@@ -7,6 +7,7 @@ import typer
 from shoal import __version__
 from shoal.cli._shared import guarded
 from shoal.cli.bench import bench
+from shoal.cli.calibrate import calibrate
 from shoal.cli.compare import compare
 from shoal.cli.convert import convert
 from shoal.cli.diff import diff
@@ -25,8 +26,8 @@ from shoal.cli.verify import verify
 from shoal.cli.write import write
 
 VERBS = (
-    inspect, measure, prune, fuse, compare, evaluate, bench, generate, tune_draft, serve, write, verify, doctor, show,
-    diff, convert, ls,
+    inspect, measure, prune, fuse, compare, evaluate, bench, generate, calibrate, tune_draft, serve, write, verify,
+    doctor, show, diff, convert, ls,
 )  # fmt: skip
 
 app = typer.Typer(

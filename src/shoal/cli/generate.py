@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +34,13 @@ def generate(
     plan: PlanText = None,
     policy: Annotated[
         str | None,
-        typer.Option("--policy", help="Who decides at run time, as exit:confidence=0.9 (shoal ls policies)."),
+        typer.Option(
+            "--policy", help="Who decides at run time: exit:confidence=0.9 (shoal ls policies), or a policy.json."
+        ),
+    ] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Colour each token by the layers it took.")] = False,
+    trace_page: Annotated[
+        Path | None, typer.Option("--trace-page", help="Write a page on which each token is shaded by its depth.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
@@ -63,7 +70,10 @@ def generate(
     if fast and (policy, speculate) != (None, None):
         raise UsageError("--fast is for plans that decide nothing; leave out --policy and --speculate", code="U567")
     from shoal.api.generate import generate as run
+    from shoal.cli._trace import Painter, require_policy
 
+    require_policy(policy, trace or trace_page is not None)
+    painter = Painter() if trace and not json_ else None
     with progress_bars(quiet):
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
     if speculate is not None:
@@ -84,8 +94,16 @@ def generate(
             temperature=temperature,
             chat=chat,
             seed=seed,
-            on_text=None if json_ else lambda piece: typer.echo(piece, nl=False),
+            on_text=None if json_ or painter else lambda piece: typer.echo(piece, nl=False),
+            on_token=painter,
         )
+    if trace_page is not None and answer.trace is not None:
+        from shoal.api.depths import publish_depth
+
+        title = f"Depth of each token, {loaded.source}"
+        publish_depth(trace_page, answer.trace, prompt=prompt, policy=str(policy), title=title)
+    if painter is not None:
+        painter.legend()
     emit(answer.to_dict(), "" if answer.trace is None else f"\n{_depth(answer.trace)}", as_json=json_)
 
 

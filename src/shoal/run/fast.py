@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -97,8 +98,8 @@ class FastDecoder:
         self._backend = backend
         self._calls: dict[Any, Call] = {}
         self._caches: dict[str | None, tuple[Key, StaticCache]] = {}
-        menu: Mapping[str | None, Plan | str | None]
-        menu = {None: plan} if plan is None or isinstance(plan, Plan | str) else {**plan}
+        alone = plan is None or isinstance(plan, Plan | str)
+        menu = cast("Mapping[str | None, Plan | str | None]", {None: plan} if alone else plan)
         self._planned = {name: self._made(one, weights) for name, one in menu.items()}
 
     @property
@@ -145,7 +146,8 @@ class FastDecoder:
     ) -> torch.Tensor:
         """Called by `generate` with all that it prepared."""
         refuse_settings(generation_config)
-        forward, standing = self.model, nullcontext
+        forward: Any = self.model
+        standing: Callable[[], AbstractContextManager[Any]] = nullcontext
         if self.mode != "off":
             key, cache = self._cache(plan, input_ids.shape[0], generation_config.max_length)
             forward, modules = self._compiled_step(key)
@@ -153,7 +155,7 @@ class FastDecoder:
                 self._check(key, forward, modules, cache, input_ids, generation_config, model_kwargs)
             cache.reset()
             model_kwargs = {**model_kwargs, "past_key_values": cache}
-            standing = lambda: standing_in(modules)  # noqa: E731
+            standing = partial(standing_in, modules)
         first = self.model._prefill(input_ids, generation_config, model_kwargs)
         with standing(), self.model._optimize_model_for_decode():
             return decode(
@@ -249,8 +251,8 @@ class FastDecoder:
                 setattr(stack.owner, stack.attr, layers)
             yield
         finally:
-            for stack, layers in before:
-                setattr(stack.owner, stack.attr, layers)
+            for stack, whole in before:
+                setattr(stack.owner, stack.attr, whole)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class CompiledLayer:
             own, keep, stored = _own_row(args[place], self.row)
             args = (*args[:place], own, *args[place + 1 :])
         out = self.call(self.module, args, kwargs)
-        if keep is not None:  # a static row answers one token with the tensors it stores
+        if keep is not None and stored is not None:  # a static row answers one token with the tensors it stores
             keep((stored.keys, stored.values))
         return out
 
@@ -93,7 +93,7 @@ def _own_row(cache: Cache, row: int) -> tuple[Cache, Any, Any]:
     if read is not None:
         return SharedRow(*read), None, None
     inner = getattr(cache, "_inner", None)  # the conductor's view of one slot
-    stored = cache.layers[row] if inner is None else inner.layers[cache._row]  # type: ignore[attr-defined]
+    stored = cache.layers[row] if inner is None else inner.layers[cache._row]
     return RowCache(stored), keep, stored
 
 

@@ -1,0 +1,277 @@
+"""calibrate: thresholds for exits that keep a promise, and a table of what others would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from shoal._version import __version__
+from shoal.api.assess import Source, opened, text_of
+from shoal.api.exit_options import Exits, exit_options
+from shoal.api.pages import write_page
+from shoal.api.promise import Promise, Settings, no_promise, promise
+from shoal.data import Data
+from shoal.errors import UsageError
+from shoal.evaluation.exit_search import Target, one_threshold, parse_target, search_path, thin
+from shoal.evaluation.exits import Features, live_losses, load_features, record_exits, require_length
+from shoal.evaluation.risk import Bound, Losses, require_confidence, require_sequences
+from shoal.evaluation.scoring import Progress
+from shoal.models.inspect import inspect
+from shoal.models.kinds import require_causal
+from shoal.models.load import Loaded
+from shoal.plan import Plan, Spec, parse_plan
+from shoal.record import command_line, environment, plain
+from shoal.report.calibration import render_calibration
+from shoal.run.deciding import make_policy
+from shoal.run.gates import Policy
+from shoal.run.policies.calibrated import Calibrated
+from shoal.run.policy_file import Level, PolicyFile
+from shoal.run.weights import Tensors
+
+Guarantee = Literal["fixed-sequence", "conformal"]
+Check = Literal["auto", "recorded", "live"]
+LIVE_POINTS = 6
+"""Settings at most that are tested by running the policy itself."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was chosen, what it costs, and what else could be had."""
+
+    file: PolicyFile
+    promises: tuple[Promise, ...]
+    table: tuple[dict[str, Any], ...]
+    """The settings of the first target's search, from the safest on."""
+    uniform: tuple[dict[str, Any], ...]
+    """The same threshold at every exit, for comparison."""
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        found: dict[str, Any] = plain(
+            {
+                "policy": self.file.to_dict(),
+                "promises": [asdict(one) for one in self.promises],
+                "table": list(self.table),
+                "uniform": list(self.uniform),
+                "notes": list(self.notes),
+            }
+        )
+        return found
+
+
+def calibrate(
+    source: Source,
+    policy: str = "exit",
+    *,
+    plan: Plan | str | None = None,
+    weights: Tensors | None = None,
+    targets: Sequence[str] = ("agreement=0.95",),
+    confidence: float = 0.9,
+    guarantee: Guarantee = "fixed-sequence",
+    bound: Bound = "hoeffding-bentkus",
+    check: Check = "auto",
+    cap: float = 1.0,
+    count_heads: bool = False,
+    points: int = 24,
+    data: Any = "builtin",
+    split: str = "calibrate",
+    length: int = 128,
+    prompt: int = 32,
+    limit: int = 200,
+    batch: int = 1,
+    seed: int = 0,
+    features: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Calibration:
+    """Choose a threshold for each exit of `policy` (exit with its options, without after and confidence) so that each
+    of the `targets` holds with `confidence`, on sequences like those of `data`.
+
+    Half of `limit` sequences of `length` tokens, drawn with `seed`, choose the settings; the other half test them.
+    Columns from `prompt` on count as generated. `check`: "recorded" tests on the exits recorded in one pass of the
+    whole plan, which holds for keys and values of the whole plan (fill=defer); "live" runs the policy with its own fill
+    for every tested setting; "auto" is live for every fill but defer. `features`: a file of recorded exits, read when
+    it is there and written otherwise. `options` go to `shoal.load`. Raises U600 to U603 and U607 for what cannot be
+    promised or calibrated, D470 for too few sequences, D471 for too short ones, D472 and D473 for other features.
+    """
+    delta = require_confidence(confidence)
+    wanted = tuple(parse_target(text, cap) for text in targets)
+    exits = exit_options(policy)
+    require_length(length, prompt)
+    for target in wanted:
+        require_sequences(limit - limit // 2, target.limit, delta if guarantee == "fixed-sequence" else None)
+    loaded = opened(source, **options)
+    require_causal(loaded.model, "calibrate")
+    spec = inspect(loaded.model)
+    whole = (
+        Plan.identity(spec)
+        if plan is None
+        else parse_plan(plan, Plan.identity(spec))
+        if isinstance(plan, str)
+        else plan
+    )
+    gated = make_policy(exits.text, whole, spec).plan
+    text = text_of(loaded, data, split=split, length=length, limit=limit, seed=seed)
+    found = _recorded(loaded, gated, text, prompt, weights, batch, progress, features)
+    order = np.random.default_rng(seed).permutation(len(text))
+    choose, test = order[: len(text) // 2], order[len(text) // 2 :]
+    for target in wanted:
+        require_sequences(len(test), target.limit, delta if guarantee == "fixed-sequence" else None)
+    head = _head_in_layers(spec)
+    settings = Settings(delta, guarantee, bound, exits.by, head if count_heads else 0.0, points)
+    live = check == "live" or (check == "auto" and exits.fill != "defer")
+    chosen, held = found.only(choose), found.only(test)
+
+    def running_losses(target: Target, thresholds: Sequence[float]) -> tuple[Losses, float]:
+        one = _policy(gated, Level("tested", _finite(found, thresholds)), exits)
+        means, deep = live_losses(
+            loaded.model, one, gated, _rows(text, test), held, weights=weights, batch=batch, nats=target.kind == "loss",
+            progress=progress,
+        )  # fmt: skip
+        return target.scaled(means), deep
+
+    promises = tuple(
+        promise(chosen, held, target, settings, live=running_losses if live else None, points=LIVE_POINTS)
+        for target in wanted
+    )
+    path = thin(search_path(chosen, wanted[0], exits.by, head=settings.head), points)
+    shown = [(one.thresholds for one in own) for own in (path, one_threshold(chosen, wanted[0], exits.by))]
+    table, uniform = (
+        tuple(_row(found, held, wanted[0], exits.by, own, head, number) for number, own in enumerate(rows))
+        for rows in shown
+    )
+    made = {
+        "data": asdict(text.info),
+        "prompt": prompt,
+        "check": "live" if live else "recorded",
+        "guarantee": guarantee,
+        "bound": bound if guarantee == "fixed-sequence" else None,
+        "environment": environment(),
+    }
+    levels = (*(_level(found, one) for one in promises), *map(_unpromised, table))
+    file = PolicyFile(
+        spec.family, whole.base.fingerprint, whole.hash, levels, exits.by, exits.head, exits.fill, exits.prefill, made
+    )
+    return Calibration(file, promises, table, uniform, _notes(promises, live, exits, head, found.depths[-1]))
+
+
+def publish(found: Calibration, path: str | Path, *, title: str) -> None:
+    """Write the page with the curve, the promises and the table."""
+    made = found.file.made
+    facts = {
+        "text": f"{made['data']['source']}, {made['data']['count']} sequences of {made['data']['length']} tokens",
+        "prompt": f"{made['prompt']} tokens",
+        "test": f"{made['guarantee']}, {made['bound'] or 'no bound'}, on {made['check']} exits",
+        "signal": found.file.by,
+        "fill": found.file.fill,
+    }
+    page = render_calibration(
+        found.to_dict() | {"title": title, "facts": facts, "command": " ".join(command_line()), "version": __version__}
+    )
+    write_page(path, page)
+
+
+def _recorded(
+    loaded: Loaded,
+    gated: Plan,
+    text: Data,
+    prompt: int,
+    weights: Tensors | None,
+    batch: int,
+    progress: Progress | None,
+    path: str | Path | None,
+) -> Features:
+    if path is not None and Path(path).exists():
+        found = load_features(path)
+        same = found.made["plan"] == gated.hash and found.made["data"]["sha256"] == text.info.sha256
+        if not same or found.made["fingerprint"] != gated.base.fingerprint or found.prompt != prompt:
+            raise UsageError(
+                f"{path} was recorded with another model, plan, text or prompt; name another file to record anew",
+                code="D473",
+            )
+        return found
+    found = record_exits(loaded.model, gated, text, prompt=prompt, weights=weights, batch=batch, progress=progress)
+    if path is not None:
+        found.save(path)
+    return found
+
+
+def _policy(gated: Plan, level: Level, exits: Exits) -> Policy:
+    return Calibrated(gated, (level,), exits.by, exits.prefill)
+
+
+def _rows(text: Data, rows: np.ndarray) -> Data:
+    at = torch.from_numpy(rows)
+    return replace(text, ids=text.ids[at], mask=None if text.mask is None else text.mask[at])
+
+
+def _finite(features: Features, thresholds: Sequence[float]) -> dict[int, float]:
+    pairs = zip(features.layers, thresholds, strict=True)
+    return {layer: float(value) for layer, value in pairs if np.isfinite(value)}
+
+
+def _level(features: Features, one: Promise) -> Level:
+    found = {key: value for key, value in asdict(one).items() if key not in ("target", "thresholds", "layers")}
+    return Level(one.target, _finite(features, one.thresholds), one.promised, one.layers, plain(found))
+
+
+def _unpromised(row: dict[str, Any]) -> Level:
+    thresholds = {int(layer): value for layer, value in row["thresholds"].items()}
+    return Level(f"setting-{row['setting']}", thresholds, False, row["layers"])
+
+
+def _head_in_layers(spec: Spec) -> float:
+    """What a look through norm and head costs, in layers of the mean size."""
+    layers = spec.stack().layers
+    return spec.head_flops / (sum(layer.flops for layer in layers) / len(layers))
+
+
+def _row(
+    features: Features, held: Features, target: Target, by: str, thresholds: Sequence[float], head: float, number: int
+) -> dict[str, Any]:
+    one = no_promise(held, target, by, thresholds)
+    return {
+        "setting": number,
+        "thresholds": {str(layer): value for layer, value in _finite(features, thresholds).items()},
+        "layers": one.layers,
+        "looks": one.looks,
+        "layers_with_looks": one.layers + head * one.looks,
+        target.kind: target.shown(one.risk),
+        "error": one.error,
+    }
+
+
+def _notes(promises: Sequence[Promise], live: bool, exits: Exits, head: float, whole: float) -> tuple[str, ...]:
+    """What the promise does not say."""
+    notes = [
+        "The promise is about sequences like the calibration text, fed as they are (teacher-forced): each token is "
+        "compared with what the whole plan writes after the same text. In free generation a token that differs changes "
+        "all that follows, so texts drift apart faster than these figures.",
+        "Sequences, not tokens, are the units that are counted. Windows of one long document are not independent; "
+        "give many documents where that matters.",
+    ]
+    if not live and exits.fill != "defer":
+        notes.append(
+            f"Tested on recorded exits, with keys and values of the whole plan; the fill {exits.fill} makes others. "
+            "Use --check live, or fill=defer."
+        )
+    if exits.by != "saturation":
+        notes.append(f"A look through the head costs about as much as {head:.1f} layers, which mean layers leave out.")
+    notes += [
+        f"With its looks, {one.target} costs as much as {one.layers + head * one.looks:.1f} layers, more than the "
+        f"{whole:g} of the whole plan: do not expect it to be faster here."
+        for one in promises
+        if one.promised and one.layers + head * one.looks > whole
+    ]
+    notes += [
+        f"No setting passed for {one.target}: nobody leaves. More sequences, other exits or another signal may help."
+        for one in promises
+        if not one.promised
+    ]
+    return tuple(notes)
