@@ -105,7 +105,7 @@ def test_parts_are_counted_apart() -> None:
         {"max_new_tokens": 2},
         {"prefix_allowed_tokens_fn": lambda _, ids: list(range(3, 40)) if len(ids) % 2 else list(range(30, 64))},
     ],
-    ids=lambda told: "-".join(told),
+    ids="-".join,
 )
 @pytest.mark.parametrize("draft", ["exit:3", "skip:1-3", "lookup:1+exit:2"])
 def test_what_generate_is_told_holds_for_the_draft(draft: str, settings: dict[str, Any]) -> None:
