@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -90,8 +89,13 @@ class _Stub(nn.Module):
         return out if extra < 0 else (out, *[None] * extra)
 
 
-@cache
+_PLACES: dict[Callable[..., Any], int | None] = {}
+"""A plain dictionary, since torch.compile looks through `functools.cache` and warns of it."""
+
+
 def _residual(forward: Callable[..., Any]) -> int | None:
     """The place of the residual among the arguments after `self`; asked for in every pass, so it is remembered."""
-    parameters = [name for name in inspect.signature(forward).parameters if name != "self"]
-    return parameters.index("residual") if "residual" in parameters else None
+    if forward not in _PLACES:
+        parameters = [name for name in inspect.signature(forward).parameters if name != "self"]
+        _PLACES[forward] = parameters.index("residual") if "residual" in parameters else None
+    return _PLACES[forward]
