@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -300,7 +301,9 @@ def test_a_failure_stops_the_other_threads(bases: Any, tmp_path: Path, monkeypat
 
     def fails(item: Any, place: Stored) -> None:
         seen.append(item.name)
-        raise OSError(5, "Input/output error")
+        if len(seen) == 1:
+            raise OSError(5, "Input/output error")
+        time.sleep(0.1)  # all others together would take seconds
 
     monkeypatch.setattr(container, "THREADS", 2)
     with pytest.raises(OSError, match="Input/output error"):
