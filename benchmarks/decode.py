@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from shoal.evaluation.decoding import Stepper, random_tokens
 from shoal.evaluation.scoring import evaluating
 from shoal.models.inspect import inspect
-from shoal.plan import Plan, drop
+from shoal.plan import Plan, drop, parse_plan
 from shoal.run.fast import FastDecoder
 from shoal.run.live import running
 
@@ -41,7 +41,8 @@ class Clock(BaseStreamer):
     """The times at which tokens came."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.at = device, []  # type: ignore[var-annotated]
+        self.device = device
+        self.at: list[Timed] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.at.append(_now(self.device))
@@ -160,8 +161,6 @@ def _model(args: argparse.Namespace) -> Any:
 def _plan(model: Any, args: argparse.Namespace) -> Plan:
     spec = inspect(model)
     if args.plan is not None or args.shape is None:
-        from shoal.plan import parse_plan
-
         return parse_plan(args.plan or PRUNED, Plan.identity(spec))
     depth = model.config.num_hidden_layers
     return drop(Plan.identity(spec), range(depth // 2, depth // 2 + depth // 5))

@@ -101,7 +101,7 @@ def test_a_menu_is_switched_without_compiling_again() -> None:
     menu = {"all": "0-3", "few": "0,3", "mixed": "0,2@0,1,3"}
     fast = FastDecoder(model, menu, mode="layers", backend="eager")
     assert fast.plans == list(menu)
-    made = {}
+    made: dict[str, torch.Tensor] = {}
     for name in ("all", "few", "mixed", "all", "mixed", "few"):
         with running(model, menu[name]):
             want = model.generate(prompt(), **greedy())

@@ -12,6 +12,7 @@ from shoal.run.live import running
 from tests.contract.families import tiny
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, when the compiler is imported
 @pytest.mark.parametrize("mode", ["layers", "step"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt"])
 def test_compiled_steps_give_the_tokens_of_generate(family: str, mode: Any) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -89,8 +88,9 @@ class FastDecoder:
             raise UsageError("the menu holds no plan; give one or more by name", code="U565")
         self.why_off = why_not_compiled(self.model)
         if self.why_off is not None and mode in ("layers", "step"):
-            message = f'{type(self.model).__name__} cannot be compiled: {self.why_off}; use mode="off"'
-            raise UsageError(message, code="U563")
+            raise UsageError(
+                f'{type(self.model).__name__} cannot be compiled: {self.why_off}; use mode="off"', code="U563"
+            )
         own = "layers" if self.model.device.type == "cpu" else "step"
         self.mode = ("off" if self.why_off else own) if mode == "auto" else mode
         self.compiled: dict[Key, Compiled] = {}
@@ -98,9 +98,7 @@ class FastDecoder:
         self._backend = backend
         self._calls: dict[Any, Call] = {}
         self._caches: dict[str | None, tuple[Key, StaticCache]] = {}
-        alone = plan is None or isinstance(plan, Plan | str)
-        menu = cast("Mapping[str | None, Plan | str | None]", {None: plan} if alone else plan)
-        self._planned = {name: self._made(one, weights) for name, one in menu.items()}
+        self._planned = {name: self._made(one, weights) for name, one in _named(plan)}
 
     @property
     def plans(self) -> list[str]:
@@ -120,8 +118,7 @@ class FastDecoder:
         refuse_model(self.model)
         if plan not in self._planned:
             names = ", ".join(self.plans) or "no plans by name"
-            message = f"plan={plan!r} is not in the menu; it has {names}"
-            raise UsageError(message, code="U566")
+            raise UsageError(f"plan={plan!r} is not in the menu; it has {names}", code="U566")
         streamer = kwargs.get("streamer")
         refuse_deciding([stack.layers for stack in find_stacks(self.model)])
 
@@ -146,8 +143,8 @@ class FastDecoder:
     ) -> torch.Tensor:
         """Called by `generate` with all that it prepared."""
         refuse_settings(generation_config)
-        forward: Any = self.model
-        standing: Callable[[], AbstractContextManager[Any]] = nullcontext
+        forward: Forward = self.model
+        modules: list[tuple[nn.Module, Any]] = []
         if self.mode != "off":
             key, cache = self._cache(plan, input_ids.shape[0], generation_config.max_length)
             forward, modules = self._compiled_step(key)
@@ -155,9 +152,8 @@ class FastDecoder:
                 self._check(key, forward, modules, cache, input_ids, generation_config, model_kwargs)
             cache.reset()
             model_kwargs = {**model_kwargs, "past_key_values": cache}
-            standing = partial(standing_in, modules)
         first = self.model._prefill(input_ids, generation_config, model_kwargs)
-        with standing(), self.model._optimize_model_for_decode():
+        with standing_in(modules), self.model._optimize_model_for_decode():
             return decode(
                 self.model,
                 input_ids,
@@ -244,15 +240,17 @@ class FastDecoder:
         """Run that plan; afterwards the model is as it was."""
         planned = self._planned[plan]
         if planned and any(isinstance(stack.layers, PlannedList) for stack in find_stacks(self.model)):
-            raise PlanError("another plan is running on this model; restore it first", code="P122")
+            raise PlanError(
+                "a plan is running on this model already; restore it before another is switched on", code="P122"
+            )
         before = [(stack, stack.layers) for stack, _ in planned]
         try:
             for stack, layers in planned:
                 setattr(stack.owner, stack.attr, layers)
             yield
         finally:
-            for stack, whole in before:
-                setattr(stack.owner, stack.attr, whole)
+            for stack, own in before:
+                setattr(stack.owner, stack.attr, own)
 
 
 @contextmanager
@@ -266,6 +264,13 @@ def fast_generate(model: nn.Module, *, mode: Mode = "auto") -> Iterator[FastDeco
         yield decoder
     finally:
         inner.__dict__.pop("generate", None)
+
+
+def _named(plan: Plan | str | Menu | None) -> Iterator[tuple[str | None, Plan | str | None]]:
+    if isinstance(plan, Mapping):
+        yield from plan.items()
+    else:
+        yield None, plan
 
 
 def _shortened(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -34,7 +34,7 @@ class OneRow(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
-def _fits(row: Node, weight: Node) -> bool:
+def _fits(row: Any, weight: Any) -> bool:
     """Whether `row` [1, in] is one row and `weight` [in, out] the transposed view of a matrix stored by rows."""
     x, w = row.meta.get("val"), weight.meta.get("val")
     if not isinstance(x, torch.Tensor) or not isinstance(w, torch.Tensor):
@@ -43,7 +43,7 @@ def _fits(row: Node, weight: Node) -> bool:
     return one and x.device.type == "cpu" and x.dtype == torch.float32 and w.stride(0) == 1 and w.shape[1] > 1
 
 
-def _rewrite(graph: Graph, node: Node, row: Node, weight: Node, bias: Node | None = None) -> None:
+def _rewrite(graph: Graph, node: Node, row: Any, weight: Any, bias: Any = None) -> None:
     with graph.inserting_before(node):
         rows = _call(graph, _aten.permute.default, weight, [1, 0])
         product = _call(graph, _aten.mul.Tensor, row, rows)
