@@ -16,7 +16,16 @@ from ..fuzz.run import Watch
 from ..fuzz.targets import targets
 
 SLOW = ("inspect", "doctor:config", "doctor:index", "doctor:header")
-NAMES = ("config", "index", "header", "plan.json", "notation", *SLOW, *(f"exchange:{n}" for n in entries("exchange")))
+NAMES = (
+    "config",
+    "index",
+    "header",
+    "plan.json",
+    "policy.json",
+    "notation",
+    *SLOW,
+    *(f"exchange:{n}" for n in entries("exchange")),
+)
 
 
 def test_every_reader_is_driven() -> None:

@@ -20,6 +20,7 @@ from shoal.models.load import inspect_source, load_config
 from shoal.models.shards import INDEX, SINGLE, read_places, stored_tensors
 from shoal.plan import Plan, format_steps, parse_plan, parse_steps, plan_from_json, plan_to_json
 from shoal.registry import entries
+from shoal.run.policy_file import Level, PolicyFile, load_policy
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2MoeForCausalLM"],
@@ -55,6 +56,9 @@ GEMMA: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
     "max_position_embeddings": 32,
 }
+POLICY = PolicyFile(
+    "llama", "sha256:0", "sha256:1", (Level("agreement=0.9", {1: 0.9, 2: 0.8}, True, 2.5), Level("whole", {}))
+).to_dict()
 TEXTS = (
     b"0-11,14-29",
     b"12a,12m,10x3",
@@ -163,6 +167,14 @@ def _plan_json(data: bytes) -> None:
     assert plan_from_json(plan_to_json(plan)) == plan
 
 
+def _policy(data: bytes) -> None:
+    file = _scratch() / "policy.json"
+    file.write_bytes(data)
+    found = load_policy(file)
+    found.save(file)
+    assert load_policy(file).exits == found.exits
+
+
 def _notation(data: bytes) -> None:
     text = data.decode("utf-8", errors="replace")
     steps = parse_steps(text)
@@ -217,6 +229,7 @@ def targets() -> dict[str, Target]:
         Target("index", _index, (index,), 12),
         Target("header", _places, headers, 12),
         Target("plan.json", _plan_json, plans, 12),
+        Target("policy.json", _policy, (json.dumps(POLICY).encode(),), 6),
         Target("notation", _notation, TEXTS, 12),
         Target("doctor:config", _diagnosed_config, configs, 3),
         Target("doctor:index", _diagnosed_index, (index,), 3),

@@ -88,7 +88,7 @@ class PolicyFile:
         path = Path(path)
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            draft.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
             draft.replace(path)
         except OSError as error:
             draft.unlink(missing_ok=True)
