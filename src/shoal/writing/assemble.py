@@ -47,5 +47,7 @@ def _name_as(like: PreTrainedModel, made: PreTrainedModel) -> None:
 
 def _blank(tensor: torch.Tensor) -> torch.Tensor:
     """Zeros on the CPU; the system gives them no page of memory before somebody writes to it."""
+    if not tensor.numel():  # an empty array has no stride by which its bytes could be seen as numbers
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
     size = math.prod(tensor.shape) * tensor.element_size()
     return torch.from_numpy(np.zeros(size, np.uint8)).view(tensor.dtype).view(tensor.shape)
