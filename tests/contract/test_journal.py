@@ -14,7 +14,7 @@ from shoal.api import journal as module
 from shoal.api.journal import journaled, mean_nll
 from shoal.errors import DataError
 from shoal.evaluation import perplexity
-from shoal.evaluation.plan_loss import PlanLoss
+from shoal.evaluation.plan_loss import Memo, PlanLoss
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop
 from shoal.run.live import running
@@ -132,7 +132,23 @@ def test_the_file_is_lines_of_json_and_says_what_it_belongs_to(model: Any, plan:
     assert head["base"] == plan.base.fingerprint
     assert head["data"] == DATA.info.sha256
     assert head["dense"] == pytest.approx(mean_nll(model, DATA))
-    assert [set(entry) for entry in rest] == [{"plan", "nll"}] * 7
+    assert [set(entry) for entry in rest] == [{"plan", "nll", "spent"}] * 7
+
+
+def test_a_search_that_goes_on_is_charged_with_what_it_took_before(model: Any, plan: Plan, tmp_path: Path) -> None:
+    path, now = tmp_path / "j", Memo()
+    search(model, plan, path)
+    spent = [json.loads(line)["spent"] for line in path.read_text().splitlines()[1:]]
+    assert spent == sorted(spent)
+    assert spent[-1] > 0
+    objective = journaled(model, plan, path=path, memo=now)(DATA)
+    assert now.saved == spent[-1]
+    objective(drop(plan, [0, 1, 2]))
+    last = json.loads(path.read_text().splitlines()[-1])["spent"]
+    assert last > spent[-1], "a new candidate adds to it"
+    other = Memo()
+    journaled(model, plan, path=tmp_path / "new", memo=other)
+    assert other.saved == 0, "a new journal charges nothing"
 
 
 def test_an_empty_file_is_a_new_journal(model: Any, plan: Plan, tmp_path: Path) -> None:

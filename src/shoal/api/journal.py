@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from shoal.data import Data
@@ -42,17 +44,21 @@ def journaled(
 ) -> Callable[[Data], Objective]:
     """Data -> objective: the cross-entropy of a plan on them, each plan evaluated once.
 
-    With `path` the values are kept in a JSON-lines file (null for what is not finite). Its first line names the data,
-    the model's structure and the dense value, which is computed anew at every start, so that a journal of other weights
-    is refused (D430). Plans share what they have in common (`PlanLoss`, where `memory`, `share` and `memo` are
-    explained), and the objective can race many plans, in an order of the batches drawn with `seed`.
+    With `path` the values are kept in a JSON-lines file (null for what is not finite), and the seconds they took, which
+    `memo` counts as saved. Its first line names the data, the model's structure and the dense value, which is computed
+    anew at every start, so that a journal of other weights is refused (D430). Plans share what they have in common
+    (`PlanLoss`, where `memory`, `share` and `memo` are explained), and the objective can race many plans, in an order
+    of the batches drawn with `seed`.
     """
+    memo = Memo() if memo is None else memo
+    if path is not None:
+        memo.saved += _spent(_lines(path))
 
     def on(data: Data) -> Objective:
         require_causal(model, "a search by cross-entropy")
-        known, lost = _open(path, model, identity, data, batch) if path is not None else ({}, {})
+        known, lost, spent = _open(path, model, identity, data, batch) if path is not None else ({}, {}, 0.0)
         loss = PlanLoss(model, data, batch=batch, memory=memory, share=share, memo=memo)
-        return Journaled(loss, path, known, lost, seed, memory=memory)
+        return Journaled(loss, memo, path, known, lost, seed, memory=memory, spent=spent)
 
     return on
 
@@ -63,21 +69,25 @@ class Journaled:
     def __init__(
         self,
         loss: PlanLoss,
+        memo: Memo,
         path: Path | None,
         known: dict[str, float],
         lost: dict[str, set[str]],
         seed: int = 0,
         *,
         memory: int | None = None,
+        spent: float = 0.0,
     ) -> None:
-        self.loss, self.path, self.known, self.lost, self.seed = loss, path, known, lost, seed
+        self.loss, self.memo, self.path, self.known, self.lost, self.seed = loss, memo, path, known, lost, seed
         self.by_layer = LayerMajorLoss(loss, memory=memory)
+        self._spent, self._since = spent, 0.0
 
     def __call__(self, plan: Plan) -> float:
         """Nats per token on all the data."""
         key = str(plan)
         if key not in self.known:
-            self._learn(key, self.loss(plan))
+            with self._clocked():
+                self._learn(key, self.loss(plan))
         return self.known[key]
 
     def race(
@@ -101,19 +111,20 @@ class Journaled:
         def dropped(plan: Plan, seen: int) -> None:
             lost.add(str(plan))
             if self.path is not None:
-                append_line(self.path, {"lost": str(plan), "race": name, "batches": seen})
+                append_line(self.path, {"lost": str(plan), "race": name, "batches": seen, "spent": self.spent})
 
-        values = race(
-            self.loss,
-            open_,
-            keep=keep,
-            seed=self.seed,
-            report=None if report is None else lambda done: report(decided + done),
-            dropped=dropped,
-        )
-        for plan, value in zip(open_, values, strict=True):
-            if value is not None:
-                self._learn(str(plan), value)
+        with self._clocked():
+            values = race(
+                self.loss,
+                open_,
+                keep=keep,
+                seed=self.seed,
+                report=None if report is None else lambda done: report(decided + done),
+                dropped=dropped,
+            )
+            for plan, value in zip(open_, values, strict=True):
+                if value is not None:
+                    self._learn(str(plan), value)
         return [None if key in lost else self.known[key] for key in keys]
 
     def _layer_by_layer(
@@ -122,21 +133,36 @@ class Journaled:
         new = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in self.known}
         done, depth = len(plans) - len(new), self.by_layer.stack.depth
         told = None if report is None else lambda layers: report(done + len(new) * layers // depth)
-        losses = self.by_layer(list(new.values()), self.loss.batches, told) if new else []
-        for key, value in zip(new, losses, strict=True):
-            self._learn(key, value)
+        with self._clocked():
+            losses = self.by_layer(list(new.values()), self.loss.batches, told) if new else []
+            for key, value in zip(new, losses, strict=True):
+                self._learn(key, value)
         return [self.known[key] for key in keys]
+
+    @property
+    def spent(self) -> float:
+        """Seconds that evaluating took so far, those of earlier runs and of the other searches it learnt from too."""
+        now = perf_counter() + self.memo.saved - self._since if self._since else 0.0
+        return round(self._spent + now, 3)
+
+    @contextmanager
+    def _clocked(self) -> Iterator[None]:
+        self._since = perf_counter() + self.memo.saved
+        try:
+            yield
+        finally:
+            self._spent, self._since = self.spent, 0.0
 
     def _learn(self, key: str, value: float) -> None:
         self.known[key] = value
         if self.path is not None:
-            append_line(self.path, {"plan": key, "nll": value})
+            append_line(self.path, {"plan": key, "nll": value, "spent": self.spent})
 
 
 def _open(
     path: Path, model: Any, identity: Plan, data: Data, batch: int
-) -> tuple[dict[str, float], dict[str, set[str]]]:
-    """The values in the journal and what lost in which race; a new journal gets its first line."""
+) -> tuple[dict[str, float], dict[str, set[str]], float]:
+    """The values in the journal, what lost in which race, the seconds it took; a new journal gets its first line."""
     lines = _lines(path)
     facts = {"journal": FORMAT, "base": identity.base.fingerprint, "data": data.info.sha256}
     head = lines[0] if lines else {}
@@ -145,7 +171,7 @@ def _open(
     dense = mean_nll(model, data, batch=batch)
     if not lines:
         append_line(path, {**facts, "dense": dense})
-        return {}, {}
+        return {}, {}, 0.0
     before = _number(head.get("dense"))
     if any(head.get(name) != value for name, value in facts.items()) or not math.isclose(before, dense, rel_tol=1e-4):
         raise DataError(f"the journal {path} belongs to another model or other data; name another file", code="D430")
@@ -155,7 +181,11 @@ def _open(
         if {"lost", "race"} <= entry.keys():
             lost.setdefault(str(entry["race"]), set()).add(str(entry["lost"]))
     known = {str(entry["plan"]): _number(entry["nll"]) for entry in entries if {"plan", "nll"} <= entry.keys()}
-    return known, lost
+    return known, lost, _spent(entries)
+
+
+def _spent(lines: Sequence[dict[str, Any]]) -> float:
+    return max((float(line["spent"]) for line in lines if isinstance(line.get("spent"), int | float)), default=0.0)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
