@@ -14,6 +14,7 @@ import torch
 from shoal.api.budget import counted_budget
 from shoal.api.journal import journaled, mean_nll
 from shoal.data import Data
+from shoal.data.split import hold_out
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.tasks import load_tasks, score_tasks
 from shoal.fitting.result import Job
@@ -48,6 +49,7 @@ from shoal.registry import Entry, entries
 from shoal.run.live import running
 from shoal.scores import Found
 from shoal.transforms.difference_sum import difference_sum
+from shoal.transforms.refit import refit
 from shoal.writing.surgery import rewrite
 
 from .families import tiny
@@ -402,3 +404,15 @@ def test_auto_is_no_worse_on_what_it_held_back_than_any_of_its_candidates() -> N
         auto(random_task())
     with pytest.raises(DataError, match="D413"):
         auto(task_of(tiny("llama"), random_data(1, 16)), drop=1)
+
+
+def test_autos_refit_is_in_the_end_made_on_all_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.methods.auto._loss", lambda task, one, held: 0.0 if one.weights else 1.0)
+    task = random_task()
+    found = auto(task, drop=1)
+    bare = replace(found, plan=drop_layers(task.plan, found.plan.dropped()), weights={})
+    whole, part = task.then(refit, bare), replace(task, data=hold_out(task.data)[0]).then(refit, bare)
+    assert found.plan == whole.plan
+    for name, tensor in found.weights.items():
+        assert torch.equal(tensor, whole.weights[name])
+        assert not torch.equal(tensor, part.weights[name])

@@ -30,14 +30,14 @@ def auto(task: Task, *, drop: int | None = None) -> Found:
     Source: the parts are FinerCut's (arXiv 2405.18218) and SLEB's (arXiv 2402.09025) greedy removal, and the refit of
     ReplaceMe (arXiv 2505.02819) without its constraint. How we differ: held-out text chooses among them.
     Searches: by the cross-entropy over whole layers; over parts by its rise per saved share of the budget. Each result
-    is tried as it is and after the transform `refit`; a quarter of the calibration sequences, which neither search nor
-    fit has seen, decides (the trace tells how). `drop` counts layers. Training-free; where only plans that a stock
-    class can express are allowed, parts stay. Raises D413 for a single sequence, and what the searches raise when none
-    of them gets there.
+    is tried as it is and after the transform `refit`; a quarter of the calibration sequences, seen by no search and no
+    fit, decides (the trace tells how), and a refit that wins is made anew on all of them. `drop` counts layers.
+    Training-free; where only plans that a stock class can express are allowed, parts stay. Raises D413 for a single
+    sequence, and what the searches raise when none of them gets there.
     """
     rest, held = hold_out(task.data)
     mine = replace(task, data=rest, budget=task.budget or _layers(task, drop))
-    found: list[Found] = []
+    found: list[tuple[Found, Found]] = []
     failed: UsageError | None = None
     for search in _searches(mine, mine.objective(rest)):
         try:
@@ -45,12 +45,14 @@ def auto(task: Task, *, drop: int | None = None) -> Found:
         except UsageError as error:
             failed = error
             continue
-        found += [plain, mine.then(refit, plain)]
+        found += [(plain, plain), (plain, mine.then(refit, plain))]
     if not found and failed is not None:
         raise failed
-    judged = sorted(((_loss(task, one, held), n, one) for n, one in enumerate(found)), key=lambda row: row[:2])
-    trace = tuple(Candidate(str(one.plan), loss, "refit" if one.weights else "as it is") for loss, _, one in judged)
-    return replace(judged[0][2], trace=trace)
+    judged = sorted((_loss(task, one, held), n) for n, (_, one) in enumerate(found))
+    names = {True: "refit", False: "as it is"}
+    trace = tuple(Candidate(str(found[n][1].plan), loss, names[bool(found[n][1].weights)]) for loss, n in judged)
+    plain, best = found[judged[0][1]]
+    return replace(task.then(refit, plain) if best.weights else best, trace=trace)
 
 
 def _layers(task: Task, drop: int | None) -> Budget:
