@@ -13,8 +13,9 @@ import torch
 from shoal._version import __version__
 from shoal.api.assess import Source, opened, text_of
 from shoal.api.exit_options import Exits, exit_options
+from shoal.api.exit_table import finite, head_in_layers, notes, row
 from shoal.api.pages import write_page
-from shoal.api.promise import Promise, Settings, no_promise, promise
+from shoal.api.promise import Promise, Settings, promise
 from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation.exit_search import Target, one_threshold, parse_target, search_path, thin
@@ -24,7 +25,7 @@ from shoal.evaluation.scoring import Progress
 from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
-from shoal.plan import Plan, Spec, parse_plan
+from shoal.plan import Plan, parse_plan
 from shoal.record import command_line, environment, plain
 from shoal.report.calibration import render_calibration
 from shoal.run.deciding import make_policy
@@ -123,13 +124,13 @@ def calibrate(
     choose, test = order[: len(text) // 2], order[len(text) // 2 :]
     for target in wanted:
         require_sequences(len(test), target.limit, delta if guarantee == "fixed-sequence" else None)
-    head = _head_in_layers(spec)
+    head = head_in_layers(spec)
     settings = Settings(delta, guarantee, bound, exits.by, head if count_heads else 0.0, points)
     live = check == "live" or (check == "auto" and exits.fill != "defer")
     chosen, held = found.only(choose), found.only(test)
 
     def running_losses(target: Target, thresholds: Sequence[float]) -> tuple[Losses, float]:
-        one = _policy(gated, Level("tested", _finite(found, thresholds)), exits)
+        one = _policy(gated, Level("tested", finite(found, thresholds)), exits)
         means, deep = live_losses(
             loaded.model, one, gated, _rows(text, test), held, weights=weights, batch=batch, nats=target.kind == "loss",
             progress=progress,
@@ -143,7 +144,7 @@ def calibrate(
     path = thin(search_path(chosen, wanted[0], exits.by, head=settings.head), points)
     shown = [(one.thresholds for one in own) for own in (path, one_threshold(chosen, wanted[0], exits.by))]
     table, uniform = (
-        tuple(_row(found, held, wanted[0], exits.by, own, head, number) for number, own in enumerate(rows))
+        tuple(row(found, held, wanted[0], exits.by, own, head, number) for number, own in enumerate(rows))
         for rows in shown
     )
     made = {
@@ -158,7 +159,7 @@ def calibrate(
     file = PolicyFile(
         spec.family, whole.base.fingerprint, whole.hash, levels, exits.by, exits.head, exits.fill, exits.prefill, made
     )
-    return Calibration(file, promises, table, uniform, _notes(promises, live, exits, head, found.depths[-1]))
+    return Calibration(file, promises, table, uniform, notes(promises, live, exits, head, found.depths[-1]))
 
 
 def publish(found: Calibration, path: str | Path, *, title: str) -> None:
@@ -211,67 +212,11 @@ def _rows(text: Data, rows: np.ndarray) -> Data:
     return replace(text, ids=text.ids[at], mask=None if text.mask is None else text.mask[at])
 
 
-def _finite(features: Features, thresholds: Sequence[float]) -> dict[int, float]:
-    pairs = zip(features.layers, thresholds, strict=True)
-    return {layer: float(value) for layer, value in pairs if np.isfinite(value)}
-
-
 def _level(features: Features, one: Promise) -> Level:
     found = {key: value for key, value in asdict(one).items() if key not in ("target", "thresholds", "layers")}
-    return Level(one.target, _finite(features, one.thresholds), one.promised, one.layers, plain(found))
+    return Level(one.target, finite(features, one.thresholds), one.promised, one.layers, plain(found))
 
 
 def _unpromised(row: dict[str, Any]) -> Level:
     thresholds = {int(layer): value for layer, value in row["thresholds"].items()}
     return Level(f"setting-{row['setting']}", thresholds, False, row["layers"])
-
-
-def _head_in_layers(spec: Spec) -> float:
-    """What a look through norm and head costs, in layers of the mean size."""
-    layers = spec.stack().layers
-    return spec.head_flops / (sum(layer.flops for layer in layers) / len(layers))
-
-
-def _row(
-    features: Features, held: Features, target: Target, by: str, thresholds: Sequence[float], head: float, number: int
-) -> dict[str, Any]:
-    one = no_promise(held, target, by, thresholds)
-    return {
-        "setting": number,
-        "thresholds": {str(layer): value for layer, value in _finite(features, thresholds).items()},
-        "layers": one.layers,
-        "looks": one.looks,
-        "layers_with_looks": one.layers + head * one.looks,
-        target.kind: target.shown(one.risk),
-        "error": one.error,
-    }
-
-
-def _notes(promises: Sequence[Promise], live: bool, exits: Exits, head: float, whole: float) -> tuple[str, ...]:
-    """What the promise does not say."""
-    notes = [
-        "The promise is about sequences like the calibration text, fed as they are (teacher-forced): each token is "
-        "compared with what the whole plan writes after the same text. In free generation a token that differs changes "
-        "all that follows, so texts drift apart faster than these figures.",
-        "Sequences, not tokens, are the units that are counted. Windows of one long document are not independent; "
-        "give many documents where that matters.",
-    ]
-    if not live and exits.fill != "defer":
-        notes.append(
-            f"Tested on recorded exits, with keys and values of the whole plan; the fill {exits.fill} makes others. "
-            "Use --check live, or fill=defer."
-        )
-    if exits.by != "saturation":
-        notes.append(f"A look through the head costs about as much as {head:.1f} layers, which mean layers leave out.")
-    notes += [
-        f"With its looks, {one.target} costs as much as {one.layers + head * one.looks:.1f} layers, more than the "
-        f"{whole:g} of the whole plan: do not expect it to be faster here."
-        for one in promises
-        if one.promised and one.layers + head * one.looks > whole
-    ]
-    notes += [
-        f"No setting passed for {one.target}: nobody leaves. More sequences, other exits or another signal may help."
-        for one in promises
-        if not one.promised
-    ]
-    return tuple(notes)

@@ -24,7 +24,7 @@ from shoal.plan import Exit, Plan
 from shoal.plan.steps import layers_of, runs
 from shoal.run.gates import Decision, Moment, Policy, Sight
 from shoal.run.live import running
-from shoal.run.readout import _confidence as confidence_of
+from shoal.run.readout import confidence_of
 from shoal.run.weights import Tensors
 
 SIGNALS = ("probability", "margin", "certainty", "saturation")
@@ -167,7 +167,7 @@ def record_exits(
     with running(model, plan, weights, policy=recorder) as handle, evaluating(model):
         assert handle.deciding is not None
         assert handle.deciding.conductor is not None
-        recorder.read = handle.deciding.conductor._read
+        recorder.read = handle.deciding.conductor.read
         for ids, mask in data.batches(batch):
             rows = slice(done, done + len(ids))
             recorder.rows, recorder.ids = [], ids

@@ -145,7 +145,7 @@ class GatedConductor(Conductor):
     def _exit(self, step: Exit, hidden: torch.Tensor, flow: Flow) -> torch.Tensor:
         if flow.left is True:
             return hidden
-        sight = Look(hidden, flow.before, lambda states: self._read(step.head, states))
+        sight = Look(hidden, flow.before, lambda states: self.read(step.head, states))
         leaves = self.policy.leaves(step, flow.moment, sight) if step.gate is not None else True
         new = settle(unless(leaves, flow.left))
         if new is False:
@@ -156,7 +156,8 @@ class GatedConductor(Conductor):
         flow.heads.append((new, step.head))
         return hidden
 
-    def _read(self, head: str, states: torch.Tensor) -> torch.Tensor:
+    def read(self, head: str, states: torch.Tensor) -> torch.Tensor:
+        """The logits of hidden states at an exit with this head; counted as looks."""
         assert self.readout is not None
         self.trace.counts.heads += states.shape[-3] * states.shape[-2]
         if self.heads is None:

@@ -159,13 +159,14 @@ class Look(Sight):
             # the first column tells how long a column of logits is
             states = self.hidden[..., at : at + max(1, step), :]
             logits = self._read(states).float()
-            found.append(_confidence(logits))
+            found.append(confidence_of(logits))
             at += states.shape[-2]
             step = max(1, ELEMENTS // (logits.shape[0] * logits.shape[-1]))
         return {name: torch.cat([one[name] for one in found], -1) for name in found[0]}
 
 
-def _confidence(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+def confidence_of(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What policies read off logits [..., vocabulary]: "probability", "margin", "certainty" and "choice", [...]."""
     logs = logits.log_softmax(-1)
     top = logs.topk(2, -1)
     first, second = top.values.exp().unbind(-1)
