@@ -17,6 +17,7 @@ from shoal.data import Data
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.evaluation.plan_loss import Memo
+from shoal.evaluation.spread_loss import judges
 from shoal.methods._task import Task
 from shoal.models.inspect import inspect
 from shoal.models.kinds import is_causal, require_causal, require_text
@@ -130,6 +131,8 @@ def prune(
     then: Sequence[str] = (),
     memory: int | None = None,
     memo: Memo | None = None,
+    ray: str | None = None,
+    workers: int = 2,
     timed: bool = True,
     assess: bool = False,
     test_data: Any = "builtin",
@@ -144,7 +147,8 @@ def prune(
     ls transforms`), fitted on the calibration text. `assess`: perplexity, agreement and generation on `limit` windows,
     at most 8, of the test split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they
     evaluated; `memory`: bytes that they may hold as hidden states, beyond which these go to disk (default: a quarter of
-    what is free); `memo`: what other calls on this model found of plans. `timed`: of a budget
+    what is free); `memo`: what other calls on this model found of plans. `ray`: the address of a Ray cluster, or
+    `local`, where `workers` processes evaluate the candidates of a search. `timed`: of a budget
     in prefill or decode also the time that the result really takes.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
@@ -172,21 +176,35 @@ def prune(
         if entry.reads_data or is_causal(loaded.model):  # the records of causal models name the data in any case
             require_text(loaded.model, f"the method {method}")
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
-        task = Task(
-            model=loaded.model,
-            data=cast(Data, text),  # None only for a method that says that it reads none
-            plan=identity,
-            spec=spec,
-            legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),
-            objective=journaled(loaded.model, identity, path=journal, batch=batch, memory=memory, seed=seed, memo=memo),
-            stack=stack,
-            batch=batch,
-            seed=seed,
-            budget=most,
-            progress=progress,
-            tokenizer=loaded.tokenizer,
-        )
-        found = _found(entry, task, count, own)
+        with judges(loaded.model, ray, workers) as crew:
+            found = _found(
+                entry,
+                Task(
+                    model=loaded.model,
+                    data=cast(Data, text),  # None only for a method that says that it reads none
+                    plan=identity,
+                    spec=spec,
+                    legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),
+                    objective=journaled(
+                        loaded.model,
+                        identity,
+                        path=journal,
+                        batch=batch,
+                        memory=memory,
+                        seed=seed,
+                        memo=memo,
+                        crew=crew,
+                    ),
+                    stack=stack,
+                    batch=batch,
+                    seed=seed,
+                    budget=most,
+                    progress=progress,
+                    tokenizer=loaded.tokenizer,
+                ),
+                count,
+                own,
+            )
     found, said = transformed(loaded, spec, found, after, text, stack=stack, batch=batch, seed=seed, progress=progress)
     if writable and (plan is not None or found.weights):
         blueprint(loaded.model, found.plan, zero_parts=zero_parts, weights=found.weights)

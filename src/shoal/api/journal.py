@@ -13,10 +13,12 @@ from typing import Any
 
 from shoal.data import Data
 from shoal.errors import DataError
+from shoal.evaluation.cluster import Machines
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import Memo, PlanLoss
 from shoal.evaluation.race import LEVEL, race
 from shoal.evaluation.scoring import sequence_nll
+from shoal.evaluation.spread_loss import SpreadLoss
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan
 from shoal.record import append_line, read_objects
@@ -41,6 +43,7 @@ def journaled(
     share: bool = True,
     seed: int = 0,
     memo: Memo | None = None,
+    crew: Machines | None = None,
 ) -> Callable[[Data], Objective]:
     """Data -> objective: the cross-entropy of a plan on them, each plan evaluated once.
 
@@ -48,7 +51,7 @@ def journaled(
     `memo` counts as saved. Its first line names the data, the model's structure and the dense value, which is computed
     anew at every start, so that a journal of other weights is refused (D430). Plans share what they have in common
     (`PlanLoss`, where `memory`, `share` and `memo` are explained), and the objective can race many plans, in an order
-    of the batches drawn with `seed`.
+    of the batches drawn with `seed`. `crew`: processes that share the work.
     """
     memo = Memo() if memo is None else memo
     if path is not None:
@@ -57,7 +60,8 @@ def journaled(
     def on(data: Data) -> Objective:
         require_causal(model, "a search by cross-entropy")
         known, lost, spent = _open(path, model, identity, data, batch) if path is not None else ({}, {}, 0.0)
-        loss = PlanLoss(model, data, batch=batch, memory=memory, share=share, memo=memo)
+        asked: dict[str, Any] = {"batch": batch, "memory": memory, "share": share, "memo": memo}
+        loss = PlanLoss(model, data, **asked) if crew is None else SpreadLoss(model, data, crew, **asked)
         return Journaled(loss, memo, path, known, lost, seed, memory=memory, spent=spent)
 
     return on

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 
-from shoal.errors import UsageError
+from shoal.evaluation.cluster import RETRIES, connected, lost, threads_each
 
 
 class Worker(Protocol):
@@ -49,13 +48,11 @@ def spread(
 def _with_ray(
     worker: Worker, items: Sequence[Any], address: str, workers: int, expected: Order
 ) -> Iterator[dict[str, Any]]:
-    library = _connected(address, workers)
-    threads = max(1, torch.get_num_threads() // workers) if address == "local" else torch.get_num_threads()
+    library, threads = connected(address, workers), threads_each(address, workers)
     try:
-        library.util.register_serializer(torch.Tensor, serializer=_as_array, deserializer=_as_tensor)
         # put once: the weights lie in the machine's shared memory, and every worker maps them instead of copying them
         shared = library.put(worker)
-        task = library.remote(num_cpus=1, max_retries=3)(_task)
+        task = library.remote(num_cpus=1, max_retries=RETRIES)(_task)
         waiting, busy, known = list(items), list[Any](), list[dict[str, Any]]()
         while waiting or busy:
             while waiting and len(busy) < workers:
@@ -67,7 +64,7 @@ def _with_ray(
             known.append({name: part for name, part in row.items() if name != "weights"})
             yield row
     except library.exceptions.RayError as error:
-        raise UsageError(f"a Ray worker failed: {str(error).strip().splitlines()[-1][:300]}", code="U571") from error
+        raise lost(error) from error
     finally:
         library.shutdown()
 
@@ -84,35 +81,3 @@ def _task(shared: list[Any], threads: int, item: Any, known: list[dict[str, Any]
         _held[name] = import_module("ray").get(shared[0])
     _held[name].learn(known)
     return _held[name].row(item)
-
-
-def _connected(address: str, workers: int) -> Any:
-    try:
-        library = import_module("ray")
-    except ImportError:
-        raise UsageError("--ray needs the package ray; run: pip install 'shoal[ray]'", code="U571") from None
-    where = {"num_cpus": workers} if address == "local" else {"address": address}
-    try:
-        library.init(**where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UsageError(
-            f"no Ray cluster answers at {address} ({str(error).splitlines()[0][:200]}); start one, or use local",
-            code="U571",
-        ) from error
-    return library
-
-
-_Packed = tuple[Any, torch.dtype, tuple[int, ...], str]
-
-
-def _as_array(tensor: torch.Tensor) -> _Packed:
-    """An array, which Ray hands on without copying; of bytes, because numpy lacks some of torch's types."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat, tensor.dtype, tuple(tensor.shape), str(tensor.device)
-
-
-def _as_tensor(packed: _Packed) -> torch.Tensor:
-    flat, dtype, shape, device = packed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it may not be written to, and nobody does
-        return torch.from_numpy(flat).view(dtype).reshape(shape).to(device)

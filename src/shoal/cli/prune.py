@@ -89,6 +89,10 @@ def prune(
     state_memory: Annotated[
         int | None, typer.Option("--state-memory", min=0, help="MB of hidden states held; beyond it they go to disk.")
     ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: candidates are evaluated there.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that do so, with --ray.")] = 2,
     stream: Stream = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -139,6 +143,8 @@ def prune(
             zero_parts=zero_parts,
             journal=journal,
             memory=None if state_memory is None else state_memory << 20,
+            ray=ray,
+            workers=workers,
             assess=is_causal(loaded.model) and not stream if assess is None else assess,
             test_data=test_data,
             progress=progress,

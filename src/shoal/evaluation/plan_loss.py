@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -95,22 +95,34 @@ class PlanLoss:
 
     def __call__(self, plan: Plan) -> float:
         """Nats per token over all the data."""
-        return mean_of(self.parts(plan, range(len(self.batches))))
+        return mean_of(self.parts([plan], range(len(self.batches)))[0])
 
-    def parts(self, plan: Plan, numbers: Iterable[int], *, among: Collection[Prefix] | None = None) -> list[Part]:
-        """The sums of these batches, by their number. `among`: the only prefixes whose states are worth keeping."""
-        wanted, known = list(numbers), self._memo.found
-        keys = {number: (self._name, str(plan), number) for number in wanted}
-        missing = [number for number in wanted if keys[number] not in known]
-        self._memo.saved += math.fsum(known[keys[number]][1] for number in wanted if keys[number] in known)
-        if missing:
-            starts = {number: self._start(plan, number) for number in missing}
+    def parts(
+        self, plans: Sequence[Plan], numbers: Iterable[int], *, among: Collection[Prefix] | None = None
+    ) -> list[list[Part]]:
+        """The sums of these batches, by their number, for each plan. `among`: the only prefixes whose states are worth
+        keeping."""
+        wanted, known, missing = list(numbers), self._memo.found, dict[Plan, list[int]]()
+        for plan in plans:
+            keys = {number: (self._name, str(plan), number) for number in wanted}
+            self._memo.saved += math.fsum(known[key][1] for key in keys.values() if key in known)
+            missing[plan] = [number for number, key in keys.items() if key not in known]
+        todo = {plan: own for plan, own in missing.items() if own}
+        for plan, number, part, seconds in self.computed(todo, among) if todo else ():
+            known[self._name, str(plan), number] = part, seconds
+        return [[known[self._name, str(plan), number][0] for number in wanted] for plan in plans]
+
+    def computed(
+        self, wanted: Mapping[Plan, Sequence[int]], among: Collection[Prefix] | None
+    ) -> Iterator[tuple[Plan, int, Part, float]]:
+        """Plan, number, sums and seconds of these batches of these plans, whether they are known or not."""
+        for plan, numbers in wanted.items():
+            starts = {number: self._start(plan, number) for number in numbers}
             with evaluating(self.model), running(self.model, plan) as handle:
-                for number in missing:
+                for number in numbers:
                     begun = perf_counter()
                     part = self._part(handle, plan, number, starts[number], among)
-                    known[keys[number]] = part, perf_counter() - begun
-        return [known[keys[number]][0] for number in wanted]
+                    yield plan, number, part, perf_counter() - begun
 
     def forks(self, plans: Collection[Plan]) -> set[Prefix]:
         """What `parts` may be told to keep when all of `plans` are going to be evaluated."""

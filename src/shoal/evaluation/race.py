@@ -59,8 +59,8 @@ def race(
     seen = 0
     while seen < len(numbers) and runners:
         stage = numbers[seen : max(seen + 1, math.ceil(seen * GROWTH))]
-        for runner in runners:
-            runner.parts += loss.parts(runner.plan, stage, among=forks)
+        for runner, parts in zip(runners, loss.parts([one.plan for one in runners], stage, among=forks), strict=True):
+            runner.parts += parts
         seen += len(stage)
         for runner in [one for one in runners if not math.isfinite(one.mean)]:
             values[runner.place] = runner.mean

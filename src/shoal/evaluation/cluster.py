@@ -1,0 +1,122 @@
+"""Processes of a Ray cluster that hold a model and work for this one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from shoal.errors import UsageError
+
+RETRIES = 3
+"""Times that work is given out again after the process that did it has died."""
+
+
+class Machines:
+    """`count` processes, each with an object that does the work; made by `machines`."""
+
+    def __init__(self, library: Any, make: Callable[[Any], Any], thing: Any, count: int, threads: int) -> None:
+        self.count = count
+        self._library = library
+        kind = library.remote(num_cpus=1, max_restarts=RETRIES, max_task_retries=RETRIES)(_Process)
+        shared = [library.put(thing)]  # in a list, because Ray would fetch a bare reference for every process anew
+        self._processes = [kind.remote(make, shared, threads) for _ in range(count)]
+
+    def at(self, jobs: Sequence[tuple[int, Sequence[Any]]]) -> Iterator[Any]:
+        """The results of jobs, (process, arguments of `do`), each done by that process; as they are done."""
+        yield from self._answers({self._processes[place].do.remote(*args): place for place, args in jobs}, [])
+
+    def anywhere(self, jobs: Sequence[Sequence[Any]]) -> Iterator[Any]:
+        """The results of jobs, each done by whichever process is free; as they are done."""
+        first, rest = jobs[: self.count], list(jobs[self.count :])
+        begun = {self._processes[place].do.remote(*args): place for place, args in enumerate(first)}
+        yield from self._answers(begun, rest)
+
+    def _answers(self, busy: dict[Any, int], rest: list[Sequence[Any]]) -> Iterator[Any]:
+        try:
+            while busy:
+                ready, _ = self._library.wait(list(busy), num_returns=1)
+                place = busy.pop(ready[0])
+                if rest:
+                    busy[self._processes[place].do.remote(*rest.pop(0))] = place
+                yield self._library.get(ready[0])
+        except self._library.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from error
+        except self._library.exceptions.RayError as error:
+            raise lost(error) from error
+
+
+@contextmanager
+def machines(address: str | None, count: int, make: Callable[[Any], Any], thing: Any) -> Iterator[Machines | None]:
+    """`count` processes at `address` (`local`: on this machine), in each of which `make(thing).do(...)` works; None
+    without an address. Tensors in `thing` lie in each machine's shared memory once.
+
+    Raises U571 when Ray is not installed, cannot be reached, or a process dies too often.
+    """
+    if address is None:
+        yield None
+        return
+    library = connected(address, count)
+    try:
+        yield Machines(library, make, thing, count, threads_each(address, count))
+    finally:
+        library.shutdown()
+
+
+class _Process:
+    """What lives in a process of the cluster."""
+
+    def __init__(self, make: Callable[[Any], Any], shared: list[Any], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._own = make(import_module("ray").get(shared[0]))
+
+    def do(self, *args: Any) -> Any:
+        return self._own.do(*args)
+
+
+def threads_each(address: str, count: int) -> int:
+    """Threads of torch for each of `count` processes."""
+    return max(1, torch.get_num_threads() // count) if address == "local" else torch.get_num_threads()
+
+
+def connected(address: str, count: int) -> Any:
+    """The library, at work at `address`, and able to hand tensors on. Raises U571."""
+    try:
+        library = import_module("ray")
+    except ImportError:
+        raise UsageError("--ray needs the package ray; run: pip install 'shoal[ray]'", code="U571") from None
+    where = {"num_cpus": count} if address == "local" else {"address": address}
+    try:
+        library.init(**where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise UsageError(
+            f"no Ray cluster answers at {address} ({str(error).splitlines()[0][:200]}); start one, or use local",
+            code="U571",
+        ) from error
+    library.util.register_serializer(torch.Tensor, serializer=_as_array, deserializer=_as_tensor)
+    return library
+
+
+def lost(error: Exception) -> UsageError:
+    """The error of a cluster that gave up."""
+    return UsageError(f"a Ray worker failed: {str(error).strip().splitlines()[-1][:300]}", code="U571")
+
+
+_Packed = tuple[Any, torch.dtype, tuple[int, ...], str]
+
+
+def _as_array(tensor: torch.Tensor) -> _Packed:
+    """An array, which Ray hands on without copying; of bytes, because numpy lacks some of torch's types."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat, tensor.dtype, tuple(tensor.shape), str(tensor.device)
+
+
+def _as_tensor(packed: _Packed) -> torch.Tensor:
+    flat, dtype, shape, device = packed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it may not be written to, and nobody does
+        return torch.from_numpy(flat).view(dtype).reshape(shape).to(device)
