@@ -26,6 +26,8 @@ REAL = (
     "lookup+exit:20",
 )
 
+ASKED: dict[str, Any] = {"max_new_tokens": 128, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("draft", ["exit:1", "skip:1", "lookup:1+exit:1"])
@@ -52,19 +54,25 @@ def test_twenty_thousand_generated_tokens_have_the_base_models_distribution(draf
     assert chi2.sf(statistic, VOCAB * (VOCAB - 1)) > 0.001
 
 
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("draft", REAL)
-def test_fifty_prompts_are_answered_token_for_token(smollm2: Any, draft: str) -> None:
-    """Fifty prompts of 128 tokens: the texts of the built-in prompts, cut and continued."""
+@pytest.fixture(scope="module")
+def answered(smollm2: Any) -> list[tuple[Any, torch.Tensor]]:
+    """Fifty prompts, the built-in ones and how to begin, with what plain decoding writes: 128 tokens or to the end."""
     texts = [text for kind in BUILTIN.values() for text in kind]
     prompts = [f"{text}\n\nAnswer as number {n}." for n in range(9) for text in texts][:50]
+    inputs = [encoded(smollm2, text, None) for text in prompts]
+    return [(one, smollm2.model.generate(**one, **ASKED)) for one in inputs]
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("draft", REAL)
+def test_fifty_prompts_are_answered_token_for_token(
+    smollm2: Any, answered: list[tuple[Any, torch.Tensor]], draft: str
+) -> None:
     speculator = Speculator(smollm2.model, draft, count=False)
-    asked = {"max_new_tokens": 128, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     wrong = []
-    for text in prompts:
-        inputs = encoded(smollm2, text, None)
-        if not torch.equal(speculator.generate(**inputs, **asked), smollm2.model.generate(**inputs, **asked)):
-            wrong.append((text, speculator.stats.close_calls))
+    for number, (inputs, plain) in enumerate(answered):
+        if not torch.equal(speculator.generate(**inputs, **ASKED), plain):
+            wrong.append((number, speculator.stats.close_calls))
     assert not wrong
 
 
