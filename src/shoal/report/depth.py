@@ -80,8 +80,8 @@ def _text(data: Data, written: Sequence[Data], shallow: float, whole: float) -> 
     given = f'<span class="given">{esc(data.get("prompt", ""))}</span>'
     tokens = "".join(_token(one, shallow, whole) for one in written)
     note = (
-        '<p class="soft">The darker a token and the thicker its line, the more layers ran to write it; point at a '
-        "token for its figures.</p>"
+        '<p class="soft">The stronger the shade of a token and the thicker its line, the more layers ran to write it; '
+        "point at a token for its figures.</p>"
     )
     return (
         f'{note}{_legend(shallow, whole)}<label class="numbers" for="numbers">Show the number of layers at each token: '
