@@ -104,6 +104,11 @@ def test_ray_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
         prune(Loaded(tiny("llama"), None, "tiny"), method="sleb", drop=1, data=DATA, writable=False, ray="local")
 
 
+def test_a_method_without_candidates_is_told_so() -> None:
+    with pytest.raises(UsageError, match=r"U573.*sleb"):
+        prune(Loaded(tiny("llama"), None, "tiny"), method="shortgpt", drop=1, data=DATA, writable=False, ray="local")
+
+
 def test_a_model_that_is_read_from_files_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.evaluation.spread_loss.is_streamed", lambda stack: True)
     with pytest.raises(UsageError, match=r"U572.*--stream"):

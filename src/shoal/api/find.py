@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from inspect import signature
@@ -16,6 +17,7 @@ from shoal.api.stand_ins import parse_then, transformed
 from shoal.data import Data
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
+from shoal.evaluation.cluster import Machines
 from shoal.evaluation.plan_loss import Memo
 from shoal.evaluation.spread_loss import judges
 from shoal.methods._task import Task
@@ -25,7 +27,7 @@ from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
 from shoal.record import Record, plain
-from shoal.registry import Entry, get
+from shoal.registry import Entry, entries, get
 from shoal.run.weights import Tensors, used_by
 from shoal.scores import Budget, Found, Legal, Scores, Traits
 from shoal.writing.surgery import blueprint
@@ -176,7 +178,7 @@ def prune(
         if entry.reads_data or is_causal(loaded.model):  # the records of causal models name the data in any case
             require_text(loaded.model, f"the method {method}")
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
-        with judges(loaded.model, ray, workers) as crew:
+        with _crew(entry, loaded, ray, workers) as crew:
             found = _found(
                 entry,
                 Task(
@@ -220,6 +222,17 @@ def prune(
         speed = bench(loaded, prompt=prompt, seed=seed, progress=progress, **ran)
         result = replace(result, evaluation=worth, bench=speed)
     return result
+
+
+def _crew(entry: Entry, loaded: Loaded, ray: str | None, workers: int) -> AbstractContextManager[Machines | None]:
+    """The processes that evaluate candidates, if any were asked for. Raises U571, U572, U573."""
+    if ray is not None and not entry.searches:
+        others = ", ".join(name for name, one in entries("methods").items() if one.searches)
+        raise UsageError(
+            f"--ray hands out the candidates of a search and {entry.name} has none; leave it out, or use {others}",
+            code="U573",
+        )
+    return judges(loaded.model, ray, workers)
 
 
 def _test(loaded: Loaded, source: Any, **options: Any) -> Data:

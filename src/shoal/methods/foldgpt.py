@@ -7,6 +7,8 @@ from shoal.scores import Found
 from shoal.search.greedy import greedy
 from shoal.transforms.fold_groups import fold_groups
 
+SEARCHES = True
+
 
 def foldgpt(task: Task, *, drop: int, group: int = 2, exhaustive: bool = False) -> Found:
     """Remove layers greedily by the cross-entropy, then let the middle half of what is left share matrices in groups.
