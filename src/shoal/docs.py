@@ -73,8 +73,10 @@ def error_codes() -> str:
     found: dict[str, dict[str, str]] = {"N001": {"cannot read PIECE in the plan: WHY": "shoal/plan/notation.py"}}
     for file in sorted((ROOT / "src" / "shoal").rglob("*.py")):
         home = str(file.relative_to(ROOT / "src"))
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            for code, sentence in _said(node):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        named = _assigned(tree)
+        for node in ast.walk(tree):
+            for code, sentence in _said(node, named):
                 found.setdefault(code, {}).setdefault(sentence, home)
     lines = ["# Error codes", "", _MADE, "", "Capital letters stand for what the message fills in.", ""]
     for letter, area in _AREAS.items():
@@ -85,19 +87,37 @@ def error_codes() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _said(node: ast.AST) -> list[tuple[str, str]]:
-    """(code, sentence) when the node makes an error or a problem: a call or a tuple that holds a code and a message."""
+def _assigned(tree: ast.AST) -> dict[str, list[tuple[int, ast.expr]]]:
+    """Texts that have a name, with the line where they get it."""
+    found: dict[str, list[tuple[int, ast.expr]]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.JoinedStr | ast.Constant):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    found.setdefault(target.id, []).append((node.lineno, node.value))
+    return found
+
+
+def _said(node: ast.AST, named: dict[str, list[tuple[int, ast.expr]]]) -> list[tuple[str, str]]:
+    """(code, sentence) when the node makes an error or a problem: a call or a tuple that holds a code and a message, or
+    the name of one that was given a value above it."""
     if isinstance(node, ast.Call):
         parts = [*node.args, *(keyword.value for keyword in node.keywords)]
     elif isinstance(node, ast.Tuple):
         parts = node.elts
     else:
         return []
+    parts = [_valued(part, named) for part in parts]
     codes = [
         p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str) and _CODE.fullmatch(p.value)
     ]
     texts = [_template(p) for p in parts if isinstance(p, ast.JoinedStr | ast.Constant) and _template(p) not in codes]
     return [(code, max(texts, key=len).replace("|", "\\|")) for code in codes if texts and len(max(texts, key=len)) > 3]
+
+
+def _valued(part: ast.expr, named: dict[str, list[tuple[int, ast.expr]]]) -> ast.expr:
+    above = [own for own in named.get(part.id, []) if own[0] < part.lineno] if isinstance(part, ast.Name) else []
+    return max(above, key=lambda own: own[0])[1] if above else part
 
 
 def _template(node: ast.AST) -> str:

@@ -37,3 +37,11 @@ def test_pages_name_no_place_of_a_machine() -> None:
     for file in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *Path(ROOT / "benchmarks").glob("*")]:
         if file.is_file() and file.suffix in (".md", ".py"):
             assert not re.search(r"/(work|tmp|root|home)/", file.read_text(encoding="utf-8")), file
+
+
+def test_every_code_that_is_raised_has_its_sentence_on_the_page() -> None:
+    page = (ROOT / "docs" / "error-codes.md").read_text(encoding="utf-8")
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
+    raised = set(re.findall(r"code=\"([A-Z]\d{3})\"", sources))
+    assert len(raised) > 200
+    assert not raised - set(re.findall(r"^\| ([A-Z]\d{3}) \| \w", page, re.MULTILINE))
