@@ -25,7 +25,7 @@ import torch
 from _common import options, say
 from measure_cost import _peak, _restart_peak, warm
 
-from shoal.api.find import measure
+from shoal.api.measuring import measure
 from shoal.evaluation import rank_agreement
 from shoal.models.compat import hide_own_bars
 from shoal.models.load import Loaded, load

@@ -7,9 +7,10 @@ from shoal._version import __version__
 
 if TYPE_CHECKING:
     from shoal.api.assess import bench, evaluate
-    from shoal.api.find import measure, prune
+    from shoal.api.find import prune
     from shoal.api.generate import generate
     from shoal.api.look import inspect, ls, show
+    from shoal.api.measuring import measure
     from shoal.data import load_data
     from shoal.errors import ShoalError
     from shoal.models.load import load
@@ -34,7 +35,7 @@ _HOMES = {
     "load_data": "shoal.data",
     "load_plan": "shoal.plan",
     "ls": "shoal.api.look",
-    "measure": "shoal.api.find",
+    "measure": "shoal.api.measuring",
     "parse_plan": "shoal.plan",
     "prune": "shoal.api.find",
     "rewrite": "shoal.writing.surgery",

@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import shoal
 from shoal.api.assess import bench, evaluate
-from shoal.api.find import Pruned, layers_to_drop, measure, prune
+from shoal.api.budget import layers_to_drop
+from shoal.api.find import Pruned, prune
+from shoal.api.measuring import measure
 from shoal.errors import DataError, PlanError, UsageError, WriteError
 from shoal.evaluation import PROMPTS, generation_check
 from shoal.models.inspect import inspect

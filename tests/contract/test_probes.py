@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.api.find import measure
+from shoal.api.measuring import measure
 from shoal.errors import DataError, PlanError, UsageError
 from shoal.evaluation.scoring import logits_of
 from shoal.evaluation.tasks import Item, load_tasks

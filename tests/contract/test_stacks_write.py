@@ -14,7 +14,8 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 import shoal
 from shoal.api.assess import bench, evaluate
-from shoal.api.find import measure, prune
+from shoal.api.find import prune
+from shoal.api.measuring import measure
 from shoal.cli.inspect import _text
 from shoal.data import Data, DataInfo
 from shoal.errors import ModelError, ShoalError, WriteError

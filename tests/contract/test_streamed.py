@@ -15,8 +15,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from shoal.api.find import measure, prune
+from shoal.api.find import prune
 from shoal.api.journal import Journaled, journaled
+from shoal.api.measuring import measure
 from shoal.cli import app
 from shoal.errors import ModelError, UsageError
 from shoal.evaluation import layer_major_loss
@@ -232,7 +233,7 @@ PEAK = """
 import sys, torch
 from shoal.data import Data
 from shoal.data.info import DataInfo
-from shoal.api.find import measure
+from shoal.api.measuring import measure
 from shoal.models.load import load
 def peak():  # not ru_maxrss, which begins with that of the process that started this one
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

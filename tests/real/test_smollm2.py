@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import shoal
-from shoal.api.find import measure, prune
+from shoal.api.find import prune
+from shoal.api.measuring import measure
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Shape, Spec, cost, drop
 from shoal.scores import Scores

@@ -103,3 +103,28 @@ def layers_for(budget: Budget, plan: Plan, stack: str | None = None) -> int:
             code="U523",
         )
     return max(1, needed)
+
+
+def amount_of(
+    spec: Spec, stack: str | None, drop: int | None, keep: float | None, budget: str | Budget | None
+) -> tuple[int, Budget | None]:
+    """The number of layers to remove, and the budget that it comes from. Raises U521, U522, U523 or U560."""
+    if budget is None:
+        return layers_to_drop(spec, stack, drop, keep), None
+    if drop is not None or keep is not None:
+        raise UsageError("give a budget or a number of layers, not both", code="U521")
+    most = budget if isinstance(budget, Budget) else counted_budget(*parse_budget(budget), spec)
+    return layers_for(most, Plan.identity(spec), stack), most
+
+
+def layers_to_drop(spec: Spec, stack: str | None, drop: int | None, keep: float | None) -> int:
+    """The number of layers to remove. Raises U522 when it is not given once, or leaves none, or takes none."""
+    depth = spec.stack(stack).depth
+    if (drop is None) == (keep is None):
+        raise UsageError("say how much to remove: --drop LAYERS, --keep SHARE or --budget UNIT=SHARE", code="U522")
+    if keep is not None and not 0 < keep < 1:
+        raise UsageError(f"--keep {keep} is not a share between 0 and 1", code="U522")
+    count = drop if drop is not None else depth - max(1, round(depth * (keep or 0)))
+    if not 1 <= count < depth:
+        raise UsageError(f"cannot remove {count} of {depth} layers; give 1 to {depth - 1}", code="U522")
+    return count

@@ -1,17 +1,16 @@
-"""measure and prune: from a model and text to scores, to a plan, and to a folder that is proven."""
+"""prune: from a model and text to a plan, with what it costs and is worth."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
-from shoal.api.budget import COUNTED, counted_budget, layers_for, measured_budget, parse_budget, priced
+from shoal.api.budget import COUNTED, amount_of, measured_budget, parse_budget, priced
 from shoal.api.journal import journaled
 from shoal.api.stand_ins import parse_then, transformed
 from shoal.data import Data
@@ -29,7 +28,7 @@ from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
 from shoal.record import Record, plain
 from shoal.registry import Entry, entries, get
 from shoal.run.weights import Tensors, used_by
-from shoal.scores import Budget, Found, Legal, Scores, Traits
+from shoal.scores import Budget, Found, Legal
 from shoal.writing.surgery import blueprint
 
 
@@ -70,42 +69,6 @@ class Pruned:
             "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
             "bench": None if self.bench is None else self.bench.to_dict(),
         }
-
-
-def measure(
-    source: Source,
-    name: str = "block-influence",
-    *,
-    data: Any = "builtin",
-    split: str = "calibrate",
-    length: int = 512,
-    limit: int = 16,
-    stride: int | None = None,
-    bos: bool = False,
-    seed: int | None = None,
-    batch: int = 1,
-    stack: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Scores:
-    """Score every layer by the measure `name` (see `shoal ls measures`) on `limit` windows of `length` tokens.
-
-    `settings` are the measure's own options; `options` go to `shoal.load`. Raises `UsageError` U501 for a name and U502
-    for an option that does not exist, `DataError` for text that cannot be used.
-    """
-    entry = get("measures", name)
-    own = entry.accept(settings or {})
-    loaded, function = opened(source, **options), entry.load()
-    traits: Traits = getattr(import_module(entry.module), "TRAITS", Traits())
-    text = None
-    if traits.text:
-        require_text(loaded.model, f"the measure {name}")
-        text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos, seed=seed)
-    if "tokenizer" in signature(function).parameters:
-        own["tokenizer"] = loaded.tokenizer
-    scores: Scores = function(loaded.model, text, stack=stack, batch=batch, progress=progress, **own)
-    return scores
 
 
 def prune(
@@ -248,18 +211,6 @@ def _given(plan: Plan, weights: Tensors, spec: Spec) -> Found:
     return Found(plan, weights=own)
 
 
-def amount_of(
-    spec: Spec, stack: str | None, drop: int | None, keep: float | None, budget: str | Budget | None
-) -> tuple[int, Budget | None]:
-    """The number of layers to remove, and the budget that it comes from. Raises U521, U522, U523 or U560."""
-    if budget is None:
-        return layers_to_drop(spec, stack, drop, keep), None
-    if drop is not None or keep is not None:
-        raise UsageError("give a budget or a number of layers, not both", code="U521")
-    most = budget if isinstance(budget, Budget) else counted_budget(*parse_budget(budget), spec)
-    return layers_for(most, Plan.identity(spec), stack), most
-
-
 def _measured(
     loaded: Loaded, budget: str | Budget | None, prompt: int, seed: int, progress: Progress | None
 ) -> str | Budget | None:
@@ -284,19 +235,6 @@ def _found(entry: Entry, task: Task, count: int, own: Mapping[str, Any]) -> Foun
         if task.budget is None or task.budget.met(found.plan):
             return found
         count += 1
-
-
-def layers_to_drop(spec: Spec, stack: str | None, drop: int | None, keep: float | None) -> int:
-    """The number of layers to remove. Raises U522 when it is not given once, or leaves none, or takes none."""
-    depth = spec.stack(stack).depth
-    if (drop is None) == (keep is None):
-        raise UsageError("say how much to remove: --drop LAYERS, --keep SHARE or --budget UNIT=SHARE", code="U522")
-    if keep is not None and not 0 < keep < 1:
-        raise UsageError(f"--keep {keep} is not a share between 0 and 1", code="U522")
-    count = drop if drop is not None else depth - max(1, round(depth * (keep or 0)))
-    if not 1 <= count < depth:
-        raise UsageError(f"cannot remove {count} of {depth} layers; give 1 to {depth - 1}", code="U522")
-    return count
 
 
 def _require_writable(loaded: Loaded, identity: Plan) -> None:

@@ -1,18 +1,56 @@
-"""Several measures, or several texts, side by side: scores, how far their orders agree, and whether text was enough."""
+"""measure: one measure on one text, or several side by side, how far they agree, and whether the text was enough."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
-from shoal.api.assess import Source, opened
-from shoal.api.find import measure
+from shoal.api.assess import Source, opened, text_of
 from shoal.errors import UsageError
 from shoal.evaluation import Enough, Progress, RankAgreement, agreement_table, enough
+from shoal.models.kinds import require_text
 from shoal.record import plain
 from shoal.registry import Entry, get
-from shoal.scores import Scores
+from shoal.scores import Scores, Traits
+
+
+def measure(
+    source: Source,
+    name: str = "block-influence",
+    *,
+    data: Any = "builtin",
+    split: str = "calibrate",
+    length: int = 512,
+    limit: int = 16,
+    stride: int | None = None,
+    bos: bool = False,
+    seed: int | None = None,
+    batch: int = 1,
+    stack: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Scores:
+    """Score every layer by the measure `name` (see `shoal ls measures`) on `limit` windows of `length` tokens.
+
+    `settings` are the measure's own options; `options` go to `shoal.load`. Raises `UsageError` U501 for a name and U502
+    for an option that does not exist, `DataError` for text that cannot be used.
+    """
+    entry = get("measures", name)
+    own = entry.accept(settings or {})
+    loaded, function = opened(source, **options), entry.load()
+    traits: Traits = getattr(import_module(entry.module), "TRAITS", Traits())
+    text = None
+    if traits.text:
+        require_text(loaded.model, f"the measure {name}")
+        text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos, seed=seed)
+    if "tokenizer" in signature(function).parameters:
+        own["tokenizer"] = loaded.tokenizer
+    scores: Scores = function(loaded.model, text, stack=stack, batch=batch, progress=progress, **own)
+    return scores
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def _how_to_go_on(journal: Path | None) -> Iterator[None]:
 def _dry(
     model: str, plan: str | None, amount: tuple[int | None, float | None, str | None], stack: str | None, trust: bool
 ) -> tuple[dict[str, Any], str]:
-    from shoal.api.find import amount_of
+    from shoal.api.budget import amount_of
     from shoal.models.load import inspect_source
 
     spec = inspect_source(model, trust_remote_code=trust)
