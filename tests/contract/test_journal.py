@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shoal.api import journal as module
-from shoal.api.journal import journaled, mean_nll
+from shoal.api.journal import journaled, kept, mean_nll
 from shoal.errors import DataError
 from shoal.evaluation import perplexity
 from shoal.evaluation.plan_loss import Memo, PlanLoss
@@ -210,3 +210,27 @@ def test_a_place_where_no_file_can_be_is_refused(model: Any, plan: Plan, tmp_pat
         with pytest.raises(DataError, match=r"cannot keep a journal at .*; name another file") as raised:
             journaled(model, plan, path=path)(DATA)
         assert raised.value.code == "D430"
+
+
+def test_a_methods_own_objective_is_kept_and_told_to_others(model: Any, plan: Plan, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def own(candidate: Plan) -> float:
+        asked.append(str(candidate))
+        return float(len(candidate.layers()))
+
+    path, memo, smaller = tmp_path / "j", Memo(), [drop(plan, [layer]) for layer in range(3)]
+    first = kept(own, "depth", plan, path=path, memo=memo)
+    assert [first(one) for one in [*smaller, *smaller]] == [3.0] * 6
+    assert asked == [str(plan), *map(str, smaller)], "the dense value, and each once"
+    asked.clear()
+    again = kept(own, "depth", plan, path=path)
+    assert [again(one) for one in smaller] == [3.0] * 3
+    assert asked == [str(plan)], "what the journal holds is not asked again"
+    asked.clear()
+    other = kept(own, "depth", plan, path=None, memo=memo)
+    assert [other(one) for one in smaller] == [3.0] * 3
+    assert not asked, "nor what another search found"
+    assert memo.saved > 0
+    with pytest.raises(DataError, match="D430"):
+        kept(own, "width", plan, path=path)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
 from shoal.api.budget import COUNTED, amount_of, measured_budget, parse_budget, priced
-from shoal.api.journal import journaled
+from shoal.api.journal import journaled, kept
 from shoal.api.stand_ins import parse_then, transformed
 from shoal.data import Data
 from shoal.errors import UsageError, WriteError
@@ -160,6 +161,7 @@ def prune(
                         memo=memo,
                         crew=crew,
                     ),
+                    keep=partial(kept, identity=identity, path=journal, memo=memo),
                     stack=stack,
                     batch=batch,
                     seed=seed,

@@ -11,8 +11,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from shoal.api.journal_file import journal_lines, open_journal, spent_of
 from shoal.data import Data
-from shoal.errors import DataError
 from shoal.evaluation.cluster import Machines
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import Memo, PlanLoss
@@ -21,10 +21,8 @@ from shoal.evaluation.scoring import sequence_nll
 from shoal.evaluation.spread_loss import SpreadLoss
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan
-from shoal.record import append_line, read_objects
+from shoal.record import append_line
 from shoal.scores import Objective
-
-FORMAT = "shoal-journal/1"
 
 
 def mean_nll(model: Any, data: Data, *, batch: int = 1) -> float:
@@ -55,16 +53,48 @@ def journaled(
     """
     memo = Memo() if memo is None else memo
     if path is not None:
-        memo.saved += _spent(_lines(path))
+        memo.saved += spent_of(journal_lines(path))
 
     def on(data: Data) -> Objective:
         require_causal(model, "a search by cross-entropy")
-        known, lost, spent = _open(path, model, identity, data, batch) if path is not None else ({}, {}, 0.0)
+        known, lost, spent = _opened(path, identity, data.info.sha256, lambda: mean_nll(model, data, batch=batch))
         asked: dict[str, Any] = {"batch": batch, "memory": memory, "share": share, "memo": memo}
         loss = PlanLoss(model, data, **asked) if crew is None else SpreadLoss(model, data, crew, **asked)
         return Journaled(loss, memo, path, known, lost, seed, memory=memory, spent=spent)
 
     return on
+
+
+def kept(function: Objective, name: str, identity: Plan, *, path: Path | None, memo: Memo | None = None) -> Objective:
+    """A method's own objective, each plan evaluated once: values go into the journal as those of `journaled` do, under
+    the objective's `name`, which tells what it is computed on, and into `memo` for searches that follow."""
+    memo = Memo() if memo is None else memo
+    known, _, spent = _opened(path, identity, name, lambda: function(identity))
+
+    def value(plan: Plan) -> float:
+        nonlocal spent
+        key = str(plan)
+        if key not in known:
+            if (name, key) in memo.values:
+                known[key], seconds = memo.values[name, key]
+                memo.saved += seconds
+            else:
+                begun = perf_counter()
+                known[key] = function(plan)
+                seconds = perf_counter() - begun
+                memo.values[name, key] = known[key], seconds
+            spent += seconds
+            if path is not None:
+                append_line(path, {"plan": key, "nll": known[key], "spent": round(spent, 3)})
+        return known[key]
+
+    return value
+
+
+def _opened(
+    path: Path | None, identity: Plan, data: str, dense: Callable[[], float]
+) -> tuple[dict[str, float], dict[str, set[str]], float]:
+    return ({}, {}, 0.0) if path is None else open_journal(path, identity.base.fingerprint, data, dense)
 
 
 class Journaled:
@@ -161,45 +191,3 @@ class Journaled:
         self.known[key] = value
         if self.path is not None:
             append_line(self.path, {"plan": key, "nll": value, "spent": self.spent})
-
-
-def _open(
-    path: Path, model: Any, identity: Plan, data: Data, batch: int
-) -> tuple[dict[str, float], dict[str, set[str]], float]:
-    """The values in the journal, what lost in which race, the seconds it took; a new journal gets its first line."""
-    lines = _lines(path)
-    facts = {"journal": FORMAT, "base": identity.base.fingerprint, "data": data.info.sha256}
-    head = lines[0] if lines else {}
-    if lines and head.get("journal") != FORMAT:
-        raise DataError(f"{path} is not a journal of Shoal; name another file", code="D430")
-    dense = mean_nll(model, data, batch=batch)
-    if not lines:
-        append_line(path, {**facts, "dense": dense})
-        return {}, {}, 0.0
-    before = _number(head.get("dense"))
-    if any(head.get(name) != value for name, value in facts.items()) or not math.isclose(before, dense, rel_tol=1e-4):
-        raise DataError(f"the journal {path} belongs to another model or other data; name another file", code="D430")
-    entries = lines[1:]
-    lost: dict[str, set[str]] = {}
-    for entry in entries:
-        if {"lost", "race"} <= entry.keys():
-            lost.setdefault(str(entry["race"]), set()).add(str(entry["lost"]))
-    known = {str(entry["plan"]): _number(entry["nll"]) for entry in entries if {"plan", "nll"} <= entry.keys()}
-    return known, lost, _spent(entries)
-
-
-def _spent(lines: Sequence[dict[str, Any]]) -> float:
-    return max((float(line["spent"]) for line in lines if isinstance(line.get("spent"), int | float)), default=0.0)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """What the lines of a journal hold; none if there is no file yet. Raises D430 for what cannot be read."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return read_objects(path)
-    except OSError as error:
-        raise DataError(f"cannot keep a journal at {path} ({error.strerror}); name another file", code="D430") from None
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan

@@ -53,6 +53,8 @@ class Memo:
 
     found: dict[tuple[str, str, int], tuple[Part, float]] = field(default_factory=dict)
     """By the data's hash with the batch size, plan and batch number; the seconds that it took."""
+    values: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    """Of objectives other than the cross-entropy, by their name and the plan; the seconds that it took."""
     saved: float = 0.0
     """Seconds that were not spent again."""
 

@@ -28,6 +28,9 @@ class Task:
     legal: Legal
     objective: Callable[[Data], Objective]
     """Data -> the cross-entropy of a plan on them, each plan computed once and kept in the journal."""
+    keep: Callable[[Objective, str], Objective] = lambda own, name: own
+    """A method's own objective and a name that tells what it is computed on -> the same, each plan computed once and
+    kept in the journal."""
     stack: str | None = None
     batch: int = 1
     seed: int = 0

@@ -34,4 +34,11 @@ def cull_mt(task: Task, *, drop: int, file: Path | None = None, items: int = 100
             found = score_tasks(task.model, task.tokenizer, tasks, batch=max(8, task.batch))
         return 1 - found.accuracy + found.nll / 1000
 
-    return greedy(task.plan, objective=objective, drop=drop, legal=task.legal, stack=task.stack, progress=task.progress)
+    return greedy(
+        task.plan,
+        objective=task.keep(objective, f"cull-mt on {items} items of {tasks.sha256}"),
+        drop=drop,
+        legal=task.legal,
+        stack=task.stack,
+        progress=task.progress,
+    )
