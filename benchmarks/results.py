@@ -8,7 +8,7 @@ done.
 Target: at every budget `auto` has the lowest perplexity, and at 0.8 one at least 25 % below that of `shortgpt`.
 
     python benchmarks/results.py --calibrate wikitext-2-valid.txt --test wikitext-2-raw-test.txt \\
-        --tasks lambada_openai.jsonl --results results --page docs/results.md
+        --tasks lambada_openai.jsonl --set 'cull-mt:file=piqa.jsonl;items=16' --results results --page docs/results.md
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from shoal.api.study import Protocol
 from shoal.models.compat import hide_own_bars
 from shoal.models.load import load
 from shoal.record import environment
+from shoal.registry import entries as entries_of
 from shoal.report.summary import Entry, advice, entries, markdown
 
 GAIN, AT = 0.25, "decode=0.8"
@@ -59,7 +61,7 @@ def main() -> int:
     found = compare(
         load(args.model, device=args.device, dtype=args.dtype),
         args.results,
-        methods=args.method or (),
+        methods=args.method or _all(args.set),
         budgets=[args.budgets],
         protocol=Protocol(
             data=args.calibrate, tests=tuple(args.test), tasks=tuple(args.tasks), length=args.length, limit=args.limit,
@@ -76,6 +78,12 @@ def main() -> int:
     return _judge(args, dense, rows)
 
 
+def _all(options: Sequence[str]) -> list[str]:
+    """Every method, with its options where they are given."""
+    own = {text.partition(":")[0]: text for text in options}
+    return [own.get(name, name) for name in entries_of("methods")]
+
+
 def _arguments() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", default="smollm2", help="what shoal.load takes (default: %(default)s)")
@@ -86,6 +94,7 @@ def _arguments() -> Namespace:
     parser.add_argument("--page", type=Path, help="Markdown file to write")
     parser.add_argument("--budgets", default="decode=0.9,0.8,0.7", help="default: %(default)s")
     parser.add_argument("--method", nargs="*", help="default: all")
+    parser.add_argument("--set", nargs="*", default=[], metavar="METHOD:KEY=VALUE;...", help="options, when all run")
     parser.add_argument("--device", help="default: the accelerator torch finds, else the CPU")
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: as shoal.load has it)")
     parser.add_argument("--ray", help="address of a Ray cluster, or local")
