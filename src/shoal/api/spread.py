@@ -1,14 +1,11 @@
-"""Independent pieces of work, one after the other here or side by side as tasks of a Ray cluster."""
+"""Independent pieces of work, one after the other here or side by side in processes of a Ray cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import import_module
 from typing import Any, Protocol
 
-import torch
-
-from shoal.evaluation.cluster import RETRIES, connected, lost, threads_each
+from shoal.evaluation.cluster import machines
 
 
 class Worker(Protocol):
@@ -22,7 +19,7 @@ class Worker(Protocol):
 
 
 class Order(Protocol):
-    """How long a piece will take, as far as is known from those that are done."""
+    """How long a piece will take, as far as is known from those that are done, and which have work in common."""
 
     def __call__(self, item: Any, /) -> Any:
         """Larger for what takes longer."""
@@ -30,11 +27,15 @@ class Order(Protocol):
     def learn(self, row: Mapping[str, Any], /) -> None:
         """Take note of a result."""
 
+    def group(self, item: Any, /) -> Any:
+        """The same for pieces that have work in common."""
+
 
 def spread(
     worker: Worker, items: Sequence[Any], *, ray: str | None, workers: int, expected: Order
 ) -> Iterator[dict[str, Any]]:
-    """The results as they are done: in the order of `items` without Ray, with it the `expected` longest first.
+    """The results as they are done: in the order of `items` without Ray, with it the `expected` longest first,
+    those of a group in one process as long as there are others to do.
 
     Raises U571 when Ray is asked for and not installed, or cannot be reached.
     """
@@ -42,42 +43,37 @@ def spread(
         for item in items:
             yield worker.row(item)
         return
-    yield from _with_ray(worker, items, ray, workers, expected)
+    waiting, known = list(items), list[dict[str, Any]]()
+    groups: dict[int, set[Any]] = {place: set() for place in range(workers)}
 
+    def choose(place: int) -> tuple[Any, list[dict[str, Any]]] | None:
+        if not waiting:
+            return None
+        others = set().union(*(own for other, own in groups.items() if other != place))
+        waiting.sort(key=expected, reverse=True)
+        # a process knows what it has found for the group, and two at one group would find the same twice
+        ranks = [
+            0 if expected.group(one) in groups[place] else 2 if expected.group(one) in others else 1 for one in waiting
+        ]
+        item = waiting.pop(ranks.index(min(ranks)))
+        groups[place].add(expected.group(item))
+        return item, list(known)
 
-def _with_ray(
-    worker: Worker, items: Sequence[Any], address: str, workers: int, expected: Order
-) -> Iterator[dict[str, Any]]:
-    library, threads = connected(address, workers), threads_each(address, workers)
-    try:
-        # put once: the weights lie in the machine's shared memory, and every worker maps them instead of copying them
-        shared = library.put(worker)
-        task = library.remote(num_cpus=1, max_retries=RETRIES)(_task)
-        waiting, busy, known = list(items), list[Any](), list[dict[str, Any]]()
-        while waiting or busy:
-            while waiting and len(busy) < workers:
-                waiting.sort(key=expected, reverse=True)
-                busy.append(task.remote([shared], threads, waiting.pop(0), known))
-            ready, busy = library.wait(busy, num_returns=1)
-            row = library.get(ready[0])
+    with machines(ray, workers, Hand, worker) as crew:
+        assert crew is not None
+        for row in crew.fed(choose):
             expected.learn(row)
             known.append({name: part for name, part in row.items() if name != "weights"})
             yield row
-    except library.exceptions.RayError as error:
-        raise lost(error) from error
-    finally:
-        library.shutdown()
 
 
-_held: dict[str, Worker] = {}
-"""The worker that this process of the cluster holds: it is mapped for the first task and stays for the next ones."""
+class Hand:
+    """What works in each process of the cluster."""
 
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
 
-def _task(shared: list[Any], threads: int, item: Any, known: list[dict[str, Any]]) -> dict[str, Any]:
-    """`shared` is a list, because Ray would fetch a bare reference for every task anew."""
-    name = shared[0].hex()
-    if name not in _held:
-        torch.set_num_threads(threads)
-        _held[name] = import_module("ray").get(shared[0])
-    _held[name].learn(known)
-    return _held[name].row(item)
+    def do(self, item: Any, known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The result of one piece; `known` are those of others."""
+        self.worker.learn(known)
+        return self.worker.row(item)

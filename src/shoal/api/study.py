@@ -84,6 +84,10 @@ class Expected:
             took = row.get("measured", {}).get("seconds", 0.0)
             self._seconds[row["method"]] = max(took, self._seconds.get(row["method"], 0.0))
 
+    def group(self, cell: Cell | None) -> tuple[str, int] | None:
+        """Cells whose searches begin alike: those of a method with one seed."""
+        return None if cell is None else (cell.method, cell.seed)
+
     def __call__(self, cell: Cell | None) -> tuple[float, bool, float]:
         """A method that nothing is known of yet comes before the others, among them those that evaluate many plans;
         then the smaller budget, which takes more steps."""

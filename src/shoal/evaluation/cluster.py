@@ -28,26 +28,39 @@ class Machines:
 
     def at(self, jobs: Sequence[tuple[int, Sequence[Any]]]) -> Iterator[Any]:
         """The results of jobs, (process, arguments of `do`), each done by that process; as they are done."""
-        yield from self._answers({self._processes[place].do.remote(*args): place for place, args in jobs}, [])
+        left = list(jobs)
+
+        def own(place: int) -> Sequence[Any] | None:
+            number = next((n for n, (wanted, _) in enumerate(left) if wanted == place), None)
+            return None if number is None else left.pop(number)[1]
+
+        return self.fed(own)
 
     def anywhere(self, jobs: Sequence[Sequence[Any]]) -> Iterator[Any]:
-        """The results of jobs, each done by whichever process is free; as they are done."""
-        first, rest = jobs[: self.count], list(jobs[self.count :])
-        begun = {self._processes[place].do.remote(*args): place for place, args in enumerate(first)}
-        yield from self._answers(begun, rest)
+        """The results of jobs, arguments of `do`, each done by whichever process is free; as they are done."""
+        left = list(jobs)
+        return self.fed(lambda place: left.pop(0) if left else None)
 
-    def _answers(self, busy: dict[Any, int], rest: list[Sequence[Any]]) -> Iterator[Any]:
+    def fed(self, choose: Callable[[int], Sequence[Any] | None]) -> Iterator[Any]:
+        """The results of jobs as they are done; `choose(process)` gives a free process its next one, None when there is
+        nothing for it any more."""
+        busy: dict[Any, int] = {}
+        free = list(range(self.count))
         try:
-            while busy:
+            while True:
+                for place in free:
+                    if (job := choose(place)) is not None:
+                        busy[self._processes[place].do.remote(*job)] = place
+                if not busy:
+                    return
                 ready, _ = self._library.wait(list(busy), num_returns=1)
-                place = busy.pop(ready[0])
-                if rest:
-                    busy[self._processes[place].do.remote(*rest.pop(0))] = place
+                free = [busy.pop(ready[0])]
                 yield self._library.get(ready[0])
         except self._library.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from error
         except self._library.exceptions.RayError as error:
-            raise lost(error) from error
+            message = f"a Ray worker failed: {str(error).strip().splitlines()[-1][:300]}"
+            raise UsageError(message, code="U571") from error
 
 
 @contextmanager
@@ -60,9 +73,9 @@ def machines(address: str | None, count: int, make: Callable[[Any], Any], thing:
     if address is None:
         yield None
         return
-    library = connected(address, count)
+    library = _connected(address, count)
     try:
-        yield Machines(library, make, thing, count, threads_each(address, count))
+        yield Machines(library, make, thing, count, _threads_each(address, count))
     finally:
         library.shutdown()
 
@@ -78,12 +91,12 @@ class _Process:
         return self._own.do(*args)
 
 
-def threads_each(address: str, count: int) -> int:
+def _threads_each(address: str, count: int) -> int:
     """Threads of torch for each of `count` processes."""
     return max(1, torch.get_num_threads() // count) if address == "local" else torch.get_num_threads()
 
 
-def connected(address: str, count: int) -> Any:
+def _connected(address: str, count: int) -> Any:
     """The library, at work at `address`, and able to hand tensors on. Raises U571."""
     try:
         library = import_module("ray")
@@ -99,11 +112,6 @@ def connected(address: str, count: int) -> Any:
         ) from error
     library.util.register_serializer(torch.Tensor, serializer=_as_array, deserializer=_as_tensor)
     return library
-
-
-def lost(error: Exception) -> UsageError:
-    """The error of a cluster that gave up."""
-    return UsageError(f"a Ray worker failed: {str(error).strip().splitlines()[-1][:300]}", code="U571")
 
 
 _Packed = tuple[Any, torch.dtype, tuple[int, ...], str]

@@ -26,6 +26,7 @@ from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.steps import runs, writes_kv
+from shoal.run.lent import has_ties, lent
 from shoal.run.slots import KeysValues, PassingCache, fit_rows, prepare_views, slot_view
 
 Tensors = dict[str, torch.Tensor]
@@ -93,7 +94,9 @@ class Conductor:
     ) -> None:
         self.planned = planned
         self.facts = probe.layers
-        self.weights = weights
+        self.use(weights)
+        self.tied: dict[int, bool] = {}
+        """Layers in which a parameter has several names, as far as it was asked."""
         self.carried = {at: n for fact in self.facts for at, n in fact.carried.items()}
         self.due, self.kept = _schedule(steps, stack.depth)
         self.slots = _slots(steps)
@@ -105,6 +108,17 @@ class Conductor:
         self.first = first_only(stack)
         self.now = Pass()
         prepare_views(DynamicCache, StaticCache, PassingCache)
+
+    def use(self, weights: Tensors) -> None:
+        """From now on these are the plan's tensors."""
+        self.weights = weights
+        self._own: dict[str, dict[str, torch.Tensor]] = {}
+
+    def _owned(self, name: str) -> dict[str, torch.Tensor]:
+        """The plan's tensors of that name, by their names in the layer."""
+        if name not in self._own:
+            self._own[name] = {n[len(name) + 1 :]: t for n, t in self.weights.items() if n.startswith(f"{name}.")}
+        return self._own[name]
 
     def layer(self, index: int) -> Any:
         """The real layer, looked up anew: PEFT or accelerate may have exchanged it."""
@@ -249,9 +263,13 @@ class Conductor:
             with without(layer, names, fact.returns):
                 if run.weights is None:
                     return layer(*args, **kwargs)
-                prefix = f"{run.weights}."
-                own = {n[len(prefix) :]: t for n, t in self.weights.items() if n.startswith(prefix)}
-                return functional_call(layer, own, args, kwargs)
+                if run.layer not in self.tied:
+                    self.tied[run.layer] = has_ties(layer)
+                own = self._owned(run.weights)
+                if self.tied[run.layer]:
+                    return functional_call(layer, own, args, kwargs)
+                with lent(layer, own):
+                    return layer(*args, **kwargs)
         finally:
             if replayed:
                 layer.gradient_checkpointing = had

@@ -88,10 +88,12 @@ class Stream:
         hidden = self.states[number]
         conductor.now = self._passes[number]
         like = next(self.walk.stack.layer(0).parameters())
-        conductor.weights = {
-            name: t if t.requires_grad else t.to(device=hidden.device, dtype=like.dtype)
-            for name, t in (weights or {}).items()
-        }
+        conductor.use(
+            {
+                name: t if t.requires_grad else t.to(device=hidden.device, dtype=like.dtype)
+                for name, t in (weights or {}).items()
+            }
+        )
         # no layer has the index -1: every run finds what its own layer is called with in the pass
         return conductor._step(-1, step, hidden, -1, (), {})
 
