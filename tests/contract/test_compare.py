@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from dataclasses import replace
@@ -15,6 +16,7 @@ from shoal.api import budget as budget_module
 from shoal.api import compare as compare_module
 from shoal.api import harness as harness_module
 from shoal.api.compare import Compared, compare, publish
+from shoal.api.spread import spread
 from shoal.api.study import Expected, Protocol, cells
 from shoal.cli import app
 from shoal.errors import DataError, UsageError
@@ -270,6 +272,23 @@ def test_the_longest_cells_go_first() -> None:
     assert order == ["dense", *wanted]
     known.learn({"method": "sleb", "measured": {"seconds": 1.0}})
     assert max(asked, key=known).key == "shortgpt layers=0.5 seed=0"
+
+
+def test_cells_whose_searches_begin_alike_run_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: dict[int, list[str]] = {0: [], 1: []}
+
+    class Crew:
+        def fed(self, choose: Any) -> Any:
+            for place in (0, 1, 1, 0, 1, 0, 1):
+                if (job := choose(place)) is not None:
+                    ran[place].append(job[0].key[:-7])
+                    yield {"method": job[0].method, "measured": {"seconds": 1.0}}
+
+    monkeypatch.setattr("shoal.api.spread.machines", lambda *_: contextlib.nullcontext(Crew()))
+    asked = cells(["sleb", "position"], ["layers=0.9,0.5"], [0])
+    rows = list(spread(None, asked, ray="local", workers=2, expected=Expected()))
+    assert len(rows) == 4
+    assert ran == {0: ["sleb layers=0.5", "sleb layers=0.9"], 1: ["position layers=0.5", "position layers=0.9"]}
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ class Worker(Protocol):
 
 
 class Order(Protocol):
-    """How long a piece will take, as far as is known from those that are done, and which have work in common."""
+    """How long a piece will take, as far as is known from those that are done, and which pieces have work in common."""
 
     def __call__(self, item: Any, /) -> Any:
         """Larger for what takes longer."""
@@ -28,14 +28,14 @@ class Order(Protocol):
         """Take note of a result."""
 
     def group(self, item: Any, /) -> Any:
-        """The same for pieces that have work in common."""
+        """The same for pieces that have work in common, None for one that has none with any."""
 
 
 def spread(
     worker: Worker, items: Sequence[Any], *, ray: str | None, workers: int, expected: Order
 ) -> Iterator[dict[str, Any]]:
     """The results as they are done: in the order of `items` without Ray, with it the `expected` longest first,
-    those of a group in one process as long as there are others to do.
+    and those of a group in one process, one after the other.
 
     Raises U571 when Ray is asked for and not installed, or cannot be reached.
     """
@@ -44,19 +44,19 @@ def spread(
             yield worker.row(item)
         return
     waiting, known = list(items), list[dict[str, Any]]()
-    groups: dict[int, set[Any]] = {place: set() for place in range(workers)}
+    taken: dict[Any, int] = {}
 
     def choose(place: int) -> tuple[Any, list[dict[str, Any]]] | None:
-        if not waiting:
-            return None
-        others = set().union(*(own for other, own in groups.items() if other != place))
         waiting.sort(key=expected, reverse=True)
-        # a process knows what it has found for the group, and two at one group would find the same twice
-        ranks = [
-            0 if expected.group(one) in groups[place] else 2 if expected.group(one) in others else 1 for one in waiting
-        ]
-        item = waiting.pop(ranks.index(min(ranks)))
-        groups[place].add(expected.group(item))
+        mine = [one for one in waiting if (kind := expected.group(one)) is not None and taken.get(kind) == place]
+        # what another process has begun stays there: it knows what it found, and here it would be found again
+        free = [one for one in waiting if (kind := expected.group(one)) is None or kind not in taken]
+        if not mine and not free:
+            return None
+        item = (mine or free)[0]
+        waiting.remove(item)
+        if (kind := expected.group(item)) is not None:
+            taken[kind] = place
         return item, list(known)
 
     with machines(ray, workers, Hand, worker) as crew:

@@ -85,8 +85,9 @@ class Expected:
             self._seconds[row["method"]] = max(took, self._seconds.get(row["method"], 0.0))
 
     def group(self, cell: Cell | None) -> tuple[str, int] | None:
-        """Cells whose searches begin alike: those of a method with one seed."""
-        return None if cell is None else (cell.method, cell.seed)
+        """Cells whose searches begin alike: those of a method that searches, with one seed."""
+        searches = cell is not None and get("methods", cell.name).searches
+        return (cell.method, cell.seed) if cell is not None and searches else None
 
     def __call__(self, cell: Cell | None) -> tuple[float, bool, float]:
         """A method that nothing is known of yet comes before the others, among them those that evaluate many plans;
