@@ -62,7 +62,7 @@ def compare(
     batch: Batch = 1,
     writable: Annotated[bool, typer.Option("--writable", help="Only plans that a plain checkpoint can hold.")] = False,
     ray: Annotated[
-        str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: cells are its tasks.")
+        str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: cells run there.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Cells at a time, with --ray.")] = 2,
     device: Device = None,
