@@ -22,7 +22,7 @@ from shoal.api.compare import Compared, compare
 from shoal.api.study import Protocol
 
 TARGET = {"time_ratio": 1 / 1.7, "different_rows": 0}
-METHODS = ("shortgpt", "gromov", "poor-mans-bert", "prune-and-comp", "replaceme", "sleb", "block-pruner")
+METHODS = ("shortgpt", "gromov", "poor-mans-bert", "prune-and-comp", "replaceme", "sleb", "loss-one-shot")
 
 
 def main() -> int:

@@ -199,6 +199,8 @@ class Engine:
         job.ended = time.monotonic()
         self._seconds.append(job.ended - job.begun)
         self._on_end(job, reason, ran)
+        with self._change:
+            self._at_work = None  # before the answer is whole: whoever has it may ask again at once
         self._tell(job, End(reason, job.tokens))
 
     @staticmethod
