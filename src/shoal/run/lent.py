@@ -13,8 +13,8 @@ from torch import nn
 def lent(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Meanwhile the parameters and buffers of `layer` that `tensors` names are these.
 
-    What `torch.func.functional_call` does, in less time, since it looks for no parameter with several names; where there
-    is one, that one serves.
+    What `torch.func.functional_call` does, in less time, since it looks for no parameter with several names; where
+    there is one, that one serves.
     """
     own: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor | None]] = []
     try:
