@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
-from shoal.plan import Spec
+from shoal.plan import Run, Spec
 from shoal.plan.steps import Step
 
 if TYPE_CHECKING:
@@ -44,3 +44,25 @@ class Fixed:
 
     def again(self, scene: Scene) -> tuple[Step, ...] | None:
         return None
+
+
+class Anew:
+    """A draft of all layers until something is known of the text; `chosen` anew whenever it grew by `every` tokens."""
+
+    every: int
+    looked: int = 0
+    """Tokens of the text when it was last looked at."""
+
+    def begin(self, spec: Spec) -> tuple[Run, ...]:
+        self.looked = 0
+        return tuple(Run(i) for i in range(spec.stack("decoder").depth))
+
+    def again(self, scene: Scene) -> tuple[Run, ...] | None:
+        if self.looked and scene.length - self.looked < self.every:
+            return None
+        self.looked = scene.length
+        return self.chosen(scene)
+
+    def chosen(self, scene: Scene) -> tuple[Run, ...]:
+        """The steps for the text as it is now."""
+        raise NotImplementedError

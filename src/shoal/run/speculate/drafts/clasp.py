@@ -8,7 +8,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.plan import Run, Spec
-from shoal.run.speculate.chooser import Chooser
+from shoal.run.speculate.chooser import Anew, Chooser
 from shoal.run.speculate.scene import Scene
 
 
@@ -35,22 +35,13 @@ def clasp(*, spec: Spec, skip: int | None = None, every: int = 8, first: int = 1
 
 
 @dataclass
-class _Clasp:
+class _Clasp(Anew):
     skip: int
     every: int
     first: int
-    looked: int = 0
 
-    def begin(self, spec: Spec) -> tuple[Run, ...]:
-        """All layers: nothing is known of the text yet."""
-        self.looked = 0
-        return tuple(Run(i) for i in range(spec.stack("decoder").depth))
-
-    def again(self, scene: Scene) -> tuple[Run, ...] | None:
+    def chosen(self, scene: Scene) -> tuple[Run, ...]:
         """Choose by the last token."""
-        if self.looked and scene.length - self.looked < self.every:
-            return None
-        self.looked = scene.length
         bench = scene.bench()
         best: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {0: (bench.start, ())}
         true = bench.start

@@ -8,7 +8,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.plan import Run, Spec
-from shoal.run.speculate.chooser import Chooser
+from shoal.run.speculate.chooser import Anew, Chooser
 from shoal.run.speculate.scene import Scene
 
 
@@ -30,22 +30,13 @@ def cosine(*, spec: Spec, threshold: float = 0.95, every: int = 32) -> Chooser:
 
 
 @dataclass
-class _Cosine:
+class _Cosine(Anew):
     spec: Spec
     threshold: float
     every: int
-    looked: int = 0
 
-    def begin(self, spec: Spec) -> tuple[Run, ...]:
-        """All layers: nothing is known of the text yet."""
-        self.looked = 0
-        return tuple(Run(i) for i in range(spec.stack("decoder").depth))
-
-    def again(self, scene: Scene) -> tuple[Run, ...] | None:
+    def chosen(self, scene: Scene) -> tuple[Run, ...]:
         """Look at the last token's way through the layers."""
-        if self.looked and scene.length - self.looked < self.every:
-            return None
-        self.looked = scene.length
         bench, steps = scene.bench(), []
         state = bench.start
         for layer in self.spec.stack("decoder").layers:

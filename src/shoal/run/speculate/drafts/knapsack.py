@@ -12,7 +12,7 @@ from shoal.errors import UsageError
 from shoal.plan import Run, Spec
 from shoal.plan.steps import PartName
 from shoal.run.speculate.bench import Bench
-from shoal.run.speculate.chooser import Chooser
+from shoal.run.speculate.chooser import Anew, Chooser
 from shoal.run.speculate.scene import Scene
 
 BUCKETS = 12
@@ -37,23 +37,14 @@ def knapsack(*, spec: Spec, every: int = 24, length: int = 4) -> Chooser:
 
 
 @dataclass
-class _Knapsack:
+class _Knapsack(Anew):
     every: int
     length: int
-    looked: int = 0
     timed_at: int = 0
     costs: dict[tuple[int, PartName], float] = field(default_factory=dict)
 
-    def begin(self, spec: Spec) -> tuple[Run, ...]:
-        """All layers: nothing is known of the text yet."""
-        self.looked = 0
-        return tuple(Run(i) for i in range(spec.stack("decoder").depth))
-
-    def again(self, scene: Scene) -> tuple[Run, ...] | None:
+    def chosen(self, scene: Scene) -> tuple[Run, ...]:
         """Choose by the last token and the clock."""
-        if self.looked and scene.length - self.looked < self.every:
-            return None
-        self.looked = scene.length
         bench, items = scene.bench(), _items(scene.stage.spec)
         if not self.costs or scene.length > 1.5 * self.timed_at:
             self.costs, self.timed_at = _timed(bench, items), scene.length
