@@ -147,14 +147,14 @@ def _paid_back(fast: FastDecoder, token: dict[str, Any], name: str) -> int | Non
 
 def _model(args: argparse.Namespace) -> Any:
     if args.shape is None:
-        model: Any = opened(args).model
-        return model if args.dtype is None else model.to(getattr(torch, args.dtype))
+        return opened(args).model
     torch.set_num_threads(args.threads)
     config = LlamaConfig(**SHAPES[args.shape], num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True)
     device = args.device or (torch.accelerator.current_accelerator() or torch.device("cpu"))
     with torch.device(device):
         torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype or "bfloat16"))
+        dtype = "bfloat16" if args.dtype in (None, "auto") else args.dtype
+        made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     return made.eval()
 
 
@@ -171,7 +171,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new", type=int, default=32, help="tokens to decode (default: %(default)s)")
     parser.add_argument("--plan", help=f"depth notation (default: {PRUNED}, with --shape a fifth less)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the model's own)")
     parser.add_argument("--shape", choices=tuple(SHAPES), help="random weights of this shape instead of --model")
     parser.add_argument("--mode", default="auto", help="auto, layers, step or off (default: %(default)s)")
     args = parser.parse_args()

@@ -6,7 +6,7 @@
 2. The best draft that the tuner finds against plain `generate` on three kinds of prompt, with its verdict. No target:
    whether a draft pays is a property of the model, the text and the machine.
 3. Families in which the stock raises: ours writes the text of plain decoding.
-4. With --shape: the times of a model of that shape with random weights on --device in --dtype, and what the drafts of
+4. With --shape: the times of a model of that shape with random weights in the same dtype, and what the drafts of
    --model would be worth there if as many were accepted (an exit at the same share of the depth).
 """
 
@@ -67,7 +67,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--late-exit", type=int, default=20, help="a second exit (default: %(default)s)")
     parser.add_argument("--length", type=int, default=4, help="drafted tokens (default: %(default)s)")
     parser.add_argument("--new", type=int, default=24, help="tokens for each prompt (default: %(default)s)")
-    parser.add_argument("--dtype", help="of the model of --shape: float32, bfloat16, float16 (default: by the device)")
     parser.add_argument("--shape", choices=SHAPES, help="time a model of this shape, too")
     parser.add_argument("--no-tune", action="store_true", help="leave the tuner out")
     return parser.parse_args()
@@ -184,7 +183,7 @@ def _of_shape(loaded: Any, args: argparse.Namespace) -> dict[str, Any]:
         task = encoded(loaded, texts[1], None)
         told.append(Told(small.generate(**task, **GREEDY, max_new_tokens=args.new), task["input_ids"].shape[1]))
     device = small.device
-    dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = small.dtype
     config = LlamaConfig(vocab_size=small.config.vocab_size, max_position_embeddings=4096, num_key_value_heads=8,
                          intermediate_size=8192, **SHAPES[args.shape])  # fmt: skip
     say(f"building {args.shape} on {device} in {dtype}")
