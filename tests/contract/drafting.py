@@ -23,6 +23,7 @@ DRAFTS = {
     "cosine": "cosine:0.9",
     "clasp": "clasp:skip=1;every=1",
     "knapsack": "knapsack:every=3",
+    "dynamic-exit": "dynamic-exit:places=4",
 }
 
 

@@ -95,7 +95,7 @@ def test_calibrate_writes_a_policy_that_generate_runs(model: str, tmp_path: Path
               "--max-new-tokens", "6")
     )  # fmt: skip
     assert len(answer["trace"]["written"]) == answer["tokens"]
-    assert "layers per token" in shoal("generate", model, "abc", "--policy", str(file), "--max-new-tokens", "2")
+    assert "layers per token written" in shoal("generate", model, "abc", "--policy", str(file), "--max-new-tokens", "2")
     assert "D473" in shoal("calibrate", model, *words[:-1], "loss=0.4", "--seed", "3", code=1)
     assert "conformal" in shoal("calibrate", model, *words, "--guarantee", "conformal", "--check", "recorded", "--json")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from shoal.run.speculate.candidates import layer_drafts, ranked
 from shoal.run.speculate.foresee import Foresight, Told
 from shoal.run.speculate.lengths import Confidence
 from shoal.run.speculate.speculator import Speculator
+from shoal.run.timing import now
 
 WORTH = 1.03
 """A draft is advised when its median round is this much faster than plain decoding, and its worst not slower."""
@@ -95,7 +95,7 @@ def tune_draft(
     `Speculator` raises for a model that cannot be drafted for.
     """
     require_causal(loaded.model, "tune-draft")
-    start = time.perf_counter()
+    start = now(loaded.model.device)
     texts = list(prompts) if prompts is not None else [text for kind in BUILTIN.values() for text in kind]
     tell = progress or (lambda *_: None)
     model = loaded.model
@@ -116,7 +116,7 @@ def tune_draft(
             tell(number, len(settings), f"verifying {setting[0]}")
             verified.append(_verified(model, tasks, new, pairs, setting))
         tell(len(settings), len(settings), "verified")
-    return _tuned(model, tasks, new, plain, rows, verified, time.perf_counter() - start)
+    return _tuned(model, tasks, new, plain, rows, verified, now(model.device) - start)
 
 
 def _finalists(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -195,11 +195,9 @@ def _verified(
 
 
 def _timed(call: Callable[[], Any], model: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
+    start = now(model.device)
     out = call()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return out, time.perf_counter() - start
+    return out, now(model.device) - start
 
 
 def _tuned(

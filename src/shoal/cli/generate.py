@@ -69,6 +69,10 @@ def generate(
         return
     if fast and (policy, speculate) != (None, None):
         raise UsageError("--fast is for plans that decide nothing; leave out --policy and --speculate", code="U567")
+    if speculate is not None and policy is not None:
+        raise UsageError(
+            "--policy changes what the model writes and --speculate must not; give one of them", code="U620"
+        )
     from shoal.api.generate import generate as run
     from shoal.cli._trace import Painter, require_policy
 
@@ -108,9 +112,9 @@ def generate(
 
 
 def _depth(trace: dict[str, Any]) -> str:
-    """One line about what the policy did."""
-    counts = trace["counts"]
-    said = f"{counts['mean_depth']:.1f} of {trace['layers']:g} layers per token"
+    """One line about what the policy did; the prompt's tokens are not in the mean."""
+    counts, layers = trace["counts"], [one["layers"] for one in trace["written"]]
+    said = f"{sum(layers) / max(1, len(layers)):.1f} of {trace['layers']:g} layers per token written"
     if counts["heads"]:
         said += f", {counts['heads']} looks through the head"
     return said + (f", {counts['simulated']:g} layer runs simulated" if counts["simulated"] else "")

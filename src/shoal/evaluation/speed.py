@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from shoal.errors import UsageError
 from shoal.evaluation.decoding import Stepper, random_tokens
 from shoal.evaluation.scoring import Progress, device_of, evaluating
 from shoal.evaluation.stats import Spread
+from shoal.run.timing import now
 
 Variant = Callable[[], AbstractContextManager[Any]]
 Sample = tuple[float, float]
@@ -95,20 +95,13 @@ def _sample(model: Any, prompt: int, new: int, batch: int, seed: int) -> Sample:
     ids = random_tokens(model, batch, prompt + new, seed)
     step = Stepper(model)
     with evaluating(model):
-        start = _clock(ids.device)
+        start = now(ids.device)
         cache = step(ids[:, :prompt])
-        middle = _clock(ids.device)
+        middle = now(ids.device)
         for position in range(prompt, prompt + new):
             cache = step(ids[:, position : position + 1], position, cache)
-        end = _clock(ids.device)
+        end = now(ids.device)
     return middle - start, (end - middle) / new
-
-
-def _clock(device: torch.device) -> float:
-    """The time, once all work that was handed to the device is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 def _device_name(model: Any) -> str:

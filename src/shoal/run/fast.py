@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from shoal.run.fast_legal import (
 )
 from shoal.run.fast_loop import Forward, Inputs, decode
 from shoal.run.live import apply
+from shoal.run.timing import now
 
 Mode = Literal["auto", "layers", "step", "off"]
 Menu = Mapping[str, Plan | str]
@@ -186,9 +186,9 @@ class FastDecoder:
         first = self.model._prefill(ids, generation_config, kwargs)
         inputs = Inputs(self.model, first, kwargs).after(after)
         with standing_in(modules):
-            start = time.perf_counter()
+            start = now(ids.device)
             have = forward(**inputs).logits[:, -1]
-            seconds = time.perf_counter() - start
+            seconds = now(ids.device) - start
         plan, batch, length, _ = key
         self.compiled[key] = Compiled(plan, batch, length, seconds, refuse_difference(want, have))
 

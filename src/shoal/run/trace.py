@@ -33,7 +33,8 @@ class Counts:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data. `simulated`: tokens x layers that ran although the policy had skipped them, because another token
-        of the same call needed the layer; `mean_depth`: layers per token as the policy decided."""
+        of the same call needed the layer; `mean_depth`: layers per token as the policy decided, the
+        prompt's tokens included."""
         called = sum(self.layers.values())
         halves = sum(n - self.mlps[layer] for layer, n in self.layers.items() if layer in self.mlps) / 2
         return {

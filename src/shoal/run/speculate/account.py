@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import nn
 
 from shoal.models.probe import LayerFacts
 from shoal.models.stacks import Stack
+from shoal.run.timing import now
 
 PHASES = ("prefill", "draft", "choose", "verify")
 """`choose` is what a draft that is chosen on the fly pays for choosing."""
@@ -107,9 +107,7 @@ class Meter:
         self._switch("rest")
 
     def _now(self) -> float:
-        if self.device.type == "cuda":  # kernels run on while Python goes ahead
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device)
 
     @contextmanager
     def counting(self, stack: Stack, facts: list[LayerFacts]) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
@@ -14,18 +14,23 @@ if TYPE_CHECKING:
     from shoal.run.speculate.scene import Scene
 
 
-@runtime_checkable
-class Chooser(Protocol):
+class Chooser:
     """Chooses the layers of the draft, once or anew before a round."""
+
+    watches: ClassVar[bool] = False
+    """Whether the scene is to remember what came out of each layer (`Scene.watched`)."""
+    most: int | None = None
+    """Tokens to draft at most in the coming round, 0 for none at all; None: as many as the user allows."""
 
     def begin(self, spec: Spec) -> tuple[Step, ...]:
         """The steps of the first draft; called once for each generation, which may forget what was learnt before."""
+        raise NotImplementedError
 
     def again(self, scene: Scene) -> tuple[Step, ...] | None:
         """Called before each round; None: draft with the same steps."""
+        return None
 
 
-@runtime_checkable
 class Finder(Protocol):
     """Finds a likely continuation in the text itself."""
 
@@ -34,7 +39,7 @@ class Finder(Protocol):
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Chooser):
     """A draft of the same steps throughout."""
 
     steps: tuple[Step, ...]
@@ -42,11 +47,8 @@ class Fixed:
     def begin(self, spec: Spec) -> tuple[Step, ...]:
         return self.steps
 
-    def again(self, scene: Scene) -> tuple[Step, ...] | None:
-        return None
 
-
-class Anew:
+class Anew(Chooser):
     """A draft of all layers until something is known of the text; `chosen` anew whenever it grew by `every` tokens."""
 
     every: int

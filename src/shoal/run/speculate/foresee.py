@@ -7,7 +7,6 @@ draft length and confidence are then counted without running them, and timed by 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from shoal.run.speculate.feed import Feed
 from shoal.run.speculate.rows import lent
 from shoal.run.speculate.scene import Scene
 from shoal.run.speculate.stage import Ready, Stage
+from shoal.run.timing import now
 
 WIDTHS = (1, 2, 3, 5, 9)
 """Tokens in the timed passes of the base model."""
@@ -90,8 +90,9 @@ class Foresight:
             self.times.full[new] = _median(
                 partial(lambda text, new, rows: self.stage.full(scene.feed, text, new, rows.pop()), text, new, rows),
                 repeats,
+                scene.ids.device,
             )
-            self.times.head[new] = _median(partial(self._head, alone, text, new), repeats)
+            self.times.head[new] = _median(partial(self._head, alone, text, new), repeats, scene.ids.device)
         return self.times
 
     def _head(self, alone: Ready, text: torch.Tensor, new: int) -> None:
@@ -110,7 +111,7 @@ class Foresight:
             self.stage.logits(ready.draft, scene.feed, text, 1, rows.pop()).argmax(-1).item()
             ready.draft.conductor.forget()
 
-        return _median(once, repeats)
+        return _median(once, repeats, scene.ids.device)
 
 
 @dataclass(frozen=True)
@@ -197,13 +198,11 @@ def _at(known: dict[int, float], new: int) -> float:
     return known[low] + (known[high] - known[low]) * (new - low) / (high - low)
 
 
-def _median(call: Callable[[], object], repeats: int) -> float:
+def _median(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     spent = []
     call()
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = now(device)
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - start)
+        spent.append(now(device) - start)
     return statistics.median(spent)

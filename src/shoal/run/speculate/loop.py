@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from shoal.run.speculate.lengths import Length
 from shoal.run.speculate.rows import forget_past, keep_past, require_croppable, require_dynamic, take_back
 from shoal.run.speculate.scene import Scene
 from shoal.run.speculate.stage import Draft, Ready, Stage
+from shoal.run.speculate.watch import Watch
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Loop:
         self.stats: Stats = meter.stats
         self.ready: Ready | None = None
         self.done = False
+        self.watch = Watch(stage.stack) if chooser is not None and chooser.watches else None
 
     def run(self, ids: torch.Tensor, prefill: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Cache]:
         """From the prompt [1, length] to the whole text; `prefill()` gives the stock prefill's output."""
@@ -64,8 +67,9 @@ class Loop:
         del out
         recording = keep_past(cache)
         try:
-            while not self.done:
-                self._round()
+            with nullcontext() if self.watch is None else self.watch:
+                while not self.done:
+                    self._round()
         finally:
             forget_past(recording)
         return self.ids, cache
@@ -88,6 +92,8 @@ class Loop:
             if self.done or not stands:
                 break
         accepted = kept if stands else kept - 1
+        if self.watch is not None:
+            self.watch.settle(new, kept)
         take_back(self.cache, new - kept)
         self._judged(offer, accepted)
 
@@ -108,13 +114,16 @@ class Loop:
         if self.chooser is None or self.length.rests():
             return Offer(), None
         self._choose()
+        most = most if self.chooser.most is None else min(most, self.chooser.most)
+        if most < 1:
+            return Offer(), None
         with self.meter.on("draft"):
             return self._draft(most)
 
     def _choose(self) -> None:
         assert self.chooser is not None
         with self.meter.on("choose"):
-            steps = self.chooser.again(Scene(self.stage, self.feed, self.cache, self.ids, self.stats))
+            steps = self.chooser.again(Scene(self.stage, self.feed, self.cache, self.ids, self.stats, self.watch))
         if steps is not None:
             self.ready = self.stage.prepare(steps)
 

@@ -7,7 +7,10 @@ comes behind layer k-1; a skip set that begins at layer 3 shares layers 0, 1 and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
 from typing import Any, Protocol
 
@@ -23,6 +26,7 @@ from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run, Spec, check, format_steps, require
 from shoal.plan.steps import KV, Step
 from shoal.run.conductor import PlannedList
+from shoal.run.readout import Readout
 from shoal.run.speculate.feed import Feed
 from shoal.run.speculate.rows import lent
 from shoal.run.speculate.steering import Part, Stateful, SteeredList
@@ -79,6 +83,21 @@ class Stage:
     def __exit__(self, *_: object) -> None:
         self.list.play(None)
         setattr(self.stack.owner, self.stack.attr, self.original)
+
+    @cached_property
+    def readout(self) -> Readout:
+        """Final norm and head for states behind any layer. Use inside `with stage:`; the first use runs one token."""
+        return Readout(self.model, self.stack, self._ending)
+
+    @contextmanager
+    def _ending(self, state: torch.Tensor) -> Iterator[None]:
+        part = Part.of(Stateful(self.list, self.stack, self.probe, ()))
+        part.conductor.states = state
+        self.list.play(part)
+        try:
+            yield
+        finally:
+            self.list.play(None)
 
     def prepare(self, steps: tuple[Step, ...]) -> Ready:
         """Raises P1xx for steps that the model cannot run, P150 for steps that no draft can have."""

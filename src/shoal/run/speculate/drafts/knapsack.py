@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +13,7 @@ from shoal.plan.steps import PartName
 from shoal.run.speculate.bench import Bench
 from shoal.run.speculate.chooser import Anew, Chooser
 from shoal.run.speculate.scene import Scene
+from shoal.run.timing import now
 
 BUCKETS = 12
 """Steps in which a draft's time is counted."""
@@ -105,9 +105,9 @@ def _timed(bench: Bench, items: list[tuple[int, PartName]]) -> dict[tuple[int, P
     for layer, part in items:
         spent = []
         for _ in range(2):
-            start = time.perf_counter()
-            float(bench.run(Run(layer, part=part), bench.start).flatten()[0])  # waits for the device
-            spent.append(time.perf_counter() - start)
+            start = now(bench.start.device)
+            bench.run(Run(layer, part=part), bench.start)
+            spent.append(now(bench.start.device) - start)
         times[layer, part] = min(spent)
     return times
 

@@ -36,7 +36,7 @@ def swift(
 
 
 @dataclass
-class _Swift:
+class _Swift(Chooser):
     spec: Spec
     fraction: float
     window: int

@@ -1,0 +1,83 @@
+"""Draft by an exit that is chosen anew before every round, and by as many tokens as are worth it there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from shoal.errors import UsageError
+from shoal.plan import Run, Spec
+from shoal.run.speculate.chooser import Chooser
+from shoal.run.speculate.scene import Scene
+
+LEAST = 4
+"""Tokens that must have been seen before anything is drafted."""
+
+
+def dynamic_exit(*, spec: Spec, places: int = 8, decay: float = 0.95, length: int = 8) -> Chooser:
+    """Leave behind the layer E and draft as many tokens d as give the most tokens for each layer that runs.
+
+    tpl(E, d) = (1 - a^(d+1)) / (1 - a) / (d (E + h) + L + h), a = a[E] the share of the tokens written so far that the
+    exit E would have drafted, a token counting `decay` times as much as the next one, L the depth, h what the head
+    costs in layers (by FLOPs). The states of each verification tell a[E] for all exits at once; only norm and head run
+    for it. E: every `places`-th part of the depth; d: 0 to `length`, 0 meaning that this round is plain decoding.
+
+    DEL (Zarch et al., COLM 2025, 2504.05598), rule and decay from its abstract and memory. We differ: the head counts
+    (there layers alone do), not drafting is a choice, and drafts end by the `confidence` of every other draft.
+    """
+    depth = spec.stack("decoder").depth
+    if not 2 <= places <= depth or not 0 < decay <= 1 or length < 1:
+        raise UsageError(
+            f"dynamic-exit cannot choose among {places} places with a decay of {decay} and {length} tokens; use 2 to "
+            f"{depth} places, a decay above 0 and up to 1, and 1 token or more",
+            code="U614",
+        )
+    exits = sorted({max(1, round(depth * n / places)) for n in range(1, places)})
+    return _DynamicExit(exits, decay, length)
+
+
+@dataclass
+class _DynamicExit(Chooser):
+    watches: ClassVar[bool] = True
+    exits: list[int]
+    decay: float
+    length: int
+    most: int | None = 0
+    hits: list[float] = field(default_factory=list)
+    seen: float = 0.0
+    tokens: int = 0
+
+    def begin(self, spec: Spec) -> tuple[Run, ...]:
+        """Plain decoding until something is known of this text."""
+        self.hits, self.seen, self.tokens, self.most = [0.0] * len(self.exits), 0.0, 0, 0
+        return _exit(self.exits[0])
+
+    def again(self, scene: Scene) -> tuple[Run, ...] | None:
+        """The exit for the coming round."""
+        found = scene.watched([one - 1 for one in self.exits])
+        for token in [] if found is None else found.T.tolist():
+            self.tokens, self.seen = self.tokens + 1, self.decay * self.seen + 1
+            self.hits = [self.decay * old + new for old, new in zip(self.hits, token, strict=True)]
+        if self.tokens < LEAST:
+            return None
+        layers = scene.stage.spec.stack("decoder").layers
+        head = scene.stage.spec.head_flops / max(1.0, sum(layer.flops for layer in layers) / len(layers))
+        shares = [hit / self.seen for hit in self.hits]
+        chosen, self.most = worth_most(self.exits, shares, self.length, len(layers), head)
+        return _exit(chosen)
+
+
+def worth_most(exits: list[int], shares: list[float], length: int, depth: int, head: float) -> tuple[int, int]:
+    """(exit, drafted tokens) with the most tokens for each layer; the smaller where two are worth the same."""
+    options = [(e, d, a) for e, a in zip(exits, shares, strict=True) for d in range(length + 1)]
+
+    def worth(option: tuple[int, int, float]) -> tuple[float, int]:
+        e, d, a = option
+        return sum(a**n for n in range(d + 1)) / (d * (e + head) + depth + head), -d
+
+    e, d, _ = max(options, key=worth)
+    return e, d
+
+
+def _exit(layers: int) -> tuple[Run, ...]:
+    return tuple(Run(i) for i in range(layers))

@@ -1,0 +1,56 @@
+"""What came out of every layer while the base model judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.models.stacks import Stack
+
+MOST = 16
+"""Tokens whose states are kept until somebody asks."""
+
+
+class Watch:
+    """`with watch:` hooks on every layer keep its outputs; `settle` says which of them belong to the text.
+
+    In a round a shared layer sees the drafted tokens one by one and never again; any other is last called for the
+    verification. Either way its newest outputs are those of the tokens that were judged, in their order.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self._round: list[list[torch.Tensor]] = [[] for _ in range(stack.depth)]
+        self._kept: list[torch.Tensor] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Watch:
+        for index in range(self.stack.depth):
+            self._handles.append(self.stack.layer(index).register_forward_hook(self._hook(index)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _hook(self, index: int) -> Callable[..., None]:
+        def seen(_: nn.Module, __: Any, out: Any) -> None:
+            self._round[index].append(out[0] if isinstance(out, tuple | list) else out)
+
+        return seen
+
+    def settle(self, new: int, kept: int) -> None:
+        """A round is over that judged `new` tokens; behind the first `kept` of them a token was written."""
+        outputs = [torch.cat(found, -2)[..., -new:, :][..., :kept, :] for found in self._round]
+        before = self._kept or [one[..., :0, :] for one in outputs]
+        self._kept = [torch.cat(pair, -2)[..., -MOST:, :] for pair in zip(before, outputs, strict=True)]
+        for found in self._round:
+            found.clear()
+
+    def take(self) -> list[torch.Tensor] | None:
+        """By layer, [..., 1, tokens, hidden]: states behind it at the tokens settled since the last call."""
+        states, self._kept = self._kept, []
+        return states or None
