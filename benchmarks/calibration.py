@@ -28,12 +28,14 @@ from shoal.api.promise import Settings, promise
 from shoal.data import load_data
 from shoal.evaluation.exit_search import Target, losses, parse_target, replay
 from shoal.evaluation.exits import Features, load_features, record_exits
+from shoal.fitting.lens import fit_lenses
 from shoal.models.compat import hide_own_bars
 from shoal.models.inspect import inspect
 from shoal.models.load import load
 from shoal.plan import Plan
 from shoal.record import environment
 from shoal.run.deciding import make_policy
+from shoal.run.place import exits_of
 
 SHARE = 0.95
 """Of the resamplings in which a promise must hold; meant for a delta of at most 0.1."""
@@ -47,13 +49,21 @@ def recorded(args: argparse.Namespace) -> Features:
     torch.set_num_threads(args.threads)
     loaded = load(args.model, device=args.device, dtype="float32")
     spec = inspect(loaded.model)
-    plan = make_policy(f"exit:confidence=1,layers={args.layers}", Plan.identity(spec), spec).plan
+    head = "lens" if args.lens else "base"
+    plan = make_policy(f"exit:confidence=1,layers={args.layers},head={head}", Plan.identity(spec), spec).plan
     data = load_data(
-        args.data, loaded.tokenizer, length=args.length, limit=args.sequences, split="whole", seed=args.seed
+        args.data, loaded.tokenizer, length=args.length, limit=args.sequences + args.lens, split="whole", seed=args.seed
     )
+    if len(data) < args.sequences + args.lens:
+        raise SystemExit(f"{args.data} has {len(data)} sequences, not {args.sequences + args.lens}")
+    weights = {}
+    if args.lens:
+        say(f"fitting lenses on {args.lens} other sequences")
+        layers = sorted(exits_of(plan).values())
+        weights = fit_lenses(loaded.model, data.only(range(args.sequences, len(data))), layers, batch=args.batch)
     began = time.monotonic()
     found = record_exits(
-        loaded.model, plan, data, prompt=args.prompt, batch=args.batch,
+        loaded.model, plan, data.only(range(args.sequences)), prompt=args.prompt, weights=weights, batch=args.batch,
         progress=lambda done, total, _: say(f"recorded {done} of {total}, {time.monotonic() - began:.0f} s"),
     )  # fmt: skip
     if args.features is not None:
@@ -112,6 +122,7 @@ def main() -> int:
     parser.add_argument("--layers", default="22,25,27,28", help="exits behind these layers (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=150, help="in all (default: %(default)s)")
     parser.add_argument("--calibrate", type=int, default=100, help="of them in each resampling (default: %(default)s)")
+    parser.add_argument("--lens", type=int, default=0, help="fit lenses on as many other sequences (default: none)")
     parser.add_argument("--length", type=int, default=36, help="tokens in a sequence (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=8, help="of them prompt (default: %(default)s)")
     parser.add_argument("--target", action="append", help="default: agreement=0.9 and agreement=0.95")

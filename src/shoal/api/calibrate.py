@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from shoal._version import __version__
 from shoal.api.assess import Source, opened, text_of
-from shoal.api.exit_options import Exits, exit_options
+from shoal.api.exit_options import Exits, exit_options, held_to
 from shoal.api.exit_table import finite, head_in_layers, notes, row
 from shoal.api.pages import write_page
 from shoal.api.promise import Promise, Settings, promise
@@ -32,7 +31,7 @@ from shoal.run.deciding import make_policy
 from shoal.run.gates import Policy
 from shoal.run.policies.calibrated import Calibrated
 from shoal.run.policy_file import Level, PolicyFile
-from shoal.run.weights import Tensors
+from shoal.run.weights import Tensors, hash_of_used
 
 Guarantee = Literal["fixed-sequence", "conformal"]
 Check = Literal["auto", "recorded", "live"]
@@ -117,6 +116,7 @@ def calibrate(
         if isinstance(plan, str)
         else plan
     )
+    exits = held_to(exits, whole)
     gated = make_policy(exits.text, whole, spec).plan
     text = text_of(loaded, data, split=split, length=length, limit=limit, seed=seed)
     found = _recorded(loaded, gated, text, prompt, weights, batch, progress, features)
@@ -132,8 +132,8 @@ def calibrate(
     def running_losses(target: Target, thresholds: Sequence[float]) -> tuple[Losses, float]:
         one = _policy(gated, Level("tested", finite(found, thresholds)), exits)
         means, deep = live_losses(
-            loaded.model, one, gated, _rows(text, test), held, weights=weights, batch=batch, nats=target.kind == "loss",
-            progress=progress,
+            loaded.model, one, gated, text.only(test.tolist()), held, weights=weights, batch=batch,
+            nats=target.kind == "loss", progress=progress,
         )  # fmt: skip
         return target.scaled(means), deep
 
@@ -157,8 +157,9 @@ def calibrate(
     }
     levels = (*(_level(found, one) for one in promises), *map(_unpromised, table))
     file = PolicyFile(
-        spec.family, whole.base.fingerprint, whole.hash, levels, exits.by, exits.head, exits.fill, exits.prefill, made
-    )
+        spec.family, whole.base.fingerprint, whole.hash, levels, exits.by, exits.head, exits.fill, exits.prefill,
+        hash_of_used(gated, weights), made,
+    )  # fmt: skip
     return Calibration(file, promises, table, uniform, notes(promises, live, exits, head, found.depths[-1]))
 
 
@@ -191,9 +192,10 @@ def _recorded(
     if path is not None and Path(path).exists():
         found = load_features(path)
         same = found.made["plan"] == gated.hash and found.made["data"]["sha256"] == text.info.sha256
+        same = same and found.made.get("weights") == hash_of_used(gated, weights)
         if not same or found.made["fingerprint"] != gated.base.fingerprint or found.prompt != prompt:
             raise UsageError(
-                f"{path} was recorded with another model, plan, text or prompt; name another file to record anew",
+                f"{path} was recorded with another model, plan, lens, text or prompt; name another file to record anew",
                 code="D473",
             )
         return found
@@ -205,11 +207,6 @@ def _recorded(
 
 def _policy(gated: Plan, level: Level, exits: Exits) -> Policy:
     return Calibrated(gated, (level,), exits.by, exits.prefill)
-
-
-def _rows(text: Data, rows: np.ndarray) -> Data:
-    at = torch.from_numpy(rows)
-    return replace(text, ids=text.ids[at], mask=None if text.mask is None else text.mask[at])
 
 
 def _level(features: Features, one: Promise) -> Level:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.errors import UsageError
+from shoal.plan import Plan
+from shoal.plan.steps import runs
 from shoal.registry import get
+from shoal.run.place import decides
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,14 @@ class Exits:
     head: str
     fill: str
     prefill: bool
+
+
+def held_to(exits: Exits, plan: Plan) -> Exits:
+    """With the fill of a plan that has exits of its own, whatever was typed beside it."""
+    fills = {run.kv.fill for run in runs(plan.steps())} - {None}
+    if not decides(plan.steps()) or not fills:
+        return exits
+    return replace(exits, fill="+".join(sorted(str(fill) for fill in fills)))
 
 
 def exit_options(policy: str) -> Exits:

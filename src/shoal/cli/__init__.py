@@ -13,6 +13,7 @@ from shoal.cli.convert import convert
 from shoal.cli.diff import diff
 from shoal.cli.doctor import doctor
 from shoal.cli.evaluate import evaluate
+from shoal.cli.fit_exits import fit_exits
 from shoal.cli.fuse import fuse
 from shoal.cli.generate import generate
 from shoal.cli.inspect import inspect
@@ -26,8 +27,8 @@ from shoal.cli.verify import verify
 from shoal.cli.write import write
 
 VERBS = (
-    inspect, measure, prune, fuse, compare, evaluate, bench, generate, calibrate, tune_draft, serve, write, verify,
-    doctor, show, diff, convert, ls,
+    inspect, measure, prune, fuse, compare, evaluate, bench, generate, fit_exits, calibrate, tune_draft, serve, write,
+    verify, doctor, show, diff, convert, ls,
 )  # fmt: skip
 
 app = typer.Typer(

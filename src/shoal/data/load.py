@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def only(self, rows: Sequence[int]) -> Data:
+        """These windows in this order."""
+        at = torch.as_tensor(rows)
+        return replace(self, ids=self.ids[at], mask=None if self.mask is None else self.mask[at])
 
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Ids and mask of `size` windows at a time, in order; the last batch may be smaller."""

@@ -25,7 +25,7 @@ from shoal.plan.steps import layers_of, runs
 from shoal.run.gates import Decision, Moment, Policy, Sight
 from shoal.run.live import running
 from shoal.run.readout import confidence_of
-from shoal.run.weights import Tensors
+from shoal.run.weights import Tensors, hash_of_used
 
 SIGNALS = ("probability", "margin", "certainty", "saturation")
 
@@ -183,7 +183,10 @@ def record_exits(
             done += len(ids)
             if progress is not None:
                 progress(done, len(data), "recording exits")
-    made = {"plan": plan.hash, "fingerprint": plan.base.fingerprint, "data": asdict(data.info)}
+    made = {
+        "plan": plan.hash, "weights": hash_of_used(plan, weights), "fingerprint": plan.base.fingerprint,
+        "data": asdict(data.info),
+    }  # fmt: skip
     return Features(exits, depths, arrays, choice, nll, counted, prompt, made)
 
 

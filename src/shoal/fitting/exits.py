@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class ExitFit:
         """What `--policy` takes."""
         listed = ",".join(map(str, self.layers))
         return f"adainfer:gap={self.gap:.6g},top={self.top:.6g},bias={self.bias:.6g},layers={listed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"policy": self.policy}
 
 
 def fit_adainfer(

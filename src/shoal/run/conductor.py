@@ -28,8 +28,8 @@ from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.steps import runs, writes_kv
 from shoal.run.lent import has_ties, lent
 from shoal.run.slots import KeysValues, PassingCache, fit_rows, prepare_views, slot_view
+from shoal.run.weights import Tensors
 
-Tensors = dict[str, torch.Tensor]
 _MAPPED = ("weight", "bias", "gate", "down", "up", "scale", "limit")
 
 

@@ -15,12 +15,13 @@ from shoal.plan import Exit, Plan, Spec, Step, format_steps
 from shoal.plan.steps import runs
 from shoal.registry import get
 from shoal.run.arguments import Arguments
-from shoal.run.conductor import PlannedList, Tensors
+from shoal.run.conductor import PlannedList
 from shoal.run.gated import GatedConductor
 from shoal.run.gates import Policy
 from shoal.run.place import require_decidable, ungated
 from shoal.run.readout import Heads, Readout
 from shoal.run.trace import Trace, count_calls
+from shoal.run.weights import Tensors, hash_of_used
 
 
 def make_policy(text: str, plan: Plan, spec: Spec) -> Policy:
@@ -53,6 +54,16 @@ def chosen(policy: Policy | str, plan: Plan, spec: Spec) -> Policy:
             code="P138",
         )
     return policy
+
+
+def require_tensors(policy: Policy, weights: Tensors | None) -> None:
+    """Raise U605 when the policy was made with other tensors, so that its promise does not hold for these."""
+    if policy.tensors not in (None, hash_of_used(policy.plan, weights)):
+        raise UsageError(
+            "this policy was calibrated with other lenses or heads than the plan has now; run shoal calibrate with "
+            "this plan",
+            code="U605",
+        )
 
 
 class Deciding:

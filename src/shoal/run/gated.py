@@ -20,7 +20,7 @@ from shoal.models.stacks import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.steps import runs
 from shoal.run.arguments import Arguments, Call, with_argument
-from shoal.run.conductor import Conductor, PlannedList, Tensors
+from shoal.run.conductor import Conductor, PlannedList
 from shoal.run.deferred import catch_up, wait
 from shoal.run.entries import entries_of, past_of
 from shoal.run.flow import Flow, next_run, wide
@@ -31,6 +31,7 @@ from shoal.run.partly import partly
 from shoal.run.readout import Heads, Look, Readout
 from shoal.run.slots import PassingCache, Take, slot_view
 from shoal.run.trace import Trace
+from shoal.run.weights import Tensors
 
 
 class GatedConductor(Conductor):

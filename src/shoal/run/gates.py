@@ -75,6 +75,9 @@ class Policy:
     consistent: bool = False
     """True when it is proved that a layer never runs again for a sequence that has skipped it: no KV fill is needed."""
 
+    tensors: str | None = None
+    """Hash of the plan's tensors with which it was made (`hash_of_used`); None: whatever they are."""
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 

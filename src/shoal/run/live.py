@@ -17,7 +17,7 @@ from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Plan, format_steps, parse_plan, require
 from shoal.plan.steps import Step, runs
 from shoal.run.conductor import PlannedList
-from shoal.run.deciding import Deciding, chosen
+from shoal.run.deciding import Deciding, chosen, require_tensors
 from shoal.run.gates import Policy
 from shoal.run.place import decides
 from shoal.run.trace import Trace
@@ -101,6 +101,7 @@ def apply(
     require(plan, spec, shapes)
     who = None if policy is None else chosen(policy, plan, spec)
     if who is not None:
+        require_tensors(who, weights)
         plan = require(who.plan, spec, shapes)
     for stack in stacks:
         refuse_order(stack, tuple(run.layer for run in runs(plan.steps(stack.name))))

@@ -69,6 +69,17 @@ def with_exits(plan: Plan, spec: Spec, layers: Iterable[int], fill: Fill | None,
     return plan.with_steps(tuple(placed))
 
 
+def exits_of(plan: Plan) -> dict[str, int]:
+    """The last layer in front of each exit, by the exit's name."""
+    found, last = {}, -1
+    for step in plan.steps():
+        if isinstance(step, Exit):
+            found[step.name] = last
+        else:
+            last = max(layers_of(step), default=last)
+    return found
+
+
 def _filled(run: Run, layer: LayerSpec, fill: Fill | None) -> KV:
     stores = writes_kv(run) and layer.kv.per_token > 0
     return replace(run.kv, fill=fill) if stores else run.kv

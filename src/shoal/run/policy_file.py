@@ -47,6 +47,8 @@ class PolicyFile:
     head: str = "base"
     fill: str = "project"
     prefill: bool = False
+    weights: str | None = None
+    """Hash of the tensors of the exits, when they have some of their own."""
     made: dict[str, Any] = field(default_factory=dict)
     """Data, counts, versions, command."""
 
@@ -143,6 +145,7 @@ def _read(data: dict[str, Any]) -> PolicyFile:
         str(data["head"]),
         str(data["fill"]),
         bool(data["prefill"]),
+        None if data.get("weights") is None else str(data["weights"]),
         dict(data.get("made") or {}),
     )
 

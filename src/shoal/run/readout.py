@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import nn
 from shoal.models.stacks import Stack
 from shoal.run.gates import Sight
 from shoal.run.observe import input_device
+from shoal.run.weights import Tensors
 
-Tensors = Mapping[str, torch.Tensor]
 ELEMENTS = 1 << 24
 """Logits held at a time."""
 

@@ -43,11 +43,9 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 def save_weights(folder: Path, plan: Plan, weights: Tensors) -> str | None:
     """Write those of `weights` that `plan` names into `folder`; the hash for its plan.json, or None for no tensor."""
-    used = used_by(plan, weights)
-    if not used:
+    content = _content(plan, weights)
+    if content is None:
         return None
-    # tensors that share storage are refused by the format, and a view would be written whole
-    content = save({name: t.detach().cpu().contiguous().clone() for name, t in sorted(used.items())})
     draft = folder / f".{FILE}.{os.getpid()}.tmp"
     try:
         draft.write_bytes(content)
@@ -55,6 +53,18 @@ def save_weights(folder: Path, plan: Plan, weights: Tensors) -> str | None:
     finally:
         draft.unlink(missing_ok=True)
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def hash_of_used(plan: Plan, weights: Tensors | None) -> str | None:
+    """What `save_weights` would return."""
+    content = _content(plan, weights or {})
+    return None if content is None else f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _content(plan: Plan, weights: Tensors) -> bytes | None:
+    used = used_by(plan, weights)
+    # tensors that share storage are refused by the format, and a view would be written whole
+    return save({name: t.detach().cpu().contiguous().clone() for name, t in sorted(used.items())}) if used else None
 
 
 def save_planned(plan: Plan, folder: str | Path, weights: Tensors | None = None) -> Path:

@@ -6,9 +6,9 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.plan import Exit, Plan, Spec
-from shoal.plan.steps import Fill, layers_of
+from shoal.plan.steps import Fill
 from shoal.run.gates import Decision, Moment, Policy, Sight, both
-from shoal.run.place import with_exits
+from shoal.run.place import exits_of, with_exits
 from shoal.run.policy_file import Level, PolicyFile, Signal, load_policy
 
 
@@ -50,6 +50,7 @@ def calibrated(
     chosen = read.level(level)
     placed = with_exits(plan, spec, read.exits, read.fill, read.head)  # type: ignore[arg-type]
     made = Calibrated(placed, read.levels, read.by, read.prefill)
+    made.tensors = read.weights
     made.use(chosen.name)
     return made
 
@@ -61,7 +62,7 @@ class Calibrated(Policy):
         super().__init__(plan)
         self.levels, self.by, self.prefill = levels, by, prefill
         self.now = levels[0]
-        self.names = _exits(plan)
+        self.names = exits_of(plan)
 
     def use(self, level: str) -> None:
         """From the next forward on, the thresholds of this level. Raises U606."""
@@ -74,17 +75,6 @@ class Calibrated(Policy):
             return False
         sure: torch.Tensor = sight.read(self.by) >= threshold
         return both(asked, sure)
-
-
-def _exits(plan: Plan) -> dict[str, int]:
-    """The last layer in front of each exit, by the exit's name."""
-    found, last = {}, -1
-    for step in plan.steps():
-        if isinstance(step, Exit):
-            found[step.name] = last
-        else:
-            last = max(layers_of(step), default=last)
-    return found
 
 
 def _typed(text: str) -> dict[int, float]:

@@ -11,7 +11,7 @@ from shoal.plan import Exit, Plan, Spec
 from shoal.plan.steps import Fill
 from shoal.run.gates import Decision, Moment, Policy, Sight, both
 from shoal.run.layer_lists import exit_layers, share
-from shoal.run.place import with_exits
+from shoal.run.place import exits_of, with_exits
 
 Signal = Literal["probability", "margin", "certainty", "saturation"]
 
@@ -49,18 +49,28 @@ def exit(  # noqa: A001 - the file's name is the policy's
             "exit leaves always (after=8) or when it is sure (confidence=0.9); give exactly one of the two", code="U585"
         )
     if after is not None:
-        return _Always(with_exits(plan, spec, [after], fill, head), prefill)
+        placed = with_exits(plan, spec, [after], fill, head)
+        if after not in exits_of(placed).values():
+            raise UsageError(
+                f"the plan has exits of its own, and none behind layer {after}; name one of "
+                f"{sorted(set(exits_of(placed).values()))}, or give the plan without exits",
+                code="U581",
+            )
+        return _Always(placed, after, prefill)
     assert confidence is not None
     at = exit_layers(plan, layers=layers, first=first, every=every)
     return _WhenSure(with_exits(plan, spec, at, fill, head), share("confidence", confidence), by, prefill)
 
 
 class _Always(Policy):
-    def __init__(self, plan: Plan, prefill: bool) -> None:
+    def __init__(self, plan: Plan, after: int, prefill: bool) -> None:
         super().__init__(plan)
         self.prefill = prefill
+        self.names = {name for name, layer in exits_of(plan).items() if layer == after}
 
     def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
+        if stop.name not in self.names:
+            return False
         return True if self.prefill else moment.decoding(sight.hidden.device)
 
 

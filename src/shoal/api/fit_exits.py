@@ -1,0 +1,129 @@
+"""fit-exits: what exits need to be read well, fitted on text: lenses in front of the head, or a classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shoal.api.assess import Source, opened, text_of
+from shoal.api.exit_options import exit_options
+from shoal.data import Data
+from shoal.errors import UsageError
+from shoal.evaluation.exits import Features, record_exits
+from shoal.evaluation.risk import sequence_means
+from shoal.evaluation.scoring import Progress
+from shoal.fitting.exits import ExitFit, fit_adainfer
+from shoal.fitting.lens import fit_lenses
+from shoal.models.inspect import inspect
+from shoal.models.kinds import require_causal
+from shoal.models.load import Loaded
+from shoal.plan import Plan, Spec, format_steps, parse_plan
+from shoal.record import plain
+from shoal.run.deciding import make_policy
+from shoal.run.live import running
+from shoal.run.place import decides, exits_of, ungated
+from shoal.run.weights import Tensors
+
+What = Literal["lens", "adainfer"]
+NAME = "lens"
+FIRST = 1
+"""Columns that count as prompt where exits are judged: one, which has nothing to go by."""
+
+
+@dataclass(frozen=True)
+class Lensed:
+    """A plan with exits, their lenses, and what held-out text says of them."""
+
+    plan: Plan
+    weights: Tensors
+    rows: tuple[dict[str, Any], ...]
+    """For each exit on the held-out text: `agreement` with the whole plan's token and `rise` of the cross-entropy in
+    nats, by the model's own head and through the lens."""
+    sequences: int
+    """Held out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the tensors."""
+        found: dict[str, Any] = plain(
+            {"plan": format_steps(self.plan.steps()), "rows": list(self.rows), "sequences": self.sequences}
+        )
+        return found
+
+
+def fit_exits(
+    source: Source,
+    policy: str = "exit",
+    *,
+    what: What = "lens",
+    plan: Plan | str | None = None,
+    weights: Tensors | None = None,
+    data: Any = "builtin",
+    split: str = "calibrate",
+    length: int = 128,
+    limit: int = 256,
+    batch: int = 1,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Lensed | ExitFit:
+    """Fit lenses (`fit_lenses`) for the exits of `policy` (exit with its options but after and confidence), or the
+    classifier of the policy adainfer (`fit_adainfer`) for exits behind these layers.
+
+    The last fifth of `limit` sequences of `length` tokens is held out and judges the lenses. The plan that comes back
+    holds the exits; written with `save_planned`, it runs by `--plan FOLDER --policy exit:confidence=0.9`, and `shoal
+    calibrate --plan FOLDER` chooses its thresholds. `options` go to `shoal.load`. Raises U603 for another policy, U621
+    for a plan that has exits already or a classifier beside a plan, U622 for layers that have no lens, D414 for labels
+    that are all the same.
+    """
+    asked = exit_options(policy)
+    loaded = opened(source, **options)
+    require_causal(loaded.model, "fit-exits")
+    spec = inspect(loaded.model)
+    base = parse_plan(plan, Plan.identity(spec)) if isinstance(plan, str) else plan or Plan.identity(spec)
+    if decides(base.steps()):
+        raise UsageError(f"the plan {base} has gates or exits already; give the plan without them", code="U621")
+    gated = make_policy(asked.text, base, spec).plan
+    layers = sorted(set(exits_of(gated).values()))
+    text = text_of(loaded, data, split=split, length=length, limit=limit, seed=seed)
+    if what == "adainfer":
+        if ungated(base) != Plan.identity(spec):
+            raise UsageError(
+                "the classifier of adainfer is fitted on the whole model; leave out --plan, or write the pruned model "
+                "first",
+                code="U621",
+            )
+        return fit_adainfer(loaded.model, text, layers, batch=batch)
+    return _lensed(loaded, spec, base, asked.text, layers, text, weights or {}, batch, progress)
+
+
+def _lensed(
+    loaded: Loaded,
+    spec: Spec,
+    base: Plan,
+    policy: str,
+    layers: list[int],
+    text: Data,
+    weights: Tensors,
+    batch: int,
+    progress: Progress | None,
+) -> Lensed:
+    held = max(1, len(text) // 5)
+    fitted, judged = text.only(range(len(text) - held)), text.only(range(len(text) - held, len(text)))
+    with running(loaded.model, base, weights):
+        lenses = fit_lenses(loaded.model, fitted, layers, name=NAME, batch=batch, progress=progress)
+    tensors = dict(weights) | lenses
+    plans = [make_policy(f"{policy},head={head}", base, spec).plan for head in ("base", NAME)]
+    own, through = (
+        record_exits(loaded.model, one, judged, prompt=FIRST, weights=tensors, batch=batch, progress=progress)
+        for one in plans
+    )
+    rows = tuple(_row(at, own, through) for at in range(len(own.layers)))
+    return Lensed(plans[1], tensors, rows, held)
+
+
+def _row(at: int, own: Features, through: Features) -> dict[str, Any]:
+    found: dict[str, Any] = {"layer": own.layers[at]}
+    for name, features in (("own", own), ("lens", through)):
+        found[f"agreement_{name}"] = 1 - float(sequence_means(features.wrong[at], features.counted).mean())
+        found[f"rise_{name}"] = float(sequence_means(features.rise[at], features.counted).mean())
+    return found

@@ -1,0 +1,109 @@
+"""shoal fit-exits: lenses or a classifier for exits, fitted on text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from shoal.cli._shared import (
+    Batch,
+    Config,
+    DataSource,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Length,
+    Limit,
+    Model,
+    PlanText,
+    Quiet,
+    Seed,
+    Trust,
+    config_text,
+    emit,
+    loading,
+    open_model,
+    progress_bars,
+    table,
+)  # fmt: skip
+
+
+def fit_exits(
+    model: Model,
+    policy: Annotated[
+        str, typer.Option("--policy", help="exit with its places and fill: exit:layers=12-28,fill=defer.")
+    ] = "exit",
+    what: Annotated[
+        Literal["lens", "adainfer"],
+        typer.Option("--what", help="An affine map in front of the head for each exit, or one classifier for all."),
+    ] = "lens",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write the plan with its exits and lenses into this folder.")
+    ] = None,
+    plan: PlanText = None,
+    data: DataSource = "builtin",
+    length: Length = 128,
+    limit: Limit = 256,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+) -> None:
+    """Fit what exits need to be read well: lenses in front of the head, or the classifier of adainfer."""
+    if dry_run:
+        emit({"config": config_text()}, config_text(), as_json=json_)
+        return
+    from shoal.api.fit_exits import Lensed
+    from shoal.api.fit_exits import fit_exits as run
+    from shoal.run.weights import save_planned
+
+    with progress_bars(quiet) as progress:
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        found = run(
+            loaded,
+            policy,
+            what=what,
+            plan=chosen,
+            weights=weights,
+            data=data,
+            length=length,
+            limit=limit,
+            batch=batch,
+            seed=seed,
+            progress=progress,
+        )
+    if not isinstance(found, Lensed):
+        emit(found.to_dict(), _classifier(found), as_json=json_)
+        return
+    if output is not None:
+        save_planned(found.plan, output, found.weights)
+    emit(found.to_dict() | {"output": None if output is None else str(output)}, _lenses(found, output), as_json=json_)
+
+
+def _lenses(found: Any, output: Path | None) -> str:
+    head = ["exit behind", "agreement, own head", "with lens", "loss rise, own head", "with lens"]
+    names = ("layer", "agreement_own", "agreement_lens", "rise_own", "rise_lens")
+    better = sum(row["agreement_lens"] > row["agreement_own"] for row in found.rows)
+    said = [
+        table([[row[name] for name in names] for row in found.rows], head),
+        f"on {found.sequences} sequences held out, the lens agrees more often with the whole plan at {better} of "
+        f"{len(found.rows)} exits",
+    ]
+    if output is not None:
+        said.append(f"the plan: {output} (--plan {output} --policy exit:confidence=0.9)")
+    return "\n".join(said)
+
+
+def _classifier(found: Any) -> str:
+    return (
+        f"--policy {found.policy}\n{found.accuracy:.1%} of {found.exits} exits told right; {found.share:.1%} of them "
+        "agree with the whole model"
+    )
