@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 import shoal
@@ -14,7 +15,6 @@ from shoal.models.load import Loaded, load
 from .serving import TEMPLATE, serving
 from .test_api import folder  # noqa: F401
 
-openai = pytest.importorskip("openai", reason="the client is not installed; pip install openai")
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 

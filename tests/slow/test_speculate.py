@@ -23,6 +23,7 @@ REAL = (
     "cosine",
     "clasp:skip=3",
     "knapsack",
+    "dynamic-exit",
     "lookup+exit:20",
 )
 
