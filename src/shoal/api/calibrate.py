@@ -31,6 +31,7 @@ from shoal.run.deciding import make_policy
 from shoal.run.gates import Policy
 from shoal.run.policies.calibrated import Calibrated
 from shoal.run.policy_file import Level, PolicyFile
+from shoal.run.readout import require_probes
 from shoal.run.weights import Tensors, hash_of_used
 
 Guarantee = Literal["fixed-sequence", "conformal"]
@@ -118,6 +119,7 @@ def calibrate(
     )
     exits = held_to(exits, whole)
     gated = make_policy(exits.text, whole, spec).plan
+    require_probes(gated, weights or {}, exits.by)
     text = text_of(loaded, data, split=split, length=length, limit=limit, seed=seed)
     found = _recorded(loaded, gated, text, prompt, weights, batch, progress, features)
     order = np.random.default_rng(seed).permutation(len(text))

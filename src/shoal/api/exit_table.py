@@ -12,6 +12,7 @@ from shoal.api.promise import Promise, no_promise
 from shoal.evaluation.exit_search import Target
 from shoal.evaluation.exits import Features
 from shoal.plan import Spec
+from shoal.run.signals import WITHOUT_HEAD
 
 
 def finite(features: Features, thresholds: Sequence[float]) -> dict[int, float]:
@@ -56,7 +57,7 @@ def notes(promises: Sequence[Promise], live: bool, exits: Exits, head: float, wh
             f"Tested on recorded exits, with keys and values of the whole plan; the fill {exits.fill} makes others. "
             "Use --check live, or fill=defer."
         )
-    if exits.by != "saturation":
+    if exits.by not in WITHOUT_HEAD:
         found.append(f"A look through the head costs about as much as {head:.1f} layers, which mean layers leave out.")
     found += [
         f"With its looks, {one.target} costs as much as {one.layers + head * one.looks:.1f} layers, more than the "

@@ -1,9 +1,12 @@
-"""fit-exits: what exits need to be read well, fitted on text: lenses in front of the head, or a classifier."""
+"""fit-exits: what exits need, fitted on text: lenses to be read well, probes to know when; or a classifier."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import rankdata
 
 from shoal.api.assess import Source, opened, text_of
 from shoal.api.exit_options import exit_options
@@ -14,6 +17,7 @@ from shoal.evaluation.risk import sequence_means
 from shoal.evaluation.scoring import Progress
 from shoal.fitting.exits import ExitFit, fit_adainfer
 from shoal.fitting.lens import fit_lenses
+from shoal.fitting.probe import fit_probes
 from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
@@ -38,7 +42,8 @@ class Lensed:
     weights: Tensors
     rows: tuple[dict[str, Any], ...]
     """For each exit on the held-out text: `agreement` with the whole plan's token and `rise` of the cross-entropy in
-    nats, by the model's own head and through the lens."""
+    nats, by the model's own head and through the lens; `ranked`: how often a token that the exit writes right has a
+    higher probability, or probe, than one that it writes wrong."""
     sequences: int
     """Held out."""
 
@@ -66,14 +71,14 @@ def fit_exits(
     progress: Progress | None = None,
     **options: Any,
 ) -> Lensed | ExitFit:
-    """Fit lenses (`fit_lenses`) for the exits of `policy` (exit with its options but after and confidence), or the
-    classifier of the policy adainfer (`fit_adainfer`) for exits behind these layers.
+    """Fit lenses (`fit_lenses`) and probes (`fit_probes`) for the exits of `policy` (exit with its options but after
+    and confidence), or the classifier of the policy adainfer (`fit_adainfer`) for exits behind these layers.
 
-    The last fifth of `limit` sequences of `length` tokens is held out and judges the lenses. The plan that comes back
-    holds the exits; written with `save_planned`, it runs by `--plan FOLDER --policy exit:confidence=0.9`, and `shoal
-    calibrate --plan FOLDER` chooses its thresholds. `options` go to `shoal.load`. Raises U603 for another policy, U621
-    for a plan that has exits already or a classifier beside a plan, U622 for layers that have no lens, D414 for labels
-    that are all the same.
+    The last fifth of `limit` sequences of `length` tokens is held out and judges what was fitted. The plan that comes
+    back holds the exits; written with `save_planned`, it runs by `--plan FOLDER --policy exit:confidence=0.9`, and
+    `shoal calibrate --plan FOLDER --policy exit:by=probe` chooses its thresholds. `options` go to `shoal.load`. Raises
+    U603 for another policy, U621 for a plan that has exits already or a classifier beside a plan, U622 for layers that
+    have no lens, D414 for labels that are all the same.
     """
     asked = exit_options(policy)
     loaded = opened(source, **options)
@@ -113,6 +118,7 @@ def _lensed(
         lenses = fit_lenses(loaded.model, fitted, layers, name=NAME, batch=batch, progress=progress)
     tensors = dict(weights) | lenses
     plans = [make_policy(f"{policy},head={head}", base, spec).plan for head in ("base", NAME)]
+    tensors |= fit_probes(loaded.model, plans[1], tensors, fitted, batch=batch, progress=progress)
     own, through = (
         record_exits(loaded.model, one, judged, prompt=FIRST, weights=tensors, batch=batch, progress=progress)
         for one in plans
@@ -126,4 +132,16 @@ def _row(at: int, own: Features, through: Features) -> dict[str, Any]:
     for name, features in (("own", own), ("lens", through)):
         found[f"agreement_{name}"] = 1 - float(sequence_means(features.wrong[at], features.counted).mean())
         found[f"rise_{name}"] = float(sequence_means(features.rise[at], features.counted).mean())
+    right = ~through.wrong[at][through.counted]
+    for name in ("probability", "probe"):
+        found[f"ranked_{name}"] = _ranked(through.signals[name][at][through.counted], right)
     return found
+
+
+def _ranked(signal: np.ndarray, right: np.ndarray) -> float | None:
+    """How often a token that is right has a higher signal than one that is wrong; None without either."""
+    count = int(right.sum())
+    if not 0 < count < len(right):
+        return None
+    ranks = rankdata(signal)[right].sum()
+    return float((ranks - count * (count + 1) / 2) / (count * (len(right) - count)))

@@ -38,7 +38,7 @@ def fit_exits(
     ] = "exit",
     what: Annotated[
         Literal["lens", "adainfer"],
-        typer.Option("--what", help="An affine map in front of the head for each exit, or one classifier for all."),
+        typer.Option("--what", help="A lens in front of the head and a probe for each exit, or one classifier."),
     ] = "lens",
     output: Annotated[
         Path | None, typer.Option("--output", help="Write the plan with its exits and lenses into this folder.")
@@ -57,7 +57,7 @@ def fit_exits(
     dry_run: DryRun = False,
     config: Config = None,
 ) -> None:
-    """Fit what exits need to be read well: lenses in front of the head, or the classifier of adainfer."""
+    """Fit what exits need: lenses in front of the head and probes that say when, or the classifier of adainfer."""
     if dry_run:
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
@@ -89,8 +89,13 @@ def fit_exits(
 
 
 def _lenses(found: Any, output: Path | None) -> str:
-    head = ["exit behind", "agreement, own head", "with lens", "loss rise, own head", "with lens"]
-    names = ("layer", "agreement_own", "agreement_lens", "rise_own", "rise_lens")
+    head = [
+        "exit behind", "agreement, own head", "with lens", "loss rise, own head", "with lens", "ranked by probability",
+        "by probe",
+    ]  # fmt: skip
+    names = (
+        "layer", "agreement_own", "agreement_lens", "rise_own", "rise_lens", "ranked_probability", "ranked_probe",
+    )  # fmt: skip
     better = sum(row["agreement_lens"] > row["agreement_own"] for row in found.rows)
     said = [
         table([[row[name] for name in names] for row in found.rows], head),
@@ -98,7 +103,7 @@ def _lenses(found: Any, output: Path | None) -> str:
         f"{len(found.rows)} exits",
     ]
     if output is not None:
-        said.append(f"the plan: {output} (--plan {output} --policy exit:confidence=0.9)")
+        said.append(f"the plan: {output} (--plan {output} --policy exit:confidence=0.9,by=probe)")
     return "\n".join(said)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from shoal.errors import UsageError
 from shoal.evaluation.exits import Features
 from shoal.evaluation.risk import Losses, sequence_means
+from shoal.run.signals import WITHOUT_HEAD
 
 NEVER = float("inf")
 NOTCHES = 20
@@ -76,7 +77,7 @@ class Replay:
     layers: float
     """Mean layers per token, over sequences."""
     looks: float
-    """Mean number of exits per token at which the head ran to find out; 0 for saturation."""
+    """Mean number of exits per token at which the head ran to find out; 0 for signals that need none."""
 
 
 def replay(features: Features, by: str, thresholds: Sequence[float]) -> Replay:
@@ -92,7 +93,7 @@ def replay(features: Features, by: str, thresholds: Sequence[float]) -> Replay:
         looks += there
         left[there & (signal[at] >= threshold)] = at
     depth = np.asarray(features.depths)[left]
-    seen = 0.0 if by == "saturation" else float(sequence_means(looks, features.counted).mean())
+    seen = 0.0 if by in WITHOUT_HEAD else float(sequence_means(looks, features.counted).mean())
     return Replay(left, float(sequence_means(depth, features.counted).mean()), seen)
 
 

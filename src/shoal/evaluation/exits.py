@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ from shoal.plan import Exit, Plan
 from shoal.plan.steps import layers_of, runs
 from shoal.run.gates import Decision, Moment, Policy, Sight
 from shoal.run.live import running
-from shoal.run.readout import confidence_of
+from shoal.run.readout import confidence_of, has_probes
+from shoal.run.signals import WITHOUT_HEAD, Signal
 from shoal.run.weights import Tensors, hash_of_used
 
-SIGNALS = ("probability", "margin", "certainty", "saturation")
+SIGNALS = tuple(name for name in get_args(Signal) if name != "probe")
+"""What every exit has; a probe has to be fitted first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +111,7 @@ def load_features(path: str | Path) -> Features:
         with safe_open(path, "np") as file:
             head = json.loads(file.metadata()["exits"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        signals = {name: arrays[f"signal.{name}"] for name in SIGNALS}
+        signals = {name: arrays[f"signal.{name}"] for name in _names("signal.probe" in arrays)}
         layers, depths = tuple(head["layers"]), tuple(head["depths"])
         return Features(
             layers, depths, signals, arrays["choice"], arrays["nll"], arrays["counted"], head["prompt"], head["made"]
@@ -129,10 +131,11 @@ class _Recorder(Policy):
         self.ids = torch.empty(0)
         self.read: Any = None
         self.rows: list[dict[str, torch.Tensor]] = []
+        self.headless: list[str] = []
 
     def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
         found = _looked(lambda part: self.read(stop.head, sight.hidden[:, part]), self.ids, self.first)
-        self.rows.append(found | {"saturation": sight.read("saturation")[:, self.first : -1].cpu()})
+        self.rows.append(found | {name: sight.read(name)[:, self.first : -1].cpu() for name in self.headless})
         return False
 
 
@@ -159,7 +162,9 @@ def record_exits(
     exits, depths = _places(plan)
     recorder = _Recorder(plan, prompt)
     shape = len(data), length - 1 - prompt
-    arrays = {name: np.zeros((len(exits), *shape), np.float32) for name in SIGNALS}
+    names = _names(has_probes(plan, weights or {}))
+    recorder.headless = [name for name in names if name in WITHOUT_HEAD]
+    arrays = {name: np.zeros((len(exits), *shape), np.float32) for name in names}
     choice = np.zeros((len(exits) + 1, *shape), np.int32)
     nll = np.zeros((len(exits) + 1, *shape), np.float32)
     counted = np.ones(shape, bool)
@@ -173,7 +178,7 @@ def record_exits(
             recorder.rows, recorder.ids = [], ids
             logits = logits_of(model, ids, mask)
             for at, found in enumerate(recorder.rows):
-                for name in SIGNALS:
+                for name in names:
                     arrays[name][at, rows] = found[name].numpy()
                 choice[at, rows], nll[at, rows] = found["choice"].numpy(), found["nll"].numpy()
             whole = _looked(partial(_columns, logits), ids, prompt)
@@ -222,6 +227,10 @@ def live_losses(
                 progress(done, len(data), "running the policy")
     layers = sequence_means(np.concatenate(deep), features.counted)
     return sequence_means(np.concatenate(lost), features.counted), float(layers.mean())
+
+
+def _names(probes: bool) -> tuple[str, ...]:
+    return (*SIGNALS, "probe") if probes else SIGNALS
 
 
 def require_length(length: int, prompt: int) -> None:

@@ -19,7 +19,7 @@ from shoal.run.conductor import PlannedList
 from shoal.run.gated import GatedConductor
 from shoal.run.gates import Policy
 from shoal.run.place import require_decidable, ungated
-from shoal.run.readout import Heads, Readout
+from shoal.run.readout import Heads, Readout, require_probes
 from shoal.run.trace import Trace, count_calls
 from shoal.run.weights import Tensors, hash_of_used
 
@@ -87,6 +87,7 @@ class Deciding:
         self.readout = Readout(model, self.stack, self._ending) if exits else None
         own = any(step.head != "base" for step in exits)
         self._require_heads(exits, spec)
+        require_probes(policy.plan, weights, policy.by)
         self.heads = Heads(model, weights) if own else None
         self.conductor: GatedConductor | None = None
         self._removes: list[Callable[[], None]] = []
@@ -145,7 +146,8 @@ class Deciding:
 
     def _require_heads(self, exits: list[Exit], spec: Spec) -> None:
         hidden, vocab = spec.stack().hidden, spec.vocab
-        right = {"lens": (hidden, hidden), "lens_bias": (hidden,), "weight": (vocab, hidden), "bias": (vocab,)}
+        right = {"lens": (hidden, hidden), "lens_bias": (hidden,), "weight": (vocab, hidden), "bias": (vocab,),
+                 "probe": (hidden,), "probe_bias": (1,)}  # fmt: skip
         for step in exits:
             for name, shape in right.items():
                 found = self.weights.get(f"{step.head}.{name}")

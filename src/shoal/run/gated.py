@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,7 +147,8 @@ class GatedConductor(Conductor):
     def _exit(self, step: Exit, hidden: torch.Tensor, flow: Flow) -> torch.Tensor:
         if flow.left is True:
             return hidden
-        sight = Look(hidden, flow.before, lambda states: self.read(step.head, states))
+        probe = None if self.heads is None else partial(self.heads.probe, step.head)
+        sight = Look(hidden, flow.before, partial(self.read, step.head), probe)
         leaves = self.policy.leaves(step, flow.moment, sight) if step.gate is not None else True
         new = settle(unless(leaves, flow.left))
         if new is False:

@@ -54,8 +54,8 @@ class Sight:
 
     def read(self, what: str) -> torch.Tensor:
         """[batch, tokens]: "probability" of the likeliest token, its "margin" over the second, "certainty" (1 - entropy
-        over the log of the vocabulary), "choice" (the likeliest token) or "saturation" (cosine to the state one layer
-        before)."""
+        over the log of the vocabulary), "choice" (the likeliest token) "saturation" (cosine to the state one layer
+        before) or "probe" (what the exit's own probe makes of the state)."""
         raise NotImplementedError
 
 
@@ -72,6 +72,8 @@ class Policy:
     """Whether `saw` is to be called."""
     reads_logits: ClassVar[bool] = False
     """Whether `wrote` is to be called."""
+    by: str = ""
+    """The signal that it reads at exits, if it is always the same."""
     consistent: bool = False
     """True when it is proved that a layer never runs again for a sequence that has skipped it: no KV fill is needed."""
 

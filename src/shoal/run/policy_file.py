@@ -7,15 +7,15 @@ import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from shoal.errors import NotationError, UsageError, WriteError
 from shoal.plan import Plan
 from shoal.record import plain
+from shoal.run.signals import Signal
 
 FORMAT = "shoal-policy/1"
 MAX_BYTES = 4_000_000
-Signal = Literal["probability", "margin", "certainty", "saturation"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from shoal.errors import UsageError
 from shoal.models.stacks import Stack
+from shoal.plan import Exit, Plan
 from shoal.run.gates import Sight
 from shoal.run.observe import input_device
 from shoal.run.weights import Tensors
@@ -91,6 +93,7 @@ class Heads:
 
     `ID.lens` [hidden, hidden] and `ID.lens_bias` [hidden]: an affine map in front of the model's own norm and head (a
     tuned lens). `ID.weight` [vocabulary, hidden] and `ID.bias` [vocabulary]: a head behind the model's own final norm.
+    `ID.probe` [hidden] and `ID.probe_bias` [1]: how likely it is that the exit is right, from the state alone.
     """
 
     def __init__(self, model: Any, weights: Tensors) -> None:
@@ -109,6 +112,11 @@ class Heads:
         """The state that final norm and head read at an exit with this head."""
         lens, bias = self.weights.get(f"{head}.lens"), self.weights.get(f"{head}.lens_bias")
         return hidden if lens is None else nn.functional.linear(hidden, lens, bias)
+
+    def probe(self, head: str, hidden: torch.Tensor) -> torch.Tensor:
+        """sigmoid(w . x / rms(x) + b), [batch, tokens], float32."""
+        weight, bias = self.weights[f"{head}.probe"], self.weights[f"{head}.probe_bias"]
+        return (scaled(hidden) @ weight.float() + bias.float()).sigmoid()
 
     def owned(self, head: str) -> bool:
         """Whether a head's own matrix is given."""
@@ -139,14 +147,21 @@ class Look(Sight):
     """A sight whose head runs once, in pieces, when somebody asks for something that needs it."""
 
     def __init__(
-        self, hidden: torch.Tensor, before: torch.Tensor | None, read: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        hidden: torch.Tensor,
+        before: torch.Tensor | None,
+        read: Callable[[torch.Tensor], torch.Tensor],
+        probe: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        self.hidden, self.before, self._read = hidden, before, read
+        self.hidden, self.before, self._read, self._probe = hidden, before, read, probe
         self._found: dict[str, torch.Tensor] = {}
 
     def read(self, what: str) -> torch.Tensor:
         if what == "saturation":
             return _cosine(self.before, self.hidden)
+        if what == "probe":
+            assert self._probe is not None  # U623 was raised before anything ran
+            return self._probe(self.hidden)
         if not self._found:
             self._found = self._looked()
         return self._found[what]
@@ -163,6 +178,29 @@ class Look(Sight):
             at += states.shape[-2]
             step = max(1, ELEMENTS // (logits.shape[0] * logits.shape[-1]))
         return {name: torch.cat([one[name] for one in found], -1) for name in found[0]}
+
+
+def scaled(hidden: torch.Tensor) -> torch.Tensor:
+    """States [..., hidden] in float32, with a root mean square of 1."""
+    state = hidden.float()
+    found: torch.Tensor = state * state.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+    return found
+
+
+def has_probes(plan: Plan, weights: Tensors) -> bool:
+    """Whether every exit of `plan` has a probe."""
+    heads = {step.head for step in plan.steps() if isinstance(step, Exit)}
+    return bool(heads) and all(f"{head}.{part}" in weights for head in heads for part in ("probe", "probe_bias"))
+
+
+def require_probes(plan: Plan, weights: Tensors, by: str) -> None:
+    """Raise U623 for by=probe at exits without one."""
+    if by == "probe" and not has_probes(plan, weights):
+        raise UsageError(
+            "by=probe reads a probe at every exit, and this plan has none; fit them with shoal fit-exits, and give "
+            "the plan that it writes",
+            code="U623",
+        )
 
 
 def confidence_of(logits: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ from shoal.plan import Exit, Plan, Spec
 from shoal.plan.steps import Fill
 from shoal.run.gates import Decision, Moment, Policy, Sight, both
 from shoal.run.place import exits_of, with_exits
-from shoal.run.policy_file import Level, PolicyFile, Signal, load_policy
+from shoal.run.policy_file import Level, PolicyFile, load_policy
+from shoal.run.signals import Signal
 
 
 def calibrated(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from shoal.errors import UsageError
@@ -12,8 +10,7 @@ from shoal.plan.steps import Fill
 from shoal.run.gates import Decision, Moment, Policy, Sight, both
 from shoal.run.layer_lists import exit_layers, share
 from shoal.run.place import exits_of, with_exits
-
-Signal = Literal["probability", "margin", "certainty", "saturation"]
+from shoal.run.signals import Signal
 
 
 def exit(  # noqa: A001 - the file's name is the policy's
@@ -35,9 +32,10 @@ def exit(  # noqa: A001 - the file's name is the policy's
     The state of a token that leaves goes to the model's final norm and head (or to `head`, whose tensors are called
     HEAD-LAYER). With `after` the layers 0..N run, N 0-based. With `confidence` = c a token leaves at the first exit
     with s >= c, s in [0, 1]: by=probability max_v p(v); margin p(1) - p(2), the two largest; certainty 1 - H(p) / ln V;
-    saturation cos(x_l, x_{l-1}), which needs no head. Exits are behind every `every`-th layer from `first` on (default:
-    the middle), or behind `layers` (8,12,20-24). Prompts run whole unless prefill=true. `fill`: what the layers that
-    were left out store (docs/dynamic.md).
+    saturation cos(x_l, x_{l-1}); probe sigmoid(w x_l / rms(x_l) + b), the chance that the exit is right, by tensors
+    that `shoal fit-exits` makes. The last two need no head. Exits are behind every `every`-th layer from `first` on
+    (default: the middle), or behind `layers` (8,12,20-24). Prompts run whole unless prefill=true. `fill`: what the
+    layers that were left out store (docs/dynamic.md).
     Source: confidence: Schuster et al. 2022 (CALM, arXiv 2207.07061), entropy: Xin et al. 2020 (DeeBERT, arXiv
     2004.12993), fixed exits: Elhoushi et al. 2024 (LayerSkip, arXiv 2404.16710).
     How we differ: the threshold does not fall with the position; models need not be trained for it; entropy is divided

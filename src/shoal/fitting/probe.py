@@ -1,0 +1,109 @@
+"""Probes: is an exit right about a token? Read off the state alone, so that asking costs no head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+
+from shoal.data import Data
+from shoal.evaluation.scoring import evaluating, logits_of
+from shoal.plan import Exit, Plan
+from shoal.run.gates import Decision, Moment, Policy, Sight
+from shoal.run.live import running
+from shoal.run.readout import scaled
+from shoal.run.weights import Tensors
+
+MOST = 16_384
+"""Tokens that are kept for each exit, evenly over the text."""
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+def fit_probes(
+    model: Any,
+    plan: Plan,
+    weights: Tensors,
+    data: Data,
+    *,
+    batch: int = 1,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """HEAD.probe [hidden] and HEAD.probe_bias [1], float32, for the head of every exit of `plan`.
+
+    w, b maximise the likelihood of sigmoid(w . x / rms(x) + b) for the label "the exit's likeliest token, through its
+    lens or head in `weights`, is the whole plan's", with a ridge on w over standardised inputs; the last quarter of the
+    tokens chooses the ridge. x [hidden] is the state at the exit; the first token of a sequence does not count.
+    Source: learning to exit, Xin et al. 2021 (BERxiT, EACL): a linear map of the state. How we differ: fitted on a
+    frozen model, and calibrated afterwards like any other signal. Cost: one pass, the head once for each exit, and at
+    most `MOST` states for each.
+    """
+    seen = _Seen(plan)
+    stride = max(1, -(-data.ids.numel() // MOST))
+    done = counted = 0
+    for ids, mask in data.batches(batch):
+        seen.now = []
+        with running(model, plan, weights, policy=seen), evaluating(model):
+            final = logits_of(model, ids, mask).argmax(-1)
+        real = torch.ones_like(final, dtype=torch.bool) if mask is None else mask.bool().to(final.device)
+        real &= real.cumsum(-1) > 1
+        for head, state, choice in seen.now:
+            own, right = state[real], (choice == final)[real]
+            # counted over the whole text, so that every place of a sequence has its turn
+            part = slice(-counted % stride, None, stride)
+            seen.kept.setdefault(head, []).append((own[part].cpu(), right[part].double().cpu()))
+        counted += int(real.sum())
+        done += len(ids)
+        if progress is not None:
+            progress(done, len(data), "fitting probes")
+    found: dict[str, torch.Tensor] = {}
+    for head, pieces in seen.kept.items():
+        states, labels = (torch.cat([piece[n] for piece in pieces]) for n in (0, 1))
+        weight, bias = _probe(states.double(), labels)
+        found[f"{head}.probe"], found[f"{head}.probe_bias"] = weight.float(), bias.float()[None]
+    return found
+
+
+def _probe(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """w [hidden] and b of the logistic regression of y [n] on x [n, hidden]."""
+    mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+    scaled_x = (x - mean) / spread
+    cut = len(y) - len(y) // 4
+    fitted, held = (scaled_x[:cut], y[:cut]), (scaled_x[cut:], y[cut:])
+    tried = [_logistic(*fitted, ridge) for ridge in RIDGES]
+    best = min(tried, key=lambda w: _loss(w, *held)) if len(held[1]) else tried[-1]
+    weight = best[:-1] / spread
+    return weight, best[-1] - (weight * mean).sum()
+
+
+def _logistic(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:
+    """[hidden + 1]: weights and intercept, by L-BFGS: Newton's method would need [hidden, hidden] at every step."""
+
+    def value(at: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = torch.from_numpy(at)
+        logits = x @ weights[:-1] + weights[-1]
+        slope = (logits.sigmoid() - y) / len(y)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y) + ridge / 2 * weights[:-1].square().sum()
+        return float(loss), torch.cat([x.T @ slope + ridge * weights[:-1], slope.sum()[None]]).numpy()
+
+    found = minimize(value, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    return torch.from_numpy(found.x)
+
+
+def _loss(weights: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> float:
+    return float(torch.nn.functional.binary_cross_entropy_with_logits(x @ weights[:-1] + weights[-1], y))
+
+
+class _Seen(Policy):
+    """Nobody leaves; states and choices are written down."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.now: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self.kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
+        self.now.append((stop.head, scaled(sight.hidden), sight.read("choice")))
+        return False
