@@ -29,6 +29,7 @@ from shoal.data import load_data
 from shoal.evaluation.exit_search import Target, losses, parse_target, replay
 from shoal.evaluation.exits import Features, load_features, record_exits
 from shoal.fitting.lens import fit_lenses
+from shoal.fitting.probe import fit_probes
 from shoal.models.compat import hide_own_bars
 from shoal.models.inspect import inspect
 from shoal.models.load import load
@@ -60,7 +61,9 @@ def recorded(args: argparse.Namespace) -> Features:
     if args.lens:
         say(f"fitting lenses on {args.lens} other sequences")
         layers = sorted(exits_of(plan).values())
-        weights = fit_lenses(loaded.model, data.only(range(args.sequences, len(data))), layers, batch=args.batch)
+        others = data.only(range(args.sequences, len(data)))
+        weights = fit_lenses(loaded.model, others, layers, batch=args.batch)
+        weights |= fit_probes(loaded.model, plan, weights, others, batch=args.batch)
     began = time.monotonic()
     found = record_exits(
         loaded.model, plan, data.only(range(args.sequences)), prompt=args.prompt, weights=weights, batch=args.batch,
@@ -122,12 +125,16 @@ def main() -> int:
     parser.add_argument("--layers", default="22,25,27,28", help="exits behind these layers (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=150, help="in all (default: %(default)s)")
     parser.add_argument("--calibrate", type=int, default=100, help="of them in each resampling (default: %(default)s)")
-    parser.add_argument("--lens", type=int, default=0, help="fit lenses on as many other sequences (default: none)")
+    parser.add_argument(
+        "--lens", type=int, default=0, help="fit lenses and probes on as many other sequences (default: none)"
+    )
     parser.add_argument("--length", type=int, default=36, help="tokens in a sequence (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=8, help="of them prompt (default: %(default)s)")
     parser.add_argument("--target", action="append", help="default: agreement=0.9 and agreement=0.95")
     parser.add_argument("--delta", type=float, action="append", help="default: 0.05 and 0.1")
-    parser.add_argument("--by", action="append", help="signals (default: probability and certainty)")
+    parser.add_argument(
+        "--by", action="append", help="signals (default: probability and certainty; with --lens also probe)"
+    )
     parser.add_argument("--resamplings", type=int, default=100, help="(default: %(default)s)")
     parser.add_argument("--features", type=Path, help="recorded exits: read if there, else written")
     parser.add_argument("--batch", type=int, default=10)
