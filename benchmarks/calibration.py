@@ -125,16 +125,12 @@ def main() -> int:
     parser.add_argument("--layers", default="22,25,27,28", help="exits behind these layers (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=150, help="in all (default: %(default)s)")
     parser.add_argument("--calibrate", type=int, default=100, help="of them in each resampling (default: %(default)s)")
-    parser.add_argument(
-        "--lens", type=int, default=0, help="fit lenses and probes on as many other sequences (default: none)"
-    )
+    parser.add_argument("--lens", type=int, default=0, help="fit lenses and probes on as many others (default: none)")
     parser.add_argument("--length", type=int, default=36, help="tokens in a sequence (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=8, help="of them prompt (default: %(default)s)")
     parser.add_argument("--target", action="append", help="default: agreement=0.9 and agreement=0.95")
     parser.add_argument("--delta", type=float, action="append", help="default: 0.05 and 0.1")
-    parser.add_argument(
-        "--by", action="append", help="signals (default: probability and certainty; with --lens also probe)"
-    )
+    parser.add_argument("--by", action="append", help="signals (default: probability, certainty, fitted probes)")
     parser.add_argument("--resamplings", type=int, default=100, help="(default: %(default)s)")
     parser.add_argument("--features", type=Path, help="recorded exits: read if there, else written")
     parser.add_argument("--batch", type=int, default=10)
@@ -146,7 +142,7 @@ def main() -> int:
     rows = []
     for text in args.target or ["agreement=0.9", "agreement=0.95"]:
         for delta in args.delta or [0.05, 0.1]:
-            for by in args.by or ["probability", "certainty"]:
+            for by in args.by or ["probability", "certainty", *(["probe"] if args.lens else [])]:
                 for guarantee, bound in (
                     ("fixed-sequence", "hoeffding-bentkus"), ("fixed-sequence", "betting"), ("conformal", "betting"),
                 ):  # fmt: skip

@@ -15,6 +15,7 @@ from shoal.data import Data, DataInfo
 from shoal.errors import ShoalError
 from shoal.fitting.lens import SINK, fit_lenses
 from shoal.fitting.normal import RIDGES
+from shoal.fitting.probe import _probe
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
@@ -109,7 +110,9 @@ def test_exits_with_lenses_travel_in_a_plan_folder(tmp_path: Path) -> None:
     assert set(exits_of(made.plan).values()) == {0, 1, 2}
     save_planned(made.plan, tmp_path, made.weights)
     weights = load_weights(tmp_path)
-    assert set(weights) == {f"lens-{n}.{part}" for n in range(3) for part in ("lens", "lens_bias")}
+    assert set(weights) == {
+        f"lens-{n}.{part}" for n in range(3) for part in ("lens", "lens_bias", "probe", "probe_bias")
+    }
     states = _states(found, data.ids)
     with torch.no_grad():
         read = torch.nn.functional.linear(states[1], weights["lens-1.lens"], weights["lens-1.lens_bias"])
@@ -122,6 +125,44 @@ def test_exits_with_lenses_travel_in_a_plan_folder(tmp_path: Path) -> None:
         make_policy("exit:after=3", made.plan, spec)
 
 
+def test_a_probe_finds_the_direction_that_tells_right_from_wrong() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, wanted = torch.randn(4000, 24, generator=generator, dtype=torch.float64), torch.linspace(-1, 1, 24).double()
+    y = (torch.rand(4000, generator=generator) < (3 * x @ wanted - 1).sigmoid()).double()
+    weight, bias = _probe(x * 7 + 5, y)  # neither scale nor place of the inputs matters
+    assert torch.cosine_similarity(weight, wanted, dim=0) > 0.98
+    assert float(bias + 5 * weight.sum()) == pytest.approx(-1, abs=0.3)
+    for answer in (0.0, 1.0):  # an exit that is never right, or always
+        weight, bias = _probe(x, torch.full((4000,), answer, dtype=torch.float64))
+        assert abs(float((x[0] @ weight + bias).sigmoid()) - answer) < 0.01
+
+
+def test_tokens_leave_where_the_probe_says_so_and_no_head_is_asked() -> None:
+    found, data = tiny("llama"), _data(rows=10)
+    spec = inspect(found)
+    plan = make_policy("exit:confidence=1,layers=0-2,head=lens", Plan.identity(spec), spec).plan
+    generator = torch.Generator().manual_seed(1)
+    weights = {f"lens-{n}.probe": torch.randn(32, generator=generator) / 4 for n in range(3)}
+    weights |= {f"lens-{n}.probe_bias": torch.tensor([0.1 * n]) for n in range(3)}
+    told = {}
+    for layer, states in enumerate(_states(found, data.ids)[:3]):
+        unit = states / states.square().mean(-1, keepdim=True).sqrt()
+        told[layer] = (unit @ weights[f"lens-{layer}.probe"] + weights[f"lens-{layer}.probe_bias"]).sigmoid()
+    threshold = 0.7
+    left = torch.full(data.ids.shape, 4.0)
+    for layer in (2, 1, 0):
+        left[told[layer] >= threshold] = layer + 1
+    assert len(left.unique()) == 4
+    policy = make_policy(f"exit:confidence={threshold},by=probe,prefill=true", plan, spec)
+    with torch.no_grad(), running(found, plan, weights, policy=policy) as handle:
+        found(data.ids, use_cache=False)
+        assert torch.equal(torch.tensor(handle.trace.depths), left)
+        assert handle.trace.counts.heads == 0
+    bare = make_policy("exit:confidence=0.5,by=probe", Plan.identity(spec), spec)
+    with pytest.raises(ShoalError, match="U623"), running(found, Plan.identity(spec), policy=bare):
+        pass
+
+
 def test_the_verb_and_what_is_calibrated_on_it(model: str, tmp_path: Path) -> None:  # noqa: F811
     plan, file, kept = tmp_path / "plan", tmp_path / "policy.json", tmp_path / "exits.safetensors"
     words = ["--length", "12", "--limit", "60"]
@@ -129,7 +170,9 @@ def test_the_verb_and_what_is_calibrated_on_it(model: str, tmp_path: Path) -> No
     assert said["output"] == str(plan)
     assert "lens-1" in said["plan"]
     assert "sequences held out" in shoal("fit-exits", model, "--policy", "exit:layers=1-3", *words)
-    chosen = ["--target", "agreement=0.9", "--prompt", "4", "--plan", str(plan), "--features", str(kept)]
+    chosen = ["--policy", "exit:by=probe", "--target", "agreement=0.9", "--prompt", "4"]
+    assert "U623" in shoal("calibrate", model, *words, *chosen, code=1)
+    chosen += ["--plan", str(plan), "--features", str(kept)]
     shoal("calibrate", model, *words, *chosen, "--output", str(file))
     shoal("generate", model, "abc", "--plan", str(plan), "--policy", str(file), "--max-new-tokens", "3")
     # other lenses than those that the thresholds were chosen for, and exits recorded through the old ones
