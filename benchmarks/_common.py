@@ -15,6 +15,7 @@ import torch
 from shoal.models.compat import hide_own_bars
 from shoal.models.load import Loaded, load
 from shoal.record import environment
+from shoal.run.timing import now
 
 PRUNED = "0-11,15-16,18-24,27-29"
 """The 24-layer plan of the 30-layer built-in model."""
@@ -57,16 +58,9 @@ def say(text: str) -> None:
 
 def timed(work: Callable[[], object], device: torch.device) -> Timed:
     """Seconds that `work` takes, work handed to `device` included."""
-    _wait(device)
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = now(device), time.process_time()
     work()
-    _wait(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    return now(device) - wall, time.process_time() - cpu
 
 
 def paired(

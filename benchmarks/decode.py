@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from _common import PRUNED, Timed, compared, finish, opened, options, paired, say, times
 from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.generation.streamers import BaseStreamer
 
 from shoal.evaluation.decoding import Stepper, random_tokens
 from shoal.evaluation.scoring import evaluating
+from shoal.evaluation.token_clock import TokenClock
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop, parse_plan
 from shoal.run.fast import FastDecoder
 from shoal.run.live import running
+from shoal.run.timing import now
 
 TARGET = {"dense_ratio": 1 / 1.3}
 
@@ -35,25 +36,6 @@ SHAPES = {
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
 }
 """Llamas of random weights, to time where no checkpoint is at hand; 8 heads of keys and values, 128,256 tokens."""
-
-
-class Clock(BaseStreamer):
-    """The times at which tokens came."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.at: list[Timed] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.at.append(_now(self.device))
-
-    def end(self) -> None:
-        pass
-
-    def per_token(self) -> Timed:
-        """Between the first new token and the last; the first call brings the prompt."""
-        first, last, steps = self.at[1], self.at[-1], len(self.at) - 2
-        return (last[0] - first[0]) / steps, (last[1] - first[1]) / steps
 
 
 def main() -> int:
@@ -102,10 +84,11 @@ def main() -> int:
 
 
 def _generated(generate: Callable[..., Any], live: Callable[[], Any], ids: torch.Tensor, new: int) -> Timed:
-    clock = Clock(ids.device)
+    clock = TokenClock(ids.device)
     with live():
         generate(ids, **_greedy(ids, new), streamer=clock if ids.shape[0] == 1 else None)
-    return clock.per_token()
+    wall, cpu = clock.seconds
+    return wall / (new - 1), cpu / (new - 1)
 
 
 def _bare(model: Any, live: Callable[[], AbstractContextManager[Any]], ids: torch.Tensor, new: int) -> Timed:
@@ -120,9 +103,7 @@ def _bare(model: Any, live: Callable[[], AbstractContextManager[Any]], ids: torc
 
 
 def _now(device: torch.device) -> Timed:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter(), time.process_time()
+    return now(device), time.process_time()
 
 
 def _greedy(ids: torch.Tensor, new: int) -> dict[str, Any]:

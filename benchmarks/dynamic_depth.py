@@ -2,22 +2,21 @@
 
 `python -m benchmarks.dynamic_depth`. Quality: teacher-forced, 64 columns of each window are the prompt; KL(dense ||
 policy) and top-1 agreement over the tokens that ran every layer, so that what differs comes from the KV of earlier
-tokens alone. Time: greedy tokens at batch 1, dense and policy in turn, median of the ratios by the wall clock and by
-CPU time of the process.
+tokens alone. Time: that of a decoded token on the built-in prompts, without and with the policy in turn, as `shoal
+bench --policy` tells it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from typing import Any
 
 import torch
 
 import shoal
+from shoal.api.bench_policy import bench_policy
 from shoal.evaluation.agreement import compare_logits
 from shoal.run.live import running
 
@@ -78,37 +77,12 @@ def quality(loaded: Any, data: Any, prompt: int = 64) -> dict[str, Any]:
     return found
 
 
-@torch.no_grad()
-def speed(loaded: Any, ids: torch.Tensor, new: int, repeats: int) -> dict[str, Any]:
-    """For each policy: seconds of dense over seconds of policy for the same number of new tokens, and what ran."""
-    model, found = loaded.model, {}
-    plan = shoal.Plan.identity(shoal.inspect(model))
-
-    def once() -> torch.Tensor:
-        start = time.perf_counter(), time.process_time()
-        model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
-        )
-        return torch.tensor([time.perf_counter() - start[0], time.process_time() - start[1]])
-
+def speed(loaded: Any, new: int, pairs: int) -> dict[str, Any]:
+    """For each policy what `shoal bench --policy` finds on the built-in prompts."""
+    found = {}
     for policy in TIMED:
-        ratios = []
-        for _ in range(repeats):
-            dense = once()
-            with running(model, plan, policy=policy) as handle:
-                ratios.append(dense / once())
-                said = handle.trace.counts.to_dict()
-                deep = handle.trace.depths[0][ids.shape[1] :]
-        wall, cpu = ([float(ratio[n]) for ratio in ratios] for n in (0, 1))
-        found[policy] = {
-            "speedup": statistics.median(wall),
-            "spread": [min(wall), max(wall)],
-            "speedup_cpu": statistics.median(cpu),
-            "mean_depth": sum(deep) / len(deep),
-            "heads": said["heads"],
-            "simulated": said["simulated"],
-        }
-        print(policy, found[policy], file=sys.stderr)
+        found[policy] = bench_policy(loaded, policy, new=new, pairs=pairs).to_dict()
+        print(policy, found[policy]["ratio"], file=sys.stderr)
     return found
 
 
@@ -118,7 +92,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--only", choices=["quality", "speed"], help="Half of it.")
     options = parser.parse_args()
     loaded = shoal.load("smollm2")
@@ -128,7 +102,7 @@ def main() -> None:
     if options.only != "speed":
         found["quality"] = quality(loaded, data)
     if options.only != "quality":
-        found["speed"] = speed(loaded, data.ids[:1, :64], options.new_tokens, options.repeats)
+        found["speed"] = speed(loaded, options.new_tokens, options.pairs)
     print(json.dumps(found, indent=2))
 
 

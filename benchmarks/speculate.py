@@ -24,8 +24,8 @@ import torch
 from _common import compared, finish, opened, options, paired, say, timed, times
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
-from shoal.api.prompts import BUILTIN
-from shoal.api.speculate import encoded, tune_draft
+from shoal.api.prompts import BUILTIN, encoded
+from shoal.api.speculate import tune_draft
 from shoal.models.stacks import find_stack
 from shoal.plan import Run
 from shoal.run.speculate.drafts.lookup import lookup

@@ -10,8 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from shoal.api.prompts import read_prompts
-from shoal.api.speculate import encoded
+from shoal.api.prompts import encoded, read_prompts
 from shoal.cli import app
 from shoal.errors import ShoalError
 from shoal.run.speculate.speculator import Speculator

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from shoal.api.assess import tokenizer_of
-from shoal.api.speculate import encoded, tune_draft
+from shoal.api.prompts import encoded
+from shoal.api.speculate import tune_draft
 from shoal.evaluation.scoring import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded

@@ -11,6 +11,7 @@ import torch
 
 from shoal.api.assess import tokenizer_of
 from shoal.api.depths import DepthStreamer, Written
+from shoal.api.prompts import encoded
 from shoal.evaluation.scoring import evaluating
 from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
@@ -58,15 +59,7 @@ def generate(
     with each finished piece of text, with a policy `on_token` with each token and its depth. Raises D440 without a
     tokenizer, P130 to P138 for a policy that cannot decide on this model, U605 for one calibrated for another."""
     require_causal(loaded.model, "generate")
-    tokenizer = tokenizer_of(loaded)
-    use_chat = getattr(tokenizer, "chat_template", None) is not None if chat is None else chat
-    if use_chat:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {name: inputs[name].to(loaded.model.device) for name in ("input_ids", "attention_mask")}
+    tokenizer, inputs = tokenizer_of(loaded), encoded(loaded, prompt, chat)
     drawn: dict[str, Any] = (
         {"temperature": temperature} if sample else {"temperature": None, "top_p": None, "top_k": None}
     )

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
+from shoal.api.assess import tokenizer_of
 from shoal.data.files import value_of
 from shoal.errors import DataError
+from shoal.models.load import Loaded
 
 BUILTIN = {
     "code": (
@@ -63,3 +67,15 @@ def _prompt(line: str, where: str) -> str:
     except ValueError:
         raise DataError(f"{where} is not JSON; write an object with a key prompt in each line", code="D407") from None
     return value_of(row if isinstance(row, dict) else {}, "prompt", where)
+
+
+def encoded(loaded: Loaded, text: str, chat: bool | None) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, [1, length], with the chat template where there is one (`chat` None)."""
+    tokenizer = tokenizer_of(loaded)
+    if getattr(tokenizer, "chat_template", None) is not None if chat is None else chat:
+        made = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        made = tokenizer(text, return_tensors="pt")
+    return {name: made[name].to(loaded.model.device) for name in ("input_ids", "attention_mask")}

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from shoal.api.assess import tokenizer_of
-from shoal.api.prompts import BUILTIN
+from shoal.api.prompts import BUILTIN, encoded
 from shoal.errors import UsageError
 from shoal.evaluation import Progress
 from shoal.evaluation.scoring import evaluating
@@ -128,18 +127,6 @@ def _finalists(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     chosen = list(first.values())
     chosen += [row for row in rows if row not in chosen]
     return chosen[:count]
-
-
-def encoded(loaded: Loaded, text: str, chat: bool | None) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, [1, length], with the chat template where there is one (`chat` None)."""
-    tokenizer = tokenizer_of(loaded)
-    if getattr(tokenizer, "chat_template", None) is not None if chat is None else chat:
-        made = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        made = tokenizer(text, return_tensors="pt")
-    return {name: made[name].to(loaded.model.device) for name in ("input_ids", "attention_mask")}
 
 
 def _greedy(new: int) -> dict[str, Any]:

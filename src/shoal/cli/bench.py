@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,7 @@ from shoal.cli._shared import (
     progress_bars,
     table,
 )  # fmt: skip
+from shoal.errors import UsageError
 
 
 def bench(
@@ -32,6 +34,14 @@ def bench(
     plan: PlanText = None,
     against: Annotated[
         str | None, typer.Option("--against", help="The dense model, when MODEL is a pruned one.")
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", help="Time a policy on prompts, as exit:confidence=0.9 (shoal ls policies)."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="With --policy: a prompt in each line, or .jsonl (default: six built in)."),
     ] = None,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
     new: Annotated[int, typer.Option("--new", min=1, help="Tokens to decode.")] = 32,
@@ -52,6 +62,10 @@ def bench(
         return
     from shoal.api.assess import bench as run
 
+    if policy is not None or prompts is not None:
+        _with_policy(model, plan, policy, prompts, against, batch, new, pairs, json_, quiet,
+                     loading(device, dtype, trust_remote_code))  # fmt: skip
+        return
     options = loading(device, dtype, trust_remote_code)
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **options)
@@ -69,6 +83,56 @@ def bench(
             **(options if against is not None else {}),
         )
     emit(found.to_dict(), _text(found), as_json=json_)
+
+
+def _with_policy(
+    model: str,
+    plan: str | None,
+    policy: str | None,
+    prompts: Path | None,
+    against: str | None,
+    batch: int,
+    new: int,
+    pairs: int,
+    as_json: bool,
+    quiet: bool,
+    options: dict[str, Any],
+) -> None:
+    from shoal.api.bench_policy import bench_policy
+    from shoal.api.prompts import read_prompts
+
+    if policy is None or against is not None or batch != 1:
+        raise UsageError(
+            "a policy is timed against its own plan, one prompt after the other; give --policy for --prompts, and "
+            "leave out --against and --batch",
+            code="U624",
+        )
+    texts = None if prompts is None else read_prompts(prompts)
+    with progress_bars(quiet) as progress:
+        loaded, chosen, weights = open_model(model, plan, **options)
+        found = bench_policy(
+            loaded, policy, plan=chosen, weights=weights, prompts=texts, new=new, pairs=pairs, progress=progress
+        )
+    emit(found.to_dict(), _decided(found), as_json=as_json)
+
+
+def _decided(found: Any) -> str:
+    rows = [
+        ["whole plan", 1000 * found.whole.median, found.layers, 0.0, 1.0, 1.0],
+        [found.policy, 1000 * found.decided.median, found.depth, found.looks, found.ratio.median,
+         found.ratio_cpu.median],
+    ]  # fmt: skip
+    head = ["", "ms/token", "layers", "looks", "time / whole", "CPU time / whole"]
+    said = [
+        f"{found.device}, {found.dtype}, {found.threads} threads, {found.prompts} prompts x {found.new} tokens, "
+        f"{found.pairs} rounds, batch 1",
+        table(rows, head),
+        f"time / whole over rounds: {found.ratio.low:.3f} to {found.ratio.high:.3f}; {found.same} of {found.prompts} "
+        "texts are those of the whole plan",
+    ]
+    if found.simulated:
+        said.append(f"{found.simulated:.1f} layer runs a token are simulated: they ran for other tokens")
+    return "\n".join(said)
 
 
 def _text(found: Any) -> str:
