@@ -121,7 +121,13 @@ def test_exits_with_lenses_travel_in_a_plan_folder(tmp_path: Path) -> None:
     with torch.no_grad(), running(found, made.plan, weights, policy=policy) as handle:
         torch.testing.assert_close(found(data.ids).logits, want, atol=1e-4, rtol=1e-4)
         assert handle.trace.to_dict()["counts"]["mean_depth"] == 2
-    with pytest.raises(ShoalError, match="none behind layer 3"):
+    with (
+        torch.no_grad(),
+        running(found, made.plan, weights, policy="exit:confidence=0,layers=2,prefill=true") as handle,
+    ):
+        found(data.ids)
+        assert handle.trace.to_dict()["counts"]["mean_depth"] == 3  # the exits behind 0 and 1 are not asked
+    with pytest.raises(ShoalError, match="none behind 3"):
         make_policy("exit:after=3", made.plan, spec)
 
 

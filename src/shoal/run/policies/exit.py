@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from shoal.errors import UsageError
@@ -48,37 +50,45 @@ def exit(  # noqa: A001 - the file's name is the policy's
         )
     if after is not None:
         placed = with_exits(plan, spec, [after], fill, head)
-        if after not in exits_of(placed).values():
-            raise UsageError(
-                f"the plan has exits of its own, and none behind layer {after}; name one of "
-                f"{sorted(set(exits_of(placed).values()))}, or give the plan without exits",
-                code="U581",
-            )
-        return _Always(placed, after, prefill)
+        return _Always(placed, _asked(placed, [after]), prefill)
     assert confidence is not None
     at = exit_layers(plan, layers=layers, first=first, every=every)
-    return _WhenSure(with_exits(plan, spec, at, fill, head), share("confidence", confidence), by, prefill)
+    placed = with_exits(plan, spec, at, fill, head)
+    asked = _asked(placed, at if layers or first is not None else exits_of(placed).values())
+    return _WhenSure(placed, asked, share("confidence", confidence), by, prefill)
+
+
+def _asked(plan: Plan, layers: Iterable[int]) -> frozenset[str]:
+    """The exits of `plan` behind `layers`: a plan may bring exits of its own, of which only some are wanted."""
+    wanted, there = set(layers), exits_of(plan)
+    names = frozenset(name for name, layer in there.items() if layer in wanted)
+    if there and not names:
+        raise UsageError(
+            f"the plan has exits of its own, and none behind {', '.join(map(str, sorted(wanted)))}; name one of "
+            f"{', '.join(map(str, sorted(set(there.values()))))}, or give the plan without exits",
+            code="U581",
+        )
+    return names
 
 
 class _Always(Policy):
-    def __init__(self, plan: Plan, after: int, prefill: bool) -> None:
+    def __init__(self, plan: Plan, asked: frozenset[str], prefill: bool) -> None:
         super().__init__(plan)
-        self.prefill = prefill
-        self.names = {name for name, layer in exits_of(plan).items() if layer == after}
+        self.asked, self.prefill = asked, prefill
 
     def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        if stop.name not in self.names:
+        if stop.name not in self.asked:
             return False
         return True if self.prefill else moment.decoding(sight.hidden.device)
 
 
 class _WhenSure(Policy):
-    def __init__(self, plan: Plan, threshold: float, by: Signal, prefill: bool) -> None:
+    def __init__(self, plan: Plan, asked: frozenset[str], threshold: float, by: Signal, prefill: bool) -> None:
         super().__init__(plan)
-        self.threshold, self.by, self.prefill = threshold, by, prefill
+        self.asked, self.threshold, self.by, self.prefill = asked, threshold, by, prefill
 
     def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        asked = True if self.prefill else moment.decoding(sight.hidden.device)
+        asked = stop.name in self.asked and (True if self.prefill else moment.decoding(sight.hidden.device))
         if asked is False:
             return False
         sure: torch.Tensor = sight.read(self.by) >= self.threshold
