@@ -181,6 +181,8 @@ def test_the_verb_and_what_is_calibrated_on_it(model: str, tmp_path: Path) -> No
     chosen += ["--plan", str(plan), "--features", str(kept)]
     shoal("calibrate", model, *words, *chosen, "--output", str(file))
     shoal("generate", model, "abc", "--plan", str(plan), "--policy", str(file), "--max-new-tokens", "3")
+    timed = ["--policy", str(file), "--new", "4", "--pairs", "1", "--json"]
+    assert json.loads(shoal("bench", model, "--plan", str(plan), *timed))["looks"] == 0
     # other lenses than those that the thresholds were chosen for, and exits recorded through the old ones
     shoal("fit-exits", model, "--policy", "exit:layers=1-3", "--length", "16", "--limit", "20", "--output", str(plan))
     refused = shoal("generate", model, "abc", "--plan", str(plan), "--policy", str(file), code=1)

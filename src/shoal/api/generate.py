@@ -86,6 +86,5 @@ def _ready(
     model: Any, plan: Plan | str | None, weights: Tensors | None, policy: str | None
 ) -> AbstractContextManager[Running | None]:
     if policy is not None:
-        policy = f"calibrated:file={policy}" if policy.endswith(".json") and ":" not in policy else policy
         return running(model, Plan.identity(inspect(model)) if plan is None else plan, weights, policy=policy)
     return nullcontext() if plan is None else running(model, plan, weights)

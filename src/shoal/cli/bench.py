@@ -37,7 +37,7 @@ def bench(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option("--policy", help="Time a policy on prompts, as exit:confidence=0.9 (shoal ls policies)."),
+        typer.Option("--policy", help="Time a policy on prompts: exit:confidence=0.9 (shoal ls policies), or a file."),
     ] = None,
     prompts: Annotated[
         Path | None,

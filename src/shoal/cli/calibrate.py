@@ -41,7 +41,7 @@ def calibrate(
         typer.Option("--target", help="agreement=0.95, or loss=0.1 (nats); once for each level. The first is used."),
     ] = None,
     confidence: Annotated[float, typer.Option("--confidence", help="Probability with which each promise holds.")] = 0.9,
-    output: Annotated[Path | None, typer.Option("--output", help="Write policy.json here; generate takes it.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Write policy.json here; --policy takes it.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write a page with the curve and the table.")] = None,
     plan: PlanText = None,
     guarantee: Annotated[

@@ -32,7 +32,9 @@ def serve(
     plan: PlanText = None,
     policy: Annotated[
         str | None,
-        typer.Option("--policy", help="Who decides at run time, as exit:confidence=0.9 (shoal ls policies)."),
+        typer.Option(
+            "--policy", help="Who decides at run time, as exit:confidence=0.9 (shoal ls policies), or a file."
+        ),
     ] = None,
     speculate: Annotated[
         str | None, typer.Option("--speculate", help="Self-speculation, as exit:8 (shoal ls drafts).")

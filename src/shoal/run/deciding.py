@@ -25,10 +25,13 @@ from shoal.run.weights import Tensors, hash_of_used
 
 
 def make_policy(text: str, plan: Plan, spec: Spec) -> Policy:
-    """NAME or NAME:key=value,key=value, as in `exit:confidence=0.9` or `skip:listed=3-5,7`, for this plan and model.
+    """NAME or NAME:key=value,key=value, as in `exit:confidence=0.9` or `skip:listed=3-5,7`, for this plan and model; or
+    the policy.json of `shoal calibrate`.
 
     Raises U501 for a name and U502 for an option that does not exist, and what the policy itself raises.
     """
+    if text.endswith(".json") and ":" not in text:
+        text = f"calibrated:file={text}"
     name, separator, rest = text.partition(":")
     if separator and not rest:
         raise UsageError(f"{text!r} gives no option; write {name} or {name}:key=value", code="U502")
