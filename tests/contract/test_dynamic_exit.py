@@ -12,7 +12,7 @@ from shoal.models.inspect import inspect
 from shoal.plan import Plan, Run, Spec, keep
 from shoal.run.live import running
 from shoal.run.speculate.chooser import Chooser
-from shoal.run.speculate.drafts.dynamic_exit import worth_most
+from shoal.run.speculate.drafts.dynamic_exit import _worth_most
 from shoal.run.speculate.parse import Recipe
 from shoal.run.speculate.scene import Scene
 from shoal.run.speculate.speculator import Speculator
@@ -62,12 +62,12 @@ def test_what_is_watched_is_what_the_first_layers_alone_would_have_written(famil
 
 def test_the_exit_and_length_with_the_most_tokens_for_a_layer() -> None:
     # one token for 10 layers; two exits that draft right always: 1 + d tokens for 10 + d e layers
-    assert worth_most([2, 5], [1.0, 1.0], 4, 10, 0.0) == (2, 4)
+    assert _worth_most([2, 5], [1.0, 1.0], 4, 10, 0.0) == (2, 4)
     # (1 + 0.9 + 0.81) / 20 is more than (1 + 0.9) / 15, (1 + 0.1) / 12 and 1 / 10
-    assert worth_most([2, 5], [0.1, 0.9], 2, 10, 0.0) == (5, 2)
+    assert _worth_most([2, 5], [0.1, 0.9], 2, 10, 0.0) == (5, 2)
     # an exit that is hardly ever right is worth no draft, nor is one with a head as dear as the layers
-    assert worth_most([5], [0.2], 4, 10, 0.0)[1] == 0
-    assert worth_most([2], [0.5], 4, 10, 10.0)[1] == 0
+    assert _worth_most([5], [0.2], 4, 10, 0.0)[1] == 0
+    assert _worth_most([2], [0.5], 4, 10, 10.0)[1] == 0
 
 
 def test_it_finds_the_exit_that_is_always_right() -> None:

@@ -63,11 +63,11 @@ class _DynamicExit(Chooser):
         layers = scene.stage.spec.stack("decoder").layers
         head = scene.stage.spec.head_flops / max(1.0, sum(layer.flops for layer in layers) / len(layers))
         shares = [hit / self.seen for hit in self.hits]
-        chosen, self.most = worth_most(self.exits, shares, self.length, len(layers), head)
+        chosen, self.most = _worth_most(self.exits, shares, self.length, len(layers), head)
         return _exit(chosen)
 
 
-def worth_most(exits: list[int], shares: list[float], length: int, depth: int, head: float) -> tuple[int, int]:
+def _worth_most(exits: list[int], shares: list[float], length: int, depth: int, head: float) -> tuple[int, int]:
     """(exit, drafted tokens) with the most tokens for each layer; the smaller where two are worth the same."""
     options = [(e, d, a) for e, a in zip(exits, shares, strict=True) for d in range(length + 1)]
 
