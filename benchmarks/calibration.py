@@ -36,7 +36,6 @@ from shoal.models.load import load
 from shoal.plan import Plan
 from shoal.record import environment
 from shoal.run.deciding import make_policy
-from shoal.run.place import exits_of
 
 SHARE = 0.95
 """Of the resamplings in which a promise must hold; meant for a delta of at most 0.1."""
@@ -60,9 +59,8 @@ def recorded(args: argparse.Namespace) -> Features:
     weights = {}
     if args.lens:
         say(f"fitting lenses on {args.lens} other sequences")
-        layers = sorted(exits_of(plan).values())
         others = data.only(range(args.sequences, len(data)))
-        weights = fit_lenses(loaded.model, others, layers, batch=args.batch)
+        weights = fit_lenses(loaded.model, plan, None, others, batch=args.batch)
         weights |= fit_probes(loaded.model, plan, weights, others, batch=args.batch)
     began = time.monotonic()
     found = record_exits(

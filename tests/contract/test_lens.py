@@ -19,7 +19,7 @@ from shoal.fitting.probe import _probe
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
-from shoal.plan import Plan
+from shoal.plan import Plan, parse_plan
 from shoal.run.deciding import make_policy
 from shoal.run.live import running
 from shoal.run.place import exits_of
@@ -33,6 +33,13 @@ from .test_cli import model, shoal  # noqa: F401
 def _data(rows: int = 6, length: int = 14) -> Data:
     ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(2))
     return Data(ids, None, DataInfo("own", "whole", length, rows, length, "none", ids.numel(), "0", None))
+
+
+def _gated(found: Any, layers: str, head: str = "lens", plan: str | None = None) -> Plan:
+    """The plan with exits behind `layers`."""
+    spec = inspect(found)
+    base = Plan.identity(spec) if plan is None else parse_plan(plan, Plan.identity(spec))
+    return make_policy(f"exit:confidence=1,layers={layers},head={head}", base, spec).plan
 
 
 def _states(found: Any, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -55,7 +62,7 @@ def _states(found: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_a_lens_is_the_weighted_ridge_regression_that_the_held_sequences_like_best(family: str, batch: int) -> None:
     found, data = tiny(family), _data(rows=9)
-    lens = fit_lenses(found, data, [0, 1], name="x", batch=batch)
+    lens = fit_lenses(found, _gated(found, "0-1", head="x"), None, data, batch=batch)
     states = _states(found, data.ids)
     hidden = states[0].shape[-1]
     pieces: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {True: [], False: []}
@@ -86,9 +93,23 @@ def test_layers_that_do_nothing_get_the_identity() -> None:
         for layer in find_stack(found).layers[2:]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    lens = fit_lenses(found, _data(), [1])
+    lens = fit_lenses(found, _gated(found, "1"), None, _data())
     torch.testing.assert_close(lens["lens-1.lens"], torch.eye(32), atol=1e-5, rtol=0)
     assert lens["lens-1.lens_bias"].abs().max() < 1e-5
+
+
+def test_the_target_is_the_state_that_the_head_reads() -> None:
+    """Behind the last step of the plan: here a map that turns the state round."""
+    found, data = tiny("llama"), _data()
+    weights = {"m.scale": torch.full((32,), -2.0)}
+    lens = fit_lenses(found, _gated(found, "1", plan="0-1,~2-3:m"), weights, data)
+    torch.testing.assert_close(lens["lens-1.lens"], -2 * torch.eye(32), atol=1e-2, rtol=0)
+
+
+def test_several_residual_streams_are_refused() -> None:
+    found = tiny("gemma3n_text", "eager")
+    with pytest.raises(ShoalError, match="U622"):
+        fit_lenses(found, _gated(found, "1"), None, _data())
 
 
 def test_padding_does_not_count() -> None:
@@ -96,7 +117,8 @@ def test_padding_does_not_count() -> None:
     longer = torch.cat([torch.full((len(data), 3), 5), data.ids], -1)
     mask = torch.cat([torch.zeros(len(data), 3, dtype=torch.long), torch.ones_like(data.ids)], -1)
     padded = Data(longer, mask, data.info)
-    plain, with_padding = fit_lenses(found, data, [1]), fit_lenses(found, padded, [1], batch=2)
+    plan = _gated(found, "1")
+    plain, with_padding = fit_lenses(found, plan, None, data), fit_lenses(found, plan, None, padded, batch=2)
     torch.testing.assert_close(with_padding, plain, atol=1e-3, rtol=1e-3)
 
 
@@ -201,7 +223,6 @@ def test_a_classifier_by_the_same_verb(model: str) -> None:  # noqa: F811
     [
         ({"policy": "skip:late=1"}, "U603"),
         ({"policy": "exit:confidence=0.5"}, "U603"),
-        ({"policy": "exit:layers=3", "plan": "0-3"}, "U622"),
         ({"what": "adainfer", "plan": "0-1,3"}, "U621"),
     ],
 )

@@ -24,7 +24,6 @@ from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, format_steps, parse_plan
 from shoal.record import plain
 from shoal.run.deciding import make_policy
-from shoal.run.live import running
 from shoal.run.place import decides, exits_of, ungated
 from shoal.run.weights import Tensors
 
@@ -77,8 +76,8 @@ def fit_exits(
     The last fifth of `limit` sequences of `length` tokens is held out and judges what was fitted. The plan that comes
     back holds the exits; written with `save_planned`, it runs by `--plan FOLDER --policy exit:confidence=0.9`, and
     `shoal calibrate --plan FOLDER --policy exit:by=probe` chooses its thresholds. `options` go to `shoal.load`. Raises
-    U603 for another policy, U621 for a plan that has exits already or a classifier beside a plan, U622 for layers that
-    have no lens, D414 for labels that are all the same.
+    U603 for another policy, U621 for a plan that has exits already or a classifier beside a plan, U622 for several
+    residual streams, D414 for labels that are all the same.
     """
     asked = exit_options(policy)
     loaded = opened(source, **options)
@@ -87,8 +86,6 @@ def fit_exits(
     base = parse_plan(plan, Plan.identity(spec)) if isinstance(plan, str) else plan or Plan.identity(spec)
     if decides(base.steps()):
         raise UsageError(f"the plan {base} has gates or exits already; give the plan without them", code="U621")
-    gated = make_policy(asked.text, base, spec).plan
-    layers = sorted(set(exits_of(gated).values()))
     text = text_of(loaded, data, split=split, length=length, limit=limit, seed=seed)
     if what == "adainfer":
         if ungated(base) != Plan.identity(spec):
@@ -97,8 +94,9 @@ def fit_exits(
                 "first",
                 code="U621",
             )
+        layers = sorted(set(exits_of(make_policy(asked.text, base, spec).plan).values()))
         return fit_adainfer(loaded.model, text, layers, batch=batch)
-    return _lensed(loaded, spec, base, asked.text, layers, text, weights or {}, batch, progress)
+    return _lensed(loaded, spec, base, asked.text, text, weights or {}, batch, progress)
 
 
 def _lensed(
@@ -106,7 +104,6 @@ def _lensed(
     spec: Spec,
     base: Plan,
     policy: str,
-    layers: list[int],
     text: Data,
     weights: Tensors,
     batch: int,
@@ -114,10 +111,8 @@ def _lensed(
 ) -> Lensed:
     held = max(1, len(text) // 5)
     fitted, judged = text.only(range(len(text) - held)), text.only(range(len(text) - held, len(text)))
-    with running(loaded.model, base, weights):
-        lenses = fit_lenses(loaded.model, fitted, layers, name=NAME, batch=batch, progress=progress)
-    tensors = dict(weights) | lenses
     plans = [make_policy(f"{policy},head={head}", base, spec).plan for head in ("base", NAME)]
+    tensors = dict(weights) | fit_lenses(loaded.model, plans[1], weights, fitted, batch=batch, progress=progress)
     tensors |= fit_probes(loaded.model, plans[1], tensors, fitted, batch=batch, progress=progress)
     own, through = (
         record_exits(loaded.model, one, judged, prompt=FIRST, weights=tensors, batch=batch, progress=progress)

@@ -1,8 +1,9 @@
-"""Lenses: affine maps that make the state behind an exit what the state behind the last layer would have been."""
+"""Lenses: affine maps that make the state at an exit what the state at the end would have been."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,86 +13,85 @@ from shoal.errors import UsageError
 from shoal.evaluation.scoring import evaluating
 from shoal.fitting.normal import Normal, best_ridge
 from shoal.models.inspect import inspect
-from shoal.run.observe import observe
+from shoal.plan import Exit, Plan
+from shoal.run.gates import Decision, Moment, Policy, Sight
+from shoal.run.live import running
+from shoal.run.observe import forward_without_head
+from shoal.run.place import EXIT
+from shoal.run.weights import Tensors
 
 HELD = 4
 """Every so many sequences one is not fitted on, but chooses the ridge."""
 SINK = 10.0
 """A token whose state is this many times as long as the median's says nothing about others."""
+END = "end"
 
 
 def fit_lenses(
     model: Any,
+    plan: Plan,
+    weights: Tensors | None,
     data: Data,
-    layers: Sequence[int],
     *,
-    name: str = "lens",
     batch: int = 1,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """NAME-LAYER.lens [hidden, hidden] and NAME-LAYER.lens_bias [hidden], float32, for an exit behind each layer.
+    """HEAD.lens [hidden, hidden] and HEAD.lens_bias [hidden], float32, for the head of every exit of `plan`.
 
-    W, b minimise the sum over tokens of |W x + b - y|^2 / |y|^2 + r |W - I|^2, x [hidden] the state behind the layer, y
-    that behind the last layer which runs, both before the final norm; r of `RIDGES` is the best on every fourth
-    sequence. Relative, because a norm follows. The first token and attention sinks (`SINK`) do not count.
+    W, b minimise the sum over tokens of |W x + b - y|^2 / |y|^2 + r |W - I|^2, x [hidden] the state at the exit, y that
+    behind the last step of the plan, both before the final norm; r of `RIDGES` is the best on every fourth sequence.
+    Relative, because a norm follows. The first token of a sequence and attention sinks (`SINK`) do not count.
+    `weights`: what else the plan names.
     Source: Yom Din et al. 2023 (arXiv 2303.09435, linear shortcuts), the closed form of the tuned lens (Belrose et al.
     2023, arXiv 2303.08112), which is trained on the KL instead. How we differ: the ridge draws towards the identity,
-    which is no lens at all. Works under a running plan. Cost: one pass without the head, and for each exit two matrices
-    [hidden, hidden] in float64. Raises U622 for layers that do not run or that come last, U554 when no token counts.
+    which is no lens at all. Cost: one pass without the head, and for each exit four matrices [hidden, hidden] in
+    float64. Raises U622 for several residual streams, U554 when no token counts, P13x for exits that cannot be decided.
     """
     hidden = inspect(model).stack("decoder").hidden
-    states: dict[int, torch.Tensor] = {}
-    last: list[int] = []
-    sums: dict[int, tuple[Normal, Normal]] = {}
-    done, mask_now = 0, None
-
-    def watch(index: int, _: torch.Tensor, out: torch.Tensor) -> None:
-        states[index] = out
-        last[:] = [index]
-
-    def settle() -> None:
-        nonlocal done
-        if not states:
-            return
-        _require(layers, last[0], states, hidden)
-        keep = _counted(states[last[0]], mask_now)
-        for layer in layers:
+    heads = {step.name: step.head for step in plan.steps() if isinstance(step, Exit)}
+    # the heads have no tensors yet, and the last state is read at an exit, too
+    bare = [replace(step, head="base") if isinstance(step, Exit) else step for step in plan.steps()]
+    plan = plan.with_steps((*bare, Exit(END, gate=EXIT)))
+    seen, sums, done = _Seen(plan), dict[str, tuple[Normal, Normal]](), 0
+    for ids, mask in data.batches(batch):
+        seen.states.clear()
+        with running(model, plan, weights, policy=seen), evaluating(model):
+            forward_without_head(model, ids, mask)
+        final = seen.states.pop(END)
+        if final.dim() != 3 or final.shape[-1] != hidden:
+            raise UsageError(
+                f"{type(model).__name__} hands on several residual streams, for which there is no lens; take exits "
+                "with the model's own head",
+                code="U622",
+            )
+        keep = _counted(final, mask)
+        for name, state in seen.states.items():
+            pair = sums.setdefault(heads[name], (_normal(state), _normal(state)))
             for row in range(len(keep)):
-                pair = sums.setdefault(layer, (_normal(states[layer]), _normal(states[layer])))
                 held = len(data) >= HELD and (done + row) % HELD == HELD - 1
-                _add(pair[held], states[layer][row][keep[row]], states[last[0]][row][keep[row]])
+                _add(pair[held], state[row][keep[row]], final[row][keep[row]])
         done += len(keep)
-        states.clear()
         if progress is not None:
             progress(done, len(data), "fitting lenses")
-
-    def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        nonlocal mask_now
-        settle()
-        mask_now = mask
-
-    with evaluating(model):
-        observe(model, data.batches(batch), watch, before=before)
-        settle()
-    weights: dict[str, torch.Tensor] = {}
-    for layer, (fitted, held) in sums.items():
+    found: dict[str, torch.Tensor] = {}
+    for head, (fitted, held_back) in sums.items():
         nothing = torch.eye(hidden, hidden + 1, dtype=torch.float64, device=fitted.xx.device)
-        _, found, _ = best_ridge(fitted, held, bias=False, towards=nothing)
-        weights[f"{name}-{layer}.lens"] = found[:, :-1].float().cpu().contiguous()
-        weights[f"{name}-{layer}.lens_bias"] = found[:, -1].float().cpu().contiguous()
-    return weights
+        _, solved, _ = best_ridge(fitted, held_back, bias=False, towards=nothing)
+        found[f"{head}.lens"] = solved[:, :-1].float().cpu().contiguous()
+        found[f"{head}.lens_bias"] = solved[:, -1].float().cpu().contiguous()
+    return found
 
 
-def _require(layers: Sequence[int], last: int, states: dict[int, torch.Tensor], hidden: int) -> None:
-    for layer in layers:
-        if layer not in states or layer == last:
-            ran = "comes last, where the head reads anyway" if layer == last else "does not run"
-            raise UsageError(f"layer {layer} {ran}; name earlier layers of the plan for exits with a lens", code="U622")
-    if states[last].shape[-1] != hidden:
-        raise UsageError(
-            f"the layers hand on several residual streams of {hidden}, for which there is no lens; leave it out",
-            code="U622",
-        )
+class _Seen(Policy):
+    """Nobody leaves; the state at every exit is kept."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.states: dict[str, torch.Tensor] = {}
+
+    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
+        self.states[stop.name] = sight.hidden
+        return False
 
 
 def _counted(final: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
