@@ -10,8 +10,8 @@ from shoal.plan import Run, Spec
 from shoal.run.speculate.chooser import Chooser
 from shoal.run.speculate.scene import Scene
 
-LEAST = 4
-"""Tokens that must have been seen before anything is drafted."""
+REST = 8
+"""Tokens between two looks while nothing is worth drafting: a look costs a call of the head."""
 
 
 def dynamic_exit(*, spec: Spec, places: int = 8, decay: float = 0.95, length: int = 8) -> Chooser:
@@ -20,7 +20,8 @@ def dynamic_exit(*, spec: Spec, places: int = 8, decay: float = 0.95, length: in
     tpl(E, d) = (1 - a^(d+1)) / (1 - a) / (d (E + h) + L + h), a = a[E] the share of the tokens written so far that the
     exit E would have drafted, a token counting `decay` times as much as the next one, L the depth, h what the head
     costs in layers (by FLOPs). The states of each verification tell a[E] for all exits at once; only norm and head run
-    for it. E: every `places`-th part of the depth; d: 0 to `length`, 0 meaning that this round is plain decoding.
+    for it. E: every `places`-th part of the depth; d: 0 to `length`, 0 meaning plain decoding until the next look, 8
+    tokens on.
 
     DEL (Zarch et al., COLM 2025, 2504.05598), rule and decay from its abstract and memory. We differ: the head counts
     (there layers alone do), not drafting is a choice, and drafts end by the `confidence` of every other draft.
@@ -45,21 +46,25 @@ class _DynamicExit(Chooser):
     most: int | None = 0
     hits: list[float] = field(default_factory=list)
     seen: float = 0.0
-    tokens: int = 0
+    looked: int = 0
 
     def begin(self, spec: Spec) -> tuple[Run, ...]:
         """Plain decoding until something is known of this text."""
-        self.hits, self.seen, self.tokens, self.most = [0.0] * len(self.exits), 0.0, 0, 0
+        self.hits, self.seen, self.looked, self.most = [0.0] * len(self.exits), 0.0, 0, 0
         return _exit(self.exits[0])
 
     def again(self, scene: Scene) -> tuple[Run, ...] | None:
         """The exit for the coming round."""
-        found = scene.watched([one - 1 for one in self.exits])
-        for token in [] if found is None else found.T.tolist():
-            self.tokens, self.seen = self.tokens + 1, self.decay * self.seen + 1
-            self.hits = [self.decay * old + new for old, new in zip(self.hits, token, strict=True)]
-        if self.tokens < LEAST:
+        self.looked = self.looked or scene.length
+        if not self.most and scene.length - self.looked < REST:
             return None
+        self.looked = scene.length
+        found = scene.watched([one - 1 for one in self.exits])
+        if found is None:
+            return None
+        for token in found.T.tolist():
+            self.seen = self.decay * self.seen + 1
+            self.hits = [self.decay * old + new for old, new in zip(self.hits, token, strict=True)]
         layers = scene.stage.spec.stack("decoder").layers
         head = scene.stage.spec.head_flops / max(1.0, sum(layer.flops for layer in layers) / len(layers))
         shares = [hit / self.seen for hit in self.hits]
