@@ -25,7 +25,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
 class Looking(Chooser):
     """Drafts by the first `layers` layers and writes down what is watched."""
 
-    watches = True
+    watches = (0, 1, 2)
 
     def __init__(self, layers: int, most: int | None) -> None:
         self.layers, self.most = layers, most
@@ -35,7 +35,7 @@ class Looking(Chooser):
         return tuple(Run(i) for i in range(self.layers))
 
     def again(self, scene: Scene) -> None:
-        if (found := scene.watched([0, 1, 2])) is not None:
+        if (found := scene.watched()) is not None:
             self.found.append(found)
 
 

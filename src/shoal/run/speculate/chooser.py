@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 class Chooser:
     """Chooses the layers of the draft, once or anew before a round."""
 
-    watches: ClassVar[bool] = False
-    """Whether the scene is to remember what came out of each layer (`Scene.watched`)."""
+    watches: Sequence[int] = ()
+    """Layers whose outputs the scene is to remember (`Scene.watched`)."""
     most: int | None = None
     """Tokens to draft at most in the coming round, 0 for none at all; None: as many as the user allows."""
 

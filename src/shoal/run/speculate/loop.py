@@ -50,7 +50,7 @@ class Loop:
         self.stats: Stats = meter.stats
         self.ready: Ready | None = None
         self.done = False
-        self.watch = Watch(stage.stack) if chooser is not None and chooser.watches else None
+        self.watch = Watch(stage.stack, chooser.watches) if chooser is not None and chooser.watches else None
 
     def run(self, ids: torch.Tensor, prefill: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Cache]:
         """From the prompt [1, length] to the whole text; `prefill()` gives the stock prefill's output."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,19 +36,19 @@ class Scene:
         """Single layers, to be tried on states of the last token."""
         return Bench(self.stage, self.feed, self.cache, self.ids)
 
-    def watched(self, layers: Sequence[int]) -> torch.Tensor | None:
-        """For each token written since this was last asked, the newest last, and for each of `layers`: is it what final
-        norm and head make of the state behind that layer? bool [layers, tokens], of at most 16 tokens; None for none.
+    def watched(self) -> torch.Tensor | None:
+        """For each token written since this was last asked, the newest last, and each layer that the chooser `watches`:
+        is it what final norm and head make of the state behind it? bool [layers, tokens], of at most 8 tokens; None
+        for none.
 
-        The states are those of the verification, so this costs no layer, one call of the head for all. Only for a
-        chooser that `watches`.
+        The states are those of the verification, so this costs no layer, one call of the head for all.
         """
         states = None if self.watch is None else self.watch.take()
         if states is None:
             return None
-        said = self.stage.readout(torch.cat([states[layer] for layer in layers], -2)).argmax(-1)[0]
+        said = self.stage.readout(torch.cat(states, -2)).argmax(-1)[0]
         wrote = self.ids[0, -states[0].shape[-2] :]
-        return said.view(len(layers), -1) == wrote
+        return said.view(len(states), -1) == wrote
 
     def snapshot(self) -> Cache:
         """The cache as it is now; it stays so."""

@@ -1,8 +1,8 @@
-"""What came out of every layer while the base model judged."""
+"""What came out of some layers while the base model judged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,35 +10,35 @@ from torch import nn
 
 from shoal.models.stacks import Stack
 
-MOST = 16
+MOST = 8
 """Tokens whose states are kept until somebody asks."""
 
 
 class Watch:
-    """`with watch:` hooks on every layer keep its outputs; `settle` says which of them belong to the text.
+    """`with watch:` hooks on `layers` keep their outputs; `settle` says which of them belong to the text.
 
     In a round a shared layer sees the drafted tokens one by one and never again; any other is last called for the
     verification. Either way its newest outputs are those of the tokens that were judged, in their order.
     """
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-        self._round: list[list[torch.Tensor]] = [[] for _ in range(stack.depth)]
+    def __init__(self, stack: Stack, layers: Sequence[int]) -> None:
+        self.stack, self.layers = stack, layers
+        self._round: list[list[torch.Tensor]] = [[] for _ in layers]
         self._kept: list[torch.Tensor] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> Watch:
-        for index in range(self.stack.depth):
-            self._handles.append(self.stack.layer(index).register_forward_hook(self._hook(index)))
+        for place, layer in enumerate(self.layers):
+            self._handles.append(self.stack.layer(layer).register_forward_hook(self._hook(place)))
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def _hook(self, index: int) -> Callable[..., None]:
+    def _hook(self, place: int) -> Callable[..., None]:
         def seen(_: nn.Module, __: Any, out: Any) -> None:
-            self._round[index].append(out[0] if isinstance(out, tuple | list) else out)
+            self._round[place].append(out[0] if isinstance(out, tuple | list) else out)
 
         return seen
 
@@ -51,6 +51,6 @@ class Watch:
             found.clear()
 
     def take(self) -> list[torch.Tensor] | None:
-        """By layer, [..., 1, tokens, hidden]: states behind it at the tokens settled since the last call."""
+        """For each layer [..., 1, tokens, hidden]: states behind it at the tokens settled since the last call."""
         states, self._kept = self._kept, []
         return states or None

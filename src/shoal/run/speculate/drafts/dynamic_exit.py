@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from shoal.errors import UsageError
 from shoal.plan import Run, Spec
 from shoal.run.speculate.chooser import Chooser
 from shoal.run.speculate.scene import Scene
 
-REST = 8
-"""Tokens between two looks while nothing is worth drafting: a look costs a call of the head."""
+REST = 8, 64
+"""Tokens between two looks while nothing is worth drafting, at first and at most: a look costs a call of the head."""
 
 
 def dynamic_exit(*, spec: Spec, places: int = 8, decay: float = 0.95, length: int = 8) -> Chooser:
@@ -21,7 +20,7 @@ def dynamic_exit(*, spec: Spec, places: int = 8, decay: float = 0.95, length: in
     exit E would have drafted, a token counting `decay` times as much as the next one, L the depth, h what the head
     costs in layers (by FLOPs). The states of each verification tell a[E] for all exits at once; only norm and head run
     for it. E: every `places`-th part of the depth; d: 0 to `length`, 0 meaning plain decoding until the next look, 8
-    tokens on.
+    tokens on, then 16, up to 64; a look sees the last 8 tokens.
 
     DEL (Zarch et al., COLM 2025, 2504.05598), rule and decay from its abstract and memory. We differ: the head counts
     (there layers alone do), not drafting is a choice, and drafts end by the `confidence` of every other draft.
@@ -39,7 +38,6 @@ def dynamic_exit(*, spec: Spec, places: int = 8, decay: float = 0.95, length: in
 
 @dataclass
 class _DynamicExit(Chooser):
-    watches: ClassVar[bool] = True
     exits: list[int]
     decay: float
     length: int
@@ -47,19 +45,23 @@ class _DynamicExit(Chooser):
     hits: list[float] = field(default_factory=list)
     seen: float = 0.0
     looked: int = 0
+    rest: int = REST[0]
+
+    def __post_init__(self) -> None:
+        self.watches = [layers - 1 for layers in self.exits]
 
     def begin(self, spec: Spec) -> tuple[Run, ...]:
         """Plain decoding until something is known of this text."""
-        self.hits, self.seen, self.looked, self.most = [0.0] * len(self.exits), 0.0, 0, 0
+        self.hits, self.seen, self.looked, self.most, self.rest = [0.0] * len(self.exits), 0.0, 0, 0, REST[0]
         return _exit(self.exits[0])
 
     def again(self, scene: Scene) -> tuple[Run, ...] | None:
         """The exit for the coming round."""
         self.looked = self.looked or scene.length
-        if not self.most and scene.length - self.looked < REST:
+        if not self.most and scene.length - self.looked < self.rest:
             return None
         self.looked = scene.length
-        found = scene.watched([one - 1 for one in self.exits])
+        found = scene.watched()
         if found is None:
             return None
         for token in found.T.tolist():
@@ -69,6 +71,7 @@ class _DynamicExit(Chooser):
         head = scene.stage.spec.head_flops / max(1.0, sum(layer.flops for layer in layers) / len(layers))
         shares = [hit / self.seen for hit in self.hits]
         chosen, self.most = _worth_most(self.exits, shares, self.length, len(layers), head)
+        self.rest = REST[0] if self.most else min(REST[1], 2 * self.rest)
         return _exit(chosen)
 
 
