@@ -20,7 +20,7 @@ import torch
 from _common import PRUNED, Timed, compared, finish, opened, options, paired, say, times
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from shoal.evaluation.decoding import Stepper, random_tokens
+from shoal.evaluation.decoding import GREEDY, Stepper, random_tokens
 from shoal.evaluation.scoring import evaluating
 from shoal.evaluation.token_clock import TokenClock
 from shoal.models.inspect import inspect
@@ -107,9 +107,7 @@ def _now(device: torch.device) -> Timed:
 
 
 def _greedy(ids: torch.Tensor, new: int) -> dict[str, Any]:
-    free = {"temperature": None, "top_p": None, "top_k": None}
-    mask = torch.ones_like(ids)
-    return {"attention_mask": mask, "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **free}
+    return GREEDY | {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "min_new_tokens": new}
 
 
 def _same(model: Any, live: Callable[[], Any], fast: FastDecoder, ids: torch.Tensor, new: int) -> bool:

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from shoal.api.prompts import BUILTIN, encoded
 from shoal.api.speculate import tune_draft
+from shoal.evaluation.decoding import GREEDY
 from shoal.models.stacks import find_stack
 from shoal.plan import Run
 from shoal.run.speculate.drafts.lookup import lookup
@@ -38,7 +39,6 @@ SHAPES = {
     "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24},
 }
 """Those of Llama 3.2; both have 8 key and value heads and an mlp of 8192."""
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def main() -> int:

@@ -216,6 +216,7 @@ def test_the_verb_and_what_is_calibrated_on_it(model: str, tmp_path: Path) -> No
 def test_a_classifier_by_the_same_verb(model: str) -> None:  # noqa: F811
     said = shoal("fit-exits", model, "--what", "adainfer", "--policy", "exit:layers=1-3", "--limit", "20", "--json")
     assert json.loads(said)["policy"].startswith("adainfer:gap=")
+    assert "U626" in shoal("fit-exits", model, "--what", "adainfer", "--output", "x", code=1)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +224,8 @@ def test_a_classifier_by_the_same_verb(model: str) -> None:  # noqa: F811
     [
         ({"policy": "skip:late=1"}, "U603"),
         ({"policy": "exit:confidence=0.5"}, "U603"),
+        ({"limit": 1}, "U625"),
+        ({"length": 2}, "D471"),
         ({"what": "adainfer", "plan": "0-1,3"}, "U621"),
     ],
 )

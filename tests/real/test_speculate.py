@@ -49,7 +49,7 @@ def test_the_command_line_drafts_and_says_so() -> None:
     [
         (["--speculate", "exit:40"], "U610"),
         (["--speculate", "exit:8", "--plan", "0-20"], "U620"),
-        (["--speculate", "exit:8", "--policy", "exit:at=20"], "U620"),
+        (["--speculate", "exit:8", "--policy", "exit:after=20"], "U620"),
     ],
 )
 def test_the_command_line_refuses_by_name(words: list[str], code: str) -> None:

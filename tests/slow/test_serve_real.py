@@ -68,7 +68,7 @@ def test_a_day_of_a_server(way: str) -> None:
         before = _resident(pid)
         for _ in range(3):
             _crowd(client, own)
-            _leave(client, address, own)
+            _leave(client, own)
             _mistakes(client, address, own)
         # three rounds of 64 requests leave nothing behind that grows with them
         assert _resident(pid) < before + 64
@@ -95,7 +95,7 @@ def _crowd(client: openai.OpenAI, own: dict[str, Any]) -> None:
     assert told["answered"] >= 9  # one at work, eight in the line; more where one ended before the last had asked
 
 
-def _leave(client: openai.OpenAI, address: str, own: dict[str, Any]) -> None:
+def _leave(client: openai.OpenAI, own: dict[str, Any]) -> None:
     """A client that closes its stream frees the model at once."""
     stream = client.chat.completions.create(**own | {"max_tokens": 1000}, stream=True)
     next(iter(stream))

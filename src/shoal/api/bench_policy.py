@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from shoal.api.assess import Source, opened, planned
-from shoal.api.prompts import BUILTIN, encoded
+from shoal.api.prompts import encoded, texts_of
 from shoal.errors import UsageError
+from shoal.evaluation.decoding import GREEDY
 from shoal.evaluation.scoring import Progress, evaluating
 from shoal.evaluation.stats import Spread
 from shoal.evaluation.token_clock import TokenClock
@@ -25,7 +26,6 @@ from shoal.run.place import ungated
 from shoal.run.weights import Tensors
 
 Side = Callable[[], AbstractContextManager[Any]]
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def bench_policy(
     require_causal(model, "bench")
     base = Plan.identity(inspect(model))
     chosen = parse_plan(plan, base) if isinstance(plan, str) else plan or base
-    texts = list(prompts) if prompts is not None else [text for kind in BUILTIN.values() for text in kind]
-    tasks = [encoded(loaded, text, chat) for text in texts]
+    tasks = [encoded(loaded, text, chat) for text in texts_of(prompts)]
     without = ungated(chosen)
     sides: dict[str, Side] = {
         "whole": planned(model, None if without == base else without, weights),

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from shoal.api.assess import Source, opened, text_of
 from shoal.api.exit_options import exit_options
 from shoal.data import Data
 from shoal.errors import UsageError
-from shoal.evaluation.exits import Features, record_exits
+from shoal.evaluation.exits import Features, record_exits, require_length
 from shoal.evaluation.risk import sequence_means
 from shoal.evaluation.scoring import Progress
 from shoal.fitting.exits import ExitFit, fit_adainfer
@@ -77,9 +77,14 @@ def fit_exits(
     back holds the exits; written with `save_planned`, it runs by `--plan FOLDER --policy exit:confidence=0.9`, and
     `shoal calibrate --plan FOLDER --policy exit:by=probe` chooses its thresholds. `options` go to `shoal.load`. Raises
     U603 for another policy, U621 for a plan that has exits already or a classifier beside a plan, U622 for several
-    residual streams, D414 for labels that are all the same.
+    residual streams, U625 and D471 for too little text, D414 for labels that are all the same.
     """
     asked = exit_options(policy)
+    require_length(length, FIRST)
+    if limit < 2:
+        raise UsageError(
+            f"{limit} sequences leave none to judge by; give --limit 2, and better 200, or more", code="U625"
+        )
     loaded = opened(source, **options)
     require_causal(loaded.model, "fit-exits")
     spec = inspect(loaded.model)
@@ -138,5 +143,4 @@ def _ranked(signal: np.ndarray, right: np.ndarray) -> float | None:
     count = int(right.sum())
     if not 0 < count < len(right):
         return None
-    ranks = rankdata(signal)[right].sum()
-    return float((ranks - count * (count + 1) / 2) / (count * (len(right) - count)))
+    return float(mannwhitneyu(signal[right], signal[~right]).statistic / (count * (len(right) - count)))

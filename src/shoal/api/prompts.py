@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +37,11 @@ BUILTIN = {
     ),
 }
 """Kind of prompt -> prompts: code, dialogue, summary."""
+
+
+def texts_of(prompts: Sequence[str] | None) -> list[str]:
+    """The prompts, or those that come along."""
+    return list(prompts) if prompts is not None else [text for kind in BUILTIN.values() for text in kind]
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from shoal.api.prompts import BUILTIN, encoded
+from shoal.api.prompts import encoded, texts_of
 from shoal.errors import UsageError
 from shoal.evaluation import Progress
+from shoal.evaluation.decoding import GREEDY
 from shoal.evaluation.scoring import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
@@ -95,7 +96,7 @@ def tune_draft(
     """
     require_causal(loaded.model, "tune-draft")
     start = now(loaded.model.device)
-    texts = list(prompts) if prompts is not None else [text for kind in BUILTIN.values() for text in kind]
+    texts = texts_of(prompts)
     tell = progress or (lambda *_: None)
     model = loaded.model
     with evaluating(model), torch.no_grad():
@@ -130,7 +131,7 @@ def _finalists(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 
 def _greedy(new: int) -> dict[str, Any]:
-    return {"max_new_tokens": new, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return GREEDY | {"max_new_tokens": new}
 
 
 def _written(

@@ -43,7 +43,9 @@ def bench(
         Path | None,
         typer.Option("--prompts", help="With --policy: a prompt in each line, or .jsonl (default: six built in)."),
     ] = None,
-    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
+    prompt: Annotated[
+        int, typer.Option("--prompt", min=1, help="Tokens of the prompt (random ones, without --policy).")
+    ] = 512,
     new: Annotated[int, typer.Option("--new", min=1, help="Tokens to decode.")] = 32,
     pairs: Annotated[int, typer.Option("--pairs", min=1, help="Rounds; in each both sides run once.")] = 5,
     batch: Batch = 1,

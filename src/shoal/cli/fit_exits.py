@@ -29,6 +29,7 @@ from shoal.cli._shared import (
     progress_bars,
     table,
 )  # fmt: skip
+from shoal.errors import UsageError
 
 
 def fit_exits(
@@ -61,6 +62,11 @@ def fit_exits(
     if dry_run:
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
+    if what == "adainfer" and output is not None:
+        raise UsageError(
+            "the classifier of adainfer is one line, which is printed and given to --policy; leave out --output",
+            code="U626",
+        )
     from shoal.api.fit_exits import Lensed
     from shoal.api.fit_exits import fit_exits as run
     from shoal.run.weights import save_planned

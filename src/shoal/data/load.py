@@ -43,7 +43,7 @@ class Data:
 
     def only(self, rows: Sequence[int]) -> Data:
         """These windows in this order."""
-        at = torch.as_tensor(rows)
+        at = torch.tensor(list(rows), dtype=torch.long)
         return replace(self, ids=self.ids[at], mask=None if self.mask is None else self.mask[at])
 
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
