@@ -110,13 +110,15 @@ class Heads:
 
     def lens(self, head: str, hidden: torch.Tensor) -> torch.Tensor:
         """The state that final norm and head read at an exit with this head."""
-        lens, bias = self.weights.get(f"{head}.lens"), self.weights.get(f"{head}.lens_bias")
+        # the layers of one model may be on several devices
+        found = (self.weights.get(f"{head}.{part}") for part in ("lens", "lens_bias"))
+        lens, bias = (None if one is None else one.to(hidden.device) for one in found)
         return hidden if lens is None else nn.functional.linear(hidden, lens, bias)
 
     def probe(self, head: str, hidden: torch.Tensor) -> torch.Tensor:
         """sigmoid(w . x / rms(x) + b), [batch, tokens], float32."""
-        weight, bias = self.weights[f"{head}.probe"], self.weights[f"{head}.probe_bias"]
-        return (scaled(hidden) @ weight.float() + bias.float()).sigmoid()
+        weight, bias = (self.weights[f"{head}.{part}"].to(hidden.device).float() for part in ("probe", "probe_bias"))
+        return (scaled(hidden) @ weight + bias).sigmoid()
 
     def owned(self, head: str) -> bool:
         """Whether a head's own matrix is given."""
