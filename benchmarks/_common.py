@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from shoal.executing.timing import now
 from shoal.models.compat import hide_own_bars
 from shoal.models.load import Loaded, load
 from shoal.record import environment
-from shoal.run.timing import now
 
 PRUNED = "0-11,15-16,18-24,27-29"
 """The 24-layer plan of the 30-layer built-in model."""

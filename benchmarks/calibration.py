@@ -26,6 +26,7 @@ from _common import say
 
 from shoal.api.promise import Settings, promise
 from shoal.data import load_data
+from shoal.deciding.deciding import make_policy
 from shoal.evaluation.exit_search import Target, losses, parse_target, replay
 from shoal.evaluation.exits import Features, load_features, record_exits
 from shoal.fitting.lens import fit_lenses
@@ -35,7 +36,6 @@ from shoal.models.inspect import inspect
 from shoal.models.load import load
 from shoal.plan import Plan
 from shoal.record import environment
-from shoal.run.deciding import make_policy
 
 SHARE = 0.95
 """Of the resamplings in which a promise must hold; meant for a delta of at most 0.1."""

@@ -21,9 +21,9 @@ from _common import PRUNED, Timed, compared, finish, opened, options, paired, sa
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoal.evaluation.decoding import Stepper, random_tokens
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan
-from shoal.run.live import running
 from shoal.writing.surgery import rewrite
 
 TARGET = {"identity_overhead": 0.02}

@@ -20,14 +20,14 @@ import torch
 from _common import PRUNED, Timed, compared, finish, opened, options, paired, say, times
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from shoal.decoding.fast import FastDecoder
 from shoal.evaluation.decoding import GREEDY, Stepper, random_tokens
 from shoal.evaluation.scoring import evaluating
 from shoal.evaluation.token_clock import TokenClock
+from shoal.executing.live import running
+from shoal.executing.timing import now
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop, parse_plan
-from shoal.run.fast import FastDecoder
-from shoal.run.live import running
-from shoal.run.timing import now
 
 TARGET = {"dense_ratio": 1 / 1.3}
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.cache_utils import Cache
 
+from shoal.executing.slots import KeysValues, PassingCache, fit_rows, slot_view
 from shoal.models.depth import permuted_config
 from shoal.models.inspect import inspect
 from shoal.models.parts import without
@@ -26,7 +27,6 @@ from shoal.models.stacks import Stack, find_stack, unwrap
 from shoal.plan import Map, Parallel, Plan, Run, parse_plan, require
 from shoal.plan import Step as PlanStep
 from shoal.plan.steps import layers_of, runs, writes_kv
-from shoal.run.slots import KeysValues, PassingCache, fit_rows, slot_view
 
 
 class PlannedLayers(nn.ModuleList):
@@ -124,7 +124,7 @@ class Step:
 
 @contextmanager
 def bank(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
-    """Run `plan` on `model` inside the context, like `shoal.run.live.running`. Raises W206 besides P1xx."""
+    """Run `plan` on `model` inside the context, like `shoal.executing.live.running`. Raises W206 besides P1xx."""
     inner = unwrap(model)
     spec, stack = inspect(inner), find_stack(inner)
     if isinstance(plan, str):

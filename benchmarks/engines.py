@@ -26,8 +26,8 @@ from tests.contract.matrix import Cell, Engine, Outcome, run_all
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from shoal.executing.live import running
 from shoal.record import environment
-from shoal.run.live import running
 
 ENGINES: dict[str, Engine] = {"conductor": running, "bank": bank}
 IDS = torch.arange(3, 12).reshape(1, 9)

@@ -29,9 +29,9 @@ from shoal.api.speculate import tune_draft
 from shoal.evaluation.decoding import GREEDY
 from shoal.models.stacks import find_stack
 from shoal.plan import Run
-from shoal.run.speculate.drafts.lookup import lookup
-from shoal.run.speculate.foresee import Foresight, Setting, Told, foreseen
-from shoal.run.speculate.speculator import Speculator
+from shoal.speculating.drafts.lookup import lookup
+from shoal.speculating.foresee import Foresight, Setting, Told, foreseen
+from shoal.speculating.speculator import Speculator
 
 TARGET = {"time_ratio": 1 / 1.3, "different_texts": 0}
 SHAPES = {

@@ -16,13 +16,13 @@ from _common import PRUNED, opened, options, say
 
 from shoal.data import Data, load_data
 from shoal.evaluation import perplexity
+from shoal.executing.live import running
 from shoal.fitting.result import Job
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, drop, parse_plan
 from shoal.record import environment
 from shoal.registry import get
-from shoal.run.live import running
 
 
 def main() -> None:

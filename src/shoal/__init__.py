@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from shoal.api.measuring import measure
     from shoal.data import load_data
     from shoal.errors import ShoalError
+    from shoal.executing.live import apply, running
     from shoal.models.load import load
     from shoal.plan import Plan, Spec, check, cost, diff, load_plan, parse_plan, save_plan
-    from shoal.run.live import apply, running
     from shoal.writing.folder import verify, write
     from shoal.writing.surgery import rewrite
 
@@ -23,7 +23,7 @@ _HOMES = {
     "Plan": "shoal.plan",
     "ShoalError": "shoal.errors",
     "Spec": "shoal.plan",
-    "apply": "shoal.run.live",
+    "apply": "shoal.executing.live",
     "bench": "shoal.api.assess",
     "check": "shoal.plan",
     "cost": "shoal.plan",
@@ -39,7 +39,7 @@ _HOMES = {
     "parse_plan": "shoal.plan",
     "prune": "shoal.api.find",
     "rewrite": "shoal.writing.surgery",
-    "running": "shoal.run.live",
+    "running": "shoal.executing.live",
     "save_plan": "shoal.plan",
     "show": "shoal.api.look",
     "verify": "shoal.writing.folder",

@@ -37,7 +37,7 @@ _ONE: dict[Kind, str] = {
     "drafts": "draft",
 }
 
-_HOMES: dict[Kind, str] = {"policies": "shoal.run.policies", "drafts": "shoal.run.speculate.drafts"}
+_HOMES: dict[Kind, str] = {"policies": "shoal.deciding.policies", "drafts": "shoal.speculating.drafts"}
 """Where the files of a kind are, for those that are not in a room of that name."""
 
 HARNESS = frozenset(

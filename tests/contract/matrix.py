@@ -15,9 +15,9 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from shoal.errors import ShoalError
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Spec
-from shoal.run.live import running
 
 from .families import DEPTH, FAMILIES, VOCAB, tiny
 from .references import by_hand, shared_kv, silenced

@@ -12,13 +12,13 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
+from shoal.deciding.gates import Decision, Moment, Policy, Sight
+from shoal.deciding.kv_rules import kinds_of
+from shoal.deciding.place import with_exits, with_gates
 from shoal.models.inspect import inspect
 from shoal.models.probe import probe
 from shoal.models.stacks import find_stack
 from shoal.plan import Exit, Plan, Run
-from shoal.run.gates import Decision, Moment, Policy, Sight
-from shoal.run.kv_rules import kinds_of
-from shoal.run.place import with_exits, with_gates
 
 from .families import DEPTH, VOCAB, tiny
 from .references import Batch, by_hand, silenced

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx2 as httpx
 
+from shoal.decoding.listening import OnTokens
 from shoal.models.load import Loaded
-from shoal.run.listening import OnTokens
 from shoal.serve.app import Service
 from shoal.serve.generating import Ask, Generate, Prepare, Ran, under_plan
 from shoal.serve.limits import Limits

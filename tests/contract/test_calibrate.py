@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from shoal.data import Data, DataInfo
+from shoal.deciding.deciding import make_policy
+from shoal.deciding.policies.calibrated import Calibrated
+from shoal.deciding.policy_file import Level, load_policy
 from shoal.errors import ShoalError
 from shoal.evaluation.exit_search import Target, losses, replay, search_path
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan
 from shoal.report.depth import render_depth
-from shoal.run.deciding import make_policy
-from shoal.run.live import running
-from shoal.run.policies.calibrated import Calibrated
-from shoal.run.policy_file import Level, load_policy
 
 from .families import VOCAB, tiny
 from .test_api import folder  # noqa: F401

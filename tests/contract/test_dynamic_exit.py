@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, Run, Spec, keep
-from shoal.run.live import running
-from shoal.run.speculate.chooser import Chooser
-from shoal.run.speculate.drafts.dynamic_exit import _worth_most
-from shoal.run.speculate.parse import Recipe
-from shoal.run.speculate.scene import Scene
-from shoal.run.speculate.speculator import Speculator
+from shoal.speculating.chooser import Chooser
+from shoal.speculating.drafts.dynamic_exit import _worth_most
+from shoal.speculating.parse import Recipe
+from shoal.speculating.scene import Scene
+from shoal.speculating.speculator import Speculator
 
 from .drafting import FAMILIES, prompt, weak
 

@@ -16,11 +16,11 @@ from shoal.api.journal import Journaled, journaled
 from shoal.evaluation.plan_loss import Memo, PlanLoss
 from shoal.evaluation.race import race
 from shoal.evaluation.scoring import sequence_nll
+from shoal.executing.live import running
+from shoal.executing.prefix import prefixes, shared
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, drop, parse_plan
-from shoal.run.live import running
-from shoal.run.prefix import prefixes, shared
-from shoal.run.states import States
+from shoal.recording.states import States
 from shoal.search.greedy import greedy
 
 from .families import DEPTH, FAMILIES, tiny

@@ -16,10 +16,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from shoal.decoding.fast import FastDecoder
+from shoal.decoding.fast_legal import refuse_difference
 from shoal.errors import PlanError, UsageError
-from shoal.run.fast import FastDecoder
-from shoal.run.fast_legal import refuse_difference
-from shoal.run.live import running
+from shoal.executing.live import running
 
 from .families import tiny
 

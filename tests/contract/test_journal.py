@@ -15,9 +15,9 @@ from shoal.api.journal import journaled, kept, mean_nll
 from shoal.errors import DataError
 from shoal.evaluation import perplexity
 from shoal.evaluation.plan_loss import Memo, PlanLoss
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop
-from shoal.run.live import running
 from shoal.search.greedy import greedy
 
 from .families import tiny

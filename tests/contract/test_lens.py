@@ -12,7 +12,11 @@ import torch
 
 from shoal.api.fit_exits import Lensed, fit_exits
 from shoal.data import Data, DataInfo
+from shoal.deciding.deciding import make_policy
+from shoal.deciding.place import exits_of
 from shoal.errors import ShoalError
+from shoal.executing.live import running
+from shoal.executing.weights import load_weights, save_planned
 from shoal.fitting.lens import SINK, fit_lenses
 from shoal.fitting.normal import RIDGES
 from shoal.fitting.probe import _probe
@@ -20,10 +24,6 @@ from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, parse_plan
-from shoal.run.deciding import make_policy
-from shoal.run.live import running
-from shoal.run.place import exits_of
-from shoal.run.weights import load_weights, save_planned
 
 from .families import VOCAB, tiny
 from .test_api import folder  # noqa: F401

@@ -18,10 +18,10 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from shoal.errors import PlanError
+from shoal.executing.live import apply, running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, parse_plan
-from shoal.run.live import apply, running
 from shoal.writing.surgery import rewrite
 
 from .families import VOCAB, tiny

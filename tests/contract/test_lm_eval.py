@@ -16,8 +16,8 @@ from shoal.api.assess import evaluate
 from shoal.api.quizzes import quiz_scores, quizzes
 from shoal.errors import DataError, UsageError
 from shoal.evaluation import lm_eval as lm_eval_module
+from shoal.executing.live import running
 from shoal.models.load import Loaded, load
-from shoal.run.live import running
 
 from .test_api import model_folder
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.run import conductor
+from shoal.executing import conductor
 
 from .families import FAMILIES
 from .matrix import ATTENTIONS, BATCHES, CACHES, KINDS, Outcome, cells, markdown, run_cell

@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation import sequence_nll
+from shoal.executing.live import running
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
 from shoal.measures.loss_removed import loss_removed
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, drop
+from shoal.recording.observe import observe
 from shoal.registry import Entry, entries
-from shoal.run.live import running
-from shoal.run.observe import observe
 from shoal.scores import Traits
 from shoal.writing.surgery import rewrite
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import logits_of
+from shoal.executing.live import running
 from shoal.measures.block_influence import block_influence
 from shoal.measures.cka import cka
 from shoal.measures.kl_removed import kl_removed
@@ -27,7 +28,6 @@ from shoal.measures.top1_removed import top1_removed
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, drop
-from shoal.run.live import running
 from shoal.writing.surgery import rewrite
 
 from .families import DEPTH, tiny

@@ -17,6 +17,7 @@ from shoal.data import Data
 from shoal.data.split import hold_out
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.tasks import load_tasks, score_tasks
+from shoal.executing.live import running
 from shoal.fitting.result import Job
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
@@ -46,7 +47,6 @@ from shoal.plan import Map, Parallel, Plan, Run, check
 from shoal.plan import drop as drop_layers
 from shoal.plan.steps import Base, runs
 from shoal.registry import Entry, entries
-from shoal.run.live import running
 from shoal.scores import Found
 from shoal.transforms.difference_sum import difference_sum
 from shoal.transforms.refit import refit

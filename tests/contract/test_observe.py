@@ -15,7 +15,7 @@ from shoal.errors import ModelError
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
 from shoal.measures.loss_removed import loss_removed
-from shoal.run.observe import observe
+from shoal.recording.observe import observe
 
 from .families import DEPTH, tiny
 from .planted import hooks_unchanged, random_data

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shoal.errors import ShoalError, UsageError, WriteError
+from shoal.executing.live import running
+from shoal.executing.weights import FILE, load_weights, save_planned
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, load_plan, parse_plan
-from shoal.run.live import running
-from shoal.run.weights import FILE, load_weights, save_planned
 from shoal.writing.folder import verify, write
 from shoal.writing.proof_child import cached, distance, uncached
 from shoal.writing.surgery import rewrite

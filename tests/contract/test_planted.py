@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from shoal.api.journal import journaled
+from shoal.executing.live import running
 from shoal.fitting.result import Job, Transformed
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, Run, drop
 from shoal.registry import get
-from shoal.run.live import running
 from shoal.search.greedy import greedy
 
 from .planted import DEEP, LINEAR, NULL, TWINS, affine_of, answers, random_data

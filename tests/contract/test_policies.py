@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from shoal.errors import ShoalError
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan
 from shoal.registry import entries
-from shoal.run.live import running
 
 from .families import DEPTH, FAMILIES, tiny
 from .policy_cells import KINDS, LENGTH, PREFILL, batch_of, expected, policy_for, stepped, whole

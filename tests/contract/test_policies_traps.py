@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from shoal.deciding.entries import COMPUTED, COPIED, HOLE, PROJECTED
+from shoal.deciding.place import with_exits, with_gates
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan
-from shoal.run.entries import COMPUTED, COPIED, HOLE, PROJECTED
-from shoal.run.live import running
-from shoal.run.place import with_exits, with_gates
 
 from .families import DEPTH, tiny
 from .policy_cells import LENGTH, Written, batch_of, expected, stepped, tables, whole

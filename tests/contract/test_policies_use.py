@@ -10,15 +10,15 @@ import torch
 from transformers import DynamicCache
 
 import shoal
+from shoal.deciding.deciding import make_policy
+from shoal.deciding.gates import Decision, Moment, Policy
+from shoal.deciding.place import with_exits, with_gates
 from shoal.errors import ShoalError
+from shoal.executing.live import apply, running
+from shoal.executing.tail import recorded
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Exit, Plan, parse_plan
-from shoal.run.deciding import make_policy
-from shoal.run.gates import Decision, Moment, Policy
-from shoal.run.live import apply, running
-from shoal.run.place import with_exits, with_gates
-from shoal.run.tail import recorded
 
 from .families import tiny
 from .kinds import kind

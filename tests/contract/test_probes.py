@@ -15,6 +15,9 @@ from shoal.api.measuring import measure
 from shoal.errors import DataError, PlanError, UsageError
 from shoal.evaluation.scoring import logits_of
 from shoal.evaluation.tasks import Item, load_tasks
+from shoal.executing.freeze import continued, frozen_above
+from shoal.executing.live import running
+from shoal.executing.tail import ending_with, recorded
 from shoal.measures.attention_similarity import attention_similarity
 from shoal.measures.kv_freeze import kv_freeze
 from shoal.measures.logit_lens import logit_lens
@@ -24,9 +27,6 @@ from shoal.measures.task_removed import _solved, task_removed
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan
-from shoal.run.freeze import continued, frozen_above
-from shoal.run.live import running
-from shoal.run.tail import ending_with, recorded
 
 from .families import DEPTH, tiny
 from .planted import data_of, hooks_unchanged, random_data
@@ -168,7 +168,7 @@ def test_a_swap_that_a_family_cannot_run_is_not_judged(monkeypatch: pytest.Monke
         if layers[0] == 1:
             raise PlanError("layer 0 must be first", code="P126")
 
-    monkeypatch.setattr("shoal.run.live.refuse_order", refuse)
+    monkeypatch.setattr("shoal.executing.live.refuse_order", refuse)
     scores = swap_curve(tiny("llama"), DATA)
     assert math.isnan(scores.values[0]) and scores.errors[0] is None and scores.values[1] > 0
     assert scores.notes == ("layer 0 was not judged: P126: layer 0 must be first",)

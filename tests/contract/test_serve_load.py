@@ -16,9 +16,9 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from shoal.decoding.listening import OnTokens
 from shoal.errors import PlanError
 from shoal.models.load import Loaded, load
-from shoal.run.listening import OnTokens
 from shoal.serve.engine import ClosedError, Engine, FullError, Job
 from shoal.serve.exchange import Events, Exchange
 from shoal.serve.generating import Ask, Ran, under_plan

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from shoal.errors import ShoalError
+from shoal.executing.live import running
 from shoal.models.stacks import find_stack
 from shoal.registry import entries
-from shoal.run.live import running
-from shoal.run.speculate.foresee import Foresight, Setting, Told, foreseen
-from shoal.run.speculate.lengths import Length
-from shoal.run.speculate.speculator import Speculator
+from shoal.speculating.foresee import Foresight, Setting, Told, foreseen
+from shoal.speculating.lengths import Length
+from shoal.speculating.speculator import Speculator
 
 from .drafting import DRAFTS, FAMILIES, prompt, weak
 from .families import tiny

@@ -12,10 +12,10 @@ from scipy.stats import chisquare
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from shoal.run.live import running
-from shoal.run.speculate import accept, loop
-from shoal.run.speculate.accept import pick, verdict
-from shoal.run.speculate.speculator import Speculator
+from shoal.executing.live import running
+from shoal.speculating import accept, loop
+from shoal.speculating.accept import pick, verdict
+from shoal.speculating.speculator import Speculator
 
 from .drafting import prompt, weak
 

@@ -19,8 +19,8 @@ from shoal.api.measuring import measure
 from shoal.cli.inspect import _text
 from shoal.data import Data, DataInfo
 from shoal.errors import ModelError, ShoalError, WriteError
+from shoal.executing.live import running
 from shoal.models.load import Loaded, inspect_source, load, meta_model
-from shoal.run.live import running
 from shoal.writing.folder import write
 from shoal.writing.lineage import original_layers
 from shoal.writing.proof import prove_many

@@ -23,15 +23,15 @@ from shoal.errors import ModelError, UsageError
 from shoal.evaluation import layer_major_loss
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import PlanLoss
+from shoal.executing.live import running
 from shoal.models import streamed as streamed_module
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load
 from shoal.models.stacks import find_stack
 from shoal.models.streamed import held, is_streamed
 from shoal.plan import Plan, drop, parse_plan
-from shoal.run.layer_major import LayerMajor
-from shoal.run.live import running
-from shoal.run.observe import observe
+from shoal.recording.layer_major import LayerMajor
+from shoal.recording.observe import observe
 from shoal.search.greedy import greedy
 
 from .families import FAMILIES, tiny
@@ -95,7 +95,7 @@ def test_layer_by_layer_makes_the_states_that_the_stock_forward_makes(
 ) -> None:
     model = tiny(family, "eager").eval()
     wanted = states(model, layer_major=False)
-    monkeypatch.setattr("shoal.run.observe.is_streamed", lambda _: True)
+    monkeypatch.setattr("shoal.recording.observe.is_streamed", lambda _: True)
     found = states(model, layer_major=True)
     assert list(found) != list(wanted) and sorted(found) == sorted(wanted)
     assert same(found, wanted)

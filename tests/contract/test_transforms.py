@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from shoal.data import Data
 from shoal.errors import ModelError, ShoalError, UsageError
+from shoal.executing.live import running
 from shoal.fitting.holes import Pair, find_holes
 from shoal.fitting.normal import Normal
 from shoal.fitting.result import Job, Transformed
@@ -21,10 +22,9 @@ from shoal.fitting.writers import Prober, folded_map, folded_scale
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Map, Parallel, Plan, Run, check, drop, parse_plan
+from shoal.recording.observe import observe
+from shoal.recording.walk import Walk
 from shoal.registry import entries, get
-from shoal.run.live import running
-from shoal.run.observe import observe
-from shoal.run.walk import Walk
 
 from .families import tiny
 from .planted import PLANTED, data_of, planted, random_data

@@ -14,13 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from shoal.deciding.policy_file import Level, PolicyFile, load_policy
 from shoal.errors import ShoalError
 from shoal.models.diagnosis import diagnose, read_papers
 from shoal.models.load import inspect_source, load_config
 from shoal.models.shards import INDEX, SINGLE, read_places, stored_tensors
 from shoal.plan import Plan, format_steps, parse_plan, parse_steps, plan_from_json, plan_to_json
 from shoal.registry import entries
-from shoal.run.policy_file import Level, PolicyFile, load_policy
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2MoeForCausalLM"],

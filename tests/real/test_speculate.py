@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from shoal.api.prompts import encoded, read_prompts
 from shoal.cli import app
 from shoal.errors import ShoalError
-from shoal.run.speculate.speculator import Speculator
+from shoal.speculating.speculator import Speculator
 
 
 @pytest.mark.parametrize("draft", ["skip:0-20,23-29", "lookup+exit:20"])

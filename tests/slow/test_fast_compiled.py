@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.run.fast import FastDecoder
-from shoal.run.live import running
+from shoal.decoding.fast import FastDecoder
+from shoal.executing.live import running
 from tests.contract.families import tiny
 
 

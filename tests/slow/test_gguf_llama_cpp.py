@@ -14,10 +14,10 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 
 from gguf_files import MODELS, TEXT, tiny_model, tiny_tokenizer
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.models.load import BUILTIN, Loaded, gguf_file, load
 from shoal.plan import Plan, parse_plan
-from shoal.run.live import running
 from shoal.writing.gguf_out import families
 from shoal.writing.gguf_out.container import write_file
 from shoal.writing.gguf_out.copied import drawn

@@ -10,7 +10,7 @@ from scipy.stats import chi2
 
 from shoal.api.prompts import BUILTIN, encoded
 from shoal.api.speculate import tune_draft
-from shoal.run.speculate.speculator import Speculator
+from shoal.speculating.speculator import Speculator
 
 from ..contract.test_speculate_sampling import START, VOCAB, small
 

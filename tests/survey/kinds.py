@@ -21,10 +21,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from shoal.errors import ShoalError
+from shoal.executing.live import running
 from shoal.models.inputs import sample_inputs
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan, require
-from shoal.run.live import running
 from shoal.writing.proof_child import decoded, outputs
 from shoal.writing.surgery import blueprint, require_writable, rewrite
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from shoal.run.lent import has_ties, lent
+from shoal.executing.lent import has_ties, lent
 
 
 class Layer(nn.Module):

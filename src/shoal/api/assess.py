@@ -28,12 +28,12 @@ from shoal.evaluation import (
     speed,
 )
 from shoal.evaluation.tasks import TaskScore
+from shoal.executing.live import running
+from shoal.executing.weights import Tensors
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded, load
 from shoal.plan import Plan
 from shoal.record import plain
-from shoal.run.live import running
-from shoal.run.weights import Tensors
 
 Source = str | Path | nn.Module | Loaded
 

@@ -12,18 +12,18 @@ import torch
 
 from shoal.api.assess import Source, opened, planned
 from shoal.api.prompts import encoded, texts_of
+from shoal.deciding.place import ungated
 from shoal.errors import UsageError
 from shoal.evaluation.decoding import GREEDY
 from shoal.evaluation.scoring import Progress, evaluating
 from shoal.evaluation.stats import Spread
 from shoal.evaluation.token_clock import TokenClock
+from shoal.executing.live import Running, running
+from shoal.executing.weights import Tensors
 from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan, parse_plan
 from shoal.record import plain
-from shoal.run.live import Running, running
-from shoal.run.place import ungated
-from shoal.run.weights import Tensors
 
 Side = Callable[[], AbstractContextManager[Any]]
 

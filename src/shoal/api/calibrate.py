@@ -16,23 +16,23 @@ from shoal.api.exit_table import finite, head_in_layers, notes, row
 from shoal.api.pages import write_page
 from shoal.api.promise import Promise, Settings, promise
 from shoal.data import Data
+from shoal.deciding.deciding import make_policy
+from shoal.deciding.gates import Policy
+from shoal.deciding.policies.calibrated import Calibrated
+from shoal.deciding.policy_file import Level, PolicyFile
+from shoal.deciding.readout import require_probes
 from shoal.errors import UsageError
 from shoal.evaluation.exit_search import Target, one_threshold, parse_target, search_path, thin
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits, require_length
 from shoal.evaluation.risk import Bound, Losses, require_confidence, require_sequences
 from shoal.evaluation.scoring import Progress
+from shoal.executing.weights import Tensors, hash_of_used
 from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan, parse_plan
 from shoal.record import command_line, environment, plain
 from shoal.report.calibration import render_calibration
-from shoal.run.deciding import make_policy
-from shoal.run.gates import Policy
-from shoal.run.policies.calibrated import Calibrated
-from shoal.run.policy_file import Level, PolicyFile
-from shoal.run.readout import require_probes
-from shoal.run.weights import Tensors, hash_of_used
 
 Guarantee = Literal["fixed-sequence", "conformal"]
 Check = Literal["auto", "recorded", "live"]

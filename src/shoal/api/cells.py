@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from shoal.api.study import file_name
 from shoal.errors import DataError
+from shoal.executing.weights import Tensors
 from shoal.record import append_line, read_objects
-from shoal.run.weights import Tensors
 
 FORMAT = "shoal-compare/1"
 

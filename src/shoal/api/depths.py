@@ -12,9 +12,9 @@ import torch
 
 from shoal._version import __version__
 from shoal.api.pages import write_page
+from shoal.executing.live import Running
 from shoal.record import command_line, environment
 from shoal.report.depth import render_depth
-from shoal.run.live import Running
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 

@@ -11,12 +11,12 @@ import torch
 from shoal.api.assess import tokenizer_of
 from shoal.api.prompts import encoded
 from shoal.api.speculate import tune_draft
+from shoal.decoding.streaming import TextPieces
 from shoal.evaluation.scoring import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
-from shoal.run.speculate.lengths import Confidence
-from shoal.run.speculate.speculator import Speculator
-from shoal.run.streaming import TextPieces
+from shoal.speculating.lengths import Confidence
+from shoal.speculating.speculator import Speculator
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DraftedAnswer:
     advice: str | None
     """What the tuner said, when `auto` asked it."""
     stats: dict[str, Any] | None
-    """See `shoal.run.speculate.account.Stats`."""
+    """See `shoal.speculating.account.Stats`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from shoal.deciding.place import decides
 from shoal.errors import UsageError
 from shoal.plan import Plan
 from shoal.plan.steps import runs
 from shoal.registry import get
-from shoal.run.place import decides
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 
 from shoal.api.exit_options import Exits
 from shoal.api.promise import Promise, no_promise
+from shoal.deciding.signals import WITHOUT_HEAD
 from shoal.evaluation.exit_search import Target
 from shoal.evaluation.exits import Features
 from shoal.plan import Spec
-from shoal.run.signals import WITHOUT_HEAD
 
 
 def finite(features: Features, thresholds: Sequence[float]) -> dict[int, float]:

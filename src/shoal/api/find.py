@@ -20,6 +20,7 @@ from shoal.evaluation import Progress
 from shoal.evaluation.cluster import Machines
 from shoal.evaluation.plan_loss import Memo
 from shoal.evaluation.spread_loss import judges
+from shoal.executing.weights import Tensors, used_by
 from shoal.methods._task import Task
 from shoal.models.inspect import inspect
 from shoal.models.kinds import is_causal, require_causal, require_text
@@ -28,7 +29,6 @@ from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
 from shoal.record import Record, plain
 from shoal.registry import Entry, entries, get
-from shoal.run.weights import Tensors, used_by
 from shoal.scores import Budget, Found, Legal
 from shoal.writing.surgery import blueprint
 

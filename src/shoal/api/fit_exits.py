@@ -11,10 +11,13 @@ from scipy.stats import mannwhitneyu
 from shoal.api.assess import Source, opened, text_of
 from shoal.api.exit_options import exit_options
 from shoal.data import Data
+from shoal.deciding.deciding import make_policy
+from shoal.deciding.place import decides, exits_of, ungated
 from shoal.errors import UsageError
 from shoal.evaluation.exits import Features, record_exits, require_length
 from shoal.evaluation.risk import sequence_means
 from shoal.evaluation.scoring import Progress
+from shoal.executing.weights import Tensors
 from shoal.fitting.exits import ExitFit, fit_adainfer
 from shoal.fitting.lens import fit_lenses
 from shoal.fitting.probe import fit_probes
@@ -23,9 +26,6 @@ from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, format_steps, parse_plan
 from shoal.record import plain
-from shoal.run.deciding import make_policy
-from shoal.run.place import decides, exits_of, ungated
-from shoal.run.weights import Tensors
 
 What = Literal["lens", "adainfer"]
 NAME = "lens"

@@ -12,14 +12,14 @@ import torch
 from shoal.api.assess import tokenizer_of
 from shoal.api.depths import DepthStreamer, Written
 from shoal.api.prompts import encoded
+from shoal.decoding.streaming import TextPieces
 from shoal.evaluation.scoring import evaluating
+from shoal.executing.live import Running, running
+from shoal.executing.weights import Tensors
 from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan
-from shoal.run.live import Running, running
-from shoal.run.streaming import TextPieces
-from shoal.run.weights import Tensors
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Answer:
     plan: str | None
     policy: str | None = None
     trace: dict[str, Any] | None = None
-    """With a policy: how deep each token went and what ran (`shoal.run.trace.Trace.to_dict`), and `written`: text,
+    """With a policy: how deep each token went and what ran (`shoal.deciding.trace.Trace.to_dict`), and `written`: text,
     layers and confidence of each token that was written (`Written`)."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from shoal.evaluation.clock import Clock, Phase, kept_clock, measured_clock
 from shoal.evaluation.peak import peak_memory
 from shoal.evaluation.plan_loss import Memo
 from shoal.evaluation.scoring import device_of
+from shoal.executing.weights import Tensors
 from shoal.models.checkpoint import read_json
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, cost, parse_plan
-from shoal.run.weights import Tensors
 from shoal.scores import Budget, Unit
 
 DENSE = "dense"

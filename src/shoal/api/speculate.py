@@ -15,13 +15,13 @@ from shoal.errors import UsageError
 from shoal.evaluation import Progress
 from shoal.evaluation.decoding import GREEDY
 from shoal.evaluation.scoring import evaluating
+from shoal.executing.timing import now
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
-from shoal.run.speculate.candidates import layer_drafts, ranked
-from shoal.run.speculate.foresee import Foresight, Told
-from shoal.run.speculate.lengths import Confidence
-from shoal.run.speculate.speculator import Speculator
-from shoal.run.timing import now
+from shoal.speculating.candidates import layer_drafts, ranked
+from shoal.speculating.foresee import Foresight, Told
+from shoal.speculating.lengths import Confidence
+from shoal.speculating.speculator import Speculator
 
 WORTH = 1.03
 """A draft is advised when its median round is this much faster than plain decoding, and its worst not slower."""

@@ -9,11 +9,11 @@ from typing import Any
 from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation import Progress
+from shoal.executing.weights import used_by
 from shoal.fitting.result import Job, Transformed
 from shoal.models.load import Loaded
 from shoal.plan import Spec, require
 from shoal.registry import Entry, get
-from shoal.run.weights import used_by
 from shoal.scores import Found
 
 

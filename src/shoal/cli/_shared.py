@@ -220,7 +220,7 @@ def read_weights(text: str | None) -> dict[str, Any]:
     """The tensors that lie beside the plan of a file or folder; none for notation. Raises U550 or U551."""
     if text is None or not (text.endswith(".json") or Path(text).is_dir()):
         return {}
-    from shoal.run.weights import load_weights
+    from shoal.executing.weights import load_weights
 
     return load_weights(text)
 

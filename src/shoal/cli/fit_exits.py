@@ -69,7 +69,7 @@ def fit_exits(
         )
     from shoal.api.fit_exits import Lensed
     from shoal.api.fit_exits import fit_exits as run
-    from shoal.run.weights import save_planned
+    from shoal.executing.weights import save_planned
 
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))

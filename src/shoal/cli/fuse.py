@@ -76,7 +76,7 @@ def fuse(
         emit({"config": config_text()}, config_text(), as_json=json_)
         return
     from shoal.api.find import prune as run
-    from shoal.run.weights import save_planned
+    from shoal.executing.weights import save_planned
     from shoal.writing.folder import refuse_output
 
     if output is not None:

@@ -123,6 +123,6 @@ def _depth(trace: dict[str, Any]) -> str:
 def _fast(model: Any, wanted: bool) -> AbstractContextManager[object]:
     if not wanted:
         return nullcontext()
-    from shoal.run.fast import fast_generate
+    from shoal.decoding.fast import fast_generate
 
     return fast_generate(model)

@@ -112,8 +112,8 @@ def prune(
         return
     from shoal.api.find import prune as run
     from shoal.api.stand_ins import parse_then
+    from shoal.executing.weights import save_planned as keep_plan
     from shoal.models.kinds import is_causal
-    from shoal.run.weights import save_planned as keep_plan
     from shoal.writing.folder import refuse_output
 
     parse_then(then or [])

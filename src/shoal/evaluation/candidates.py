@@ -12,11 +12,11 @@ import torch
 from shoal.data import Data
 from shoal.errors import PlanError
 from shoal.evaluation.scoring import Progress, evaluating, require_context, require_scored, windows
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, drop
 from shoal.plan.steps import PartName
-from shoal.run.live import running
-from shoal.run.observe import require_whole
+from shoal.recording.observe import require_whole
 
 Side = TypeVar("Side")
 """What one forward of one side leaves to compare: logits, states, losses."""

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress
 from shoal.evaluation.speed import Speed, speed
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Map, Plan, Spec, check, drop
 from shoal.plan.spec import LayerSpec
 from shoal.plan.steps import PartName, runs
-from shoal.run.live import running
 
 Phase = Literal["prefill", "decode"]
 PARTS: tuple[PartName, ...] = ("attention", "mlp")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.deciding.signals import WITHOUT_HEAD
 from shoal.errors import UsageError
 from shoal.evaluation.exits import Features
 from shoal.evaluation.risk import Losses, sequence_means
-from shoal.run.signals import WITHOUT_HEAD
 
 NEVER = float("inf")
 NOTCHES = 20

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from shoal.data import Data
+from shoal.deciding.gates import Decision, Moment, Policy, Sight
+from shoal.deciding.readout import confidence_of, has_probes
+from shoal.deciding.signals import WITHOUT_HEAD, Signal
 from shoal.errors import DataError, UsageError, WriteError
 from shoal.evaluation.risk import Losses, sequence_means
 from shoal.evaluation.scoring import CHUNK_ELEMENTS, Progress, evaluating, logits_of, require_context
+from shoal.executing.live import running
+from shoal.executing.weights import Tensors, hash_of_used
 from shoal.plan import Exit, Plan
 from shoal.plan.steps import layers_of, runs
-from shoal.run.gates import Decision, Moment, Policy, Sight
-from shoal.run.live import running
-from shoal.run.readout import confidence_of, has_probes
-from shoal.run.signals import WITHOUT_HEAD, Signal
-from shoal.run.weights import Tensors, hash_of_used
 
 SIGNALS = tuple(name for name in get_args(Signal) if name != "probe")
 """What every exit has; a probe has to be fitted first."""

@@ -11,13 +11,13 @@ import torch
 
 from shoal.evaluation.plan_loss import Part, PlanLoss, mean_of, part_of
 from shoal.evaluation.scoring import batch_tokens, evaluating
+from shoal.executing.live import running
+from shoal.executing.tail import ending_with
 from shoal.models.stacks import find_stack
 from shoal.models.streamed import held, is_streamed
 from shoal.plan import Plan, Run
 from shoal.plan.steps import KV
-from shoal.run.layer_major import LayerMajor, Path
-from shoal.run.live import running
-from shoal.run.tail import ending_with
+from shoal.recording.layer_major import LayerMajor, Path
 
 Window = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 """Ids, mask and the tokens that are scored, as `shoal.evaluation.scoring.windows` cuts them."""

@@ -14,7 +14,7 @@ from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress
 from shoal.models.stacks import find_stack
 from shoal.plan.steps import PartName
-from shoal.run.observe import observe, require_whole
+from shoal.recording.observe import observe, require_whole
 
 Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The input and the output of a layer or span, [batch, length, hidden] each, to one number for each token."""

@@ -20,12 +20,12 @@ from shoal.evaluation.scoring import (
     require_scored,
     windows,
 )
+from shoal.executing.live import Running, running
+from shoal.executing.prefix import Prefix, prefixes, resumed, shared
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan
-from shoal.run.live import Running, running
-from shoal.run.prefix import Prefix, prefixes, resumed, shared
-from shoal.run.states import States
+from shoal.recording.states import States
 
 BLOCK = 8
 """Neighbouring tokens whose losses count as one sample of a race."""

@@ -13,7 +13,7 @@ from shoal.errors import UsageError
 from shoal.evaluation.decoding import Stepper, random_tokens
 from shoal.evaluation.scoring import Progress, device_of, evaluating
 from shoal.evaluation.stats import Spread
-from shoal.run.timing import now
+from shoal.executing.timing import now
 
 Variant = Callable[[], AbstractContextManager[Any]]
 Sample = tuple[float, float]

@@ -10,10 +10,10 @@ from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation.cluster import Machines, machines
 from shoal.evaluation.plan_loss import Part, PlanLoss
+from shoal.executing.prefix import Prefix
 from shoal.models.stacks import find_stacks
 from shoal.models.streamed import is_streamed
 from shoal.plan import Plan
-from shoal.run.prefix import Prefix
 
 CHUNKS = 4
 """Pieces of work for each process, where plans and not batches are handed out: suffixes differ in length."""

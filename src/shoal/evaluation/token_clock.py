@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from shoal.run.timing import now
+from shoal.executing.timing import now
 
 
 class TokenClock:

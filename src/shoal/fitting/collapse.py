@@ -10,13 +10,13 @@ from itertools import islice
 import torch
 
 from shoal.errors import UsageError
+from shoal.executing.live import running
 from shoal.fitting.merge import combined
 from shoal.fitting.result import Job, Transformed
 from shoal.plan import Run
 from shoal.plan import drop as drop_layers
-from shoal.run.live import running
-from shoal.run.observe import forward_without_head
-from shoal.run.walk import still
+from shoal.recording.observe import forward_without_head
+from shoal.recording.walk import still
 
 Shares = Mapping[int, float]
 """A layer's matrices as a sum over layers of the base: theta = sum_j shares[j] theta_j."""

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from shoal.data import Data
+from shoal.deciding.gates import Decision, Moment, Policy, Sight
+from shoal.deciding.place import with_exits
 from shoal.errors import DataError
 from shoal.evaluation.scoring import evaluating, logits_of
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Exit, Plan
-from shoal.run.gates import Decision, Moment, Policy, Sight
-from shoal.run.live import running
-from shoal.run.place import with_exits
 
 STEPS = 50
 

@@ -12,7 +12,7 @@ from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, Writer, output_module
 from shoal.plan import Run, Step
 from shoal.plan.steps import PartName
-from shoal.run.walk import still
+from shoal.recording.walk import still
 
 
 @dataclass

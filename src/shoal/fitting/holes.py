@@ -11,7 +11,7 @@ from shoal.fitting.result import Job
 from shoal.plan import Map, Plan, Run, Step
 from shoal.plan.notation import map_weights
 from shoal.plan.steps import PartName
-from shoal.run.walk import Walk
+from shoal.recording.walk import Walk
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from shoal.data import Data
+from shoal.deciding.gates import Decision, Moment, Policy, Sight
+from shoal.deciding.place import EXIT
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import evaluating
+from shoal.executing.live import running
+from shoal.executing.weights import Tensors
 from shoal.fitting.normal import Normal, best_ridge
 from shoal.models.inspect import inspect
 from shoal.plan import Exit, Plan
-from shoal.run.gates import Decision, Moment, Policy, Sight
-from shoal.run.live import running
-from shoal.run.observe import forward_without_head
-from shoal.run.place import EXIT
-from shoal.run.weights import Tensors
+from shoal.recording.observe import forward_without_head
 
 HELD = 4
 """Every so many sequences one is not fitted on, but chooses the ridge."""

@@ -10,12 +10,12 @@ import torch
 from scipy.optimize import minimize
 
 from shoal.data import Data
+from shoal.deciding.gates import Decision, Moment, Policy, Sight
+from shoal.deciding.readout import scaled
 from shoal.evaluation.scoring import evaluating, logits_of
+from shoal.executing.live import running
+from shoal.executing.weights import Tensors
 from shoal.plan import Exit, Plan
-from shoal.run.gates import Decision, Moment, Policy, Sight
-from shoal.run.live import running
-from shoal.run.readout import scaled
-from shoal.run.weights import Tensors
 
 MOST = 16_384
 """Tokens that are kept for each exit, evenly over the text."""

@@ -11,9 +11,9 @@ from torch import nn
 
 from shoal.data import Data
 from shoal.evaluation.scoring import logits_of, scored_tokens, token_nll
+from shoal.executing.live import running
 from shoal.plan import Plan
-from shoal.run.live import running
-from shoal.run.walk import still
+from shoal.recording.walk import still
 
 Loss = Callable[[int], torch.Tensor]
 """Number of a batch -> its mean loss, of which gradients can be taken."""

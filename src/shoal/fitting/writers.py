@@ -16,7 +16,7 @@ from shoal.data import Data
 from shoal.fitting.holes import Pair
 from shoal.plan import Run
 from shoal.plan.steps import PartName
-from shoal.run.walk import Stream, Walk
+from shoal.recording.walk import Stream, Walk
 
 PROBE_TOKENS = 16
 

@@ -9,7 +9,7 @@ import torch
 
 from shoal.evaluation.observed import observe_tokens
 from shoal.evaluation.tally import tally
-from shoal.run.observe import require_whole
+from shoal.recording.observe import require_whole
 
 if TYPE_CHECKING:
     from shoal.data import Data

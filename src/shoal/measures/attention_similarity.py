@@ -9,7 +9,7 @@ import torch
 
 from shoal.evaluation.tally import tally
 from shoal.models.stacks import find_stack
-from shoal.run.attention import observe_maps
+from shoal.recording.attention import observe_maps
 from shoal.scores import Traits
 
 if TYPE_CHECKING:

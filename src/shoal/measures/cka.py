@@ -10,7 +10,7 @@ import torch
 from shoal.errors import UsageError
 from shoal.evaluation.stats import bootstrap
 from shoal.models.stacks import find_stack
-from shoal.run.observe import observe, require_whole
+from shoal.recording.observe import observe, require_whole
 from shoal.scores import Scores
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from shoal.errors import UsageError
 from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.scoring import evaluating, require_context
 from shoal.evaluation.tally import tally
+from shoal.executing.freeze import continued
 from shoal.models.stacks import find_stack
-from shoal.run.freeze import continued
-from shoal.run.observe import require_whole
+from shoal.recording.observe import require_whole
 from shoal.scores import Traits
 
 if TYPE_CHECKING:

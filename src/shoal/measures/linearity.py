@@ -11,7 +11,7 @@ import torch
 from shoal.errors import UsageError
 from shoal.evaluation.stats import ratio
 from shoal.models.stacks import find_stack
-from shoal.run.observe import observe, require_whole
+from shoal.recording.observe import observe, require_whole
 from shoal.scores import Scores
 
 if TYPE_CHECKING:

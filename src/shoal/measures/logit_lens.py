@@ -10,9 +10,9 @@ import torch
 from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.scoring import evaluating, logits_of, require_context, require_scored, windows
 from shoal.evaluation.tally import tally
+from shoal.executing.tail import ending_with, recorded
 from shoal.models.stacks import find_stack
-from shoal.run.observe import require_whole
-from shoal.run.tail import ending_with, recorded
+from shoal.recording.observe import require_whole
 from shoal.scores import Traits
 
 if TYPE_CHECKING:

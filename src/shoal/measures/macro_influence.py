@@ -8,7 +8,7 @@ import torch
 
 from shoal.evaluation.candidates import compare_each, without_each
 from shoal.evaluation.tally import tally
-from shoal.run.observe import forward_without_head
+from shoal.recording.observe import forward_without_head
 
 if TYPE_CHECKING:
     from shoal.data import Data

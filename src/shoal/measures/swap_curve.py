@@ -13,7 +13,7 @@ from shoal.evaluation.scoring import logits_of
 from shoal.evaluation.tally import tally
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, reorder
-from shoal.run.observe import require_whole
+from shoal.recording.observe import require_whole
 from shoal.scores import Traits
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from shoal.evaluation.scoring import logits_of, require_context, require_scored,
 from shoal.evaluation.tally import tally
 from shoal.models.matrices import Matrices, layer_matrices
 from shoal.models.stacks import find_stack
-from shoal.run.observe import require_whole
+from shoal.recording.observe import require_whole
 from shoal.scores import Scores, Traits
 
 if TYPE_CHECKING:

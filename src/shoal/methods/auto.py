@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from shoal.data.split import hold_out
 from shoal.errors import UsageError
 from shoal.evaluation.perplexity import perplexity
+from shoal.executing.live import running
 from shoal.methods._task import Task
 from shoal.plan import Plan, cost
-from shoal.run.live import running
 from shoal.scores import Budget, Candidate, Found, Objective
 from shoal.search.greedy import greedy
 from shoal.transforms.refit import refit

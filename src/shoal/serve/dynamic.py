@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from shoal.evaluation.scoring import device_of, evaluating
+from shoal.executing.live import running
+from shoal.executing.weights import Tensors
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan
-from shoal.run.live import running
-from shoal.run.speculate.speculator import Speculator
-from shoal.run.weights import Tensors
 from shoal.serve.generating import Ask, Generate, Prepare, Ran, calling, under_plan
+from shoal.speculating.speculator import Speculator
 
 
 def under_policy(

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from shoal.api.assess import planned
+from shoal.decoding.listening import NewTokens, OnTokens
 from shoal.evaluation.scoring import device_of, evaluating
+from shoal.executing.weights import Tensors
 from shoal.models.load import Loaded
 from shoal.plan import Plan
-from shoal.run.listening import NewTokens, OnTokens
-from shoal.run.weights import Tensors
 
 _GREEDY_BELOW = 1e-4
 """Logits divided by less than this overflow; the likeliest token is all that is left of the distribution anyway."""

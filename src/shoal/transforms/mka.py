@@ -11,7 +11,7 @@ from shoal.fitting.holes import Hole
 from shoal.fitting.merge import merged
 from shoal.fitting.result import Job, Transformed
 from shoal.plan import Run
-from shoal.run.walk import Walk
+from shoal.recording.walk import Walk
 
 
 def mka(job: Job, *, sigma: float = 1.0, alpha: float = 0.5, dims: int = 2, share: float | None = None) -> Transformed:

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
+from shoal.executing.weights import Tensors, save_weights
 from shoal.models.inspect import inspect
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_to_json, require
-from shoal.run.weights import Tensors, save_weights
 from shoal.writing.card import model_card, origin
 from shoal.writing.lineage import config_note, record_lines
 from shoal.writing.place import (

@@ -21,12 +21,12 @@ from torch import nn
 
 from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
+from shoal.executing.weights import load_weights
 from shoal.models.checkpoint import read_json
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, default_device, inspect_source, load, load_config, meta_model
 from shoal.plan import Plan, load_plan
 from shoal.record import environment
-from shoal.run.weights import load_weights
 from shoal.writing import proof_child
 from shoal.writing.judge import Check, digest, judge
 from shoal.writing.reference import Reference, counted_reference, live_reference, quiet

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from shoal.evaluation.scoring import evaluating
+from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.models.kinds import CAUSAL
 from shoal.models.probe import probe
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan, Shape, Spec, cost
-from shoal.run.live import running
 from shoal.writing import proof_child as measure
 from shoal.writing.surgery import Blueprint, blueprint, moved_tensors, resized_tensors
 

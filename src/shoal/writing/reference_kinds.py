@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.evaluation.scoring import evaluating
+from shoal.executing.live import running
 from shoal.models.depth import depth_fields
 from shoal.models.inputs import Inputs, sample_inputs
 from shoal.models.inspect import inspect
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan
-from shoal.run.live import running
 from shoal.writing import proof_child as measure
 from shoal.writing.reference import TEXTS, TOKENS, Reference, counts, expected_weights, load_settings, quiet
 from shoal.writing.several import described

@@ -9,11 +9,11 @@ from transformers import GgufConfig, PreTrainedModel
 
 from shoal.errors import WriteError
 from shoal.evaluation.scoring import evaluating
+from shoal.executing.live import running
 from shoal.models.gguf import no_bars_in_logs
 from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
 from shoal.plan import Plan
-from shoal.run.live import running
 from shoal.writing.gguf_out.container import TYPES, decoded, encoded, kind_for
 from shoal.writing.judge import Check, limit_for
 from shoal.writing.reference import quiet

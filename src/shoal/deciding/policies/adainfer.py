@@ -1,0 +1,50 @@
+"""AdaInfer: a small classifier looks at two features of each exit and says whether to leave."""
+
+from __future__ import annotations
+
+from shoal.deciding.gates import Decision, Moment, Policy, Sight, both
+from shoal.deciding.layer_lists import exit_layers
+from shoal.deciding.place import with_exits
+from shoal.plan import Exit, Plan, Spec
+from shoal.plan.steps import Fill
+
+
+def adainfer(
+    plan: Plan,
+    spec: Spec,
+    *,
+    gap: float = 8.0,
+    top: float = 8.0,
+    bias: float = -12.0,
+    first: int | None = None,
+    every: int = 1,
+    layers: str = "",
+    head: str = "base",
+    prefill: bool = False,
+    fill: Fill = "project",
+) -> Policy:
+    """Leave at the first exit where gap x (p1 - p2) + top x p1 + bias > 0, a logistic regression on two features.
+
+    p1 >= p2 are the two largest probabilities that norm and head give the state at the exit. `gap`, `top` and `bias`
+    are fitted on recorded exits by `shoal.fitting.exits.fit_adainfer` (the label: is the exit's likeliest token
+    the one that the whole model writes?); the defaults stand for "both about 0.75". Exits as for `exit`; prompts run
+    whole unless prefill=true.
+    Source: Fan et al. 2024 (AdaInfer, arXiv 2403.02181).
+    How we differ: the paper trains a support vector machine or CRF for each model and leaves once per request; this is
+    logistic regression on the same two features, for each token, with a KV fill, which the paper does not treat.
+    """
+    at = exit_layers(plan, layers=layers, first=first, every=every)
+    return _AdaInfer(with_exits(plan, spec, at, fill, head), gap, top, bias, prefill)
+
+
+class _AdaInfer(Policy):
+    def __init__(self, plan: Plan, gap: float, top: float, bias: float, prefill: bool) -> None:
+        super().__init__(plan)
+        self.gap, self.top, self.bias, self.prefill = gap, top, bias, prefill
+
+    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
+        asked = True if self.prefill else moment.decoding(sight.hidden.device)
+        if asked is False:
+            return False
+        score = self.gap * sight.read("margin") + self.top * sight.read("probability") + self.bias
+        return both(asked, score > 0)

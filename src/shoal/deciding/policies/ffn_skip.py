@@ -1,0 +1,75 @@
+"""FFN skip: attention always runs, the mlps of the middle are left out once they change little."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from shoal.deciding.gates import Decision, Moment, Policy, both
+from shoal.deciding.layer_lists import share
+from shoal.deciding.place import with_gates
+from shoal.errors import UsageError
+from shoal.plan import Plan, Run, Spec
+from shoal.plan.steps import PartName
+
+
+def ffn_skip(
+    plan: Plan,
+    spec: Spec,
+    *,
+    threshold: float = 0.95,
+    ahead: int = 0,
+    cold_first: int = 2,
+    cold_last: int = 2,
+    warm_up: int = 0,
+    prefill: bool = False,
+) -> Policy:
+    """Leave out the mlps that follow a layer whose output is nearly its input; the KV cache stays complete.
+
+    When cos(x_l, x_{l+1}) >= `threshold` in the middle region, the next `ahead` layers (0: all that follow in it) run
+    their attention alone, x_{l+1} = x_l + attention(x_l). The first `cold_first` and last `cold_last` layers and the
+    first `warm_up` columns run whole, and so do prompts unless prefill=true.
+    Source: Jaiswal et al. 2024 (FFN-SkipLLM, arXiv 2404.03865).
+    How we differ: the cosine is that of the whole layer, which is seen in any family without touching its insides, not
+    that of the mlp's own input and output; cold regions are given, not calibrated. With several tokens or rows that
+    decide differently the mlp runs for all of them (simulated). Raises U586 for a threshold outside [0, 1], U587 for
+    regions that leave no layer, P105 for layers without an mlp of their own.
+    """
+    layers = plan.layers()
+    able = layers[cold_first : len(layers) - cold_last]
+    if min(cold_first, cold_last, ahead, warm_up) < 0 or not able:
+        raise UsageError(
+            f"cold_first={cold_first} and cold_last={cold_last} leave no mlp of {len(layers)} layers to skip; give "
+            "less",
+            code="U587",
+        )
+    gated = with_gates(plan, spec, able, "ffn-skip", None)
+    return _FFNSkip(gated, share("threshold", threshold), ahead or len(able), warm_up, prefill)
+
+
+class _FFNSkip(Policy):
+    leaves_out: ClassVar[PartName] = "mlp"
+    watches: ClassVar[bool] = True
+
+    def __init__(self, plan: Plan, threshold: float, ahead: int, warm_up: int, prefill: bool) -> None:
+        super().__init__(plan)
+        self.threshold, self.ahead, self.warm_up, self.prefill = threshold, ahead, warm_up, prefill
+
+    def runs(self, run: Run, moment: Moment, hidden: torch.Tensor) -> Decision:
+        left = moment.notes.get("left")
+        asked = moment.each(lambda c: c >= self.warm_up and (self.prefill or moment.generated(c)), hidden.device)
+        if left is None or asked is False:
+            return True
+        skips = both(asked, left > 0)
+        return True if isinstance(skips, bool) else ~skips
+
+    def saw(self, run: Run, moment: Moment, before: torch.Tensor, after: torch.Tensor) -> None:
+        if run.gate is None:
+            return
+        alike = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        alike = alike if alike.dim() == 2 else alike.mean(0)
+        left = moment.notes.get("left")
+        left = torch.zeros_like(alike, dtype=torch.long) if left is None else left
+        fresh = torch.where(alike >= self.threshold, self.ahead, 0)
+        moment.notes["left"] = torch.where(left > 0, left - 1, fresh)

@@ -1,0 +1,67 @@
+"""Per prompt: what the prompt shows to change little is left out of the answer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from shoal.deciding.gates import Decision, Grain, Moment, Policy
+from shoal.deciding.place import with_gates
+from shoal.errors import UsageError
+from shoal.plan import Plan, Run, Spec
+
+
+def per_prompt(plan: Plan, spec: Spec, *, skip: int = 4, keep_first: int = 1, keep_last: int = 1) -> Policy:
+    """Read the prompt with all layers, then decode each sequence without the `skip` that changed its states least.
+
+    s_l = mean over the prompt's real tokens t of cos(x_l,t, x_{l+1,t}), x [tokens, hidden]; the `skip` layers with the
+    largest s_l are skipped for every token after the prompt, row by row, but never the first `keep_first` and the last
+    `keep_last`. A layer is complete in the KV cache or never read again, so no fill is needed. Rows of a batch that
+    choose differently are simulated: the layer runs for all of them.
+    Source: one decision for each prompt: Jain et al. 2024 (FiRST, arXiv 2410.12513); cosine in prefill instead of a
+    router: He et al. 2025 (AdaSkip, arXiv 2501.02336).
+    How we differ: no router is trained and whole layers are left out; the number that is left out is given. In a pass
+    without a cache nothing has been chosen yet, so all layers run. Raises U587 for more than can be left out.
+    """
+    able = plan.layers()[keep_first : len(plan.layers()) - keep_last]
+    if not 0 < skip <= len(able):
+        raise UsageError(
+            f"skip={skip} of {len(able)} layers that may go is none to choose; give a number from 1 to {len(able)}",
+            code="U587",
+        )
+    return _PerPrompt(with_gates(plan, spec, able, "per-prompt", None), skip)
+
+
+class _PerPrompt(Policy):
+    grain: ClassVar[Grain] = "row"
+    watches: ClassVar[bool] = True
+    consistent = True
+
+    def __init__(self, plan: Plan, number: int) -> None:
+        super().__init__(plan)
+        self.number = number
+        self.alike: dict[int, torch.Tensor] = {}
+        self.chosen: dict[int, torch.Tensor] = {}
+        """By base layer, bool [batch]: the sequences that skip it."""
+
+    def begin(self, moment: Moment) -> None:
+        if moment.past == 0:
+            self.alike, self.chosen = {}, {}
+        elif not self.chosen and self.alike:
+            layers = list(self.alike)
+            ranks = torch.stack([self.alike[layer] for layer in layers]).argsort(0, descending=True)
+            for place, layer in enumerate(layers):
+                self.chosen[layer] = (ranks[: self.number] == place).any(0)
+
+    def runs(self, run: Run, moment: Moment, hidden: torch.Tensor) -> Decision:
+        skip = self.chosen.get(run.layer)
+        return True if skip is None else ~skip[:, None].expand(-1, moment.tokens)
+
+    def saw(self, run: Run, moment: Moment, before: torch.Tensor, after: torch.Tensor) -> None:
+        if moment.past > 0 or run.gate is None:
+            return
+        alike = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        alike = alike if alike.dim() == 2 else alike.mean(0)
+        real = torch.ones_like(alike) if moment.real is None else moment.real.to(alike)
+        self.alike[run.layer] = (alike * real).sum(-1) / real.sum(-1).clamp(min=1)

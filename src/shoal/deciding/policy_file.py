@@ -1,0 +1,157 @@
+"""policy.json: thresholds for each exit at several levels, as plain data; `shoal calibrate` writes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from shoal.deciding.signals import Signal
+from shoal.errors import NotationError, UsageError, WriteError
+from shoal.plan import Plan
+from shoal.record import plain
+
+FORMAT = "shoal-policy/1"
+MAX_BYTES = 4_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One setting that can be switched to while the model runs."""
+
+    name: str
+    """agreement=0.95 for one that is promised, setting-3 for a row of the table that is not."""
+    thresholds: dict[int, float]
+    """By base layer, 0-based: from which value of the signal on a token leaves behind it; without a value never."""
+    promised: bool = False
+    layers: float | None = None
+    """Mean layers per generated token on the calibration text."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """What else is known of it: risk, p-value, confidence, sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFile:
+    """Everything that the policy `calibrated` needs, and how it came to be."""
+
+    family: str
+    fingerprint: str
+    """Of the base model's structure, `Spec.fingerprint`."""
+    plan: str
+    """Hash of the plan without gates whose exits were calibrated."""
+    levels: tuple[Level, ...]
+    by: str = "probability"
+    head: str = "base"
+    fill: str = "project"
+    prefill: bool = False
+    weights: str | None = None
+    """Hash of the tensors of the exits, when they have some of their own."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """Data, counts, versions, command."""
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Every layer behind which some level may leave."""
+        return tuple(sorted({layer for level in self.levels for layer in level.thresholds}))
+
+    def level(self, name: str) -> Level:
+        """The level of this name, the first one for "". Raises U606."""
+        for level in self.levels:
+            if name in ("", level.name):
+                return level
+        names = ", ".join(level.name for level in self.levels)
+        raise UsageError(f"there is no level {name!r:.60} in this policy; it has {names}", code="U606")
+
+    def require(self, plan: Plan, where: str) -> None:
+        """Raise U605 when the policy was calibrated for another model or plan."""
+        if self.fingerprint != plan.base.fingerprint:
+            raise UsageError(
+                f"{where} was calibrated for a {self.family} of another shape, not for this {plan.base.family}; run "
+                "shoal calibrate on this model",
+                code="U605",
+            )
+        if self.plan != plan.hash:
+            raise UsageError(
+                f"{where} was calibrated for another plan than {plan}; run shoal calibrate with this plan", code="U605"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `save` writes it."""
+        found: dict[str, Any] = plain(asdict(self))
+        for level in found["levels"]:
+            level["thresholds"] = {str(layer): value for layer, value in level["thresholds"].items()}
+        return {"format": FORMAT, "policy": "calibrated", **found}
+
+    def save(self, path: str | Path) -> None:
+        """Write it by way of a temporary sibling. Raises W229 when that is not possible."""
+        path = Path(path)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            message = f"cannot write the policy {path}: {error.strerror}; choose another place"
+            raise WriteError(message, code="W229") from None
+
+
+def load_policy(path: str | Path) -> PolicyFile:
+    """Read a policy.json; any bytes give a `PolicyFile` or a `NotationError` N006, never another exception."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise NotationError(f"{path} is too large for a policy; name the file of shoal calibrate", code="N006")
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        message = f"cannot read the policy {path}: {error.strerror}; name the file of shoal calibrate"
+        raise NotationError(message, code="N006") from None
+    except (ValueError, RecursionError):
+        raise NotationError(f"{path} is no JSON; name the file of shoal calibrate", code="N006") from None
+    try:
+        return _read(data)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise NotationError(
+            f"{path} is no policy that this version can read ({str(error)[:80]}); make it anew with shoal calibrate",
+            code="N006",
+        ) from None
+
+
+def _read(data: dict[str, Any]) -> PolicyFile:
+    if data["format"] != FORMAT or data["policy"] != "calibrated":
+        raise ValueError(f"its format is {data['format']!r}")
+    levels = tuple(
+        Level(
+            str(level["name"]),
+            {int(layer): _finite(value) for layer, value in level["thresholds"].items()},
+            bool(level.get("promised")),
+            level.get("layers"),
+            dict(level.get("found") or {}),
+        )
+        for level in data["levels"]
+    )
+    if not levels:
+        raise ValueError("it has no levels")
+    if data["by"] not in get_args(Signal):
+        raise ValueError(f"its signal is {data['by']!r}")
+    return PolicyFile(
+        str(data["family"]),
+        str(data["fingerprint"]),
+        str(data["plan"]),
+        levels,
+        data["by"],
+        str(data["head"]),
+        str(data["fill"]),
+        bool(data["prefill"]),
+        None if data.get("weights") is None else str(data["weights"]),
+        dict(data.get("made") or {}),
+    )
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("a threshold is not finite")
+    return number

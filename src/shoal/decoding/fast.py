@@ -1,0 +1,285 @@
+"""Decoding with as little as possible between two tokens: a thin loop and compiled layers, the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers.cache_utils import StaticCache
+
+from shoal.decoding.fast_layers import Call, compiled_call, compiled_calls, standing_in
+from shoal.decoding.fast_legal import (
+    refuse_arguments,
+    refuse_deciding,
+    refuse_difference,
+    refuse_model,
+    refuse_settings,
+    why_not_compiled,
+)
+from shoal.decoding.fast_loop import Forward, Inputs, decode
+from shoal.errors import PlanError, UsageError
+from shoal.executing.conductor import PlannedList
+from shoal.executing.live import apply
+from shoal.executing.timing import now
+from shoal.models.stacks import Stack, find_stack, find_stacks, unwrap
+from shoal.plan import Plan
+
+Mode = Literal["auto", "layers", "step", "off"]
+Menu = Mapping[str, Plan | str]
+Key = tuple[str | None, int, int, int]
+
+LEAST_LENGTH = 256
+"""Places in the smallest cache of fixed length; longer ones double, so that few lengths are ever compiled for."""
+CHECKED_TOKENS = 16
+"""Tokens of the prompt on which a compiled step is compared with the model's own before it is used."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling for one plan, batch and length took, and how far its step is from the model's own."""
+
+    plan: str | None
+    batch: int
+    length: int
+    """Places in the cache: tokens of the prompt and new ones together."""
+    seconds: float
+    """Wall clock of the first compiled step."""
+    difference: float
+    """Largest difference of its logits, relative to the largest logit."""
+
+
+class FastDecoder:
+    """Greedy and sampled decoding of one model under one plan, none, or a menu of plans.
+
+    The tokens are those of `model.generate` with the same arguments: its processors, stopping criteria and streamers
+    are kept. Compiled arithmetic takes sums in another order, so logits agree to rounding and a tie may fall the other
+    way. The model is as it was between two calls.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan | str | Menu | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        *,
+        mode: Mode = "auto",
+        backend: str = "inductor",
+    ) -> None:
+        """`plan`: what `shoal.running` takes, or a menu {name: plan}; None runs the model as it is, a plan that is
+        running already included. `weights`: the tensors that the plans name, as `running` takes them.
+
+        `mode`: "layers" compiles the layers and the head one by one (seconds, whatever the depth, shared by all
+        plans), "step" the whole step (minutes on a CPU, once a plan; with CUDA graphs on a GPU), "off" neither. "auto"
+        is "layers" on a CPU, "step" elsewhere, and "off" for a model that cannot be compiled (`why_off` says why).
+        `backend`: torch.compile's. Raises `PlanError` as `running` does, and `UsageError`: U563 a model that does not
+        continue text, is in training mode, or cannot be compiled although asked for, U565 a menu without a plan or an
+        unknown way to compile.
+        """
+        self.model: Any = unwrap(model)
+        refuse_model(self.model)
+        if mode not in get_args(Mode):
+            known = ", ".join(get_args(Mode))
+            raise UsageError(f"mode={mode!r} is unknown; use one of {known}", code="U565")
+        if isinstance(plan, Mapping) and not plan:
+            raise UsageError("the menu holds no plan; give one or more by name", code="U565")
+        self.why_off = why_not_compiled(self.model)
+        if self.why_off is not None and mode in ("layers", "step"):
+            raise UsageError(
+                f'{type(self.model).__name__} cannot be compiled: {self.why_off}; use mode="off"', code="U563"
+            )
+        own = "layers" if self.model.device.type == "cpu" else "step"
+        self.mode = ("off" if self.why_off else own) if mode == "auto" else mode
+        self.compiled: dict[Key, Compiled] = {}
+        """What was compiled so far."""
+        self._backend = backend
+        self._calls: dict[Any, Call] = {}
+        self._caches: dict[str | None, tuple[Key, StaticCache]] = {}
+        self._planned = {name: self._made(one, weights) for name, one in _named(plan)}
+
+    @property
+    def plans(self) -> list[str]:
+        """The names of the menu; none when there is no menu."""
+        return [name for name in self._planned if name is not None]
+
+    def generate(self, inputs: torch.Tensor | None = None, *, plan: str | None = None, **kwargs: Any) -> torch.Tensor:
+        """Token ids [batch, prompt + new]: what `model.generate(inputs, **kwargs)` returns.
+
+        `inputs`: token ids [batch, prompt], left-padded with their `attention_mask` where they differ in length.
+        `plan`: a name of the menu; needed when there is one. Raises `UsageError`: U562 an argument that the fast path
+        does not take (beams, assistants, scores, caches, ...), U563 a model in training mode, U564 a compiled step that
+        is not the model's own, U566 a name that the menu does not have, U567 when something that runs on the model
+        decides token by token; `PlanError` P122 when another plan is running.
+        """
+        refuse_arguments(kwargs)
+        refuse_model(self.model)
+        if plan not in self._planned:
+            names = ", ".join(self.plans) or "no plans by name"
+            raise UsageError(f"plan={plan!r} is not in the menu; it has {names}", code="U566")
+        streamer = kwargs.get("streamer")
+        refuse_deciding([stack.layers for stack in find_stacks(self.model)])
+
+        def loop(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
+            return self._loop(plan, streamer, input_ids, **prepared)
+
+        with self._switched(plan):
+            stock = type(self.model).generate  # the instance's may be this very method
+            tokens: torch.Tensor = stock(self.model, inputs, custom_generate=loop, **kwargs)
+        return tokens
+
+    def _loop(
+        self,
+        plan: str | None,
+        streamer: Any,
+        input_ids: torch.Tensor,
+        *,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """Called by `generate` with all that it prepared."""
+        refuse_settings(generation_config)
+        forward: Forward = self.model
+        modules: list[tuple[nn.Module, Any]] = []
+        if self.mode != "off":
+            key, cache = self._cache(plan, input_ids.shape[0], generation_config.max_length)
+            forward, modules = self._compiled_step(key)
+            if key not in self.compiled:
+                self._check(key, forward, modules, cache, input_ids, generation_config, model_kwargs)
+            cache.reset()
+            model_kwargs = {**model_kwargs, "past_key_values": cache}
+        first = self.model._prefill(input_ids, generation_config, model_kwargs)
+        with standing_in(modules), self.model._optimize_model_for_decode():
+            return decode(
+                self.model,
+                input_ids,
+                first=first,
+                forward=forward,
+                inputs=Inputs(self.model, first, model_kwargs),
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=streamer,
+            )
+
+    def _check(
+        self,
+        key: Key,
+        forward: Forward,
+        modules: list[tuple[nn.Module, Any]],
+        cache: StaticCache,
+        input_ids: torch.Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        """Compile by running one step, and compare it with the model's own step on the cache that it would use."""
+        ids, kwargs = _shortened(input_ids, model_kwargs)
+        own = self.model._prefill(ids, generation_config, kwargs)
+        after = torch.cat([ids, own.logits[:, -1:].argmax(-1)], dim=-1)
+        want = self.model(**Inputs(self.model, own, dict(kwargs)).after(after)).logits[:, -1]
+        cache.reset()
+        kwargs["past_key_values"] = cache
+        first = self.model._prefill(ids, generation_config, kwargs)
+        inputs = Inputs(self.model, first, kwargs).after(after)
+        with standing_in(modules):
+            start = now(ids.device)
+            have = forward(**inputs).logits[:, -1]
+            seconds = now(ids.device) - start
+        plan, batch, length, _ = key
+        self.compiled[key] = Compiled(plan, batch, length, seconds, refuse_difference(want, have))
+
+    def _cache(self, plan: str | None, batch: int, tokens: int) -> tuple[Key, StaticCache]:
+        """The cache for this plan: rows stay in the plan's order, so each plan of a menu keeps its own."""
+        length = max(LEAST_LENGTH, 1 << (tokens - 1).bit_length())
+        key = plan, batch, length, torch.get_num_threads()
+        if plan not in self._caches or self._caches[plan][0] != key:
+            self._caches[plan] = key, StaticCache(config=self.model.config, max_cache_len=length)
+        return self._caches[plan]
+
+    def _compiled_step(self, key: Key) -> tuple[Forward, list[tuple[nn.Module, Any]]]:
+        """What runs a step, and what stands in for which modules meanwhile."""
+        sliding = any(self._caches[key[0]][1].is_sliding)
+        own: Any = key if self.mode == "step" else key[1:]
+        if own not in self._calls:
+            self._calls[own] = compiled_call(self._options(), self._backend, dynamic=None if sliding else False)
+        call = self._calls[own]
+        if self.mode == "layers":
+            return self.model, compiled_calls(self.model, find_stack(self.model, "decoder"), call)
+
+        def forward(**inputs: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()
+            return call(self.model, (), inputs)
+
+        return forward, []
+
+    def _options(self) -> dict[str, Any] | None:
+        if self._backend != "inductor":
+            return None
+        from shoal.decoding.fast_matvec import OneRow  # the compiler takes a second to import
+
+        return {"post_grad_custom_pre_pass": OneRow(), "triton.cudagraphs": self.model.device.type == "cuda"}
+
+    def _made(
+        self, plan: Plan | str | None, weights: Mapping[str, torch.Tensor] | None
+    ) -> list[tuple[Stack, PlannedList]]:
+        """The lists of layers that run `plan`, checked and taken away again; none for no plan."""
+        if plan is None:
+            return []
+        handle = apply(self.model, plan, weights)
+        try:
+            return [(stack, getattr(stack.owner, stack.attr)) for stack, _ in handle.swapped]
+        finally:
+            handle.restore()
+
+    @contextmanager
+    def _switched(self, plan: str | None) -> Iterator[None]:
+        """Run that plan; afterwards the model is as it was."""
+        planned = self._planned[plan]
+        if planned and any(isinstance(stack.layers, PlannedList) for stack in find_stacks(self.model)):
+            raise PlanError(
+                "a plan is running on this model already; restore it before another is switched on", code="P122"
+            )
+        before = [(stack, stack.layers) for stack, _ in planned]
+        try:
+            for stack, layers in planned:
+                setattr(stack.owner, stack.attr, layers)
+            yield
+        finally:
+            for stack, own in before:
+                setattr(stack.owner, stack.attr, own)
+
+
+@contextmanager
+def fast_generate(model: nn.Module, *, mode: Mode = "auto") -> Iterator[FastDecoder]:
+    """`model.generate` takes the fast path inside; what `FastDecoder` raises, it raises. A plan may be put on and taken
+    off meanwhile."""
+    decoder = FastDecoder(model, mode=mode)
+    inner = decoder.model
+    try:
+        inner.generate = decoder.generate
+        yield decoder
+    finally:
+        inner.__dict__.pop("generate", None)
+
+
+def _named(plan: Plan | str | Menu | None) -> Iterator[tuple[str | None, Plan | str | None]]:
+    if isinstance(plan, Mapping):
+        yield from plan.items()
+    else:
+        yield None, plan
+
+
+def _shortened(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The last tokens of the prompt with their mask and positions; all of it when more goes with them."""
+    kwargs = dict(model_kwargs)
+    length = input_ids.shape[1]
+    along = {name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and value.shape[-1] == length}
+    if not along <= {"attention_mask", "position_ids"}:
+        return input_ids, kwargs
+    for name in along:
+        kwargs[name] = kwargs[name][..., -CHECKED_TOKENS:]
+    return input_ids[:, -CHECKED_TOKENS:], kwargs

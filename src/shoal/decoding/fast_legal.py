@@ -1,0 +1,108 @@
+"""What the fast decoder takes on, and what it refuses by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
+from transformers.generation import GenerationMode
+
+from shoal.errors import UsageError
+from shoal.executing.conductor import Conductor, PlannedList
+
+REFUSED_ARGUMENTS = (
+    "assistant_model", "custom_generate", "inputs_embeds", "negative_prompt_ids", "past_key_values", "stop_strings",
+    "synced_gpus", "tokenizer",
+)  # fmt: skip
+"""Arguments of `generate` that change what a step does, or that it does not hand on to another loop."""
+
+REFUSED_SETTINGS = (
+    "cache_implementation", "output_attentions", "output_hidden_states", "output_logits", "output_scores",
+    "return_dict_in_generate",
+)  # fmt: skip
+"""Settings of a generation config that this loop has no place for."""
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise `UsageError` U562 for an argument of `generate` that the fast path does not take."""
+    for name in REFUSED_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise UsageError(f"the fast path takes no {name}; call model.generate for it", code="U562")
+
+
+def refuse_settings(settings: Any) -> None:
+    """Raise `UsageError` U562 for a generation config that asks for more than greedy or sampled tokens."""
+    mode = settings.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        name = str(mode.value).replace("_", " ")
+        raise UsageError(
+            f"the fast path decodes greedily or samples, not by {name}; call model.generate for it", code="U562"
+        )
+    for name in REFUSED_SETTINGS:
+        if getattr(settings, name, None):
+            raise UsageError(f"the fast path gives tokens alone, not {name}; call model.generate for it", code="U562")
+    if settings.use_cache is False or settings.guidance_scale not in (None, 1):
+        name = "use_cache=False" if settings.use_cache is False else f"guidance_scale={settings.guidance_scale}"
+        raise UsageError(f"the fast path cannot work with {name}; call model.generate for it", code="U562")
+
+
+def refuse_model(model: Any) -> None:
+    """Raise `UsageError` U563 for a model that does not continue text, or that is being trained."""
+    if model.config.is_encoder_decoder or not model.can_generate():
+        kind = type(model).__name__
+        raise UsageError(f"{kind} is no causal language model, which the fast path needs; use generate", code="U563")
+    if model.training:
+        raise UsageError(
+            "the model is in training mode, where dropout changes every token; call model.eval() first", code="U563"
+        )
+
+
+def refuse_deciding(lists: Iterable[Any]) -> None:
+    """Raise `UsageError` U567 when a list of layers is run by something that decides at every token, a policy or a
+    draft: a fixed step would decide once and for all."""
+    for layers in lists:
+        if isinstance(layers, PlannedList) and type(layers.__dict__["conductor"]) is not Conductor:
+            raise UsageError(
+                "what runs on this model decides token by token, which a fixed step cannot; call model.generate "
+                "without the fast path",
+                code="U567",
+            )
+
+
+def why_not_compiled(model: Any) -> str | None:
+    """Why this model's decode step cannot be compiled with a cache of fixed length; None when it may be."""
+    if getattr(model, "_is_stateful", False):
+        return "it keeps a running state, which no cache of fixed length holds"
+    if any(device in ("cpu", "disk") for device in getattr(model, "hf_device_map", {}).values()) and (
+        len(set(model.hf_device_map.values())) > 1
+    ):
+        return "accelerate offloads a part of it"
+    try:
+        rows = StaticCache(config=model.config, max_cache_len=8).layers
+    except (KeyError, ValueError, AttributeError, TypeError):
+        return "transformers has no cache of fixed length for its layers"
+    other = next((row for row in rows if type(row) not in (StaticLayer, StaticSlidingWindowLayer)), None)
+    if other is not None:
+        return f"its cache has a row of the kind {type(other).__name__}"
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return "transformers does not list it among those that can be compiled"
+    return None
+
+
+def refuse_difference(want: torch.Tensor, have: torch.Tensor) -> float:
+    """Largest difference between the logits of one step, [batch, vocabulary] each, relative to the largest logit.
+
+    Raises `UsageError` U564 when it is more than rounding: the compiled step is not this model's own.
+    """
+    limit = 1e-3 if want.dtype == torch.float32 else 5e-2
+    want, have = want.float(), have.float()
+    far = float((want - have).abs().max() / want.abs().max().clamp(min=1e-6))
+    if not far <= limit:  # NaN is never at most the limit
+        raise UsageError(
+            f"the compiled step's logits differ by {far:.2g} of the largest from the model's own; decode with "
+            'mode="off", and report the family',
+            code="U564",
+        )
+    return far

@@ -1,0 +1,1 @@
+"""What layers see and make while data passes: states, parts, attention maps."""

@@ -1,0 +1,119 @@
+"""Draft by a skip set that is searched while the text is written."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from transformers.cache_utils import Cache
+
+from shoal.errors import UsageError
+from shoal.plan import Run, Spec
+from shoal.speculating.chooser import Chooser
+from shoal.speculating.scene import Scene
+
+
+def swift(
+    *, spec: Spec, fraction: float = 0.4, window: int = 24, tries: int = 40, enough: float = 0.95, seed: int = 0
+) -> Chooser:
+    """Skip `fraction` of the attentions and mlps, and look for a better set each time `window` tokens were written.
+
+    A candidate's score is the share of the last `window` tokens that it would have drafted, in one pass over them on
+    the cache as it stood before: matchness = mean(argmax draft(t) == text(t+1)). Candidates exchange one skipped part
+    for a kept one (every fifth is drawn anew); the search ends after `tries`, or at a score of `enough`. The first and
+    the last layer stay whole.
+
+    SWIFT (Xia et al., ICLR 2025, 2410.06916). We differ: it mixes random search with Bayesian optimisation, here every
+    step but each fifth is local; its code skips by layer list files, here it is a plan.
+    """
+    if not 0 < fraction < 1 or window < 2:
+        raise UsageError(
+            f"swift cannot skip {fraction} of the parts judged by {window} tokens; "
+            "use a fraction between 0 and 1 and a window of 2 or more",
+            code="U614",
+        )
+    return _Swift(spec, fraction, window, tries, enough, seed)
+
+
+@dataclass
+class _Swift(Chooser):
+    spec: Spec
+    fraction: float
+    window: int
+    tries: int
+    enough: float
+    seed: int
+    best: frozenset[int] = frozenset()
+    score: float = -1.0
+    tried: int = 0
+    since: int = 0
+    before: Cache | None = None
+    random: random.Random = field(default_factory=random.Random)
+
+    def begin(self, spec: Spec) -> tuple[Run, ...]:
+        """A skip set spread evenly over the layers; what was found for another text does not count."""
+        self.random = random.Random(self.seed)
+        self.tried, self.score, self.before = 0, -1.0, None
+        parts = self._parts()
+        count = max(1, round(self.fraction * len(parts)))
+        self.best = (
+            frozenset(parts[(2 * n + 1) * len(parts) // (2 * count)] for n in range(count)) if parts else frozenset()
+        )
+        return self._steps(self.best)
+
+    def again(self, scene: Scene) -> tuple[Run, ...] | None:
+        """One candidate for each round, once there is text to judge it by."""
+        if self.tried >= self.tries or self.score >= self.enough or not self.best:
+            self.before = None
+            return None
+        if self.before is None:
+            self.before, self.since = scene.snapshot(), scene.length
+            return None
+        if scene.length - self.since < self.window:
+            return None
+        return self._search(scene, self.before)
+
+    def _search(self, scene: Scene, before: Cache) -> tuple[Run, ...] | None:
+        better = False
+        self.score = scene.agreement(self._steps(self.best), before, self.since)
+        for _ in range(4):
+            self.tried += 1
+            candidate = self._neighbour()
+            score = scene.agreement(self._steps(candidate), before, self.since)
+            if score > self.score:
+                self.best, self.score, better = candidate, score, True
+        self.before, self.since = scene.snapshot(), scene.length
+        return self._steps(self.best) if better else None
+
+    def _neighbour(self) -> frozenset[int]:
+        parts = self._parts()
+        if self.tried % 5 == 0 or len(self.best) == len(parts):
+            return frozenset(self.random.sample(parts, len(self.best)))
+        out = self.random.choice(sorted(self.best))
+        new = self.random.choice([part for part in parts if part not in self.best])
+        return self.best - {out} | {new}
+
+    def _parts(self) -> list[int]:
+        """2 i is the attention of layer i, 2 i + 1 its mlp; a layer without parts is skipped as a whole (2 i).
+        Layers that others read from stay."""
+        layers = self.spec.stack("decoder").layers
+        read = {needed for layer in layers for needed in layer.needs}
+        return [
+            2 * layer.index + part
+            for layer in layers[1:-1]
+            if layer.index not in read
+            for part in ((0, 1) if layer.attention is not None and layer.mlp is not None else (0,))
+        ]
+
+    def _steps(self, skipped: frozenset[int]) -> tuple[Run, ...]:
+        steps = []
+        for layer in self.spec.stack("decoder").layers:
+            whole = layer.attention is None or layer.mlp is None
+            attention, mlp = 2 * layer.index not in skipped, 2 * layer.index + 1 not in skipped
+            if attention and (mlp or whole):
+                steps.append(Run(layer.index))
+            elif attention:
+                steps.append(Run(layer.index, part="attention"))
+            elif mlp and not whole:
+                steps.append(Run(layer.index, part="mlp"))
+        return tuple(steps)
