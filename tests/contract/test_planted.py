@@ -14,7 +14,7 @@ from shoal.registry import get
 from shoal.search.greedy import greedy
 
 from .planted import DEEP, LINEAR, NULL, TWINS, affine_of, answers, random_data
-from .test_transforms import MERGES, SHORT, STAND_INS, logits, relative
+from .transform_jobs import MERGES, SHORT, STAND_INS, logits, relative
 
 FAMILIES = ["llama", "gpt2", "mixtral"]
 TRAINED = {"streamline": {"epochs": 1, "loss_epochs": 0}, "fuse-group": {"epochs": 1}}

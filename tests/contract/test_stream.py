@@ -1,4 +1,4 @@
-"""A plan applied file to file: the same checkpoint as a write through memory, and bad folders refused whole."""
+"""A streamed write against a write: the same folder, the same refusals, the same commands."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,70 +19,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from shoal.cli import app
-from shoal.errors import ModelError, PlanError, ShoalError, UsageError, WriteError
-from shoal.models.inspect import inspect
-from shoal.models.load import inspect_source, load
-from shoal.models.shards import INDEX, Stored, stored_tensors
-from shoal.plan import Plan, load_plan, parse_plan
-from shoal.writing import container, twins
+from shoal.errors import ModelError, PlanError, UsageError, WriteError
+from shoal.models.shards import INDEX, stored_tensors
+from shoal.plan import load_plan
 from shoal.writing import stream as stream_module
 from shoal.writing.container import parse_size
-from shoal.writing.folder import write
-from shoal.writing.stream import Streamed, stream
-from shoal.writing.twins import same_bytes
+from shoal.writing.stream import stream
 
-from .families import tiny
+from .stream_folders import bases, config_of, content, plan_of, streamed, weights, written
+
+__all__ = ["bases"]
 
 PLANS = ("0,2-3", "1-3", "0,1x2,3")
 SAME_FILES = ("llama", "gpt2", "qwen3", "gemma3_text", "bloom", "falcon", "opt", "mamba2")
 CONVERTED = ("mixtral", "qwen2_moe")
 """transformers merges their experts when it loads; files keep them apart."""
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's tiny model, in several shards."""
-    root = tmp_path_factory.mktemp("bases")
-
-    def base(family: str) -> Path:
-        folder = root / family
-        if not folder.exists():
-            model = tiny(family, "eager" if family in ("bloom", "mamba2") else "sdpa")
-            model.save_pretrained(folder, max_shard_size="20KB")
-        return folder
-
-    return base
-
-
-def plan_of(folder: Path, text: str) -> Plan:
-    return parse_plan(text, Plan.identity(inspect_source(folder)))
-
-
-def streamed(folder: Path, text: str, output: Path, **options: Any) -> Streamed:
-    return stream(folder, plan_of(folder, text), output, **({"shard_size": "20KB"} | options))
-
-
-def written(folder: Path, text: str, output: Path, **options: Any) -> Path:
-    loaded = load(folder, device="cpu")
-    return write(loaded, parse_plan(text, Plan.identity(inspect(loaded.model))), output, prove=False, **options).folder
-
-
-def content(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {name: (s.dtype, s.shape, bytes_of(s)) for name, s in stored_tensors(folder).items()}
-
-
-def bytes_of(stored: Stored) -> bytes:
-    with stored.file.open("rb") as file:
-        file.seek(stored.start)
-        return file.read(stored.size)
-
-
-def config_of(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text())
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load(folder, device="cpu").model.state_dict()
 
 
 @pytest.mark.parametrize("family", SAME_FILES)
@@ -205,247 +151,6 @@ def test_sizes() -> None:
             parse_size(text)
 
 
-def test_without_the_system_s_copy(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def elsewhere(*_: Any) -> int:
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "copy_file_range", elsewhere, raising=False)
-    monkeypatch.setattr(container, "_BUFFER", 1000)
-    streamed(bases("llama"), "0,2-3", tmp_path / "one")
-    monkeypatch.delattr(os, "copy_file_range")
-    streamed(bases("llama"), "0,2-3", tmp_path / "two")
-    assert content(tmp_path / "one") == content(tmp_path / "two")
-
-
-def test_a_header_that_names_another_place_fails_the_proof(
-    bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    true = twins.compared
-
-    def spoiled(folder: Path, *rest: Any) -> Any:
-        first, second = (stored_tensors(folder)[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 1))
-        data = first.file.read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        header = json.loads(data[8 : 8 + length])
-        one, two = (header[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 1))
-        one["data_offsets"], two["data_offsets"] = two["data_offsets"], one["data_offsets"]
-        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
-        assert (len(text), first.file) == (length, second.file)
-        with first.file.open("r+b") as file:  # the header alone: what was copied is still being compared
-            file.write(data[:8] + text)
-        return true(folder, *rest)
-
-    monkeypatch.setattr(stream_module, "compared", spoiled)
-    with pytest.raises(WriteError, match=r"W230.*weights: 2.*up_proj"):
-        streamed(bases("llama"), "0,2-3", tmp_path / "out", shard_size="5GB")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("zero_parts", [False, True])
-def test_a_wrong_copy_fails_the_proof(
-    zero_parts: bool, bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    true, spoilt = twins.Twins.add, list[str]()
-
-    def spoiled(self: Any, item: Any, copy: Stored) -> None:
-        if not spoilt and item.zero == zero_parts and "mlp" in item.name:
-            spoilt.append(item.name)
-            with copy.file.open("r+b") as file:
-                file.seek(copy.start + copy.size - 1)
-                file.write(b"\x99")
-        true(self, item, copy)
-
-    monkeypatch.setattr(twins.Twins, "add", spoiled)
-    with pytest.raises(WriteError, match=r"W230.*weights: 1.*mlp"):
-        streamed(bases("llama"), "0,1a,3", tmp_path / "out", zero_parts=True)
-    assert len(spoilt) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_bytes_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(twins, "_BUFFER", 64)
-    data = bytes(range(1, 201))
-    (tmp_path / "one").write_bytes(b"head" + data)
-    one = Stored(tmp_path / "one", "U8", (200,), 4, 200)
-    for at in (None, 0, 63, 64, 127, 192, 199):
-        changed = bytearray(data)
-        if at is not None:
-            changed[at] ^= 1
-        (tmp_path / "two").write_bytes(bytes(changed))
-        assert same_bytes(one, replace(one, file=tmp_path / "two", start=0)) == (at is None)
-    (tmp_path / "zeros").write_bytes(bytes(200))
-    assert same_bytes(replace(one, file=tmp_path / "zeros", start=0), None)
-    (tmp_path / "zeros").write_bytes(bytes(199) + b"\x01")
-    assert not same_bytes(replace(one, file=tmp_path / "zeros", start=0), None)
-    (tmp_path / "two").write_bytes(data[:-1])  # ends too early
-    assert not same_bytes(one, replace(one, file=tmp_path / "two", start=0))
-    assert not same_bytes(one, replace(one, size=199))
-
-
-def test_a_place_that_was_not_compared_is_not_the_same(bases: Any) -> None:
-    first, second = list(stored_tensors(bases("llama")).values())[:2]
-    pairs = twins.Twins()
-    pairs.add(container.Item("a", first), first)
-    assert pairs.same(container.Item("b", first), first)
-    for item, place in (
-        (container.Item("a", second), second),
-        (container.Item("a", first), second),
-        (container.Item("a", first, zero=True), first),
-    ):
-        assert not pairs.same(item, place)
-
-
-def test_a_failure_stops_the_other_threads(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = [container.Item(name, place) for name, place in stored_tensors(bases("llama")).items()]
-    seen: list[str] = []
-
-    def fails(item: Any, place: Stored) -> None:
-        seen.append(item.name)
-        if len(seen) == 1:
-            raise OSError(5, "Input/output error")
-        time.sleep(0.1)  # all others together would take seconds
-
-    monkeypatch.setattr(container, "THREADS", 2)
-    with pytest.raises(OSError, match="Input/output error"):
-        container.write_shards(tmp_path, items, 10**9, lambda _: None, copied=fails)
-    assert len(seen) < len(items)
-
-
-def test_files_reach_the_disk_while_they_grow(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = [container.Item(name, place) for name, place in stored_tensors(bases("llama")).items()]
-    done, at = [0], list[int]()
-    monkeypatch.setattr(container, "_SETTLE", 20_000)
-    container.write_shards(
-        tmp_path, items, 10**9, lambda size: done.append(done[-1] + size), settle=lambda _: at.append(done[-1])
-    )
-    assert len(at) > 3
-    assert all(later - earlier >= 20_000 for earlier, later in pairwise(at[:-1]))
-    assert at[-1] == done[-1] == sum(item.source.size for item in items)
-
-
-def test_a_file_that_does_not_reach_the_disk(bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(path: Path) -> None:
-        raise OSError(5, "Input/output error", str(path))
-
-    monkeypatch.setattr(stream_module, "sync_path", fails)
-    with pytest.raises(WriteError, match="Input/output error"):
-        streamed(bases("llama"), "0,2-3", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    change(index["weight_map"])
-    (folder / INDEX).write_text(json.dumps(index))
-
-
-def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """The header of the shard of one known tensor, changed as JSON or as text."""
-    file = stored_tensors(folder)[UP].file
-    data = file.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    made = change(header)
-    text = (made if isinstance(made, str) else json.dumps(header)).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def rename(folder: Path, new: str) -> None:
-    edit_header(folder, lambda h: h.update({new: h.pop(UP)}))
-    edit_index(folder, lambda m: m.update({new: m.pop(UP)}))
-
-
-def link_away(folder: Path) -> None:
-    file = stored_tensors(folder)[UP].file
-    away = folder.parent / "away.safetensors"
-    shutil.move(file, away)
-    file.symlink_to(away)
-
-
-def cut(folder: Path) -> None:
-    file = stored_tensors(folder)[UP].file
-    file.write_bytes(file.read_bytes()[:-8])
-
-
-def twice(folder: Path) -> None:
-    place = stored_tensors(folder)[UP]
-    other = next(s.file for s in stored_tensors(folder).values() if s.file != place.file)
-    save_file(load_file(other) | {UP: torch.zeros(64, 32)}, other, metadata={"format": "pt"})
-
-
-def reshape(folder: Path) -> None:
-    edit_header(folder, lambda h: h[UP].update(shape=h[UP]["shape"][::-1]))
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
-BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a shard cut short": (cut, "M309"),
-    "a missing shard": (lambda d: stored_tensors(d)[UP].file.unlink(), "M309"),
-    "an index that names a missing tensor": (lambda d: edit_index(d, lambda m: m.update(x=m[UP])), "M309"),
-    "an index that names another file": (
-        lambda d: edit_index(d, lambda m: m.update({UP: next(f for f in m.values() if f != m[UP])})),
-        "M309",
-    ),
-    "an index that leaves the folder": (lambda d: edit_index(d, lambda m: m.update({UP: "../x.safetensors"})), "M309"),
-    "an absolute path": (lambda d: edit_index(d, lambda m: m.update({UP: "/etc/passwd"})), "M309"),
-    "an index without a map": (lambda d: (d / INDEX).write_text("{}"), "M309"),
-    "an index of brackets": (lambda d: (d / INDEX).write_text("[" * 1_000_000), "M302"),
-    "a link out of the folder": (link_away, "M309"),
-    "a tensor in two files": (twice, "M309"),
-    "a header of brackets": (lambda d: edit_header(d, lambda _: "[" * 100_000), "M309"),
-    "a header with a tensor twice": (
-        lambda d: edit_header(d, lambda h: json.dumps(h)[:-1] + f', "{UP}": {json.dumps(h[UP])}}}'),
-        "M309",
-    ),
-    "overlapping tensors": (
-        lambda d: edit_header(d, lambda h: h[UP].update(data_offsets=[0, 8192]) or h.update(z=h[UP])),
-        "M309",
-    ),
-    "a wrong size": (lambda d: edit_header(d, lambda h: h[UP].update(shape=[1, 1])), "M309"),
-    "a negative size": (lambda d: edit_header(d, lambda h: h[UP].update(shape=[-64, -32])), "M309"),
-    "a shape that is turned": (reshape, "W218"),
-    "a tensor of no part": (lambda d: rename(d, "model.layers.1.mlp.mystery.weight"), "W217"),
-    "a tensor of a layer too many": (lambda d: rename(d, "model.layers.9.mlp.up_proj.weight"), "W217"),
-    "a layer too many in the config": (lambda d: set_config(d, num_hidden_layers=5), "M310"),
-    "a quantised model": (lambda d: set_config(d, quantization_config={"quant_method": "gptq", "bits": 4}), "W212"),
-    "code of its own": (
-        lambda d: set_config(d, model_type="evil", auto_map={"AutoConfig": "evil.Config"}),
-        "M312",
-    ),
-    "another kind of model": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "W217"),
-    "no config": (lambda d: (d / "config.json").unlink(), "M302"),
-}
-
-
-def set_config(folder: Path, **fields: Any) -> None:
-    (folder / "config.json").write_text(json.dumps(config_of(folder) | fields))
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_folders_are_refused_whole(name: str, bases: Any, tmp_path: Path) -> None:
-    base, out = tmp_path / "base", tmp_path / "out"
-    shutil.copytree(bases("llama"), base)
-    plan = plan_of(base, "0,2-3")
-    change, code = BAD[name]
-    change(base)
-    with pytest.raises(ShoalError) as caught:
-        stream(base, plan, out / "model")
-    assert caught.value.code == code, caught.value
-    assert len(str(caught.value).splitlines()) == 1
-    assert not out.exists()
-
-
-def test_links_of_the_hub_s_cache_are_followed(bases: Any, tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    shutil.copytree(bases("llama"), blobs)
-    snapshot.mkdir(parents=True)
-    for file in blobs.iterdir():
-        (snapshot / file.name).symlink_to(file)
-    made = streamed(snapshot, "0,2-3", tmp_path / "out")
-    assert not any(path.is_symlink() for path in made.folder.rglob("*"))
-    assert (made.folder / "generation_config.json").exists()
-
-
 def test_refused_outputs_and_plans(bases: Any, tmp_path: Path) -> None:
     base = bases("llama")
     with pytest.raises(WriteError, match="W221"):
@@ -510,11 +215,3 @@ def test_the_command_line(bases: Any, tmp_path: Path) -> None:
         result = shoal("--output", str(tmp_path / "no"), *words)
         assert result.exit_code == 1
         assert "U525" in result.stderr
-
-
-def test_a_source_that_shrinks_is_named(bases: Any, tmp_path: Path) -> None:
-    file = tmp_path / "short"
-    file.write_bytes(b"abc")
-    item = container.Item("x", Stored(file, "U8", (9,), 0, 9))
-    with pytest.raises(ModelError, match="M309"):
-        container.write_shards(tmp_path, [item], 100, lambda _: None)

@@ -1,0 +1,33 @@
+"""Tasks for methods: a model with its text, and one that must not be looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoal.api.journal import journaled
+from shoal.data import Data
+from shoal.methods._task import Task
+from shoal.models.inspect import inspect
+from shoal.plan import Plan, check
+
+from .families import tiny
+from .planted import random_data
+
+
+class Untouchable:
+    """Stands for what a data-free method must not look at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise AssertionError(f"a data-free method looked at .{name}")
+
+
+def task_of(model: Any, data: Data, **rest: Any) -> Task:
+    spec = inspect(model)
+    plan = Plan.identity(spec)
+    return Task(
+        model, data, plan, spec, lambda p: not check(p, spec), journaled(model, plan, batch=16), batch=16, **rest
+    )
+
+
+def random_task(**rest: Any) -> Task:
+    return task_of(tiny("llama"), random_data(4, 16), **rest)
