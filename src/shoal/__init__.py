@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from shoal._moved import install
 from shoal._version import __version__
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ __all__ = [
     "verify",
     "write",
 ]
+
+
+install()
 
 
 def __getattr__(name: str) -> Any:

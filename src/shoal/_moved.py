@@ -1,0 +1,73 @@
+"""Modules that have another name now: the old one still imports, with a note, because user files may name it.
+
+`MOVED` is the one place to enter a rename of a module or a package. A name may be renamed again: both notes name the
+last one.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_ROOMS_OF_RUN = {
+    "executing": "conductor lent live prefix slots tail timing weights freeze",
+    "recording": "attention layer_major observe states walk",
+    "deciding": "arguments deciding deferred entries flow gated gates kv_rules layer_lists masks partly place "
+    "policies policy_file readout signals trace",
+    "decoding": "fast fast_layers fast_legal fast_loop fast_matvec listening streaming",
+}
+MOVED = {
+    **{f"run.{name}": f"{room}.{name}" for room, names in _ROOMS_OF_RUN.items() for name in names.split()},
+    "run.speculate": "speculating",
+}
+"""Old name to new name, both without `shoal.`; what lies below a package moves with it."""
+
+
+def current(name: str) -> str | None:
+    """Where the module `name` (without `shoal.`) is now; None for one that has not moved."""
+    found = None
+    while (moved := next((old for old in MOVED if f"{name}.".startswith(f"{old}.")), None)) is not None:
+        found = name = MOVED[moved] + name.removeprefix(moved)
+    return found
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds an old name where its module is now. It stands behind the other finders: a module that exists wins."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        room, _, below = name.partition(".")
+        if room != "shoal":
+            return None
+        new = current(below)
+        if new is None and not any(old.startswith(f"{below}.") for old in MOVED):
+            return None
+        return ModuleSpec(name, self, origin=new and f"shoal.{new}", is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        found = ModuleType(spec.name)
+        found.__path__ = []  # its own, or a second copy of what lies below would be found on the real one
+        if spec.origin is None:  # only a former package around modules that have moved
+            return found
+        real = import_module(spec.origin)
+        warnings.warn(f"{spec.name} is now {spec.origin}; import it from there", DeprecationWarning, stacklevel=2)
+
+        def attribute(name: str) -> Any:
+            return getattr(real, name)
+
+        found.__dict__["__getattr__"] = attribute
+        return found
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is left to run."""
+
+
+def install() -> None:
+    """Let old names import, once in a process."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())
