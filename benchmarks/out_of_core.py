@@ -162,7 +162,8 @@ def notation(depth: int) -> str:
 def bytes_kept(root: Path, depth: int) -> int:
     """Files for `cp` with exactly as many bytes as the plan keeps, in shards like those of the stream."""
     from shoal.models.inspect import inspect
-    from shoal.models.load import load_config, meta_model
+    from shoal.models.load import load_config
+    from shoal.models.meta import meta_model
     from shoal.plan import Plan, parse_plan
     from shoal.writing.container import write_shards
     from shoal.writing.draft import draw

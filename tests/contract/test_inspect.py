@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shoal.errors import ModelError
 from shoal.models.inspect import inspect
-from shoal.models.load import meta_model
+from shoal.models.meta import meta_model
 from shoal.models.probe import probe
 from shoal.models.stacks import find_stack
 from shoal.plan import KVSpec

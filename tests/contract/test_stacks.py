@@ -21,7 +21,7 @@ from shoal.errors import ModelError, PlanError, ShoalError, WriteError
 from shoal.executing.live import apply, running
 from shoal.models.inspect import inspect
 from shoal.models.kinds import auto_for, auto_of, is_causal
-from shoal.models.load import meta_model
+from shoal.models.meta import meta_model
 from shoal.models.stacks import find_stack, find_stacks
 from shoal.plan import Plan, check
 from shoal.writing import surgery

@@ -20,7 +20,8 @@ from shoal.cli.inspect import _text
 from shoal.data import Data, DataInfo
 from shoal.errors import ModelError, ShoalError, WriteError
 from shoal.executing.live import running
-from shoal.models.load import Loaded, inspect_source, load, meta_model
+from shoal.models.load import Loaded, inspect_source, load
+from shoal.models.meta import meta_model
 from shoal.writing.folder import write
 from shoal.writing.lineage import original_layers
 from shoal.writing.proof import prove_many

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from shoal.errors import ModelError, PlanError
 from shoal.models.inspect import inspect
-from shoal.models.load import Loaded, load, meta_model
+from shoal.models.load import Loaded, load
+from shoal.models.meta import meta_model
 from shoal.plan import Plan, load_plan, parse_plan
 from shoal.writing import proof as proof_module
 from shoal.writing.folder import verify, write

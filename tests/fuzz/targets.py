@@ -109,7 +109,7 @@ def header(tensors: dict[str, tuple[int, ...]]) -> bytes:
 @cache
 def shapes() -> dict[str, tuple[int, ...]]:
     """The tensors of `CONFIG`."""
-    from shoal.models.load import meta_model
+    from shoal.models.meta import meta_model
 
     folder = _scratch() / "seed"
     folder.mkdir(exist_ok=True)

@@ -20,8 +20,8 @@ from shoal.evaluation.stats import Spread
 from shoal.evaluation.token_clock import TokenClock
 from shoal.executing.live import Running, running
 from shoal.executing.weights import Tensors
-from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
+from shoal.models.opened import open_model
 from shoal.plan import Plan, parse_plan
 from shoal.record import plain
 
@@ -87,7 +87,7 @@ def bench_policy(
     loaded = opened(source, **options)
     model = loaded.model
     require_causal(model, "bench")
-    base = Plan.identity(inspect(model))
+    base = Plan.identity(open_model(model).spec)
     chosen = parse_plan(plan, base) if isinstance(plan, str) else plan or base
     tasks = [encoded(loaded, text, chat) for text in texts_of(prompts)]
     without = ungated(chosen)

@@ -27,7 +27,6 @@ from shoal.evaluation.exits import Features, live_losses, load_features, record_
 from shoal.evaluation.risk import Bound, Losses, require_confidence, require_sequences
 from shoal.evaluation.scoring import Progress
 from shoal.executing.weights import Tensors, hash_of_used
-from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan, parse_plan
@@ -109,7 +108,7 @@ def calibrate(
         require_sequences(limit - limit // 2, target.limit, delta if guarantee == "fixed-sequence" else None)
     loaded = opened(source, **options)
     require_causal(loaded.model, "calibrate")
-    spec = inspect(loaded.model)
+    spec = loaded.opened.spec
     whole = (
         Plan.identity(spec)
         if plan is None

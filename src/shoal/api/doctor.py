@@ -10,8 +10,8 @@ from typing import Any
 from shoal.api.outlook import Outlook, outlook_of
 from shoal.errors import ModelError, UsageError
 from shoal.models.diagnosis import Diagnosis, diagnose, read_papers
-from shoal.models.inspect import inspect
 from shoal.models.load import structure
+from shoal.models.opened import open_model
 from shoal.plan import Plan, Run, Spec, load_plan, parse_plan, parse_steps, require
 from shoal.writing.reference import quiet
 
@@ -70,7 +70,7 @@ def doctor(source: str | Path, *, plan: str | None = None, kept: str | None = No
         found = diagnose(read_papers(source), None if kept is None else layer_list(kept))
         assert found.config is not None
         model = structure(found.config, source)
-        spec = inspect(model)
+        spec = open_model(model).spec
         chosen = Plan.identity(spec) if plan is None else require(_plan(plan, spec, str(source)), spec)
         seen = outlook_of(model, spec, chosen)
     return Examined(str(source), found, spec, str(model.dtype).removeprefix("torch."), seen, planned=plan is not None)

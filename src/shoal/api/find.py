@@ -22,7 +22,6 @@ from shoal.evaluation.plan_loss import Memo
 from shoal.evaluation.spread_loss import judges
 from shoal.executing.weights import Tensors, used_by
 from shoal.methods._task import Task
-from shoal.models.inspect import inspect
 from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
@@ -124,7 +123,7 @@ def prune(
     own = entry.accept(settings or {})
     after = parse_then(then)
     loaded = opened(source, **options)
-    spec = inspect(loaded.model)
+    spec = loaded.opened.spec
     identity = Plan.identity(spec, source=loaded.source)
     text, most = None, None
     # before the search, which may take hours: what will be needed after it

@@ -21,7 +21,6 @@ from shoal.executing.weights import Tensors
 from shoal.fitting.exits import ExitFit, fit_adainfer
 from shoal.fitting.lens import fit_lenses
 from shoal.fitting.probe import fit_probes
-from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, format_steps, parse_plan
@@ -87,7 +86,7 @@ def fit_exits(
         )
     loaded = opened(source, **options)
     require_causal(loaded.model, "fit-exits")
-    spec = inspect(loaded.model)
+    spec = loaded.opened.spec
     base = parse_plan(plan, Plan.identity(spec)) if isinstance(plan, str) else plan or Plan.identity(spec)
     if decides(base.steps()):
         raise UsageError(f"the plan {base} has gates or exits already; give the plan without them", code="U621")

@@ -16,9 +16,9 @@ from shoal.decoding.streaming import TextPieces
 from shoal.evaluation.scoring import evaluating
 from shoal.executing.live import Running, running
 from shoal.executing.weights import Tensors
-from shoal.models.inspect import inspect
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
+from shoal.models.opened import open_model
 from shoal.plan import Plan
 
 
@@ -86,5 +86,5 @@ def _ready(
     model: Any, plan: Plan | str | None, weights: Tensors | None, policy: str | None
 ) -> AbstractContextManager[Running | None]:
     if policy is not None:
-        return running(model, Plan.identity(inspect(model)) if plan is None else plan, weights, policy=policy)
+        return running(model, Plan.identity(open_model(model).spec) if plan is None else plan, weights, policy=policy)
     return nullcontext() if plan is None else running(model, plan, weights)

@@ -26,7 +26,6 @@ from shoal.evaluation.plan_loss import Memo
 from shoal.evaluation.scoring import device_of
 from shoal.executing.weights import Tensors
 from shoal.models.checkpoint import read_json
-from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, cost, parse_plan
 from shoal.scores import Budget, Unit
@@ -70,12 +69,12 @@ class Harness:
 
     def identity(self) -> Plan:
         """The plan of the whole model."""
-        return Plan.identity(inspect(self.loaded.model))
+        return Plan.identity(self.loaded.opened.spec)
 
     def facts(self) -> dict[str, Any]:
         """What makes results comparable."""
         return {
-            "base": inspect(self.loaded.model).fingerprint,
+            "base": self.loaded.opened.spec.fingerprint,
             "source": self.loaded.source,
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "protocol": self.protocol.to_dict(),
@@ -156,7 +155,7 @@ class Harness:
         """The budget of that text; the same one for all cells. Raises U523."""
         if text not in self.budgets:
             unit, share = parse_budget(text)
-            spec = inspect(self.loaded.model)
+            spec = self.loaded.opened.spec
             self.budgets[text] = (
                 counted_budget(unit, share, spec) if unit in COUNTED else Budget(unit, share, self._clock(unit, spec))
             )

@@ -8,7 +8,6 @@ from typing import Any
 from shoal._version import __version__
 from shoal.api.find import Pruned
 from shoal.evaluation import Progress, Spread
-from shoal.models.stacks import find_stack
 from shoal.models.streamed import is_streamed
 from shoal.plan import Cost, Plan
 from shoal.record import Record, command_line, environment
@@ -53,7 +52,7 @@ def publish(
         "config": config,
         "progress": progress,
     }
-    if is_streamed(find_stack(pruned.loaded.model)) and not pruned.found.weights:
+    if is_streamed(pruned.loaded.opened.stack()) and not pruned.found.weights:
         return stream(pruned.loaded.folder or pruned.loaded.source, pruned.plan, output, **options)
     return write(
         pruned.loaded,

@@ -85,7 +85,6 @@ def _copy(wanted: Wanted, file: Any, dry_run: bool, progress: Any) -> tuple[dict
 
 
 def _convert(wanted: Wanted, file: Any, dry_run: bool, progress: Any) -> tuple[dict[str, Any], str]:
-    from shoal.models.inspect import inspect
     from shoal.models.load import inspect_source, load_config
     from shoal.plan import Plan
     from shoal.writing.gguf_out.converted import sketched
@@ -102,7 +101,7 @@ def _convert(wanted: Wanted, file: Any, dry_run: bool, progress: Any) -> tuple[d
         return _sizes(plan, sketch.arch, wanted, sketch.bytes, whole.bytes, sketch.tensors)
     options = loading(wanted.device, wanted.dtype, wanted.trust_remote_code)
     loaded, plan, _ = open_model(wanted.model, wanted.plan, **options)
-    plan = plan or Plan.identity(inspect(loaded.model), source=wanted.model)
+    plan = plan or Plan.identity(loaded.opened.spec, source=wanted.model)
     written = convert_model(
         loaded,
         plan,

@@ -227,11 +227,10 @@ def read_weights(text: str | None) -> dict[str, Any]:
 
 def open_model(model: str, plan: str | None, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
     """The loaded model, the plan, read and checked for it (None when there is none), and the plan's own weights."""
-    from shoal.models.inspect import inspect
     from shoal.models.load import load
 
     loaded = load(model, **options)
-    chosen = None if plan is None else read_plan(plan, inspect(loaded.model), loaded.source)
+    chosen = None if plan is None else read_plan(plan, loaded.opened.spec, loaded.source)
     return loaded, chosen, read_weights(plan)
 
 

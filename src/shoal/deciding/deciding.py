@@ -17,8 +17,9 @@ from shoal.deciding.trace import Trace, count_calls
 from shoal.errors import PlanError, UsageError
 from shoal.executing.conductor import PlannedList
 from shoal.executing.weights import Tensors, hash_of_used
-from shoal.models.probe import Probe, probe
-from shoal.models.stacks import Stack, find_stack
+from shoal.models.opened import open_model
+from shoal.models.probe import Probe
+from shoal.models.stacks import Stack
 from shoal.plan import Exit, Plan, Spec, Step, format_steps
 from shoal.plan.steps import runs
 from shoal.registry import get
@@ -79,8 +80,8 @@ class Deciding:
         given.
         """
         self.model, self.policy, self.weights = model, policy, weights
-        self.stack: Stack = find_stack(model)
-        self.facts = probe(model, self.stack)
+        self.stack: Stack = open_model(model).stack()
+        self.facts = open_model(model).facts(self.stack.name)
         require_decidable(policy, spec, model, self.facts)
         steps = policy.plan.steps()
         fills = {run.kv.fill for run in runs(steps)}

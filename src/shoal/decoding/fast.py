@@ -25,7 +25,8 @@ from shoal.errors import PlanError, UsageError
 from shoal.executing.conductor import PlannedList
 from shoal.executing.live import apply
 from shoal.executing.timing import now
-from shoal.models.stacks import Stack, find_stack, find_stacks, unwrap
+from shoal.models.opened import open_model
+from shoal.models.stacks import Stack, unwrap
 from shoal.plan import Plan
 
 Mode = Literal["auto", "layers", "step", "off"]
@@ -120,7 +121,7 @@ class FastDecoder:
             names = ", ".join(self.plans) or "no plans by name"
             raise UsageError(f"plan={plan!r} is not in the menu; it has {names}", code="U566")
         streamer = kwargs.get("streamer")
-        refuse_deciding([stack.layers for stack in find_stacks(self.model)])
+        refuse_deciding([stack.layers for stack in open_model(self.model).stacks])
 
         def loop(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
             return self._loop(plan, streamer, input_ids, **prepared)
@@ -208,7 +209,7 @@ class FastDecoder:
             self._calls[own] = compiled_call(self._options(), self._backend, dynamic=None if sliding else False)
         call = self._calls[own]
         if self.mode == "layers":
-            return self.model, compiled_calls(self.model, find_stack(self.model, "decoder"), call)
+            return self.model, compiled_calls(self.model, open_model(self.model).stack("decoder"), call)
 
         def forward(**inputs: Any) -> Any:
             torch.compiler.cudagraph_mark_step_begin()
@@ -239,7 +240,7 @@ class FastDecoder:
     def _switched(self, plan: str | None) -> Iterator[None]:
         """Run that plan; afterwards the model is as it was."""
         planned = self._planned[plan]
-        if planned and any(isinstance(stack.layers, PlannedList) for stack in find_stacks(self.model)):
+        if planned and any(isinstance(stack.layers, PlannedList) for stack in open_model(self.model).stacks):
             raise PlanError(
                 "a plan is running on this model already; restore it before another is switched on", code="P122"
             )

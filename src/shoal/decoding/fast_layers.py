@@ -17,7 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from shoal.executing.slots import KeysValues
-from shoal.models.probe import probe
+from shoal.models.opened import open_model
 from shoal.models.stacks import Stack
 
 Call = Callable[..., Any]
@@ -109,7 +109,7 @@ class CompiledHead:
 
 def compiled_calls(model: Any, stack: Stack, call: Call) -> list[tuple[nn.Module, Any]]:
     """Every layer of `stack` and the model's output head, with what stands in for calling it."""
-    facts = probe(model, stack).layers
+    facts = open_model(model).facts(stack.name).layers
     calls: list[tuple[nn.Module, Any]] = [
         (stack.layer(i), CompiledLayer(stack.layer(i), facts[i].row, call)) for i in range(stack.depth)
     ]

@@ -13,7 +13,7 @@ from shoal.data import Data
 from shoal.errors import PlanError
 from shoal.evaluation.scoring import Progress, evaluating, require_context, require_scored, windows
 from shoal.executing.live import running
-from shoal.models.inspect import inspect
+from shoal.models.opened import open_model
 from shoal.plan import Plan, check, drop
 from shoal.plan.steps import PartName
 from shoal.recording.observe import require_whole
@@ -34,7 +34,7 @@ class Candidates:
 def without_each(model: Any, what: str, *, part: PartName = "layer", stack: str | None = None) -> Candidates:
     """For each layer the plan without it, or without its attention or mlp. Raises U507 while a plan is running."""
     require_whole(model, what, stack)
-    spec = inspect(model)
+    spec = open_model(model).spec
     identity, depth = Plan.identity(spec), spec.stack(stack).depth
     plans: list[Plan | None] = []
     refused: list[str] = []

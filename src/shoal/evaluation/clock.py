@@ -13,7 +13,7 @@ from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress
 from shoal.evaluation.speed import Speed, speed
 from shoal.executing.live import running
-from shoal.models.inspect import inspect
+from shoal.models.opened import open_model
 from shoal.plan import Map, Plan, Spec, check, drop
 from shoal.plan.spec import LayerSpec
 from shoal.plan.steps import PartName, runs
@@ -69,7 +69,7 @@ def measured_clock(
     `pairs` rounds after one that does not count. Raises U510, U514, U515 as `speed` does, and U561 for a model of
     which nothing can be left out.
     """
-    spec = inspect(model)
+    spec = open_model(model).spec
     identity = Plan.identity(spec)
     plans = {"dense": identity} | {str(plan): plan for plan in _probes(identity, spec)}
     if len(plans) == 1:
@@ -104,7 +104,7 @@ def measured_share(
     model: Any, plan: Plan, phase: Phase, *, weights: Mapping[str, Any] | None = None, **work: Any
 ) -> float:
     """The median share of the dense time that `plan` takes, the two timed in turn; options as of `speed`."""
-    both = {"dense": Plan.identity(inspect(model)), "plan": plan}
+    both = {"dense": Plan.identity(open_model(model).spec), "plan": plan}
     return _share(timed(model, both, {"plan": weights or {}}, **work), "plan", phase)
 
 

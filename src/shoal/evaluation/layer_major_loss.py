@@ -13,7 +13,7 @@ from shoal.evaluation.plan_loss import Part, PlanLoss, mean_of, part_of
 from shoal.evaluation.scoring import batch_tokens, evaluating
 from shoal.executing.live import running
 from shoal.executing.tail import ending_with
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.models.streamed import held, is_streamed
 from shoal.plan import Plan, Run
 from shoal.plan.steps import KV
@@ -30,7 +30,7 @@ class LayerMajorLoss:
 
     def __init__(self, loss: PlanLoss, *, memory: int | None = None) -> None:
         """`memory`: bytes of hidden states held, None for a quarter of what is free."""
-        self.loss, self.model, self.memory, self.stack = loss, loss.model, memory, find_stack(loss.model)
+        self.loss, self.model, self.memory, self.stack = loss, loss.model, memory, open_model(loss.model).stack()
         self._same: bool | None = None
 
     def takes(self, plans: Sequence[Plan]) -> bool:

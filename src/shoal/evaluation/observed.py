@@ -12,7 +12,7 @@ import torch
 from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.plan.steps import PartName
 from shoal.recording.observe import observe, require_whole
 
@@ -53,7 +53,7 @@ def observe_tokens(
     batches, where layers are read from files one after the other). Raises U503 when the span
     does not fit, U508 when `skip_first` leaves no token, U507 for spans or parts while a plan is running.
     """
-    found = find_stack(model, stack)
+    found = open_model(model).stack(stack)
     _require(data, found.depth, span, skip_first)
     if span > 1:
         require_whole(model, what, stack)

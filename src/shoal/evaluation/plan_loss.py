@@ -22,8 +22,7 @@ from shoal.evaluation.scoring import (
 )
 from shoal.executing.live import Running, running
 from shoal.executing.prefix import Prefix, prefixes, resumed, shared
-from shoal.models.inspect import inspect
-from shoal.models.stacks import find_stacks
+from shoal.models.opened import open_model
 from shoal.plan import Plan
 from shoal.recording.states import States
 
@@ -89,7 +88,7 @@ class PlanLoss:
         self.states = States(device_of(model), memory=memory, disk=disk)
         self._memo = Memo() if memo is None else memo
         self._name = f"{data.info.sha256} {batch}"
-        self._share = share and len(find_stacks(model)) == 1
+        self._share = share and len(open_model(model).stacks) == 1
         self._exact: dict[int, bool] = {}
         self._probed: dict[int, torch.Tensor] = {}
         self._answer: torch.Tensor | None = None
@@ -165,7 +164,7 @@ class PlanLoss:
     def resumable(self, cut: int) -> bool:
         """Whether the base model gives the same logits, bit for bit, when it begins at `cut`."""
         if cut not in self._exact:
-            plan = Plan.identity(inspect(self.model))
+            plan = Plan.identity(open_model(self.model).spec)
             with evaluating(self.model), running(self.model, plan) as handle:
                 self._exact[cut] = self._tried(handle, cut)
         return self._exact[cut]

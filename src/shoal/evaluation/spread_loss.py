@@ -11,7 +11,7 @@ from shoal.errors import UsageError
 from shoal.evaluation.cluster import Machines, machines
 from shoal.evaluation.plan_loss import Part, PlanLoss
 from shoal.executing.prefix import Prefix
-from shoal.models.stacks import find_stacks
+from shoal.models.opened import open_model
 from shoal.models.streamed import is_streamed
 from shoal.plan import Plan
 
@@ -96,7 +96,7 @@ def judges(model: Any, address: str | None, count: int) -> AbstractContextManage
 
     Raises U571 as `machines` does, U572 for a model whose layers are read from files as they are needed.
     """
-    if address is not None and any(is_streamed(stack) for stack in find_stacks(model)):
+    if address is not None and any(is_streamed(stack) for stack in open_model(model).stacks):
         raise UsageError(
             "--ray keeps the whole model in memory and --stream reads its layers from files; give one of them",
             code="U572",

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from shoal.errors import UsageError
-from shoal.models.stacks import find_stack, unwrap
+from shoal.models.opened import open_model
+from shoal.models.stacks import unwrap
 
 
 @contextmanager
 def frozen_above(model: nn.Module, layer: int, stack: str | None = None) -> Iterator[None]:
     """Meanwhile every layer above base layer `layer` is given that layer's output instead of the one below's."""
-    found = find_stack(model, stack)
+    found = open_model(model).stack(stack)
     state: list[Any] = [None]
 
     def keep(_: nn.Module, __: Any, out: Any) -> None:

@@ -14,11 +14,10 @@ from shoal.deciding.place import decides
 from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
 from shoal.executing.conductor import PlannedList
-from shoal.models.inspect import inspect
 from shoal.models.kinds import is_causal
+from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
-from shoal.models.probe import probe
-from shoal.models.stacks import Stack, find_stacks, unwrap
+from shoal.models.stacks import Stack, unwrap
 from shoal.plan import Plan, format_steps, parse_plan, require
 from shoal.plan.steps import Step, runs
 
@@ -91,10 +90,10 @@ def apply(
     decide on this model.
     """
     inner = unwrap(model)
-    stacks = find_stacks(inner)
+    stacks = open_model(inner).stacks
     if any(isinstance(stack.layers, PlannedList) for stack in stacks):
         raise PlanError("another plan is running on this model; restore it first", code="P122")
-    spec = inspect(inner)
+    spec = open_model(inner).spec
     if isinstance(plan, str):
         plan = parse_plan(plan, Plan.identity(spec))
     shapes = {name: tuple(t.shape) for name, t in (weights or {}).items()}
@@ -117,7 +116,9 @@ def apply(
         own = {name: t.to(device=place, dtype=like.dtype) for name, t in (weights or {}).items()}
         deciding = None if who is None else Deciding(inner, spec, who, own)
         original, steps = stack.layers, plan.steps(stack.name)
-        planned = PlannedList(stack, probe(inner, stack), steps, own, deciding.conduct if deciding else None)
+        planned = PlannedList(
+            stack, open_model(inner).facts(stack.name), steps, own, deciding.conduct if deciding else None
+        )
         setattr(stack.owner, stack.attr, planned)
         swapped.append((stack, original))
     return Running(inner, plan, swapped, deciding)

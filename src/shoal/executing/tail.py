@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from shoal.executing.live import running
-from shoal.models.inspect import inspect
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.plan import Plan, check, keep
 
 
@@ -22,7 +21,7 @@ def ending_with(model: nn.Module, stack: str | None = None) -> Iterator[Callable
     Only one layer runs, where the plan of that layer alone is legal, and its output is replaced; otherwise all run and
     the last one's is. `None` gives the forward its own state back.
     """
-    found, spec = find_stack(model, stack), inspect(model)
+    found, spec = open_model(model).stack(stack), open_model(model).spec
     alone = keep(Plan.identity(spec), [0], stack=stack)
     short = not check(alone, spec)
     given: torch.Tensor | None = None
@@ -47,7 +46,7 @@ def ending_with(model: nn.Module, stack: str | None = None) -> Iterator[Callable
 @contextmanager
 def recorded(model: nn.Module, stack: str | None = None) -> Iterator[dict[int, torch.Tensor]]:
     """Meanwhile the raw output of each layer that runs is kept, by base layer, as the layer hands it on."""
-    found = find_stack(model, stack)
+    found = open_model(model).stack(stack)
     outputs: dict[int, torch.Tensor] = {}
 
     def hook(index: int) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from shoal.deciding.place import with_exits
 from shoal.errors import DataError
 from shoal.evaluation.scoring import evaluating, logits_of
 from shoal.executing.live import running
-from shoal.models.inspect import inspect
+from shoal.models.opened import open_model
 from shoal.plan import Exit, Plan
 
 STEPS = 50
@@ -54,7 +54,7 @@ def fit_adainfer(
     the squared weights, by Newton's method. Cost: one pass of the whole model and the head once more for each exit.
     Raises D414 when all labels are the same, U507 while a plan is running, U581 for a layer that does not exist.
     """
-    spec = inspect(model)
+    spec = open_model(model).spec
     plan = with_exits(Plan.identity(spec), spec, layers, "project")
     recorder = _Recorder(plan)
     features, labels = [], []

@@ -16,7 +16,7 @@ from shoal.evaluation.scoring import evaluating
 from shoal.executing.live import running
 from shoal.executing.weights import Tensors
 from shoal.fitting.normal import Normal, best_ridge
-from shoal.models.inspect import inspect
+from shoal.models.opened import open_model
 from shoal.plan import Exit, Plan
 from shoal.recording.observe import forward_without_head
 
@@ -47,7 +47,7 @@ def fit_lenses(
     which is no lens at all. Cost: one pass without the head, and for each exit four matrices [hidden, hidden] in
     float64. Raises U622 for several residual streams, U554 when no token counts, P13x for exits that cannot be decided.
     """
-    hidden = inspect(model).stack("decoder").hidden
+    hidden = open_model(model).spec.stack("decoder").hidden
     heads = {step.name: step.head for step in plan.steps() if isinstance(step, Exit)}
     # the heads have no tensors yet, and the last state is read at an exit, too
     bare = [replace(step, head="base") if isinstance(step, Exit) else step for step in plan.steps()]

@@ -9,7 +9,8 @@ import torch
 from shoal.errors import UsageError
 from shoal.fitting.holes import Hole, find_holes
 from shoal.fitting.result import Job, Transformed
-from shoal.models.stacks import Stack, find_stack
+from shoal.models.opened import open_model
+from shoal.models.stacks import Stack
 from shoal.plan import Run, Step
 
 Rule = Callable[[str, Sequence[torch.Tensor], Hole], torch.Tensor]
@@ -22,7 +23,7 @@ def merged(job: Job, name: str, rule: Rule, *, norms: bool = False) -> Transform
     `norms`: vectors (norm gains, biases) too, else matrices only. Raises U553 when the plan removes nothing, U556 when
     the layers have other tensors or shapes than the one before them, U557 when no whole layer runs before a span.
     """
-    stack = find_stack(job.model, job.stack)
+    stack = open_model(job.model).stack(job.stack)
     steps: list[Step] = list(job.plan.steps(job.stack))
     weights = dict(job.weights)
     for hole in find_holes(job.plan, name, job.stack):
@@ -49,7 +50,7 @@ def combined(
     others = [index for index in shares if index != layer]
     factors = [shares.get(layer, 0.0), *(shares[index] for index in others)]
     made = {}
-    for key, tensor, parts in _parts(find_stack(model, stack), name, layer, others, norms=False):
+    for key, tensor, parts in _parts(open_model(model).stack(stack), name, layer, others, norms=False):
         total = sum((factor * part for factor, part in zip(factors, parts, strict=True)), torch.zeros_like(parts[0]))
         made[f"{name}-{layer}.{key}"] = total.to(tensor.dtype).contiguous()
     return made

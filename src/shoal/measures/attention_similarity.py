@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal.evaluation.tally import tally
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.recording.attention import observe_maps
 from shoal.scores import Traits
 
@@ -42,7 +42,7 @@ def attention_similarity(
     of all layers with `pairs="all"`. Raises U537 for a model that hands out no attention maps, U507 while a plan is
     running.
     """
-    found = find_stack(model, stack)
+    found = open_model(model).stack(stack)
     sums: list[list[float]] = [[] for _ in range(found.depth)]
     matrix = torch.zeros(found.depth, found.depth, dtype=torch.float64)
     counts: list[int] = []

@@ -9,7 +9,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.evaluation.stats import bootstrap
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.recording.observe import observe, require_whole
 from shoal.scores import Scores
 
@@ -45,7 +45,7 @@ def cka(
     than four tokens, U531 for missing parts, U507 while a plan is running.
     """
     require_whole(model, "CKA", stack)
-    found = find_stack(model, stack)
+    found = open_model(model).stack(stack)
     # by layer and sequence: H(K, L), H(K, K), H(L, L)
     triples: list[list[list[float]]] = [[] for _ in range(found.depth)]
     seen = _Matrix(found.depth + 1) if pairs == "all" and part == "layer" else None

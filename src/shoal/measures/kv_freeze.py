@@ -10,7 +10,7 @@ from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.scoring import evaluating, require_context
 from shoal.evaluation.tally import tally
 from shoal.executing.freeze import continued
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.recording.observe import require_whole
 from shoal.scores import Traits
 
@@ -53,7 +53,7 @@ def kv_freeze(
         )
     if data.mask is not None:
         raise UsageError("KV freeze splits every sequence at one place; give sequences without padding", code="U538")
-    found = find_stack(model, stack)
+    found = open_model(model).stack(stack)
     moved: list[list[float]] = [[] for _ in range(found.depth)]
     same: list[list[float]] = [[] for _ in range(found.depth)]
     done = 0

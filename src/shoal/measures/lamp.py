@@ -9,7 +9,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.models.matrices import layer_matrices, planes
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.scores import Scores, Traits
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def lamp(
     values = tuple(k / size if size else math.nan for k, size in zip(kept, sizes, strict=True))
     return Scores(
         measure="lamp",
-        stack=find_stack(model, stack).name,
+        stack=open_model(model).stack(stack).name,
         unit=f"share kept at sparsity {sparsity:g}",
         values=values,
         errors=(None,) * len(values),

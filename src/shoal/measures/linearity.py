@@ -10,7 +10,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.evaluation.stats import ratio
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.recording.observe import observe, require_whole
 from shoal.scores import Scores
 
@@ -50,7 +50,7 @@ def linearity(
     than two sequences, U508 when no token is left, U531 for missing parts, U507 while a plan is running.
     """
     require_whole(model, "linearity", stack)
-    found = find_stack(model, stack)
+    found = open_model(model).stack(stack)
     _require(data, skip_first)
     held = [row for row in range(len(data)) if row % HELD_OUT == 1]
     fitted = [row for row in range(len(data)) if row % HELD_OUT != 1]

@@ -11,7 +11,7 @@ from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.scoring import evaluating, logits_of, require_context, require_scored, windows
 from shoal.evaluation.tally import tally
 from shoal.executing.tail import ending_with, recorded
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.recording.observe import require_whole
 from shoal.scores import Traits
 
@@ -40,7 +40,7 @@ def logit_lens(
     """
     require_whole(model, "the logit lens", stack)
     require_context(model, data.ids.shape[1])
-    found = find_stack(model, stack)
+    found = open_model(model).stack(stack)
     changed: list[list[float]] = [[] for _ in range(found.depth)]
     divergence = torch.zeros(found.depth, dtype=torch.float64)
     settled = torch.zeros(found.depth, dtype=torch.float64)

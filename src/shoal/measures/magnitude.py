@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.models.matrices import layer_matrices
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.scores import Scores, Traits
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def magnitude(
             progress(index + 1, len(matrices), "magnitude")
     return Scores(
         measure="magnitude",
-        stack=find_stack(model, stack).name,
+        stack=open_model(model).stack(stack).name,
         unit="sum of absolute weights" if power == 1 else "sum of squared weights",
         values=tuple(values),
         errors=(None,) * len(values),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shoal.evaluation.tally import tally
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.recording.attention import observe_maps
 from shoal.scores import Traits
 
@@ -41,7 +41,7 @@ def sinks(
     Layers without attention, or whose window has lost the first token, score as what is seen. Memory: one layer's map
     at a time. Raises U537 for a model that hands out no attention maps, U507 while a plan is running.
     """
-    found = find_stack(model, stack)
+    found = open_model(model).stack(stack)
     heads: list[list[torch.Tensor]] = [[] for _ in range(found.depth)]
     counts: list[int] = []
     keep = torch.ones(1, 1, dtype=torch.bool)

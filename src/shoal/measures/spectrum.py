@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal.models.matrices import layer_matrices, planes
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.scores import Scores, Traits
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def spectrum(
     values = tuple(math.fsum(own) / len(own) if own else math.nan for own in indices)
     return Scores(
         measure="spectrum",
-        stack=find_stack(model, stack).name,
+        stack=open_model(model).stack(stack).name,
         unit="tail index",
         values=values,
         errors=(None,) * len(values),

@@ -11,7 +11,7 @@ from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.candidates import Candidates, compare_each
 from shoal.evaluation.scoring import logits_of
 from shoal.evaluation.tally import tally
-from shoal.models.inspect import inspect
+from shoal.models.opened import open_model
 from shoal.plan import Plan, check, reorder
 from shoal.recording.observe import require_whole
 from shoal.scores import Traits
@@ -47,7 +47,7 @@ def swap_curve(
         return [divergence[:, :-1], same[:, :-1]]
 
     require_whole(model, "the swap curve", stack)
-    plans = _swaps(inspect(model), stack)
+    plans = _swaps(open_model(model).spec, stack)
     sums, counts, refused = compare_each(
         model, data, plans, logits, change, what="swap curve", batch=batch, progress=progress
     )

@@ -13,7 +13,7 @@ from torch import nn
 from shoal.evaluation.scoring import logits_of, require_context, require_scored, windows
 from shoal.evaluation.tally import tally
 from shoal.models.matrices import Matrices, layer_matrices
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.recording.observe import require_whole
 from shoal.scores import Scores, Traits
 
@@ -68,7 +68,7 @@ def taylor(
                     progress(number * len(data) + done, len(groups) * len(data), "Taylor")
         gather.close()
     require_scored(tokens, data)
-    name, absent = find_stack(model, stack).name, [not own for own in matrices]
+    name, absent = open_model(model).stack(stack).name, [not own for own in matrices]
     if isinstance(gather, _BySequence):
         sums = [[math.nan] * len(data) if none else own for own, none in zip(gather.sums, absent, strict=True)]
         return tally("taylor", "nats per token", sums, [1] * len(data), data, stack=name, tokens=tokens)

@@ -15,8 +15,9 @@ from shoal.models import gguf
 from shoal.models.agree import require_agreement
 from shoal.models.compat import hide_offload_note
 from shoal.models.depth import depth_of
-from shoal.models.inspect import inspect
 from shoal.models.kinds import auto_class, auto_for
+from shoal.models.meta import meta_model
+from shoal.models.opened import OpenedModel, open_model
 from shoal.models.shards import check_folder
 from shoal.models.streamed import device_map, require_streamable
 from shoal.plan import Spec
@@ -35,6 +36,11 @@ class Loaded:
     source: str
     folder: Path | None = None
     """The local folder that was read, for its side files; None for a hub id."""
+
+    @property
+    def opened(self) -> OpenedModel:
+        """What is known of the model, found out once."""
+        return open_model(self.model)
 
 
 def load(
@@ -105,7 +111,7 @@ def inspect_source(source: str | Path, *, trust_remote_code: bool = False) -> Sp
     model = structure(load_config(source, trust_remote_code=trust_remote_code), source)
     if isinstance(place, Path):
         require_agreement(place, model, {name: found.shape for name, found in check_folder(place).items()})
-    return inspect(model)
+    return open_model(model).spec
 
 
 def local_folder(source: str | Path) -> Path:
@@ -142,20 +148,6 @@ def load_config(
         )
     _require_depth(config, source)
     return config
-
-
-def meta_model(config: PreTrainedConfig, *, like: PreTrainedModel | None = None) -> PreTrainedModel:
-    """The model of a config on the meta device: structure without weights; of `like`'s class when given, otherwise of
-    the Auto class that the config names."""
-    # the default grouped experts read values, which a meta tensor does not have; the batched ones do not
-    kind: dict[str, Any] = {"attn_implementation": like.config._attn_implementation} if like is not None else {}
-    with torch.device("meta"):
-        if like is not None:
-            return type(like)._from_config(config, **kind).eval()
-        made: PreTrainedModel = auto_class(auto_for(config)).from_config(
-            config, experts_implementation="batched_mm", **kind
-        )
-        return made.eval()
 
 
 def structure(config: PreTrainedConfig, source: str | Path) -> PreTrainedModel:

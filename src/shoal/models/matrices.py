@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from shoal.errors import UsageError
-from shoal.models.probe import probe
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.plan.steps import PartName
 
 Matrices = list[list[tuple[str, nn.Parameter]]]
@@ -22,8 +21,8 @@ def layer_matrices(model: nn.Module, what: str, *, part: PartName = "layer", sta
     Raises U534 for weights that are not here to be read (offloaded, or packed by a quantiser) and U531 when no layer
     has the part. `what` names the measure.
     """
-    found = find_stack(model, stack)
-    facts = None if part == "layer" else probe(model, found).layers
+    found = open_model(model).stack(stack)
+    facts = None if part == "layer" else open_model(model).facts(found.name).layers
     matrices: Matrices = []
     for index in range(found.depth):
         layer = found.layer(index)

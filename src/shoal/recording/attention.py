@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from shoal.errors import UsageError
+from shoal.models.opened import open_model
 from shoal.models.parts import find_parts
-from shoal.models.stacks import find_stack, unwrap
+from shoal.models.stacks import unwrap
 from shoal.recording.observe import forward_without_head, require_whole
 
 WatchMap = Callable[[int, torch.Tensor], None]
@@ -36,7 +37,7 @@ def observe_maps(
     """
     require_whole(model, what, stack)
     inner = unwrap(model)
-    found = find_stack(inner, stack)
+    found = open_model(inner).stack(stack)
     training = [module for module in inner.modules() if module.training]
     handles, seen = [], 0
 

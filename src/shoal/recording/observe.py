@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, UsageError
 from shoal.executing.conductor import PlannedList
+from shoal.models.opened import open_model
 from shoal.models.parts import without
-from shoal.models.probe import LayerFacts, probe
-from shoal.models.stacks import Stack, find_stack, unwrap
+from shoal.models.probe import LayerFacts
+from shoal.models.stacks import Stack, unwrap
 from shoal.models.streamed import is_streamed
 from shoal.plan.steps import PartName
 
@@ -54,7 +55,7 @@ def observe(
     batches that fit neither memory nor disk.
     """
     inner = unwrap(model)
-    found = find_stack(inner, stack)
+    found = open_model(inner).stack(stack)
     training = [module for module in inner.modules() if module.training]
     size: list[int] = []
     handles = []
@@ -128,7 +129,7 @@ def _layer_by_layer(
 def forward_without_head(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """What the head is given, [batch, length, hidden], for `ids` and `mask` [batch, length]; the caller chooses the
     modes and whether gradients are kept."""
-    state: torch.Tensor = _pass(unwrap(model), ids, mask, find_stack(model)).last_hidden_state
+    state: torch.Tensor = _pass(unwrap(model), ids, mask, open_model(model).stack()).last_hidden_state
     return state
 
 
@@ -140,7 +141,7 @@ def _pass(inner: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, found:
 
 def _with_parts(inner: nn.Module, found: Stack, part: PartName) -> list[LayerFacts]:
     require_whole(inner, f"{part} alone", found.name)
-    known = probe(inner, found)
+    known = open_model(inner).facts(found.name)
     if all(fact.parts is None for fact in known.layers):
         raise UsageError(
             f"no layer of this model has an {part} of its own{f' ({known.parts_note})' if known.parts_note else ''}; "
@@ -167,7 +168,7 @@ def _around(model: PreTrainedModel, stack: Stack) -> Any:
 
 def require_whole(model: nn.Module, what: str, stack: str | None = None) -> None:
     """Raise U507 when a plan is running on the stack: `what` needs the base model's own layers, once and in order."""
-    if isinstance(find_stack(model, stack).layers, PlannedList):
+    if isinstance(open_model(model).stack(stack).layers, PlannedList):
         raise UsageError(f"{what} needs the whole model, but a plan is running on it; restore it first", code="U507")
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from shoal.executing.conductor import Conductor, Pass, PlannedList
-from shoal.models.probe import probe
-from shoal.models.stacks import find_stack, unwrap
+from shoal.models.opened import open_model
+from shoal.models.stacks import unwrap
 from shoal.plan import Plan, Step
 from shoal.recording.observe import inputs_of, require_whole
 
@@ -35,8 +35,8 @@ class Walk:
     def __init__(self, model: nn.Module, data: Batched, *, stack: str | None = None, batch: int = 1) -> None:
         """Raises U507 when a plan is running on the model."""
         require_whole(model, "fitting a stand-in", stack)
-        self.model, self.stack = unwrap(model), find_stack(model, stack)
-        self.probe = probe(self.model, self.stack)
+        self.model, self.stack = unwrap(model), open_model(model).stack(stack)
+        self.probe = open_model(self.model).facts(self.stack.name)
         self.starts: list[torch.Tensor] = []
         self.calls: list[Calls] = []
         self.real: list[torch.Tensor] = []

@@ -9,7 +9,6 @@ from typing import Any
 from shoal.evaluation.scoring import device_of, evaluating
 from shoal.executing.live import running
 from shoal.executing.weights import Tensors
-from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan
 from shoal.serve.generating import Ask, Generate, Prepare, Ran, calling, under_plan
@@ -24,7 +23,7 @@ def under_policy(
 
     @contextmanager
     def prepare() -> Iterator[Generate]:
-        base = Plan.identity(inspect(loaded.model)) if plan is None else plan
+        base = Plan.identity(loaded.opened.spec) if plan is None else plan
         with running(loaded.model, base, weights, policy=policy) as handle, evaluating(loaded.model):
 
             def counts(ask: Ask) -> Ran:

@@ -21,10 +21,8 @@ from transformers.cache_utils import Cache
 from shoal.deciding.readout import Readout
 from shoal.errors import PlanError, UsageError
 from shoal.executing.conductor import PlannedList
-from shoal.models.inspect import inspect
+from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
-from shoal.models.probe import probe
-from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run, Spec, check, format_steps, require
 from shoal.plan.steps import KV, Step
 from shoal.speculating.feed import Feed
@@ -64,11 +62,11 @@ class Stage:
     ready: dict[tuple[Run, ...], Ready] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        (self.stack,) = find_stacks(self.model)
+        (self.stack,) = open_model(self.model).stacks
         if isinstance(self.stack.layers, PlannedList):
             raise PlanError("another plan is running on this model; restore it first", code="P122")
-        self.probe = probe(self.model, self.stack)
-        self.spec: Spec = inspect(self.model)
+        self.probe = open_model(self.model).facts(self.stack.name)
+        self.spec: Spec = open_model(self.model).spec
         self.depth = self.stack.depth
         self.takes = frozenset(signature(self.model.forward).parameters)
         self.original = self.stack.layers

@@ -9,7 +9,7 @@ from shoal.fitting.holes import Pair
 from shoal.fitting.merge import middle
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, folded_scale
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.plan import Run
 from shoal.plan.steps import PartName, layers_of
 
@@ -67,7 +67,7 @@ def _range(job: Job, first: int, last: int, group: int) -> tuple[int, list[int]]
 
 def _child(pair: Pair, prober: Prober, parent: int, child: int) -> tuple[dict[str, torch.Tensor], Fit]:
     """The tensors with which the parent stands in for the child, and how near it comes."""
-    stack = find_stack(pair.job.model, pair.job.stack)
+    stack = open_model(pair.job.model).stack(pair.job.stack)
     layer = stack.layer(parent)
     parts = pair.walk.probe.layers[child].parts
     inner = tuple(f"{name}." for name in (*parts.attention, *parts.mlp)) if parts is not None else ("",)

@@ -10,7 +10,7 @@ from shoal.errors import UsageError
 from shoal.fitting.holes import Hole, Pair, find_holes
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.train import frozen, train
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 from shoal.plan import Run, Step
 
 Tensors = dict[str, torch.Tensor]
@@ -93,7 +93,7 @@ class _Update:
 
 def _fused(pair: Pair, group: list[Run], hole: Hole, *, rank: int, epochs: int, rate: float) -> tuple[Tensors, Fit]:
     """The dense matrices of the group after training, and the error of the group's output before and after."""
-    stack = find_stack(pair.job.model, pair.job.stack)
+    stack = open_model(pair.job.model).stack(pair.job.stack)
     removed = [dict(stack.layer(i).named_parameters()) for i in range(hole.first, hole.last + 1)]
     generator = torch.Generator().manual_seed(pair.job.seed)
     updates: dict[str, _Update] = {}

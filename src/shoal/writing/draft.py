@@ -12,12 +12,12 @@ from transformers.core_model_loading import dot_natural_key
 
 from shoal.errors import WriteError
 from shoal.models.first import first_only
-from shoal.models.inspect import inspect
-from shoal.models.load import load_config, local_folder, meta_model, structure
+from shoal.models.load import load_config, local_folder, structure
+from shoal.models.meta import meta_model
 from shoal.models.names import Name, attributed
-from shoal.models.probe import probe
+from shoal.models.opened import open_model
 from shoal.models.shards import Stored, stored_tensors
-from shoal.models.stacks import find_stack, find_stacks
+from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run, Spec, cost, require
 from shoal.writing.container import Item
 from shoal.writing.lineage import config_note
@@ -64,17 +64,17 @@ def draw(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Draft:
         raise WriteError(f"{source} is quantised; give the folder of the model before it was", code="W212")
     model = structure(config, source)
     _refuse_several(model)
-    stack = find_stack(model)
+    stack = open_model(model).stack()
     names = attributed(model, stack, _shapes(stored))
-    spec = inspect(model)
+    spec = open_model(model).spec
     require(plan, spec)
     plan = with_source(plan, str(source))
     plans = blueprint(model, plan, zero_parts=zero_parts)
-    parts = [fact.parts for fact in probe(model, stack).layers]
+    parts = [fact.parts for fact in open_model(model).facts(stack.name).layers]
     items = _items(names, stored, plans, parts)
     note = config_note(config, plan, plans)
     made = meta_model(plans.config, like=model)
-    fits = attributed(made, find_stack(made), {item.name: item.source.shape for item in items})
+    fits = attributed(made, open_model(made).stack(), {item.name: item.source.shape for item in items})
     stray = next((item.name for item in items if item.name not in fits), None)
     if stray is not None:
         raise WriteError(

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, save_weights
-from shoal.models.inspect import inspect
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded
+from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_to_json, require
 from shoal.writing.card import model_card, origin
@@ -92,7 +92,7 @@ def write(
     """
     inner = require_writable(loaded.model)
     weights = weights or {}
-    require(plan, inspect(inner), {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    require(plan, open_model(inner).spec, {name: tuple(tensor.shape) for name, tensor in weights.items()})
     plan = with_source(plan, loaded.source)
     plans = blueprint(inner, plan, zero_parts=zero_parts, weights=weights)
     final = final_path(output)

@@ -23,8 +23,9 @@ from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
 from shoal.executing.weights import load_weights
 from shoal.models.checkpoint import read_json
-from shoal.models.inspect import inspect
-from shoal.models.load import Loaded, default_device, inspect_source, load, load_config, meta_model
+from shoal.models.load import Loaded, default_device, inspect_source, load, load_config
+from shoal.models.meta import meta_model
+from shoal.models.opened import open_model
 from shoal.plan import Plan, load_plan
 from shoal.record import environment
 from shoal.writing import proof_child
@@ -103,7 +104,7 @@ def _verified(folder: Path, base: Loaded | None, device: str | None, options: di
         except ModelError as error:
             why = f"the base is not to be had ({error})"
         else:
-            fingerprint = inspect(base.model).fingerprint
+            fingerprint = open_model(base.model).spec.fingerprint
             if fingerprint != plan.base.fingerprint:
                 base, why = None, f"{plan.base.source} is another model now ({fingerprint[:15]})"
     if base is not None:

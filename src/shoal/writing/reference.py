@@ -14,9 +14,8 @@ from transformers.utils import logging
 
 from shoal.evaluation.scoring import evaluating
 from shoal.executing.live import running
-from shoal.models.inspect import inspect
 from shoal.models.kinds import CAUSAL
-from shoal.models.probe import probe
+from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan, Shape, Spec, cost
 from shoal.writing import proof_child as measure
@@ -87,7 +86,7 @@ def live_reference(
     """
     inner = unwrap(model)
     plans = plans or blueprint(inner, plan, zero_parts=True, weights=weights)
-    spec = inspect(inner)
+    spec = open_model(inner).spec
     sets = probe_sets(inner, tokenizer)
     prompts = _prompts(sets, tokenizer, greedy[0])
     tokens = min(greedy[1], _context(inner) - max(len(p) for p in prompts)) if prompts else 0
@@ -123,7 +122,7 @@ def live_reference(
 def counted_reference(model: PreTrainedModel, *, device: str, digest: str | None = None) -> Reference:
     """What a folder must show when there is no base to compare with: the counts of its own config, and logits that do
     not depend on the cache. `model` may be on the meta device; `digest` is that of an earlier proof."""
-    spec = inspect(model)
+    spec = open_model(model).spec
     sets = probe_sets(model, None, device="cpu")
     plan = Plan.identity(spec)
     slots = tuple(range(spec.stack().depth))
@@ -141,7 +140,7 @@ def expected_weights(model: PreTrainedModel, plans: Blueprint) -> tuple[dict[str
     fewer = 0
     for stack in find_stacks(model):
         own = plans.of(stack.name)
-        moved = moved_tensors(moved, stack, replace(own, weights=new), probe(model, stack).layers)
+        moved = moved_tensors(moved, stack, replace(own, weights=new), open_model(model).facts(stack.name).layers)
         resized = resized_tensors(state, stack, own.slots)
         fewer += sum(state[name].numel() - tensor.numel() for name, tensor in resized.items())
         moved |= {name: torch.tensor(value) for name, value in measure.bit_sums(resized).items()}

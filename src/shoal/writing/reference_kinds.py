@@ -14,8 +14,8 @@ from shoal.evaluation.scoring import evaluating
 from shoal.executing.live import running
 from shoal.models.depth import depth_fields
 from shoal.models.inputs import Inputs, sample_inputs
-from shoal.models.inspect import inspect
 from shoal.models.kinds import CAUSAL, auto_of
+from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan
 from shoal.writing import proof_child as measure
@@ -71,7 +71,7 @@ def kind_reference(
 
 def counted_kind(model: PreTrainedModel, *, device: str, digest: str | None = None) -> Reference:
     """As `counted_reference`, for any model but a causal one."""
-    plan = Plan.identity(inspect(model))
+    plan = Plan.identity(open_model(model).spec)
     filled = {stack.name: Filled(tuple(range(stack.depth))) for stack in find_stacks(model)}
     main = filled.pop(plan.stack_name())
     plans = Blueprint(plan, main.slots, (), model.config, {}, others=tuple(filled.items()))
@@ -121,7 +121,7 @@ def _expected(model: PreTrainedModel, plans: Blueprint, sets: dict[str, Inputs])
     length = 1 if ids is None else ids.shape[1]
     names = [stack.name for stack in find_stacks(model)]
     return replace(
-        counts(plans, inspect(model), model, length), depths={name: len(plans.of(name).slots) for name in names}
+        counts(plans, open_model(model).spec, model, length), depths={name: len(plans.of(name).slots) for name in names}
     )
 
 

@@ -13,8 +13,8 @@ from transformers.core_model_loading import dot_natural_key
 from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
 from shoal.models.diagnosis import Diagnosis, Papers, diagnose, read_papers
-from shoal.models.inspect import inspect
 from shoal.models.load import structure
+from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run
 from shoal.writing.container import Item
@@ -85,7 +85,7 @@ def _draft(papers: Papers, found: Diagnosis) -> Draft:
     base, kept = (found.base, found.kept) if found.kept is not None else (config, None)
     assert base is not None
     _tie(base, getattr(config, TIE, None))
-    spec = inspect(structure(base, papers.source))
+    spec = open_model(structure(base, papers.source)).spec
     plan = Plan.identity(spec)
     if kept is not None:
         plan = plan.with_steps(tuple(Run(layer) for layer in kept))

@@ -18,10 +18,10 @@ from shoal.models.depth import permuted_config
 from shoal.models.families import family_of
 from shoal.models.first import first_only
 from shoal.models.kinds import CAUSAL, auto_of
-from shoal.models.load import meta_model
+from shoal.models.meta import meta_model
+from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
 from shoal.models.parts import INDEX_NAMES
-from shoal.models.probe import probe
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.models.stages import renamed_stages
 from shoal.plan import Exit, Map, Parallel, Plan, Run, format_steps
@@ -153,7 +153,7 @@ def rewrite(
     tensors = dict(base)
     for stack in find_stacks(inner):
         own = plans.of(stack.name)
-        tensors = moved_tensors(tensors, stack, own, probe(inner, stack).layers)
+        tensors = moved_tensors(tensors, stack, own, open_model(inner).facts(stack.name).layers)
         tensors |= resized_tensors(base, stack, own.slots)
     made = assembled(inner, plans.config, tensors)
     if hasattr(inner, "generation_config"):  # encoders have none

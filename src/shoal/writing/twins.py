@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from shoal.errors import ShoalError
-from shoal.models.load import load_config, meta_model
+from shoal.models.load import load_config
+from shoal.models.meta import meta_model
 from shoal.models.names import attributed
+from shoal.models.opened import open_model
 from shoal.models.shards import Stored, stored_tensors
-from shoal.models.stacks import find_stack
 from shoal.writing.container import Item
 from shoal.writing.judge import Check
 from shoal.writing.surgery import Blueprint
@@ -65,7 +66,7 @@ def _checks(
     yield Check("weights", not wrong, len(wrong), 0, _named("tensors whose bytes are not those of the source", wrong))
     try:
         model = meta_model(load_config(folder))
-        stack = find_stack(model)
+        stack = open_model(model).stack()
         attributed(model, stack, {name: place.shape for name, place in found.items()})
     except ShoalError as error:
         yield Check(

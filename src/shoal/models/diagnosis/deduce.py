@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from shoal.models.depth import layer_facts
 from shoal.models.diagnosis.configs import Fields, empty, made
 from shoal.models.diagnosis.layers import Fit, Layers
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 
 
 def deduced(
@@ -24,7 +24,7 @@ def deduced(
     """
     config = made(base, source)
     model = empty(config, source)
-    stack = find_stack(model)
+    stack = open_model(model).stack()
     fit = Fit(model, stack, layers)
     choices = [[i for i in range(fit.depth) if fit.fits(layers.by_number[n], i)] for n in layers.numbers]
     if ordered:

@@ -17,7 +17,8 @@ from shoal.models.diagnosis.outside import TIE, compare_outside, report_missing,
 from shoal.models.diagnosis.papers import Papers
 from shoal.models.load import MAX_DEPTH
 from shoal.models.names import attributed
-from shoal.models.stacks import find_stack, find_stacks
+from shoal.models.opened import open_model
+from shoal.models.stacks import find_stacks
 
 
 def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
@@ -35,7 +36,7 @@ def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
     first = _first(raw, papers)
     if len(find_stacks(first)) > 1:
         return _several(papers)
-    layers = layers_of(first, find_stack(first), papers.tensors, source)
+    layers = layers_of(first, open_model(first).stack(), papers.tensors, source)
     count = len(layers.numbers)
     if not 0 < count <= MAX_DEPTH:
         raise ModelError(f"{source} holds {count} layers; a model has 1 to {MAX_DEPTH}", code="M332")
@@ -48,7 +49,7 @@ def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
     if not config.unknown and not all_fit(config.raw, layers, source):
         config = by_tensors(config, layers, source) or config
     model = _built(config.raw, source, count)
-    fit = Fit(model, find_stack(model), layers)
+    fit = Fit(model, open_model(model).stack(), layers)
     wrong = [slot for slot, n in enumerate(layers.numbers) if not fit.fits(layers.by_number[n], slot)]
     findings += config.findings(raw)
     strange = _layer_findings(fit, layers, () if config.unknown else wrong, findings)
@@ -108,7 +109,7 @@ def _finished(papers: Papers, config: Mended, layers: Layers, strange: set[str],
     raw, source = config.raw, papers.source
     whole = made(raw, source)
     model = empty(whole, source)
-    stack = find_stack(model)
+    stack = open_model(model).stack()
     outside: list[Finding] = []
     extra, missing, pairs = compare_outside(model, stack, layers, outside)
     if missing:

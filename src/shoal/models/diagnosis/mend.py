@@ -28,7 +28,7 @@ from shoal.models.diagnosis.configs import (
 from shoal.models.diagnosis.deduce import deduced
 from shoal.models.diagnosis.finding import Finding
 from shoal.models.diagnosis.layers import Fit, Layers
-from shoal.models.stacks import find_stack
+from shoal.models.opened import open_model
 
 _GROUPS = [*(rule.fields for rule in RULES), *((name,) for name in (*PER_LAYER, *INDEX_LISTS))]
 """Fields that say one thing together."""
@@ -125,7 +125,7 @@ def all_fit(raw: Fields, layers: Layers, source: str) -> bool:
     """Is every layer at hand, in its place, one of the model of `raw`?"""
     try:
         model = empty(made(raw, source), source)
-        fit = Fit(model, find_stack(model), layers)
+        fit = Fit(model, open_model(model).stack(), layers)
     except ModelError:
         return False
     return all(fit.fits(layers.by_number[number], slot) for slot, number in enumerate(layers.numbers))

@@ -24,7 +24,8 @@ from gguf import (
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
-from shoal.models.load import Loaded, meta_model
+from shoal.models.load import Loaded
+from shoal.models.meta import meta_model
 from shoal.plan import Plan
 from shoal.writing.gguf_out.container import TYPES, Item, Pairs, encoded, kind_for
 from shoal.writing.gguf_out.copied import Drawing, note
