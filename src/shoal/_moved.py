@@ -25,6 +25,7 @@ _ROOMS_OF_RUN = {
 MOVED = {
     **{f"run.{name}": f"{room}.{name}" for room, names in _ROOMS_OF_RUN.items() for name in names.split()},
     "run.speculate": "speculating",
+    "writing.stage": "atomic",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
 

@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaModel
 
+from shoal import atomic
 from shoal.errors import PlanError, WriteError
 from shoal.models.load import Loaded
 from shoal.plan import load_plan
 from shoal.writing import folder as folder_module
 from shoal.writing import proof as proof_module
-from shoal.writing import stage
 from shoal.writing.folder import refuse_output, write
 from shoal.writing.proof import Proof
 
@@ -150,7 +150,7 @@ def test_the_fresh_process_has_no_search_path(monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(params=["in one step", "by two renames"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "by two renames":
-        monkeypatch.setattr(stage, "exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "exchange", lambda *_: False)
     elif sys.platform != "linux":
         pytest.skip("only Linux exchanges two names; runs there")
     return request.param
@@ -171,7 +171,7 @@ def test_the_old_folder_comes_back_when_the_second_rename_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick(tmp_path / "out", "0-2")
-    monkeypatch.setattr(stage, "exchange", lambda *_: False)
+    monkeypatch.setattr(atomic, "exchange", lambda *_: False)
     rename = Path.rename
 
     def fails(self: Path, target: Path) -> Path:
@@ -189,7 +189,7 @@ def test_an_interrupt_while_the_old_folder_is_removed_leaves_the_new_one_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     quick(tmp_path / "out", "0-2")
-    remove, asked = stage.shutil.rmtree, []
+    remove, asked = atomic.shutil.rmtree, []
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         if Path(args[0]).parent == tmp_path:  # others remove folders of their own meanwhile
@@ -198,7 +198,7 @@ def test_an_interrupt_while_the_old_folder_is_removed_leaves_the_new_one_alone(
                 raise KeyboardInterrupt
         remove(*args, **kwargs)
 
-    monkeypatch.setattr(stage.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(atomic.shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quick(tmp_path / "out", "3,0", overwrite=True)
     assert str(load_plan(tmp_path / "out")) == "3,0" and len(list(tmp_path.iterdir())) == 1
@@ -220,10 +220,10 @@ def test_an_interrupt_at_any_call_leaves_nothing_beside(tmp_path: Path, way: str
         (final / "model").write_text("old")
         before = sys.gettrace()
         try:
-            with stage.staged(final) as partial:
+            with atomic.staged(final) as partial:
                 (partial / "model").write_text("new")
                 sys.settrace(trace)
-                stage.publish(partial, final, overwrite=True)
+                atomic.publish(partial, final, overwrite=True)
         except KeyboardInterrupt:
             pass
         finally:

@@ -39,7 +39,7 @@ def test_what_lies_below_a_package_moves_with_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(_moved.MOVED, "schemes", "plan")
     assert _moved.current("schemes.steps") == "plan.steps"
     assert _moved.current("plan.steps") is None
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="is now shoal"):
         steps = importlib.import_module("shoal.schemes.steps")
     assert steps.Run is importlib.import_module("shoal.plan.steps").Run
 

@@ -13,8 +13,8 @@ from shoal._version import __version__
 from shoal.api.assess import Source, opened, text_of
 from shoal.api.exit_options import Exits, exit_options, held_to
 from shoal.api.exit_table import finite, head_in_layers, notes, row
-from shoal.api.pages import write_page
 from shoal.api.promise import Promise, Settings, promise
+from shoal.atomic import write_atomically
 from shoal.data import Data
 from shoal.deciding.deciding import make_policy
 from shoal.deciding.gates import Policy
@@ -177,7 +177,7 @@ def publish(found: Calibration, path: str | Path, *, title: str) -> None:
     page = render_calibration(
         found.to_dict() | {"title": title, "facts": facts, "command": " ".join(command_line()), "version": __version__}
     )
-    write_page(path, page)
+    write_atomically(path, page)
 
 
 def _recorded(

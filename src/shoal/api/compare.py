@@ -14,6 +14,7 @@ from shoal.api.cells import Cells
 from shoal.api.harness import DENSE, Harness
 from shoal.api.spread import spread
 from shoal.api.study import Cell, Expected, Protocol, cells
+from shoal.atomic import write_atomically
 from shoal.evaluation import Progress
 from shoal.plan import Plan, parse_plan, strip
 from shoal.record import command_line, environment
@@ -128,7 +129,7 @@ def publish(found: Compared) -> Path:
     }
     text = f"{markdown(dense, rows)}\n{said}\n\nMade on {created} by `{command}`.\n"
     for name, content in (("results.md", text), ("report.html", render_comparison(data))):
-        (found.folder / name).write_text(content, encoding="utf-8", newline="\n")
+        write_atomically(found.folder / name, content)
     return found.folder / "report.html"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from shoal._version import __version__
-from shoal.api.pages import write_page
+from shoal.atomic import write_atomically
 from shoal.executing.live import Running
 from shoal.record import command_line, environment
 from shoal.report.depth import render_depth
@@ -122,4 +122,4 @@ def publish_depth(path: str | Path, trace: dict[str, Any], *, prompt: str, polic
         "title": title, "policy": policy, "prompt": prompt, "layers": trace["layers"], "written": trace["written"],
         "facts": facts, "command": " ".join(command_line()), "version": __version__,
     }  # fmt: skip
-    write_page(path, render_depth(data))
+    write_atomically(path, render_depth(data))

@@ -16,6 +16,7 @@ from shoal.api.budget import COUNTED, counted_budget, parse_budget
 from shoal.api.find import Pruned, prune
 from shoal.api.quizzes import Quiz, quiz_scores, quizzes
 from shoal.api.study import Cell, Protocol, file_name
+from shoal.atomic import write_atomically
 from shoal.data import Data
 from shoal.errors import ShoalError
 from shoal.evaluation import compare as agree
@@ -170,7 +171,7 @@ class Harness:
         phase: Phase = "prefill" if unit == "prefill" else "decode"
         clock = measured_clock(self.loaded.model, phase, prompt=self.protocol.prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(clock.to_dict(), indent=1), encoding="utf-8")
+        write_atomically(path, json.dumps(clock.to_dict(), indent=1))
         return clock
 
     def _plan(self, pruned: Pruned, budget: Budget, weighted: bool) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shoal.atomic import replacing
 from shoal.cli._shared import Json, Quiet, emit, need, progress_bars, read_plan
 from shoal.errors import UsageError, WriteError
 
@@ -79,13 +79,11 @@ def _contents(text: str) -> str | bytes:
 
 
 def _save(text: str, path: Path) -> None:
-    """By way of a temporary sibling, so that a kill leaves the old file or the new one."""
+    """A kill leaves the old file or the new one."""
     if path.is_dir():
         raise WriteError(f"cannot write {path}: it is a folder; give the name of a file", code="W215")
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        with replacing(path) as draft:
+            draft.write_bytes(text.encode())
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise WriteError(f"cannot write {path}: {error.strerror}; choose another place", code="W215") from None

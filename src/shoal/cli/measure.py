@@ -83,10 +83,11 @@ def measure(
             batch=batch, stack=stack,
         )  # fmt: skip
     if plot is not None:
+        from shoal.atomic import write_atomically
         from shoal.report.plots import scores_file
 
         drawing = scores_file({name: own.to_dict() for name, own in found.scores.items()})
-        plot.write_text(drawing, encoding="utf-8")
+        write_atomically(plot, drawing)
     emit(found.to_dict(), _text(found), as_json=json_)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from shoal.atomic import write_atomically
 from shoal.deciding.signals import Signal
-from shoal.errors import NotationError, UsageError, WriteError
+from shoal.errors import NotationError, UsageError
 from shoal.plan import Plan
 from shoal.record import plain
 
@@ -86,16 +86,8 @@ class PolicyFile:
         return {"format": FORMAT, "policy": "calibrated", **found}
 
     def save(self, path: str | Path) -> None:
-        """Write it by way of a temporary sibling. Raises W229 when that is not possible."""
-        path = Path(path)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            draft.replace(path)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            message = f"cannot write the policy {path}: {error.strerror}; choose another place"
-            raise WriteError(message, code="W229") from None
+        """Write it, whole or not at all. Raises W229 when that is not possible."""
+        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n", "the policy")
 
 
 def load_policy(path: str | Path) -> PolicyFile:

@@ -6,7 +6,6 @@ Of each token a few numbers are kept (24 bytes for each exit), never its logits.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,11 +15,12 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from shoal.atomic import write_atomically
 from shoal.data import Data
 from shoal.deciding.gates import Decision, Moment, Policy, Sight
 from shoal.deciding.readout import confidence_of, has_probes
 from shoal.deciding.signals import WITHOUT_HEAD, Signal
-from shoal.errors import DataError, UsageError, WriteError
+from shoal.errors import DataError, UsageError
 from shoal.evaluation.risk import Losses, sequence_means
 from shoal.evaluation.scoring import CHUNK_ELEMENTS, Progress, evaluating, logits_of, require_context
 from shoal.executing.live import running
@@ -87,20 +87,14 @@ class Features:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file by way of a temporary sibling. Raises W229."""
-        from safetensors.numpy import save_file
+        """Write a safetensors file, whole or not at all. Raises W229."""
+        from safetensors.numpy import save
 
-        path = Path(path)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         arrays = {f"signal.{name}": values for name, values in self.signals.items()}
         arrays |= {"choice": self.choice, "nll": self.nll, "counted": self.counted}
         head = {"layers": self.layers, "depths": self.depths, "prompt": self.prompt, "made": self.made}
-        try:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, draft, {"exits": json.dumps(head)})
-            draft.replace(path)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise WriteError(f"cannot write {path}: {error}; choose another place", code="W229") from None
+        content = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"exits": json.dumps(head)})
+        write_atomically(path, content)
 
 
 def load_features(path: str | Path) -> Features:

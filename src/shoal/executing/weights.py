@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from shoal.atomic import replacing
 from shoal.errors import UsageError, WriteError
 from shoal.plan import Exit, Map, Plan, save_plan, weights_hash
 from shoal.plan.steps import Step, runs
@@ -46,12 +46,8 @@ def save_weights(folder: Path, plan: Plan, weights: Tensors) -> str | None:
     content = _content(plan, weights)
     if content is None:
         return None
-    draft = folder / f".{FILE}.{os.getpid()}.tmp"
-    try:
+    with replacing(folder / FILE) as draft:
         draft.write_bytes(content)
-        draft.replace(folder / FILE)
-    finally:
-        draft.unlink(missing_ok=True)
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import struct
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ from typing import Any
 
 import torch
 
-from shoal.errors import ModelError
+from shoal.atomic import publish, staged, sweep
+from shoal.errors import ModelError, WriteError
 
 _HEAD = 64 << 20
 """Bytes in which all keys of a file lie."""
@@ -96,13 +96,26 @@ def origin_note(file: Path) -> dict[str, Any] | None:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     require_package()
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelError(f"{file} is not a GGUF file", code="M315")
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        with staged(folder) as draft:
+            _convert_into(draft, file)
+            publish(draft, folder, overwrite=False)
+    except WriteError:
+        if not folder.is_dir():  # another process may have been faster
+            raise
+    except OSError as error:
+        raise ModelError(f"cannot convert {file} into {folder.parent}: {error}", code="M315") from None
+
+
+def _convert_into(draft: Path, file: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     try:
         # loaded as dequantised: a model that still calls itself quantised refuses to be saved
         with no_bars_in_logs():
@@ -113,11 +126,5 @@ def _convert(file: Path, folder: Path) -> None:
             model.config.shoal = note
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(draft)
-        draft.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # another process may have been faster
-            raise ModelError(f"cannot convert {file} into {folder.parent}: {error}", code="M315") from None
     except (ValueError, KeyError, RuntimeError, NotImplementedError, struct.error) as error:
         raise ModelError(f"transformers cannot read {file}: {str(error).splitlines()[0][:200]}", code="M315") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

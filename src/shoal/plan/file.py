@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from shoal.atomic import replacing
 from shoal.errors import NotationError, WriteError
 from shoal.plan.notation import format_steps, parse_steps
 from shoal.plan.steps import STACK_NAME, Base, Map, Plan, Step, runs
@@ -55,17 +55,14 @@ def plan_from_json(text: str | bytes, *, where: str = "the plan") -> Plan:
 
 
 def save_plan(plan: Plan, path: str | Path, *, weights: str | None = None) -> None:
-    """Write plan.json by way of a temporary sibling, so that a kill leaves the old file or the new one.
+    """Write plan.json so that a kill leaves the old file or the new one.
 
     Raises W215 when the folder does not exist or cannot be written.
     """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(plan_to_json(plan, weights=weights), encoding="utf-8")
-        draft.replace(path)
+        with replacing(path) as draft:
+            draft.write_bytes(plan_to_json(plan, weights=weights).encode())
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise WriteError(f"cannot write the plan {path}: {error.strerror}; choose another place", code="W215") from None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from shoal.atomic import publish, staged
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, save_weights
@@ -35,7 +36,6 @@ from shoal.writing.place import (
 from shoal.writing.proof import FILE, Proof, prove, verify
 from shoal.writing.reference import quiet
 from shoal.writing.sides import copy_modules, copy_side_files
-from shoal.writing.stage import publish, staged
 from shoal.writing.surgery import Blueprint, blueprint, require_writable, rewrite
 
 __all__ = ["Written", "refuse_output", "verify", "write"]

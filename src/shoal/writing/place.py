@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from shoal.atomic import sweep
 from shoal.errors import WriteError
 from shoal.plan import Plan
-from shoal.writing.stage import sweep
 
 _SPARE = 32_000_000
 """Bytes beside the tensors: tokenizer, side files, report."""

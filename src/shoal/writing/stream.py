@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from shoal.atomic import publish, staged, sync_path
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
 from shoal.models.kinds import auto_for
@@ -38,7 +39,6 @@ from shoal.writing.place import (
 from shoal.writing.proof import FILE, Proof, prove
 from shoal.writing.reference import quiet
 from shoal.writing.sides import copy_modules, copy_side_files
-from shoal.writing.stage import publish, staged, sync_path
 from shoal.writing.twins import Twins, compared
 
 

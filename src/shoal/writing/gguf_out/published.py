@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.atomic import staged, sweep, sync_path
 from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
 from shoal.record import environment
@@ -17,7 +18,6 @@ from shoal.writing.gguf_out.source import open_source, plain
 from shoal.writing.judge import Check
 from shoal.writing.place import disk_errors, final_path, require_space
 from shoal.writing.proof import Proof
-from shoal.writing.stage import staged, sweep, sync_path
 
 Forward = Callable[[Path], Check]
 

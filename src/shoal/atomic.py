@@ -1,14 +1,15 @@
-"""A folder appears whole or not at all: it is filled beside its place and takes it in one step."""
+"""A file or a folder appears whole or not at all: it is made beside its place and takes it in one step."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import glob
 import importlib
 import os
 import re
+import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,6 +20,58 @@ from shoal.errors import WriteError
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """An empty file beside `path` to write to, which takes the name of `path` when the block ends and goes away when it
+    fails. A kill leaves the older file or the new one; what it leaves beside them, the next write of `path` removes.
+
+    The permissions of an older file stay, a link is followed, and what is no file (/dev/null) is written to itself.
+    Raises `OSError`.
+    """
+    final = Path(os.path.realpath(path))
+    if final.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(final))
+    if final.exists() and not final.is_file():
+        yield final
+        return
+    sweep(final)
+    draft = _beside(final, "partial", secrets.token_hex(4))  # two threads may write one name
+    lock = None
+    try:
+        draft.touch(exist_ok=False)
+        lock = _lock(draft)
+        yield draft
+        if final.exists():
+            with suppress(OSError):  # a file system without permissions
+                draft.chmod(stat.S_IMODE(final.stat().st_mode))
+        sync_path(draft)
+        draft.replace(final)
+        sync_path(final.parent)
+    finally:
+        # Not a function of its own: a Ctrl-C that comes on the way into one would miss this `except`.
+        try:
+            draft.unlink(missing_ok=True)
+        except KeyboardInterrupt:
+            draft.unlink(missing_ok=True)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def write_atomically(path: str | Path, content: str | bytes, what: str = "") -> None:
+    """Write a file whole or not at all; text is UTF-8 with the same line ends on every system.
+
+    Raises W229, which calls the file `what`.
+    """
+    target = f"{what} {path}".lstrip()
+    try:
+        with replacing(path) as draft:
+            draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise WriteError(f"cannot write {target}: {error.strerror}; choose another place", code="W229") from None
 
 
 @contextmanager
@@ -53,7 +106,7 @@ def staged(final: Path) -> Iterator[Path]:
 def sweep(final: Path) -> None:
     """Remove what killed writes of `final` left beside it; what a living process is writing stays. An old folder that a
     kill caught between two renames gets its name back."""
-    pattern = re.compile(rf"\.{re.escape(final.name)}\.shoal-(\d+)\.(partial|old)")
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.shoal-(\d+)(?:-[0-9a-f]+)?\.(partial|old)")
     for path in final.parent.glob(f".{glob.escape(final.name)}.shoal-*"):
         found = pattern.fullmatch(path.name)
         if found is None or path.is_symlink() or _living(path, int(found[1])):
@@ -61,6 +114,9 @@ def sweep(final: Path) -> None:
         if found[2] == "old" and not final.exists():
             with suppress(OSError):
                 path.rename(final)
+        elif path.is_file():
+            with suppress(OSError):
+                path.unlink()
         else:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -87,6 +143,8 @@ def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Let two paths change names in one step (Linux, most file systems); False where that cannot be done."""
+    import ctypes  # loaded for a folder that is replaced, not for every start of the command line
+
     call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     return call is not None and call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
@@ -103,16 +161,16 @@ def _by_two_renames(partial: Path, final: Path) -> None:
         raise
 
 
-def _beside(final: Path, kind: str) -> Path:
-    return final.with_name(f".{final.name}.shoal-{os.getpid()}.{kind}")
+def _beside(final: Path, kind: str, number: str = "") -> Path:
+    return final.with_name(f".{final.name}.shoal-{os.getpid()}{number and f'-{number}'}.{kind}")
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(path: Path) -> int | None:
     """Held until it is closed or the process ends: it tells a living write from the leftovers of a process whose number
     has been given out again, as happens in containers."""
     if fcntl is None:
         return None
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     with suppress(OSError):  # a file system without locks: the process number must do
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return handle
