@@ -76,6 +76,14 @@ ILLEGAL = [
     (
         "P113",
         "llama",
+        "0-1,~2-3,4",
+        {**MAP, "map-2-3.weigth": (16, 16)},
+        2,
+        ["map for decoder layers 2-3 does not fit", "map-2-3.weigth is no tensor of a map"],
+    ),
+    (
+        "P113",
+        "llama",
         "0,~2-3",
         {"map-2-3.weight": (16, 8)},
         2,
@@ -121,6 +129,17 @@ BY_HAND = [
 ]
 """What depth notation cannot even say."""
 
+HELD = {"mlp.up.weight": (64, 16), "norm.weight": (16,)}
+UNFIT = [
+    (
+        "2:new",
+        {"new.mlp.gate.weight": (64, 16)},
+        ["layer 2", "no tensor mlp.gate.weight", "as mlp.up.weight"],
+    ),
+    ("(1|2:new)", {"new.norm.weight": (8,)}, ["new.norm.weight is [8]", "layer 2 holds [16] there"]),
+    ("2m:new", {"new.norm": (16,)}, ["new.norm is for", "layer 2", "no tensor norm", "mlp.up.weight"]),
+]
+
 ELSEWHERE = {"P102", "P104", "P117", "P120"}
 """Refused before there is a plan: see test_plan_file.py and test_edit.py."""
 
@@ -162,10 +181,24 @@ def test_steps_made_by_hand_are_checked_too(
     assert [word for word in words if word not in problems[0].message] == []
 
 
+@pytest.mark.parametrize(("text", "shapes", "words"), UNFIT, ids=[row[0] for row in UNFIT])
+def test_own_tensors_of_a_run_must_fit_its_layer(
+    text: str, shapes: dict[str, tuple[int, ...]], words: list[str]
+) -> None:
+    plan = plan_of(f"0,{text},3-7", llama())
+    assert check(plan, llama(), shapes) == [], "a Spec knows no tensors"
+    (problem,) = check(plan, llama(), shapes, lambda stack, index: HELD)
+    assert (problem.code, problem.stack, problem.layer) == ("P129", "decoder", 2)
+    assert [word for word in words if word not in problem.message] == []
+    right = plan_of("0,1:new,2a:new,3", llama())
+    assert check(right, llama(), {f"new.{n}": s for n, s in HELD.items()}, lambda stack, index: HELD) == []
+
+
 def test_every_code_is_earned_by_some_plan() -> None:
     text = importlib.import_module("shoal.plan.check").__doc__ or ""
     assert set(re.findall(r"P1\d\d", text)) == {row[0] for row in ILLEGAL} | {row[0] for row in BY_HAND} | ELSEWHERE | {
-        "P101"
+        "P101",
+        "P129",
     }
 
 

@@ -20,10 +20,11 @@ from shoal.evaluation import Progress
 from shoal.evaluation.cluster import Machines
 from shoal.evaluation.plan_loss import Memo
 from shoal.evaluation.spread_loss import judges
-from shoal.executing.weights import Tensors, used_by
+from shoal.executing.weights import Tensors, shapes_in, used_by
 from shoal.methods._task import Task
 from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
+from shoal.models.opened import open_model
 from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
 from shoal.record import Record, plain
@@ -132,7 +133,7 @@ def prune(
         _require_writable(loaded, identity)
     if plan is not None:
         plan = parse_plan(plan, identity) if isinstance(plan, str) else plan
-        found, method = _given(plan, weights or {}, spec), "listed"
+        found, method = _given(plan, weights or {}, spec, loaded), "listed"
         if after:
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
     else:
@@ -205,10 +206,11 @@ def _test(loaded: Loaded, source: Any, **options: Any) -> Data:
     return text_of(loaded, source, split="test", **options)
 
 
-def _given(plan: Plan, weights: Tensors, spec: Spec) -> Found:
+def _given(plan: Plan, weights: Tensors, spec: Spec, loaded: Loaded) -> Found:
     """A plan that the user brings, if it is legal."""
     own = used_by(plan, weights)
-    require(plan, spec, {name: tuple(tensor.shape) for name, tensor in own.items()})
+    layers = shapes_in(open_model(loaded.model).stacks)
+    require(plan, spec, {name: tuple(tensor.shape) for name, tensor in own.items()}, layers)
     return Found(plan, weights=own)
 
 

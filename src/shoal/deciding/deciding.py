@@ -22,6 +22,7 @@ from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Plan, Spec, Step, format_steps
 from shoal.plan.steps import runs
+from shoal.plan.tensors import tensors_of
 from shoal.registry import get
 
 
@@ -153,6 +154,12 @@ class Deciding:
         right = {"lens": (hidden, hidden), "lens_bias": (hidden,), "weight": (vocab, hidden), "bias": (vocab,),
                  "probe": (hidden,), "probe_bias": (1,)}  # fmt: skip
         for step in exits:
+            if unknown := [name for name in tensors_of(step.head, self.weights) if name not in right]:
+                raise PlanError(
+                    f"{step.head}.{unknown[0]} of exit {step.name} is no tensor of a head; its tensors are called "
+                    f"{', '.join(right)}",
+                    code="P113",
+                )
             for name, shape in right.items():
                 found = self.weights.get(f"{step.head}.{name}")
                 if found is not None and tuple(found.shape) != shape:

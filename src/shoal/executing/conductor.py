@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from shoal.errors import PlanError
-from shoal.executing.lent import has_ties, lent
+from shoal.executing.lent import every_name, has_ties, lent
 from shoal.executing.slots import KeysValues, PassingCache, fit_rows, prepare_views, slot_view
 from shoal.executing.weights import Tensors
 from shoal.models.first import first_only
@@ -29,8 +28,7 @@ from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.steps import runs, writes_kv
-
-_MAPPED = ("weight", "bias", "gate", "down", "up", "scale", "limit")
+from shoal.plan.tensors import MAP_TENSORS, tensors_of
 
 
 @dataclass
@@ -104,7 +102,13 @@ class Conductor:
         self.sources = {run.kv.read for run in runs(steps) if run.kv.read is not None}
         # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
-        self.through = [self.plain and [step for _, step in due] == [Run(i)] for i, due in enumerate(self.due)]
+        # a layer in place is called with what its tap was given, unless a later step needs that as well
+        self.through = [
+            self.plain and i not in self.kept and [step for _, step in due] == [Run(i)]
+            for i, due in enumerate(self.due)
+        ]
+        if self.kept:
+            self.through[-1] = False  # where what was kept is forgotten
         self.first = first_only(stack)
         self.now = Pass()
         prepare_views(DynamicCache, StaticCache, PassingCache)
@@ -117,7 +121,7 @@ class Conductor:
     def _owned(self, name: str) -> dict[str, torch.Tensor]:
         """The plan's tensors of that name, by their names in the layer."""
         if name not in self._own:
-            self._own[name] = {n[len(name) + 1 :]: t for n, t in self.weights.items() if n.startswith(f"{name}.")}
+            self._own[name] = tensors_of(name, self.weights)
         return self._own[name]
 
     def layer(self, index: int) -> Any:
@@ -260,16 +264,14 @@ class Conductor:
         if replayed:
             layer.gradient_checkpointing = False
         try:
-            with without(layer, names, fact.returns):
-                if run.weights is None:
-                    return layer(*args, **kwargs)
-                if run.layer not in self.tied:
-                    self.tied[run.layer] = has_ties(layer)
-                own = self._owned(run.weights)
-                if self.tied[run.layer]:
-                    return functional_call(layer, own, args, kwargs)
-                with lent(layer, own):
-                    return layer(*args, **kwargs)
+            tensors = {} if run.weights is None else self._owned(run.weights)
+            if tensors and run.layer not in self.tied:
+                self.tied[run.layer] = has_ties(layer)
+            if tensors and self.tied[run.layer]:
+                tensors = every_name(layer, tensors)
+            # tensors first: a stub in the place of a part has none to exchange
+            with lent(layer, tensors), without(layer, names, fact.returns):
+                return layer(*args, **kwargs)
         finally:
             if replayed:
                 layer.gradient_checkpointing = had
@@ -278,7 +280,7 @@ class Conductor:
         """y = x W^T + b, y = x + up(inner(x)) + b or y = scale * x + b; x is [..., hidden]. With a limit, tokens whose
         norm is larger are handed on as they are: an attention sink, a hundred times as long as the others, would be
         moved by more than a layer ever moves it. This asks for no position, so it holds with any cache and padding."""
-        found = (self.weights.get(f"{step.weights}.{n}") for n in _MAPPED)
+        found = (self.weights.get(f"{step.weights}.{n}") for n in MAP_TENSORS)
         # the layers of one model may be on several devices, and a map stands between two of them
         weight, bias, gate, down, up, scale, limit = (None if t is None else t.to(hidden.device) for t in found)
         if weight is not None:

@@ -13,8 +13,8 @@ from torch import nn
 def lent(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Meanwhile the parameters and buffers of `layer` that `tensors` names are these.
 
-    What `torch.func.functional_call` does, in less time, since it looks for no parameter with several names; where
-    there is one, that one serves.
+    What `torch.func.functional_call` does, in less time, since it looks for no parameter with several names: where
+    there is one, `every_name` says what to lend.
     """
     own: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor | None]] = []
     try:
@@ -36,3 +36,10 @@ def has_ties(layer: nn.Module) -> bool:
     """Whether one parameter of the layer has several names."""
     names = [id(p) for _, p in layer.named_parameters(remove_duplicate=False)]
     return len(names) != len(set(names))
+
+
+def every_name(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` under every name that the layer has for the parameter in whose place each stands."""
+    ids = {name: id(p) for name, p in layer.named_parameters(remove_duplicate=False)}
+    by_id = {ids[name]: tensor for name, tensor in tensors.items() if name in ids}
+    return {**tensors, **{name: by_id[one] for name, one in ids.items() if one in by_id}}

@@ -14,6 +14,7 @@ from shoal.deciding.place import decides
 from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
 from shoal.executing.conductor import PlannedList
+from shoal.executing.weights import refuse_unlike, shapes_in
 from shoal.models.kinds import is_causal
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
@@ -86,8 +87,8 @@ def apply(
     gates into a plan that has none, and the handle's `trace` says how deep each token went.
     Raises `PlanError` (P1xx) when the plan is not legal here, P109 for KV sharing beside an encoder, P122 when another
     plan is running already, P124 for replaced layers of a model that accelerate offloads, P125 for gates and exits
-    without a policy, P126 for an order in which the family's layers cannot run, P130 to P138 for what a policy cannot
-    decide on this model.
+    without a policy, P126 for an order in which the family's layers cannot run, P129 for own tensors that their layer
+    has no place for, P130 to P138 for what a policy cannot decide on this model.
     """
     inner = unwrap(model)
     stacks = open_model(inner).stacks
@@ -97,14 +98,16 @@ def apply(
     if isinstance(plan, str):
         plan = parse_plan(plan, Plan.identity(spec))
     shapes = {name: tuple(t.shape) for name, t in (weights or {}).items()}
-    require(plan, spec, shapes)
+    layers = shapes_in(stacks)
+    require(plan, spec, shapes, layers)
     who = None if policy is None else chosen(policy, plan, spec)
     if who is not None:
         require_tensors(who, weights)
-        plan = require(who.plan, spec, shapes)
+        plan = require(who.plan, spec, shapes, layers)
     for stack in stacks:
         refuse_order(stack, tuple(run.layer for run in runs(plan.steps(stack.name))))
         _refuse_offloaded(stack, plan.steps(stack.name))
+        refuse_unlike(stack, plan.steps(stack.name), weights or {})
         if who is None:
             _refuse_undecided(plan.steps(stack.name))
         if stack.name == "decoder" and not is_causal(inner) and inner.config.is_encoder_decoder:
@@ -113,7 +116,10 @@ def apply(
     for stack in stacks:
         like = next(stack.layer(0).parameters())
         place = None if like.is_meta else like.device
-        own = {name: t.to(device=place, dtype=like.dtype) for name, t in (weights or {}).items()}
+        own = {
+            name: t.to(device=place, dtype=like.dtype if t.is_floating_point() else None)
+            for name, t in (weights or {}).items()
+        }
         deciding = None if who is None else Deciding(inner, spec, who, own)
         original, steps = stack.layers, plan.steps(stack.name)
         planned = PlannedList(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from shoal.atomic import replacing
-from shoal.errors import UsageError, WriteError
+from shoal.errors import PlanError, UsageError, WriteError
+from shoal.models.stacks import Stack
 from shoal.plan import Exit, Map, Plan, save_plan, weights_hash
 from shoal.plan.steps import Step, runs
 
@@ -84,6 +86,41 @@ def used_by(plan: Plan, weights: Tensors) -> dict[str, torch.Tensor]:
     """Those of `weights` that a step of `plan` names."""
     ids = {name for _, steps in plan.stacks for step in steps for name in _ids(step)}
     return {name: tensor for name, tensor in weights.items() if _owned(name, ids)}
+
+
+def shapes_in(stacks: Iterable[Stack]) -> Callable[[str, int], dict[str, tuple[int, ...]]]:
+    """What `check` asks of a model's layers: by stack and layer the shape of each parameter and buffer there."""
+    by_name = {stack.name: stack for stack in stacks}
+    return lambda name, index: {n: tuple(t.shape) for n, t in _held(by_name[name].layer(index)).items()}
+
+
+def refuse_unlike(stack: Stack, steps: tuple[Step, ...], weights: Tensors) -> None:
+    """Raise `PlanError` P129 for own tensors that fit by name and shape and still cannot stand in a layer: numbers of
+    another kind than it holds (integers for floating-point numbers), or two values for one tensor with two names."""
+    for run in runs(steps):
+        if run.weights is None:
+            continue
+        held, places = _held(stack.layer(run.layer)), dict[int, str]()
+        for name, old in held.items():
+            new, given = weights.get(f"{run.weights}.{name}"), f"{run.weights}.{name}"
+            if new is None:
+                continue
+            if (new.is_floating_point(), new.is_complex()) != (old.is_floating_point(), old.is_complex()):
+                raise PlanError(
+                    f"{given} is {new.dtype} and {stack.name} layer {run.layer} holds {old.dtype} there; convert it",
+                    code="P129",
+                )
+            other = places.setdefault(id(old), given)
+            if other != given and not torch.equal(weights[other], new):
+                raise PlanError(
+                    f"{other} and {given} differ, and {stack.name} layer {run.layer} holds one tensor under both "
+                    "names; give one of them",
+                    code="P129",
+                )
+
+
+def _held(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return dict([*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)])
 
 
 def hash_of(file: Path) -> str:

@@ -7,23 +7,21 @@ P110 layer must run first            P111 a layer it reads is gone  P112 weights
 P113 weights of the wrong shape      P114 bad span                  P115 exit that hides steps, or named twice
 P116 KV fill that has no use         P117 unwritable name or word   P118 bad parallel group
 P119 a recurrent layer has no fill   P120 edit that this plan does not allow
+P129 a run's own tensors do not fit its layer
 
 P102, P104 and P117 come from `Plan` and the steps themselves, P120 from `shoal.plan.edit`; `check` finds the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shoal.errors import PlanError
 from shoal.plan.notation import format_steps
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Exit, Map, Parallel, Plan, Run, Step, runs, writes_kv
-
-Shapes = Mapping[str, tuple[int, ...]]
-Finding = tuple[str, int | None, str]
-"""(code, layer or None, message)"""
+from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +37,13 @@ class Problem:
         return f"{self.code}: {self.message}"
 
 
-def check(plan: Plan, spec: Spec, weights: Shapes | None = None) -> list[Problem]:
-    """All problems of `plan` on `spec`; `weights` gives the shape of each new tensor by name (`ID.weight`, ...)."""
+def check(plan: Plan, spec: Spec, weights: Shapes | None = None, layers: Layers | None = None) -> list[Problem]:
+    """All problems of `plan` on `spec`.
+
+    `weights`: the shape of each new tensor by name (`ID.weight`, ...). `layers`: by stack and layer the shapes of what
+    that layer holds, by its names there; a Spec knows none, so without them nobody asks whether a run's own tensors
+    fit (P129). Who has the model gives `shoal.executing.weights.shapes_in`.
+    """
     if other := _other_model(plan, spec):
         return [Problem("P101", "", None, other)]
     problems: list[Problem] = []
@@ -49,16 +52,18 @@ def check(plan: Plan, spec: Spec, weights: Shapes | None = None) -> list[Problem
         found = list(_range(steps, stack)) or [
             *_parts(steps, stack, spec.parts_note),
             *(finding for rule in _RULES for finding in rule(steps, stack)),
-            *_map_weights(steps, stack, weights or {}),
-            *_own_weights(steps, weights or {}),
+            *map_tensors(steps, stack, weights or {}),
+            *missing_tensors(steps, weights or {}),
+            *unfit_tensors(steps, stack, weights or {}, layers),
         ]
         problems += [Problem(code, stack.name, layer, message) for code, layer, message in found]
     return problems
 
 
-def require(plan: Plan, spec: Spec, weights: Shapes | None = None) -> Plan:
-    """The plan itself when it is legal; otherwise raises `PlanError` with the first problem and how many more."""
-    problems = check(plan, spec, weights)
+def require(plan: Plan, spec: Spec, weights: Shapes | None = None, layers: Layers | None = None) -> Plan:
+    """The plan itself when `check` finds nothing; otherwise raises `PlanError` with the first problem and how many
+    more."""
+    problems = check(plan, spec, weights, layers)
     if not problems:
         return plan
     more = f" (and {len(problems) - 1} more: {', '.join(p.code for p in problems[1:4])})" if len(problems) > 1 else ""
@@ -232,50 +237,3 @@ def _groups(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
 
 
 _RULES = (_counting, _kv_source, _pinned, _native_sharing, _exits, _fills, _groups)
-
-
-def _map_weights(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> Iterator[Finding]:
-    """A map is `weight` [hidden, hidden]; or `up` [hidden, rank] with `down` [rank, hidden], `gate` [rank, hidden] (a
-    feed-forward net) or both (SwiGLU); or `scale` [hidden]. `bias` [hidden] or none; `limit` [1] or none, the norm
-    above which a token is handed on as it is."""
-    size = stack.hidden
-    for step in steps:
-        if not isinstance(step, Map):
-            continue
-        weight, down, up, bias = (shapes.get(f"{step.weights}.{name}") for name in ("weight", "down", "up", "bias"))
-        here = f"the map for {stack.name} layers {step.first}-{step.last}"
-        scale, limit, gate = (shapes.get(f"{step.weights}.{name}") for name in ("scale", "limit", "gate"))
-        if weight is None and scale is None and (up is None or (down is None and gate is None)):
-            yield "P112", step.first, f"{here} needs the tensor {step.weights}.weight; fit it first"
-        wrong = [
-            f"{step.weights}.{name} is {list(found)} instead of {list(right)}"
-            for name, found, right in (
-                ("weight", weight, (size, size)),
-                ("bias", bias, (size,)),
-                ("scale", scale, (size,)),
-                ("limit", limit, (1,)),
-            )
-            if found is not None and found != right
-        ]
-        for name, inner in (("down", down), ("gate", gate)):
-            if inner is not None and up is not None and (inner[1:] != (size,) or up != (size, *inner[:1])):
-                pair = f"{step.weights}.{name} is {list(inner)} and .up is {list(up)}"
-                wrong.append(f"{pair} instead of [rank, {size}] and [{size}, rank]")
-        for what in wrong:
-            yield "P113", step.first, f"{here} does not fit: {what}; fit it on this model"
-
-
-def _own_weights(steps: tuple[Step, ...], shapes: Shapes) -> Iterator[Finding]:
-    """Weights that a run or an exit head names must be there; a map's are `_map_weights`' question."""
-    for run in runs(steps):
-        if run.weights is not None and not _given(run.weights, shapes):
-            missing = f"the weights {run.weights!r}, which are not given; remove :{run.weights}"
-            yield "P112", run.layer, f"layer {run.layer} should run with {missing}"
-    for step in steps:
-        if isinstance(step, Exit) and step.head != "base" and not _given(step.head, shapes):
-            missing = f"the weights {step.head!r}, which are not given; remove ={step.head}"
-            yield "P112", None, f"exit {step.name!r} should read its head from {missing}"
-
-
-def _given(weights: str, shapes: Shapes) -> bool:
-    return any(name.startswith(f"{weights}.") for name in shapes)

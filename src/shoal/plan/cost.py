@@ -10,15 +10,13 @@ Gated layers count as run and exits as not taken: this is the dearest token. The
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Map, Plan, Run, runs, writes_kv
-
-Shapes = Mapping[str, tuple[int, ...]]
+from shoal.plan.tensors import Shapes, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +113,7 @@ def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape, weights: 
 
 def _own(weights_id: str, weights: Shapes) -> dict[str, int]:
     """Elements of the tensors of one id, by their names within it."""
-    start = f"{weights_id}."
-    return {name[len(start) :]: prod(shape) for name, shape in weights.items() if name.startswith(start)}
+    return {name: prod(shape) for name, shape in tensors_of(weights_id, weights).items()}
 
 
 def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: Shapes) -> None:

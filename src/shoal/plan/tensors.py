@@ -1,0 +1,108 @@
+"""Do the new tensors that a plan names fit its steps? Names and shapes are asked, not values.
+
+P112 a tensor is missing   P113 a map's tensor does not fit   P129 a run's own tensor does not fit its layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+from shoal.plan.spec import StackSpec
+from shoal.plan.steps import Exit, Map, Run, Step, runs
+
+T = TypeVar("T")
+Shapes = Mapping[str, tuple[int, ...]]
+Layers = Callable[[str, int], Shapes]
+"""By stack and base layer: the shape of each parameter and buffer that the layer holds, by its name in the layer."""
+Finding = tuple[str, int | None, str]
+"""(code, layer or None, message)"""
+
+MAP_TENSORS = ("weight", "bias", "gate", "down", "up", "scale", "limit")
+"""The tensors that a map can have, ID.NAME."""
+
+
+def tensors_of(weights_id: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of one id, or their shapes, by their names behind it."""
+    start = f"{weights_id}."
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def map_tensors(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> Iterator[Finding]:
+    """P112 and P113 for maps.
+
+    A map is `weight` [hidden, hidden]; or `up` [hidden, rank] with `down` [rank, hidden], `gate` [rank, hidden] (a
+    feed-forward net) or both (SwiGLU); or `scale` [hidden]. `bias` [hidden] or none; `limit` [1] or none, the norm
+    above which a token is handed on as it is.
+    """
+    size = stack.hidden
+    for step in steps:
+        if not isinstance(step, Map):
+            continue
+        weight, down, up, bias = (shapes.get(f"{step.weights}.{name}") for name in ("weight", "down", "up", "bias"))
+        here = f"the map for {stack.name} layers {step.first}-{step.last}"
+        scale, limit, gate = (shapes.get(f"{step.weights}.{name}") for name in ("scale", "limit", "gate"))
+        if weight is None and scale is None and (up is None or (down is None and gate is None)):
+            yield "P112", step.first, f"{here} needs the tensor {step.weights}.weight; fit it first"
+        wrong = [
+            f"{step.weights}.{name} is {list(found)} instead of {list(right)}"
+            for name, found, right in (
+                ("weight", weight, (size, size)),
+                ("bias", bias, (size,)),
+                ("scale", scale, (size,)),
+                ("limit", limit, (1,)),
+            )
+            if found is not None and found != right
+        ]
+        for name, inner in (("down", down), ("gate", gate)):
+            if inner is not None and up is not None and (inner[1:] != (size,) or up != (size, *inner[:1])):
+                pair = f"{step.weights}.{name} is {list(inner)} and .up is {list(up)}"
+                wrong.append(f"{pair} instead of [rank, {size}] and [{size}, rank]")
+        wrong += [
+            f"{step.weights}.{name} is no tensor of a map"
+            for name in tensors_of(step.weights, shapes)
+            if name not in MAP_TENSORS
+        ]
+        for what in wrong:
+            yield "P113", step.first, f"{here} does not fit: {what}; fit it on this model"
+
+
+def missing_tensors(steps: tuple[Step, ...], shapes: Shapes) -> Iterator[Finding]:
+    """P112 for tensors that a run or an exit's head names and that are not there; maps are `map_tensors`' question."""
+    for run in runs(steps):
+        if run.weights is not None and not _given(run.weights, shapes):
+            missing = f"the weights {run.weights!r}, which are not given; remove :{run.weights}"
+            yield "P112", run.layer, f"layer {run.layer} should run with {missing}"
+    for step in steps:
+        if isinstance(step, Exit) and step.head != "base" and not _given(step.head, shapes):
+            missing = f"the weights {step.head!r}, which are not given; remove ={step.head}"
+            yield "P112", None, f"exit {step.name!r} should read its head from {missing}"
+
+
+def _given(weights: str, shapes: Shapes) -> bool:
+    return any(name.startswith(f"{weights}.") for name in shapes)
+
+
+def unfit_tensors(
+    steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes, layers: Layers | None
+) -> Iterator[Finding]:
+    """P129 for own tensors of a run that its layer has no place for, or that are of another shape there."""
+    if layers is None:
+        return
+    for run in runs(steps):
+        if run.weights is not None:
+            there = layers(stack.name, run.layer)
+            yield from _unfit(run, stack.name, there, shapes)
+
+
+def _unfit(run: Run, stack: str, there: Shapes, shapes: Shapes) -> Iterator[Finding]:
+    for name, shape in tensors_of(run.weights or "", shapes).items():
+        here, layer = f"{run.weights}.{name}", f"{stack} layer {run.layer}"
+        if name not in there:
+            leaf = name.rpartition(".")[2]
+            near = next((n for n in there if n.rpartition(".")[2] == leaf), next(iter(there), "none"))
+            why = f"which has no tensor {name}; use its own names, such as {near}"
+            yield "P129", run.layer, f"{here} is for {layer}, {why}"
+        elif there[name] != shape:
+            held = list(there[name])
+            yield "P129", run.layer, f"{here} is {list(shape)} and {layer} holds {held} there; make it for this layer"
