@@ -159,20 +159,22 @@ def test_a_model_agrees_with_itself_exactly(model: Any) -> None:
 
 
 def test_agreement_is_the_naive_one_and_both_forms_are_equal(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64: logits of batches of 4 and of 3 differ by rounding, which in float32 shows in a small KL."""
+    model = copy.deepcopy(model).double()
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 5 * VOCAB)
     ids = random_ids(4, 16)
     with torch.no_grad():
-        p = model(input_ids=ids).logits[:, :-1].double()
+        p = model(input_ids=ids).logits[:, :-1]
         with without_mlp(model):
-            q = model(input_ids=ids).logits[:, :-1].double()
+            q = model(input_ids=ids).logits[:, :-1]
     kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
     same = (p.argmax(-1) == q.argmax(-1)).double()
     both = compare(model, data_of(ids), dense=nullcontext, pruned=lambda: without_mlp(model), batch=3)
     result = both.agreement
     assert both.dense == perplexity(model, data_of(ids))
-    assert result.kl == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert result.kl == pytest.approx(kl.mean().item(), rel=1e-9)
     assert result.kl > 0
-    assert result.kl_error == pytest.approx(kl.mean(1).std().item() / 2, rel=1e-3)
+    assert result.kl_error == pytest.approx(kl.mean(1).std().item() / 2, rel=1e-9)
     assert result.top1 == pytest.approx(same.mean().item())
     assert result.top1_error == pytest.approx(same.mean(1).std().item() / 2, abs=1e-9)
     other = copy.deepcopy(model)

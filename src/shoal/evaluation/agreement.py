@@ -11,6 +11,7 @@ import torch
 
 from shoal.data import Data, DataInfo
 from shoal.errors import UsageError
+from shoal.evaluation.distances import kl_divergence
 from shoal.evaluation.perplexity import Perplexity, summarise
 from shoal.evaluation.scoring import (
     Progress,
@@ -112,7 +113,8 @@ def _compare_all(dense: Logits, pruned: Logits, data: Data, batch: int, progress
 def compare_logits(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """KL in nats (float64) and whether the first choice is the same (bool), [batch, length] on the CPU.
 
-    KL = sum over v of p(v) (log p(v) - log q(v)) in float32, where tokens with p(v) = 0 add nothing.
+    KL = sum over v of p(v) (log p(v) - log q(v)), where tokens with p(v) = 0 add nothing; in float32 (float64 for
+    float64 logits), in the form of `kl_divergence`, which keeps its digits when the two are nearly the same.
     """
     if dense.shape != pruned.shape:
         message = f"logits of shapes {list(dense.shape)} and {list(pruned.shape)} cannot be compared"
@@ -127,6 +129,4 @@ def compare_logits(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[torch.Ten
 
 def _compare(dense: torch.Tensor, pruned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pruned = pruned.to(dense.device)
-    log_p, log_q = dense.float().log_softmax(-1), pruned.float().log_softmax(-1)
-    terms = log_p.exp() * (log_p - log_q)
-    return torch.where(log_p == -torch.inf, 0.0, terms).sum(-1), dense.argmax(-1) == pruned.argmax(-1)
+    return kl_divergence(dense, pruned), dense.argmax(-1) == pruned.argmax(-1)

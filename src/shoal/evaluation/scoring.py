@@ -11,6 +11,7 @@ import torch
 
 from shoal.data import Data, DataInfo
 from shoal.errors import DataError, UsageError
+from shoal.evaluation.distances import at_least_float32
 
 Progress = Callable[[int, int, str], None]
 """Called with units done, units in all, and the stage."""
@@ -99,12 +100,13 @@ def chunks(length: int, vocab: int) -> Iterator[slice]:
 
 
 def token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats of each next token, float64 [batch, length - 1] on the CPU, computed in float32."""
+    """Cross-entropy in nats of each next token, float64 [batch, length - 1] on the CPU, computed in the dtype of
+    the logits, at least float32."""
     targets = ids[:, 1:].to(logits.device)
     rows = []
     for row, wanted in zip(logits, targets, strict=True):
         parts = [
-            torch.nn.functional.cross_entropy(row[part].float(), wanted[part], reduction="none")
+            torch.nn.functional.cross_entropy(at_least_float32(row[part]), wanted[part], reduction="none")
             for part in chunks(len(wanted), row.shape[-1])
         ]
         rows.append(torch.cat(parts))

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 
 from shoal.errors import UsageError
+from shoal.evaluation.distances import one_minus_cosine
 from shoal.executing.live import running
 from shoal.fitting.merge import combined
 from shoal.fitting.result import Job, Transformed
@@ -69,8 +70,8 @@ class Likeness:
         """The similarity of a plan with its weights; -inf where it is not a number."""
         with running(self.job.model, made.plan, made.weights):
             states = self._final()
-        cosines = [torch.cosine_similarity(a, b, dim=0) for a, b in zip(self.dense, states, strict=True)]
-        mean = float(torch.stack(cosines).mean())
+        turns = [float(one_minus_cosine(a, b)) for a, b in zip(self.dense, states, strict=True)]
+        mean = 1 - math.fsum(turns) / len(turns)
         return -math.inf if math.isnan(mean) else mean
 
     def of_collapsed(self, state: Collapsed, name: str) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from shoal.evaluation.distances import angle
 from shoal.evaluation.observed import observe_tokens
 from shoal.evaluation.tally import tally
 from shoal.recording.observe import require_whole
@@ -50,5 +51,4 @@ def angular_distance(
 
 def _angle(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The angle between two states in half turns, [batch, length]."""
-    u, v = (torch.nn.functional.normalize(state.float(), dim=-1) for state in (x, y))
-    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) / math.pi
+    return angle(x, y) / math.pi

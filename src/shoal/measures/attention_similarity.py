@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from shoal.evaluation.distances import jensen_shannon
 from shoal.evaluation.tally import tally
 from shoal.models.opened import open_model
 from shoal.recording.attention import observe_maps
@@ -61,7 +62,8 @@ def attention_similarity(
     def watch(index: int, maps: torch.Tensor) -> None:
         mine = maps.float().mean(1)
         for other, theirs in held.items():
-            apart = torch.where(keep, _divergence(mine, theirs.to(mine.device)).cpu().double(), 0.0).sum(-1)
+            apart = jensen_shannon(mine, theirs.to(mine.device)).cpu().double() / math.log(2)
+            apart = torch.where(keep, apart, 0.0).sum(-1)
             matrix[index, other] += apart.sum()
             if other == max(held):
                 sums[index] += apart.tolist()
@@ -77,13 +79,3 @@ def attention_similarity(
         stack=found.name, removal=False,
         detail={"matrix": ((matrix + matrix.T) / total).tolist()} if pairs == "all" else {},
     )  # fmt: skip
-
-
-def _divergence(p: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """JS(p, r) / ln 2 over the last dimension; exactly 0 for equal maps."""
-    middle = (p + r) / 2
-
-    def relative(q: torch.Tensor) -> torch.Tensor:
-        return torch.where(q > 0, q * (q / middle).log(), 0.0).sum(-1)
-
-    return (relative(p) + relative(r)) / (2 * math.log(2))

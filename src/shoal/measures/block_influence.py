@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
+from shoal.evaluation.distances import one_minus_cosine
 from shoal.evaluation.observed import first_token_note, observe_tokens, without_part_note
 from shoal.evaluation.tally import tally
 
@@ -40,14 +39,8 @@ def block_influence(
     parts that no layer has, U507 for parts while a plan is running.
     """
     seen = observe_tokens(
-        model, data, _turned, what="block influence", skip_first=skip_first, part=part, stack=stack, batch=batch,
-        progress=progress,
+        model, data, one_minus_cosine, what="block influence", skip_first=skip_first, part=part, stack=stack,
+        batch=batch, progress=progress,
     )  # fmt: skip
     notes = (first_token_note(seen, skip_first), *without_part_note(seen, part))
     return tally("block-influence", "1 - cosine", seen.sums, seen.counts, data, stack=seen.stack, notes=notes)
-
-
-def _turned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """1 - cos for each token, [batch, length]."""
-    x, y = (torch.nn.functional.normalize(state.float(), dim=-1) for state in (x, y))
-    return (x - y).square().sum(-1) / 2

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from shoal.evaluation.distances import one_minus_cosine
 from shoal.evaluation.observed import first_token_note, observe_tokens
 from shoal.evaluation.tally import tally
 
@@ -37,14 +36,8 @@ def cosine_span(
     for spans of several layers.
     """
     seen = observe_tokens(
-        model, data, _turned, what="cosine over spans", span=span, skip_first=skip_first, stack=stack, batch=batch,
-        progress=progress,
+        model, data, one_minus_cosine, what="cosine over spans", span=span, skip_first=skip_first, stack=stack,
+        batch=batch, progress=progress,
     )  # fmt: skip
     note = first_token_note(seen, skip_first)
     return tally("cosine-span", "1 - cosine", seen.sums, seen.counts, data, stack=seen.stack, span=span, notes=(note,))
-
-
-def _turned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """1 - cos for each token, [batch, length], exactly 0 where nothing was added."""
-    x, y = (torch.nn.functional.normalize(state.float(), dim=-1) for state in (x, y))
-    return (x - y).square().sum(-1) / 2

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal.evaluation.candidates import compare_each, without_each
+from shoal.evaluation.distances import one_minus_cosine
 from shoal.evaluation.tally import tally
 from shoal.recording.observe import forward_without_head
 
@@ -36,10 +37,10 @@ def macro_influence(
     """
 
     def states(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return torch.nn.functional.normalize(forward_without_head(model, ids, mask).float(), dim=-1)
+        return forward_without_head(model, ids, mask)
 
     def turned(dense: torch.Tensor, without: torch.Tensor) -> list[torch.Tensor]:
-        return [((dense - without.to(dense.device)).square().sum(-1) / 2)[:, :-1].cpu()]
+        return [one_minus_cosine(dense, without.to(dense.device))[:, :-1].cpu()]
 
     plans = without_each(model, "macro influence", part=part, stack=stack)
     sums, counts, refused = compare_each(

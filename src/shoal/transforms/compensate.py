@@ -47,12 +47,14 @@ def _scales(job: Job, pair: Pair, holes: tuple[Hole, ...]) -> tuple[list[float],
         sums = torch.zeros(5, dtype=torch.float64)
         for state, target, keep in zip(pair.pruned.states, targets, counted, strict=True):
             x, y = state[keep].double(), target.to(state.device)[keep].double()
-            parts = (x.norm(dim=-1).sum(), y.norm(dim=-1).sum(), x.square().sum(), (x * y).sum(), y.square().sum())
+            z = y - x
+            parts = (x.norm(dim=-1).sum(), y.norm(dim=-1).sum(), x.square().sum(), (x * z).sum(), z.square().sum())
             sums += torch.stack(parts).cpu()
-        length, wanted, xx, xy, yy = sums.tolist()
+        length, wanted, xx, xz, zz = sums.tolist()
         scales.append(wanted / length)
         elements = targets[0].shape[-1] * sum(int(keep.sum()) for keep in counted)
-        drop, scaled = ((yy - 2 * s * xy + s * s * xx) / elements for s in (1.0, scales[-1]))
+        # |y - s x|^2 as |z - (s - 1) x|^2 with z = y - x: sums of y and x would cancel where a layer changes little
+        drop, scaled = ((zz - 2 * s * xz + s * s * xx) / elements for s in (0.0, scales[-1] - 1))
         fits.append(Fit(str(hole), drop, scaled, note=f"times {scales[-1]:.4g}"))
         pair.pruned.states = [state * scales[-1] for state in pair.pruned.states]
         job.tell(number + 1, len(holes), "compensate")

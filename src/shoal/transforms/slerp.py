@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from shoal.evaluation.distances import angle
 from shoal.fitting.merge import merged, share_in
 from shoal.fitting.result import Job, Transformed
 
@@ -27,9 +28,8 @@ def _arc(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     """The point at t on the arc from `a` to `b`, tensors of one shape."""
     if t == 0 or torch.equal(a, b):
         return a
-    cosine = torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).clamp(-1, 1)
-    angle = torch.arccos(cosine)
-    if torch.sin(angle) < 1e-6:
+    between = angle(a.double().flatten(), b.double().flatten())
+    if torch.sin(between) < 1e-6:
         return a + t * (b - a)
-    first, second = torch.sin((1 - t) * angle) / torch.sin(angle), torch.sin(t * angle) / torch.sin(angle)
+    first, second = torch.sin((1 - t) * between) / torch.sin(between), torch.sin(t * between) / torch.sin(between)
     return (first * a + second * b).float()
