@@ -15,11 +15,12 @@ from shoal.api.prompts import encoded, texts_of
 from shoal.deciding.place import ungated
 from shoal.errors import UsageError
 from shoal.evaluation.decoding import GREEDY
-from shoal.evaluation.scoring import Progress, evaluating
+from shoal.evaluation.scoring import Progress
 from shoal.evaluation.stats import Spread
 from shoal.evaluation.token_clock import TokenClock
 from shoal.executing.live import Running, running
 from shoal.executing.weights import Tensors
+from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.opened import open_model
 from shoal.plan import Plan, parse_plan

@@ -12,7 +12,7 @@ from shoal.api.assess import tokenizer_of
 from shoal.api.prompts import encoded
 from shoal.api.speculate import tune_draft
 from shoal.decoding.streaming import TextPieces
-from shoal.evaluation.scoring import evaluating
+from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.speculating.lengths import Confidence

@@ -13,9 +13,9 @@ from shoal.api.assess import tokenizer_of
 from shoal.api.depths import DepthStreamer, Written
 from shoal.api.prompts import encoded
 from shoal.decoding.streaming import TextPieces
-from shoal.evaluation.scoring import evaluating
 from shoal.executing.live import Running, running
 from shoal.executing.weights import Tensors
+from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model

@@ -14,8 +14,8 @@ from shoal.api.prompts import encoded, texts_of
 from shoal.errors import UsageError
 from shoal.evaluation import Progress
 from shoal.evaluation.decoding import GREEDY
-from shoal.evaluation.scoring import evaluating
 from shoal.executing.timing import now
+from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.speculating.candidates import layer_drafts, ranked
@@ -99,7 +99,7 @@ def tune_draft(
     texts = texts_of(prompts)
     tell = progress or (lambda *_: None)
     model = loaded.model
-    with evaluating(model), torch.no_grad():
+    with evaluating(model):
         tasks = [encoded(loaded, text, chat) for text in texts]
         probe = Speculator(model, "lookup")
         told, plain = _written(model, tasks, new, tell)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from shoal.models.evaluating import evaluating
 from shoal.models.stacks import Stack
 from shoal.recording.observe import input_device
 
@@ -107,26 +108,22 @@ def _tensors(call: Call) -> list[tuple[Path, torch.Tensor]]:
     return [found for at, value in given for found in under((at,), value)]
 
 
-@torch.no_grad()
 def _watch(model: Any, stack: Stack, queries: int) -> list[Call]:
     calls: dict[int, Call] = {}
     handles = [
         stack.layer(i).register_forward_pre_hook(_noting(calls, i), with_kwargs=True) for i in range(stack.depth)
     ]
-    training = [module for module in model.modules() if module.training]
     ids = torch.zeros((2, _PAST + queries), dtype=torch.long, device=input_device(model))
     mask = torch.ones_like(ids)
     mask[1, 0] = 0
     try:
-        model.eval()
         past = DynamicCache(config=model.config)
-        model(input_ids=ids[:, :_PAST], attention_mask=mask[:, :_PAST], past_key_values=past, use_cache=True)
-        model(input_ids=ids[:, _PAST:], attention_mask=mask, past_key_values=past, use_cache=True)
+        with evaluating(model):
+            model(input_ids=ids[:, :_PAST], attention_mask=mask[:, :_PAST], past_key_values=past, use_cache=True)
+            model(input_ids=ids[:, _PAST:], attention_mask=mask, past_key_values=past, use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     return [calls[i] for i in range(stack.depth)]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from shoal.deciding.gates import Sight
 from shoal.errors import UsageError
 from shoal.executing.weights import Tensors
+from shoal.models.evaluating import evaluating
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Plan
 from shoal.recording.observe import input_device
@@ -47,7 +48,6 @@ class Readout:
         return logits
 
 
-@torch.no_grad()
 def _chain(model: Any, stack: Stack) -> list[nn.Module] | None:
     called: list[tuple[nn.Module, Any, Any]] = []
     last: list[Any] = []
@@ -65,16 +65,13 @@ def _chain(model: Any, stack: Stack) -> list[nn.Module] | None:
     ]
     handles = [module.register_forward_hook(note) for module in around]
     handles.append(stack.layer(stack.depth - 1).register_forward_hook(begin))
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
         ids = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        with evaluating(model):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     state, chain = last[0], []
     for module, given, out in called:
         if given is state and isinstance(out, torch.Tensor):
@@ -83,8 +80,9 @@ def _chain(model: Any, stack: Stack) -> list[nn.Module] | None:
     if state.shape != logits.shape or not torch.equal(state, logits):
         return None
     state = last[0]
-    for module in chain:
-        state = module(state)
+    with evaluating(model):
+        for module in chain:
+            state = module(state)
     return chain if torch.equal(state, logits) else None
 
 

@@ -13,17 +13,9 @@ from shoal.data import Data, DataInfo
 from shoal.errors import UsageError
 from shoal.evaluation.distances import kl_divergence
 from shoal.evaluation.perplexity import Perplexity, summarise
-from shoal.evaluation.scoring import (
-    Progress,
-    chunks,
-    evaluating,
-    logits_of,
-    require_context,
-    require_scored,
-    token_nll,
-    windows,
-)
+from shoal.evaluation.scoring import Progress, chunks, logits_of, require_context, require_scored, token_nll, windows
 from shoal.evaluation.stats import ratio
+from shoal.models.evaluating import evaluating
 
 Logits = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 Context = Callable[[], AbstractContextManager[Any]]

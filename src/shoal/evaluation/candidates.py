@@ -11,8 +11,9 @@ import torch
 
 from shoal.data import Data
 from shoal.errors import PlanError
-from shoal.evaluation.scoring import Progress, evaluating, require_context, require_scored, windows
+from shoal.evaluation.scoring import Progress, require_context, require_scored, windows
 from shoal.executing.live import running
+from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.plan import Plan, check, drop
 from shoal.plan.steps import PartName

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from shoal.errors import UsageError
-from shoal.evaluation.scoring import Progress, device_of, evaluating, require_context
+from shoal.evaluation.scoring import Progress, device_of, require_context
 from shoal.evaluation.stats import ratio
+from shoal.models.evaluating import evaluating
 
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from shoal.evaluation.plan_loss import Part, PlanLoss, mean_of, part_of
-from shoal.evaluation.scoring import batch_tokens, evaluating
+from shoal.evaluation.scoring import batch_tokens
 from shoal.executing.live import running
 from shoal.executing.tail import ending_with
+from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.streamed import held, is_streamed
 from shoal.plan import Plan, Run

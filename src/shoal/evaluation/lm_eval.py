@@ -16,8 +16,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from shoal.errors import DataError, UsageError
-from shoal.evaluation.scoring import evaluating
 from shoal.evaluation.tasks import TaskScore
+from shoal.models.evaluating import evaluating
 
 RIGHT = ("acc", "exact_match", "em")
 """Metrics of lm-eval that say of one item whether it is right; the first that a task has counts."""

@@ -10,7 +10,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.evaluation.decoding import Stepper, random_tokens
-from shoal.evaluation.scoring import evaluating
+from shoal.models.evaluating import evaluating
 
 
 @dataclass(frozen=True, slots=True)

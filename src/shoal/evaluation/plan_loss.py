@@ -11,17 +11,10 @@ from typing import Any
 import torch
 
 from shoal.data import Data
-from shoal.evaluation.scoring import (
-    batch_tokens,
-    device_of,
-    evaluating,
-    logits_of,
-    require_context,
-    require_scored,
-    windows,
-)
+from shoal.evaluation.scoring import batch_tokens, device_of, logits_of, require_context, require_scored, windows
 from shoal.executing.live import Running, running
 from shoal.executing.prefix import Prefix, prefixes, resumed, shared
+from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.plan import Plan
 from shoal.recording.states import States

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,28 +11,12 @@ import torch
 from shoal.data import Data, DataInfo
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.distances import at_least_float32
+from shoal.models.evaluating import evaluating
 
 Progress = Callable[[int, int, str], None]
 """Called with units done, units in all, and the stage."""
 
 CHUNK_ELEMENTS = 1 << 23
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """No gradients and no dropout; afterwards every module is in the mode it was in.
-
-    `no_grad`, not `inference_mode`: some rotary embeddings keep a tensor of the last forward, which could not be
-    trained through if it had been made in inference mode.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def device_of(model: Any) -> torch.device:

@@ -14,10 +14,10 @@ from shoal.evaluation.distances import one_minus_cosine
 from shoal.executing.live import running
 from shoal.fitting.merge import combined
 from shoal.fitting.result import Job, Transformed
+from shoal.models.evaluating import evaluating
 from shoal.plan import Run
 from shoal.plan import drop as drop_layers
 from shoal.recording.observe import forward_without_head
-from shoal.recording.walk import still
 
 Shares = Mapping[int, float]
 """A layer's matrices as a sum over layers of the base: theta = sum_j shares[j] theta_j."""
@@ -85,6 +85,6 @@ class Likeness:
 
     @torch.no_grad()
     def _final(self) -> list[torch.Tensor]:
-        with still(self.job.model):
+        with evaluating(self.job.model, gradients=True):
             states = ((forward_without_head(self.job.model, ids, mask), mask) for ids, mask in self.batches)
             return [(s[0] if mask is None else s[0][mask[0].bool()]).float().flatten() for s, mask in states]

@@ -10,9 +10,9 @@ import torch
 from shoal.fitting.holes import Hole, Pair
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, Writer, output_module
+from shoal.models.evaluating import evaluating
 from shoal.plan import Run, Step
 from shoal.plan.steps import PartName
-from shoal.recording.walk import still
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Site:
 
     def outputs(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For one batch the state before the last part has written, and what it writes, [batch, length, hidden]."""
-        with still(self.pair.walk.model), torch.no_grad():
+        with evaluating(self.pair.walk.model):
             out = self.pair.pruned.run(number, self.run, self.pair.job.weights)
             quiet = {f"quiet.{w.name}": torch.zeros_like(self.layer.get_parameter(w.name)) for w in self.writers}
             rest = self.pair.pruned.run(number, Run(self.run.layer, self.run.part, "quiet"), quiet)

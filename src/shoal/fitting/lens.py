@@ -12,10 +12,10 @@ from shoal.data import Data
 from shoal.deciding.gates import Decision, Moment, Policy, Sight
 from shoal.deciding.place import EXIT
 from shoal.errors import UsageError
-from shoal.evaluation.scoring import evaluating
 from shoal.executing.live import running
 from shoal.executing.weights import Tensors
 from shoal.fitting.normal import Normal, best_ridge
+from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.plan import Exit, Plan
 from shoal.recording.observe import forward_without_head

@@ -12,9 +12,10 @@ from scipy.optimize import minimize
 from shoal.data import Data
 from shoal.deciding.gates import Decision, Moment, Policy, Sight
 from shoal.deciding.readout import scaled
-from shoal.evaluation.scoring import evaluating, logits_of
+from shoal.evaluation.scoring import logits_of
 from shoal.executing.live import running
 from shoal.executing.weights import Tensors
+from shoal.models.evaluating import evaluating
 from shoal.plan import Exit, Plan
 
 MOST = 16_384

@@ -12,8 +12,8 @@ from torch import nn
 from shoal.data import Data
 from shoal.evaluation.scoring import logits_of, scored_tokens, token_nll
 from shoal.executing.live import running
+from shoal.models.evaluating import evaluating
 from shoal.plan import Plan
-from shoal.recording.walk import still
 
 Loss = Callable[[int], torch.Tensor]
 """Number of a batch -> its mean loss, of which gradients can be taken."""
@@ -104,7 +104,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     for parameter in asked:
         parameter.requires_grad_(False)
     try:
-        with still(model):
+        with evaluating(model, gradients=True):
             yield
     finally:
         for parameter in asked:

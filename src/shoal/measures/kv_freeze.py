@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.errors import UsageError
 from shoal.evaluation.agreement import compare_logits
-from shoal.evaluation.scoring import evaluating, require_context
+from shoal.evaluation.scoring import require_context
 from shoal.evaluation.tally import tally
 from shoal.executing.freeze import continued
+from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.recording.observe import require_whole
 from shoal.scores import Traits

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shoal.evaluation.agreement import compare_logits
-from shoal.evaluation.scoring import evaluating, logits_of, require_context, require_scored, windows
+from shoal.evaluation.scoring import logits_of, require_context, require_scored, windows
 from shoal.evaluation.tally import tally
 from shoal.executing.tail import ending_with, recorded
+from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.recording.observe import require_whole
 from shoal.scores import Traits

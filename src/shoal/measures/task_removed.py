@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.errors import ShoalError, UsageError
 from shoal.evaluation.candidates import without_each
-from shoal.evaluation.scoring import evaluating, logits_of, windows
+from shoal.evaluation.scoring import logits_of, windows
 from shoal.evaluation.tally import tally
 from shoal.evaluation.tasks import Option, Tasks, is_right, load_tasks, option_scores
 from shoal.executing.live import running
+from shoal.models.evaluating import evaluating
 from shoal.scores import Traits
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from torch import nn
 
 from shoal.evaluation.scoring import logits_of, require_context, require_scored, windows
 from shoal.evaluation.tally import tally
+from shoal.models.evaluating import evaluating
 from shoal.models.matrices import Matrices, layer_matrices
 from shoal.models.opened import open_model
 from shoal.recording.observe import require_whole
@@ -143,7 +144,6 @@ def _loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, keep: torch.
 def _gradients(model: Any, group: Group, collect: Callable[[int, nn.Parameter, torch.Tensor], None]) -> Iterator[None]:
     """Hand gradient x weight of each matrix of `group` to `collect` as soon as it is made and drop the gradient; the
     model stays as it was."""
-    training = [module for module in model.modules() if module.training]
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     kept = {parameter: parameter.grad for _, parameter in group}
     handles = []
@@ -157,13 +157,12 @@ def _gradients(model: Any, group: Group, collect: Callable[[int, nn.Parameter, t
         return made
 
     try:
-        model.eval()
         model.requires_grad_(False)
         for layer, parameter in group:
             parameter.grad = None
             parameter.requires_grad_(True)
             handles.append(parameter.register_post_accumulate_grad_hook(hook(layer)))
-        with torch.enable_grad():
+        with evaluating(model, gradients=True), torch.enable_grad():
             yield
     finally:
         for handle in handles:
@@ -172,5 +171,3 @@ def _gradients(model: Any, group: Group, collect: Callable[[int, nn.Parameter, t
             parameter.requires_grad_(wanted)
         for parameter, gradient in kept.items():
             parameter.grad = gradient
-        for module in training:
-            module.training = True

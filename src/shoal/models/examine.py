@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from shoal.errors import ModelError
+from shoal.models.evaluating import evaluating
 from shoal.models.inputs import sample_inputs
 from shoal.models.kinds import is_causal
 from shoal.models.lists import Stack
@@ -54,11 +55,9 @@ def examine(model: PreTrainedModel, stack: Stack) -> StackFacts:
     own (twice, or not at all), which no plan could replace."""
     layers = [stack.layer(i) for i in range(stack.depth)]
     watcher = _Watcher(layers, by_name=stack.name != "decoder")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     place = _place(model)
     try:
-        with torch.no_grad(), watcher:
+        with evaluating(model), watcher:
             out = model(**_arguments(model, stack, place))
             if watcher.order != list(range(len(layers))):
                 raise ModelError(
@@ -76,9 +75,6 @@ def examine(model: PreTrainedModel, stack: Stack) -> StackFacts:
         known = [None if watcher.by_name else find_parts(layer) for layer in layers]
         watcher.facts = [LayerFacts(_own_row(layer, i), -1, None, parts=known[i]) for i, layer in enumerate(layers)]
         note, forward = None, False
-    finally:
-        for module in training:  # one by one: users train some modules and keep others in eval mode
-            module.training = True
     return StackFacts(watcher.facts, forward, note)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shoal.errors import UsageError
+from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.parts import find_parts
 from shoal.models.stacks import unwrap
@@ -38,7 +39,6 @@ def observe_maps(
     require_whole(model, what, stack)
     inner = unwrap(model)
     found = open_model(inner).stack(stack)
-    training = [module for module in inner.modules() if module.training]
     handles, seen = [], 0
 
     def hook(index: int) -> Callable[..., None]:
@@ -52,13 +52,12 @@ def observe_maps(
         return made
 
     try:
-        inner.eval()
         for index in range(found.depth):
             parts = find_parts(found.layer(index))
             if parts is not None:
                 module = found.layer(index).get_submodule(parts.attention[0])
                 handles.append(module.register_forward_hook(hook(index)))
-        with _eager(inner):
+        with evaluating(inner), _eager(inner):
             for ids, mask in batches:
                 before(ids, mask)
                 forward_without_head(inner, ids, mask)
@@ -71,8 +70,6 @@ def observe_maps(
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
 
 
 @contextmanager

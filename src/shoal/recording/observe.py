@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, UsageError
 from shoal.executing.conductor import PlannedList
+from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.parts import without
 from shoal.models.probe import LayerFacts
@@ -56,7 +57,6 @@ def observe(
     """
     inner = unwrap(model)
     found = open_model(inner).stack(stack)
-    training = [module for module in inner.modules() if module.training]
     size: list[int] = []
     handles = []
     facts = None if part == "layer" else _with_parts(inner, found, part)
@@ -80,21 +80,19 @@ def observe(
         return seen
 
     try:
-        inner.eval()
-        for index in range(found.depth):
-            handles += [found.layer(index).register_forward_hook(hook(index), with_kwargs=True)]
-        if prepared is not None and turn is not None:
-            _layer_by_layer(prepared, before, turn, size, progress)
-            return
-        for ids, mask in batches:
-            size[:] = ids.shape
-            before(ids, mask)
-            _pass(inner, ids, mask, found)
+        with evaluating(inner):
+            for index in range(found.depth):
+                handles += [found.layer(index).register_forward_hook(hook(index), with_kwargs=True)]
+            if prepared is not None and turn is not None:
+                _layer_by_layer(prepared, before, turn, size, progress)
+                return
+            for ids, mask in batches:
+                size[:] = ids.shape
+                before(ids, mask)
+                _pass(inner, ids, mask, found)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
 
 
 def _prepared(

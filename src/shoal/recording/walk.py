@@ -7,13 +7,13 @@ The stock forward runs once for each batch over layers that hand their input on,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from shoal.executing.conductor import Conductor, Pass, PlannedList
+from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.stacks import unwrap
 from shoal.plan import Plan, Step
@@ -41,7 +41,7 @@ class Walk:
         self.calls: list[Calls] = []
         self.real: list[torch.Tensor] = []
         """For each batch where a token is real, bool [batch, length]."""
-        with still(self.model), torch.no_grad():
+        with evaluating(self.model):
             for ids, mask in data.batches(batch):
                 calls = self._called(ids, mask)
                 args, kwargs = calls[0]
@@ -97,10 +97,9 @@ class Stream:
         # no layer has the index -1: every run finds what its own layer is called with in the pass
         return conductor._step(-1, step, hidden, -1, (), {})
 
-    @torch.no_grad()
     def advance(self, step: Step, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Take all batches through `step`."""
-        with still(self.walk.model):
+        with evaluating(self.walk.model):
             for number in range(len(self.states)):
                 self.states[number] = self.run(number, step, weights)
 
@@ -132,15 +131,3 @@ class _Note:
         hidden = args[0] if args else kwargs["hidden_states"]
         tail = self.walk.probe.layers[self.index].tail
         return hidden if tail < 0 else (hidden, *[None] * tail)
-
-
-@contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, each module as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

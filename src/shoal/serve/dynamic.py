@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shoal.evaluation.scoring import device_of, evaluating
+from shoal.evaluation.scoring import device_of
 from shoal.executing.live import running
 from shoal.executing.weights import Tensors
+from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan
 from shoal.serve.generating import Ask, Generate, Prepare, Ran, calling, under_plan

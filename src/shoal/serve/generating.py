@@ -16,8 +16,9 @@ import torch
 
 from shoal.api.assess import planned
 from shoal.decoding.listening import NewTokens, OnTokens
-from shoal.evaluation.scoring import device_of, evaluating
+from shoal.evaluation.scoring import device_of
 from shoal.executing.weights import Tensors
+from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan
 

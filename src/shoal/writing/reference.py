@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from shoal.evaluation.scoring import evaluating
 from shoal.executing.live import running
+from shoal.models.evaluating import evaluating
 from shoal.models.kinds import CAUSAL
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks, unwrap

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shoal.evaluation.scoring import evaluating
 from shoal.executing.live import running
 from shoal.models.depth import depth_fields
+from shoal.models.evaluating import evaluating
 from shoal.models.inputs import Inputs, sample_inputs
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.opened import open_model
@@ -46,7 +46,7 @@ def kind_reference(
     tokens = min(greedy[1], _positions(inner)) if auto == GENERATES and _starts(inner) else 0
     tensors: dict[str, torch.Tensor] = {}
     chosen, largest = [], 0.0
-    with torch.no_grad(), quiet(), evaluating(inner), running(inner, plan, weights):
+    with quiet(), evaluating(inner), running(inner, plan, weights):
         for name, inputs in sorted(sets.items()):  # the order in which the fresh process goes through them
             returned = measure.outputs(inner, inputs)
             largest = max(largest, *(float(t.abs().max()) for t in returned.values()))

@@ -8,8 +8,8 @@ import torch
 from transformers import GgufConfig, PreTrainedModel
 
 from shoal.errors import WriteError
-from shoal.evaluation.scoring import evaluating
 from shoal.executing.live import running
+from shoal.models.evaluating import evaluating
 from shoal.models.gguf import no_bars_in_logs
 from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
@@ -34,7 +34,7 @@ def forward_check(file: Path, loaded: Loaded, plan: Plan, *, outtype: str | None
     config = blueprint(inner, plan, zero_parts=True).config
     vocab = int(inner.get_input_embeddings().weight.shape[0])
     ids = torch.randint(0, vocab, (2, TOKENS), generator=torch.Generator().manual_seed(0)).to(inner.device)
-    with quiet(), torch.no_grad(), evaluating(inner), running(inner, plan):
+    with quiet(), evaluating(inner), running(inner, plan):
         live = inner(input_ids=ids).logits.float().cpu()
     try:
         with quiet(), no_bars_in_logs():
