@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from shoal.errors import UsageError
 from shoal.plan import Plan
+from shoal.plan.price import price_of, within
 from shoal.record import plain
 
 Legal = Callable[[Plan], bool]
@@ -30,11 +31,26 @@ class Budget:
     unit: Unit
     share: float
     price: Callable[[Plan], float]
-    """What a plan costs, as a share of the dense model's cost; of times, what is predicted from measured parts."""
+    """What a plan costs, as a share of the dense model's cost; of times, what is predicted from measured parts. Ask
+    `price_of`, which also counts new tensors as what they are."""
 
-    def met(self, plan: Plan) -> bool:
-        """Whether `plan` is within the budget, rounding aside."""
-        return self.price(plan) <= self.share + 1e-9
+    def price_of(self, plan: Plan, weights: Mapping[str, Any] | None = None) -> float:
+        """What `plan` costs with its `weights`, tensors or their shapes by name."""
+        return price_of(self.price, plan, weights)
+
+    def met(self, plan: Plan, weights: Mapping[str, Any] | None = None) -> bool:
+        """Whether `plan` with its `weights` is within the budget, rounding aside."""
+        return within(self.price_of(plan, weights), self.share)
+
+    def to_save(self, plan: Plan) -> float:
+        """By how much `plan` is too dear; zero or less where it is not."""
+        return self.price_of(plan) - self.share
+
+    def mean_saving(self, plan: Plan, smaller: Iterable[Plan]) -> float:
+        """What each of the `smaller` plans saves against `plan`, on the average; 0 without any."""
+        whole = self.price_of(plan)
+        saved = [whole - self.price_of(one) for one in smaller]
+        return math.fsum(saved) / len(saved) if saved else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from shoal.errors import UsageError
 from shoal.evaluation.clock import Clock, Phase, measured_clock, measured_share
 from shoal.evaluation.scoring import Progress
-from shoal.plan import Cost, Plan, Spec, cost
+from shoal.plan import Plan, Spec, shapes_of
 from shoal.plan import drop as drop_layers
+from shoal.plan.price import FIGURES, CountedPrice, removals
 from shoal.scores import Budget, Unit
 
-COUNTED: dict[Unit, Callable[[Cost], float]] = {
-    "layers": lambda c: c.layer_runs + c.half_runs / 2,
-    "params": lambda c: c.written_params,
-    "flops": lambda c: c.prefill_flops,
-    "kv": lambda c: c.kv_per_token,
-}
+COUNTED = FIGURES
 """The units that are counted; the others are measured."""
 
 
@@ -39,20 +35,23 @@ def parse_budget(text: str) -> tuple[Unit, float]:
     return units[name.strip()], share
 
 
-def counted_budget(unit: Unit, share: float, spec: Spec) -> Budget:
-    """A budget in a unit that `cost` counts. Raises U523 when the model has none of it (a KV cache, say), U560 for a
-    unit that is measured."""
+def counted_budget(unit: Unit, share: float, spec: Spec, *, weights: Mapping[str, Any] | None = None) -> Budget:
+    """A budget in a unit that `cost` counts.
+
+    `weights`: tensors, or their shapes, that plans may name, as those of fitted maps that a search chooses from; a map
+    of which nothing is known counts as a full one. Raises U523 when the model has none of the unit (a KV cache, say),
+    U560 for a unit that is measured.
+    """
     if unit not in COUNTED:
         raise UsageError(
             f"a budget in {unit} is measured on the loaded model, which is not loaded here; use one of "
             f"{', '.join(COUNTED)}, or leave out --dry-run",
             code="U560",
         )
-    of = COUNTED[unit]
-    dense = of(cost(Plan.identity(spec), spec))
-    if not dense:
+    price = CountedPrice(unit, spec, shapes_of(weights or {}))
+    if not price.dense:
         raise UsageError(f"{spec.family} has no {unit} to save; choose another unit", code="U523")
-    return Budget(unit, share, lambda plan: of(cost(plan, spec)) / dense)
+    return Budget(unit, share, price)
 
 
 def measured_budget(
@@ -78,7 +77,7 @@ def priced(
 ) -> dict[str, Any]:
     """What `plan` with its `weights` costs, as a share of dense: for a measured unit the prediction, its error, and, if
     `timed`, the time itself."""
-    facts: dict[str, Any] = {"unit": budget.unit, "asked": budget.share, "price": budget.price(plan)}
+    facts: dict[str, Any] = {"unit": budget.unit, "asked": budget.share, "price": budget.price_of(plan, weights)}
     if isinstance(budget.price, Clock):
         clock = budget.price
         facts |= {"error": clock.error, "dense_ms": clock.dense_ms, "timed": dict(clock.timed)}
@@ -91,10 +90,9 @@ def priced(
 def layers_for(budget: Budget, plan: Plan, stack: str | None = None) -> int:
     """How many layers of mean price must go to meet the budget. Raises U523 with the nearest share that can be met."""
     layers = sorted(set(plan.layers(stack)))
-    whole = budget.price(plan)
-    saved = [whole - budget.price(drop_layers(plan, [i], stack=stack)) for i in layers] if len(layers) > 1 else []
-    mean = math.fsum(saved) / len(saved) if saved else 0.0
-    needed = math.ceil((whole - budget.share) / mean - 1e-9) if mean > 0 else len(layers)
+    whole, smaller = budget.price_of(plan), (drop_layers(plan, [i], stack=stack) for i in layers if len(layers) > 1)
+    mean = budget.mean_saving(plan, smaller)
+    needed = removals(budget.to_save(plan), mean) if mean > 0 else len(layers)
     if needed >= len(layers):
         least = whole - mean * (len(layers) - 1)
         raise UsageError(

@@ -9,10 +9,11 @@ from typing import Any
 
 from shoal.api.outlook import Outlook, outlook_of
 from shoal.errors import ModelError, UsageError
+from shoal.executing.weights import Tensors, load_weights
 from shoal.models.diagnosis import Diagnosis, diagnose, read_papers
 from shoal.models.load import structure
 from shoal.models.opened import open_model
-from shoal.plan import Plan, Run, Spec, load_plan, parse_plan, parse_steps, require
+from shoal.plan import Plan, Run, Spec, load_plan, parse_plan, parse_steps, require, shapes_of
 from shoal.writing.reference import quiet
 
 
@@ -71,8 +72,8 @@ def doctor(source: str | Path, *, plan: str | None = None, kept: str | None = No
         assert found.config is not None
         model = structure(found.config, source)
         spec = open_model(model).spec
-        chosen = Plan.identity(spec) if plan is None else require(_plan(plan, spec, str(source)), spec)
-        seen = outlook_of(model, spec, chosen)
+        chosen, weights = _plan(plan, spec, str(source))
+        seen = outlook_of(model, spec, require(chosen, spec, shapes_of(weights)), weights=weights)
     return Examined(str(source), found, spec, str(model.dtype).removeprefix("torch."), seen, planned=plan is not None)
 
 
@@ -85,7 +86,10 @@ def layer_list(text: str) -> Sequence[int]:
     return layers
 
 
-def _plan(text: str, spec: Spec, source: str) -> Plan:
+def _plan(text: str | None, spec: Spec, source: str) -> tuple[Plan, Tensors]:
+    """The plan that is to be judged, with the tensors that lie beside its file. Raises U550 or U551."""
+    if text is None:
+        return Plan.identity(spec), {}
     if text.endswith(".json") or Path(text).is_dir():
-        return load_plan(text)
-    return parse_plan(text, Plan.identity(spec, source=source))
+        return load_plan(text), load_weights(text)
+    return parse_plan(text, Plan.identity(spec, source=source)), {}

@@ -26,7 +26,7 @@ from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.stacks import unwrap
-from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require
+from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require, shapes_of
 from shoal.record import Record, plain
 from shoal.registry import Entry, entries, get
 from shoal.scores import Budget, Found, Legal
@@ -176,8 +176,7 @@ def prune(
     if writable and (plan is not None or found.weights):
         blueprint(loaded.model, found.plan, zero_parts=zero_parts, weights=found.weights)
     shape, prompt = Shape(), _prompt(loaded, length)
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
-    before, price = cost(identity, spec, shape), cost(found.plan, spec, shape, shapes)
+    before, price = cost(identity, spec, shape), cost(found.plan, spec, shape, shapes_of(found.weights))
     result = Pruned(loaded, spec, found.plan, method, found, before, price, text, then=said)
     ran: dict[str, Any] = {"plan": found.plan, "weights": found.weights}
     if most is not None:
@@ -210,7 +209,7 @@ def _given(plan: Plan, weights: Tensors, spec: Spec, loaded: Loaded) -> Found:
     """A plan that the user brings, if it is legal."""
     own = used_by(plan, weights)
     layers = shapes_in(open_model(loaded.model).stacks)
-    require(plan, spec, {name: tuple(tensor.shape) for name, tensor in own.items()}, layers)
+    require(plan, spec, shapes_of(own), layers)
     return Found(plan, weights=own)
 
 
@@ -235,7 +234,7 @@ def _found(entry: Entry, task: Task, count: int, own: Mapping[str, Any]) -> Foun
         return found
     while True:
         found = method(task, drop=count, **own)
-        if task.budget is None or task.budget.met(found.plan):
+        if task.budget is None or task.budget.met(found.plan, found.weights):
             return found
         count += 1
 

@@ -28,7 +28,8 @@ from shoal.evaluation.scoring import device_of
 from shoal.executing.weights import Tensors
 from shoal.models.checkpoint import read_json
 from shoal.models.load import Loaded
-from shoal.plan import Plan, Spec, cost, parse_plan
+from shoal.plan import Plan, Spec, parse_plan
+from shoal.plan.price import FIGURES, shares
 from shoal.scores import Budget, Unit
 
 DENSE = "dense"
@@ -128,7 +129,7 @@ class Harness:
         name = pruned.plan.hash + digest
         if name not in self.worth:
             self.worth[name] = self._quality(name, planned(self.loaded.model, pruned.plan, weights))
-        result = self._plan(pruned, budget, bool(weights)) | {"digest": digest} | self.worth[name]
+        result = self._plan(pruned) | {"digest": digest} | self.worth[name]
         return {"result": result, "measured": {"seconds": seconds, "peak": peak.growth}, "weights": weights}
 
     def untimed(self, row: Mapping[str, Any]) -> bool:
@@ -174,17 +175,16 @@ class Harness:
         write_atomically(path, json.dumps(clock.to_dict(), indent=1))
         return clock
 
-    def _plan(self, pruned: Pruned, budget: Budget, weighted: bool) -> dict[str, Any]:
-        identity, after = cost(Plan.identity(pruned.spec), pruned.spec), cost(pruned.plan, pruned.spec)
+    def _plan(self, pruned: Pruned) -> dict[str, Any]:
+        assert pruned.price is not None
+        of_dense = shares(pruned.after, pruned.before)
         return {
             "plan": str(pruned.plan),
             "hash": pruned.plan.hash,
-            "weights": weighted,
-            "price": budget.price(pruned.plan),
-            "params": after.written_params,
-            "layers": (after.layer_runs + after.half_runs / 2) / (identity.layer_runs + identity.half_runs / 2),
-            "kv": after.kv_per_token / identity.kv_per_token if identity.kv_per_token else 1.0,
-            "flops": after.prefill_flops / identity.prefill_flops,
+            "weights": bool(pruned.found.weights),
+            "price": pruned.price["price"],
+            "params": FIGURES["params"](pruned.after),
+            **{unit: of_dense[unit] for unit in ("layers", "kv", "flops")},
         }
 
     def _quality(self, name: str, variant: Any) -> dict[str, Any]:

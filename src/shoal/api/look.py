@@ -10,7 +10,7 @@ from torch import nn
 
 from shoal.models import inspect as models_inspect
 from shoal.models.load import Loaded, inspect_source
-from shoal.plan import Plan, Spec, check, cost, strip
+from shoal.plan import Plan, Spec, check, cost, shapes_of, strip
 from shoal.registry import KINDS, entries
 
 
@@ -37,7 +37,7 @@ def show(plan: Plan, spec: Spec | None = None, weights: Mapping[str, Any] | None
         "strips": {name: strip(plan, name) for name, _ in plan.stacks},
         "dropped": {name: list(plan.dropped(name)) for name, _ in plan.stacks},
     }
-    shapes = {name: tuple(tensor.shape) for name, tensor in (weights or {}).items()}
+    shapes = shapes_of(weights or {})
     if shapes:
         seen["weights"] = {name: list(shape) for name, shape in sorted(shapes.items())}
     if spec is not None:

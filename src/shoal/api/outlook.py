@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from shoal.errors import ShoalError
+from shoal.executing.weights import Tensors
 from shoal.models.engines import Target, Verdict, verdicts
 from shoal.models.load import load_config, structure
-from shoal.plan import Cost, Plan, Run, Spec, cost, strip
+from shoal.plan import Cost, Plan, Run, Spec, cost, shapes_of, strip
 from shoal.registry import get
 from shoal.writing.reference import quiet
 from shoal.writing.surgery import blueprint
@@ -52,19 +53,31 @@ class Outlook:
         }
 
 
-def outlook(source: str, spec: Spec, plan: Plan, *, zero_parts: bool = False, **options: Any) -> Outlook:
-    """The outlook of a legal `plan` of the model `source`, whose spec is `spec`. `options`: for its config."""
+def outlook(
+    source: str,
+    spec: Spec,
+    plan: Plan,
+    *,
+    weights: Tensors | None = None,
+    zero_parts: bool = False,
+    **options: Any,
+) -> Outlook:
+    """The outlook of a legal `plan` with its `weights` of the model `source`, whose spec is `spec`. `options`: for its
+    config."""
     with quiet():
-        return outlook_of(structure(load_config(source, **options), source), spec, plan, zero_parts=zero_parts)
+        model = structure(load_config(source, **options), source)
+        return outlook_of(model, spec, plan, weights=weights, zero_parts=zero_parts)
 
 
-def outlook_of(model: Any, spec: Spec, plan: Plan, *, zero_parts: bool = False) -> Outlook:
+def outlook_of(
+    model: Any, spec: Spec, plan: Plan, *, weights: Tensors | None = None, zero_parts: bool = False
+) -> Outlook:
     """The same for a model that may be on the meta device."""
     changed: dict[str, tuple[Any, Any]] = {}
     refused = None
     slots: tuple[int, ...] = ()
     try:
-        plans = blueprint(model, plan, zero_parts=zero_parts)
+        plans = blueprint(model, plan, zero_parts=zero_parts, weights=weights)
         changed, slots = plans.changed, plans.slots
     except ShoalError as error:
         refused = error
@@ -76,7 +89,8 @@ def outlook_of(model: Any, spec: Spec, plan: Plan, *, zero_parts: bool = False) 
     )
     itemsize = int(getattr(model.dtype, "itemsize", 4))
     before = cost(Plan.identity(spec), spec)
-    return Outlook(plan, before, cost(plan, spec), itemsize, changed, refused, verdicts(target))
+    after = cost(plan, spec, weights=shapes_of(weights or {}))
+    return Outlook(plan, before, after, itemsize, changed, refused, verdicts(target))
 
 
 def _blocks_refused(plan: Plan, spec: Spec) -> str | None:

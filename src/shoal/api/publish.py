@@ -9,7 +9,8 @@ from shoal._version import __version__
 from shoal.api.find import Pruned
 from shoal.evaluation import Progress, Spread
 from shoal.models.streamed import is_streamed
-from shoal.plan import Cost, Plan
+from shoal.plan import Plan
+from shoal.plan.price import FIGURES
 from shoal.record import Record, command_line, environment
 from shoal.report import render
 from shoal.writing.folder import Written, write
@@ -127,16 +128,12 @@ def cost_rows(pruned: Pruned) -> list[dict[str, Any]]:
 
     before, after = pruned.before, pruned.after
     return [
-        row("parameters", before.params, after.written_params, "", "by unique storage"),
-        row("layers run per token", _runs(before), _runs(after), "", "counted"),
+        row("parameters", before.params, FIGURES["params"](after), "", "by unique storage"),
+        row("layers run per token", FIGURES["layers"](before), FIGURES["layers"](after), "", "counted"),
         row("prefill FLOPs", before.prefill_flops, after.prefill_flops, "FLOP"),
         row("decode FLOPs per token", before.decode_flops, after.decode_flops, "FLOP"),
         row("KV bytes per token", before.kv_per_token * size, after.kv_per_token * size, "bytes", "one sequence"),
     ]
-
-
-def _runs(cost: Cost) -> float:
-    return cost.layer_runs + cost.half_runs / 2
 
 
 def quality_rows(pruned: Pruned) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from shoal.evaluation import Progress
 from shoal.executing.weights import used_by
 from shoal.fitting.result import Job, Transformed
 from shoal.models.load import Loaded
-from shoal.plan import Spec, require
+from shoal.plan import Spec, require, shapes_of
 from shoal.registry import Entry, get
 from shoal.scores import Found
 
@@ -58,7 +58,7 @@ def transformed(
         job = Job(loaded.model, data, found.plan, found.weights, stack, batch, seed, progress)
         made: Transformed = one.entry.load()(job, **one.options)
         weights = used_by(made.plan, made.weights)
-        require(made.plan, spec, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        require(made.plan, spec, shapes_of(weights))
         found = replace(found, plan=made.plan, weights=weights)
         said.append({"transform": one.text, **made.to_dict()})
     return found, tuple(said)

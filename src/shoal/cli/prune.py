@@ -37,6 +37,7 @@ from shoal.cli._shared import (
     open_model,
     progress_bars,
     read_plan,
+    read_weights,
     tell_fits,
 )  # fmt: skip
 
@@ -198,7 +199,8 @@ def _dry(
         from shoal.api.outlook import outlook
         from shoal.cli.doctor import plan_text
 
-        seen = outlook(model, spec, read_plan(plan, spec, model), trust_remote_code=trust).to_dict()
+        chosen, weights = read_plan(plan, spec, model), read_weights(plan)
+        seen = outlook(model, spec, chosen, weights=weights, trust_remote_code=trust).to_dict()
         what, more = plan_text(seen), {"outlook": seen}
     else:
         count, _ = amount_of(spec, stack, *amount)

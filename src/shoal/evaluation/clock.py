@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ from shoal.evaluation.speed import Speed, speed
 from shoal.executing.live import running
 from shoal.models.opened import open_model
 from shoal.plan import Map, Plan, Spec, check, drop
+from shoal.plan.cost import map_size
 from shoal.plan.spec import LayerSpec
 from shoal.plan.steps import PartName, runs
+from shoal.plan.tensors import Shapes
 
 Phase = Literal["prefill", "decode"]
 PARTS: tuple[PartName, ...] = ("attention", "mlp")
@@ -40,6 +42,8 @@ class Clock:
     """Milliseconds: the prefill of the whole prompt, or one decoded token."""
     speed: Speed | None = None
     """All that was timed; None for a clock that was kept in a file."""
+    weights: Shapes = field(default_factory=dict)
+    """The shapes of tensors that plans may name; a map of which nothing is known counts as a full one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `kept_clock` makes the clock again."""
@@ -48,7 +52,12 @@ class Clock:
 
     def __call__(self, plan: Plan) -> float:
         """The predicted share of the dense time. A map counts by its FLOPs, branches of a group one after another."""
-        return self.fixed + math.fsum(self.parts.get(name, 0.0) * n for name, n in counts(plan, self.spec).items())
+        number = counts(plan, self.spec, self.weights)
+        return self.fixed + math.fsum(self.parts.get(name, 0.0) * n for name, n in number.items())
+
+    def with_weights(self, weights: Shapes) -> Clock:
+        """The price of plans that name tensors of these shapes."""
+        return replace(self, weights={**self.weights, **weights})
 
 
 def measured_clock(
@@ -108,8 +117,8 @@ def measured_share(
     return _share(timed(model, both, {"plan": weights or {}}, **work), "plan", phase)
 
 
-def counts(plan: Plan, spec: Spec) -> dict[str, float]:
-    """How many parts of each kind run; a map counts as a share of the layer it begins at, by FLOPs."""
+def counts(plan: Plan, spec: Spec, weights: Shapes | None = None) -> dict[str, float]:
+    """How many parts of each kind run; a map counts as a share of the layer it begins at, by FLOPs (see `map_size`)."""
     found: dict[str, float] = {}
     for stack in spec.stacks:
         for run in runs(plan.steps(stack.name)):
@@ -118,8 +127,9 @@ def counts(plan: Plan, spec: Spec) -> dict[str, float]:
         for step in plan.steps(stack.name):
             if isinstance(step, Map):
                 layer = stack.layers[step.first]
-                for name in part_names(layer, "layer"):
-                    found[name] = found.get(name, 0.0) + 2 * stack.hidden**2 / max(1, layer.flops)
+                share = map_size(step, stack.hidden, weights).flops / max(1, layer.flops)
+                if share:
+                    found |= {name: found.get(name, 0.0) + share for name in part_names(layer, "layer")}
     return found
 
 

@@ -12,7 +12,7 @@ from shoal.errors import UsageError
 from shoal.evaluation.perplexity import perplexity
 from shoal.executing.live import running
 from shoal.methods._task import Task
-from shoal.plan import Plan, cost
+from shoal.plan.price import CountedPrice
 from shoal.scores import Budget, Candidate, Found, Objective
 from shoal.search.greedy import greedy
 from shoal.transforms.refit import refit
@@ -61,13 +61,8 @@ def _layers(task: Task, drop: int | None) -> Budget:
         raise UsageError(
             "auto needs a number of layers or a budget; write --drop 6 or --budget params=0.8", code="U540"
         )
-    depth = task.plan.depth(task.stack)
-
-    def price(plan: Plan) -> float:
-        total = cost(plan, task.spec)
-        return (total.layer_runs + total.half_runs / 2) / depth
-
-    return Budget("layers", 1 - drop / depth, price)
+    price = CountedPrice("layers", task.spec)
+    return Budget("layers", 1 - drop / price.dense, price)
 
 
 def _searches(task: Task, objective: Objective) -> Iterator[Callable[[], Found]]:

@@ -8,6 +8,7 @@ from shoal.plan.file import load_plan, plan_from_json, plan_to_json, save_plan, 
 from shoal.plan.notation import format_plan, format_steps, parse_plan, parse_steps, strip
 from shoal.plan.spec import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
 from shoal.plan.steps import KV, Base, Exit, Map, Parallel, Plan, Run, Step
+from shoal.plan.tensors import shapes_of
 
 __all__ = [
     "KV",
@@ -47,6 +48,7 @@ __all__ = [
     "replace",
     "require",
     "save_plan",
+    "shapes_of",
     "share_kv",
     "strip",
     "weights_hash",

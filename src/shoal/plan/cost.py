@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Map, Plan, Run, runs, writes_kv
@@ -47,17 +47,20 @@ class Cost:
     kv_elements: int
     """KV elements held for the whole batch at `context` tokens, recurrent states included."""
     shape: Shape = field(default_factory=Shape)
+    assumed: tuple[str, ...] = ()
+    """The ids of new weights that were counted at their largest because the shapes of their tensors were not given."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; `assumed` where there is any."""
+        return {name: value for name, value in asdict(self).items() if name != "assumed" or value}
 
 
 def cost(plan: Plan, spec: Spec, shape: Shape | None = None, weights: Shapes | None = None) -> Cost:
     """What `plan` costs on `spec` for the work `shape`. The plan must have passed `check`.
 
-    `weights`: the shapes of the new tensors that it names. Without them a map is counted as a full one with a bias, and
-    a layer with new weights as all new; with them a low-rank map costs what it is, and a layer of which one tensor is
-    new shares the others with the base.
+    `weights`: the shapes of the new tensors that it names (`shapes_of`). With them a low-rank map costs what it is, and
+    a layer of which one tensor is new shares the others with the base. Of an id without any a map is counted as a full
+    one with a bias, and a layer as all new; `Cost.assumed` names it.
     """
     shape = shape or Shape()
     totals = [_stack_cost(plan, stack, shape, weights or {}) for stack in spec.stacks]
@@ -73,7 +76,28 @@ def cost(plan: Plan, spec: Spec, shape: Shape | None = None, weights: Shapes | N
         kv_per_token=sum(total.kv_per_token for total in totals),
         kv_elements=shape.batch * sum(total.kv_elements for total in totals),
         shape=shape,
+        assumed=tuple(sorted({name for total in totals for name in total.assumed})),
     )
+
+
+class MapSize(NamedTuple):
+    """What one map holds and does."""
+
+    params: int
+    flops: int
+    """Of its matrix multiplications, for one token."""
+
+
+def map_size(step: Map, hidden: int, weights: Shapes | None = None) -> MapSize:
+    """The size of a map on states of `hidden` elements, by the shapes `weights` of its tensors; of one whose shapes are
+    not among them that of a full map with a bias."""
+    return _map_size(_own(step.weights, weights or {}), hidden)
+
+
+def _map_size(own: dict[str, int], hidden: int) -> MapSize:
+    if not own:
+        return MapSize(hidden * (hidden + 1), 2 * hidden**2)
+    return MapSize(sum(own.values()), 2 * sum(own.get(name, 0) for name in ("weight", "gate", "down", "up")))
 
 
 @dataclass(slots=True)
@@ -87,6 +111,7 @@ class _Total:
     decode: int = 0
     kv_per_token: int = 0
     kv_elements: int = 0
+    assumed: set[str] = field(default_factory=set)
 
 
 def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> _Total:
@@ -103,12 +128,13 @@ def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> 
 
 def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape, weights: Shapes) -> None:
     own = _own(step.weights, weights)
-    size = sum(own.values()) or stack.hidden * (stack.hidden + 1)
-    matrices = sum(own.get(name, 0) for name in ("weight", "gate", "down", "up")) if own else stack.hidden**2
-    total.storages[f":{step.weights}"] = size
-    total.written += size
-    total.prefill += 2 * matrices * shape.prompt
-    total.decode += 2 * matrices
+    size = _map_size(own, stack.hidden)
+    if not own:
+        total.assumed.add(step.weights)
+    total.storages[f":{step.weights}"] = size.params
+    total.written += size.params
+    total.prefill += size.flops * shape.prompt
+    total.decode += size.flops
 
 
 def _own(weights_id: str, weights: Shapes) -> dict[str, int]:
@@ -124,6 +150,8 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     storage = f"{stack.name}.{layer.index}" if run.weights is None or own else f":{run.weights}"
     if own:
         total.storages[f":{run.weights}"] = sum(own.values())
+    elif run.weights is not None:
+        total.assumed.add(run.weights)
     total.storages |= {f"{storage}.{piece}": count for piece, count in params.items()}
     total.written += layer.params  # a stock checkpoint holds whole layers
     total.shared |= dict(layer.shared)

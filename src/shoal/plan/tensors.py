@@ -6,7 +6,7 @@ P112 a tensor is missing   P113 a map's tensor does not fit   P129 a run's own t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shoal.plan.spec import StackSpec
 from shoal.plan.steps import Exit, Map, Run, Step, runs
@@ -20,6 +20,11 @@ Finding = tuple[str, int | None, str]
 
 MAP_TENSORS = ("weight", "bias", "gate", "down", "up", "scale", "limit")
 """The tensors that a map can have, ID.NAME."""
+
+
+def shapes_of(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors by name; of shapes these themselves."""
+    return {name: tuple(getattr(one, "shape", one)) for name, one in weights.items()}
 
 
 def tensors_of(weights_id: str, tensors: Mapping[str, T]) -> dict[str, T]:

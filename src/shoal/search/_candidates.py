@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from shoal.errors import PlanError, ShoalError, UsageError
 from shoal.plan import Plan, drop
+from shoal.plan.price import removals
 from shoal.plan.steps import PartName, runs
 from shoal.scores import Budget, Legal, Objective, removable
 
@@ -88,15 +89,15 @@ class Goal:
         if self.budget is None:
             return self.drop or 0
         there = pieces(self.start, self.grain, self.stack)
-        whole = self.budget.price(self.start)
-        saved = []
+        mean = self.budget.mean_saving(self.start, self._without_each(there))
+        return min(len(there), removals(self.budget.to_save(self.start), mean)) if mean > 0 else len(there)
+
+    def _without_each(self, there: Sequence[tuple[int, PartName]]) -> Iterator[Plan]:
         for layer, part in there:
             try:
-                saved.append(whole - self.budget.price(drop(self.start, [layer], part=part, stack=self.stack)))
-            except PlanError:
+                yield drop(self.start, [layer], part=part, stack=self.stack)
+            except PlanError:  # nothing would be left
                 continue
-        mean = math.fsum(saved) / len(saved) if saved else 0.0
-        return min(len(there), math.ceil((whole - self.budget.share) / mean - 1e-9)) if mean > 0 else len(there)
 
     def missed(self, plan: Plan, removed: int, unjudged: int = 0) -> UsageError:
         """The error of a search that can remove nothing more from `plan`: nothing is legal, or of `unjudged` legal
@@ -131,7 +132,7 @@ def no_value(tried: int) -> UsageError:
 
 def unmet(budget: Budget, plan: Plan) -> UsageError:
     """The error U543 of a budget below the cheapest plan that could be found."""
-    least = budget.price(plan)
+    least = budget.price_of(plan)
     return UsageError(
         f"a budget of {budget.unit}={budget.share:g} cannot be met: the cheapest plan found, {plan!s:.80}, costs "
         f"{least:.3f}; ask for {math.ceil(least * 1000) / 1000:.3f} or more",

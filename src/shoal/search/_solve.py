@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from shoal.plan.price import TOLERANCE
 from shoal.search._table import Table
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def solve(
         low.append(1.0)
         high.append(1.0)
     rows.append([table.saved[i][c] for i, c in places])
-    low.append(need - 1e-9)
+    low.append(need - TOLERANCE)
     high.append(np.inf)
     for other in without:
         rows.append([float(other[i] == c) for i, c in places])
@@ -69,8 +70,8 @@ def chain(table: Table, pairs: Pairs, need: float, resolution: int = 1000) -> tu
     """
     import numpy as np
 
-    bins = math.ceil(need * resolution - 1e-9)
-    steps = [[math.floor(saving * resolution + 1e-6) for saving in row] for row in table.saved]
+    bins = math.ceil((need - TOLERANCE) * resolution)
+    steps = [[math.floor((saving + TOLERANCE) * resolution) for saving in row] for row in table.saved]
     size = max(0, bins) + 1  # savings beyond what is needed count as just enough
     best: list[list[np.ndarray[Any, Any]]] = []
     came: list[list[np.ndarray[Any, Any]]] = []

@@ -120,13 +120,13 @@ def measure(
     plans = [(place, option, _built(room, words, legal)) for place, option, words in changes]
     wanted = [plan for _, _, plan in plans if plan is not None]
     values = iter(judge(objective, wanted, exhaustive=True, report=report))
-    price = budget.price(centre)
+    price = budget.price_of(centre)
     losses = [[0.0] * len(words) for words in room.options]
     saved = [[0.0] * len(words) for words in room.options]
     for place, option, plan in plans:
         value = None if plan is None else next(values)
         losses[place][option] = math.inf if value is None or not math.isfinite(value) else value - here
-        saved[place][option] = 0.0 if plan is None else price - budget.price(plan)
+        saved[place][option] = 0.0 if plan is None else price - budget.price_of(plan)
     return Table(room.layers, room.options, tuple(map(tuple, losses)), tuple(map(tuple, saved))), here
 
 

@@ -52,7 +52,7 @@ def dynamic_programming(
     table, here = measure(room, objective, budget, legal, room.whole(), report)
     singles = total - len(pairs_at)
     pairs = _interactions(room, table, here, objective, legal, pairs_at, lambda done: report(done, singles))
-    chosen = chain(table, pairs, budget.price(plan) - budget.share, resolution)
+    chosen = chain(table, pairs, budget.to_save(plan), resolution)
     if chosen is None:
         raise unmet(budget, cheapest(room, table, legal))
     words = table.words(chosen)
@@ -63,6 +63,12 @@ def dynamic_programming(
     if not legal(smaller):
         raise UsageError(
             f"the best sum of choices, {smaller!s:.80}, is not legal as a whole; use milp, which takes the next one",
+            code="U548",
+        )
+    if not budget.met(smaller):
+        raise UsageError(
+            f"the best sum of choices, {smaller!s:.80}, costs {budget.price_of(smaller):.3f} as a whole, more than the "
+            f"{budget.share:g} asked for: its savings do not add up; use milp, which takes the next one",
             code="U548",
         )
     beyond = sum(pairs.get((i, chosen[i], chosen[i - 1]), 0.0) for i in range(1, len(chosen)))

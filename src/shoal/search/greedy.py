@@ -67,10 +67,10 @@ def _per_saving(
 ) -> list[float | None]:
     """The rise of the objective over what the removal saves; NaN for one that saves nothing, None for one that lost a
     race. Only pieces that save the same race each other: for these the lower objective is the lower rise per saving."""
-    now, whole = value_of(objective, plan), budget.price(plan)
+    now, whole = value_of(objective, plan), budget.price_of(plan)
     alike: dict[float, list[int]] = {}
     for place, move in enumerate(options):
-        alike.setdefault(round(whole - budget.price(move.plan), 9), []).append(place)
+        alike.setdefault(round(whole - budget.price_of(move.plan), 9), []).append(place)
     values: list[float | None] = [math.nan] * len(options)
     done = 0
     for saving, places in alike.items():

@@ -86,7 +86,7 @@ def _solution(
 ) -> tuple[int, ...] | None:
     """The best legal solution that meets the budget and was not measured yet; what is illegal as a whole is cut off and
     the next one taken."""
-    need = budget.price(room.build(around)) - budget.share
+    need = budget.to_save(room.build(around))
     now = [options.index(word) for options, word in zip(room.options, around, strict=True)]
     refused = [
         tuple(options.index(word) for options, word in zip(room.options, words, strict=True)) for words in measured

@@ -39,14 +39,14 @@ def pareto(
     sampler = breeder(population, seed)
     own, study = decoder(goal(plan, None, budget, grain, stack), legal), quiet_study(sampler, ["minimize", "minimize"])
     own(dict.fromkeys((named(*piece) for piece in own.pieces), 0.0))  # can the budget be met at all?
-    whole = budget.price(plan)
+    whole = budget.price_of(plan)
     tried: dict[str, tuple[float, float, Plan]] = {}
     for number in range(trials):
         trial = study.ask()
         keys = {named(*piece): trial.suggest_float(named(*piece), 0.0, 1.0) for piece in own.pieces}
         share = budget.share + (whole - budget.share) * trial.suggest_float("how far from the budget", 0.0, 1.0)
         made = _towards(own, budget, share)(keys)
-        loss, price = value_of(objective, made), budget.price(made)
+        loss, price = value_of(objective, made), budget.price_of(made)
         study.tell(trial, [loss if math.isfinite(loss) else 1e9, price])
         tried.setdefault(str(made), (loss, price, made))
         if progress is not None:

@@ -20,7 +20,7 @@ from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks
-from shoal.plan import Plan, plan_to_json, require
+from shoal.plan import Plan, plan_to_json, require, shapes_of
 from shoal.writing.card import model_card, origin
 from shoal.writing.lineage import config_note, record_lines
 from shoal.writing.place import (
@@ -92,7 +92,7 @@ def write(
     """
     inner = require_writable(loaded.model)
     weights = weights or {}
-    require(plan, open_model(inner).spec, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    require(plan, open_model(inner).spec, shapes_of(weights))
     plan = with_source(plan, loaded.source)
     plans = blueprint(inner, plan, zero_parts=zero_parts, weights=weights)
     final = final_path(output)
