@@ -11,7 +11,7 @@ from shoal.models.kinds import is_causal
 from shoal.models.probe import LayerFacts, Probe
 from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
 from shoal.plan.spec import LayerSpec
-from shoal.plan.steps import KV, Fill, layers_of, runs, writes_kv
+from shoal.plan.steps import KV, Fill, layers_of, layers_read, runs, writes_kv
 
 EXIT = "exit"
 """The gate of exits that a policy places."""
@@ -143,7 +143,7 @@ def require_decidable(policy: Policy, spec: Spec, model: object, probe: Probe) -
             code="P130",
         )
     layers, steps = spec.stack().layers, policy.plan.steps()
-    read = {source for run in runs(steps) for source in (run.kv.read, *layers[run.layer].needs)}
+    read = layers_read(steps) | {source for run in runs(steps) for source in layers[run.layer].needs}
     for step, behind in _skippable(steps):
         _require_plain(step, _gate(step) is not None)
         for run in runs((step,)):
@@ -193,8 +193,8 @@ def _require_attention(run: Run, layer: LayerSpec, family: str) -> None:
         )
 
 
-def _require_own_kv(run: Run, read: set[int | None]) -> None:
-    if run.kv.read is not None or (run.layer in read and (run.gate is not None or run.kv.fill in (None, "mask"))):
+def _require_own_kv(run: Run, read: set[int]) -> None:
+    if run.layer_sources or (run.layer in read and (run.gate is not None or run.kv.fill in (None, "mask"))):
         raise PlanError(
             f"layer {run.layer} shares keys and values with another layer, so no token can be without them; write the "
             "plan without @, or let tokens leave with the fill project",

@@ -17,7 +17,6 @@ from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.streamed import held, is_streamed
 from shoal.plan import Plan, Run
-from shoal.plan.steps import KV
 from shoal.recording.layer_major import LayerMajor, Path
 
 Window = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
@@ -91,7 +90,7 @@ def path_of(plan: Plan, depth: int) -> Path | None:
     at: list[list[Run]] = [[] for _ in range(depth)]
     last = 0
     for step in plan.steps():
-        if not isinstance(step, Run) or step.weights or step.gate or step.kv != KV() or step.layer < last:
+        if not isinstance(step, Run) or not step.plain or step.layer < last:
             return None
         at[step.layer].append(step)
         last = step.layer

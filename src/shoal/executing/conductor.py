@@ -27,7 +27,7 @@ from shoal.models.parts import without
 from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
-from shoal.plan.steps import runs, writes_kv
+from shoal.plan.steps import kv_source, layers_read, runs, writes_kv
 from shoal.plan.tensors import MAP_TENSORS, tensors_of
 
 
@@ -99,7 +99,7 @@ class Conductor:
         self.due, self.kept = _schedule(steps, stack.depth)
         self.slots = _slots(steps)
         self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
-        self.sources = {run.kv.read for run in runs(steps) if run.kv.read is not None}
+        self.sources = layers_read(steps)
         # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
         # a layer in place is called with what its tap was given, unless a later step needs that as well
@@ -197,7 +197,7 @@ class Conductor:
             kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
         else:
             kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
-        if (run.layer in self.sources or run.kv.read is not None) and run.part != "mlp":
+        if (run.layer in self.sources or kv_source(run) is not None) and run.part != "mlp":
             args, kwargs = self._share_without_cache(run, layer, fact.cache_at, args, kwargs)
         with self._as_first(run.layer):
             out = (
@@ -221,7 +221,8 @@ class Conductor:
         keep = None
         if run.layer in self.sources:
             keep = partial(self.now.states.__setitem__, run.layer)
-        read = None if run.kv.read is None else self.now.states[run.kv.read]
+        source = kv_source(run)
+        read = None if source is None else self.now.states[source]
         return slot_view(cache, 0 if slot is None else slot, read=read, keep=keep)
 
     def _share_without_cache(

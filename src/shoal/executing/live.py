@@ -20,7 +20,7 @@ from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
 from shoal.models.stacks import Stack, unwrap
 from shoal.plan import Plan, format_steps, parse_plan, require
-from shoal.plan.steps import Step, runs
+from shoal.plan.steps import Step, kv_source, runs
 
 
 class Running:
@@ -142,10 +142,10 @@ def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:
 
 def _refuse_shared(steps: tuple[Step, ...]) -> None:
     for run in runs(steps):
-        if run.kv.read is not None:
+        if run.layer_sources:
             raise PlanError(
                 f"decoder layer {run.layer} also attends to the encoder and needs a row of the KV cache for that, "
-                f"so it cannot share the KV of layer {run.kv.read}; write it without @",
+                f"so it cannot share the KV of layer {kv_source(run)}; write it without @",
                 code="P109",
             )
 

@@ -31,7 +31,7 @@ def prefixes(plan: Plan, stack: str | None = None) -> dict[int, Prefix]:
     needs = depth
     for cut in reversed(range(1, depth)):
         for run in runs(tuple(step for _, step in due[cut])):
-            needs = min(needs, run.layer, run.layer if run.kv.read is None else run.kv.read)
+            needs = min(needs, run.layer, *(source.layer for source in run.layer_sources))
         if needs >= cut:
             found[cut] = (cut, tuple(step for tap in due[:cut] for _, step in tap))
     return found

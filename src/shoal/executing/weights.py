@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import assert_never
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,7 @@ from torch import nn
 from shoal.atomic import replacing
 from shoal.errors import PlanError, UsageError, WriteError
 from shoal.models.stacks import Stack
-from shoal.plan import Exit, Map, Plan, save_plan, weights_hash
+from shoal.plan import Exit, Map, Parallel, Plan, Run, save_plan, weights_hash
 from shoal.plan.steps import Step, runs
 
 FILE = "weights.safetensors"
@@ -134,8 +135,12 @@ def _owned(name: str, ids: set[str]) -> bool:
 
 
 def _ids(step: Step) -> set[str]:
-    if isinstance(step, Map):
-        return {step.weights}
-    if isinstance(step, Exit):
-        return set() if step.head == "base" else {step.head}
-    return {run.weights for run in runs((step,)) if run.weights is not None}
+    match step:
+        case Map():
+            return {step.weights}
+        case Exit():
+            return set() if step.head == "base" else {step.head}
+        case Run() | Parallel():
+            return {run.weights for run in runs((step,)) if run.weights is not None}
+        case _:
+            assert_never(step)

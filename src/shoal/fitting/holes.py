@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 
 from shoal.errors import ModelError, UsageError
 from shoal.fitting.result import Job
-from shoal.plan import Map, Plan, Run, Step
+from shoal.plan import Exit, Map, Parallel, Plan, Run, Step
 from shoal.plan.notation import map_weights
 from shoal.plan.steps import PartName
 from shoal.recording.walk import Walk
@@ -60,11 +61,15 @@ def find_holes(plan: Plan, what: str, stack: str | None = None) -> tuple[Hole, .
 
 
 def _extent(step: Step, what: str, plan: Plan) -> tuple[int, int, PartName]:
-    if isinstance(step, Run) and step.kv.read is None:
-        return step.layer, step.layer, step.part
-    if isinstance(step, Map):
-        return step.first, step.last, "layer"
-    raise _refusal(what, plan)
+    match step:
+        case Run() if not step.layer_sources:
+            return step.layer, step.layer, step.part
+        case Map():
+            return step.first, step.last, "layer"
+        case Run() | Parallel() | Exit():
+            raise _refusal(what, plan)
+        case _:
+            assert_never(step)
 
 
 def _refusal(what: str, plan: Plan) -> UsageError:

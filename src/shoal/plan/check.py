@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import assert_never
 
 from shoal.errors import PlanError
 from shoal.plan.notation import format_steps
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import Exit, Map, Parallel, Plan, Run, Step, runs, writes_kv
+from shoal.plan.steps import Exit, LayerKV, Map, Parallel, Plan, Run, Step, runs, writes_kv
 from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
 
 
@@ -87,7 +88,7 @@ def _counts(depths: tuple[tuple[str, int], ...]) -> str:
 
 def _range(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     named = [(run.layer, "layer") for run in runs(steps)]
-    named += [(run.kv.read, "KV source") for run in runs(steps) if run.kv.read is not None]
+    named += [(source.layer, source.noun) for run in runs(steps) for source in run.layer_sources]
     named += [(end, "end of a map") for step in steps if isinstance(step, Map) for end in (step.first, step.last)]
     for layer, what in named:
         if not 0 <= layer < stack.depth:
@@ -125,17 +126,22 @@ def _counting(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
         )
 
 
-def _kv_source(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
+def _sources(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
+    """Whether what a run takes from another layer is there and fits."""
     stored: set[int] = set()
     for step in steps:
         group = list(runs((step,)))
         for run in group:
-            if run.kv.read is not None:
-                yield from _one_source(run, stack.layers[run.layer], stack.layers[run.kv.read], stored)
+            for source in run.layer_sources:
+                match source:
+                    case LayerKV():
+                        yield from _kv_source(run, stack.layers[run.layer], stack.layers[source.layer], stored)
+                    case _:
+                        assert_never(source)
         stored |= {run.layer for run in group if writes_kv(run)}
 
 
-def _one_source(run: Run, layer: LayerSpec, source: LayerSpec, stored: set[int]) -> Iterator[Finding]:
+def _kv_source(run: Run, layer: LayerSpec, source: LayerSpec, stored: set[int]) -> Iterator[Finding]:
     here = f"layer {run.layer} reads the KV of layer {source.index}"
     if run.part == "mlp":
         yield "P109", run.layer, f"{here}, but runs only its mlp; write {run.layer}m without @"
@@ -236,4 +242,4 @@ def _groups(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
             yield "P118", None, f"the parallel group {group} in {stack.name} needs two branches or more, as in (7|8)"
 
 
-_RULES = (_counting, _kv_source, _pinned, _native_sharing, _exits, _fills, _groups)
+_RULES = (_counting, _sources, _pinned, _native_sharing, _exits, _fills, _groups)

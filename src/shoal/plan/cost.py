@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import Map, Plan, Run, runs, writes_kv
+from shoal.plan.steps import Exit, Map, Parallel, Plan, Run, runs, writes_kv
 from shoal.plan.tensors import Shapes, tensors_of
 
 
@@ -117,10 +117,16 @@ class _Total:
 def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> _Total:
     total = _Total()
     for step in plan.steps(stack.name):
-        if isinstance(step, Map):
-            _add_map(total, step, stack, shape, weights)
-    for run in runs(plan.steps(stack.name)):
-        _add_run(total, run, stack, shape, weights)
+        match step:
+            case Map():
+                _add_map(total, step, stack, shape, weights)
+            case Run() | Parallel():
+                for run in runs((step,)):
+                    _add_run(total, run, stack, shape, weights)
+            case Exit():
+                pass
+            case _:
+                assert_never(step)
     if not stack.decodes:
         total.decode = 0
     return total

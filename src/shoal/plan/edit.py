@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace as with_fields
+from typing import assert_never
 
 from shoal.errors import PlanError
 from shoal.plan.notation import format_steps, map_weights
@@ -120,7 +121,7 @@ def gate(plan: Plan, layers: Iterable[int], *, fill: Fill | None = None, stack: 
     """
 
     def gated(run: Run) -> Run:
-        return with_fields(run, gate=f"skip.{run.layer}", kv=KV(run.kv.read, fill if writes_kv(run) else None))
+        return with_fields(run, gate=f"skip.{run.layer}", kv=with_fields(run.kv, fill=fill if writes_kv(run) else None))
 
     return _edit_runs(plan, _existing(plan, layers, stack), stack, gated)
 
@@ -161,6 +162,8 @@ def _without(step: Step, gone: set[int], part: PartName) -> tuple[Step, ...]:
             return (Parallel(branches, step.join),) if len(branches) > 1 else branches
         case Map() | Exit():
             return (step,)
+        case _:
+            assert_never(step)
 
 
 def _shrink(run: Run, gone: set[int], part: PartName) -> list[Run]:
@@ -187,4 +190,6 @@ def _edit_runs(plan: Plan, layers: set[int], stack: str | None, change: Callable
                 steps.append(with_fields(step, branches=tuple(edited(run) for run in step.branches)))
             case Map() | Exit():
                 steps.append(step)
+            case _:
+                assert_never(step)
     return plan.with_steps(tuple(steps), stack)

@@ -9,7 +9,7 @@ from typing import Any
 from shoal.atomic import replacing
 from shoal.errors import NotationError, WriteError
 from shoal.plan.notation import format_steps, parse_steps
-from shoal.plan.steps import STACK_NAME, Base, Map, Plan, Step, runs
+from shoal.plan.steps import STACK_NAME, Base, Map, Plan, Step, layers_read, runs
 
 FORMAT = "shoal-plan/1"
 MAX_BYTES = 4_000_000
@@ -132,7 +132,7 @@ def _steps(pieces: object, stack: str, depth: int, where: str) -> tuple[Step, ..
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         raise NotationError(f"{where}: stack {stack!r} must be a list of pieces such as '0-11'")
     steps = parse_steps(",".join(pieces))
-    named = [max(run.layer, run.kv.read or 0) for run in runs(steps)]
+    named = [run.layer for run in runs(steps)] + [*layers_read(steps)]
     named += [step.last for step in steps if isinstance(step, Map)]
     if max(named, default=0) >= depth:
         raise NotationError(f"{where}: stack {stack!r} names layer {max(named)}; its layers are 0 to {depth - 1}")

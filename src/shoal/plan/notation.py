@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import re
-from typing import NoReturn
+from typing import NoReturn, assert_never
 
 from shoal.errors import NotationError
 from shoal.plan.steps import (
@@ -26,11 +26,14 @@ from shoal.plan.steps import (
     Exit,
     Fill,
     Join,
+    LayerKV,
     Map,
+    NewTensors,
     Parallel,
     PartName,
     Plan,
     Run,
+    Source,
     Step,
     layers_of,
 )
@@ -114,6 +117,8 @@ def format_steps(steps: tuple[Step, ...]) -> str:
             case Exit():
                 head = "" if step.head == "base" else f"={step.head}"
                 pieces.append(f"!{step.name}{head}{_gate(step.gate)}")
+            case _:
+                assert_never(step)
         position += length
     return ",".join(pieces)
 
@@ -151,6 +156,8 @@ def _mark(step: Step, before: str) -> str:
             return "∥"
         case Exit():
             return before
+        case _:
+            assert_never(step)
 
 
 def _split(text: str) -> list[str]:
@@ -225,10 +232,20 @@ def _join(piece: str, word: str) -> Join:
 
 
 def _format_run(run: Run, times: str = "") -> str:
-    read = "" if run.kv.read is None else f"@{run.kv.read}"
-    named = "" if run.weights is None else f":{run.weights}"
+    sources = "".join(map(format_source, run.sources))
     fill = "" if run.kv.fill is None else f"/{run.kv.fill}"
-    return f"{run.layer}{_LETTER[run.part]}{times}{read}{named}{_gate(run.gate)}{fill}"
+    return f"{run.layer}{_LETTER[run.part]}{times}{sources}{_gate(run.gate)}{fill}"
+
+
+def format_source(source: Source) -> str:
+    """How depth notation writes a source behind the layer."""
+    match source:
+        case LayerKV():
+            return f"@{source.layer}"
+        case NewTensors():
+            return f":{source.id}"
+        case _:
+            assert_never(source)
 
 
 def _gate(name: str | None) -> str:

@@ -1,4 +1,4 @@
-"""The four step cases and the plan that holds them. Frozen values: every edit returns a new plan."""
+"""The four step cases, a run's sources, and the plan that holds them. Frozen values: every edit returns a new plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, assert_never
 
 from shoal.errors import PlanError
 
@@ -55,6 +55,36 @@ class KV:
 
 
 @dataclass(frozen=True, slots=True)
+class NewTensors:
+    """A source of matrices: the plan's tensors ID.PARAMETER stand in the place of the layer's own."""
+
+    id: str
+    summary: ClassVar[str] = "Own weights"
+
+    def __str__(self) -> str:
+        return f"with the weights {self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """A source of keys and values: those of an earlier layer, as its latest run stored them."""
+
+    layer: int
+    noun: ClassVar[str] = "KV source"
+    summary: ClassVar[str] = "KV shared"
+
+    def __str__(self) -> str:
+        return f"reads the KV of layer {self.layer}"
+
+
+LayerSource = LayerKV
+"""The sources that are layers of the base."""
+Source = LayerSource | NewTensors
+"""Whose keys, values or matrices a run uses where it does not use its own layer's. A new kind of source is one more
+class here, and one more field of `Run` or `KV` that `Run.sources` turns into it; the type checker names the rest."""
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """Call one base layer, or only its attention or its mlp."""
 
@@ -67,6 +97,21 @@ class Run:
     def __post_init__(self) -> None:
         _one_of("part", self.part, PARTS)
         _names(self.weights, self.gate)
+
+    @property
+    def layer_sources(self) -> tuple[LayerSource, ...]:
+        """The other layers that this run takes something from."""
+        return () if self.kv.read is None else (LayerKV(self.kv.read),)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Everything that this run takes from elsewhere than its own layer, in the order of depth notation."""
+        return (*self.layer_sources, *(() if self.weights is None else (NewTensors(self.weights),)))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the layer, or the part of it, as the base model has it: no source, no gate, no fill."""
+        return self == Run(self.layer, self.part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +251,23 @@ def runs(steps: tuple[Step, ...]) -> Iterator[Run]:
                 yield from step.branches
             case Map() | Exit():
                 pass
+            case _:
+                assert_never(step)
+
+
+def kv_source(run: Run) -> int | None:
+    """The base layer whose keys and values the run reads; None: its own."""
+    return run.kv.read
 
 
 def writes_kv(run: Run) -> bool:
     """True when the run stores keys and values (or a recurrent state) of its own, given that its layer has any."""
-    return run.part != "mlp" and run.kv.read is None
+    return run.part != "mlp" and kv_source(run) is None
+
+
+def layers_read(steps: tuple[Step, ...]) -> set[int]:
+    """The base layers that some run takes something from."""
+    return {source.layer for run in runs(steps) for source in run.layer_sources}
 
 
 def layers_of(step: Step) -> Sequence[int]:
@@ -224,3 +281,5 @@ def layers_of(step: Step) -> Sequence[int]:
             return range(step.first, step.last + 1)
         case Exit():
             return ()
+        case _:
+            assert_never(step)

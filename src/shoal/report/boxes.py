@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import assert_never
 
 from shoal.plan import Exit, Map, Parallel, Run, Step
+from shoal.plan.notation import format_source
 from shoal.plan.steps import PartName
 from shoal.report.words import TIMES, esc
 
@@ -76,7 +78,7 @@ def group_box(x: float, y: float, width: float, step: Parallel) -> str:
     pieces = [f'<path class="bracket" d="M{x:g} {y:g}V{y + high:g}M{x + width:g} {y:g}V{y + high:g}"/>']
     for place, run in enumerate(step.branches):
         top = y + place * (each + 2)
-        label = f"{run.layer}{_LETTER[run.part]}" + ("" if run.kv.read is None else f"@{run.kv.read}")
+        label = f"{run.layer}{_LETTER[run.part]}" + (reads(run))
         bar = [rect(x + 3, top, width - 6, each, "kept"), text(x + width / 2, top + each / 2 + 4, label, "on small")]
         pieces.append(titled(run_title(run), *bar, *_marks(x + 3, top, width - 6, each, run.gate, run.weights)))
     names = " and ".join(str(run.layer) for run in step.branches)
@@ -111,10 +113,14 @@ def count(x: float, y: float, times: int) -> str:
 
 def run_title(run: Run) -> str:
     """One run in words, for its tooltip."""
-    reads = "" if run.kv.read is None else f", reads the KV of layer {run.kv.read}"
-    own = "" if run.weights is None else f", with the weights {run.weights}"
+    sources = "".join(f", {source}" for source in run.sources)
     fill = "" if run.kv.fill is None else f", KV fill {run.kv.fill}"
-    return f"layer {run.layer}: {_WORDS[run.part]}{reads}{own}{_behind(run.gate)}{fill}"
+    return f"layer {run.layer}: {_WORDS[run.part]}{sources}{_behind(run.gate)}{fill}"
+
+
+def reads(run: Run) -> str:
+    """What the run takes from other layers, in depth notation."""
+    return "".join(map(format_source, run.layer_sources))
 
 
 def kinds(steps: tuple[Step, ...]) -> set[str]:
@@ -130,11 +136,13 @@ def kinds(steps: tuple[Step, ...]) -> set[str]:
                 found |= {"map"} | ({"gate"} if step.gate else set())
             case Exit():
                 found |= {"exit"}
+            case _:
+                assert_never(step)
     return found
 
 
 def _run_kinds(run: Run) -> set[str]:
-    marks = {"reads": run.kv.read is not None, "weights": run.weights is not None, "gate": run.gate is not None}
+    marks = {"reads": bool(run.layer_sources), "weights": run.weights is not None, "gate": run.gate is not None}
     return {name for name, present in marks.items() if present}
 
 

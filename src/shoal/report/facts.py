@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 from shoal.errors import PlanError
 from shoal.plan import Exit, Map, Parallel, Run, Step, parse_steps
@@ -31,6 +31,8 @@ class StackFacts:
                     found.extend(step.branches)
                 case Map() | Exit():
                     pass
+                case _:
+                    assert_never(step)
         return tuple(found)
 
     @property
@@ -70,7 +72,9 @@ def stacks(plan: Mapping[str, Any]) -> list[StackFacts]:
     for name, stack in plan["stacks"].items():
         text = stack.get("notation") or ",".join(stack["steps"])
         facts = StackFacts(str(name), int(stack["depth"]), parse_steps(text))
-        named = [run.layer for run in facts.runs] + [run.kv.read or 0 for run in facts.runs] + [*facts.mapped]
+        named = [run.layer for run in facts.runs]
+        named += [source.layer for run in facts.runs for source in run.layer_sources]
+        named += facts.mapped
         if outside := [layer for layer in named if layer >= facts.depth]:
             raise PlanError(
                 f"the report's plan names layer {outside[0]} of stack {name!r}, which has {facts.depth} layers from 0; "
@@ -101,13 +105,22 @@ def sentences(stack: StackFacts) -> list[str]:
         "Replaced by a fitted map": ", ".join(ranges(range(step.first, step.last + 1)) for step in stack.maps),
         "In parallel": ", ".join(" with ".join(str(run.layer) for run in group.branches) for group in groups),
         "Repeated": ", ".join(f"{layer} ({n}{TIMES})" for layer, n in repeated(stack).items()),
-        "KV shared": ", ".join(f"{r.layer} reads {r.kv.read}" for r in stack.runs if r.kv.read is not None),
+        **_shared(stack),
         "Own weights": ranges(sorted({run.layer for run in stack.runs if run.weights is not None})),
         "Behind a gate": ranges(sorted({run.layer for run in stack.runs if run.gate is not None})),
         "Exits": ", ".join(esc(step.name) for step in stack.steps if isinstance(step, Exit)),
     }
     said += [f"{what}: {which}." for what, which in facts.items() if which]
     return said if stack.ascending else [*said, "The layers run in another order than in the base model."]
+
+
+def _shared(stack: StackFacts) -> dict[str, str]:
+    """What runs take from other layers, by what it is."""
+    found: dict[str, list[str]] = {}
+    for run in stack.runs:
+        for source in run.layer_sources:
+            found.setdefault(source.summary, []).append(f"{run.layer} reads {source.layer}")
+    return {summary: ", ".join(pairs) for summary, pairs in found.items()}
 
 
 def repeated(stack: StackFacts) -> dict[int, int]:
@@ -138,3 +151,5 @@ def _places(step: Step) -> list[int]:
             return [run.layer for run in step.branches]
         case Exit():
             return []
+        case _:
+            assert_never(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import groupby
+from typing import assert_never
 
 from shoal.plan import Exit, Map, Parallel, Run, Step, format_steps
 from shoal.report import boxes
@@ -64,10 +65,11 @@ def _base_row(stack: StackFacts, layers: range, y: float) -> tuple[list[str], fl
     """The boxes of some base layers from `y` on, their height, and whether every parallel group of theirs fits here."""
     groups, fits = _groups(stack, layers)
     own = set(layers) - {run.layer for group in groups for run in group.branches}
-    readers = [run for run in stack.runs if run.kv.read is not None and run.layer in own]
+    readers = [run for run in stack.runs if run.layer_sources and run.layer in own]
     times = {layer: n for layer, n in repeated(stack).items() if layer in layers}
     exits = _exits(stack, layers)
-    top = y + (ARC if any(run.kv.read in layers for run in readers) else LINE if readers else 5)
+    near = any(source.layer in layers for run in readers for source in run.layer_sources)
+    top = y + (ARC if near else LINE if readers else 5)
     box = max([HIGH, *map(boxes.group_height, groups)])
 
     def x(layer: int) -> float:
@@ -137,15 +139,16 @@ def _exits(stack: StackFacts, layers: range) -> list[tuple[int, Exit]]:
                 last = max(run.layer for run in step.branches)
             case Exit():
                 found.append((last, step))
+            case _:
+                assert_never(step)
     return [(layer, step) for layer, step in found if layer in layers]
 
 
 def _reading(run: Run, layers: range, x: Callable[[int], float], y: float) -> str:
-    source = run.kv.read
-    assert source is not None
-    if source in layers:
-        return boxes.arc(x(source) + WIDE / 2, x(run.layer) + WIDE / 2, y - 2)
-    return boxes.text(x(run.layer) + WIDE / 2, y - 3, f"@{source}", "note")
+    near = [source.layer for source in run.layer_sources if source.layer in layers]
+    if len(near) == len(run.layer_sources):
+        return "".join(boxes.arc(x(layer) + WIDE / 2, x(run.layer) + WIDE / 2, y - 2) for layer in near)
+    return boxes.text(x(run.layer) + WIDE / 2, y - 3, boxes.reads(run), "note")
 
 
 def _executed(stack: StackFacts, width: float) -> tuple[list[str], float]:
@@ -159,7 +162,7 @@ def _executed(stack: StackFacts, width: float) -> tuple[list[str], float]:
             x, y, high = 0.0, y + high + 9, 0.0
         pieces += _step(step, x, y, times)
         low = boxes.group_height(step) if isinstance(step, Parallel) else HIGH
-        noted = times > 1 or isinstance(step, Exit) or (isinstance(step, Run) and step.kv.read is not None)
+        noted = times > 1 or isinstance(step, Exit) or (isinstance(step, Run) and bool(step.layer_sources))
         high = max(high, low + LINE * noted)
         x += wide + GAP
     return pieces, y + high + 3
@@ -173,6 +176,8 @@ def _step_width(step: Step) -> float:
             return PITCH + WIDE / 2
         case Run() | Exit():
             return WIDE
+        case _:
+            assert_never(step)
 
 
 def _step(step: Step, x: float, y: float, times: int) -> list[str]:
@@ -180,7 +185,7 @@ def _step(step: Step, x: float, y: float, times: int) -> list[str]:
     note = boxes.count(x + _step_width(step) / 2, below, times) if times > 1 else ""
     match step:
         case Run():
-            reads = "" if step.kv.read is None else f"@{step.kv.read}"
+            reads = boxes.reads(step)
             if reads:
                 more = f" \N{MULTIPLICATION SIGN}{times}" if times > 1 else ""
                 note = boxes.text(x + WIDE / 2, below, reads + more, "note")
@@ -192,6 +197,8 @@ def _step(step: Step, x: float, y: float, times: int) -> list[str]:
             return [boxes.group_box(x, y, _step_width(step), step), note]
         case Exit():
             return [boxes.exit_flag(x + WIDE / 2, y, step)]
+        case _:
+            assert_never(step)
 
 
 def _legend(stack: StackFacts) -> str:

@@ -24,7 +24,7 @@ from shoal.executing.conductor import PlannedList
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
 from shoal.plan import Plan, Run, Spec, check, format_steps, require
-from shoal.plan.steps import KV, Step
+from shoal.plan.steps import Step
 from shoal.speculating.feed import Feed
 from shoal.speculating.rows import lent
 from shoal.speculating.steering import Part, Stateful, SteeredList
@@ -208,7 +208,7 @@ def _runs(steps: tuple[Step, ...]) -> tuple[Run, ...]:
     if not steps:
         raise UsageError("a draft of no layers drafts nothing; keep at least one, as in exit:8", code="U610")
     for step in steps:
-        if not isinstance(step, Run) or step.weights or step.gate or step.kv != KV():
+        if not isinstance(step, Run) or not step.plain:
             raise PlanError(
                 f"a draft keeps layers or parts of layers of the base model, and {format_steps((step,))} is neither; "
                 "write the layers that it keeps, as in skip:0-11,14-29",

@@ -36,7 +36,7 @@ def parallel_pairs(
     steps: list[Step] = []
     waiting: list[Run] = []
     for step in job.plan.steps(job.stack):
-        fits = isinstance(step, Run) and first <= step.layer <= last and step.part == "layer" and step.kv.read is None
+        fits = isinstance(step, Run) and first <= step.layer <= last and step.part == "layer" and not step.layer_sources
         if fits and isinstance(step, Run):
             waiting.append(step)
             if len(waiting) == group:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import torch
 from torch import nn
@@ -244,7 +244,9 @@ def _slots(steps: tuple[Step, ...], zero_parts: bool) -> Filled:
                 raise _refusal("W205", text, "a stock model always runs all its layers", "drop the layers behind it")
             case Run():
                 pass
-        if step.kv.read is not None:
+            case _:
+                assert_never(step)
+        if step.layer_sources:
             raise _refusal("W203", text, "a stock layer uses its own keys and values", f"write {step.layer} without @")
         if step.gate is not None:
             raise _refusal("W205", text, "a stock model decides nothing at run time", f"keep or drop {step.layer}")
