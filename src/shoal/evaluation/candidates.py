@@ -15,6 +15,7 @@ from shoal.evaluation.scoring import Progress, require_context, require_scored, 
 from shoal.executing.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
+from shoal.models.precision import in_float64
 from shoal.plan import Plan, check, drop
 from shoal.plan.steps import PartName
 from shoal.recording.observe import require_whole
@@ -92,7 +93,7 @@ def compare_each(
                     refused.append(f"layer {place} was not judged: {error}")
                     plans[place] = None
                 else:
-                    figures = torch.stack([figure.double() for figure in change(dense, side)])
+                    figures = torch.stack([in_float64(figure) for figure in change(dense, side)])
                     parts[place].append(torch.where(keep, figures, 0.0).sum(-1))
             report(len(ids))
     require_scored(sum(counts), data)

@@ -66,8 +66,8 @@ def fit_adainfer(
         real = torch.ones_like(final, dtype=torch.bool) if mask is None else mask.bool().to(final.device)
         real &= real.cumsum(-1) > skip_first
         for margin, top, choice in recorder.seen:
-            features.append(torch.stack([margin[real], top[real]], -1).double().cpu())
-            labels.append((choice == final)[real].double().cpu())
+            features.append(torch.stack([margin[real], top[real]], -1).cpu().double())
+            labels.append((choice == final)[real].cpu().double())
     x, y = torch.cat(features), torch.cat(labels)
     if y.min() == y.max():
         raise DataError(
@@ -76,9 +76,9 @@ def fit_adainfer(
             code="D414",
         )
     weights = logistic(x, y, ridge)
-    told = (x @ weights[:2] + weights[2] > 0).double()
+    told = (x @ weights[:2] + weights[2] > 0).to(y)
     gap, top, bias = weights.tolist()
-    return ExitFit(gap, top, bias, tuple(layers), float(y.mean()), float((told == y).double().mean()), len(y))
+    return ExitFit(gap, top, bias, tuple(layers), float(y.mean()), float((told == y).to(y).mean()), len(y))
 
 
 def logistic(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:

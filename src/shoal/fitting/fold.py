@@ -11,6 +11,7 @@ from shoal.fitting.holes import Hole, Pair
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, Writer, output_module
 from shoal.models.evaluating import evaluating
+from shoal.models.precision import in_float64
 from shoal.plan import Run, Step
 from shoal.plan.steps import PartName
 
@@ -57,8 +58,8 @@ class Site:
         finally:
             hook.remove()
         given, out = seen[0]
-        shaped = out.reshape(written.shape).double()
-        factor = float((written.double() * shaped).sum() / shaped.square().sum().clamp(min=1e-30))
+        shaped = in_float64(out.reshape(written.shape))
+        factor = float((in_float64(written) * shaped).sum() / shaped.square().sum().clamp(min=1e-30))
         return rest, written, given.reshape(*written.shape[:2], -1), factor
 
     def tokens(self) -> Iterator[tuple[bool, int, torch.Tensor, torch.Tensor]]:

@@ -17,6 +17,7 @@ from shoal.executing.weights import Tensors
 from shoal.fitting.normal import Normal, best_ridge
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
+from shoal.models.precision import in_float64
 from shoal.plan import Exit, Plan
 from shoal.recording.observe import forward_without_head
 
@@ -103,12 +104,10 @@ def _counted(final: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def _normal(like: torch.Tensor) -> Normal:
-    # float64 is not to be had on every accelerator
-    device = like.device if like.device.type in ("cpu", "cuda") else torch.device("cpu")
-    return Normal(like.shape[-1] + 1, like.shape[-1], device)
+    return Normal(like.shape[-1] + 1, like.shape[-1], like.device)
 
 
 def _add(sums: Normal, x: torch.Tensor, y: torch.Tensor) -> None:
-    x, y = (state.to(device=sums.xx.device, dtype=torch.float64) for state in (x, y))
+    x, y = in_float64(x), in_float64(y)
     scale = 1 / y.norm(dim=-1, keepdim=True)
     sums.add(torch.cat([x, torch.ones_like(scale)], -1) * scale, y * scale)

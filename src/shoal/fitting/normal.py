@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.errors import UsageError
+from shoal.models.precision import float64_device, in_float64
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Shares of the mean squared input that are tried as regularisation."""
@@ -19,9 +20,11 @@ class Normal:
     inputs: int
     outputs: int
     device: torch.device | None = None
+    """Where the sums are held; the CPU where this device has no float64."""
 
     def __post_init__(self) -> None:
         self.count = 0
+        self.device = float64_device(self.device)
         self.xx = self._zeros(self.inputs, self.inputs)
         self.xy = self._zeros(self.inputs, self.outputs)
         self.x, self.y, self.yy = self._zeros(self.inputs), self._zeros(self.outputs), self._zeros()
@@ -31,7 +34,7 @@ class Normal:
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Count the tokens x [n, p] with the targets y [n, q]."""
-        x, y = x.double(), y.double()
+        x, y = (in_float64(one).to(self.xx.device) for one in (x, y))
         self.count += len(x)
         self.xx += x.T @ x
         self.xy += x.T @ y
@@ -52,17 +55,17 @@ class Normal:
         xx, xy = self.centred() if bias else (self.xx.clone(), self.xy.clone())
         weight = xx.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny) * ridge
         if towards is not None:
-            xy = xy + weight * towards.double().T
-        xx = xx + weight * torch.eye(self.inputs, dtype=torch.float64, device=xx.device)
+            xy = xy + weight * towards.to(xy.device, torch.float64).T
+        xx = xx + weight * torch.eye(self.inputs, dtype=xx.dtype, device=xx.device)
         found = torch.linalg.solve(xx, xy).T
         return found, (self.y - found @ self.x) / self.count if bias else None
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> float:
         """Mean squared error per output element of W [q, p] and b [q] on these tokens."""
-        w = weight.double()
+        w = weight.to(self.xx.device, torch.float64)
         total = self.yy - 2 * (w * self.xy.T).sum() + ((w @ self.xx) * w).sum()
         if bias is not None:
-            b = bias.double()
+            b = bias.to(self.xx.device, torch.float64)
             total = total + self.count * b.square().sum() + 2 * (b * (w @ self.x - self.y)).sum()
         return max(0.0, float(total)) / (self.count * self.outputs)
 

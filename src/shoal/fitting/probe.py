@@ -16,6 +16,7 @@ from shoal.evaluation.scoring import logits_of
 from shoal.executing.live import running
 from shoal.executing.weights import Tensors
 from shoal.models.evaluating import evaluating
+from shoal.models.precision import in_float64
 from shoal.plan import Exit, Plan
 
 MOST = 16_384
@@ -54,7 +55,7 @@ def fit_probes(
             own, right = state[real], (choice == final)[real]
             # counted over the whole text, so that every place of a sequence has its turn
             part = slice(-counted % stride, None, stride)
-            seen.kept.setdefault(head, []).append((own[part].cpu(), right[part].double().cpu()))
+            seen.kept.setdefault(head, []).append((own[part].cpu(), right[part].cpu().double()))
         counted += int(real.sum())
         done += len(ids)
         if progress is not None:
@@ -62,7 +63,7 @@ def fit_probes(
     found: dict[str, torch.Tensor] = {}
     for head, pieces in seen.kept.items():
         states, labels = (torch.cat([piece[n] for piece in pieces]) for n in (0, 1))
-        weight, bias = _probe(states.double(), labels)
+        weight, bias = _probe(in_float64(states), labels)
         found[f"{head}.probe"], found[f"{head}.probe_bias"] = weight.float(), bias.float()[None]
     return found
 

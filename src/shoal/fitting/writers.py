@@ -14,6 +14,7 @@ from torch import nn
 
 from shoal.data import Data
 from shoal.fitting.holes import Pair
+from shoal.models.precision import in_float64
 from shoal.plan import Run
 from shoal.plan.steps import PartName
 from shoal.recording.walk import Stream, Walk
@@ -36,8 +37,9 @@ class Writer:
 
     def mapped(self, tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`tensor` with the map `weight` [hidden, hidden] behind its output."""
-        last = tensor.double().movedim(self.dim, -1)
-        return (last @ weight.double().T).movedim(-1, self.dim).to(tensor.dtype).contiguous()
+        last = in_float64(tensor).movedim(self.dim, -1)
+        mapped = (last @ weight.to(last).T).movedim(-1, self.dim)
+        return mapped.to(device=tensor.device, dtype=tensor.dtype).contiguous()
 
 
 class Prober:
@@ -79,7 +81,7 @@ class Prober:
         """What `part` of the layer adds with the tensors `own`, float64 [tokens, hidden]."""
         weights = {f"probe.{name}": tensor for name, tensor in own.items()}
         out = self.stream.run(0, Run(index, part, "probe" if own else None), weights)
-        return (out.double() - self.stream.states[0].double()).flatten(0, -2)
+        return (in_float64(out) - in_float64(self.stream.states[0])).flatten(0, -2)
 
     def _writes(
         self, index: int, part: PartName, writer: Writer, tensor: torch.Tensor, generator: torch.Generator
@@ -93,7 +95,7 @@ class Prober:
         without = self._adds(index, part, {writer.name: torch.zeros_like(tensor)})
         share = self._adds(index, part, {writer.name: drawn}) - without
         scaled = self._adds(index, part, {writer.name: writer.scaled(drawn, scale)}) - without
-        difference = (scaled - share * scale.double()).abs().max()
+        difference = (scaled - share * scale.to(share)).abs().max()
         return bool(share.any()) and bool(difference <= _near(tensor) * torch.stack([scaled, share]).abs().max())
 
     def _complete(self, index: int, part: PartName, writers: list[Writer]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from shoal.errors import UsageError
 from shoal.evaluation.stats import bootstrap
 from shoal.models.opened import open_model
+from shoal.models.precision import in_float64
 from shoal.recording.observe import observe, require_whole
 from shoal.scores import Scores
 
@@ -102,7 +103,7 @@ def cka(
 
 def _gram(states: torch.Tensor) -> torch.Tensor:
     """X X^T centred for the unbiased estimator (Song et al. 2012): a zero diagonal, and rows that sum up to 0."""
-    states = states.double()
+    states = in_float64(states)
     gram = states @ states.T
     count = len(gram)
     gram.fill_diagonal_(0)

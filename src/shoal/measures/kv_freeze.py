@@ -65,7 +65,7 @@ def kv_freeze(
                 logits = continued(model, ids, length - behind, frozen=layer, stack=stack)
                 divergence, agree = compare_logits(dense, logits)
                 moved[layer] += divergence[:, :-1].sum(-1).tolist()
-                same[layer] += agree[:, :-1].double().sum(-1).tolist()
+                same[layer] += agree[:, :-1].sum(-1).tolist()
                 done += len(ids)
                 if progress is not None:
                     progress(done, len(data) * found.depth, "KV freeze")

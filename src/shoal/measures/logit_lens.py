@@ -63,7 +63,7 @@ def logit_lens(
         # the first layer from which all agree: as many as do not agree with all that follow
         first = (~torch.stack(agree).flip(0).cummin(0).values).sum(0)
         settled += torch.bincount(first[keep].clamp(max=found.depth - 1), minlength=found.depth)
-        depths += torch.where(keep, first, 0).sum(-1).double().tolist()
+        depths += map(float, torch.where(keep, first, 0).sum(-1))
         counts += keep.sum(-1).tolist()
     total = sum(counts)
     require_scored(total, data)

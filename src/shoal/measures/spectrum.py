@@ -70,7 +70,7 @@ def spectrum(
 
 def _tail_index(eigenvalues: torch.Tensor) -> float:
     """1 / (alpha - 1) of the best fitting tail of `eigenvalues` [number]; 0 for a matrix of zeros."""
-    ordered = eigenvalues.double().cpu().sort(descending=True).values
+    ordered = eigenvalues.cpu().double().sort(descending=True).values
     ordered = ordered[ordered > 0]
     if not len(ordered):
         return 0.0

@@ -8,6 +8,7 @@ from shoal.fitting.fold import Site, rewritten
 from shoal.fitting.holes import find_holes
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import folded_scale
+from shoal.models.precision import in_float64
 
 
 def channel_scale(job: Job, *, ridge: float = 1e-3, skip_first: int = 0) -> Transformed:
@@ -24,8 +25,8 @@ def channel_scale(job: Job, *, ridge: float = 1e-3, skip_first: int = 0) -> Tran
         count = {False: 0, True: 0}
         for is_held, number, keep, weight in site.tokens():
             rest, written = site.outputs(number)
-            m = (written[keep] * weight).double()
-            r = ((site.targets[number] - rest)[keep] * weight).double()
+            m = in_float64(written[keep] * weight)
+            r = in_float64((site.targets[number] - rest)[keep] * weight)
             sums[is_held] += torch.stack([(m * m).sum(0), (m * r).sum(0), (r * r).sum(0)]).cpu()
             count[is_held] += len(m)
         mm, mr, _ = sums[False]

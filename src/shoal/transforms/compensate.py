@@ -7,6 +7,7 @@ import torch
 from shoal.fitting.holes import Hole, Pair, find_holes
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, folded_scale, renamed
+from shoal.models.precision import in_float64
 from shoal.plan import Map, Run, Step
 
 
@@ -46,7 +47,7 @@ def _scales(job: Job, pair: Pair, holes: tuple[Hole, ...]) -> tuple[list[float],
         targets, counted = pair.targets(hole), pair.counted(pair.limit())
         sums = torch.zeros(5, dtype=torch.float64)
         for state, target, keep in zip(pair.pruned.states, targets, counted, strict=True):
-            x, y = state[keep].double(), target.to(state.device)[keep].double()
+            x, y = in_float64(state[keep]), in_float64(target.to(state.device)[keep])
             z = y - x
             parts = (x.norm(dim=-1).sum(), y.norm(dim=-1).sum(), x.square().sum(), (x * z).sum(), z.square().sum())
             sums += torch.stack(parts).cpu()

@@ -10,6 +10,7 @@ from shoal.fitting.merge import middle
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, folded_scale
 from shoal.models.opened import open_model
+from shoal.models.precision import in_float64
 from shoal.plan import Run
 from shoal.plan.steps import PartName, layers_of
 
@@ -98,9 +99,9 @@ def _scale(
     tensors = {f"fold.{n}": t for n, t in own.items()}
     with torch.no_grad():
         for number, keep in enumerate(pair.kept):
-            x, y = pair.pruned.states[number][keep].double(), pair.dense.run(number, dense)[keep].double()
+            x, y = in_float64(pair.pruned.states[number][keep]), in_float64(pair.dense.run(number, dense)[keep])
             weight = 1 / y.norm(dim=-1, keepdim=True)
-            added = (pair.pruned.run(number, run, tensors)[keep].double() - x) * weight
+            added = (in_float64(pair.pruned.run(number, run, tensors)[keep]) - x) * weight
             wanted = (y - x) * weight
             dd, dr, rr = dd + (added**2).sum(), dr + (added * wanted).sum(), rr + (wanted**2).sum()
             count += added.numel()

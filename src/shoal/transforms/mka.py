@@ -10,6 +10,7 @@ from shoal.errors import UsageError
 from shoal.fitting.holes import Hole
 from shoal.fitting.merge import merged
 from shoal.fitting.result import Job, Transformed
+from shoal.models.precision import in_float64
 from shoal.plan import Run
 from shoal.recording.walk import Walk
 
@@ -52,8 +53,8 @@ def _embeddings(job: Job, sigma: float, alpha: float, dims: int) -> dict[int, to
     for layer in range(walk.stack.depth):
         stream.advance(Run(layer))
         means = [
-            (state.double() * real.to(state.device)[..., None]).sum(1) / real.sum(1, keepdim=True).to(state.device)
-            for state, real in zip(stream.states, walk.real, strict=True)
+            (state * real.to(state.device)[..., None]).sum(1) / real.sum(1, keepdim=True).to(state.device)
+            for state, real in zip(map(in_float64, stream.states), walk.real, strict=True)
         ]
         found[layer] = _diffusion(torch.cat(means).cpu(), sigma, alpha, dims)
         job.tell(layer + 1, walk.stack.depth, "mka")

@@ -8,6 +8,7 @@ from shoal.fitting.fold import Site, rewritten
 from shoal.fitting.holes import find_holes
 from shoal.fitting.normal import Normal, best_ridge
 from shoal.fitting.result import Fit, Job, Transformed
+from shoal.models.precision import in_float64
 
 
 def refit(job: Job, *, ridge: float | None = None, skip_first: int = 0) -> Transformed:
@@ -27,7 +28,7 @@ def refit(job: Job, *, ridge: float | None = None, skip_first: int = 0) -> Trans
         module = site.layer.get_submodule(site.module)
         old = module.get_parameter("weight").detach()
         turned = next(w.dim for w in site.writers if w.name.endswith("weight")) == 1
-        start = (old.T if turned else old).double()
+        start = in_float64(old.T if turned else old)
         fitted, held = (Normal(start.shape[1], start.shape[0], old.device) for _ in range(2))
         for is_held, number, keep, weight in site.tokens():
             rest, _, given, factor = site.inputs(number)

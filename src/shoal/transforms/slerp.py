@@ -7,6 +7,7 @@ import torch
 from shoal.evaluation.distances import angle
 from shoal.fitting.merge import merged, share_in
 from shoal.fitting.result import Job, Transformed
+from shoal.models.precision import in_float64
 
 
 def slerp(job: Job, *, t: float = 0.5, norms: bool = True) -> Transformed:
@@ -28,7 +29,7 @@ def _arc(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     """The point at t on the arc from `a` to `b`, tensors of one shape."""
     if t == 0 or torch.equal(a, b):
         return a
-    between = angle(a.double().flatten(), b.double().flatten())
+    between = angle(in_float64(a).flatten(), in_float64(b).flatten()).cpu()
     if torch.sin(between) < 1e-6:
         return a + t * (b - a)
     first, second = torch.sin((1 - t) * between) / torch.sin(between), torch.sin(t * between) / torch.sin(between)
