@@ -72,7 +72,8 @@ def test_per_prompt_chooses_row_by_row_from_the_prompt_alone() -> None:
     model, batch = tiny("llama"), batch_of(2)
     with running(model, "0-3", policy="per-prompt:skip=1,keep_last=0") as handle:
         both = stepped(model, batch, "dynamic")
-        chosen = {layer: rows.tolist() for layer, rows in handle.policy.chosen.items()}  # type: ignore[union-attr]
+        assert handle.deciding is not None
+        chosen = {layer: rows.tolist() for layer, rows in handle.deciding.memory["chosen"].items()}
     assert all(sum(rows[n] for rows in chosen.values()) == 1 for n in (0, 1))
     for n in (0, 1):
         one = {name: value[n : n + 1] for name, value in batch.items()}

@@ -17,6 +17,7 @@ from shoal.deciding.trace import Trace, count_calls
 from shoal.errors import PlanError, UsageError
 from shoal.executing.conductor import PlannedList
 from shoal.executing.weights import Tensors, hash_of_used
+from shoal.models.calls import logits_in, named_arguments
 from shoal.models.opened import open_model
 from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
@@ -117,6 +118,12 @@ class Deciding:
         assert self.conductor is not None
         return self.conductor.trace
 
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What the policy remembers of the sequences that the newest forward was of."""
+        assert self.conductor is not None
+        return {} if self.conductor.last is None else self.conductor.last.memory
+
     def remove(self) -> None:
         """Take every hook away; a second call does nothing."""
         while self._removes:
@@ -129,12 +136,13 @@ class Deciding:
     def _listen(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         conductor = self.conductor
         if conductor is not None and conductor.ending is None:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            conductor.inputs = ids, kwargs.get("attention_mask")
+            given = named_arguments(self.model, args, kwargs)
+            conductor.inputs = given.get("input_ids"), given.get("attention_mask")
 
     def _hear(self, _: nn.Module, __: Any, out: Any) -> None:
-        if self.conductor is not None and self.conductor.ending is None:
-            self.policy.wrote(out.logits[:, -1])
+        conductor = self.conductor
+        if conductor is not None and conductor.ending is None and conductor.last is not None:
+            self.policy.after_forward(conductor.last, logits_in(out)[:, -1])
 
     def _require_masks(self, steps: tuple[Step, ...]) -> None:
         for run in runs(steps):

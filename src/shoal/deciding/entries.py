@@ -25,6 +25,8 @@ class Entries:
         self.touched = [False] * slots
         self.waiting: list[Any] = []
         """Blocks of tokens that left early and whose remaining layers run later (the fill "defer")."""
+        self.memory: dict[str, Any] = {}
+        """What the policy remembers of these sequences."""
 
     def reach(self, past: int, tokens: int) -> None:
         """Forget what was cropped and make room for a forward of `tokens` columns behind `past`."""

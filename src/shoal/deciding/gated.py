@@ -8,7 +8,7 @@ and saves nothing (the trace calls it simulated).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from shoal.deciding.arguments import Arguments, Call, with_argument
 from shoal.deciding.deferred import catch_up, wait
 from shoal.deciding.entries import entries_of, past_of
 from shoal.deciding.flow import Flow, next_run, wide
-from shoal.deciding.gates import Decision, Moment, Policy, either, settle, unless
+from shoal.deciding.gates import Decision, Moment, Policy, both, either, settle, unless
 from shoal.deciding.kv_rules import Filled, Forward, Place, Rules, kinds_of
 from shoal.deciding.masks import real_columns
 from shoal.deciding.partly import partly
@@ -61,6 +61,8 @@ class GatedConductor(Conductor):
         self.inputs: tuple[torch.Tensor | None, Any] = (None, None)
         self.ending: torch.Tensor | None = None
         self.flow: Flow | None = None
+        self.last: Moment | None = None
+        """The forward that is under way, or was last."""
         self.readout: Readout | None = None
         self.heads: Heads | None = None
 
@@ -101,7 +103,8 @@ class GatedConductor(Conductor):
         past = past_of(cache)
         entries.reach(past, tokens)
         ids, mask = self.inputs
-        moment = Moment(rows, tokens, past, self.prompt, real_columns(mask, past, tokens))
+        moment = Moment(rows, tokens, past, self.prompt, real_columns(mask, past, tokens), memory=entries.memory)
+        self.last = moment
         self.flow = Flow(moment, Forward(cache, entries, past, tokens, rows), ids)
         self.trace.begin(past, rows)
         if self.heads is not None:
@@ -177,11 +180,13 @@ class GatedConductor(Conductor):
         place = None
         if slot is not None and fact.keys is not None and step.part != "mlp":
             place = Place(step, slot, fact, self.kinds[step.layer])
-        if self.policy.leaves_out == "mlp" and step.gate is not None:
-            return self._without_mlp(step, slot, hidden, call, gate)
-        active = settle(unless(gate, flow.left))
+        inside = self.policy.leaves_out == "mlp" and step.gate is not None
+        mlp: Decision = gate if inside else True
+        active = settle(unless(True if inside else gate, flow.left))
         before, size = hidden, 0.5 if step.part != "layer" else 1.0
-        self._ran(size, active)
+        self._ran(size - 0.5 if inside else size, active)
+        if inside:
+            self._ran(0.5, both(mlp, active))
         deferred = step.kv.fill == "defer"
         if active is False:
             if place is not None:
@@ -191,7 +196,9 @@ class GatedConductor(Conductor):
                 self.rules.skip(place, flow.kv, hidden, lambda take: self._fill(step, place, hidden, call, take))
             return hidden
         # whoever left and is to run later anyway may as well run now: its state goes on, its answer is kept
-        out = self._called(position, step, place, hidden, call, True if deferred else active, size)
+        run = replace(step, part="attention") if mlp is False else step
+        with self._whose_mlp(step, mlp):
+            out = self._called(position, run, place, hidden, call, True if deferred else active, size)
         out = out if isinstance(active, bool) or deferred else torch.where(wide(active), out, hidden)
         flow.before = before
         if self.policy.watches and active is True:
@@ -254,26 +261,14 @@ class GatedConductor(Conductor):
                 self._with(take, step, place.slot, hidden, call)
         self.now.extra, self.now.carried = extra, carried
 
-    def _without_mlp(
-        self, step: Run, slot: int | None, hidden: torch.Tensor, call: Call, active: Decision
-    ) -> torch.Tensor:
-        flow = self.flow
+    def _whose_mlp(self, step: Run, mlp: Decision) -> AbstractContextManager[None]:
+        """Meanwhile the mlp of this layer counts for these tokens alone."""
+        if isinstance(mlp, bool):
+            return nullcontext()
+        flow, parts = self.flow, self.facts[step.layer].parts
         assert flow is not None
-        self._ran(0.5, True)
-        self._ran(0.5, active)
-        flow.before = hidden
-        if isinstance(active, bool):
-            run = step if active else replace(step, part="attention")
-            out = self._run(run, slot, hidden, step.layer, *call)
-        else:
-            parts = self.facts[step.layer].parts
-            assert parts is not None  # P105
-            layer = self.layer(step.layer)
-            with partly(layer, parts.mlp, active.expand(flow.moment.rows, -1)):
-                out = self._run(step, slot, hidden, step.layer, *call)
-        if self.policy.watches:
-            self.policy.saw(step, flow.moment, hidden, out)
-        return out
+        assert parts is not None  # P105
+        return partly(self.layer(step.layer), parts.mlp, mlp.expand(flow.moment.rows, -1))
 
     def _ran(self, size: float, active: Decision) -> None:
         flow = self.flow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,6 +33,9 @@ class Moment:
     """Which columns of this forward are no padding, bool [batch, tokens]; None: all."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Whatever the policy wants to remember until the end of this forward."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Whatever it wants to remember of these sequences: it stays beside their KV cache, is empty when the cache is, and
+    ends with the forward when there is none."""
 
     def generated(self, column: int) -> bool:
         """Whether `column` counts as decoding: it comes after a prefill, or `prompt` says so."""
@@ -62,7 +67,8 @@ class Sight:
 class Policy:
     """Who decides at the gates of `plan`. Subclasses answer at runs, at exits or at both; by default nothing is
     skipped.
-    One object serves one running model at a time: what it remembers belongs to the sequences that are being written.
+    An object holds settings alone, so that it may decide in several running models at once. What is to be remembered
+    goes to `moment.notes` for one forward, and to `moment.memory` for the sequences that are being written.
     """
 
     grain: ClassVar[Grain] = "token"
@@ -71,7 +77,7 @@ class Policy:
     watches: ClassVar[bool] = False
     """Whether `saw` is to be called."""
     reads_logits: ClassVar[bool] = False
-    """Whether `wrote` is to be called."""
+    """Whether `after_forward` is to be called."""
     by: str = ""
     """The signal that it reads at exits, if it is always the same."""
     consistent: bool = False
@@ -82,6 +88,21 @@ class Policy:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "wrote" in cls.__dict__:
+            warnings.warn(
+                f"{cls.__name__}.wrote(logits) is now after_forward(moment, logits); rename it",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            wrote = cls.__dict__["wrote"]
+
+            def after_forward(self: Policy, moment: Moment, logits: torch.Tensor) -> None:
+                wrote(self, logits)
+
+            cls.after_forward = after_forward  # type: ignore[method-assign]
 
     def begin(self, moment: Moment) -> None:
         """A forward begins."""
@@ -97,8 +118,8 @@ class Policy:
     def saw(self, run: Run, moment: Moment, before: torch.Tensor, after: torch.Tensor) -> None:
         """A run took `before` to `after`; called where `watches`, for runs that were called for all tokens."""
 
-    def wrote(self, logits: torch.Tensor) -> None:
-        """The logits of the last column, [batch, vocabulary]; called where `reads_logits`."""
+    def after_forward(self, moment: Moment, logits: torch.Tensor) -> None:
+        """The forward is over: logits of its last column, [batch, vocabulary]; called where `reads_logits`."""
 
 
 class Schedule(Policy):
@@ -106,6 +127,11 @@ class Schedule(Policy):
 
     settled: int = 0
     """From this column on nothing changes any more."""
+
+    @cached_property
+    def consistent(self) -> bool:  # type: ignore[override]
+        """Proved column by column."""
+        return needs_no_fill(self)
 
     def skipped(self, column: int, generated: bool) -> frozenset[int]:
         """Base layers that the token in `column` skips, in a prompt or as a generated one."""

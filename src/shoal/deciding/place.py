@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from shoal.deciding.gates import Policy, Schedule, needs_no_fill
+from shoal.deciding.gates import Policy, Schedule
 from shoal.errors import PlanError, UsageError
 from shoal.models.kinds import is_causal
 from shoal.models.probe import LayerFacts, Probe
@@ -88,9 +88,8 @@ def _filled(run: Run, layer: LayerSpec, fill: Fill | None) -> KV:
 def fill_for(schedule: Schedule, fill: str) -> Fill | None:
     """`fill`, where "auto" is none at all when it is proved that none is needed, and "project" otherwise.
 
-    Sets `schedule.consistent`. Raises U582 for "none" where the proof fails.
+    Raises U582 for "none" where the proof fails.
     """
-    schedule.consistent = needs_no_fill(schedule)
     if fill == "none" and not schedule.consistent:
         raise UsageError(
             "this policy runs layers again that it has skipped for an earlier token, so their keys and values must "
@@ -147,9 +146,10 @@ def require_decidable(policy: Policy, spec: Spec, model: object, probe: Probe) -
     for step, behind in _skippable(steps):
         _require_plain(step, _gate(step) is not None)
         for run in runs((step,)):
-            if policy.leaves_out == "mlp" and not behind:
+            if policy.leaves_out == "mlp" and run.gate is not None:
                 _require_parts(run, probe.layers[run.layer])
-                continue
+                if not behind:
+                    continue
             _require_attention(run, layers[run.layer], spec.family)
             _require_own_kv(run, read)
             if writes_kv(run) and layers[run.layer].kv.per_token:

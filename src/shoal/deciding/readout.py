@@ -108,15 +108,15 @@ class Heads:
 
     def lens(self, head: str, hidden: torch.Tensor) -> torch.Tensor:
         """The state that final norm and head read at an exit with this head."""
-        # the layers of one model may be on several devices
-        found = (self.weights.get(f"{head}.{part}") for part in ("lens", "lens_bias"))
-        lens, bias = (None if one is None else one.to(hidden.device) for one in found)
+        lens, bias = self._near(hidden, head, "lens", "lens_bias")
         return hidden if lens is None else nn.functional.linear(hidden, lens, bias)
 
     def probe(self, head: str, hidden: torch.Tensor) -> torch.Tensor:
         """sigmoid(w . x / rms(x) + b), [batch, tokens], float32."""
-        weight, bias = (self.weights[f"{head}.{part}"].to(hidden.device).float() for part in ("probe", "probe_bias"))
-        return (scaled(hidden) @ weight + bias).sigmoid()
+        weight, bias = self._near(hidden, head, "probe", "probe_bias")
+        assert weight is not None  # U623 was raised before anything ran
+        assert bias is not None
+        return (scaled(hidden) @ weight.float() + bias.float()).sigmoid()
 
     def owned(self, head: str) -> bool:
         """Whether a head's own matrix is given."""
@@ -132,14 +132,20 @@ class Heads:
         finally:
             self.now = before
 
+    def _near(self, state: torch.Tensor, head: str, *names: str) -> tuple[torch.Tensor | None, ...]:
+        """Tensors of a head where the state is: the layers of one model, and its head, may be on several devices."""
+        found = (self.weights.get(f"{head}.{name}") for name in names)
+        return tuple(None if one is None else one.to(state.device) for one in found)
+
     def _own(self, _: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor | None:
         for where, head in self.now:
-            weight, bias = self.weights[f"{head}.weight"], self.weights.get(f"{head}.bias")
+            weight, bias = self._near(args[0], head, "weight", "bias")
+            assert weight is not None  # owned
             own = nn.functional.linear(args[0], weight, bias)
             if isinstance(where, bool):
                 logits = own
             else:  # generate asks for the logits of the last columns only
-                logits = torch.where(where[:, -logits.shape[-2] :, None], own, logits)
+                logits = torch.where(where.to(own.device)[:, -logits.shape[-2] :, None], own, logits)
         return logits if self.now else None
 
 

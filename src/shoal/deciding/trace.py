@@ -95,7 +95,7 @@ def count_calls(stack: Stack, facts: list[LayerFacts], counts: Counts) -> Callab
         if parts is not None:
             counts.mlps[index] = 0
             child = layer.get_submodule(parts.mlp[0])
-            handles.append(child.register_forward_hook(_counting_mlp(counts, index)))
+            handles.append(child.register_forward_hook(_counting_mlp(counts, index), with_kwargs=True))
 
     def remove() -> None:
         for handle in handles:
@@ -113,8 +113,9 @@ def _counting(counts: dict[int, int], index: int) -> Callable[..., None]:
 
 
 def _counting_mlp(counts: Counts, index: int) -> Callable[..., None]:
-    def count(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-        if args and isinstance(args[0], torch.Tensor):
-            counts.mlps[index] += args[0].shape[:-1].numel()
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        state = next((given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor)), None)
+        if state is not None:
+            counts.mlps[index] += state.shape[:-1].numel()
 
     return count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -51,23 +50,16 @@ class _Menu(Policy):
     def __init__(self, plan: Plan, out: list[frozenset[int]], threshold: float, choose: str) -> None:
         super().__init__(plan)
         self.out, self.threshold, self.choose = out, threshold, choose
-        self.now = 0
-        self.chooser: Callable[[int], int] = self._turn if choose == "turn" else lambda column: self.now
-        """From a column to the number of its plan; anything else can be put here."""
-
-    def _turn(self, column: int) -> int:
-        return column % len(self.out)
-
-    def begin(self, moment: Moment) -> None:
-        if moment.past == 0:
-            self.now = 0
 
     def runs(self, run: Run, moment: Moment, hidden: torch.Tensor) -> Decision:
+        chosen = moment.memory.get("chosen", 0)
+
         def wanted(column: int) -> bool:
-            return not moment.generated(column) or run.layer not in self.out[self.chooser(column)]
+            number = column % len(self.out) if self.choose == "turn" else chosen
+            return not moment.generated(column) or run.layer not in self.out[number]
 
         return moment.each(wanted, hidden.device)
 
-    def wrote(self, logits: torch.Tensor) -> None:
+    def after_forward(self, moment: Moment, logits: torch.Tensor) -> None:
         sure = bool((logits.float().softmax(-1).amax(-1) >= self.threshold).all())
-        self.now = min(self.now + 1, len(self.out) - 1) if sure else 0
+        moment.memory["chosen"] = min(moment.memory.get("chosen", 0) + 1, len(self.out) - 1) if sure else 0

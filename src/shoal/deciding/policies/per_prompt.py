@@ -41,21 +41,20 @@ class _PerPrompt(Policy):
     def __init__(self, plan: Plan, number: int) -> None:
         super().__init__(plan)
         self.number = number
-        self.alike: dict[int, torch.Tensor] = {}
-        self.chosen: dict[int, torch.Tensor] = {}
-        """By base layer, bool [batch]: the sequences that skip it."""
 
     def begin(self, moment: Moment) -> None:
-        if moment.past == 0:
-            self.alike, self.chosen = {}, {}
-        elif not self.chosen and self.alike:
-            layers = list(self.alike)
-            ranks = torch.stack([self.alike[layer] for layer in layers]).argsort(0, descending=True)
-            for place, layer in enumerate(layers):
-                self.chosen[layer] = (ranks[: self.number] == place).any(0)
+        alike: dict[int, torch.Tensor] = moment.memory.setdefault("alike", {})
+        if moment.past > 0 and alike and "chosen" not in moment.memory:
+            # the layers of one model may be on several devices
+            ranks = torch.stack([one.cpu() for one in alike.values()]).argsort(0, descending=True)
+            # by base layer, bool [batch]: the sequences that skip it
+            moment.memory["chosen"] = {
+                layer: (ranks[: self.number] == place).any(0).to(alike[layer].device)
+                for place, layer in enumerate(alike)
+            }
 
     def runs(self, run: Run, moment: Moment, hidden: torch.Tensor) -> Decision:
-        skip = self.chosen.get(run.layer)
+        skip = moment.memory.get("chosen", {}).get(run.layer)
         return True if skip is None else ~skip[:, None].expand(-1, moment.tokens)
 
     def saw(self, run: Run, moment: Moment, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -64,4 +63,4 @@ class _PerPrompt(Policy):
         alike = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
         alike = alike if alike.dim() == 2 else alike.mean(0)
         real = torch.ones_like(alike) if moment.real is None else moment.real.to(alike)
-        self.alike[run.layer] = (alike * real).sum(-1) / real.sum(-1).clamp(min=1)
+        moment.memory["alike"][run.layer] = (alike * real).sum(-1) / real.sum(-1).clamp(min=1)
