@@ -91,6 +91,11 @@ class Entry:
         """True for a method whose file says `SEARCHES = True`: it evaluates many plans, and takes its time."""
         return bool(getattr(importlib.import_module(self.module), "SEARCHES", False))
 
+    @property
+    def examples(self) -> Any:
+        """What its file says that it is tried with (`shoal.examples`); None when it says nothing."""
+        return getattr(importlib.import_module(self.module), "EXAMPLES", None)
+
     def options(self) -> dict[str, inspect.Parameter]:
         """Its own options, annotations evaluated: keyword-only parameters that the harness does not fill."""
         function = self.load()

@@ -9,22 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal.models.stacks import find_stack
+from shoal.registry import entries
 
 from .families import tiny
 
 EAGER = {"gemma2", "gemma3_text", "bloom", "gpt_oss", "gemma3n_text", "gptj"}
 FAMILIES = ("llama", "gpt2", "opt", "gemma3_text", "mixtral", "bloom")
-DRAFTS = {
-    "exit": "exit:2",
-    "skip": "skip:0,2-3",
-    "attention": "attention:2",
-    "lookup": "lookup:1",
-    "swift": "swift:window=4;fraction=0.3",
-    "cosine": "cosine:0.9",
-    "clasp": "clasp:skip=1;every=1",
-    "knapsack": "knapsack:every=3",
-    "dynamic-exit": "dynamic-exit:places=4",
-}
+DRAFTS = {name: entry.examples.texts[0] for name, entry in entries("drafts").items()}
 
 
 @cache

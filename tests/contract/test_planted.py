@@ -14,10 +14,9 @@ from shoal.registry import get
 from shoal.search.greedy import greedy
 
 from .planted import DEEP, LINEAR, NULL, TWINS, affine_of, answers, random_data
-from .transform_jobs import MERGES, SHORT, STAND_INS, logits, relative
+from .transform_jobs import CORRECTED, MERGES, SHORT, STAND_INS, TRAINED, logits, relative
 
 FAMILIES = ["llama", "gpt2", "mixtral"]
-TRAINED = {"streamline": {"epochs": 1, "loss_epochs": 0}, "fuse-group": {"epochs": 1}}
 
 
 def done(name: str, family: str, removed: list[int], **options: object) -> Transformed:
@@ -42,9 +41,9 @@ def test_what_greedy_removes_first_is_what_brute_force_removes(family: str) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [*STAND_INS, "compensate", *TRAINED])
+@pytest.mark.parametrize("name", [*STAND_INS, *CORRECTED, *TRAINED])
 def test_in_the_place_of_the_null_layer_nothing_is_needed(name: str, family: str) -> None:
-    made = done(name, family, [NULL], **SHORT.get(name, {}), **TRAINED.get(name, {}))
+    made = done(name, family, [NULL], **SHORT[name])
     assert relative(logits(answers(family), made), logits(answers(family))) < 1e-4
     assert all(fit.stand_in <= fit.drop + 1e-9 for fit in made.fits)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shoal.errors import ShoalError
+from shoal.examples import PolicyExamples
 from shoal.executing.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan
@@ -73,10 +74,8 @@ def test_every_rule_is_what_the_layers_give_by_hand(family: str) -> None:
     assert found == REFUSED.get(family, {})
 
 
-NEVER = (
-    "exit:confidence=1,first=0", "exit:confidence=1,first=0,by=margin,fill=mask", "menu:plans=0-3+0,3,confidence=1",
-    "ffn-skip:threshold=1,cold_first=0,cold_last=0", "by-position:last=4", "patience:agree=9,first=0",
-)  # fmt: skip
+POLICIES = {name: entry.examples for name, entry in entries("policies").items()}
+NEVER = [text for own in POLICIES.values() for text in own.never]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "falcon"])
@@ -95,18 +94,7 @@ def test_a_policy_that_skips_nothing_is_bit_exact(family: str) -> None:
     assert torch.equal(whole(model, batch), dense[0])
 
 
-ALWAYS = {
-    "exit:after=1,prefill=true": "0-1",
-    "exit:after=2,prefill=true,fill=mask": "0-2",
-    "exit:after=0,prefill=true,fill=copy": "0",
-    "skip:listed=1": "0,2-3",
-    "skip:early=2": "2-3",
-    "skip:middle=2": "0,3",
-    "skip:late=1,fill=project": "0-2",
-    "skip:every=2": "0,2",
-    "skip:listed=0,3,fill=mask": "1-2",
-    "apart:prefill=0,2-3,decode=0,2-3": "0,2-3",
-}
+ALWAYS = {text: plan for own in POLICIES.values() for text, plan in own.always.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
@@ -136,26 +124,7 @@ def test_a_fixed_choice_is_the_static_plan(family: str) -> None:
     assert refused == ({"P136"} if "gemma" in family else set())
 
 
-DECIDING = (
-    "exit:confidence=0.05,first=0",
-    "exit:confidence=0.02,first=0,by=margin,fill=copy",
-    "exit:confidence=0.08,first=0,by=certainty,fill=mask",
-    "exit:confidence=0.6,first=0,by=saturation,fill=defer",
-    "exit:after=1,fill=defer",
-    "patience:first=0",
-    "adainfer:first=0,bias=-0.8",
-    "skip:random=2",
-    "skip:random=1,fill=mask",
-    "skip:listed=0,phase=decode",
-    "unified",
-    "by-position:last=2,length=8",
-    "by-position:last=2,length=9,levels=2",
-    "by-position:last=2,length=8,layout=even",
-    "menu:plans=0-3+0-1+0,3,choose=turn",
-    "apart:decode=0,3",
-    "ffn-skip:cold_first=1,cold_last=0,threshold=0.5",
-    "calibrated:at=0:0.02+2:0.01",
-)
+DECIDING = [text for own in POLICIES.values() for text in own.deciding]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -177,4 +146,11 @@ def test_one_pass_is_a_prefill_and_steps(family: str) -> None:
                     assert handle.trace.depths == deep, (policy, rows, cache, chunk)
             depths[policy, rows] = deep
             assert any(depth < DEPTH for depth in deep[0][PREFILL:]), f"{policy} skips nothing here"
-    assert {policy.partition(":")[0] for policy in DECIDING} | {"per-prompt"} == set(entries("policies"))
+
+
+def test_every_policy_says_what_it_is_tried_with() -> None:
+    assert [name for name, own in POLICIES.items() if not isinstance(own, PolicyExamples)] == []
+    for name, own in POLICIES.items():
+        texts = [*own.deciding, *own.never, *own.always, *(one.text for one in own.refused)]
+        assert {text.partition(":")[0] for text in texts} == {name}
+    assert [name for name, own in POLICIES.items() if not own.deciding] == ["per-prompt"], "its file says why"

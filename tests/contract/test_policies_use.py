@@ -19,6 +19,7 @@ from shoal.executing.tail import recorded
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Exit, Plan, parse_plan
+from shoal.registry import entries
 
 from .families import tiny
 from .kinds import kind
@@ -154,32 +155,10 @@ def test_leaving_behind_the_last_recurrent_layer_is_right() -> None:
         assert (got - right)[seen].abs().max() <= 1e-4
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str, str, str, str, str]] = {
     "unknown name": ("llama", "0-3", "exot:after=1", "U501", r"did you mean exit\?"),
     "unknown option": ("llama", "0-3", "exit:confidense=1", "U502", r"did you mean confidence\?"),
     "no value": ("llama", "0-3", "exit:", "U502", "gives no option"),
-    "neither or both": ("llama", "0-3", "exit", "U585", "exactly one"),
-    "confidence above 1": ("llama", "0-3", "exit:confidence=1.1", "U586", "confidence=1.1"),
-    "confidence below 0": ("llama", "0-3", "exit:confidence=-1", "U586", "confidence=-1"),
-    "threshold above 1": ("llama", "0-3", "ffn-skip:threshold=2,cold_first=0,cold_last=0", "U586", "threshold=2"),
-    "exit behind no layer": ("llama", "0-3", "exit:after=9", "U581", "layer 9"),
-    "exit behind a dropped layer": ("llama", "0,2-3", "exit:after=1", "U581", "layer 1"),
-    "no place for exits": ("llama", "0-3", "exit:confidence=0.5,first=7", "U584", "first=7"),
-    "patience of one": ("llama", "0-3", "patience:agree=1", "U587", "agree=1"),
-    "skip nothing": ("llama", "0-3", "skip", "U583", "0 are given"),
-    "skip two ways": ("llama", "0-3", "skip:early=1,late=1", "U583", "2 are given"),
-    "skip all": ("llama", "0-3", "skip:random=4", "U583", "none of 4"),
-    "skip what is not there": ("llama", "0-3", "skip:listed=7", "U581", "layer 7"),
-    "skip half a layer": ("llama", "0-3", "skip:listed=1a", "U584", "1a"),
-    "no fill where one is needed": ("llama", "0-3", "skip:random=1,fill=none", "U582", "fill=project"),
-    "no fill after a shallow prompt": ("llama", "0-3", "apart:prefill=0-1,fill=none", "U582", "fill=project"),
-    "speed-up of nothing": ("llama", "0-3", "unified:speedup=4", "U587", "leaves 1 of 4"),
-    "a menu of one": ("llama", "0-3", "menu:plans=0-3", "U584", "two lists"),
-    "a menu of other layers": ("llama", "0-3", "menu:plans=0-3+0,9", "U584", "layer 9"),
-    "drop more than there is": ("llama", "0-3", "per-prompt:skip=3", "U587", "skip=3 of 2"),
-    "a schedule of no length": ("llama", "0-3", "by-position:length=0", "U587", "length=0"),
-    "no mlp to leave": ("llama", "0-3", "ffn-skip", "U587", "no mlp of 4"),
-    "a layer without an mlp": ("gemma3n_text", "0-3", "ffn-skip:cold_first=0,cold_last=0", "P105", "no mlp of its own"),
     "a state": ("mamba2", "0-3", "exit:after=1", "P131", "mamba2"),
     "a state in a hybrid": ("jamba", "0-3", "skip:listed=2", "P131", "layer 2"),
     "keys that others read": ("gemma3n_text", "0-3", "skip:listed=1", "P133", "layer 1"),
@@ -191,6 +170,12 @@ REFUSED = {
     "a gate without a fill": ("llama", "0,1?g,2-3", "exit:confidence=1", "P134", r"1\?gate/project"),
     "nothing to copy": ("llama", "0-3", "skip:random=1,fill=copy", "P136", "layer 0"),
     "a head that is not given": ("llama", "0-3", "exit:after=1,head=own", "P112", "own-1"),
+}
+"""What no policy of its own is to blame for; the others' files say what they refuse."""
+REFUSED |= {
+    one.title: (one.family, one.plan, one.text, one.code, one.words)
+    for entry in entries("policies").values()
+    for one in entry.examples.refused
 }
 
 

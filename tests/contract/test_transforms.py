@@ -13,17 +13,17 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal.errors import ShoalError
+from shoal.examples import TransformExamples
 from shoal.executing.live import running
 from shoal.fitting.result import Transformed
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Map, Plan, Run, check, drop, parse_plan
 from shoal.recording.observe import observe
-from shoal.registry import entries
 
 from .families import tiny
 from .planted import PLANTED, data_of, planted, random_data
-from .transform_jobs import HOLE, MERGES, SHORT, STAND_INS, do, job, logits, relative
+from .transform_jobs import EXAMPLES, HOLE, SHORT, STAND_INS, do, job, logits, relative
 
 
 @contextmanager
@@ -186,26 +186,20 @@ def test_an_outlier_is_neither_fitted_nor_mapped() -> None:
     assert not torch.allclose(seen[1][0, 6], seen[0][0, 6])
 
 
-WRONG = {
-    "linear-map": ([HOLE], {"skip_first": 24}, "U554"),
-    "low-rank-map": ([HOLE], {"rank": 33}, "U555"),
-    "slerp": ([HOLE], {"t": 1.5}, "U558"),
-    "weighted-average": ([0], {}, "U557"),
-    "difference-sum": ([], {}, "U553"),
-    "mka": ([HOLE], {"share": -1.0}, "U558"),
-    "fuse-group": ([HOLE], {"neighbours": 0}, "U557"),
-    "parallel-pairs": ([], {"first": 2, "last": 2}, "U559"),
-    "fold-groups": ([1], {"first": 0, "last": 2, "group": 3}, "U559"),
-}
+WRONG = [
+    pytest.param(name, *one, id=f"{name} {at}" if at else name)
+    for name, own in EXAMPLES.items()
+    for at, one in enumerate(own.refused)
+]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_done_is_refused(name: str) -> None:
-    removed, options, code = WRONG[name]
+@pytest.mark.parametrize(("name", "removed", "options", "code"), WRONG)
+def test_what_cannot_be_done_is_refused(
+    name: str, removed: tuple[int, ...], options: dict[str, Any], code: str
+) -> None:
     with pytest.raises(ShoalError, match=code):
-        do(name, job(tiny("llama"), removed), **options)
+        do(name, job(tiny("llama"), list(removed)), **options)
 
 
 def test_every_transform_is_tested_here() -> None:
-    named = {*STAND_INS, *MERGES, "compensate", "fuse-group", "fold-groups", "parallel-pairs", "streamline"}
-    assert set(entries("transforms")) == named
+    assert [name for name, own in EXAMPLES.items() if not isinstance(own, TransformExamples)] == []

@@ -16,9 +16,9 @@ from shoal.recording.walk import Walk
 
 from .families import tiny
 from .planted import PLANTED, planted, random_data
-from .transform_jobs import HOLE, MERGES, do, job, logits, relative
+from .transform_jobs import EXAMPLES, HOLE, MERGES, do, job, logits, relative
 
-NULLS = {"difference-sum": {"scale": 0.0}, "mka": {"share": 0.0}, "slerp": {"t": 0.0}, "weighted-average": {"t": 0.0}}
+NULLS = {name: dict(own.null) for name, own in EXAMPLES.items() if own.null is not None}
 
 
 @pytest.mark.parametrize("name", MERGES)

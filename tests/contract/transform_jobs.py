@@ -8,17 +8,21 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal.data import Data
+from shoal.examples import TransformExamples
 from shoal.executing.live import running
 from shoal.fitting.result import Job, Transformed
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop
-from shoal.registry import get
+from shoal.registry import entries, get
 
 from .planted import random_data
 
-STAND_INS = ("bias-patch", "channel-scale", "linear-map", "low-rank-map", "refit", "replaceme")
-MERGES = ("difference-sum", "laco-notebook", "mka", "slerp", "weighted-average")
-SHORT: dict[str, dict[str, Any]] = {"low-rank-map": {"rank": 4}}
+EXAMPLES: dict[str, TransformExamples] = {name: entry.examples for name, entry in entries("transforms").items()}
+STAND_INS, CORRECTED, TRAINED, MERGES = (
+    tuple(name for name, own in EXAMPLES.items() if own.role == role)
+    for role in ("fitted", "corrected", "trained", "merge")
+)
+SHORT = {name: dict(own.quick) for name, own in EXAMPLES.items()}
 HOLE = 2
 
 

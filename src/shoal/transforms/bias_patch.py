@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from shoal.examples import TransformExamples
 from shoal.fitting.holes import Pair, find_holes
 from shoal.fitting.maps import limit_tensor, sums
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.plan import Map, Step
+
+EXAMPLES = TransformExamples(role="fitted")
 
 
 def bias_patch(job: Job, *, skip_first: int = 1, outlier: float = 8.0) -> Transformed:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from shoal.examples import TransformExamples
 from shoal.fitting.holes import Hole, Pair, find_holes
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, folded_scale, renamed
 from shoal.models.precision import in_float64
 from shoal.plan import Map, Run, Step
+
+EXAMPLES = TransformExamples(role="corrected")
 
 
 def compensate(job: Job, *, fold: bool = True, skip_first: int = 1, outlier: float = 8.0) -> Transformed:

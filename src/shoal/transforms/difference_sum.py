@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from shoal.examples import TransformExamples
 from shoal.fitting.merge import merged
 from shoal.fitting.result import Job, Transformed
+
+EXAMPLES = TransformExamples(role="merge", null={"scale": 0.0}, refused=(((), {}, "U553"),))
 
 
 def difference_sum(job: Job, *, scale: float = 1.0, norms: bool = False) -> Transformed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import TransformExamples
 from shoal.fitting.holes import Pair
 from shoal.fitting.merge import middle
 from shoal.fitting.result import Fit, Job, Transformed
@@ -13,6 +14,8 @@ from shoal.models.opened import open_model
 from shoal.models.precision import in_float64
 from shoal.plan import Run
 from shoal.plan.steps import PartName, layers_of
+
+EXAMPLES = TransformExamples(refused=(((1,), {"first": 0, "group": 3, "last": 2}, "U559"),))
 
 
 def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, group: int = 2) -> Transformed:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import TransformExamples
 from shoal.fitting.holes import Hole, Pair, find_holes
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.train import frozen, train
@@ -14,6 +15,8 @@ from shoal.models.opened import open_model
 from shoal.plan import Run, Step
 
 Tensors = dict[str, torch.Tensor]
+
+EXAMPLES = TransformExamples(role="trained", quick={"epochs": 1}, refused=(((2,), {"neighbours": 0}, "U557"),))
 
 
 def fuse_group(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from shoal.examples import TransformExamples
 from shoal.fitting.merge import merged
 from shoal.fitting.result import Job, Transformed
+
+EXAMPLES = TransformExamples(role="merge")
 
 
 def laco_notebook(job: Job) -> Transformed:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from shoal.examples import TransformExamples
 from shoal.fitting.holes import Hole, Pair, find_holes
 from shoal.fitting.maps import judged, limit_tensor, sums
 from shoal.fitting.normal import best_ridge
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.plan import Map, Step
+
+EXAMPLES = TransformExamples(role="fitted", refused=(((2,), {"skip_first": 24}, "U554"),))
 
 
 def linear_map(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import TransformExamples
 from shoal.fitting.holes import Pair, find_holes
 from shoal.fitting.maps import judged, limit_tensor, sums
 from shoal.fitting.normal import best_ridge
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.plan import Map, Step
+
+EXAMPLES = TransformExamples(role="fitted", quick={"rank": 4}, refused=(((2,), {"rank": 33}, "U555"),))
 
 
 def low_rank_map(

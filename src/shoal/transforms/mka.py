@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import TransformExamples
 from shoal.fitting.holes import Hole
 from shoal.fitting.merge import merged
 from shoal.fitting.result import Job, Transformed
 from shoal.models.precision import in_float64
 from shoal.plan import Run
 from shoal.recording.walk import Walk
+
+EXAMPLES = TransformExamples(role="merge", null={"share": 0.0}, refused=(((2,), {"share": -1.0}, "U558"),))
 
 
 def mka(job: Job, *, sigma: float = 1.0, alpha: float = 0.5, dims: int = 2, share: float | None = None) -> Transformed:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shoal.errors import UsageError
+from shoal.examples import TransformExamples
 from shoal.fitting.merge import middle
 from shoal.fitting.result import Job, Transformed
 from shoal.plan import Parallel, Run, Step
 from shoal.plan.steps import PartName
+
+EXAMPLES = TransformExamples(refused=(((), {"first": 2, "last": 2}, "U559"),))
 
 
 def parallel_pairs(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from shoal.examples import TransformExamples
 from shoal.fitting.fold import Site, rewritten
 from shoal.fitting.holes import find_holes
 from shoal.fitting.normal import Normal, best_ridge
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.models.precision import in_float64
+
+EXAMPLES = TransformExamples(role="fitted")
 
 
 def refit(job: Job, *, ridge: float | None = None, skip_first: int = 0) -> Transformed:

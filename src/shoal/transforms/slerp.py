@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from shoal.evaluation.distances import angle
+from shoal.examples import TransformExamples
 from shoal.fitting.merge import merged, share_in
 from shoal.fitting.result import Job, Transformed
 from shoal.models.precision import in_float64
+
+EXAMPLES = TransformExamples(role="merge", null={"t": 0.0}, refused=(((2,), {"t": 1.5}, "U558"),))
 
 
 def slerp(job: Job, *, t: float = 0.5, norms: bool = True) -> Transformed:

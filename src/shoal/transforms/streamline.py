@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from shoal.examples import TransformExamples
 from shoal.fitting.holes import Pair, find_holes
 from shoal.fitting.nets import Kind, fit_site, layer_sites, map_sites, with_sites
 from shoal.fitting.result import Fit, Job, Transformed
@@ -13,6 +14,8 @@ from shoal.plan import Plan
 
 Tensors = dict[str, torch.Tensor]
 _RATES: dict[Kind, float] = {"layer": 3e-4, "ffn": 1e-3, "swiglu": 1e-3}
+
+EXAMPLES = TransformExamples(role="trained", quick={"epochs": 1, "loss_epochs": 0})
 
 
 def streamline(

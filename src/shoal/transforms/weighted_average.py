@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from shoal.examples import TransformExamples
 from shoal.fitting.holes import Hole
 from shoal.fitting.merge import merged, share_in
 from shoal.fitting.result import Job, Transformed
+
+EXAMPLES = TransformExamples(role="merge", null={"t": 0.0}, refused=(((0,), {}, "U557"),))
 
 
 def weighted_average(job: Job, *, t: float = 0.5, norms: bool = True) -> Transformed:

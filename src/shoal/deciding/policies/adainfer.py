@@ -5,8 +5,13 @@ from __future__ import annotations
 from shoal.deciding.gates import Decision, Moment, Policy, Sight, both
 from shoal.deciding.layer_lists import exit_layers
 from shoal.deciding.place import with_exits
+from shoal.examples import PolicyExamples
 from shoal.plan import Exit, Plan, Spec
 from shoal.plan.steps import Fill
+
+EXAMPLES = PolicyExamples(
+    deciding=("adainfer:first=0,bias=-0.8",),
+)
 
 
 def adainfer(

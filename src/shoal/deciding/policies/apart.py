@@ -7,7 +7,14 @@ from typing import Literal
 from shoal.deciding.gates import Policy, Schedule
 from shoal.deciding.layer_lists import kept_layers
 from shoal.deciding.place import fill_for, with_gates
+from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Spec
+
+EXAMPLES = PolicyExamples(
+    deciding=("apart:decode=0,3",),
+    always={"apart:prefill=0,2-3,decode=0,2-3": "0,2-3"},
+    refused=(Refusal("no fill after a shallow prompt", "apart:prefill=0-1,fill=none", "U582", "fill=project"),),
+)
 
 
 def apart(

@@ -8,7 +8,18 @@ from shoal.deciding.gates import Policy, Schedule
 from shoal.deciding.layer_lists import spread
 from shoal.deciding.place import fill_for, with_gates
 from shoal.errors import UsageError
+from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Spec
+
+EXAMPLES = PolicyExamples(
+    deciding=(
+        "by-position:last=2,length=8",
+        "by-position:last=2,length=9,levels=2",
+        "by-position:last=2,length=8,layout=even",
+    ),
+    never=("by-position:last=4",),
+    refused=(Refusal("a schedule of no length", "by-position:length=0", "U587", "length=0"),),
+)
 
 
 def by_position(

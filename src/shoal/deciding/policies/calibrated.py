@@ -9,8 +9,13 @@ from shoal.deciding.place import exits_of, with_exits
 from shoal.deciding.policy_file import Level, PolicyFile, load_policy
 from shoal.deciding.signals import Signal
 from shoal.errors import UsageError
+from shoal.examples import PolicyExamples
 from shoal.plan import Exit, Plan, Spec
 from shoal.plan.steps import Fill
+
+EXAMPLES = PolicyExamples(
+    deciding=("calibrated:at=0:0.02+2:0.01",),
+)
 
 
 def calibrated(

@@ -11,8 +11,36 @@ from shoal.deciding.layer_lists import exit_layers, share
 from shoal.deciding.place import exits_of, with_exits
 from shoal.deciding.signals import Signal
 from shoal.errors import UsageError
+from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Exit, Plan, Spec
 from shoal.plan.steps import Fill
+
+EXAMPLES = PolicyExamples(
+    deciding=(
+        "exit:confidence=0.05,first=0",
+        "exit:confidence=0.02,first=0,by=margin,fill=copy",
+        "exit:confidence=0.08,first=0,by=certainty,fill=mask",
+        "exit:confidence=0.6,first=0,by=saturation,fill=defer",
+        "exit:after=1,fill=defer",
+    ),
+    never=(
+        "exit:confidence=1,first=0",
+        "exit:confidence=1,first=0,by=margin,fill=mask",
+    ),
+    always={
+        "exit:after=1,prefill=true": "0-1",
+        "exit:after=2,prefill=true,fill=mask": "0-2",
+        "exit:after=0,prefill=true,fill=copy": "0",
+    },
+    refused=(
+        Refusal("neither or both", "exit", "U585", "exactly one"),
+        Refusal("confidence above 1", "exit:confidence=1.1", "U586", "confidence=1.1"),
+        Refusal("confidence below 0", "exit:confidence=-1", "U586", "confidence=-1"),
+        Refusal("exit behind no layer", "exit:after=9", "U581", "layer 9"),
+        Refusal("exit behind a dropped layer", "exit:after=1", "U581", "layer 1", plan="0,2-3"),
+        Refusal("no place for exits", "exit:confidence=0.5,first=7", "U584", "first=7"),
+    ),
+)
 
 
 def exit(  # noqa: A001 - the file's name is the policy's

@@ -10,8 +10,25 @@ from shoal.deciding.gates import Decision, Moment, Policy, both
 from shoal.deciding.layer_lists import share
 from shoal.deciding.place import with_gates
 from shoal.errors import UsageError
+from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Run, Spec
 from shoal.plan.steps import PartName
+
+EXAMPLES = PolicyExamples(
+    deciding=("ffn-skip:cold_first=1,cold_last=0,threshold=0.5",),
+    never=("ffn-skip:threshold=1,cold_first=0,cold_last=0",),
+    refused=(
+        Refusal("threshold above 1", "ffn-skip:threshold=2,cold_first=0,cold_last=0", "U586", "threshold=2"),
+        Refusal("no mlp to leave", "ffn-skip", "U587", "no mlp of 4"),
+        Refusal(
+            "a layer without an mlp",
+            "ffn-skip:cold_first=0,cold_last=0",
+            "P105",
+            "no mlp of its own",
+            family="gemma3n_text",
+        ),
+    ),
+)
 
 
 def ffn_skip(

@@ -10,7 +10,17 @@ from shoal.deciding.gates import Decision, Grain, Moment, Policy
 from shoal.deciding.layer_lists import kept_layers, share
 from shoal.deciding.place import with_gates
 from shoal.errors import UsageError
+from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Run, Spec
+
+EXAMPLES = PolicyExamples(
+    deciding=("menu:plans=0-3+0-1+0,3,choose=turn",),
+    never=("menu:plans=0-3+0,3,confidence=1",),
+    refused=(
+        Refusal("a menu of one", "menu:plans=0-3", "U584", "two lists"),
+        Refusal("a menu of other layers", "menu:plans=0-3+0,9", "U584", "layer 9"),
+    ),
+)
 
 
 def menu(

@@ -8,8 +8,15 @@ from shoal.deciding.gates import Decision, Moment, Policy, Sight, both
 from shoal.deciding.layer_lists import exit_layers
 from shoal.deciding.place import with_exits
 from shoal.errors import UsageError
+from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Exit, Plan, Spec
 from shoal.plan.steps import Fill
+
+EXAMPLES = PolicyExamples(
+    deciding=("patience:first=0",),
+    never=("patience:agree=9,first=0",),
+    refused=(Refusal("patience of one", "patience:agree=1", "U587", "agree=1"),),
+)
 
 
 def patience(

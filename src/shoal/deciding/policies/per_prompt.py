@@ -9,7 +9,12 @@ import torch
 from shoal.deciding.gates import Decision, Grain, Moment, Policy
 from shoal.deciding.place import with_gates
 from shoal.errors import UsageError
+from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Run, Spec
+
+EXAMPLES = PolicyExamples(  # nothing that decides: a pass without a cache has chosen nothing yet
+    refused=(Refusal("drop more than there is", "per-prompt:skip=3", "U587", "skip=3 of 2"),),
+)
 
 
 def per_prompt(plan: Plan, spec: Spec, *, skip: int = 4, keep_first: int = 1, keep_last: int = 1) -> Policy:

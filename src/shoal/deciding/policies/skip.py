@@ -9,9 +9,34 @@ from shoal.deciding.gates import Policy, Schedule
 from shoal.deciding.layer_lists import layer_list
 from shoal.deciding.place import fill_for, with_gates
 from shoal.errors import UsageError
+from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Spec
 
 Phase = Literal["both", "prefill", "decode"]
+
+EXAMPLES = PolicyExamples(
+    deciding=(
+        "skip:random=2",
+        "skip:random=1,fill=mask",
+        "skip:listed=0,phase=decode",
+    ),
+    always={
+        "skip:listed=1": "0,2-3",
+        "skip:early=2": "2-3",
+        "skip:middle=2": "0,3",
+        "skip:late=1,fill=project": "0-2",
+        "skip:every=2": "0,2",
+        "skip:listed=0,3,fill=mask": "1-2",
+    },
+    refused=(
+        Refusal("skip nothing", "skip", "U583", "0 are given"),
+        Refusal("skip two ways", "skip:early=1,late=1", "U583", "2 are given"),
+        Refusal("skip all", "skip:random=4", "U583", "none of 4"),
+        Refusal("skip what is not there", "skip:listed=7", "U581", "layer 7"),
+        Refusal("skip half a layer", "skip:listed=1a", "U584", "1a"),
+        Refusal("no fill where one is needed", "skip:random=1,fill=none", "U582", "fill=project"),
+    ),
+)
 
 
 def skip(

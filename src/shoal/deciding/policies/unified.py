@@ -8,7 +8,13 @@ from shoal.deciding.gates import Policy, Schedule
 from shoal.deciding.layer_lists import spread
 from shoal.deciding.place import fill_for, with_gates
 from shoal.errors import UsageError
+from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Spec
+
+EXAMPLES = PolicyExamples(
+    deciding=("unified",),
+    refused=(Refusal("speed-up of nothing", "unified:speedup=4", "U587", "leaves 1 of 4"),),
+)
 
 
 def unified(plan: Plan, spec: Spec, *, speedup: float = 2.0, layout: Literal["even", "released"] = "even") -> Policy:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from shoal.errors import UsageError
+from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec, parse_steps
 from shoal.plan.steps import runs
 from shoal.speculating.chooser import Chooser, Fixed
+
+EXAMPLES = DraftExamples(("attention:2",))
 
 
 def attention(*, spec: Spec, layers: str = "") -> Chooser:

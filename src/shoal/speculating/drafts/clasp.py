@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
 from shoal.speculating.chooser import Anew, Chooser
 from shoal.speculating.scene import Scene
+
+EXAMPLES = DraftExamples(("clasp:skip=1;every=1",))
 
 
 def clasp(*, spec: Spec, skip: int | None = None, every: int = 8, first: int = 1) -> Chooser:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
 from shoal.speculating.chooser import Anew, Chooser
 from shoal.speculating.scene import Scene
+
+EXAMPLES = DraftExamples(("cosine:0.9",))
 
 
 def cosine(*, spec: Spec, threshold: float = 0.95, every: int = 32) -> Chooser:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shoal.errors import UsageError
+from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
 from shoal.speculating.chooser import Chooser
 from shoal.speculating.scene import Scene
 
 REST = 8, 64
 """Tokens between two looks while nothing is worth drafting, at first and at most: a look costs a call of the head."""
+
+EXAMPLES = DraftExamples(("dynamic-exit:places=4",))
 
 
 def dynamic_exit(*, spec: Spec, places: int = 8, decay: float = 0.95, length: int = 8) -> Chooser:

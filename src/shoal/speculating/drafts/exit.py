@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from shoal.errors import UsageError
+from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
 from shoal.speculating.chooser import Chooser, Fixed
+
+EXAMPLES = DraftExamples(("exit:2",))
 
 
 def exit(*, spec: Spec, layer: int | None = None) -> Chooser:  # noqa: A001

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import DraftExamples
 from shoal.executing.timing import now
 from shoal.plan import Run, Spec
 from shoal.plan.steps import PartName
@@ -17,6 +18,8 @@ from shoal.speculating.scene import Scene
 
 BUCKETS = 12
 """Steps in which a draft's time is counted."""
+
+EXAMPLES = DraftExamples(("knapsack:every=3",))
 
 
 def knapsack(*, spec: Spec, every: int = 24, length: int = 4) -> Chooser:

@@ -8,8 +8,11 @@ import torch
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from shoal.errors import UsageError
+from shoal.examples import DraftExamples
 from shoal.plan import Spec
 from shoal.speculating.chooser import Finder
+
+EXAMPLES = DraftExamples(("lookup:1",))
 
 
 def lookup(*, spec: Spec, ngram: int = 2) -> Finder:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from shoal.errors import UsageError
+from shoal.examples import DraftExamples
 from shoal.plan import Spec, parse_steps
 from shoal.speculating.chooser import Chooser, Fixed
+
+EXAMPLES = DraftExamples(("skip:0,2-3",))
 
 
 def skip(*, spec: Spec, keep: str = "") -> Chooser:

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from transformers.cache_utils import Cache
 
 from shoal.errors import UsageError
+from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
 from shoal.speculating.chooser import Chooser
 from shoal.speculating.scene import Scene
+
+EXAMPLES = DraftExamples(("swift:window=4;fraction=0.3",))
 
 
 def swift(
