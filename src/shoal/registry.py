@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -109,8 +109,13 @@ class Entry:
         types = typing.get_type_hints(asked, globalns=inspect.unwrap(function).__globals__)
         return {name: parameter.replace(annotation=types[name]) for name, parameter in own.items()}
 
-    def parse(self, pairs: list[str]) -> dict[str, Any]:
-        """["key=value", ...] -> typed options. Raises U502 naming the option, its type and the nearest name."""
+    def parse(self, pairs: Sequence[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """["key=value", ...] -> typed options, beside those of `given`. Raises U502 naming the option, its type and the
+        nearest name, and for an option that is missing."""
+        return self.accept({**(given or {}), **self.typed(pairs)})
+
+    def typed(self, pairs: Sequence[str]) -> dict[str, Any]:
+        """["key=value", ...] -> typed options, which need not be all that the entry needs. Raises U502."""
         known, parsed = self.options(), {}
         for pair in pairs:
             key, separator, text = pair.partition("=")
@@ -118,7 +123,7 @@ class Entry:
             if not separator:
                 raise UsageError(f"{self.name}: the option {key} has no value; write {key}=VALUE", code="U502")
             parsed[key] = _convert(f"{self.name}: {key}={text}", text.strip(), known[key].annotation)
-        return self.accept(parsed)
+        return parsed
 
     def accept(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """`settings` as keyword arguments. Raises U502 for an unknown name, a word not on offer, a missing option."""

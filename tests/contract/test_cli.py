@@ -77,6 +77,23 @@ def test_several_measures_and_texts_stand_side_by_side(model: str, tmp_path: Pat
     assert "U502" in shoal(*words, "-o", "span=2", *SMALL, code=1)
 
 
+def test_options_may_stand_behind_the_name(model: str) -> None:
+    twice = ["-m", "magnitude:power=1", "-m", "magnitude:power=2"]
+    said = json.loads(shoal("measure", model, *twice, *SMALL, "--json"))["scores"]
+    assert list(said) == ["magnitude:power=1", "magnitude:power=2"]
+    for power, own in enumerate(said.values(), start=1):
+        alone = json.loads(shoal("measure", model, "-m", "magnitude", "-o", f"power={power}", *SMALL, "--json"))
+        assert own["values"] == alone["values"]
+    assert said["magnitude:power=1"]["values"] != said["magnitude:power=2"]["values"]
+    assert "U502" in shoal("measure", model, "-m", "magnitude:powr=1", *SMALL, code=1)
+    plans = [
+        json.loads(shoal("prune", model, "--drop", "1", "--no-assess", *SMALL, "--json", *words))["plan"]
+        for words in (["-m", "position:which=first"], ["-m", "position", "-o", "which=first"], ["-m", "position"])
+    ]
+    assert plans[0] == plans[1] != plans[2]
+    assert "U502" in shoal("prune", model, "--drop", "1", "-m", "position:whch=first", *SMALL, code=1)
+
+
 def test_one_measure_in_a_config_file_may_be_a_word_or_a_list(model: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     for value in ("residual-ratio", "[residual-ratio]"):

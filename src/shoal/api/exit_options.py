@@ -9,6 +9,7 @@ from shoal.errors import UsageError
 from shoal.plan import Plan
 from shoal.plan.steps import runs
 from shoal.registry import get
+from shoal.spelling import options_of, read
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,20 @@ def held_to(exits: Exits, plan: Plan) -> Exits:
 
 def exit_options(policy: str) -> Exits:
     """Read `exit:layers=8-20,by=margin`. Raises U603 for a policy that has no thresholds to choose."""
-    name, _, rest = policy.partition(":")
-    entry = get("policies", name.strip())
+    spelled = read(policy)
+    entry = get("policies", spelled.name)
     if entry.name != "exit":
         raise UsageError(
             f"the policy {entry.name} leaves at no threshold of its own that could be calibrated; give exit with its "
             "options, as exit:layers=12-20,by=margin",
             code="U603",
         )
-    pieces = [piece for piece in rest.split(",") if piece]
-    for piece in pieces:
-        if piece.partition("=")[0].strip() in ("after", "confidence"):
+    for key, value in spelled.options:
+        if key in ("after", "confidence"):
             raise UsageError(
-                f"{piece!r:.60} fixes what calibrate chooses; give exit without after and confidence", code="U603"
+                f"{f'{key}={value}'!r:.60} fixes what calibrate chooses; give exit without after and confidence",
+                code="U603",
             )
-    text = ",".join([f"{name.strip()}:confidence=1", *pieces])
-    pairs: list[str] = []
-    for piece in pieces:
-        if "=" in piece:
-            pairs.append(piece)
-        elif pairs:
-            pairs[-1] += f",{piece}"
-    own = {key: parameter.default for key, parameter in entry.options().items()} | entry.parse(pairs)
+    own = {key: parameter.default for key, parameter in entry.options().items()} | options_of(entry, spelled)
+    text = str(replace(spelled, options=(("confidence", "1"), *spelled.options)))
     return Exits(text, own["by"], own["head"], own["fill"], own["prefill"])

@@ -28,8 +28,9 @@ from shoal.models.opened import open_model
 from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require, shapes_of
 from shoal.record import Record, plain
-from shoal.registry import Entry, entries, get
+from shoal.registry import Entry, entries
 from shoal.scores import Budget, Found, Legal
+from shoal.spelling import chosen
 from shoal.writing.surgery import blueprint
 
 
@@ -106,7 +107,7 @@ def prune(
     **options: Any,
 ) -> Pruned:
     """Find a plan with `drop` layers less (or a share `keep` of them, or within a `budget` such as "params=0.8") by a
-    published method, or take `plan` as it is, with its `weights`.
+    published method (NAME or NAME:key=value,key=value), or take `plan` as it is, with its `weights`.
 
     Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
     can express are looked at. `then`: transforms done after that, in order, as "refit" or "slerp:t=0.3" (see `shoal
@@ -120,8 +121,7 @@ def prune(
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
         raise UsageError("give a plan or how much to remove, not both", code="U521")
-    entry = get("methods", method)
-    own = entry.accept(settings or {})
+    entry, own = chosen("methods", method, settings)
     after = parse_then(then)
     loaded = opened(source, **options)
     spec = loaded.opened.spec

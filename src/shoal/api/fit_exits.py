@@ -25,6 +25,7 @@ from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, format_steps, parse_plan
 from shoal.record import plain
+from shoal.spelling import read
 
 What = Literal["lens", "adainfer"]
 NAME = "lens"
@@ -115,7 +116,7 @@ def _lensed(
 ) -> Lensed:
     held = max(1, len(text) // 5)
     fitted, judged = text.only(range(len(text) - held)), text.only(range(len(text) - held, len(text)))
-    plans = [make_policy(f"{policy},head={head}", base, spec).plan for head in ("base", NAME)]
+    plans = [make_policy(str(read(policy).having(head=head)), base, spec).plan for head in ("base", NAME)]
     tensors = dict(weights) | fit_lenses(loaded.model, plans[1], weights, fitted, batch=batch, progress=progress)
     tensors |= fit_probes(loaded.model, plans[1], tensors, fitted, batch=batch, progress=progress)
     own, through = (

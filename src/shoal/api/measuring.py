@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -15,6 +15,7 @@ from shoal.models.kinds import require_text
 from shoal.record import plain
 from shoal.registry import Entry, get
 from shoal.scores import Scores, Traits
+from shoal.spelling import chosen, options_of, read
 
 
 def measure(
@@ -34,13 +35,13 @@ def measure(
     progress: Progress | None = None,
     **options: Any,
 ) -> Scores:
-    """Score every layer by the measure `name` (see `shoal ls measures`) on `limit` windows of `length` tokens.
+    """Score every layer by the measure `name` (see `shoal ls measures`; NAME or NAME:key=value,key=value) on `limit`
+    windows of `length` tokens.
 
     `settings` are the measure's own options; `options` go to `shoal.load`. Raises `UsageError` U501 for a name and U502
     for an option that does not exist, `DataError` for text that cannot be used.
     """
-    entry = get("measures", name)
-    own = entry.accept(settings or {})
+    entry, own = chosen("measures", name, settings)
     loaded, function = opened(source, **options), entry.load()
     traits: Traits = getattr(import_module(entry.module), "TRAITS", Traits())
     text = None
@@ -95,34 +96,43 @@ def measure_several(
     of the stack. `stability`: also say how many sequences are enough. `load` goes to `shoal.load`, `options` to
     `shoal.measure`. Raises what `shoal.measure` raises, U501 and U502 before the model is loaded.
     """
-    chosen = [get("measures", name) for name in dict.fromkeys(names)]
-    own = {entry.name: entry.accept((settings or {}).get(entry.name, {})) for entry in chosen}
+    asked = _asked(names, settings or {})
     loaded = opened(source, **(load or {}))
     texts = list(dict.fromkeys(data)) if all(isinstance(text, str) for text in data) else list(data)
     scores: dict[str, Scores] = {}
-    for entry in chosen:
+    for typed, (entry, own) in asked.items():
         for number, text in enumerate(texts):
             words = text if isinstance(text, str) else f"text {number + 1}"
-            name = entry.name if len(texts) == 1 else f"{entry.name} on {words}"
+            name = typed if len(texts) == 1 else f"{typed} on {words}"
             scores[name] = measure(
-                loaded, entry.name, data=text, settings=own[entry.name], progress=_named(progress, name), **options
+                loaded, entry.name, data=text, settings=own, progress=_named(progress, name), **options
             )
     k = max(1, min(lowest, min(len(found.values) for found in scores.values()) // 2))
     return Measured(scores, agreement_table(scores, k=k), _stability(scores, k) if stability else {})
 
 
+def _asked(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Entry, dict[str, Any]]]:
+    """Each measure once, by what was typed, with its options: `settings` by name of the measure, and the typed ones."""
+    found = {}
+    for spelled in map(read, names):
+        entry = get("measures", spelled.name)
+        typed = replace(spelled, name=entry.name)
+        found[str(typed)] = entry, options_of(entry, typed, settings.get(entry.name))
+    return found
+
+
 def settings_of(names: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """["name=value", ...] -> options by measure: each goes to every measure that has it. Raises U502 when none has."""
-    chosen = [get("measures", name) for name in dict.fromkeys(names)]
-    found: dict[str, dict[str, Any]] = {entry.name: {} for entry in chosen}
+    named = {entry.name: entry for entry in (get("measures", read(name).name) for name in names)}
+    found: dict[str, dict[str, Any]] = {name: {} for name in named}
     for pair in pairs:
-        takers = [entry for entry in chosen if _option(pair) in entry.options()]
-        if not takers and len(chosen) > 1:
+        takers = [entry for entry in named.values() if _option(pair) in entry.options()]
+        if not takers and len(named) > 1:
             raise UsageError(
                 f"none of {', '.join(found)} has an option {_option(pair)!r}; see shoal ls measures", code="U502"
             )
-        for entry in takers or chosen:
-            found[entry.name] |= Entry.parse(entry, [pair])
+        for entry in takers or named.values():
+            found[entry.name] |= entry.typed([pair])
     return found
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shoal.data import Data
-from shoal.errors import UsageError
 from shoal.evaluation import Progress
 from shoal.executing.weights import used_by
 from shoal.fitting.result import Job, Transformed
 from shoal.models.load import Loaded
 from shoal.plan import Spec, require, shapes_of
-from shoal.registry import Entry, get
+from shoal.registry import Entry
 from shoal.scores import Found
+from shoal.spelling import chosen
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,7 @@ class Then:
 
 def parse_then(texts: Sequence[str]) -> tuple[Then, ...]:
     """["refit:ridge=0.01", ...] -> transforms. Raises U501 for a name and U502 for an option that does not exist."""
-    found = []
-    for text in texts:
-        name, separator, rest = text.partition(":")
-        if separator and not rest:
-            raise UsageError(f"{text!r} gives no option; write {name} or {name}:key=value", code="U502")
-        entry = get("transforms", name.strip())
-        found.append(Then(text, entry, entry.parse([pair for pair in rest.split(",") if pair])))
-    return tuple(found)
+    return tuple(Then(text, *chosen("transforms", text)) for text in texts)
 
 
 def transformed(

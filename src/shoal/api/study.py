@@ -12,6 +12,7 @@ from typing import Any
 from shoal.api.budget import parse_budget
 from shoal.errors import UsageError
 from shoal.registry import entries, get
+from shoal.spelling import chosen, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,11 @@ class Cell:
     @property
     def name(self) -> str:
         """The method's registered name."""
-        return self.method.partition(":")[0]
+        return read(self.method).name
 
     def settings(self) -> dict[str, Any]:
         """The method's options. Raises U501 or U502 for what does not exist."""
-        _, _, text = self.method.partition(":")
-        return get("methods", self.name).parse([pair for pair in text.split(";") if pair.strip()])
+        return chosen("methods", self.method)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Expected:
 def cells(methods: Sequence[str], budgets: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """Every cell, cheapest mistakes first: all names, options and budgets are looked at before anything runs.
 
-    `methods`: names, with options behind a colon (`position:which=first;x=y`); none for all there are. `budgets`:
+    `methods`: names, with options behind a colon (`position:which=first,x=y`); none for all there are. `budgets`:
     `UNIT=SHARE`, several shares parted by commas. Raises U501, U502, U523, and U570 when there is nothing to do.
     """
     named = list(dict.fromkeys(name.strip() for name in methods)) or list(entries("methods"))

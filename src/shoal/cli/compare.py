@@ -34,7 +34,7 @@ def compare(
     ],
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="NAME or NAME:option=value;option=value; once for each. Default: all."),
+        typer.Option("--method", "-m", help="NAME or NAME:option=value,option=value; once for each. Default: all."),
     ] = None,
     budget: Annotated[
         list[str] | None,

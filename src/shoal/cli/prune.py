@@ -105,9 +105,10 @@ def prune(
 ) -> None:
     """Remove layers by a published method, prove the result in a fresh process, and write it as a plain checkpoint."""
     from shoal.registry import get
+    from shoal.spelling import read
 
-    entry = get("methods", method)
-    options = entry.parse(settings or [])
+    asked = read(method)
+    options = get("methods", asked.name).parse([*asked.pairs, *(settings or [])])
     if dry_run:
         emit(*_dry(model, plan, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
         return

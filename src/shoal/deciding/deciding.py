@@ -24,7 +24,7 @@ from shoal.models.stacks import Stack
 from shoal.plan import Exit, Plan, Spec, Step, format_steps
 from shoal.plan.steps import runs
 from shoal.plan.tensors import tensors_of
-from shoal.registry import get
+from shoal.spelling import chosen as chosen_entry
 
 
 def make_policy(text: str, plan: Plan, spec: Spec) -> Policy:
@@ -35,17 +35,8 @@ def make_policy(text: str, plan: Plan, spec: Spec) -> Policy:
     """
     if text.endswith(".json") and ":" not in text:
         text = f"calibrated:file={text}"
-    name, separator, rest = text.partition(":")
-    if separator and not rest:
-        raise UsageError(f"{text!r} gives no option; write {name} or {name}:key=value", code="U502")
-    pairs: list[str] = []
-    for piece in filter(None, rest.split(",")):
-        if "=" in piece or not pairs:
-            pairs.append(piece)
-        else:  # a comma inside a value: listed=3-5,7
-            pairs[-1] += f",{piece}"
-    entry = get("policies", name.strip())
-    made: Policy = entry.load()(plan, spec, **entry.parse(pairs))
+    entry, options = chosen_entry("policies", text)
+    made: Policy = entry.load()(plan, spec, **options)
     return made
 
 

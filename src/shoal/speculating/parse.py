@@ -1,4 +1,4 @@
-"""exit:8, skip:0-11,14-29, swift:fraction=0.4;window=24, lookup+exit:8: drafts as a person types them."""
+"""exit:8, skip:0-11,14-29, swift:fraction=0.4,window=24, lookup+exit:8: drafts as a person types them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from shoal.errors import UsageError
 from shoal.plan import Spec, format_steps
 from shoal.plan.steps import Step
-from shoal.registry import get
 from shoal.speculating.chooser import Chooser, Finder
+from shoal.spelling import chosen
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Recipe:
 
 
 def parse_draft(text: str, spec: Spec) -> Recipe:
-    """KIND, KIND:FIRST-OPTION or KIND:name=value;name=value, joined by + to one of layers and one of lookup.
+    """KIND, KIND:FIRST-OPTION or KIND:name=value,name=value, joined by + to one of layers and one of lookup.
 
     Raises U501 for an unknown kind, U502 for a bad option, U617 for two of one sort, P1xx for a plan that the model
     cannot run.
@@ -44,10 +44,5 @@ def parse_draft(text: str, spec: Spec) -> Recipe:
 
 
 def _made(piece: str, spec: Spec) -> Chooser | Finder:
-    name, _, rest = piece.partition(":")
-    entry = get("drafts", name)
-    pairs = [pair for pair in rest.split(";") if pair]
-    known = list(entry.options())
-    if len(pairs) == 1 and "=" not in pairs[0] and known:
-        pairs = [f"{known[0]}={pairs[0]}"]
-    return entry.load()(spec=spec, **entry.parse(pairs))
+    entry, options = chosen("drafts", piece, lone=True)
+    return entry.load()(spec=spec, **options)
