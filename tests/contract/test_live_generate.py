@@ -14,7 +14,7 @@ from shoal.models.stacks import find_stack
 from shoal.writing.surgery import rewrite
 
 from .families import tiny
-from .live_models import IDS, PADDED, code_of, logits, plan_of
+from .live_models import IDS, PADDED, code_of, logits, own, plan_of
 
 KV_SOURCE = {
     "llama": "0-2,3@1",
@@ -65,13 +65,13 @@ def test_beams_and_prompt_lookup_equal_the_rewritten_stock_model(family: str, pl
 
 
 def test_an_own_cache_grows_right_with_and_without_a_config() -> None:
-    model = tiny("llama")
+    model = own("llama").double()  # pieces of another shape take other kernels, whose rounding shows in float32
     with running(model, "0,1x2,3"):
         whole = logits(model)
         for cache in (DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=12)):
             pieces = [IDS[:, :5], IDS[:, 5:6], IDS[:, 6:]]
             parts = [logits(model, input_ids=piece, past_key_values=cache, use_cache=True) for piece in pieces]
-            torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-6, rtol=1e-6)
             assert [int(row.get_seq_length()) for row in cache.layers] == [9] * 4
 
 

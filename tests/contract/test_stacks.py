@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -79,8 +80,8 @@ def test_a_stack_is_rewritten_as_it_runs(name: str, stack: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_a_decoder_with_a_cache_computes_what_it_does_without(name: str) -> None:
-    model = kind(name)
-    inputs = inputs_of(model)
+    model = copy.deepcopy(kind(name)).double()  # single tokens take other kernels, whose rounding shows in float32
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs_of(model).items()}
     for text in ("encoder: 0,3-5; decoder: 0,5", "encoder: 5-0; decoder: 4,1,4"):
         with torch.no_grad(), running(model, plan_of(model, text)):
             steps, _ = decoded(model, inputs)

@@ -53,6 +53,7 @@ def test_the_language_loss_is_that_of_the_model_with_its_nets(kind: str) -> None
     for one in (Transformed(given.plan, {}), made):
         with running(model, one.plan, one.weights), torch.no_grad():
             losses.append(float(model(input_ids=text.ids, labels=text.ids, use_cache=False).loss))
+    # the note has four decimals: half a unit of the last, and as much for the rounding of the losses, which is 1e-6
     assert losses == pytest.approx([before, after], abs=1e-4) and after < before
 
 

@@ -66,6 +66,11 @@ def test_files_stay_small(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MOST_LINES
 
 
+def test_files_of_tests_stay_small() -> None:
+    sizes = {path: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > MOST_LINES} == {}
+
+
 def test_the_public_surface_is_small_sorted_and_real() -> None:
     import shoal
 
