@@ -1,4 +1,4 @@
-"""What all verbs share: common options, errors as one sentence, progress with time left, results as text or JSON."""
+"""What all verbs share: errors as one sentence, progress with time left, results as text or JSON."""
 
 from __future__ import annotations
 
@@ -9,81 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from shoal.cli.options import running
 from shoal.errors import ShoalError, UsageError
 
 Progress = Callable[[int, int, str], None]
-_running: ContextVar[typer.Context] = ContextVar("_running")
-
-
-def _config(context: typer.Context, value: Path | None) -> Path | None:
-    """Values of a YAML file become the defaults of the options; what is typed wins."""
-    _running.set(context)
-    if value is not None:
-        import yaml
-
-        try:
-            found = yaml.safe_load(value.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise typer.BadParameter(f"cannot read {value}: {str(error).splitlines()[0]}") from None
-        if not isinstance(found, dict):
-            raise typer.BadParameter(f"{value} must hold option: value pairs")
-        known = {parameter.name: parameter for parameter in context.command.params}
-        found = {str(key).replace("-", "_"): v for key, v in found.items() if key != "verb"}
-        for key in found:
-            if key not in known:
-                raise typer.BadParameter(
-                    f"{value}: {context.info_name} has no option {key!r}; it has {', '.join(known)}"
-                )
-            if getattr(known[key], "multiple", False) and not isinstance(found[key], list):
-                found[key] = [found[key]]
-        context.default_map = {**(context.default_map or {}), **found}
-    return value
-
-
-Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2.", show_default=False)]
-PlanText = Annotated[
-    str | None, typer.Option("--plan", help="Depth notation (0-11,14-29) or a plan.json or its folder.")
-]
-DataSource = Annotated[str, typer.Option("--data", help="builtin, a .txt/.jsonl/.parquet file, or a hub data set id.")]
-Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a calibration sequence.")]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="Sequences at most.")]
-Window = Annotated[int, typer.Option("--window", min=2, help="Tokens in a test window.")]
-Stride = Annotated[
-    int | None, typer.Option("--stride", min=1, help="Tokens from window to window (default: no overlap).")
-]
-Bos = Annotated[bool, typer.Option("--bos", help="Put the BOS token in front of each window.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, ... (default: what torch finds).")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", "-o", help="An option of the method, as name=value.")]
-Then = Annotated[
-    list[str] | None,
-    typer.Option("--then", help="After that: a stand-in or merge, as refit or slerp:t=0.3 (shoal ls transforms)."),
-]
-SavePlan = Annotated[
-    Path | None, typer.Option("--save-plan", help="Folder for plan.json and its weights; --plan takes it.")
-]
-Stream = Annotated[
-    bool, typer.Option("--stream", help="Leave the layers in their files and read each when it runs: any size fits.")
-]
-StackName = Annotated[
-    str | None, typer.Option("--stack", help="encoder, decoder, vision, text (default: the decoder, or the first).")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; load no weights, write nothing.")]
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", callback=_config, is_eager=True, help="YAML file with these options; typed ones win."),
-]
 
 
 def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +47,7 @@ def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 def resolved() -> dict[str, Any]:
     """The options of the running verb as a config file would hold them."""
-    context = _running.get()
+    context = running.get()
     plain = {}
     for parameter in context.command.params:  # in the order of --help, whatever order was typed
         key, value = str(parameter.name), context.params.get(str(parameter.name))
@@ -128,6 +62,11 @@ def config_text() -> str:
     import yaml
 
     return yaml.safe_dump(resolved(), sort_keys=False, allow_unicode=True)
+
+
+def emit_config(*, as_json: bool) -> None:
+    """The answer to --dry-run of a verb that can only say what it was asked."""
+    emit({"config": config_text()}, config_text(), as_json=as_json)
 
 
 def emit(data: Any, text: str, *, as_json: bool) -> None:

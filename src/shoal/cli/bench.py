@@ -7,31 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import (
-    Batch,
-    Config,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Model,
-    PlanText,
-    Quiet,
-    Seed,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    open_model,
-    progress_bars,
-    table,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
 from shoal.errors import UsageError
 
 
 def bench(
-    model: Model,
-    plan: PlanText = None,
+    model: options.Model,
+    plan: options.PlanText = None,
     against: Annotated[
         str | None, typer.Option("--against", help="The dense model, when MODEL is a pruned one.")
     ] = None,
@@ -48,19 +31,19 @@ def bench(
     ] = 512,
     new: Annotated[int, typer.Option("--new", min=1, help="Tokens to decode.")] = 32,
     pairs: Annotated[int, typer.Option("--pairs", min=1, help="Rounds; in each both sides run once.")] = 5,
-    batch: Batch = 1,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Time prefill and decode apart, paired in one run, with the memory that weights and KV hold."""
     if dry_run:
-        emit({"config": config_text()}, config_text(), as_json=json_)
+        emit_config(as_json=json_)
         return
     from shoal.api.assess import bench as run
 
@@ -68,9 +51,9 @@ def bench(
         _with_policy(model, plan, policy, prompts, against, batch, new, pairs, json_, quiet,
                      loading(device, dtype, trust_remote_code))  # fmt: skip
         return
-    options = loading(device, dtype, trust_remote_code)
+    how = loading(device, dtype, trust_remote_code)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **options)
+        loaded, chosen, weights = open_model(model, plan, **how)
         found = run(
             loaded,
             plan=chosen,
@@ -82,7 +65,7 @@ def bench(
             pairs=pairs,
             seed=seed,
             progress=progress,
-            **(options if against is not None else {}),
+            **(how if against is not None else {}),
         )
     emit(found.to_dict(), _text(found), as_json=json_)
 
@@ -98,7 +81,7 @@ def _with_policy(
     pairs: int,
     as_json: bool,
     quiet: bool,
-    options: dict[str, Any],
+    how: dict[str, Any],
 ) -> None:
     from shoal.api.bench_policy import bench_policy
     from shoal.api.prompts import read_prompts
@@ -111,7 +94,7 @@ def _with_policy(
         )
     texts = None if prompts is None else read_prompts(prompts)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **options)
+        loaded, chosen, weights = open_model(model, plan, **how)
         found = bench_policy(
             loaded, policy, plan=chosen, weights=weights, prompts=texts, new=new, pairs=pairs, progress=progress
         )

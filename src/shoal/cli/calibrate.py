@@ -7,32 +7,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from shoal.cli._shared import (
-    Batch,
-    Config,
-    DataSource,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Length,
-    Limit,
-    Model,
-    PlanText,
-    Quiet,
-    Seed,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    open_model,
-    progress_bars,
-    table,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
 
 
 def calibrate(
-    model: Model,
+    model: options.Model,
     policy: Annotated[
         str, typer.Option("--policy", help="exit with its options, without a threshold: exit:layers=12-20,by=margin.")
     ] = "exit",
@@ -43,7 +23,7 @@ def calibrate(
     confidence: Annotated[float, typer.Option("--confidence", help="Probability with which each promise holds.")] = 0.9,
     output: Annotated[Path | None, typer.Option("--output", help="Write policy.json here; --policy takes it.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write a page with the curve and the table.")] = None,
-    plan: PlanText = None,
+    plan: options.PlanText = None,
     guarantee: Annotated[
         Literal["fixed-sequence", "conformal"],
         typer.Option("--guarantee", help="Learn then Test with confidence, or an average by conformal risk control."),
@@ -62,23 +42,23 @@ def calibrate(
     features: Annotated[
         Path | None, typer.Option("--features", help="Recorded exits: read if there, else written (safetensors).")
     ] = None,
-    data: DataSource = "builtin",
-    length: Length = 128,
+    data: options.DataSource = "builtin",
+    length: options.Length = 128,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in front that count as prompt.")] = 32,
-    limit: Limit = 200,
-    batch: Batch = 1,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    limit: options.Limit = 200,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Choose exit thresholds that keep a promised agreement or loss, and print what others would cost."""
     if dry_run:
-        emit({"config": config_text()}, config_text(), as_json=json_)
+        emit_config(as_json=json_)
         return
     from shoal.api.calibrate import calibrate as run
     from shoal.api.calibrate import publish

@@ -7,28 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import (
-    Batch,
-    Config,
-    DataSource,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Length,
-    Limit,
-    Model,
-    Quiet,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    progress_bars,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import config_text, emit, loading, progress_bars
 
 
 def compare(
-    model: Model,
+    model: options.Model,
     output: Annotated[
         Path, typer.Option("--output", help="Folder of the results; one that is half done is gone on with.")
     ],
@@ -44,34 +28,31 @@ def compare(
         list[int] | None,
         typer.Option("--seed", help="Once for each repetition; 0 takes the first windows, others a random choice."),
     ] = None,
-    data: DataSource = "builtin",
+    data: options.DataSource = "builtin",
     test_data: Annotated[
         list[str] | None, typer.Option("--test-data", help="Text for perplexity; once for each. Default: builtin.")
     ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option("--tasks", help="A .jsonl file, or a task or .yaml file of lm-eval; once for each."),
-    ] = None,
-    length: Length = 512,
-    limit: Limit = 16,
+    tasks: options.Tasks = None,
+    length: options.Length = 512,
+    limit: options.Limit = 16,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens in a test window.")] = 512,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Test windows of each text.")] = 16,
-    task_items: Annotated[int, typer.Option("--task-items", min=1, help="Items of each file of tasks.")] = 200,
+    task_items: options.TaskItems = 200,
     new_tokens: Annotated[int, typer.Option("--new", min=0, help="Tokens of the generation check; 0: none.")] = 64,
     pairs: Annotated[int, typer.Option("--pairs", min=0, help="Rounds of the paired timing; 0: none.")] = 3,
-    batch: Batch = 1,
+    batch: options.Batch = 1,
     writable: Annotated[bool, typer.Option("--writable", help="Only plans that a plain checkpoint can hold.")] = False,
     ray: Annotated[
         str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: cells run there.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Cells at a time, with --ray.")] = 2,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Compare methods at equal budgets: quality, cost and measured speed, as a table and a page with the frontier."""
     from shoal.api.study import Protocol, cells, full_paths

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from shoal.atomic import replacing
-from shoal.cli._shared import Json, Quiet, emit, need, progress_bars, read_plan
+from shoal.cli import options
+from shoal.cli._shared import emit, need, progress_bars, read_plan
 from shoal.errors import UsageError, WriteError
 
 _WRITTEN_OUT = re.compile(r"\s*(?:[\[{].*|(?:--prune-layers[\s=]+)?[\d\s,]+)", re.DOTALL)
@@ -23,8 +24,8 @@ def convert(
     from_: Annotated[str | None, typer.Option("--from", help="The format of PLAN (default: Shoal's own).")] = None,
     model: Annotated[str | None, typer.Option("--model", help="The base model: needed unless PLAN names it.")] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write this file instead of printing.")] = None,
-    json_: Json = False,
-    quiet: Quiet = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Translate a plan between Shoal and other tools' files; refuses what the other format cannot say."""
     from shoal.registry import get

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli._shared import Json, emit, table
+from shoal.cli import options
+from shoal.cli._shared import emit, table
 
 
 def diff(
     before: Annotated[str, typer.Argument(help="A plan.json or a written folder.", show_default=False)],
     after: Annotated[str, typer.Argument(help="Another one.", show_default=False)],
-    json_: Json = False,
+    json_: options.Json = False,
 ) -> None:
     """List the base layers that two plans treat differently."""
     from shoal.plan import diff as compare

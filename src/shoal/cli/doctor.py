@@ -7,22 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import Json, PlanText, Quiet, emit, progress_bars, table
+from shoal.cli import options
+from shoal.cli._shared import emit, progress_bars, table
 
 
 def doctor(
     model: Annotated[str, typer.Argument(help="A folder or a hub id; a hub id's weights are not fetched.")],
-    plan: PlanText = None,
+    plan: options.PlanText = None,
     kept: Annotated[
         str | None, typer.Option("--kept", help="Layers of the base that a broken folder holds, such as 0-5,8-11.")
     ] = None,
     repair: Annotated[Path | None, typer.Option("--repair", help="Write a sound copy to this folder.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")
-    ] = False,
-    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file.")] = "5GB",
-    json_: Json = False,
-    quiet: Quiet = False,
+    overwrite: options.Overwrite = False,
+    shard_size: options.ShardSize = "5GB",
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Say what a checkpoint is, what is wrong with it and what a plan would make of it, without reading a weight."""
     from shoal.api.doctor import doctor as examine

@@ -6,59 +6,35 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import (
-    Batch,
-    Bos,
-    Config,
-    DataSource,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Limit,
-    Model,
-    PlanText,
-    Quiet,
-    Stride,
-    Trust,
-    Window,
-    config_text,
-    emit,
-    loading,
-    open_model,
-    progress_bars,
-    table,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
 
 
 def evaluate(
-    model: Model,
-    plan: PlanText = None,
+    model: options.Model,
+    plan: options.PlanText = None,
     against: Annotated[str | None, typer.Option("--against", help="A dense model to compare with.")] = None,
-    data: DataSource = "builtin",
-    window: Window = 512,
-    stride: Stride = None,
-    limit: Limit = 16,
-    bos: Bos = False,
-    batch: Batch = 1,
+    data: options.DataSource = "builtin",
+    window: options.Window = 512,
+    stride: options.Stride = None,
+    limit: options.Limit = 16,
+    bos: options.Bos = False,
+    batch: options.Batch = 1,
     generation: Annotated[bool, typer.Option("--generation/--no-generation", help="Greedy generation check.")] = True,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate for each prompt.")] = 64,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option("--tasks", help="A .jsonl file, or a task or .yaml file of lm-eval; once for each."),
-    ] = None,
-    task_items: Annotated[int, typer.Option("--task-items", min=1, help="Items of each task.")] = 200,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    tasks: options.Tasks = None,
+    task_items: options.TaskItems = 200,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Perplexity and a greedy generation check; with --plan or --against also agreement with the dense model."""
     if dry_run:
-        emit({"config": config_text()}, config_text(), as_json=json_)
+        emit_config(as_json=json_)
         return
     from shoal.api.assess import evaluate as run
     from shoal.api.study import full_paths

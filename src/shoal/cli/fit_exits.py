@@ -7,33 +7,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from shoal.cli._shared import (
-    Batch,
-    Config,
-    DataSource,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Length,
-    Limit,
-    Model,
-    PlanText,
-    Quiet,
-    Seed,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    open_model,
-    progress_bars,
-    table,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
 from shoal.errors import UsageError
 
 
 def fit_exits(
-    model: Model,
+    model: options.Model,
     policy: Annotated[
         str, typer.Option("--policy", help="exit with its places and fill: exit:layers=12-28,fill=defer.")
     ] = "exit",
@@ -44,23 +24,23 @@ def fit_exits(
     output: Annotated[
         Path | None, typer.Option("--output", help="Write the plan with its exits and lenses into this folder.")
     ] = None,
-    plan: PlanText = None,
-    data: DataSource = "builtin",
-    length: Length = 128,
-    limit: Limit = 256,
-    batch: Batch = 1,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    plan: options.PlanText = None,
+    data: options.DataSource = "builtin",
+    length: options.Length = 128,
+    limit: options.Limit = 256,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Fit what exits need: lenses in front of the head and probes that say when, or the classifier of adainfer."""
     if dry_run:
-        emit({"config": config_text()}, config_text(), as_json=json_)
+        emit_config(as_json=json_)
         return
     if what == "adainfer" and output is not None:
         raise UsageError(

@@ -7,64 +7,36 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import (
-    Batch,
-    Bos,
-    Config,
-    DataSource,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Length,
-    Limit,
-    Model,
-    PlanText,
-    Quiet,
-    SavePlan,
-    Seed,
-    Stride,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    need,
-    open_model,
-    progress_bars,
-    tell_fits,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import config_text, emit, emit_config, loading, need, open_model, progress_bars, tell_fits
 
 
 def fuse(
-    model: Model,
-    plan: PlanText = None,
+    model: options.Model,
+    plan: options.PlanText = None,
     then: Annotated[
         list[str] | None,
         typer.Option("--with", help="A transform, as refit or slerp:t=0.3 (shoal ls transforms); again for more."),
     ] = None,
-    data: DataSource = "builtin",
-    length: Length = 512,
-    limit: Limit = 16,
-    stride: Stride = None,
-    bos: Bos = False,
-    batch: Batch = 1,
-    seed: Seed = 0,
-    save_plan: SavePlan = None,
+    data: options.DataSource = "builtin",
+    length: options.Length = 512,
+    limit: options.Limit = 16,
+    stride: options.Stride = None,
+    bos: options.Bos = False,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    save_plan: options.SavePlan = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder to write a plain checkpoint to.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")
-    ] = False,
+    overwrite: options.Overwrite = False,
     assess: Annotated[bool, typer.Option("--assess/--no-assess", help="Evaluate and time dense against fused.")] = True,
-    test_data: Annotated[
-        str, typer.Option("--test-data", help="Text for the evaluation (its test split).")
-    ] = "builtin",
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    test_data: options.TestData = "builtin",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Fit or merge what --plan removes, say how well it fits, and write the plan, a checkpoint or both."""
     need(plan, "say what is removed: --plan 0-11,14-29 or --plan plan.json")
@@ -73,7 +45,7 @@ def fuse(
 
     parse_then(then or [])
     if dry_run:
-        emit({"config": config_text()}, config_text(), as_json=json_)
+        emit_config(as_json=json_)
         return
     from shoal.api.find import prune as run
     from shoal.executing.weights import save_planned

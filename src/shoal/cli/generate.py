@@ -8,36 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import (
-    Config,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Model,
-    PlanText,
-    Quiet,
-    Seed,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    open_model,
-    progress_bars,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars
 from shoal.errors import UsageError
 
 
 def generate(
-    model: Model,
+    model: options.Model,
     prompt: Annotated[str, typer.Argument(help="What to answer or to continue.", show_default=False)],
-    plan: PlanText = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            "--policy", help="Who decides at run time: exit:confidence=0.9 (shoal ls policies), or a policy.json."
-        ),
-    ] = None,
+    plan: options.PlanText = None,
+    policy: options.PolicyText = None,
     trace: Annotated[bool, typer.Option("--trace", help="Colour each token by the layers it took.")] = False,
     trace_page: Annotated[
         Path | None, typer.Option("--trace-page", help="Write a page on which each token is shaded by its depth.")
@@ -45,27 +25,25 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="With --sample.")] = 1.0,
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")
-    ] = None,
+    chat: options.Chat = None,
     speculate: Annotated[
         str | None,
         typer.Option("--speculate", help='Lossless draft: auto, exit:8, skip:"0-11,14-29", lookup (shoal ls drafts).'),
     ] = None,
     draft_length: Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted at most.")] = 4,
     fast: Annotated[bool, typer.Option("--fast", help="Compile the layers first; for many tokens.")] = False,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Print what the model writes, token by token."""
     if dry_run:
-        emit({"config": config_text()}, config_text(), as_json=json_)
+        emit_config(as_json=json_)
         return
     if fast and (policy, speculate) != (None, None):
         raise UsageError("--fast is for plans that decide nothing; leave out --policy and --speculate", code="U567")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.cli._shared import Config, Json, Model, Quiet, Trust, emit, progress_bars, table
+from shoal.cli import options
+from shoal.cli._shared import emit, progress_bars, table
 
 
 def inspect(
-    model: Model, trust_remote_code: Trust = False, json_: Json = False, quiet: Quiet = False, config: Config = None
+    model: options.Model,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    config: options.Config = None,
 ) -> None:
     """Show a model's stacks, layers, parts and KV, and where they come from if Shoal wrote it; no weight is loaded."""
     from shoal.models.load import inspect_source, load_config

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli._shared import Json, emit, table
+from shoal.cli import options
+from shoal.cli._shared import emit, table
 from shoal.errors import UsageError
 
 
@@ -15,7 +16,7 @@ def ls(
         str | None,
         typer.Argument(help="measures, search, methods, transforms, policies, exchange or drafts; all if left out."),
     ] = None,
-    json_: Json = False,
+    json_: options.Json = False,
 ) -> None:
     """List measures, searches, methods, transforms, policies, exchange formats and drafts, each with one line."""
     from shoal.registry import KINDS, entries

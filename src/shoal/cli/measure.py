@@ -8,36 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import (
-    Batch,
-    Bos,
-    Config,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Length,
-    Limit,
-    Model,
-    Quiet,
-    Seed,
-    Settings,
-    StackName,
-    Stream,
-    Stride,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    progress_bars,
-    table,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import emit, emit_config, loading, progress_bars, table
 
 _MEASURE, _DATA = ["block-influence"], ["builtin"]
 
 
 def measure(
-    model: Model,
+    model: options.Model,
     measure: Annotated[
         list[str], typer.Option("--measure", "-m", help="Which one; again for several side by side.")
     ] = _MEASURE,
@@ -45,40 +23,40 @@ def measure(
         list[str],
         typer.Option("--data", help="builtin, a .txt/.jsonl/.parquet file, or a hub data set id; again for several."),
     ] = _DATA,
-    length: Length = 512,
-    limit: Limit = 16,
-    stride: Stride = None,
-    bos: Bos = False,
-    batch: Batch = 1,
-    seed: Seed = 0,
-    settings: Settings = None,
-    stack: StackName = None,
+    length: options.Length = 512,
+    limit: options.Limit = 16,
+    stride: options.Stride = None,
+    bos: options.Bos = False,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    settings: options.Settings = None,
+    stack: options.StackName = None,
     lowest: Annotated[int, typer.Option("--lowest", min=1, help="How many of the lowest layers are compared.")] = 8,
     enough: Annotated[bool, typer.Option("--enough", help="Also say how many sequences are enough.")] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the scores with their errors into this .svg file.")
     ] = None,
-    stream: Stream = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    stream: options.Stream = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Score every layer: the lowest is the one to remove first. Several measures or texts: how far they agree."""
     from shoal.api.measuring import measure_several, settings_of
 
-    options = settings_of(measure, settings or [])
+    own = settings_of(measure, settings or [])
     if plot is not None:
         _require_svg(plot)
     if dry_run:
-        emit({"config": config_text()}, config_text(), as_json=json_)
+        emit_config(as_json=json_)
         return
     with progress_bars(quiet) as progress:
         found = measure_several(
-            model, measure, data=data, settings=options, lowest=lowest, stability=enough, progress=progress,
+            model, measure, data=data, settings=own, lowest=lowest, stability=enough, progress=progress,
             load=loading(device, dtype, trust_remote_code, stream), length=length, limit=limit, stride=stride, bos=bos,
             batch=batch, stack=stack,
         )  # fmt: skip

@@ -9,41 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import (
-    Batch,
-    Bos,
-    Config,
-    DataSource,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Length,
-    Limit,
-    Model,
-    PlanText,
-    Quiet,
-    SavePlan,
-    Seed,
-    Settings,
-    StackName,
-    Stream,
-    Stride,
-    Then,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    open_model,
-    progress_bars,
-    read_plan,
-    read_weights,
-    tell_fits,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import config_text, emit, loading, open_model, progress_bars, read_plan, read_weights, tell_fits
 
 
 def prune(
-    model: Model,
+    model: options.Model,
     method: Annotated[str, typer.Option("--method", "-m", help="Which one; see shoal ls methods.")] = "shortgpt",
     drop: Annotated[int | None, typer.Option("--drop", help="How many layers to remove.")] = None,
     keep: Annotated[float | None, typer.Option("--keep", help="Or the share of layers to keep, such as 0.8.")] = None,
@@ -54,36 +25,30 @@ def prune(
             help="Or what it may cost, as a share of dense: params=0.8; layers, flops, kv, prefill, decode.",
         ),
     ] = None,
-    plan: PlanText = None,
-    data: DataSource = "builtin",
-    length: Length = 512,
-    limit: Limit = 16,
-    stride: Stride = None,
-    bos: Bos = False,
-    batch: Batch = 1,
-    seed: Seed = 0,
-    settings: Settings = None,
-    then: Then = None,
-    save_plan: SavePlan = None,
-    stack: StackName = None,
+    plan: options.PlanText = None,
+    data: options.DataSource = "builtin",
+    length: options.Length = 512,
+    limit: options.Limit = 16,
+    stride: options.Stride = None,
+    bos: options.Bos = False,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    settings: options.Settings = None,
+    then: options.Then = None,
+    save_plan: options.SavePlan = None,
+    stack: options.StackName = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder to write; without it only the plan is printed.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")
-    ] = False,
-    zero_parts: Annotated[
-        bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")
-    ] = False,
+    overwrite: options.Overwrite = False,
+    zero_parts: options.ZeroParts = False,
     assess: Annotated[
         bool | None,
         typer.Option(
             "--assess/--no-assess", help="Evaluate and time dense against pruned (default: causal models in memory)."
         ),
     ] = None,
-    test_data: Annotated[
-        str, typer.Option("--test-data", help="Text for the evaluation (its test split).")
-    ] = "builtin",
+    test_data: options.TestData = "builtin",
     journal: Annotated[
         Path | None, typer.Option("--journal", help="Keep evaluated plans here; a search cut off goes on.")
     ] = None,
@@ -94,21 +59,21 @@ def prune(
         str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: candidates are evaluated there.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that do so, with --ray.")] = 2,
-    stream: Stream = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    stream: options.Stream = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Remove layers by a published method, prove the result in a fresh process, and write it as a plain checkpoint."""
     from shoal.registry import get
     from shoal.spelling import read
 
     asked = read(method)
-    options = get("methods", asked.name).parse([*asked.pairs, *(settings or [])])
+    own = get("methods", asked.name).parse([*asked.pairs, *(settings or [])])
     if dry_run:
         emit(*_dry(model, plan, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
         return
@@ -139,7 +104,7 @@ def prune(
             batch=batch,
             seed=seed,
             stack=stack,
-            settings=options,
+            settings=own,
             then=then or [],
             writable=output is not None,
             zero_parts=zero_parts,

@@ -9,33 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import (
-    Config,
-    Device,
-    DryRun,
-    Dtype,
-    Model,
-    PlanText,
-    Quiet,
-    Trust,
-    emit,
-    loading,
-    open_model,
-    progress_bars,
-    resolved,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import emit, loading, open_model, progress_bars, resolved
 from shoal.errors import UsageError
 
 
 def serve(
-    model: Model,
-    plan: PlanText = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            "--policy", help="Who decides at run time, as exit:confidence=0.9 (shoal ls policies), or a file."
-        ),
-    ] = None,
+    model: options.Model,
+    plan: options.PlanText = None,
+    policy: options.PolicyText = None,
     speculate: Annotated[
         str | None, typer.Option("--speculate", help="Self-speculation, as exit:8 (shoal ls drafts).")
     ] = None,
@@ -54,13 +36,13 @@ def serve(
     ] = None,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="KiB of one request.")] = 1024,
     drain: Annotated[int, typer.Option("--drain", min=0, help="Seconds to finish in after SIGTERM.")] = 30,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the address and each request as a JSON line.")] = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Answer OpenAI-compatible requests on this machine, one at a time, until Ctrl-C."""
     if dry_run:

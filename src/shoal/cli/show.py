@@ -6,15 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import Config, Json, Quiet, emit, progress_bars, read_plan, read_weights, table
+from shoal.cli import options
+from shoal.cli._shared import emit, progress_bars, read_plan, read_weights, table
 
 
 def show(
     plan: Annotated[str, typer.Argument(help="A plan.json, a written folder, or depth notation with --model.")],
     model: Annotated[str | None, typer.Option("--model", help="The base model; then the cost is shown too.")] = None,
-    json_: Json = False,
-    quiet: Quiet = False,
-    config: Config = None,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    config: options.Config = None,
 ) -> None:
     """Show which layers a plan runs; with --model also whether it is legal there and what it costs; of a written
     folder also which layers of the original base it holds."""

@@ -7,27 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import (
-    Config,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Model,
-    Quiet,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    open_model,
-    progress_bars,
-    table,
-)  # fmt: skip
+from shoal.cli import options
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
 from shoal.errors import UsageError
 
 
 def tune_draft(
-    model: Model,
+    model: options.Model,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="A prompt in each line, or a .jsonl file (default: six built in).")
     ] = None,
@@ -38,20 +24,18 @@ def tune_draft(
         list[str] | None,
         typer.Option("--also", help="A draft to generate with whatever is foreseen: swift, clasp, ..."),
     ] = None,
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")
-    ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    chat: options.Chat = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Find the fastest lossless draft on your prompts, or learn that plain decoding is faster."""
     if dry_run:
-        emit({"config": config_text()}, config_text(), as_json=json_)
+        emit_config(as_json=json_)
         return
     from shoal.api.prompts import read_prompts
     from shoal.api.speculate import tune_draft as run

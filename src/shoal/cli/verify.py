@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli._shared import Config, Device, Dtype, Json, Quiet, Trust, emit, loading, progress_bars, table
+from shoal.cli import options
+from shoal.cli._shared import emit, loading, progress_bars, table
 
 
 def verify(
@@ -15,12 +16,12 @@ def verify(
     base: Annotated[
         str | None, typer.Option("--base", help="The base model (default: the one the plan names).")
     ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    config: Config = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    config: options.Config = None,
 ) -> None:
     """Load the folder in a fresh process without Shoal and compare it with the live plan; exit code 1 if it differs."""
     from shoal.models.load import load

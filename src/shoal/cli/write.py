@@ -7,40 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
+from shoal.cli import options
 from shoal.cli._gguf import Wanted, write_gguf
-from shoal.cli._shared import (
-    Config,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    Model,
-    PlanText,
-    Quiet,
-    Trust,
-    config_text,
-    emit,
-    loading,
-    need,
-    open_model,
-    progress_bars,
-    read_plan,
-    read_weights,
-)  # fmt: skip
+from shoal.cli._shared import config_text, emit, loading, need, open_model, progress_bars, read_plan, read_weights
 from shoal.errors import UsageError, WriteError
 
 
 def write(
-    model: Model,
+    model: options.Model,
     output: Annotated[Path, typer.Option("--output", help="Folder to write, or a .gguf file.")],
-    plan: PlanText = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")
-    ] = False,
-    zero_parts: Annotated[
-        bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")
-    ] = False,
-    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file.")] = "5GB",
+    plan: options.PlanText = None,
+    overwrite: options.Overwrite = False,
+    zero_parts: options.ZeroParts = False,
+    shard_size: options.ShardSize = "5GB",
     stream: Annotated[
         bool, typer.Option("--stream", help="Copy file to file without loading: a local folder of any size.")
     ] = False,
@@ -54,13 +33,13 @@ def write(
     tokenizer_from: Annotated[
         Path | None, typer.Option("--tokenizer-from", help="A .gguf file whose tokenizer a .gguf output takes.")
     ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    config: Config = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
 ) -> None:
     """Write MODEL under --plan as a checkpoint that plain transformers loads, proved in a fresh process first; or as a
     .gguf file for llama.cpp."""
