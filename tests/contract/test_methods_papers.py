@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -139,7 +140,8 @@ def test_foldgpt_shares_the_matrices_of_what_sleb_leaves() -> None:
 
 @pytest.mark.parametrize("family", tuple(PLANTED))
 def test_cqil_puts_the_layer_that_does_nothing_beside_another(family: str) -> None:
-    task, null = task_of(planted(family), own_text(family)), PLANTED[family]
+    # in float64, since sums of two branches are rounded in another order than one layer behind the other
+    task, null = task_of(copy.deepcopy(planted(family)).double(), own_text(family)), PLANTED[family]
     found = cqil(task, drop=1, bypass=False)
     assert {c.notation for c in found.trace} == {"(0|1),2-3", "0,(1|2),3", "0-1,(2|3)"}
     side = next(step for step in found.plan.steps() if isinstance(step, Parallel))
