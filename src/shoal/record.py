@@ -73,10 +73,11 @@ def append(path: Path, record: Record) -> None:
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
     """Add a JSON line in one write, behind the end of one that a kill cut short."""
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     text = json.dumps(plain(entry), ensure_ascii=False, allow_nan=False) + "\n"
-    with path.open("ab", buffering=0) as stream:
-        stream.write((b"" if whole else b"\n") + text.encode())
+    with path.open("ab+", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 1))
+        stream.write((b"" if stream.read(1) in (b"", b"\n") else b"\n") + text.encode())
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:

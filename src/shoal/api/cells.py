@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from shoal.api.study import file_name
 from shoal.errors import DataError
 from shoal.executing.weights import Tensors
-from shoal.record import append_line, read_objects
+from shoal.ledger import Found, Ledger, Store
 
 FORMAT = "shoal-compare/1"
 
@@ -25,24 +26,19 @@ class Cells:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.path, self._folder = folder / "cells.jsonl", folder / "untimed"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = read_objects(self.path)
+            store = Store(self.path, _entry, lambda key, row, spent: row)
         except OSError as error:
             raise DataError(f"cannot keep results in {folder} ({error.strerror}); name another", code="D460") from None
-        wanted = json.loads(json.dumps({"compare": FORMAT, **facts}))
-        if not lines:
-            append_line(self.path, wanted)
-        elif changed := [key for key in wanted if lines[0].get(key) != wanted[key]]:
+        if (changed := store.begin({"compare": FORMAT, **facts})) is not None:
             raise DataError(
-                f"{folder} holds the results of another comparison (its {changed[0]} differs); name another folder",
+                f"{folder} holds the results of another comparison (its {changed} differs); name another folder",
                 code="D460",
             )
-        self.done = {str(line["key"]): line for line in lines[1:] if "key" in line}
+        self.done: Ledger[dict[str, Any]] = Ledger(store)
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a finished cell; the later of two lines with one key counts."""
-        append_line(self.path, row)
-        self.done[row["key"]] = json.loads(json.dumps(row))
+        self.done.add(row["key"], json.loads(json.dumps(row)))
 
     def hold(self, key: str, weights: Tensors) -> None:
         """Keep the tensors of a plan until it is timed; do so before the cell is added."""
@@ -64,3 +60,7 @@ class Cells:
 
     def _held(self, key: str) -> Path:
         return self._folder / f"{file_name(key)}.safetensors"
+
+
+def _entry(line: Mapping[str, Any]) -> Found[dict[str, Any]] | None:
+    return Found(str(line["key"]), dict(line), 0.0) if "key" in line else None

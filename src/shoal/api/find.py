@@ -18,9 +18,9 @@ from shoal.data import Data
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.evaluation.cluster import Machines
-from shoal.evaluation.plan_loss import Memo
 from shoal.evaluation.spread_loss import judges
 from shoal.executing.weights import Tensors, shapes_in, used_by
+from shoal.ledger import Ledger
 from shoal.methods._task import Task
 from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
@@ -97,7 +97,7 @@ def prune(
     journal: Path | None = None,
     then: Sequence[str] = (),
     memory: int | None = None,
-    memo: Memo | None = None,
+    memo: Ledger[Any] | None = None,
     ray: str | None = None,
     workers: int = 2,
     timed: bool = True,
@@ -257,13 +257,10 @@ def _prompt(loaded: Loaded, length: int, new: int = 32) -> int:
 
 
 def _legal(loaded: Loaded, spec: Spec, *, writable: bool, zero_parts: bool) -> Legal:
-    known: dict[str, bool] = {}  # searches ask again and again, and a blueprint takes longer than a short forward
+    known: Ledger[bool] = Ledger()  # searches ask again and again, and a blueprint takes longer than a short forward
 
     def legal(plan: Plan) -> bool:
-        key = str(plan)
-        if key not in known:
-            known[key] = _allowed(loaded, spec, plan, writable=writable, zero_parts=zero_parts)
-        return known[key]
+        return known.once(str(plan), partial(_allowed, loaded, spec, plan, writable=writable, zero_parts=zero_parts))
 
     return legal
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from shoal.evaluation import compare as agree
 from shoal.evaluation import generation_check, perplexity, speed
 from shoal.evaluation.clock import Clock, Phase, kept_clock, measured_clock
 from shoal.evaluation.peak import peak_memory
-from shoal.evaluation.plan_loss import Memo
 from shoal.evaluation.scoring import device_of
 from shoal.executing.weights import Tensors
+from shoal.ledger import Ledger
 from shoal.models.checkpoint import read_json
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, parse_plan
@@ -47,11 +48,11 @@ class Harness:
     tests: dict[str, Data]
     tasks: tuple[Quiz, ...]
     budgets: dict[str, Budget] = field(default_factory=dict)
-    worth: dict[str, dict[str, Any]] = field(default_factory=dict)
+    worth: Ledger[dict[str, Any]] = field(default_factory=Ledger)
     """Quality by plan and the digest of its weights: two methods may well find the same."""
-    paces: dict[str, dict[str, Any]] = field(default_factory=dict)
+    paces: Ledger[dict[str, Any]] = field(default_factory=Ledger)
     """Times, in the same way."""
-    memo: Memo = field(default_factory=Memo)
+    memo: Ledger[Any] = field(default_factory=Ledger)
     """What plans scored in searches: those for a smaller budget begin as those for a larger one did."""
 
     @classmethod
@@ -91,9 +92,10 @@ class Harness:
             result, measured = row.get("result", {}), row.get("measured", {})
             if "digest" in result:
                 name = result["hash"] + result["digest"]
-                self.worth.setdefault(name, {part: result[part] for part in QUALITY if part in result})
-                if "decode" in measured:
-                    self.paces.setdefault(name, {phase: measured[phase] for phase in ("prefill", "decode")})
+                if name not in self.worth:
+                    self.worth.add(name, {part: result[part] for part in QUALITY if part in result})
+                if "decode" in measured and name not in self.paces:
+                    self.paces.add(name, {phase: measured[phase] for phase in ("prefill", "decode")})
 
     def row(self, cell: Cell | None) -> dict[str, Any]:
         """Run one cell but for its times, the dense model for None; an error that is the method's or the budget's
@@ -127,9 +129,8 @@ class Harness:
         seconds = time.perf_counter() + self.memo.saved - start  # as if no other cell had been run
         weights, digest = pruned.found.weights, _digest(pruned.found.weights)
         name = pruned.plan.hash + digest
-        if name not in self.worth:
-            self.worth[name] = self._quality(name, planned(self.loaded.model, pruned.plan, weights))
-        result = self._plan(pruned) | {"digest": digest} | self.worth[name]
+        variant = planned(self.loaded.model, pruned.plan, weights)
+        result = self._plan(pruned) | {"digest": digest} | self.worth.once(name, partial(self._quality, name, variant))
         return {"result": result, "measured": {"seconds": seconds, "peak": peak.growth}, "weights": weights}
 
     def untimed(self, row: Mapping[str, Any]) -> bool:
@@ -146,12 +147,10 @@ class Harness:
         result = row["result"]
         name = result["hash"] + result["digest"]
         try:
-            if name not in self.paces:
-                plan = parse_plan(result["plan"], self.identity())
-                self.paces[name] = self._times(planned(self.loaded.model, plan, weights))
+            paces = self.paces.once(name, partial(self._times, result["plan"], weights))
         except ShoalError as error:
             return {key: row[key] for key in ("key", "method", "budget", "seed")} | {"error": str(error)}
-        return row | {"measured": row["measured"] | self.paces[name]}
+        return row | {"measured": row["measured"] | paces}
 
     def budget(self, text: str) -> Budget:
         """The budget of that text; the same one for all cells. Raises U523."""
@@ -211,10 +210,10 @@ class Harness:
             found |= {"kl": both.agreement.kl, "top1": both.agreement.top1}
         return found
 
-    def _times(self, variant: Any) -> dict[str, Any]:
+    def _times(self, plan: str, weights: Tensors) -> dict[str, Any]:
         protocol, model = self.protocol, self.loaded.model
         timed = speed(
-            {DENSE: planned(model, None), "pruned": variant},
+            {DENSE: planned(model, None), "pruned": planned(model, parse_plan(plan, self.identity()), weights)},
             prompt=protocol.prompt,
             new=protocol.decoded,
             batch=protocol.batch,

@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from shoal.api.journal_file import journal_lines, open_journal, spent_of
+from shoal.api.journal_file import Lost, open_journal, spent_in
 from shoal.data import Data
 from shoal.evaluation.cluster import Machines
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
-from shoal.evaluation.plan_loss import Memo, PlanLoss
+from shoal.evaluation.plan_loss import PlanLoss
 from shoal.evaluation.race import LEVEL, race
 from shoal.evaluation.scoring import sequence_nll
 from shoal.evaluation.spread_loss import SpreadLoss
+from shoal.ledger import Ledger
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan
-from shoal.record import append_line
 from shoal.scores import Objective
 
 
@@ -40,7 +41,7 @@ def journaled(
     memory: int | None = None,
     share: bool = True,
     seed: int = 0,
-    memo: Memo | None = None,
+    memo: Ledger[Any] | None = None,
     crew: Machines | None = None,
 ) -> Callable[[Data], Objective]:
     """Data -> objective: the cross-entropy of a plan on them, each plan evaluated once.
@@ -51,50 +52,37 @@ def journaled(
     (`PlanLoss`, where `memory`, `share` and `memo` are explained), and the objective can race many plans, in an order
     of the batches drawn with `seed`. `crew`: processes that share the work.
     """
-    memo = Memo() if memo is None else memo
+    memo = Ledger[Any]() if memo is None else memo
     if path is not None:
-        memo.saved += spent_of(journal_lines(path))
+        memo.saved += spent_in(path)
 
     def on(data: Data) -> Objective:
         require_causal(model, "a search by cross-entropy")
-        known, lost, spent = _opened(path, identity, data.info.sha256, lambda: mean_nll(model, data, batch=batch))
+        dense = partial(mean_nll, model, data, batch=batch)
+        ledger = open_journal(path, identity.base.fingerprint, data.info.sha256, dense)
         asked: dict[str, Any] = {"batch": batch, "memory": memory, "share": share, "memo": memo}
         loss = PlanLoss(model, data, **asked) if crew is None else SpreadLoss(model, data, crew, **asked)
-        return Journaled(loss, memo, path, known, lost, seed, memory=memory, spent=spent)
+        return Journaled(loss, ledger, memo, seed, memory=memory)
 
     return on
 
 
-def kept(function: Objective, name: str, identity: Plan, *, path: Path | None, memo: Memo | None = None) -> Objective:
+def kept(
+    function: Objective, name: str, identity: Plan, *, path: Path | None, memo: Ledger[Any] | None = None
+) -> Objective:
     """A method's own objective, each plan evaluated once: values go into the journal as those of `journaled` do, under
     the objective's `name`, which tells what it is computed on, and into `memo` for searches that follow."""
-    memo = Memo() if memo is None else memo
-    known, _, spent = _opened(path, identity, name, lambda: function(identity))
+    memo = Ledger[Any]() if memo is None else memo
+    ledger = open_journal(path, identity.base.fingerprint, name, partial(function, identity))
 
     def value(plan: Plan) -> float:
-        nonlocal spent
         key = str(plan)
-        if key not in known:
-            if (name, key) in memo.values:
-                known[key], seconds = memo.values[name, key]
-                memo.saved += seconds
-            else:
-                begun = perf_counter()
-                known[key] = function(plan)
-                seconds = perf_counter() - begun
-                memo.values[name, key] = known[key], seconds
-            spent += seconds
-            if path is not None:
-                append_line(path, {"plan": key, "nll": known[key], "spent": round(spent, 3)})
-        return known[key]
+        if key not in ledger:
+            found = memo.once((name, key), partial(function, plan))
+            ledger.add(key, found, memo.seconds((name, key)))
+        return ledger[key]
 
     return value
-
-
-def _opened(
-    path: Path | None, identity: Plan, data: str, dense: Callable[[], float]
-) -> tuple[dict[str, float], dict[str, set[str]], float]:
-    return ({}, {}, 0.0) if path is None else open_journal(path, identity.base.fingerprint, data, dense)
 
 
 class Journaled:
@@ -103,26 +91,27 @@ class Journaled:
     def __init__(
         self,
         loss: PlanLoss,
-        memo: Memo,
-        path: Path | None,
-        known: dict[str, float],
-        lost: dict[str, set[str]],
+        ledger: Ledger[float],
+        memo: Ledger[Any],
         seed: int = 0,
         *,
         memory: int | None = None,
-        spent: float = 0.0,
     ) -> None:
-        self.loss, self.memo, self.path, self.known, self.lost, self.seed = loss, memo, path, known, lost, seed
+        self.loss, self.ledger, self.memo, self.seed = loss, ledger, memo, seed
         self.by_layer = LayerMajorLoss(loss, memory=memory)
-        self._spent, self._since = spent, 0.0
+
+    @property
+    def known(self) -> Mapping[str, float]:
+        """The values of the plans that were evaluated on all the data."""
+        return {key: value for key, value in self.ledger.items() if isinstance(key, str)}
 
     def __call__(self, plan: Plan) -> float:
         """Nats per token on all the data."""
         key = str(plan)
-        if key not in self.known:
-            with self._clocked():
-                self._learn(key, self.loss(plan))
-        return self.known[key]
+        if key not in self.ledger:
+            with self._working():
+                self.ledger.add(key, self.loss(plan))
+        return self.ledger[key]
 
     def race(
         self, plans: Sequence[Plan], *, keep: int = 1, report: Callable[[int], None] | None = None
@@ -138,16 +127,16 @@ class Journaled:
             return self._layer_by_layer(plans, keys, report)
         facts = [sorted(keys), keep, LEVEL, self.seed, len(self.loss.batches)]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        lost = self.lost.setdefault(name, set())
-        open_ = [plan for plan, key in zip(plans, keys, strict=True) if key not in self.known and key not in lost]
+        known = self.ledger
+        open_ = [
+            plan for plan, key in zip(plans, keys, strict=True) if key not in known and Lost(name, key) not in known
+        ]
         decided = len(plans) - len(open_)
 
         def dropped(plan: Plan, seen: int) -> None:
-            lost.add(str(plan))
-            if self.path is not None:
-                append_line(self.path, {"lost": str(plan), "race": name, "batches": seen, "spent": self.spent})
+            known.add(Lost(name, str(plan)), seen)
 
-        with self._clocked():
+        with self._working():
             values = race(
                 self.loss,
                 open_,
@@ -158,36 +147,27 @@ class Journaled:
             )
             for plan, value in zip(open_, values, strict=True):
                 if value is not None:
-                    self._learn(str(plan), value)
-        return [None if key in lost else self.known[key] for key in keys]
+                    known.add(str(plan), value)
+        return [None if Lost(name, key) in known else known[key] for key in keys]
 
     def _layer_by_layer(
         self, plans: Sequence[Plan], keys: Sequence[str], report: Callable[[int], None] | None
     ) -> list[float | None]:
-        new = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in self.known}
+        new = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in self.ledger}
         done, depth = len(plans) - len(new), self.by_layer.stack.depth
         told = None if report is None else lambda layers: report(done + len(new) * layers // depth)
-        with self._clocked():
+        with self._working():
             losses = self.by_layer(list(new.values()), self.loss.batches, told) if new else []
             for key, value in zip(new, losses, strict=True):
-                self._learn(key, value)
-        return [self.known[key] for key in keys]
+                self.ledger.add(key, value)
+        return [self.ledger[key] for key in keys]
 
     @property
     def spent(self) -> float:
         """Seconds that evaluating took so far, those of earlier runs and of the other searches it learnt from too."""
-        now = perf_counter() + self.memo.saved - self._since if self._since else 0.0
-        return round(self._spent + now, 3)
+        return round(self.ledger.spent, 3)
 
     @contextmanager
-    def _clocked(self) -> Iterator[None]:
-        self._since = perf_counter() + self.memo.saved
-        try:
+    def _working(self) -> Iterator[None]:
+        with self.ledger.working(lambda: perf_counter() + self.memo.saved):
             yield
-        finally:
-            self._spent, self._since = self.spent, 0.0
-
-    def _learn(self, key: str, value: float) -> None:
-        self.known[key] = value
-        if self.path is not None:
-            append_line(self.path, {"plan": key, "nll": value, "spent": self.spent})

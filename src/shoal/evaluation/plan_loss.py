@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +14,7 @@ from shoal.data import Data
 from shoal.evaluation.scoring import batch_tokens, device_of, logits_of, require_context, require_scored, windows
 from shoal.executing.live import Running, running
 from shoal.executing.prefix import Prefix, prefixes, resumed, shared
+from shoal.ledger import Ledger
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.plan import Plan
@@ -38,17 +39,9 @@ class Part:
     """Scored tokens in each block."""
 
 
-@dataclass
-class Memo:
-    """What plans scored, for several searches on one model: a search that asks for a batch that an earlier one had run
-    is told at once, and what it is told is the same to the last bit."""
-
-    found: dict[tuple[str, str, int], tuple[Part, float]] = field(default_factory=dict)
-    """By the data's hash with the batch size, plan and batch number; the seconds that it took."""
-    values: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
-    """Of objectives other than the cross-entropy, by their name and the plan; the seconds that it took."""
-    saved: float = 0.0
-    """Seconds that were not spent again."""
+Memo = Ledger[Any]
+"""What plans scored, for several searches on one model: by the data's hash with the batch size, the plan and the number
+of the batch a `Part`; by the name of any other objective and the plan its value."""
 
 
 class PlanLoss:
@@ -70,7 +63,7 @@ class PlanLoss:
         share: bool = True,
         memory: int | None = None,
         disk: int | None = None,
-        memo: Memo | None = None,
+        memo: Ledger[Any] | None = None,
     ) -> None:
         require_context(model, data.ids.shape[1])
         self.model, self.data = model, data
@@ -79,7 +72,7 @@ class PlanLoss:
         self.layers_run = 0
         """Taps passed with computation so far, over all batches; what sharing saved shows here."""
         self.states = States(device_of(model), memory=memory, disk=disk)
-        self._memo = Memo() if memo is None else memo
+        self._memo = Ledger[Any]() if memo is None else memo
         self._name = f"{data.info.sha256} {batch}"
         self._share = share and len(open_model(model).stacks) == 1
         self._exact: dict[int, bool] = {}
@@ -96,15 +89,15 @@ class PlanLoss:
     ) -> list[list[Part]]:
         """The sums of these batches, by their number, for each plan. `among`: the only prefixes whose states are worth
         keeping."""
-        wanted, known, missing = list(numbers), self._memo.found, dict[Plan, list[int]]()
+        wanted, known, missing = list(numbers), self._memo, dict[Plan, list[int]]()
         for plan in plans:
             keys = {number: (self._name, str(plan), number) for number in wanted}
-            self._memo.saved += math.fsum(known[key][1] for key in keys.values() if key in known)
+            known.reuse(key for key in keys.values() if key in known)
             missing[plan] = [number for number, key in keys.items() if key not in known]
         todo = {plan: own for plan, own in missing.items() if own}
         for plan, number, part, seconds in self.computed(todo, among) if todo else ():
-            known[self._name, str(plan), number] = part, seconds
-        return [[known[self._name, str(plan), number][0] for number in wanted] for plan in plans]
+            known.add((self._name, str(plan), number), part, seconds)
+        return [[known[self._name, str(plan), number] for number in wanted] for plan in plans]
 
     def computed(
         self, wanted: Mapping[Plan, Sequence[int]], among: Collection[Prefix] | None

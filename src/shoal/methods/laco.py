@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from shoal.errors import UsageError
 from shoal.fitting.collapse import Collapsed, Likeness
 from shoal.fitting.result import Job
+from shoal.ledger import Ledger
 from shoal.methods._task import Task
 from shoal.plan import drop as drop_layers
 from shoal.scores import Candidate, Found, too_few
@@ -76,16 +78,18 @@ def _collapse(
 
 def _judge(task: Task, job: Job, likeness: Likeness, drop: int, trace: list[Candidate]) -> Callable[[Collapsed], float]:
     """The similarity of a state, computed once, -inf where its plan is not legal."""
-    known: dict[str, float] = {}
+    known: Ledger[float] = Ledger()
+
+    def judged(state: Collapsed) -> float:
+        plain = drop_layers(task.plan, state.gone, stack=task.stack)
+        found = likeness.of_collapsed(state, "laco") if task.legal(plain) else -math.inf
+        trace.append(Candidate(str(plain), 1 - found, f"{len(state.gone)} layers merged, 1 - cosine"))
+        if task.progress is not None:
+            task.progress(len(state.gone), drop, "layers merged")
+        return found
 
     def alike(state: Collapsed) -> float:
         key = repr((state.alive, sorted((layer, sorted(own.items())) for layer, own in state.shares.items())))
-        if key not in known:
-            plain = drop_layers(task.plan, state.gone, stack=task.stack)
-            known[key] = likeness.of_collapsed(state, "laco") if task.legal(plain) else -math.inf
-            trace.append(Candidate(str(plain), 1 - known[key], f"{len(state.gone)} layers merged, 1 - cosine"))
-            if task.progress is not None:
-                task.progress(len(state.gone), drop, "layers merged")
-        return known[key]
+        return known.once(key, partial(judged, state))
 
     return alike
