@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.distances import angle, jensen_shannon, kl_divergence, one_minus_cosine
+from shoal.speculating.drafts import clasp, knapsack
 
 EPS = torch.finfo(torch.float32).eps
 SIZES = [1.0, 0.1, 1e-2, 1e-3, 1e-4]
@@ -90,3 +92,11 @@ def test_small_angles_keep_their_digits(size: float) -> None:
     assert angle(x, -x) == pytest.approx(torch.full((50,), math.pi), rel=10 * EPS)
     assert one_minus_cosine(x.double(), y.double()).dtype == torch.float64
     assert one_minus_cosine(x.bfloat16(), y.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("near", [clasp._near, knapsack._near])
+def test_a_draft_tells_near_states_of_bfloat16_apart(near: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
+    """A cosine in bfloat16 has steps of 0.004 below 1, and would call both equally near."""
+    true = drawn(1, 1, 576)
+    nearer, farther = ((true + size * drawn(1, 1, 576, seed=1)).bfloat16() for size in (0.03, 0.05))
+    assert near(nearer, true.bfloat16()) > near(farther, true.bfloat16()) > 0.996

@@ -63,4 +63,4 @@ class _Clasp(Anew):
 
 
 def _near(state: torch.Tensor, true: torch.Tensor) -> float:
-    return float(torch.cosine_similarity(state.flatten(), true.flatten(), dim=0))
+    return float(torch.cosine_similarity(state.flatten().float(), true.flatten().float(), dim=0))

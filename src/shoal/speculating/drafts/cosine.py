@@ -46,7 +46,10 @@ class _Cosine(Anew):
             step = Run(layer.index)
             if layer.index and layer.attention is not None and layer.mlp is not None:
                 moved = bench.run(Run(layer.index, part="attention"), state)
-                if float(torch.cosine_similarity(state.flatten(), moved.flatten(), dim=0)) > self.threshold:
+                if (
+                    float(torch.cosine_similarity(state.flatten().float(), moved.flatten().float(), dim=0))
+                    > self.threshold
+                ):
                     step = Run(layer.index, part="mlp")
             steps.append(step)
             state = bench.run(Run(layer.index), state)

@@ -123,4 +123,4 @@ def _steps(depth: int, kept: frozenset[int], items: list[tuple[int, PartName]]) 
 
 
 def _near(state: torch.Tensor, true: torch.Tensor) -> float:
-    return float(torch.cosine_similarity(state.flatten(), true.flatten(), dim=0))
+    return float(torch.cosine_similarity(state.flatten().float(), true.flatten().float(), dim=0))
