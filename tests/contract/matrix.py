@@ -20,6 +20,7 @@ from shoal.models.inspect import inspect
 from shoal.plan import Spec
 
 from .families import DEPTH, FAMILIES, VOCAB, tiny
+from .paged import paged_logits
 from .references import by_hand, shared_kv, silenced
 
 PLANS = {
@@ -35,8 +36,10 @@ PLANS = {
 }
 KINDS = (*PLANS, "KV source")
 ATTENTIONS = ("sdpa", "eager")
-CACHES = ("dynamic", "static")
+CACHES = ("dynamic", "static", "paged")
 BATCHES = ("one", "left-padded")
+WAYS = tuple((c, b) for c in CACHES for b in BATCHES if (c, b) != ("paged", "one"))
+"""A paged cache is given the rows of a batch as requests of different lengths; one alone shows nothing more."""
 LIMIT = 1e-4
 LENGTH, PREFILL = 12, 7
 
@@ -203,6 +206,8 @@ def _uncached(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.T
 def _cached(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
     """Logits of a prefill, then (attention only) a chunk of two tokens as in verification, then single tokens."""
     config = model.config
+    if kind == "paged":
+        return paged_logits(model, batch, [PREFILL, PREFILL + 2, *range(PREFILL + 3, LENGTH + 1)])
     past = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=LENGTH + 4)
     name = "cache_params" if config.model_type.startswith("mamba") else "past_key_values"
     chunk = 1 if any(past.is_linear) else 2
@@ -219,7 +224,7 @@ Cell = tuple[str, str, str, str, str]
 
 def cells(families: Iterable[str] = tuple(FAMILIES), attentions: Iterable[str] = ATTENTIONS) -> list[Cell]:
     """All cells, family by family."""
-    return [(f, k, a, c, b) for f in families for a in attentions for k in KINDS for c in CACHES for b in BATCHES]
+    return [(f, k, a, c, b) for f in families for a in attentions for k in KINDS for c, b in WAYS]
 
 
 def run_all(engine: Engine = running) -> dict[Cell, Outcome]:
@@ -249,18 +254,19 @@ PAGE = """# Contract matrix
 
 Written by `make docs` (`python -m tests.contract.matrix`); do not edit. {versions}, float32 on the CPU.
 
-Every entry stands for {each} cells: SDPA and eager attention, dynamic and static KV cache, one sequence and a
-left-padded batch of two, on a random model of 4 layers. **right**: the live plan's logits, in one pass and in cached
-passes (a prefill, a chunk of two tokens, single tokens), are within {limit:g} of the stock layers called by hand; the
-identity plan is equal bit for bit. **P1xx**: refused with this code before anything runs. **n/a**: the stock model
-itself cannot do the cell.
+Every entry stands for {each} cells: SDPA and eager attention, with a dynamic and a static KV cache for one sequence and
+for a left-padded batch of two, and with the paged KV cache of transformers' continuous batching for the rows of that
+batch as requests without padding; on a random model of 4 layers. **right**: the live plan's logits, in one pass and in
+cached passes (a prefill, a chunk of two tokens, single tokens), are within {limit:g} of the stock layers called by
+hand; the identity plan is equal bit for bit. **P1xx**: refused with this code before anything runs (P140: with pages,
+each layer may attend once). **n/a**: the stock model itself cannot do the cell.
 
 {cells} cells: {counts}.
 """
 
 
 def _per_entry() -> int:
-    return len(ATTENTIONS) * len(CACHES) * len(BATCHES)
+    return len(ATTENTIONS) * len(WAYS)
 
 
 def _release(module: Any) -> str:

@@ -49,6 +49,7 @@ class GatedConductor(Conductor):
     ) -> None:
         super().__init__(planned, stack, probe, steps, weights)
         self.steps, self.policy = steps, policy
+        self.unpaged = "policy"
         self.kinds = kinds_of(probe)
         copies = {self.kinds[run.layer] for run in runs(steps) if run.kv.fill == "copy"}
         if any(isinstance(step, Exit) for step in steps) or copies or policy.watches:

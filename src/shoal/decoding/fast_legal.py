@@ -13,8 +13,8 @@ from shoal.errors import UsageError
 from shoal.executing.conductor import Conductor, PlannedList
 
 REFUSED_ARGUMENTS = (
-    "assistant_model", "custom_generate", "inputs_embeds", "negative_prompt_ids", "past_key_values", "stop_strings",
-    "synced_gpus", "tokenizer",
+    "assistant_model", "cache_implementation", "custom_generate", "inputs_embeds", "negative_prompt_ids",
+    "past_key_values", "stop_strings", "synced_gpus", "tokenizer",
 )  # fmt: skip
 """Arguments of `generate` that change what a step does, or that it does not hand on to another loop."""
 

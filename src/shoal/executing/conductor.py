@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from shoal.errors import PlanError
 from shoal.executing.lent import every_name, has_ties, lent
+from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
 from shoal.executing.slots import KeysValues, PassingCache, fit_rows, prepare_views, slot_view
 from shoal.executing.weights import Tensors
 from shoal.models.first import first_only
@@ -110,6 +111,7 @@ class Conductor:
         if self.kept:
             self.through[-1] = False  # where what was kept is forgotten
         self.first = first_only(stack)
+        self.unpaged: Obstacle | None = paging_obstacle(steps)
         self.now = Pass()
         prepare_views(DynamicCache, StaticCache, PassingCache)
 
@@ -132,6 +134,7 @@ class Conductor:
         """Called by the stock loop in place of layer `index`."""
         if index == 0:
             self.now = Pass()
+            refuse_paged(self.unpaged, kwargs)
             if not self.plain:
                 for value in (*args, *kwargs.values()):
                     if isinstance(value, Cache):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from shoal.deciding.place import decides
 from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
 from shoal.executing.conductor import PlannedList
+from shoal.executing.paged import guard_paged, paging_obstacle
 from shoal.executing.weights import refuse_unlike, shapes_in
 from shoal.models.kinds import is_causal
 from shoal.models.opened import open_model
@@ -32,10 +33,12 @@ class Running:
         plan: Plan,
         swapped: list[tuple[Stack, nn.ModuleList]],
         deciding: Deciding | None = None,
+        unguard: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.plan = model, plan
         self.swapped = swapped
         self.deciding = deciding
+        self._unguard = unguard
 
     @property
     def policy(self) -> Policy | None:
@@ -68,6 +71,8 @@ class Running:
             self.deciding.remove()
         for stack, original in self.swapped:
             setattr(stack.owner, stack.attr, original)
+        if self.swapped:
+            self._unguard()
         self.swapped = []
 
 
@@ -127,7 +132,8 @@ def apply(
         )
         setattr(stack.owner, stack.attr, planned)
         swapped.append((stack, original))
-    return Running(inner, plan, swapped, deciding)
+    unpaged = None if not is_causal(inner) else paging_obstacle(plan.steps()) if who is None else "policy"
+    return Running(inner, plan, swapped, deciding, guard_paged(inner, unpaged))
 
 
 def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:

@@ -72,6 +72,12 @@ class Speculator:
         """
         if kwargs.get("assistant_model") is not None:
             raise UsageError("speculation drafts with the model itself; leave out assistant_model", code="U615")
+        if kwargs.get("cache_implementation") == "paged":  # generate would go another way and never draft
+            raise UsageError(
+                "speculation takes rejected tokens back from the KV cache, and a paged one cannot give them back; "
+                "leave out cache_implementation",
+                code="U612",
+            )
         streamer = kwargs.get("streamer")
         decode = partial(self._decode, streamer)
         return self.model.generate(inputs, **_stop_strings(self.model, kwargs), custom_generate=decode)
