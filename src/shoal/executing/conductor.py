@@ -49,6 +49,8 @@ class Pass:
 class PlannedList(nn.ModuleList):
     """Stands in for a model's list of layers: the same children under the same names, but iterating yields taps."""
 
+    stands_in = True
+
     def __init__(
         self,
         stack: Stack,
