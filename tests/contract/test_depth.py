@@ -142,7 +142,7 @@ def test_the_survey_knows_every_causal_type() -> None:
 def test_a_wrong_list_turns_the_row_red(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """SmolLM3 leaves RoPE out of every fourth layer, and nothing but this list says of which."""
     monkeypatch.setattr(depth, "PER_LAYER", tuple(name for name in depth.PER_LAYER if name != "no_rope_layers"))
-    monkeypatch.setattr("shoal.writing.surgery._same_layers", lambda *_: None)
+    monkeypatch.setattr("shoal.writing.surgery.require_same_layers", lambda *_: None)
     assert survey_here("smollm3", tmp_path).wrong
 
 

@@ -25,7 +25,7 @@ from shoal.models.kinds import auto_for, auto_of, is_causal
 from shoal.models.meta import meta_model
 from shoal.models.stacks import find_stack, find_stacks
 from shoal.plan import Plan, check
-from shoal.writing import surgery
+from shoal.writing import same_layers
 from shoal.writing.proof_child import decoded
 from shoal.writing.surgery import blueprint, rewrite
 
@@ -129,7 +129,7 @@ def test_the_position_bias_of_t5_goes_to_the_layer_that_comes_first(steps: str) 
 
 
 def test_a_rule_that_is_lost_shows_before_a_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surgery, "first_only", lambda stack: None)
+    monkeypatch.setattr(same_layers, "first_only", lambda stack: None)
     with refusal("W207", WriteError, "layer 1 in place 0", "relative_attention_bias"):
         blueprint(kind("t5"), plan_of(kind("t5"), "encoder: 1-5; decoder: 1-5"))
 

@@ -19,10 +19,11 @@ from shoal.models.opened import open_model
 from shoal.models.shards import Stored, stored_tensors
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run, Spec, cost, require
+from shoal.writing.blueprint import Blueprint
 from shoal.writing.container import Item
 from shoal.writing.lineage import config_note
 from shoal.writing.place import with_source
-from shoal.writing.surgery import Blueprint, blueprint
+from shoal.writing.surgery import blueprint
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_to_json, require, shapes_of
+from shoal.writing.blueprint import Blueprint
 from shoal.writing.card import model_card, origin
 from shoal.writing.lineage import config_note, record_lines
 from shoal.writing.place import (
@@ -36,7 +37,7 @@ from shoal.writing.place import (
 from shoal.writing.proof import FILE, Proof, prove, verify
 from shoal.writing.reference import quiet
 from shoal.writing.sides import copy_modules, copy_side_files
-from shoal.writing.surgery import Blueprint, blueprint, require_writable, rewrite
+from shoal.writing.surgery import blueprint, require_writable, rewrite
 
 __all__ = ["Written", "refuse_output", "verify", "write"]
 

@@ -13,7 +13,7 @@ from shoal._version import __version__
 from shoal.models.depth import depth_of
 from shoal.plan import Plan, format_steps
 from shoal.plan.lineage import KEY, Lineage, read_lineage
-from shoal.writing.surgery import Blueprint
+from shoal.writing.blueprint import Blueprint
 
 MAX_RECORDS = 20_000_000
 """Bytes of a base's records that are handed on; a larger file was not written by Shoal."""

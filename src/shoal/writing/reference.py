@@ -19,7 +19,9 @@ from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan, Shape, Spec, cost
 from shoal.writing import proof_child as measure
-from shoal.writing.surgery import Blueprint, blueprint, moved_tensors, resized_tensors
+from shoal.writing.blueprint import Blueprint
+from shoal.writing.surgery import blueprint
+from shoal.writing.tensors import moved_tensors, resized_tensors
 
 TOKENS = 24
 """Tokens of each sequence whose logits are compared."""

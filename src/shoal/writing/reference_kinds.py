@@ -19,9 +19,10 @@ from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan
 from shoal.writing import proof_child as measure
+from shoal.writing.blueprint import Blueprint, Filled
 from shoal.writing.reference import TEXTS, TOKENS, Reference, counts, expected_weights, load_settings, quiet
 from shoal.writing.several import described
-from shoal.writing.surgery import Blueprint, Filled, blueprint
+from shoal.writing.surgery import blueprint
 
 GENERATES = "AutoModelForSeq2SeqLM"
 """Whose greedy tokens are compared. Speech models generate by rules of their own; their cached passes are compared."""

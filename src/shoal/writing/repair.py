@@ -17,12 +17,12 @@ from shoal.models.load import structure
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run
+from shoal.writing.blueprint import Blueprint
 from shoal.writing.container import Item
 from shoal.writing.draft import Draft
 from shoal.writing.lineage import config_note, lineage_of
 from shoal.writing.reference import quiet
 from shoal.writing.stream import Streamed, write_draft
-from shoal.writing.surgery import Blueprint
 from shoal.writing.twins import same_bytes
 
 TIE = "tie_word_embeddings"

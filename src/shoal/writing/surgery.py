@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -15,65 +13,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
 from shoal.models.depth import permuted_config
-from shoal.models.families import family_of
-from shoal.models.first import first_only
 from shoal.models.kinds import CAUSAL, auto_of
-from shoal.models.meta import meta_model
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
-from shoal.models.parts import INDEX_NAMES
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.models.stages import renamed_stages
 from shoal.plan import Exit, Map, Parallel, Plan, Run, format_steps
 from shoal.plan.steps import Step
 from shoal.writing.assemble import assembled
+from shoal.writing.blueprint import Blueprint, Filled, Tensors
+from shoal.writing.same_layers import require_same_layers
 from shoal.writing.several import described, refuse_cache, with_depths
-
-Tensors = dict[str, torch.Tensor]
-
-
-class Filled(NamedTuple):
-    """What is in the places of one stack."""
-
-    slots: tuple[int, ...]
-    """Base layer of each slot."""
-    silent: tuple[tuple[int, str], ...] = ()
-    """(slot, part) whose tensors are zeroed."""
-    replaced: tuple[tuple[int, str], ...] = ()
-    """(slot, id of the weights that it runs with)."""
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """How a plan becomes a stock model: known before a weight is read."""
-
-    plan: Plan
-    slots: tuple[int, ...]
-    """Base layer of each slot, in the main stack: the decoder, or the first."""
-    silent: tuple[tuple[int, str], ...]
-    """(slot, part) whose tensors are zeroed so that it adds nothing."""
-    config: PreTrainedConfig
-    changed: dict[str, tuple[Any, Any]]
-    replaced: tuple[tuple[int, str], ...] = ()
-    """(slot, id of the weights that it runs with)."""
-    weights: Tensors = field(default_factory=dict)
-    """The tensors of these ids, ID.PARAMETER, in the dtype of the base's."""
-    others: tuple[tuple[str, Filled], ...] = ()
-    """(name, its slots, silent and replaced) of every stack beside the main one."""
-
-    def of(self, stack: str) -> Blueprint:
-        """The same with the slots of that stack as the main one's, and no other."""
-        mine = Filled(self.slots, self.silent, self.replaced)
-        found = dict(self.others).get(stack, mine)
-        return replace(self, slots=found.slots, silent=found.silent, replaced=found.replaced, others=())
-
-    @property
-    def whole(self) -> Plan:
-        """The plan of what a stock checkpoint runs: whole layers, also where a part is silent."""
-        plan = self.plan
-        for name, _ in plan.stacks:
-            plan = plan.with_steps(tuple(Run(layer) for layer in self.of(name).slots), name)
-        return plan
+from shoal.writing.tensors import moved_tensors, resized_tensors
 
 
 def blueprint(
@@ -103,7 +54,7 @@ def blueprint(
     try:
         read_back = _read_back(config)
         refuse_cache(model.config, read_back, stacks, {name: len(found.slots) for name, found in filled.items()})
-        _same_layers(model, stacks, read_back, {name: found.slots for name, found in filled.items()})
+        require_same_layers(model, stacks, read_back, {name: found.slots for name, found in filled.items()})
     except (ValueError, AttributeError) as error:  # its own checks of its fields, and mixed per-layer values
         why = str(error).strip().splitlines()[-1].strip()[:300]
         raise WriteError(
@@ -182,39 +133,6 @@ def require_writable(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[Any]) -> Tensors:
-    """The state dict of the stock model: tensors of layer i under the name of each slot that runs it. Those of
-    `resized_tensors` are as they were."""
-    prefix = f"{stack.path}."
-    by_layer: dict[int, Tensors] = {}
-    moved: Tensors = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            number, _, rest = name[len(prefix) :].partition(".")
-            by_layer.setdefault(int(number), {})[rest] = tensor
-        else:
-            moved[name] = tensor
-    first = first_only(stack)
-    if first is not None:  # what only the first layer owns goes to the layer that comes first
-        lent = {rest: by_layer[0].pop(rest) for rest in list(by_layer[0]) if rest.startswith(first.prefix)}
-        moved |= {f"{prefix}0.{rest}": tensor for rest, tensor in lent.items()}
-    used: set[int] = set()
-    ids = dict(plans.replaced)
-    written: set[str] = set()
-    for slot, layer in enumerate(plans.slots):
-        silent = {part for s, part in plans.silent if s == slot}
-        quiet = tuple(f"{n}." for part in silent for n in getattr(facts[layer].parts, part))
-        for rest, tensor in by_layer[layer].items():
-            own = f"{ids[slot]}.{rest}" if slot in ids else ""
-            value = plans.weights[own].to(tensor.device) if own in plans.weights else tensor
-            value = torch.zeros_like(value) if quiet and rest.startswith(quiet) else value
-            # two slots must not share storage: a stock checkpoint cannot say so
-            moved[f"{prefix}{slot}.{rest}"] = value.clone() if layer in used or own in written else value
-            written |= {own} if own else set()
-        used.add(layer)
-    return moved
-
-
 def _permuted(
     model: PreTrainedModel, whole: PreTrainedConfig, stack: Stack, slots: tuple[int, ...]
 ) -> tuple[PreTrainedConfig, dict[str, tuple[Any, Any]]]:
@@ -283,116 +201,3 @@ def _read_back(config: PreTrainedConfig) -> PreTrainedConfig:
     with tempfile.TemporaryDirectory(prefix="shoal-config-") as place:
         config.save_pretrained(place)
         return type(config).from_pretrained(place, local_files_only=True)
-
-
-def resized_tensors(tensors: Tensors, stack: Stack, slots: tuple[int, ...]) -> Tensors:
-    """The tensors outside the layers that hold one block for every layer, with the blocks of `slots` in their order."""
-    made: Tensors = {}
-    for name, tensor in tensors.items():
-        dim = _depth_dim(name, stack)
-        if dim is not None:
-            blocks = tensor.unflatten(dim, (stack.depth, -1))
-            made[name] = blocks.index_select(dim, torch.tensor(slots, device=tensor.device)).flatten(dim, dim + 1)
-    return made
-
-
-def _depth_dim(name: str, stack: Stack) -> int | None:
-    """The dimension along which the tensor `name` has a block for every layer; None for most tensors."""
-    if name.startswith(f"{stack.path}."):
-        return None
-    return next(
-        (d for end, d in family_of(stack.config).sized_by_depth.items() if f".{name}".endswith(f".{end}")), None
-    )
-
-
-def _same_layers(
-    model: PreTrainedModel, stacks: tuple[Stack, ...], config: PreTrainedConfig, filled: dict[str, tuple[int, ...]]
-) -> None:
-    """Build the stock model without weights and compare every slot with the base layer that it stands for: the same
-    modules, tensor shapes and settings. What a family makes of a layer's position shows up here, rule or no rule."""
-    for stack in stacks:
-        _same_numbers(stack, filled[stack.name])
-    twin = meta_model(config, like=model)
-    targets = {target.name: target for target in find_stacks(twin)}
-    outside = _shapes_outside(model, stacks)
-    for stack in stacks:
-        for name, shape in outside.items():
-            dim = _depth_dim(name, stack)
-            if dim is not None:
-                size = shape[dim] // stack.depth * len(filled[stack.name])
-                outside[name] = (*shape[:dim], size, *shape[dim + 1 :])
-    for name, shape in _shapes_outside(twin, tuple(targets.values())).items():
-        if outside.get(name) != shape:
-            raise WriteError(
-                f"{name} is {list(outside.get(name, ()))} in the base and would be {list(shape)}: its size follows the "
-                "depth, which is not written yet; run the plan live",
-                code="W208",
-            )
-    for stack in stacks:
-        for slot, layer in enumerate(filled[stack.name]):
-            with _in_place(stack, slot, layer):
-                old, new = stack.layer(layer), targets[stack.name].layer(slot)
-                difference = _difference(old, new, family_of(stack.config).numbering)
-            if difference is not None:
-                raise WriteError(
-                    f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
-                    "run the plan live or keep this layer's place",
-                    code="W207",
-                )
-
-
-def _in_place(stack: Stack, slot: int, layer: int) -> AbstractContextManager[None]:
-    """What only the first layer owns goes to the layer in place 0, and is taken from layer 0 elsewhere."""
-    first = first_only(stack)
-    if first is None or (slot == 0) == (layer == 0):
-        return nullcontext()
-    return first.lent_to(stack.layer(layer)) if slot == 0 else first.taken_away()
-
-
-def _same_numbers(stack: Stack, slots: tuple[int, ...]) -> None:
-    family = family_of(stack.config)
-    if family.position_numbers and getattr(stack.config, family.position_numbers, False) is True:
-        moved = next((i for slot, i in enumerate(slots) if slot != i), None)
-        if moved is not None:
-            raise WriteError(
-                f"layer {moved} changes its place, and {family.position_numbers} makes numbers from it; "
-                "run the plan live",
-                code="W207",
-            )
-
-
-def _shapes_outside(model: nn.Module, stacks: tuple[Stack, ...]) -> dict[str, tuple[int, ...]]:
-    inside = tuple(f"{stack.path}." for stack in stacks)
-    return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
-
-
-def _difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:
-    """The first fact in which two layers differ, their index and what else only numbers them aside."""
-    olds, news = dict(old.named_modules()), dict(new.named_modules())
-    if olds.keys() != news.keys():
-        return f"modules {sorted(olds.keys() ^ news.keys())[:3]}"
-    for name, module in olds.items():
-        other = news[name]
-        if type(module) is not type(other):
-            return f"{name or 'the layer'} is a {type(other).__name__}, not a {type(module).__name__}"
-        mine, theirs = _facts(module), _facts(other)
-        # a config that was read from JSON has lists where one that was made may have tuples
-        lists = {*numbering} | {
-            key for one in (module, other) for key, value in vars(one).items() if isinstance(value, list)
-        }
-        for key in sorted((mine.keys() | theirs.keys()) - lists):
-            if mine.get(key) != theirs.get(key):
-                return f"{f'{name}.' if name else ''}{key} is {theirs.get(key)!r}, not {mine.get(key)!r}"
-    return None
-
-
-def _facts(module: nn.Module) -> dict[str, Any]:
-    skip = {"training", "gradient_checkpointing", *INDEX_NAMES}
-    plain = (bool, int, float, str, tuple, type(None))
-    found: dict[str, Any] = {
-        name: value
-        for name, value in vars(module).items()
-        if name not in skip and not name.startswith("_") and isinstance(value, plain)
-    }
-    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return found | {f"shape of {name}": tuple(t.shape) for name, t in tensors}

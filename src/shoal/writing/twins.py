@@ -15,9 +15,9 @@ from shoal.models.meta import meta_model
 from shoal.models.names import attributed
 from shoal.models.opened import open_model
 from shoal.models.shards import Stored, stored_tensors
+from shoal.writing.blueprint import Blueprint
 from shoal.writing.container import Item
 from shoal.writing.judge import Check
-from shoal.writing.surgery import Blueprint
 
 _BUFFER = 256 << 10
 """Bytes compared at once: two of these stay in a core's own cache, where reading them again costs nothing."""

@@ -27,12 +27,13 @@ from shoal.errors import WriteError
 from shoal.models.load import Loaded
 from shoal.models.meta import meta_model
 from shoal.plan import Plan
+from shoal.writing.blueprint import Blueprint
 from shoal.writing.gguf_out.container import TYPES, Item, Pairs, encoded, kind_for
 from shoal.writing.gguf_out.copied import Drawing, note
 from shoal.writing.gguf_out.families import Family, add_keys, changed, family_of, rope_factors
 from shoal.writing.gguf_out.vocab import add_vocab, from_file
 from shoal.writing.lineage import config_note
-from shoal.writing.surgery import Blueprint, blueprint, require_writable, rewrite
+from shoal.writing.surgery import blueprint, require_writable, rewrite
 
 OUTTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 

@@ -1,0 +1,57 @@
+"""How a plan becomes a stock model: which base layer is in which place, and the config that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from shoal.plan import Plan, Run
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Filled(NamedTuple):
+    """What is in the places of one stack."""
+
+    slots: tuple[int, ...]
+    """Base layer of each slot."""
+    silent: tuple[tuple[int, str], ...] = ()
+    """(slot, part) whose tensors are zeroed."""
+    replaced: tuple[tuple[int, str], ...] = ()
+    """(slot, id of the weights that it runs with)."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How a plan becomes a stock model: known before a weight is read."""
+
+    plan: Plan
+    slots: tuple[int, ...]
+    """Base layer of each slot, in the main stack: the decoder, or the first."""
+    silent: tuple[tuple[int, str], ...]
+    """(slot, part) whose tensors are zeroed so that it adds nothing."""
+    config: PreTrainedConfig
+    changed: dict[str, tuple[Any, Any]]
+    replaced: tuple[tuple[int, str], ...] = ()
+    """(slot, id of the weights that it runs with)."""
+    weights: Tensors = field(default_factory=dict)
+    """The tensors of these ids, ID.PARAMETER, in the dtype of the base's."""
+    others: tuple[tuple[str, Filled], ...] = ()
+    """(name, its slots, silent and replaced) of every stack beside the main one."""
+
+    def of(self, stack: str) -> Blueprint:
+        """The same with the slots of that stack as the main one's, and no other."""
+        mine = Filled(self.slots, self.silent, self.replaced)
+        found = dict(self.others).get(stack, mine)
+        return replace(self, slots=found.slots, silent=found.silent, replaced=found.replaced, others=())
+
+    @property
+    def whole(self) -> Plan:
+        """The plan of what a stock checkpoint runs: whole layers, also where a part is silent."""
+        plan = self.plan
+        for name, _ in plan.stacks:
+            plan = plan.with_steps(tuple(Run(layer) for layer in self.of(name).slots), name)
+        return plan

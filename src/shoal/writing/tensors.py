@@ -1,0 +1,65 @@
+"""The state dict of a stock model of another depth: tensors of layer i under the name of each slot that runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shoal.models.families import family_of
+from shoal.models.first import first_only
+from shoal.models.stacks import Stack
+from shoal.writing.blueprint import Blueprint, Tensors
+
+
+def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[Any]) -> Tensors:
+    """The state dict of the stock model: tensors of layer i under the name of each slot that runs it. Those of
+    `resized_tensors` are as they were."""
+    prefix = f"{stack.path}."
+    by_layer: dict[int, Tensors] = {}
+    moved: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            number, _, rest = name[len(prefix) :].partition(".")
+            by_layer.setdefault(int(number), {})[rest] = tensor
+        else:
+            moved[name] = tensor
+    first = first_only(stack)
+    if first is not None:  # what only the first layer owns goes to the layer that comes first
+        lent = {rest: by_layer[0].pop(rest) for rest in list(by_layer[0]) if rest.startswith(first.prefix)}
+        moved |= {f"{prefix}0.{rest}": tensor for rest, tensor in lent.items()}
+    used: set[int] = set()
+    ids = dict(plans.replaced)
+    written: set[str] = set()
+    for slot, layer in enumerate(plans.slots):
+        silent = {part for s, part in plans.silent if s == slot}
+        quiet = tuple(f"{n}." for part in silent for n in getattr(facts[layer].parts, part))
+        for rest, tensor in by_layer[layer].items():
+            own = f"{ids[slot]}.{rest}" if slot in ids else ""
+            value = plans.weights[own].to(tensor.device) if own in plans.weights else tensor
+            value = torch.zeros_like(value) if quiet and rest.startswith(quiet) else value
+            # two slots must not share storage: a stock checkpoint cannot say so
+            moved[f"{prefix}{slot}.{rest}"] = value.clone() if layer in used or own in written else value
+            written |= {own} if own else set()
+        used.add(layer)
+    return moved
+
+
+def resized_tensors(tensors: Tensors, stack: Stack, slots: tuple[int, ...]) -> Tensors:
+    """The tensors outside the layers that hold one block for every layer, with the blocks of `slots` in their order."""
+    made: Tensors = {}
+    for name, tensor in tensors.items():
+        dim = depth_dim(name, stack)
+        if dim is not None:
+            blocks = tensor.unflatten(dim, (stack.depth, -1))
+            made[name] = blocks.index_select(dim, torch.tensor(slots, device=tensor.device)).flatten(dim, dim + 1)
+    return made
+
+
+def depth_dim(name: str, stack: Stack) -> int | None:
+    """The dimension along which the tensor `name` has a block for every layer; None for most tensors."""
+    if name.startswith(f"{stack.path}."):
+        return None
+    return next(
+        (d for end, d in family_of(stack.config).sized_by_depth.items() if f".{name}".endswith(f".{end}")), None
+    )
