@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.plan import Cost, KVSpec, Plan, Shape, Spec, cost
+from shoal.plan.price import FIGURES, head_in_layers, layers_run
+from shoal.plan.steps import runs
+from shoal.report.facts import StackFacts
 from unit.specs import (
     HEAD_FLOPS,
     LAYER_FLOPS,
@@ -219,3 +222,16 @@ def test_new_tensors_are_counted_by_their_shapes() -> None:
     assert cost(shared, model, weights={"n.mlp.weight": (3, 5)}).params == dropped.params + 15
     assert cost(shared, model).params > dropped.params + 15
     assert cost(shared, model, weights={"n.mlp.weight": (3, 5)}).written_params == cost(shared, model).written_params
+
+
+def test_layers_run_and_the_head_have_one_measure() -> None:
+    """What pages, policies and budgets call a layer is the same: an attention or an mlp alone is half a one."""
+    for text in ("0-7", "0,1a,2m,3", "0,(1|2),3x2", "0,1a,1m,!e?g,2"):
+        plan = plan_of(text, llama())
+        found = cost(plan, llama())
+        assert (
+            layers_run(runs(plan.steps()))
+            == FIGURES["layers"](found)
+            == StackFacts("decoder", 8, plan.steps()).layer_runs
+        )
+    assert head_in_layers(llama()) == HEAD_FLOPS / LAYER_FLOPS

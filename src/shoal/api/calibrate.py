@@ -12,7 +12,7 @@ import numpy as np
 from shoal._version import __version__
 from shoal.api.assess import Source, opened, text_of
 from shoal.api.exit_options import Exits, exit_options, held_to
-from shoal.api.exit_table import finite, head_in_layers, notes, row
+from shoal.api.exit_table import finite, notes, row
 from shoal.api.promise import Promise, Settings, promise
 from shoal.atomic import write_atomically
 from shoal.data import Data
@@ -30,6 +30,7 @@ from shoal.executing.weights import Tensors, hash_of_used
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan, parse_plan
+from shoal.plan.price import head_in_layers
 from shoal.record import command_line, environment, plain
 from shoal.report.calibration import render_calibration
 

@@ -12,19 +12,12 @@ from shoal.api.promise import Promise, no_promise
 from shoal.deciding.signals import WITHOUT_HEAD
 from shoal.evaluation.exit_search import Target
 from shoal.evaluation.exits import Features
-from shoal.plan import Spec
 
 
 def finite(features: Features, thresholds: Sequence[float]) -> dict[int, float]:
     """Threshold by layer, for those exits at which anybody leaves."""
     pairs = zip(features.layers, thresholds, strict=True)
     return {layer: float(value) for layer, value in pairs if np.isfinite(value)}
-
-
-def head_in_layers(spec: Spec) -> float:
-    """What a look through norm and head costs, in layers of the mean size."""
-    layers = spec.stack().layers
-    return spec.head_flops / (sum(layer.flops for layer in layers) / len(layers))
 
 
 def row(

@@ -32,6 +32,7 @@ from shoal.executing.weights import Tensors
 from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
+from shoal.plan.price import layers_run
 from shoal.plan.steps import runs
 
 
@@ -57,7 +58,7 @@ class GatedConductor(Conductor):
         self.through[-1] = False  # where a forward ends
         self.rules = Rules(copies, None)
         self.after = {at: next_run(steps, at) for at in range(len(steps))}
-        self.trace = Trace(layers=sum(1.0 if run.part == "layer" else 0.5 for run in runs(steps)))
+        self.trace = Trace(layers=layers_run(runs(steps)))
         self.prompt: int | None = None
         self.inputs: tuple[torch.Tensor | None, Any] = (None, None)
         self.ending: torch.Tensor | None = None

@@ -27,6 +27,7 @@ from shoal.executing.live import running
 from shoal.executing.weights import Tensors, hash_of_used
 from shoal.models.evaluating import evaluating
 from shoal.plan import Exit, Plan
+from shoal.plan.price import layers_run
 from shoal.plan.steps import layers_of, runs
 
 SIGNALS = tuple(name for name in get_args(Signal) if name != "probe")
@@ -250,7 +251,7 @@ def _places(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
             layers.append(last)
             depths.append(depth)
         else:
-            depth += sum(1.0 if run.part == "layer" else 0.5 for run in runs((step,)))
+            depth += layers_run(runs((step,)))
             last = max(layers_of(step), default=last)
     return tuple(layers), (*depths, depth)
 

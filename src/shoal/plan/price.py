@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from shoal.plan.cost import Cost, cost
 from shoal.plan.spec import Spec
-from shoal.plan.steps import Plan
+from shoal.plan.steps import Plan, Run
 from shoal.plan.tensors import Shapes, shapes_of
 
 TOLERANCE = 1e-9
@@ -70,6 +70,17 @@ def shares(after: Cost, dense: Cost) -> dict[str, float]:
     """Each of `FIGURES` as a share of the dense model's, 1 for what that has none of."""
     whole = {name: figure(dense) for name, figure in FIGURES.items()}
     return {name: figure(after) / whole[name] if whole[name] else 1.0 for name, figure in FIGURES.items()}
+
+
+def layers_run(group: Iterable[Run]) -> float:
+    """How many layers these runs are: an attention or an mlp alone is half a one, as in `FIGURES`."""
+    return math.fsum(1.0 if run.part == "layer" else 0.5 for run in group)
+
+
+def head_in_layers(spec: Spec) -> float:
+    """What the output head computes for a token, in layers of the mean size of the decoder, by FLOPs."""
+    layers = spec.stack().layers
+    return spec.head_flops / max(1.0, sum(layer.flops for layer in layers) / len(layers))
 
 
 def within(price: float, share: float) -> bool:

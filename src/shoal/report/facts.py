@@ -8,6 +8,7 @@ from typing import Any, assert_never
 
 from shoal.errors import PlanError
 from shoal.plan import Exit, Map, Parallel, Run, Step, parse_steps
+from shoal.plan.price import layers_run
 from shoal.report.words import TIMES, esc, ranges
 
 
@@ -52,7 +53,7 @@ class StackFacts:
     @property
     def layer_runs(self) -> float:
         """Layers executed per token; an attention or mlp alone counts as half."""
-        return sum(1.0 if run.part == "layer" else 0.5 for run in self.runs)
+        return layers_run(self.runs)
 
     @property
     def ascending(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from shoal.errors import UsageError
 from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
+from shoal.plan.price import head_in_layers
 from shoal.speculating.chooser import Chooser
 from shoal.speculating.scene import Scene
 
@@ -71,7 +72,7 @@ class _DynamicExit(Chooser):
             self.seen = self.decay * self.seen + 1
             self.hits = [self.decay * old + new for old, new in zip(self.hits, token, strict=True)]
         layers = scene.stage.spec.stack("decoder").layers
-        head = scene.stage.spec.head_flops / max(1.0, sum(layer.flops for layer in layers) / len(layers))
+        head = head_in_layers(scene.stage.spec)
         shares = [hit / self.seen for hit in self.hits]
         chosen, self.most = _worth_most(self.exits, shares, self.length, len(layers), head)
         self.rest = REST[0] if self.most else min(REST[1], 2 * self.rest)
