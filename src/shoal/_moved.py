@@ -26,6 +26,8 @@ MOVED = {
     **{f"run.{name}": f"{room}.{name}" for room, names in _ROOMS_OF_RUN.items() for name in names.split()},
     "run.speculate": "speculating",
     "writing.stage": "atomic",
+    "api.spread": "api.distribute",
+    "evaluation.spread_loss": "evaluation.distributed_loss",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
 

@@ -16,7 +16,7 @@ from shoal.api import budget as budget_module
 from shoal.api import compare as compare_module
 from shoal.api import harness as harness_module
 from shoal.api.compare import Compared, compare, publish
-from shoal.api.spread import spread
+from shoal.api.distribute import distribute
 from shoal.api.study import Expected, Protocol, cells
 from shoal.cli import app
 from shoal.errors import DataError, UsageError
@@ -211,7 +211,7 @@ def test_what_workers_found_is_timed_afterwards_and_a_kill_in_between_repeats_no
 ) -> None:
     asked: dict[str, Any] = {"methods": ("shortgpt", "replaceme"), "budgets": ("layers=0.8",), "protocol": FULL}
     alone = run(loaded, tmp_path / "alone", **asked)
-    monkeypatch.setattr(compare_module, "spread", one_after_the_other)
+    monkeypatch.setattr(compare_module, "distribute", one_after_the_other)
     with monkeypatch.context() as patch:
         patch.setattr(harness_module, "speed", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -230,7 +230,7 @@ def test_tensors_that_were_lost_before_their_plan_was_timed_are_found_again(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {"methods": ("replaceme",), "budgets": ("layers=0.8",), "protocol": FULL, "ray": "local"}
-    monkeypatch.setattr(compare_module, "spread", one_after_the_other)
+    monkeypatch.setattr(compare_module, "distribute", one_after_the_other)
     with monkeypatch.context() as patch:
         patch.setattr(compare_module, "_time", lambda *_: None)
         assert "decode" not in run(loaded, tmp_path, **asked).rows[1]["measured"]
@@ -284,9 +284,9 @@ def test_cells_whose_searches_begin_alike_run_in_one_process(monkeypatch: pytest
                     ran[place].append(job[0].key[:-7])
                     yield {"method": job[0].method, "measured": {"seconds": 1.0}}
 
-    monkeypatch.setattr("shoal.api.spread.machines", lambda *_: contextlib.nullcontext(Crew()))
+    monkeypatch.setattr("shoal.api.distribute.machines", lambda *_: contextlib.nullcontext(Crew()))
     asked = cells(["sleb", "position"], ["layers=0.9,0.5"], [0])
-    rows = list(spread(None, asked, ray="local", workers=2, expected=Expected()))
+    rows = list(distribute(None, asked, ray="local", workers=2, expected=Expected()))
     assert len(rows) == 4
     assert ran == {0: ["sleb layers=0.5", "sleb layers=0.9"], 1: ["position layers=0.5", "position layers=0.9"]}
 

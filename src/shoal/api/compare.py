@@ -11,8 +11,8 @@ from typing import Any
 from shoal._version import __version__
 from shoal.api.assess import opened
 from shoal.api.cells import Cells
+from shoal.api.distribute import distribute
 from shoal.api.harness import DENSE, Harness
-from shoal.api.spread import spread
 from shoal.api.study import Cell, Expected, Protocol, cells
 from shoal.atomic import write_atomically
 from shoal.evaluation import Progress
@@ -80,7 +80,7 @@ def compare(
     harness.learn(store.done.values())
     if progress is not None:
         progress(done, len(wanted), "cells")
-    for row in spread(harness, left, ray=ray, workers=workers, expected=Expected(store.done.values())):
+    for row in distribute(harness, left, ray=ray, workers=workers, expected=Expected(store.done.values())):
         weights = row.pop("weights", {})
         if ray is None:
             store.add(harness.timed(row, weights))

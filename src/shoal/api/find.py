@@ -18,7 +18,7 @@ from shoal.data import Data
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.evaluation.cluster import Machines
-from shoal.evaluation.spread_loss import judges
+from shoal.evaluation.distributed_loss import loss_workers
 from shoal.executing.weights import Tensors, shapes_in, used_by
 from shoal.ledger import Ledger
 from shoal.methods._task import Task
@@ -196,7 +196,7 @@ def _crew(entry: Entry, loaded: Loaded, ray: str | None, workers: int) -> Abstra
             f"--ray hands out the candidates of a search and {entry.name} has none; leave it out, or use {others}",
             code="U573",
         )
-    return judges(loaded.model, ray, workers)
+    return loss_workers(loaded.model, ray, workers)
 
 
 def _test(loaded: Loaded, source: Any, **options: Any) -> Data:

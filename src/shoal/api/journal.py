@@ -15,11 +15,11 @@ from typing import Any
 from shoal.api.journal_file import Lost, open_journal, spent_in
 from shoal.data import Data
 from shoal.evaluation.cluster import Machines
+from shoal.evaluation.distributed_loss import DistributedLoss
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import PlanLoss
 from shoal.evaluation.race import LEVEL, race
 from shoal.evaluation.scoring import sequence_nll
-from shoal.evaluation.spread_loss import SpreadLoss
 from shoal.ledger import Ledger
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan
@@ -61,7 +61,7 @@ def journaled(
         dense = partial(mean_nll, model, data, batch=batch)
         ledger = open_journal(path, identity.base.fingerprint, data.info.sha256, dense)
         asked: dict[str, Any] = {"batch": batch, "memory": memory, "share": share, "memo": memo}
-        loss = PlanLoss(model, data, **asked) if crew is None else SpreadLoss(model, data, crew, **asked)
+        loss = PlanLoss(model, data, **asked) if crew is None else DistributedLoss(model, data, crew, **asked)
         return Journaled(loss, ledger, memo, seed, memory=memory)
 
     return on

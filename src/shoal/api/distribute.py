@@ -31,7 +31,7 @@ class Order(Protocol):
         """The same for pieces that have work in common, None for one that has none with any."""
 
 
-def spread(
+def distribute(
     worker: Worker, items: Sequence[Any], *, ray: str | None, workers: int, expected: Order
 ) -> Iterator[dict[str, Any]]:
     """The results as they are done: in the order of `items` without Ray, with it the `expected` longest first,
@@ -59,7 +59,7 @@ def spread(
             taken[kind] = place
         return item, list(known)
 
-    with machines(ray, workers, Hand, worker) as crew:
+    with machines(ray, workers, RemoteWorker, worker) as crew:
         assert crew is not None
         for row in crew.fed(choose):
             expected.learn(row)
@@ -67,7 +67,7 @@ def spread(
             yield row
 
 
-class Hand:
+class RemoteWorker:
     """What works in each process of the cluster."""
 
     def __init__(self, worker: Worker) -> None:

@@ -14,8 +14,8 @@ import pytest
 from shoal.api.find import prune
 from shoal.api.journal import journaled
 from shoal.errors import UsageError
+from shoal.evaluation.distributed_loss import CHUNKS, DistributedLoss, LossWorker, loss_workers
 from shoal.evaluation.plan_loss import Memo, PlanLoss
-from shoal.evaluation.spread_loss import CHUNKS, Judge, SpreadLoss, judges
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, drop
@@ -36,16 +36,16 @@ class Crew:
 
     def __init__(self, model: Any, count: int) -> None:
         self.count = count
-        self.judges = [Judge(model) for _ in range(count)]
+        self.loss_workers = [LossWorker(model) for _ in range(count)]
         self.asked: list[str] = []
 
     def at(self, jobs: Sequence[tuple[int, Sequence[Any]]]) -> Iterator[Any]:
         self.asked.append(f"at {[place for place, _ in jobs]}")
-        return (self.judges[place].do(*args) for place, args in reversed(jobs))
+        return (self.loss_workers[place].do(*args) for place, args in reversed(jobs))
 
     def anywhere(self, jobs: Sequence[Sequence[Any]]) -> Iterator[Any]:
         self.asked.append(f"anywhere {len(jobs)}")
-        return (self.judges[number % self.count].do(*args) for number, args in reversed(list(enumerate(jobs))))
+        return (self.loss_workers[number % self.count].do(*args) for number, args in reversed(list(enumerate(jobs))))
 
 
 def plans(model: Any) -> list[Plan]:
@@ -57,7 +57,7 @@ def plans(model: Any) -> list[Plan]:
 def test_the_parts_are_those_of_one_process(family: str) -> None:
     model = tiny(family)
     here, crew = PlanLoss(model, DATA), Crew(model, 2)
-    there = SpreadLoss(model, DATA, crew)
+    there = DistributedLoss(model, DATA, crew)
     wanted = plans(model)
     assert there.parts(wanted, range(6)) == here.parts(wanted, range(6))
     assert [there(plan) for plan in wanted] == [here(plan) for plan in wanted]
@@ -68,7 +68,7 @@ def test_few_batches_of_many_plans_are_parted_by_plan() -> None:
     model = tiny("llama")
     crew = Crew(model, 2)
     wanted = plans(model)
-    assert SpreadLoss(model, DATA, crew).parts(wanted, [3]) == PlanLoss(model, DATA).parts(wanted, [3])
+    assert DistributedLoss(model, DATA, crew).parts(wanted, [3]) == PlanLoss(model, DATA).parts(wanted, [3])
     assert crew.asked == [f"anywhere {min(len(wanted), 2 * CHUNKS)}"]
 
 
@@ -92,7 +92,7 @@ def test_a_search_and_its_journal_are_those_of_one_process(tmp_path: Path) -> No
 def test_the_seconds_of_processes_are_remembered() -> None:
     model, memo = tiny("llama"), Memo()
     wanted = plans(model)
-    SpreadLoss(model, DATA, Crew(model, 2), memo=memo).parts(wanted, range(6))
+    DistributedLoss(model, DATA, Crew(model, 2), memo=memo).parts(wanted, range(6))
     PlanLoss(model, DATA, memo=memo).parts(wanted, range(6))
     assert memo.saved == pytest.approx(sum(map(memo.seconds, memo)))
     assert memo.saved > 0
@@ -110,9 +110,9 @@ def test_a_method_without_candidates_is_told_so() -> None:
 
 
 def test_a_model_that_is_read_from_files_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.evaluation.spread_loss.is_streamed", lambda stack: True)
+    monkeypatch.setattr("shoal.evaluation.distributed_loss.is_streamed", lambda stack: True)
     with pytest.raises(UsageError, match=r"U572.*--stream"):
-        judges(tiny("llama"), "local", 2)
+        loss_workers(tiny("llama"), "local", 2)
 
 
 @pytest.mark.slow
@@ -123,9 +123,9 @@ def test_processes_of_ray_find_the_same_and_one_that_dies_is_replaced(tmp_path: 
     asked: dict[str, Any] = {"method": "sleb", "drop": 2, "data": data, "writable": False}
     here = prune(loaded, **asked)
     assert prune(loaded, **asked, ray="local", workers=2).found == here.found
-    with judges(model, "local", 2) as crew:
+    with loss_workers(model, "local", 2) as crew:
         assert crew is not None
-        loss = SpreadLoss(model, data, crew)
+        loss = DistributedLoss(model, data, crew)
         wanted = plans(model)
         first = loss.parts(wanted, [0])
         import ray
@@ -140,7 +140,7 @@ def test_processes_of_ray_find_the_same_and_one_that_dies_is_replaced(tmp_path: 
 @pytest.mark.slow
 @with_ray
 def test_an_error_in_a_process_comes_back_as_what_it_is() -> None:
-    with judges(tiny("llama"), "local", 1) as crew:
+    with loss_workers(tiny("llama"), "local", 1) as crew:
         assert crew is not None
         answers = crew.anywhere([((random_data(1, 4096), {"batch": 1}), [], None)])
         with pytest.raises(UsageError, match="U510"):

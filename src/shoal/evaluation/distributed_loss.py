@@ -22,7 +22,7 @@ Results = list[tuple[int, int, Part, float]]
 """Number of the plan, number of the batch, sums, seconds."""
 
 
-class SpreadLoss(PlanLoss):
+class DistributedLoss(PlanLoss):
     """A `PlanLoss` whose batches run in the processes of `crew`: the same values to the last bit where these compute as
     this one does (as many threads, the same processor).
 
@@ -68,7 +68,7 @@ class SpreadLoss(PlanLoss):
         return [(self._facts, rows[at : at + size], among) for at in range(0, len(rows), size)]
 
 
-class Judge:
+class LossWorker:
     """What works in each process: the losses of one model, on whatever data it is given."""
 
     def __init__(self, model: Any) -> None:
@@ -91,8 +91,8 @@ class Judge:
         return [(places[plan], number, part, seconds) for plan, number, part, seconds in found]
 
 
-def judges(model: Any, address: str | None, count: int) -> AbstractContextManager[Machines | None]:
-    """`count` processes at `address` that hold the model for `SpreadLoss`; none without an address.
+def loss_workers(model: Any, address: str | None, count: int) -> AbstractContextManager[Machines | None]:
+    """`count` processes at `address` that hold the model for `DistributedLoss`; none without an address.
 
     Raises U571 as `machines` does, U572 for a model whose layers are read from files as they are needed.
     """
@@ -101,4 +101,4 @@ def judges(model: Any, address: str | None, count: int) -> AbstractContextManage
             "--ray keeps the whole model in memory and --stream reads its layers from files; give one of them",
             code="U572",
         )
-    return machines(address, count, Judge, model)
+    return machines(address, count, LossWorker, model)
