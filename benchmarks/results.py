@@ -1,7 +1,7 @@
 """Every method at equal budgets of measured decode time, side by side: the table of `docs/results.md`.
 
 One run of `shoal.api.compare` over all methods: calibrated on --calibrate, judged on windows of --test and on the items
-of --tasks, with the clock of this machine. What is finished stays in --results, and the same command goes on after a
+of --tasks, timed on this machine. What is finished stays in --results, and the same command goes on after a
 stop. With --ray local the cells run in --workers processes of --threads threads; times are taken apart, when all are
 done.
 
@@ -42,7 +42,7 @@ HEAD = """# Methods, side by side
 Model `{source}` in {dtype}. Calibrated on {limit} sequences of {length} tokens of `{data}`; perplexity over {windows}
 windows of {window} tokens of `{tests}`; {tasks}the first {task_items} items. Budgets are shares of the dense model's
 decode time on this machine: {dense_ms:.1f} ms a token, batch 1, {threads} thread, of which {fixed:.0%} depends on no
-layer. `budget used` is what the clock foresees for the plan, `decode time` what it then took (live, {pairs} rounds,
+layer. `budget used` is the time foreseen for the plan, `decode time` what it then took (live, {pairs} rounds,
 dense and pruned in turn, medians), `KV` the bytes a token keeps. Search seconds are those of the whole method on
 {threads} thread{beside}. A number is a layer of the base, `12a` its attention alone, `12m` its mlp alone. One seed;
 "within 2 standard errors" is said of paired differences over windows.
@@ -106,15 +106,15 @@ def _arguments() -> Namespace:
 
 
 def _page(args: Namespace, found: Compared, dense: Entry, rows: list[Entry]) -> str:
-    clock = json.loads((Path(args.results) / "clock-decode.json").read_text(encoding="utf-8"))
+    times = json.loads((Path(args.results) / "clock-decode.json").read_text(encoding="utf-8"))
     names = [Path(name).name for name in args.tasks]
     said = HEAD.format(
         **{name: found.facts[name] for name in ("source", "dtype")},
         data=Path(args.calibrate).name,
         tests="`, `".join(Path(name).name for name in args.test),
         tasks=f"`{'`, `'.join(names)}`: " if names else "",
-        dense_ms=clock["dense_ms"],
-        fixed=clock["fixed"],
+        dense_ms=times["dense_ms"],
+        fixed=times["fixed"],
         beside=f", {args.workers} methods at a time" if args.ray and args.workers > 1 else "",
         day=datetime.now(UTC).date(),
         advice="\n".join(f"- {line}" for line in advice(dense, rows)),

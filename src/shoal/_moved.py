@@ -27,6 +27,7 @@ MOVED = {
     "run.speculate": "speculating",
     "writing.stage": "atomic",
     "api.spread": "api.distribute",
+    "evaluation.clock": "evaluation.time_model",
     "evaluation.spread_loss": "evaluation.distributed_loss",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""

@@ -17,7 +17,7 @@ from shoal.api.look import show
 from shoal.api.publish import cost_rows
 from shoal.api.study import Cell, Protocol
 from shoal.errors import UsageError
-from shoal.evaluation.clock import Clock, counts
+from shoal.evaluation.time_model import TimeModel, counts
 from shoal.executing.weights import save_planned
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load
@@ -144,7 +144,7 @@ def test_a_clock_counts_a_map_by_its_tensors() -> None:
     assert counts(plan, spec, {"m.scale": (32,)}) == counts(gone, spec)
     assert counts(plan, spec, {"m.weight": (32, 32)}) == counts(plan, spec)
     parts = dict.fromkeys(counts(whole, spec), 0.1)
-    budget = Budget("decode", 0.81, Clock("decode", spec, 0.2, parts, 0.0, {}, 1.0))
+    budget = Budget("decode", 0.81, TimeModel("decode", spec, 0.2, parts, 0.0, {}, 1.0))
     assert budget.price_of(plan, {"m.scale": (32,)}) == budget.price_of(gone) == pytest.approx(0.8)
     assert budget.met(plan, {"m.scale": (32,)}) and not budget.met(plan), "a full map is dearer"
 

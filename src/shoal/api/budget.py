@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from shoal.errors import UsageError
-from shoal.evaluation.clock import Clock, Phase, measured_clock, measured_share
 from shoal.evaluation.scoring import Progress
+from shoal.evaluation.time_model import Phase, TimeModel, fitted_time_model, measured_share
 from shoal.plan import Plan, Spec, shapes_of
 from shoal.plan import drop as drop_layers
 from shoal.plan.price import FIGURES, CountedPrice, removals
@@ -57,12 +57,12 @@ def counted_budget(unit: Unit, share: float, spec: Spec, *, weights: Mapping[str
 def measured_budget(
     unit: Unit, share: float, model: Any, *, prompt: int = 512, seed: int = 0, progress: Progress | None = None
 ) -> Budget:
-    """A budget in milliseconds of prefill or decode, as a share of dense; its price is a `Clock`, measured now.
+    """A budget in milliseconds of prefill or decode, as a share of dense; its price is a `TimeModel`, measured now.
 
     Raises U561 when nothing of the model can be left out, and what `speed` raises.
     """
     phase: Phase = "prefill" if unit == "prefill" else "decode"
-    return Budget(unit, share, measured_clock(model, phase, prompt=prompt, seed=seed, progress=progress))
+    return Budget(unit, share, fitted_time_model(model, phase, prompt=prompt, seed=seed, progress=progress))
 
 
 def priced(
@@ -78,12 +78,12 @@ def priced(
     """What `plan` with its `weights` costs, as a share of dense: for a measured unit the prediction, its error, and, if
     `timed`, the time itself."""
     facts: dict[str, Any] = {"unit": budget.unit, "asked": budget.share, "price": budget.price_of(plan, weights)}
-    if isinstance(budget.price, Clock):
-        clock = budget.price
-        facts |= {"error": clock.error, "dense_ms": clock.dense_ms, "timed": dict(clock.timed)}
+    if isinstance(budget.price, TimeModel):
+        times = budget.price
+        facts |= {"error": times.error, "dense_ms": times.dense_ms, "timed": dict(times.timed)}
         if timed:
             work: dict[str, Any] = {"prompt": prompt, "new": 16, "pairs": 3, "seed": seed}
-            facts["measured"] = measured_share(model, plan, clock.phase, weights=weights, **work)
+            facts["measured"] = measured_share(model, plan, times.phase, weights=weights, **work)
     return facts
 
 

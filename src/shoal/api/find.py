@@ -216,7 +216,7 @@ def _given(plan: Plan, weights: Tensors, spec: Spec, loaded: Loaded) -> Found:
 def _measured(
     loaded: Loaded, budget: str | Budget | None, prompt: int, seed: int, progress: Progress | None
 ) -> str | Budget | None:
-    """A budget in a unit of time with its clock; any other as it is."""
+    """A budget in a unit of time with its time model; any other as it is."""
     if not isinstance(budget, str):
         return budget
     unit, share = parse_budget(budget)

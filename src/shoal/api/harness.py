@@ -22,9 +22,9 @@ from shoal.data import Data
 from shoal.errors import ShoalError
 from shoal.evaluation import compare as agree
 from shoal.evaluation import generation_check, perplexity, speed
-from shoal.evaluation.clock import Clock, Phase, kept_clock, measured_clock
 from shoal.evaluation.peak import peak_memory
 from shoal.evaluation.scoring import device_of
+from shoal.evaluation.time_model import Phase, TimeModel, fitted_time_model, time_model_of
 from shoal.executing.weights import Tensors
 from shoal.ledger import Ledger
 from shoal.models.checkpoint import read_json
@@ -157,22 +157,23 @@ class Harness:
         if text not in self.budgets:
             unit, share = parse_budget(text)
             spec = self.loaded.opened.spec
+            counted = unit in COUNTED
             self.budgets[text] = (
-                counted_budget(unit, share, spec) if unit in COUNTED else Budget(unit, share, self._clock(unit, spec))
+                counted_budget(unit, share, spec) if counted else Budget(unit, share, self._time_model(unit, spec))
             )
         return self.budgets[text]
 
-    def _clock(self, unit: Unit, spec: Spec) -> Clock:
+    def _time_model(self, unit: Unit, spec: Spec) -> TimeModel:
         """Measured once for a folder of results and kept there: a run that goes on, and one that is given the file,
         means the same by a budget."""
         path = self.folder / f"clock-{unit}.json"
         if path.is_file():
-            return kept_clock(read_json(path), spec)
+            return time_model_of(read_json(path), spec)
         phase: Phase = "prefill" if unit == "prefill" else "decode"
-        clock = measured_clock(self.loaded.model, phase, prompt=self.protocol.prompt)
+        model = fitted_time_model(self.loaded.model, phase, prompt=self.protocol.prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(clock.to_dict(), indent=1))
-        return clock
+        write_atomically(path, json.dumps(model.to_dict(), indent=1))
+        return model
 
     def _plan(self, pruned: Pruned) -> dict[str, Any]:
         assert pruned.price is not None

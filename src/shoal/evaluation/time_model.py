@@ -25,7 +25,7 @@ PARTS: tuple[PartName, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
-class Clock:
+class TimeModel:
     """Times of the parts of a model, fitted to timed plans; all as shares of the dense model's time."""
 
     phase: Phase
@@ -41,12 +41,12 @@ class Clock:
     dense_ms: float
     """Milliseconds: the prefill of the whole prompt, or one decoded token."""
     speed: Speed | None = None
-    """All that was timed; None for a clock that was kept in a file."""
+    """All that was timed; None for a model that was kept in a file."""
     weights: Shapes = field(default_factory=dict)
     """The shapes of tensors that plans may name; a map of which nothing is known counts as a full one."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data from which `kept_clock` makes the clock again."""
+        """Plain data from which `time_model_of` makes it again."""
         names = ("phase", "fixed", "parts", "error", "timed", "dense_ms")
         return {name: dict(v) if isinstance(v := getattr(self, name), Mapping) else v for name in names}
 
@@ -55,12 +55,12 @@ class Clock:
         number = counts(plan, self.spec, self.weights)
         return self.fixed + math.fsum(self.parts.get(name, 0.0) * n for name, n in number.items())
 
-    def with_weights(self, weights: Shapes) -> Clock:
+    def with_weights(self, weights: Shapes) -> TimeModel:
         """The price of plans that name tensors of these shapes."""
         return replace(self, weights={**self.weights, **weights})
 
 
-def measured_clock(
+def fitted_time_model(
     model: Any,
     phase: Phase,
     *,
@@ -70,7 +70,7 @@ def measured_clock(
     pairs: int = 3,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Clock:
+) -> TimeModel:
     """Time the model, and plans without half of the layers, attentions and mlps of each kind, in turn; fit the parts.
 
     share(plan) = fixed + sum over kinds of parts of (time of one) x (how many run), by non-negative least squares over
@@ -91,14 +91,14 @@ def measured_clock(
     fixed, parts = _fit(spec, plans, shares)
     dense = next(variant for variant in found.variants if variant.name == "dense")
     milliseconds = 1000 * (dense.prefill if phase == "prefill" else dense.decode).median
-    clock = Clock(phase, spec, fixed, parts, 0.0, shares, milliseconds, found)
-    error = max(abs(clock(plan) - shares[name]) for name, plan in plans.items())
-    return Clock(phase, spec, fixed, parts, error, shares, milliseconds, found)
+    made = TimeModel(phase, spec, fixed, parts, 0.0, shares, milliseconds, found)
+    error = max(abs(made(plan) - shares[name]) for name, plan in plans.items())
+    return TimeModel(phase, spec, fixed, parts, error, shares, milliseconds, found)
 
 
-def kept_clock(facts: Mapping[str, Any], spec: Spec) -> Clock:
-    """The clock of which `facts` is the plain data, for the same model on the same machine."""
-    return Clock(spec=spec, **facts)
+def time_model_of(facts: Mapping[str, Any], spec: Spec) -> TimeModel:
+    """The time model of which `facts` is the plain data, for the same model on the same machine."""
+    return TimeModel(spec=spec, **facts)
 
 
 def timed(

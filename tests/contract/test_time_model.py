@@ -14,10 +14,10 @@ from shoal.api.budget import counted_budget, measured_budget, priced
 from shoal.api.find import prune
 from shoal.cli import app
 from shoal.errors import UsageError
-from shoal.evaluation import clock as module
-from shoal.evaluation.clock import Clock, counts, measured_clock
+from shoal.evaluation import time_model as module
 from shoal.evaluation.speed import Speed, VariantSpeed
 from shoal.evaluation.stats import Spread
+from shoal.evaluation.time_model import TimeModel, counts, fitted_time_model
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop, parse_plan
 from shoal.plan.steps import runs
@@ -53,25 +53,25 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("machine")
 def test_the_times_of_the_parts_are_found(phase: Any, fixed: float, total: float) -> None:
     model = tiny("llama")
-    clock = measured_clock(model, phase)
-    assert clock.fixed == pytest.approx(fixed / total, abs=1e-3)
-    assert clock.error < 1e-3
-    assert clock.dense_ms == pytest.approx(1000 * total)
+    times = fitted_time_model(model, phase)
+    assert times.fixed == pytest.approx(fixed / total, abs=1e-3)
+    assert times.error < 1e-3
+    assert times.dense_ms == pytest.approx(1000 * total)
     whole = Plan.identity(inspect(model))
-    assert clock(whole) == pytest.approx(1, abs=1e-3)
+    assert times(whole) == pytest.approx(1, abs=1e-3)
     place = 0 if phase == "prefill" else 1
     for part in ("attention", "mlp"):
-        saved = clock(whole) - clock(drop(whole, [1, 2], part=part))
+        saved = times(whole) - times(drop(whole, [1, 2], part=part))
         assert saved == pytest.approx(2 * TIMES[part][place] / total, abs=1e-3)
 
 
 @pytest.mark.usefixtures("machine")
 def test_each_kind_of_layer_has_times_of_its_own() -> None:
     for family in ("jamba", "nemotron_h", "gemma3_text"):
-        clock = measured_clock(tiny(family), "decode")
+        times = fitted_time_model(tiny(family), "decode")
         kinds = {layer.kind for layer in inspect(tiny(family)).stack().layers}
-        assert all(any(f" of {kind} " in name for name in clock.parts) for kind in kinds)
-        assert clock.error < 0.02
+        assert all(any(f" of {kind} " in name for name in times.parts) for kind in kinds)
+        assert times.error < 0.02
 
 
 def test_a_map_counts_by_its_flops() -> None:
@@ -82,12 +82,12 @@ def test_a_map_counts_by_its_flops() -> None:
     assert list(of_map.values()) == [pytest.approx(3 + 2 * 32**2 / layer.flops)] * 2
 
 
-def test_a_real_clock_measures_and_says_how_well_it_fits() -> None:
+def test_a_real_time_model_measures_and_says_how_well_it_fits() -> None:
     model = tiny("llama")
-    clock = measured_clock(model, "decode", prompt=8, new=2, pairs=2)
-    assert isinstance(clock, Clock) and len(clock.timed) == 4
-    assert clock.timed["dense"] == 1 and clock.dense_ms > 0 and clock.error >= 0
-    assert clock(Plan.identity(inspect(model))) == pytest.approx(1, abs=0.05)
+    times = fitted_time_model(model, "decode", prompt=8, new=2, pairs=2)
+    assert isinstance(times, TimeModel) and len(times.timed) == 4
+    assert times.timed["dense"] == 1 and times.dense_ms > 0 and times.error >= 0
+    assert times(Plan.identity(inspect(model))) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.usefixtures("machine")
@@ -121,7 +121,7 @@ def test_time_cannot_be_counted() -> None:
 def test_a_model_of_one_layer_has_no_parts_to_tell_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "check", lambda plan, spec: ["no"])
     with pytest.raises(UsageError, match="times cannot be told apart; use a budget that is counted") as raised:
-        measured_clock(tiny("llama"), "decode")
+        fitted_time_model(tiny("llama"), "decode")
     assert raised.value.code == "U561"
 
 
