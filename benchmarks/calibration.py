@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from _common import say
 
-from shoal.api.promise import Settings, promise
+from shoal.api.risk_control import Settings, control_risk
 from shoal.data import load_data
 from shoal.deciding.deciding import make_policy
 from shoal.evaluation.exit_search import Target, losses, parse_target, replay
@@ -80,7 +80,7 @@ def resampled(found: Features, target: Target, settings: Settings, args: argpars
         order = rng.permutation(len(found.counted))
         half = args.calibrate // 2
         choose, test, rest = order[:half], order[half : args.calibrate], order[args.calibrate :]
-        one = promise(found.only(choose), found.only(test), target, settings)
+        one = control_risk(found.only(choose), found.only(test), target, settings)
         out = found.only(rest)
         again = replay(out, settings.by, one.thresholds)
         risk = float(losses(out, target, again.left).mean())

@@ -26,6 +26,8 @@ MOVED = {
     **{f"run.{name}": f"{room}.{name}" for room, names in _ROOMS_OF_RUN.items() for name in names.split()},
     "run.speculate": "speculating",
     "writing.stage": "atomic",
+    "api.cells": "api.comparison_file",
+    "api.promise": "api.risk_control",
     "api.spread": "api.distribute",
     "evaluation.clock": "evaluation.time_model",
     "evaluation.spread_loss": "evaluation.distributed_loss",

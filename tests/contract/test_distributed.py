@@ -15,7 +15,8 @@ from shoal.api.find import prune
 from shoal.api.journal import journaled
 from shoal.errors import UsageError
 from shoal.evaluation.distributed_loss import CHUNKS, DistributedLoss, LossWorker, loss_workers
-from shoal.evaluation.plan_loss import Memo, PlanLoss
+from shoal.evaluation.plan_loss import PlanLoss
+from shoal.ledger import Ledger
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, drop
@@ -90,7 +91,7 @@ def test_a_search_and_its_journal_are_those_of_one_process(tmp_path: Path) -> No
 
 
 def test_the_seconds_of_processes_are_remembered() -> None:
-    model, memo = tiny("llama"), Memo()
+    model, memo = tiny("llama"), Ledger[Any]()
     wanted = plans(model)
     DistributedLoss(model, DATA, Crew(model, 2), memo=memo).parts(wanted, range(6))
     PlanLoss(model, DATA, memo=memo).parts(wanted, range(6))

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from shoal.api.journal import Journaled, journaled
-from shoal.evaluation.plan_loss import Memo, PlanLoss
+from shoal.evaluation.plan_loss import PlanLoss
 from shoal.evaluation.race import race
 from shoal.evaluation.scoring import sequence_nll
 from shoal.executing.live import running
 from shoal.executing.prefix import prefixes, shared
+from shoal.ledger import Ledger
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, drop, parse_plan
 from shoal.recording.states import States
@@ -111,7 +112,7 @@ def test_beyond_the_memory_states_go_to_disk_or_are_computed_again(
 
 
 def test_searches_tell_each_other_what_plans_scored() -> None:
-    model, memo = tiny("llama"), Memo()
+    model, memo = tiny("llama"), Ledger[Any]()
     plans = candidates(model)
     alone = PlanLoss(model, DATA, batch=2)
     expected = alone.parts(plans, range(len(alone.batches)))

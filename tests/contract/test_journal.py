@@ -14,8 +14,9 @@ from shoal.api import journal as module
 from shoal.api.journal import journaled, kept, mean_nll
 from shoal.errors import DataError
 from shoal.evaluation import perplexity
-from shoal.evaluation.plan_loss import Memo, PlanLoss
+from shoal.evaluation.plan_loss import PlanLoss
 from shoal.executing.live import running
+from shoal.ledger import Ledger
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop
 from shoal.search.greedy import greedy
@@ -136,7 +137,7 @@ def test_the_file_is_lines_of_json_and_says_what_it_belongs_to(model: Any, plan:
 
 
 def test_a_search_that_goes_on_is_charged_with_what_it_took_before(model: Any, plan: Plan, tmp_path: Path) -> None:
-    path, now = tmp_path / "j", Memo()
+    path, now = tmp_path / "j", Ledger[Any]()
     search(model, plan, path)
     spent = [json.loads(line)["spent"] for line in path.read_text().splitlines()[1:]]
     assert spent == sorted(spent)
@@ -146,7 +147,7 @@ def test_a_search_that_goes_on_is_charged_with_what_it_took_before(model: Any, p
     objective(drop(plan, [0, 1, 2]))
     last = json.loads(path.read_text().splitlines()[-1])["spent"]
     assert last > spent[-1], "a new candidate adds to it"
-    other = Memo()
+    other = Ledger[Any]()
     journaled(model, plan, path=tmp_path / "new", memo=other)
     assert other.saved == 0, "a new journal charges nothing"
 
@@ -219,7 +220,7 @@ def test_a_methods_own_objective_is_kept_and_told_to_others(model: Any, plan: Pl
         asked.append(str(candidate))
         return float(len(candidate.layers()))
 
-    path, memo, smaller = tmp_path / "j", Memo(), [drop(plan, [layer]) for layer in range(3)]
+    path, memo, smaller = tmp_path / "j", Ledger[Any](), [drop(plan, [layer]) for layer in range(3)]
     first = kept(own, "depth", plan, path=path, memo=memo)
     assert [first(one) for one in [*smaller, *smaller]] == [3.0] * 6
     assert asked == [str(plan), *map(str, smaller)], "the dense value, and each once"

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from shoal.api.cells import Cells
+from shoal.api.comparison_file import ComparisonFile
 from shoal.api.journal import journaled, kept
 from shoal.errors import DataError
-from shoal.evaluation.plan_loss import Memo, PlanLoss
+from shoal.evaluation.plan_loss import PlanLoss
+from shoal.ledger import Ledger
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop
 from shoal.search.greedy import greedy
@@ -51,7 +52,7 @@ def written(path: Path, lines: Any, *, torn: str = "") -> Path:
 
 def test_a_search_goes_on_from_an_old_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = tiny("llama"), random_data(32, 16)
-    whole, memo = Plan.identity(inspect(model)), Memo()
+    whole, memo = Plan.identity(inspect(model)), Ledger[Any]()
     head = {**JOURNAL[0], "data": data.info.sha256}
     path = written(tmp_path / "journal.jsonl", (head, *JOURNAL[1:]), torn='{"plan": "0", "nl')
     before = path.read_bytes()
@@ -87,10 +88,10 @@ def test_a_methods_own_objective_goes_on_from_an_old_journal(tmp_path: Path) -> 
 def test_a_comparison_goes_on_from_old_cells(tmp_path: Path) -> None:
     path = written(tmp_path / "cells.jsonl", CELLS, torn='{"key": "slow')
     facts = {name: value for name, value in CELLS[0].items() if name != "compare"}
-    cells = Cells(tmp_path, facts)
+    cells = ComparisonFile(tmp_path, facts)
     assert dict(cells.done) == {"dense": CELLS[1], "position layers=0.8 seed=0": CELLS[3]}
     cells.add({"key": "new", "result": {"kl": float("inf")}})
     assert json.loads(path.read_text().splitlines()[-1]) == {"key": "new", "result": {"kl": None}}
-    assert list(Cells(tmp_path, facts).done) == ["dense", "position layers=0.8 seed=0", "new"]
+    assert list(ComparisonFile(tmp_path, facts).done) == ["dense", "position layers=0.8 seed=0", "new"]
     with pytest.raises(DataError, match=r"D460.*its source differs"):
-        Cells(tmp_path, {**facts, "source": "another"})
+        ComparisonFile(tmp_path, {**facts, "source": "another"})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from shoal.api.promise import Settings, promise
+from shoal.api.risk_control import Settings, control_risk
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.exit_search import Target, losses, parse_target, replay, search_path
 from shoal.evaluation.exits import Features
@@ -136,7 +136,7 @@ def test_chosen_thresholds_keep_the_promise_on_the_population(kind: str) -> None
     broken, used = 0, 0
     for _ in range(30):
         order = rng.permutation(4000)[:160]
-        one = promise(population.only(order[:80]), population.only(order[80:]), target, Settings(DELTA))
+        one = control_risk(population.only(order[:80]), population.only(order[80:]), target, Settings(DELTA))
         truth = losses(population, target, replay(population, "probability", one.thresholds).left).mean()
         broken += truth > target.limit
         used += one.promised and one.layers < 10

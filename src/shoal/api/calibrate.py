@@ -13,7 +13,7 @@ from shoal._version import __version__
 from shoal.api.assess import Source, opened, text_of
 from shoal.api.exit_options import Exits, exit_options, held_to
 from shoal.api.exit_table import finite, notes, row
-from shoal.api.promise import Promise, Settings, promise
+from shoal.api.risk_control import ControlledRisk, Settings, control_risk
 from shoal.atomic import write_atomically
 from shoal.data import Data
 from shoal.deciding.deciding import make_policy
@@ -45,7 +45,7 @@ class Calibration:
     """What was chosen, what it costs, and what else could be had."""
 
     file: PolicyFile
-    promises: tuple[Promise, ...]
+    promises: tuple[ControlledRisk, ...]
     table: tuple[dict[str, Any], ...]
     """The settings of the first target's search, from the safest on."""
     uniform: tuple[dict[str, Any], ...]
@@ -140,7 +140,7 @@ def calibrate(
         return target.scaled(means), deep
 
     promises = tuple(
-        promise(chosen, held, target, settings, live=running_losses if live else None, points=LIVE_POINTS)
+        control_risk(chosen, held, target, settings, live=running_losses if live else None, points=LIVE_POINTS)
         for target in wanted
     )
     path = thin(search_path(chosen, wanted[0], exits.by, head=settings.head), points)
@@ -211,7 +211,7 @@ def _policy(gated: Plan, level: Level, exits: Exits) -> Policy:
     return Calibrated(gated, (level,), exits.by, exits.prefill)
 
 
-def _level(features: Features, one: Promise) -> Level:
+def _level(features: Features, one: ControlledRisk) -> Level:
     found = {key: value for key, value in asdict(one).items() if key not in ("target", "thresholds", "layers")}
     return Level(one.target, finite(features, one.thresholds), one.promised, one.layers, plain(found))
 

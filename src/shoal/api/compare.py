@@ -10,7 +10,7 @@ from typing import Any
 
 from shoal._version import __version__
 from shoal.api.assess import opened
-from shoal.api.cells import Cells
+from shoal.api.comparison_file import ComparisonFile
 from shoal.api.distribute import distribute
 from shoal.api.harness import DENSE, Harness
 from shoal.api.study import Cell, Expected, Protocol, cells
@@ -72,7 +72,7 @@ def compare(
     for budget in dict.fromkeys(cell.budget for cell in asked):
         harness.budget(budget)
     facts = harness.facts()
-    store = Cells(place, facts)
+    store = ComparisonFile(place, facts)
     wanted: list[Cell | None] = [None, *asked]
     keys = [DENSE if cell is None else cell.key for cell in wanted]
     left = [cell for cell, key in zip(wanted, keys, strict=True) if not _kept(key, store, harness)]
@@ -94,12 +94,12 @@ def compare(
     return Compared(facts, tuple(store.done[key] for key in keys), place, harness.identity())
 
 
-def _kept(key: str, store: Cells, harness: Harness) -> bool:
+def _kept(key: str, store: ComparisonFile, harness: Harness) -> bool:
     """Whether the cell need not run again: it is done, and timed or can be."""
     return key in store.done and not (harness.untimed(store.done[key]) and store.held(key) is None)
 
 
-def _time(keys: Sequence[str], store: Cells, harness: Harness, progress: Progress | None) -> None:
+def _time(keys: Sequence[str], store: ComparisonFile, harness: Harness, progress: Progress | None) -> None:
     """The times of the cells that have none yet, one after the other, when no worker is busy any more."""
     left = [key for key in keys if harness.untimed(store.done[key])]
     for number, key in enumerate(left):

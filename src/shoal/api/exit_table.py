@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from shoal.api.exit_options import Exits
-from shoal.api.promise import Promise, no_promise
+from shoal.api.risk_control import ControlledRisk, uncontrolled_risk
 from shoal.deciding.signals import WITHOUT_HEAD
 from shoal.evaluation.exit_search import Target
 from shoal.evaluation.exits import Features
@@ -24,7 +24,7 @@ def row(
     features: Features, held: Features, target: Target, by: str, thresholds: Sequence[float], head: float, number: int
 ) -> dict[str, Any]:
     """One line of the table: a setting on the sequences `held`, which `head` layers a look costs."""
-    one = no_promise(held, target, by, thresholds)
+    one = uncontrolled_risk(held, target, by, thresholds)
     return {
         "setting": number,
         "thresholds": {str(layer): value for layer, value in finite(features, thresholds).items()},
@@ -36,7 +36,7 @@ def row(
     }
 
 
-def notes(promises: Sequence[Promise], live: bool, exits: Exits, head: float, whole: float) -> tuple[str, ...]:
+def notes(promises: Sequence[ControlledRisk], live: bool, exits: Exits, head: float, whole: float) -> tuple[str, ...]:
     """What the promise does not say."""
     found = [
         "The promise is about sequences like the calibration text, fed as they are (teacher-forced): each token is "

@@ -48,9 +48,9 @@ class Harness:
     tests: dict[str, Data]
     tasks: tuple[Quiz, ...]
     budgets: dict[str, Budget] = field(default_factory=dict)
-    worth: Ledger[dict[str, Any]] = field(default_factory=Ledger)
+    qualities: Ledger[dict[str, Any]] = field(default_factory=Ledger)
     """Quality by plan and the digest of its weights: two methods may well find the same."""
-    paces: Ledger[dict[str, Any]] = field(default_factory=Ledger)
+    times: Ledger[dict[str, Any]] = field(default_factory=Ledger)
     """Times, in the same way."""
     memo: Ledger[Any] = field(default_factory=Ledger)
     """What plans scored in searches: those for a smaller budget begin as those for a larger one did."""
@@ -92,10 +92,10 @@ class Harness:
             result, measured = row.get("result", {}), row.get("measured", {})
             if "digest" in result:
                 name = result["hash"] + result["digest"]
-                if name not in self.worth:
-                    self.worth.add(name, {part: result[part] for part in QUALITY if part in result})
-                if "decode" in measured and name not in self.paces:
-                    self.paces.add(name, {phase: measured[phase] for phase in ("prefill", "decode")})
+                if name not in self.qualities:
+                    self.qualities.add(name, {part: result[part] for part in QUALITY if part in result})
+                if "decode" in measured and name not in self.times:
+                    self.times.add(name, {phase: measured[phase] for phase in ("prefill", "decode")})
 
     def row(self, cell: Cell | None) -> dict[str, Any]:
         """Run one cell but for its times, the dense model for None; an error that is the method's or the budget's
@@ -130,7 +130,8 @@ class Harness:
         weights, digest = pruned.found.weights, _digest(pruned.found.weights)
         name = pruned.plan.hash + digest
         variant = planned(self.loaded.model, pruned.plan, weights)
-        result = self._plan(pruned) | {"digest": digest} | self.worth.once(name, partial(self._quality, name, variant))
+        quality = self.qualities.once(name, partial(self._quality, name, variant))
+        result = self._plan(pruned) | {"digest": digest} | quality
         return {"result": result, "measured": {"seconds": seconds, "peak": peak.growth}, "weights": weights}
 
     def untimed(self, row: Mapping[str, Any]) -> bool:
@@ -147,10 +148,10 @@ class Harness:
         result = row["result"]
         name = result["hash"] + result["digest"]
         try:
-            paces = self.paces.once(name, partial(self._times, result["plan"], weights))
+            times = self.times.once(name, partial(self._times, result["plan"], weights))
         except ShoalError as error:
             return {key: row[key] for key in ("key", "method", "budget", "seed")} | {"error": str(error)}
-        return row | {"measured": row["measured"] | paces}
+        return row | {"measured": row["measured"] | times}
 
     def budget(self, text: str) -> Budget:
         """The budget of that text; the same one for all cells. Raises U523."""

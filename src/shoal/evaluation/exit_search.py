@@ -13,7 +13,7 @@ from shoal.evaluation.exits import Features
 from shoal.evaluation.risk import Losses, sequence_means
 
 NEVER = float("inf")
-NOTCHES = 20
+GRID_SIZE = 20
 """Thresholds that are tried at each exit: quantiles of the signal there."""
 
 
@@ -124,18 +124,18 @@ def search_path(
     *,
     head: float = 0.0,
     ceiling: float | None = None,
-    notches: int = NOTCHES,
+    grid_size: int = GRID_SIZE,
 ) -> list[Setting]:
     """From "nobody leaves" on, always the lower threshold at one exit that saves most for the risk it adds, until the
     risk passes `ceiling` (default: three times the target's).
 
-    Cost: mean layers, plus `head` layers for each look through the head. A notch is a quantile of the signal at that
-    exit; an exit that is still shut may open at any fourth one. Source: a record searched offline, one threshold for
-    each exit: DyCE (Wang et al. 2024, arXiv 2403.01695). How we differ: DyCE minimises a weighted sum by coordinate
+    Cost: mean layers, plus `head` layers for each look through the head. Thresholds are quantiles of the signal at
+    their exit; an exit that is still shut may open at any fourth one. Source: a record searched offline, one threshold
+    for each exit: DyCE (Wang et al. 2024, arXiv 2403.01695). How we differ: DyCE minimises a weighted sum by coordinate
     descent for each weight; this greedy path is nested, so that its order can be tested from the safe end.
     """
     wide = max(3 * target.limit, 0.02) if ceiling is None else ceiling
-    grids = [_grid(values[features.counted], notches) for values in features.signals[by]]
+    grids = [_grid(values[features.counted], grid_size) for values in features.signals[by]]
     at = [0] * len(grids)
     path = [_measured(features, target, by, grids, at)]
     while True:
@@ -158,9 +158,9 @@ def search_path(
         path.append(best[2])
 
 
-def one_threshold(features: Features, target: Target, by: str, *, notches: int = NOTCHES) -> list[Setting]:
+def one_threshold(features: Features, target: Target, by: str, *, grid_size: int = GRID_SIZE) -> list[Setting]:
     """The same threshold at all exits (CALM without its decay), from the safest down: what the search must beat."""
-    shared = _grid(features.signals[by][:, features.counted].ravel(), notches)
+    shared = _grid(features.signals[by][:, features.counted].ravel(), grid_size)
     grids = [shared] * len(features.layers)
     return [_measured(features, target, by, grids, [step] * len(grids)) for step in range(len(shared))]
 
@@ -180,7 +180,7 @@ def _measured(features: Features, target: Target, by: str, grids: list[np.ndarra
     return Setting(thresholds, found.layers, found.looks, float(losses(features, target, found.left).mean()))
 
 
-def _grid(values: np.ndarray, notches: int) -> np.ndarray:
+def _grid(values: np.ndarray, grid_size: int) -> np.ndarray:
     """Never, and then thresholds that let more and more tokens leave."""
-    quantiles = np.quantile(values, np.linspace(1, 0, notches + 1), method="nearest")
+    quantiles = np.quantile(values, np.linspace(1, 0, grid_size + 1), method="nearest")
     return np.concatenate([[NEVER], np.unique(quantiles)[::-1]])

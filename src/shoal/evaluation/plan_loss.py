@@ -39,18 +39,14 @@ class Part:
     """Scored tokens in each block."""
 
 
-Memo = Ledger[Any]
-"""What plans scored, for several searches on one model: by the data's hash with the batch size, the plan and the number
-of the batch a `Part`; by the name of any other objective and the plan its value."""
-
-
 class PlanLoss:
     """Plan -> cross-entropy on `data`, equal bit for bit to `sequence_nll` of the running plan on the same batches.
 
     The hidden state at which plans part is kept (see `States`), so that a plan whose first layers another plan ran
     already computes only what follows. A model in which something besides the hidden state travels from layer to layer
     is found by trying (a few tokens, every cut, before it is used) and runs in full. `share=False` runs all in full.
-    `memo`: what other searches on this very model have found.
+    `memo`: what other searches on this very model have found: by the data's hash with the batch size, the plan and the
+    number of the batch a `Part` (by the name of any other objective and the plan its value, see `shoal.api.journal`).
     Raises `UsageError` U510 for windows longer than the context, `DataError` D420 if no token is scored.
     """
 

@@ -17,7 +17,7 @@ from shoal.ledger import Found, Ledger, Store
 FORMAT = "shoal-compare/1"
 
 
-class Cells:
+class ComparisonFile:
     """Finished cells by key, in memory and in `folder/cells.jsonl`.
 
     The first line names the model, the data and the protocol; a folder of another comparison is refused (D460).

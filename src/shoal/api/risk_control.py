@@ -29,7 +29,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
+class ControlledRisk:
     """A target, the setting that was chosen for it, and what the test sequences say about it."""
 
     target: str
@@ -64,7 +64,7 @@ class Promise:
         )
 
 
-def promise(
+def control_risk(
     choose: Features,
     test: Features,
     target: Target,
@@ -72,7 +72,7 @@ def promise(
     *,
     live: Live | None = None,
     points: int | None = None,
-) -> Promise:
+) -> ControlledRisk:
     """Search settings on `choose`, then test them on `test` from the safest to the boldest.
 
     The two must be different sequences: settings that had been chosen on those that test them would look better than
@@ -100,7 +100,7 @@ def promise(
     return _made(test, target, settings, thresholds, seen[found.passed], found, len(seen))
 
 
-def no_promise(features: Features, target: Target, by: str, thresholds: Sequence[float]) -> Promise:
+def uncontrolled_risk(features: Features, target: Target, by: str, thresholds: Sequence[float]) -> ControlledRisk:
     """What recorded exits say about any setting; nothing is tested."""
     nothing = Tested(None, (), ())
     return _made(features, target, Settings(1.0, by=by), thresholds, None, nothing, 0)
@@ -127,13 +127,13 @@ def _made(
     seen: tuple[Losses, float | None] | None,
     found: Tested,
     tested: int,
-) -> Promise:
+) -> ControlledRisk:
     again = replay(test, settings.by, thresholds)
     lost = losses(test, target, again.left) if seen is None else seen[0]
     layers = again.layers if seen is None or seen[1] is None else seen[1]
     promised = found.passed is not None
     conformal_ = settings.guarantee == "conformal"
-    return Promise(
+    return ControlledRisk(
         target.name,
         promised,
         tuple(thresholds),
