@@ -20,9 +20,10 @@ from transformers.cache_utils import Cache
 
 from shoal.executing.slots import KeysValues, PassingCache, fit_rows, slot_view
 from shoal.models.depth import permuted_config
+from shoal.models.examine import LayerFacts
 from shoal.models.inspect import inspect
+from shoal.models.opened import open_model
 from shoal.models.parts import without
-from shoal.models.probe import LayerFacts, probe
 from shoal.models.stacks import Stack, find_stack, unwrap
 from shoal.plan import Map, Parallel, Plan, Run, parse_plan, require
 from shoal.plan import Step as PlanStep
@@ -131,7 +132,7 @@ def bank(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor]
         plan = parse_plan(plan, Plan.identity(spec))
     require(plan, spec, {name: tuple(t.shape) for name, t in (weights or {}).items()})
     steps, original = plan.steps(), stack.layers
-    planned = PlannedLayers(stack, probe(inner, stack).layers, steps, weights or {})
+    planned = PlannedLayers(stack, open_model(inner).facts(stack.name).layers, steps, weights or {})
     _, changed = permuted_config(stack.config, tuple(layers_of(step)[0] for step in steps if layers_of(step)))
     setattr(stack.owner, stack.attr, planned)
     try:

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 _ROOMS_OF_RUN = {
-    "executing": "conductor lent live prefix slots tail timing weights freeze",
+    "executing": "live slots timing weights",
     "recording": "attention layer_major observe states walk",
     "deciding": "arguments deciding deferred entries flow gated gates kv_rules layer_lists masks partly place "
     "policies policy_file readout signals trace",
@@ -25,6 +25,10 @@ _ROOMS_OF_RUN = {
 MOVED = {
     **{f"run.{name}": f"{room}.{name}" for room, names in _ROOMS_OF_RUN.items() for name in names.split()},
     "run.speculate": "speculating",
+    "run.conductor": "executing.executor",
+    "run.prefix": "plan.prefix",
+    "run.freeze": "recording.frozen",
+    "models.probe": "models.examine",
     "writing.stage": "atomic",
     "api.cells": "api.comparison_file",
     "api.promise": "api.risk_control",

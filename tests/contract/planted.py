@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal.data import Data, DataInfo
+from shoal.executing.bind import bind
+from shoal.executing.recorder import Outputs
 from shoal.models.stacks import find_stack
 
 from .families import VOCAB, tiny, tiny_of
@@ -103,3 +105,12 @@ def hooks_unchanged(model: PreTrainedModel) -> Iterator[None]:
     before = [len(module._forward_hooks) for module in model.modules()]
     yield
     assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
+@torch.no_grad()
+def outputs_of(model: Any, ids: torch.Tensor, **inputs: Any) -> dict[int, torch.Tensor]:
+    """What each layer of the whole model makes, by base layer."""
+    found, bound = Outputs(), bind(model)
+    with bound.running(), bound.executor().recording(found):
+        model(input_ids=ids, **inputs)
+    return found.states

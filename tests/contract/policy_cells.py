@@ -16,7 +16,7 @@ from shoal.deciding.gates import Decision, Moment, Policy, Sight
 from shoal.deciding.kv_rules import kinds_of
 from shoal.deciding.place import with_exits, with_gates
 from shoal.models.inspect import inspect
-from shoal.models.probe import probe
+from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
 from shoal.plan import Exit, Plan, Run
 
@@ -138,9 +138,9 @@ def _runs(table: dict[Any, torch.Tensor], what: str, layer: int) -> torch.Tensor
 def _editing(model: PreTrainedModel, runs: dict[int, torch.Tensor], fill: str) -> Iterator[None]:
     """Layers see holes in their masks (mask) or lower layers' keys and values (copy)."""
     stack = find_stack(model)
-    kinds = kinds_of(probe(model, stack))
+    kinds = kinds_of(open_model(model).facts(stack.name))
     copied = _Copying(runs, kinds)
-    places = [fact.cache_at for fact in probe(model, stack).layers]
+    places = [fact.cache_at for fact in open_model(model).facts(stack.name).layers]
 
     def edit(index: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:

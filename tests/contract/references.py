@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from shoal.models.probe import probe
+from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
 
 Batch = dict[str, torch.Tensor]
@@ -66,7 +66,7 @@ def by_hand(model: PreTrainedModel, batch: Batch, chain: Callable[[Call, torch.T
 def silenced(model: PreTrainedModel, index: int, part: str) -> Iterator[None]:
     """The named part of layer `index` adds nothing, because every tensor that it owns is zero meanwhile."""
     stack = find_stack(model)
-    parts = probe(model, stack).layers[index].parts
+    parts = open_model(model).facts(stack.name).layers[index].parts
     assert parts is not None
     owned = [p for name in getattr(parts, part) for p in stack.layer(index).get_submodule(name).parameters()]
     saved = [p.detach().clone() for p in owned]

@@ -17,10 +17,10 @@ from shoal.evaluation.plan_loss import PlanLoss
 from shoal.evaluation.race import race
 from shoal.evaluation.scoring import sequence_nll
 from shoal.executing.live import running
-from shoal.executing.prefix import prefixes, shared
 from shoal.ledger import Ledger
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, drop, parse_plan
+from shoal.plan.prefix import prefixes, shared
 from shoal.recording.states import States
 from shoal.search.greedy import greedy
 

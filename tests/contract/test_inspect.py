@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from shoal.errors import ModelError
 from shoal.models.inspect import inspect
 from shoal.models.meta import meta_model
-from shoal.models.probe import probe
+from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
 from shoal.plan import KVSpec
 
@@ -130,10 +130,10 @@ def test_inspecting_leaves_modes_hooks_and_gradients_alone() -> None:
 
 def test_the_probe_answers_from_memory_until_a_layer_changes() -> None:
     model = copy.deepcopy(tiny("llama"))
-    first = probe(model, find_stack(model))
-    assert probe(model, find_stack(model)) is first
+    first = open_model(model).facts()
+    assert open_model(model).facts() is first
     model.model.layers[2] = copy.deepcopy(model.model.layers[2])
-    assert probe(model, find_stack(model)) is not first
+    assert open_model(model).facts() is not first
 
 
 # models that no rule can know
@@ -205,9 +205,9 @@ def test_models_that_cannot_be_read_are_refused() -> None:
 def test_a_config_that_changes_after_a_look_is_looked_at_again() -> None:
     model = copy.deepcopy(tiny("gemma3_text"))
     stack = find_stack(model)
-    seen = probe(model, stack)
+    seen = open_model(model).facts(stack.name)
     assert seen.layers[0].window == 6
-    assert probe(model, stack) is seen
+    assert open_model(model).facts(stack.name) is seen
     model.config.sliding_window = 3
-    assert probe(model, stack).layers[0].window == 3
+    assert open_model(model).facts(stack.name).layers[0].window == 3
     assert inspect(model).stack().layers[0].kv.window == 3

@@ -15,6 +15,7 @@ from shoal.errors import ModelError
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
 from shoal.measures.loss_removed import loss_removed
+from shoal.models.opened import open_model
 from shoal.recording.observe import observe
 
 from .families import DEPTH, tiny
@@ -79,6 +80,7 @@ def test_a_state_without_tokens_is_refused() -> None:
 
 def test_the_head_does_not_run() -> None:
     model, ran = copy.deepcopy(tiny("llama")), []
+    assert open_model(model).spec.probed  # what is found out once, by one token
     model.lm_head.register_forward_hook(lambda *_: ran.append(1))
     for measure in (block_influence, angular_distance):
         measure(model, random_data(1, 4))

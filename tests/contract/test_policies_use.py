@@ -15,7 +15,6 @@ from shoal.deciding.gates import Decision, Moment, Policy
 from shoal.deciding.place import with_exits, with_gates
 from shoal.errors import ShoalError
 from shoal.executing.live import apply, running
-from shoal.executing.tail import recorded
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Exit, Plan, parse_plan
@@ -23,6 +22,7 @@ from shoal.registry import entries
 
 from .families import tiny
 from .kinds import kind
+from .planted import outputs_of
 from .policy_cells import LENGTH, PREFILL, Written, batch_of, stepped, whole
 
 
@@ -92,8 +92,7 @@ def test_a_lens_stands_before_the_shared_head_and_an_own_head_behind_the_norm() 
     generator = torch.Generator().manual_seed(4)
     lens, bias = torch.randn(32, 32, generator=generator) / 6, torch.linspace(-1, 1, 32)
     own = torch.randn(64, 32, generator=generator)
-    with recorded(model) as outputs:
-        whole(model, batch)
+    outputs = outputs_of(model, batch["input_ids"], **{k: v for k, v in batch.items() if k != "input_ids"})
     with torch.no_grad():
         through_lens = model.lm_head(model.model.norm(torch.nn.functional.linear(outputs[1], lens, bias)))
         through_own = model.model.norm(outputs[1]) @ own.T

@@ -15,9 +15,8 @@ from shoal.api.measuring import measure
 from shoal.errors import DataError, PlanError, UsageError
 from shoal.evaluation.scoring import logits_of
 from shoal.evaluation.tasks import Item, load_tasks
-from shoal.executing.freeze import continued, frozen_above
+from shoal.executing.bind import bind
 from shoal.executing.live import running
-from shoal.executing.tail import ending_with, recorded
 from shoal.measures.attention_similarity import attention_similarity
 from shoal.measures.kv_freeze import kv_freeze
 from shoal.measures.logit_lens import logit_lens
@@ -27,9 +26,10 @@ from shoal.measures.task_removed import _solved, task_removed
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan
+from shoal.recording.frozen import continued, frozen_cache
 
 from .families import DEPTH, tiny
-from .planted import data_of, hooks_unchanged, random_data
+from .planted import data_of, hooks_unchanged, outputs_of, random_data
 from .test_api import byte_tokenizer
 from .test_measures import ragged
 
@@ -93,29 +93,26 @@ def test_the_lens_is_the_models_own_norm_and_head(family: str) -> None:
     """Cohere scales its logits and Gemma 3n carries four streams: what stands behind the last layer is taken whole."""
     model = tiny(family)
     dense = logits_of(model, DATA.ids, None)
-    with recorded(model) as states:
-        logits_of(model, DATA.ids, None)
-    with hooks_unchanged(model), ending_with(model) as give:
-        give(states[DEPTH - 1])
-        assert torch.equal(logits_of(model, DATA.ids, None), dense)
-        give(states[0])
-        early = logits_of(model, DATA.ids, None)
+    states = outputs_of(model, DATA.ids)
+    with hooks_unchanged(model):
+        assert torch.equal(_ending_with(model, states[DEPTH - 1]), dense)
+        early = _ending_with(model, states[0])
     assert not torch.allclose(early, dense)
     if family == "llama":
         assert torch.equal(early, model.lm_head(model.model.norm(states[0])))
     scores = logit_lens(model, DATA, batch=2)
     assert scores.values[-1] == scores.detail["kl"][-1] == 0 and not scores.removal
-    same = torch.stack([_lens(model, states[i]) == dense.argmax(-1) for i in range(DEPTH)])[:, :, :-1]
+    same = torch.stack([_ending_with(model, states[i]).argmax(-1) == dense.argmax(-1) for i in range(DEPTH)])[:, :, :-1]
     settled = [min(i for i in range(DEPTH) if same[i:, b, t].all()) for b in range(3) for t in range(11)]
     assert scores.detail["depth"][0] == pytest.approx(sum(settled) / 33)
     assert scores.detail["saturation"] == pytest.approx([settled.count(i) / 33 for i in range(DEPTH)])
     assert scores.values == pytest.approx((1 - same.double().mean((1, 2))).tolist())
 
 
-def _lens(model: Any, state: torch.Tensor) -> torch.Tensor:
-    with ending_with(model) as give:
-        give(state)
-        return logits_of(model, DATA.ids, None).argmax(-1)
+def _ending_with(model: Any, state: torch.Tensor) -> torch.Tensor:
+    bound = bind(model)
+    with bound.running(), bound.executor().between(DEPTH, state):
+        return logits_of(model, DATA.ids, None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
@@ -132,11 +129,12 @@ def test_a_prompt_continued_from_its_cache_is_the_whole_pass(family: str) -> Non
 def test_frozen_keys_are_made_from_the_state_at_the_layer() -> None:
     model = copy.deepcopy(tiny("llama"))
     inputs: dict[int, torch.Tensor] = {}
-    with hooks_unchanged(model), frozen_above(model, 1), recorded(model) as outputs:
+    outputs = outputs_of(model, DATA.ids)
+    with hooks_unchanged(model):
         for index, layer in enumerate(model.model.layers):
             norm = layer.input_layernorm
             norm.register_forward_pre_hook(lambda _, args, i=index: inputs.__setitem__(i, args[0]))
-        cache = model(input_ids=DATA.ids, use_cache=True).past_key_values
+        cache = frozen_cache(model, DATA.ids, 1)
     assert torch.equal(inputs[2], outputs[1]) and torch.equal(inputs[3], outputs[1])
     layer = model.model.layers[3]
     values = layer.self_attn.v_proj(layer.input_layernorm(outputs[1])).view(3, 12, 2, 8).transpose(1, 2)
@@ -168,7 +166,7 @@ def test_a_swap_that_a_family_cannot_run_is_not_judged(monkeypatch: pytest.Monke
         if layers[0] == 1:
             raise PlanError("layer 0 must be first", code="P126")
 
-    monkeypatch.setattr("shoal.executing.live.refuse_order", refuse)
+    monkeypatch.setattr("shoal.executing.bind.refuse_order", refuse)
     scores = swap_curve(tiny("llama"), DATA)
     assert math.isnan(scores.values[0]) and scores.errors[0] is None and scores.values[1] > 0
     assert scores.notes == ("layer 0 was not judged: P126: layer 0 must be first",)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from shoal.deciding.place import decides
 from shoal.errors import UsageError
 from shoal.plan import Plan
-from shoal.plan.steps import runs
+from shoal.plan.steps import decides, runs
 from shoal.registry import get
 from shoal.spelling import options_of, read
 

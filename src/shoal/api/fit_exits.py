@@ -12,7 +12,7 @@ from shoal.api.assess import Source, opened, text_of
 from shoal.api.exit_options import exit_options
 from shoal.data import Data
 from shoal.deciding.deciding import make_policy
-from shoal.deciding.place import decides, exits_of, ungated
+from shoal.deciding.place import exits_of, ungated
 from shoal.errors import UsageError
 from shoal.evaluation.exits import Features, record_exits, require_length
 from shoal.evaluation.risk import sequence_means
@@ -24,6 +24,7 @@ from shoal.fitting.probe import fit_probes
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, format_steps, parse_plan
+from shoal.plan.steps import decides
 from shoal.record import plain
 from shoal.spelling import read
 

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from shoal.executing.calls import Call, Place, argument, with_argument
+from shoal.executing.inputs import input_device
 from shoal.models.evaluating import evaluating
 from shoal.models.stacks import Stack
-from shoal.recording.observe import input_device
 
-Place = str | int
 Path = tuple[Place, ...]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 _PAST = 3
+
+__all__ = ["Arguments", "Call", "argument", "with_argument"]
 
 
 class Arguments:
@@ -72,20 +73,6 @@ class Arguments:
 
         args, kwargs = call
         return tuple(keep((n,), v) for n, v in enumerate(args)), {name: keep((name,), v) for name, v in kwargs.items()}
-
-
-def with_argument(call: Call, place: Place, value: Any) -> Call:
-    """The call with another value at `place`."""
-    args, kwargs = call
-    if isinstance(place, int):
-        return (*args[:place], value, *args[place + 1 :]), kwargs
-    return args, kwargs | {place: value}
-
-
-def argument(call: Call, place: Place) -> Any:
-    """What the call gives at `place`; None when it gives nothing there."""
-    args, kwargs = call
-    return kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
 
 
 def other_shape(call: Call, path: Path) -> tuple[int, ...]:

@@ -15,11 +15,11 @@ from shoal.deciding.place import require_decidable, ungated
 from shoal.deciding.readout import Heads, Readout, require_probes
 from shoal.deciding.trace import Trace, count_calls
 from shoal.errors import PlanError, UsageError
-from shoal.executing.conductor import PlannedList
+from shoal.executing.layer_list import PlannedList
 from shoal.executing.weights import Tensors, hash_of_used
 from shoal.models.calls import logits_in, named_arguments
+from shoal.models.examine import StackFacts
 from shoal.models.opened import open_model
-from shoal.models.probe import Probe
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Plan, Spec, Step, format_steps
 from shoal.plan.steps import runs
@@ -90,7 +90,7 @@ class Deciding:
         self._removes: list[Callable[[], None]] = []
 
     def conduct(
-        self, planned: PlannedList, stack: Stack, probe: Probe, steps: tuple[Step, ...], weights: Tensors
+        self, planned: PlannedList, stack: Stack, probe: StackFacts, steps: tuple[Step, ...], weights: Tensors
     ) -> GatedConductor:
         """The conductor for `planned`; from now on the hooks are there."""
         conductor = self.conductor = GatedConductor(planned, stack, probe, steps, weights, policy=self.policy)

@@ -26,30 +26,31 @@ from shoal.deciding.masks import real_columns
 from shoal.deciding.partly import partly
 from shoal.deciding.readout import Heads, Look, Readout
 from shoal.deciding.trace import Trace
-from shoal.executing.conductor import Conductor, PlannedList
+from shoal.executing.executor import Executor
+from shoal.executing.layer_list import PlannedList
 from shoal.executing.slots import PassingCache, Take, slot_view
 from shoal.executing.weights import Tensors
-from shoal.models.probe import Probe
+from shoal.models.examine import StackFacts
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.price import layers_run
 from shoal.plan.steps import runs
 
 
-class GatedConductor(Conductor):
+class GatedConductor(Executor):
     """Asks `policy` at each gate and exit of its plan."""
 
     def __init__(
         self,
         planned: PlannedList,
         stack: Stack,
-        probe: Probe,
+        probe: StackFacts,
         steps: tuple[Step, ...],
         weights: Tensors,
         policy: Policy,
     ) -> None:
         super().__init__(planned, stack, probe, steps, weights)
-        self.steps, self.policy = steps, policy
+        self.policy = self.owner = policy
         self.unpaged = "policy"
         self.kinds = kinds_of(probe)
         copies = {self.kinds[run.layer] for run in runs(steps) if run.kv.fill == "copy"}
@@ -88,7 +89,7 @@ class GatedConductor(Conductor):
             return self.ending if tail < 0 else (self.ending, *[None] * tail)
         if index == 0:
             self._begin(args, kwargs)
-        if self.through[index]:
+        if self.through[index] and self.recorder is None:
             self._ran(1.0, True)
         return super().tap(index, args, kwargs)
 

@@ -15,14 +15,14 @@ from shoal.deciding.gates import Decision
 from shoal.deciding.masks import holed, seen_columns
 from shoal.errors import PlanError
 from shoal.executing.slots import KeysValues, Store, Take
-from shoal.models.probe import LayerFacts, Probe
+from shoal.models.examine import LayerFacts, StackFacts
 from shoal.plan import Run
 
 CODES = {None: HOLE, "project": PROJECTED, "copy": COPIED, "mask": HOLE, "defer": PENDING}
 Kind = tuple[Any, ...]
 
 
-def kinds_of(probe: Probe) -> list[Kind]:
+def kinds_of(probe: StackFacts) -> list[Kind]:
     """What two layers must have in common for one to take the other's keys and values: their shapes and window."""
     return [(fact.keys, fact.values, fact.window) for fact in probe.layers]
 

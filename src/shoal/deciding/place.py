@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from shoal.deciding.gates import Policy, Schedule
 from shoal.errors import PlanError, UsageError
+from shoal.models.examine import LayerFacts, StackFacts
 from shoal.models.kinds import is_causal
-from shoal.models.probe import LayerFacts, Probe
 from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
 from shoal.plan.spec import LayerSpec
-from shoal.plan.steps import KV, Fill, layers_of, layers_read, runs, writes_kv
+from shoal.plan.steps import KV, Fill, decides, gate_of, layers_of, layers_read, runs, undecided, writes_kv
 
 EXIT = "exit"
 """The gate of exits that a policy places."""
@@ -101,38 +101,16 @@ def fill_for(schedule: Schedule, fill: str) -> Fill | None:
     return fill  # type: ignore[return-value]
 
 
-def decides(steps: tuple[Step, ...]) -> bool:
-    """Whether anything is decided at run time."""
-    return any(isinstance(step, Exit) or _gate(step) is not None for step in steps)
-
-
 def ungated(plan: Plan) -> Plan:
     """The plan when nothing is skipped and nobody leaves."""
     for name, steps in plan.stacks:
-        plain: list[Step] = []
-        for step in steps:
-            match step:
-                case Run():
-                    plain.append(replace(step, gate=None, kv=replace(step.kv, fill=None)))
-                case Map():
-                    plain.append(replace(step, gate=None))
-                case Parallel():
-                    branches = (replace(run, gate=None, kv=replace(run.kv, fill=None)) for run in step.branches)
-                    plain.append(replace(step, branches=tuple(branches)))
-                case Exit():
-                    pass
+        plain = undecided(steps)
         if plain:
-            plan = plan.with_steps(tuple(plain), name)
+            plan = plan.with_steps(plain, name)
     return plan
 
 
-def _gate(step: Step) -> str | None:
-    if isinstance(step, Parallel):
-        return next((run.gate for run in step.branches if run.gate is not None), None)
-    return step.gate
-
-
-def require_decidable(policy: Policy, spec: Spec, model: object, probe: Probe) -> None:
+def require_decidable(policy: Policy, spec: Spec, model: object, probe: StackFacts) -> None:
     """Raise `PlanError` for what cannot be decided while this model runs: P130 no causal decoder, P131 recurrent
     layers, P132 gated groups or maps, P133 KV that others read, P134 a fill that is missing, P135 defer, P136 copy."""
     if not is_causal(model) or [name for name, _ in policy.plan.stacks] != ["decoder"]:  # type: ignore[arg-type]
@@ -144,7 +122,7 @@ def require_decidable(policy: Policy, spec: Spec, model: object, probe: Probe) -
     layers, steps = spec.stack().layers, policy.plan.steps()
     read = layers_read(steps) | {source for run in runs(steps) for source in layers[run.layer].needs}
     for step, behind in _skippable(steps):
-        _require_plain(step, _gate(step) is not None)
+        _require_plain(step, gate_of(step) is not None)
         for run in runs((step,)):
             if policy.leaves_out == "mlp" and run.gate is not None:
                 _require_parts(run, probe.layers[run.layer])
@@ -163,7 +141,7 @@ def _skippable(steps: tuple[Step, ...]) -> Iterator[tuple[Step, bool]]:
     for step in steps:
         if isinstance(step, Exit):
             behind = behind or step.gate is not None
-        elif behind or _gate(step) is not None:
+        elif behind or gate_of(step) is not None:
             yield step, behind
 
 
@@ -221,7 +199,7 @@ def _require_fill(run: Run, policy: Policy, fact: LayerFacts, behind: bool) -> N
         raise PlanError(f"{here} {why}, so it cannot be run later for a token; take the fill project", code="P135")
 
 
-def _require_sources(steps: tuple[Step, ...], probe: Probe) -> None:
+def _require_sources(steps: tuple[Step, ...], probe: StackFacts) -> None:
     """What is copied must exist, and whoever waits must find all that it has skipped."""
     always: list[int] = []
     behind = deferred = False

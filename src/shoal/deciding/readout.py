@@ -12,11 +12,11 @@ from torch import nn
 
 from shoal.deciding.gates import Sight
 from shoal.errors import UsageError
+from shoal.executing.inputs import input_device
 from shoal.executing.weights import Tensors
 from shoal.models.evaluating import evaluating
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Plan
-from shoal.recording.observe import input_device
 
 ELEMENTS = 1 << 24
 """Logits held at a time."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.models.probe import LayerFacts
+from shoal.models.examine import LayerFacts
 from shoal.models.stacks import Stack
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,12 +21,11 @@ from shoal.decoding.fast_legal import (
     why_not_compiled,
 )
 from shoal.decoding.fast_loop import Forward, Inputs, decode
-from shoal.errors import PlanError, UsageError
-from shoal.executing.conductor import PlannedList
-from shoal.executing.live import apply
+from shoal.errors import UsageError
+from shoal.executing.bind import BoundPlan, bind, refuse_second_plan
 from shoal.executing.timing import now
 from shoal.models.opened import open_model
-from shoal.models.stacks import Stack, unwrap
+from shoal.models.stacks import unwrap
 from shoal.plan import Plan
 
 Mode = Literal["auto", "layers", "step", "off"]
@@ -99,7 +98,7 @@ class FastDecoder:
         self._backend = backend
         self._calls: dict[Any, Call] = {}
         self._caches: dict[str | None, tuple[Key, StaticCache]] = {}
-        self._planned = {name: self._made(one, weights) for name, one in _named(plan)}
+        self._planned = {name: None if one is None else _bound(self.model, one, weights) for name, one in _named(plan)}
 
     @property
     def plans(self) -> list[str]:
@@ -224,34 +223,12 @@ class FastDecoder:
 
         return {"post_grad_custom_pre_pass": OneRow(), "triton.cudagraphs": self.model.device.type == "cuda"}
 
-    def _made(
-        self, plan: Plan | str | None, weights: Mapping[str, torch.Tensor] | None
-    ) -> list[tuple[Stack, PlannedList]]:
-        """The lists of layers that run `plan`, checked and taken away again; none for no plan."""
-        if plan is None:
-            return []
-        handle = apply(self.model, plan, weights)
-        try:
-            return [(stack, getattr(stack.owner, stack.attr)) for stack, _ in handle.swapped]
-        finally:
-            handle.restore()
-
     @contextmanager
     def _switched(self, plan: str | None) -> Iterator[None]:
-        """Run that plan; afterwards the model is as it was."""
-        planned = self._planned[plan]
-        if planned and any(isinstance(stack.layers, PlannedList) for stack in open_model(self.model).stacks):
-            raise PlanError(
-                "a plan is running on this model already; restore it before another is switched on", code="P122"
-            )
-        before = [(stack, stack.layers) for stack, _ in planned]
-        try:
-            for stack, layers in planned:
-                setattr(stack.owner, stack.attr, layers)
+        """Run that plan; afterwards the model is as it was. Raises P122 when another plan is running."""
+        bound = self._planned[plan]
+        with nullcontext() if bound is None else bound.running():
             yield
-        finally:
-            for stack, own in before:
-                setattr(stack.owner, stack.attr, own)
 
 
 @contextmanager
@@ -265,6 +242,12 @@ def fast_generate(model: nn.Module, *, mode: Mode = "auto") -> Iterator[FastDeco
         yield decoder
     finally:
         inner.__dict__.pop("generate", None)
+
+
+def _bound(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor] | None) -> BoundPlan:
+    opened = open_model(model)
+    refuse_second_plan(opened)
+    return bind(opened, plan, weights)
 
 
 def _named(plan: Plan | str | Menu | None) -> Iterator[tuple[str | None, Plan | str | None]]:

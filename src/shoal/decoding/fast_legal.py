@@ -10,7 +10,8 @@ from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWind
 from transformers.generation import GenerationMode
 
 from shoal.errors import UsageError
-from shoal.executing.conductor import Conductor, PlannedList
+from shoal.executing.executor import Executor
+from shoal.executing.layer_list import PlannedList
 
 REFUSED_ARGUMENTS = (
     "assistant_model", "cache_implementation", "custom_generate", "inputs_embeds", "negative_prompt_ids",
@@ -63,7 +64,7 @@ def refuse_deciding(lists: Iterable[Any]) -> None:
     """Raise `UsageError` U567 when a list of layers is run by something that decides at every token, a policy or a
     draft: a fixed step would decide once and for all."""
     for layers in lists:
-        if isinstance(layers, PlannedList) and type(layers.__dict__["conductor"]) is not Conductor:
+        if isinstance(layers, PlannedList) and type(layers.executor) is not Executor:
             raise UsageError(
                 "what runs on this model decides token by token, which a fixed step cannot; call model.generate "
                 "without the fast path",

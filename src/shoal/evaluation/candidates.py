@@ -12,13 +12,13 @@ import torch
 from shoal.data import Data
 from shoal.errors import PlanError
 from shoal.evaluation.scoring import Progress, require_context, require_scored, windows
-from shoal.executing.live import running
+from shoal.executing.bind import BoundPlan, bind
+from shoal.executing.inputs import require_whole
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.precision import in_float64
 from shoal.plan import Plan, check, drop
 from shoal.plan.steps import PartName
-from shoal.recording.observe import require_whole
 
 Side = TypeVar("Side")
 """What one forward of one side leaves to compare: logits, states, losses."""
@@ -68,6 +68,13 @@ def compare_each(
     """
     require_context(model, data.ids.shape[1])
     plans, refused = list(candidates.plans), list(candidates.refused)
+    bound: list[BoundPlan | None] = []
+    for place, plan in enumerate(plans):
+        try:
+            bound.append(None if plan is None else bind(model, plan))
+        except PlanError as error:
+            refused.append(f"layer {place} was not judged: {error}")
+            bound.append(None)
     parts: list[list[torch.Tensor]] = [[] for _ in plans]
     counts: list[int] = []
     done, total = 0, len(data) * (1 + len(plans))
@@ -83,21 +90,16 @@ def compare_each(
             dense = forward(ids, mask)
         counts += keep.sum(-1).tolist()
         report(len(ids))
-        for place, plan in enumerate(plans):
-            if plan is not None:
-                try:
-                    # `evaluating` inside, so that modules which the plan puts in leave training mode too
-                    with running(model, plan), evaluating(model):
-                        side = forward(ids, mask)
-                except PlanError as error:
-                    refused.append(f"layer {place} was not judged: {error}")
-                    plans[place] = None
-                else:
-                    figures = torch.stack([in_float64(figure) for figure in change(dense, side)])
-                    parts[place].append(torch.where(keep, figures, 0.0).sum(-1))
+        for place, one in enumerate(bound):
+            if one is not None:
+                # `evaluating` inside, so that modules which the plan puts in leave training mode too
+                with one.running(), evaluating(model):
+                    side = forward(ids, mask)
+                figures = torch.stack([in_float64(figure) for figure in change(dense, side)])
+                parts[place].append(torch.where(keep, figures, 0.0).sum(-1))
             report(len(ids))
     require_scored(sum(counts), data)
     number = next((len(own[0]) for own in parts if own), 1)
     nothing = [[math.nan] * len(data)] * number
-    sums = [torch.cat(own, -1).tolist() if plan else nothing for plan, own in zip(plans, parts, strict=True)]
+    sums = [torch.cat(own, -1).tolist() if plan else nothing for plan, own in zip(bound, parts, strict=True)]
     return sums, counts, tuple(refused)

@@ -10,10 +10,10 @@ from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation.cluster import Machines, machines
 from shoal.evaluation.plan_loss import Part, PlanLoss
-from shoal.executing.prefix import Prefix
 from shoal.models.opened import open_model
 from shoal.models.streamed import is_streamed
 from shoal.plan import Plan
+from shoal.plan.prefix import Prefix
 
 CHUNKS = 4
 """Pieces of work for each process, where plans and not batches are handed out: suffixes differ in length."""

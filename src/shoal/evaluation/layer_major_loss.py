@@ -11,11 +11,11 @@ import torch
 
 from shoal.evaluation.plan_loss import Part, PlanLoss, mean_of, part_of
 from shoal.evaluation.scoring import batch_tokens
-from shoal.executing.live import running
-from shoal.executing.tail import ending_with
+from shoal.executing.bind import bind
+from shoal.executing.executor import Executor
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
-from shoal.models.streamed import held, is_streamed
+from shoal.models.streamed import is_streamed
 from shoal.plan import Plan, Run
 from shoal.recording.layer_major import LayerMajor, Path
 
@@ -54,19 +54,17 @@ class LayerMajorLoss:
             door = LayerMajor(self.model, self.stack, [(ids, mask) for ids, mask, _ in windows], memory=self.memory)
             try:
                 door.along(paths, report=report)
-                with held(self.stack.layer(0)), ending_with(self.model, self.stack.name) as give:
-                    return [mean_of(self._ends(door, path, windows, give)) for path in paths]
+                with bind(self.model).running() as bound:
+                    return [mean_of(self._ends(door, path, windows, bound.executor(self.stack.name))) for path in paths]
             finally:
                 door.close()
 
-    def _ends(
-        self, door: LayerMajor, path: Path, windows: Sequence[Window], give: Callable[[torch.Tensor | None], None]
-    ) -> list[Part]:
+    def _ends(self, door: LayerMajor, path: Path, windows: Sequence[Window], executor: Executor) -> list[Part]:
         steps = tuple(step for at in path for step in at)
         found = []
         for number, (ids, mask, keep) in enumerate(windows):
-            give(door.state(steps, number))
-            found.append(part_of(batch_tokens(self.model, ids, mask, keep), keep))
+            with executor.between(executor.depth, door.state(steps, number)):
+                found.append(part_of(batch_tokens(self.model, ids, mask, keep), keep))
         return found
 
     def _tried(self, plans: Sequence[Plan]) -> bool:
@@ -74,7 +72,7 @@ class LayerMajorLoss:
         window = (ids, torch.ones_like(ids), torch.ones(1, ids.shape[1] - 1, dtype=torch.bool))
         wanted = []
         for plan in plans:
-            with evaluating(self.model), running(self.model, plan):
+            with evaluating(self.model), bind(self.model, plan).running():
                 wanted.append(mean_of([part_of(batch_tokens(self.model, *window), window[2])]))
         try:
             return self(plans, [window]) == wanted

@@ -12,9 +12,10 @@ import torch
 from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress
+from shoal.executing.inputs import require_whole
 from shoal.models.opened import open_model
 from shoal.plan.steps import PartName
-from shoal.recording.observe import observe, require_whole
+from shoal.recording.observe import observe
 
 Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The input and the output of a layer or span, [batch, length, hidden] each, to one number for each token."""

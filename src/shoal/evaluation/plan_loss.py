@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -11,13 +11,21 @@ from typing import Any
 import torch
 
 from shoal.data import Data
-from shoal.evaluation.scoring import batch_tokens, device_of, logits_of, require_context, require_scored, windows
-from shoal.executing.live import Running, running
-from shoal.executing.prefix import Prefix, prefixes, resumed, shared
+from shoal.evaluation.scoring import (
+    batch_tokens,
+    device_of,
+    logits_of,
+    require_context,
+    require_scored,
+    windows,
+)
+from shoal.executing.bind import BoundPlan, bind
+from shoal.executing.recorder import Recorder
 from shoal.ledger import Ledger
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.plan import Plan
+from shoal.plan.prefix import Prefix, prefixes, shared
 from shoal.recording.states import States
 
 BLOCK = 8
@@ -62,7 +70,7 @@ class PlanLoss:
         memo: Ledger[Any] | None = None,
     ) -> None:
         require_context(model, data.ids.shape[1])
-        self.model, self.data = model, data
+        self.opened, self.model, self.data = open_model(model), model, data
         self.batches = tuple(windows(data, batch, None, ""))
         require_scored(sum(int(keep.sum()) for _, _, keep in self.batches), data)
         self.layers_run = 0
@@ -70,7 +78,7 @@ class PlanLoss:
         self.states = States(device_of(model), memory=memory, disk=disk)
         self._memo = Ledger[Any]() if memo is None else memo
         self._name = f"{data.info.sha256} {batch}"
-        self._share = share and len(open_model(model).stacks) == 1
+        self._share = share and len(self.opened.stacks) == 1
         self._exact: dict[int, bool] = {}
         self._probed: dict[int, torch.Tensor] = {}
         self._answer: torch.Tensor | None = None
@@ -101,10 +109,11 @@ class PlanLoss:
         """Plan, number, sums and seconds of these batches of these plans, whether they are known or not."""
         for plan, numbers in wanted.items():
             starts = {number: self._start(plan, number) for number in numbers}
-            with evaluating(self.model), running(self.model, plan) as handle:
+            bound = bind(self.opened, plan)
+            with evaluating(self.model), bound.running():
                 for number in numbers:
                     begun = perf_counter()
-                    part = self._part(handle, plan, number, starts[number], among)
+                    part = self._part(bound, plan, number, starts[number], among)
                     yield plan, number, part, perf_counter() - begun
 
     def forks(self, plans: Collection[Plan]) -> set[Prefix]:
@@ -129,47 +138,58 @@ class PlanLoss:
         known = (cut for cut, prefix in self._of(plan).items() if (number, prefix) in self.states)
         return next((cut for cut in sorted(known, reverse=True) if self.resumable(cut)), 0)
 
-    def _part(self, handle: Running, plan: Plan, number: int, cut: int, among: Collection[Prefix] | None) -> Part:
+    def _part(self, bound: BoundPlan, plan: Plan, number: int, cut: int, among: Collection[Prefix] | None) -> Part:
         ids, mask, keep = self.batches[number]
         own = self._of(plan) if self._share else {}
         state = self.states.get((number, own[cut])) if cut else None
 
-        def seen(index: int, hidden: Any) -> None:
+        def enters(index: int, hidden: Any) -> None:
             self.layers_run += 1
             prefix = own.get(index)
             if prefix is not None and (among is None or prefix in among) and isinstance(hidden, torch.Tensor):
                 self.states.put((number, prefix), hidden)
 
-        with resumed(handle, cut=cut if state is not None else 0, state=state, seen=seen):
+        executor = bound.executor()
+        with executor.between(cut if state is not None else 0, state), executor.recording(_Entering(enters)):
             return part_of(batch_tokens(self.model, ids, mask, keep), keep)
 
     def resumable(self, cut: int) -> bool:
         """Whether the base model gives the same logits, bit for bit, when it begins at `cut`."""
         if cut not in self._exact:
-            plan = Plan.identity(open_model(self.model).spec)
-            with evaluating(self.model), running(self.model, plan) as handle:
-                self._exact[cut] = self._tried(handle, cut)
+            with evaluating(self.model), bind(self.opened).running() as bound:
+                self._exact[cut] = self._tried(bound, cut)
         return self._exact[cut]
 
-    def _tried(self, handle: Running, cut: int) -> bool:
+    def _tried(self, bound: BoundPlan, cut: int) -> bool:
         ids = self.data.ids[:1, :PROBE]
         mask = torch.ones_like(ids)  # without one, a padding token among them makes some versions warn
+        executor = bound.executor()
 
         def keep(index: int, hidden: Any) -> None:
             if isinstance(hidden, torch.Tensor):
                 self._probed[index] = hidden.clone()
 
         if self._answer is None:
-            with resumed(handle, seen=keep):
+            with executor.recording(_Entering(keep)):
                 self._answer = logits_of(self.model, ids, mask)
         if cut not in self._probed:
             return False
         try:
-            with resumed(handle, cut=cut, state=self._probed[cut].clone(), seen=lambda *_: None):
+            with executor.between(cut, self._probed[cut].clone()):
                 again = logits_of(self.model, ids, mask)
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
             return False  # a layer behind the cut asks for what one before it would have left
         return torch.equal(again, self._answer)
+
+
+class _Entering(Recorder):
+    """Hands the state that enters each layer to a function."""
+
+    def __init__(self, enters: Callable[[int, Any], None]) -> None:
+        self._enters = enters
+
+    def enters(self, layer: int, hidden: torch.Tensor) -> None:
+        self._enters(layer, hidden)
 
 
 def mean_of(parts: Iterable[Part]) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress
 from shoal.evaluation.speed import Speed, speed
-from shoal.executing.live import running
+from shoal.executing.bind import BoundPlan, bind
 from shoal.models.opened import open_model
 from shoal.plan import Map, Plan, Spec, check, drop
 from shoal.plan.cost import map_size
@@ -106,7 +106,8 @@ def timed(
 ) -> Speed:
     """`speed` of plans on one model, each run live with its `weights`."""
     own = weights or {}
-    return speed({name: partial(_live, model, plan, own.get(name)) for name, plan in plans.items()}, **work)
+    bound = {name: bind(model, plan, own.get(name)) for name, plan in plans.items()}
+    return speed({name: partial(_live, model, one) for name, one in bound.items()}, **work)
 
 
 def measured_share(
@@ -178,6 +179,6 @@ def _share(found: Speed, name: str, phase: Phase) -> float:
 
 
 @contextmanager
-def _live(model: Any, plan: Plan, weights: Mapping[str, Any] | None) -> Iterator[Any]:
-    with running(model, plan, weights):
+def _live(model: Any, bound: BoundPlan) -> Iterator[Any]:
+    with bound.running():
         yield model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,35 +10,33 @@ from torch import nn
 
 from shoal.deciding.deciding import Deciding, chosen, require_tensors
 from shoal.deciding.gates import Policy
-from shoal.deciding.place import decides
 from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
-from shoal.executing.conductor import PlannedList
-from shoal.executing.paged import guard_paged, paging_obstacle
-from shoal.executing.weights import refuse_unlike, shapes_in
-from shoal.models.kinds import is_causal
-from shoal.models.opened import open_model
-from shoal.models.order import refuse_order
-from shoal.models.stacks import Stack, unwrap
-from shoal.plan import Plan, format_steps, parse_plan, require
-from shoal.plan.steps import Step, kv_source, runs
+from shoal.executing.bind import BoundPlan, bind, refuse_second_plan, require_legal
+from shoal.executing.executor import Executor
+from shoal.executing.layer_list import PlannedList
+from shoal.executing.weights import Tensors
+from shoal.models.lists import Stack
+from shoal.models.opened import OpenedModel, open_model
+from shoal.plan import Plan, parse_plan
+from shoal.plan.steps import Step
 
 
 class Running:
     """A plan at work on a model. `restore()` puts the model back, bit for bit; a second call does nothing."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        swapped: list[tuple[Stack, nn.ModuleList]],
-        deciding: Deciding | None = None,
-        unguard: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.model, self.plan = model, plan
-        self.swapped = swapped
-        self.deciding = deciding
-        self._unguard = unguard
+    def __init__(self, bound: BoundPlan, deciding: Deciding | None = None) -> None:
+        self.bound, self.deciding = bound, deciding
+
+    @property
+    def model(self) -> nn.Module:
+        """The model without a PEFT wrapper."""
+        return self.bound.model
+
+    @property
+    def plan(self) -> Plan:
+        """What runs, with the gates and exits that a policy has put there."""
+        return self.bound.plan
 
     @property
     def policy(self) -> Policy | None:
@@ -69,15 +67,11 @@ class Running:
         """Take the plan away."""
         if self.deciding is not None:
             self.deciding.remove()
-        for stack, original in self.swapped:
-            setattr(stack.owner, stack.attr, original)
-        if self.swapped:
-            self._unguard()
-        self.swapped = []
+        self.bound.leave()
 
 
 def apply(
-    model: nn.Module,
+    model: nn.Module | OpenedModel,
     plan: Plan | str,
     weights: Mapping[str, torch.Tensor] | None = None,
     *,
@@ -87,89 +81,47 @@ def apply(
 
     `model`: a transformers model, also under PEFT or with accelerate hooks; only its list of layers is exchanged.
     `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
-    hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are brought to the model's dtype and device.
-    `policy`: who decides at gates and exits, as `exit:confidence=0.9` (`shoal ls policies`) or a `Policy`; it puts
-    gates into a plan that has none, and the handle's `trace` says how deep each token went.
+    hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are used in the dtype and on the device of what they
+    meet. `policy`: who decides at gates and exits, as `exit:confidence=0.9` (`shoal ls policies`) or a `Policy`; it
+    puts gates into a plan that has none, and the handle's `trace` says how deep each token went.
+    It is all or nothing: when this raises, the model is as it was.
     Raises `PlanError` (P1xx) when the plan is not legal here, P109 for KV sharing beside an encoder, P122 when another
     plan is running already, P124 for replaced layers of a model that accelerate offloads, P125 for gates and exits
     without a policy, P126 for an order in which the family's layers cannot run, P129 for own tensors that their layer
     has no place for, P130 to P138 for what a policy cannot decide on this model.
     """
-    inner = unwrap(model)
-    stacks = open_model(inner).stacks
-    if any(isinstance(stack.layers, PlannedList) for stack in stacks):
-        raise PlanError("another plan is running on this model; restore it first", code="P122")
-    spec = open_model(inner).spec
+    opened = open_model(model)
+    refuse_second_plan(opened)
+    if policy is None:
+        handle = Running(bind(opened, plan, weights))
+    else:
+        handle = _decided(opened, plan, weights or {}, policy)
+    handle.bound.enter()
+    return handle
+
+
+def _decided(opened: OpenedModel, plan: Plan | str, weights: Tensors, policy: Policy | str) -> Running:
+    spec = opened.spec
     if isinstance(plan, str):
         plan = parse_plan(plan, Plan.identity(spec))
-    shapes = {name: tuple(t.shape) for name, t in (weights or {}).items()}
-    layers = shapes_in(stacks)
-    require(plan, spec, shapes, layers)
-    who = None if policy is None else chosen(policy, plan, spec)
-    if who is not None:
-        require_tensors(who, weights)
-        plan = require(who.plan, spec, shapes, layers)
-    for stack in stacks:
-        refuse_order(stack, tuple(run.layer for run in runs(plan.steps(stack.name))))
-        _refuse_offloaded(stack, plan.steps(stack.name))
-        refuse_unlike(stack, plan.steps(stack.name), weights or {})
-        if who is None:
-            _refuse_undecided(plan.steps(stack.name))
-        if stack.name == "decoder" and not is_causal(inner) and inner.config.is_encoder_decoder:
-            _refuse_shared(plan.steps(stack.name))
-    swapped, deciding = [], None
-    for stack in stacks:
-        like = next(stack.layer(0).parameters())
-        place = None if like.is_meta else like.device
-        own = {
-            name: t.to(device=place, dtype=like.dtype if t.is_floating_point() else None)
-            for name, t in (weights or {}).items()
-        }
-        deciding = None if who is None else Deciding(inner, spec, who, own)
-        original, steps = stack.layers, plan.steps(stack.name)
-        planned = PlannedList(
-            stack, open_model(inner).facts(stack.name), steps, own, deciding.conduct if deciding else None
-        )
-        setattr(stack.owner, stack.attr, planned)
-        swapped.append((stack, original))
-    unpaged = None if not is_causal(inner) else paging_obstacle(plan.steps()) if who is None else "policy"
-    return Running(inner, plan, swapped, deciding, guard_paged(inner, unpaged))
+    who = chosen(policy, require_legal(opened, plan, weights), spec)
+    require_tensors(who, weights)
+    plan = require_legal(opened, who.plan, weights)
+    deciding = Deciding(opened.model, spec, who, weights)
 
+    def make(planned: PlannedList, stack: Stack, steps: tuple[Step, ...]) -> Executor:
+        return deciding.conduct(planned, stack, opened.facts(stack.name), steps, weights)
 
-def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:
-    for run in runs(steps):
-        if run.weights is not None and any(p.is_meta for p in stack.layer(run.layer).parameters()):
-            raise PlanError(
-                f"layer {run.layer} is offloaded, and accelerate would put its own weights back over {run.weights!r}; "
-                "load the model without offloading to run replaced layers",
-                code="P124",
-            )
-
-
-def _refuse_shared(steps: tuple[Step, ...]) -> None:
-    for run in runs(steps):
-        if run.layer_sources:
-            raise PlanError(
-                f"decoder layer {run.layer} also attends to the encoder and needs a row of the KV cache for that, "
-                f"so it cannot share the KV of layer {kv_source(run)}; write it without @",
-                code="P109",
-            )
-
-
-def _refuse_undecided(steps: tuple[Step, ...]) -> None:
-    """A gate that nobody decides would run its step in silence: say so instead."""
-    for step in steps:
-        if decides((step,)):
-            raise PlanError(
-                f"step {format_steps((step,))} is decided at run time by a policy, and none is given; name one (shoal "
-                "ls policies), or write the plan without gates and exits",
-                code="P125",
-            )
+    try:
+        return Running(BoundPlan(opened, plan, weights, make), deciding)
+    except BaseException:
+        deciding.remove()
+        raise
 
 
 @contextmanager
 def running(
-    model: nn.Module,
+    model: nn.Module | OpenedModel,
     plan: Plan | str,
     weights: Mapping[str, torch.Tensor] | None = None,
     *,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from shoal.errors import PlanError
+from shoal.plan.steps import Step
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Store = Callable[[torch.Tensor, torch.Tensor], KeysValues]
@@ -24,29 +26,85 @@ Take = Callable[[Store, torch.Tensor, torch.Tensor], KeysValues]
 """Called instead of a row's update, with what would have been done and this call's keys and values."""
 
 
-def fit_rows(cache: Cache, rows: tuple[int, ...]) -> None:
-    """Give `cache` one empty row for each slot of the plan; `rows[slot]` is the base row whose type the slot needs.
+_MARK = "_shoal_filling"
+"""Where a cache keeps what fills it."""
+
+
+@dataclass(eq=False)
+class Filling:
+    """What fills a KV cache: some runs in their order, with the tensors that they use in place of the model's own.
+
+    Two plans may have the same rows and fill them with other keys and values, so rows alone do not tell them apart.
+    """
+
+    rows: tuple[int, ...]
+    """For each slot the base row whose type it needs."""
+    steps: tuple[Step, ...] | None = None
+    """What runs, gates and exits left out; None: whoever has these rows may go on."""
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    whole: bool = False
+    """Whether this is the base model itself, which may go on with what no plan has filled."""
+    owner: object | None = None
+    """The policy that decided what was stored, if there was one: nobody else knows what is missing."""
+
+    def may_follow(self, before: Filling) -> bool:
+        """Whether a cache that `before` filled may be filled further by this."""
+        if self.rows != before.rows or self.steps is None or before.steps is None:
+            return self.rows == before.rows
+        if before.owner is not None and before.owner is not self.owner:
+            return False
+        return self.steps == before.steps and _equal(self.tensors, before.tensors)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Filling:
+        return self
+
+
+def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        tensor is other[name] or (tensor.shape == other[name].shape and torch.equal(tensor.cpu(), other[name].cpu()))
+        for name, tensor in one.items()
+    )
+
+
+def fit_rows(cache: Cache, filling: Filling) -> None:
+    """Give `cache` one empty row for each slot, and note beside it what fills it.
 
     Called before the first layer of every forward; a cache that was fitted already is left alone. Raises P123 when the
-    cache holds tokens from another plan.
+    cache holds tokens from another plan, or from the same one with other tensors.
     """
     if isinstance(cache, EncoderDecoderCache):
-        fit_rows(cache.self_attention_cache, rows)
-        fit_rows(cache.cross_attention_cache, rows)
+        fit_rows(cache.self_attention_cache, filling)
+        fit_rows(cache.cross_attention_cache, filling)
         return
-    fitted = cache.__dict__.get("_shoal_rows")
-    if fitted == rows:
+    known = cache.__dict__.get(_MARK)
+    if known is filling:
         return
-    if fitted is not None or any(_tokens(row) for row in cache.layers):
-        raise PlanError("this KV cache was filled under another plan; start with an empty cache", code="P123")
-    if cache.layers:  # a cache made without a config has no rows yet and grows as the slots are written
-        fresh, used = [], set()
-        for row in rows:
-            source = cache.layers[row]
-            fresh.append(copy.deepcopy(source) if row in used else source)
-            used.add(row)
-        cache.layers[:] = fresh
-    cache.__dict__["_shoal_rows"] = rows
+    if known is None:
+        if not filling.whole and any(_tokens(row) for row in cache.layers):
+            raise _filled_otherwise()
+        if cache.layers and not filling.whole:  # one made without a config grows as the slots are written
+            cache.layers[:] = _in_order(cache.layers, filling.rows)
+    elif not filling.may_follow(known) and (known.rows != filling.rows or any(_tokens(row) for row in cache.layers)):
+        raise _filled_otherwise()
+    cache.__dict__[_MARK] = filling
+
+
+def mark_rows(cache: Cache, rows: tuple[int, ...]) -> None:
+    """Note that the rows of `cache` are in the order of the slots `rows` already, whoever runs on it next."""
+    cache.__dict__[_MARK] = Filling(rows)
+
+
+def _in_order(layers: list[Any], rows: tuple[int, ...]) -> list[Any]:
+    fresh: list[Any] = []
+    used: set[int] = set()
+    for row in rows:
+        fresh.append(copy.deepcopy(layers[row]) if row in used else layers[row])
+        used.add(row)
+    return fresh
+
+
+def _filled_otherwise() -> PlanError:
+    return PlanError("this KV cache was filled under another plan; start with an empty cache", code="P123")
 
 
 def _tokens(row: Any) -> int:

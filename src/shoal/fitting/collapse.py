@@ -11,13 +11,13 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.evaluation.distances import one_minus_cosine
-from shoal.executing.live import running
+from shoal.executing.bind import bind
+from shoal.executing.inputs import forward_without_head
 from shoal.fitting.merge import combined
 from shoal.fitting.result import Job, Transformed
 from shoal.models.evaluating import evaluating
 from shoal.plan import Run
 from shoal.plan import drop as drop_layers
-from shoal.recording.observe import forward_without_head
 
 Shares = Mapping[int, float]
 """A layer's matrices as a sum over layers of the base: theta = sum_j shares[j] theta_j."""
@@ -68,7 +68,7 @@ class Likeness:
 
     def of(self, made: Transformed) -> float:
         """The similarity of a plan with its weights; -inf where it is not a number."""
-        with running(self.job.model, made.plan, made.weights):
+        with bind(self.job.model, made.plan, made.weights).running():
             states = self._final()
         turns = [float(one_minus_cosine(a, b)) for a, b in zip(self.dense, states, strict=True)]
         mean = 1 - math.fsum(turns) / len(turns)

@@ -12,6 +12,7 @@ from shoal.data import Data
 from shoal.deciding.gates import Decision, Moment, Policy, Sight
 from shoal.deciding.place import EXIT
 from shoal.errors import UsageError
+from shoal.executing.inputs import forward_without_head
 from shoal.executing.live import running
 from shoal.executing.weights import Tensors
 from shoal.fitting.normal import Normal, best_ridge
@@ -19,7 +20,6 @@ from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.precision import in_float64
 from shoal.plan import Exit, Plan
-from shoal.recording.observe import forward_without_head
 
 HELD = 4
 """Every so many sequences one is not fitted on, but chooses the ridge."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from shoal.data import Data
 from shoal.evaluation.scoring import logits_of, scored_tokens, token_nll
-from shoal.executing.live import running
+from shoal.executing.bind import bind
 from shoal.models.evaluating import evaluating
 from shoal.plan import Plan
 
@@ -116,11 +116,12 @@ def language_loss(
 ) -> Loss:
     """The mean cross-entropy in nats of the next tokens of a batch of `data`, under `plan` with what `tensors` says by
     then."""
-    batches = list(data.batches(batch))
+    batches, bound = list(data.batches(batch)), bind(model, plan, tensors())
 
     def loss(number: int) -> torch.Tensor:
         ids, mask = batches[number]
-        with running(model, plan, tensors()):
+        bound.use(tensors())
+        with bound.running():
             logits = logits_of(model, ids, mask)
         nll = token_nll(logits, ids)
         return nll[scored_tokens(data.info, ids, mask, first=number * batch)].mean()

@@ -55,7 +55,7 @@ class Prober:
     def writers(self, index: int, part: PartName) -> tuple[Writer, ...]:
         """The tensors that write what `part` of layer `index` adds, and nothing else; empty when there are none such:
         a norm behind the part, no parts at all, weights that are quantised or not in memory."""
-        layer, fact = self.walk.stack.layer(index), self.walk.probe.layers[index]
+        layer, fact = self.walk.stack.layer(index), self.walk.facts.layers[index]
         if fact.parts is None or not _plain(layer):
             return ()
         generator = torch.Generator().manual_seed(index)

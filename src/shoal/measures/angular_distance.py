@@ -10,7 +10,7 @@ import torch
 from shoal.evaluation.distances import angle
 from shoal.evaluation.observed import observe_tokens
 from shoal.evaluation.tally import tally
-from shoal.recording.observe import require_whole
+from shoal.executing.inputs import require_whole
 
 if TYPE_CHECKING:
     from shoal.data import Data

@@ -9,9 +9,10 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.evaluation.stats import bootstrap
+from shoal.executing.inputs import require_whole
 from shoal.models.opened import open_model
 from shoal.models.precision import in_float64
-from shoal.recording.observe import observe, require_whole
+from shoal.recording.observe import observe
 from shoal.scores import Scores
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from shoal.errors import UsageError
 from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.scoring import require_context
 from shoal.evaluation.tally import tally
-from shoal.executing.freeze import continued
+from shoal.executing.inputs import require_whole
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
-from shoal.recording.observe import require_whole
+from shoal.recording.frozen import continued
 from shoal.scores import Traits
 
 if TYPE_CHECKING:

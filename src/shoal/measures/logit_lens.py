@@ -10,10 +10,11 @@ import torch
 from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.scoring import logits_of, require_context, require_scored, windows
 from shoal.evaluation.tally import tally
-from shoal.executing.tail import ending_with, recorded
+from shoal.executing.bind import bind
+from shoal.executing.inputs import require_whole
+from shoal.executing.recorder import Outputs
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
-from shoal.recording.observe import require_whole
 from shoal.scores import Traits
 
 if TYPE_CHECKING:
@@ -41,20 +42,21 @@ def logit_lens(
     """
     require_whole(model, "the logit lens", stack)
     require_context(model, data.ids.shape[1])
-    found = open_model(model).stack(stack)
+    found, whole = open_model(model).stack(stack), bind(model)
+    executor = whole.executor(found.name)
     changed: list[list[float]] = [[] for _ in range(found.depth)]
     divergence = torch.zeros(found.depth, dtype=torch.float64)
     settled = torch.zeros(found.depth, dtype=torch.float64)
     depths: list[float] = []
     counts: list[int] = []
     for ids, mask, keep in windows(data, batch, None, "logit lens"):
-        with evaluating(model), recorded(model, stack) as outputs:
-            dense = logits_of(model, ids, mask)
-        states, agree = dict(outputs), []
-        with evaluating(model), ending_with(model, stack) as give:
+        outputs, agree = Outputs(), []
+        with evaluating(model), whole.running():
+            with executor.recording(outputs):
+                dense = logits_of(model, ids, mask)
             for layer in range(found.depth):
-                give(states.pop(layer))
-                kl, same = compare_logits(dense, logits_of(model, ids, mask))
+                with executor.between(found.depth, outputs.states.pop(layer)):
+                    kl, same = compare_logits(dense, logits_of(model, ids, mask))
                 agree.append(same[:, :-1])
                 changed[layer] += (keep & ~same[:, :-1]).sum(-1).tolist()
                 divergence[layer] += torch.where(keep, kl[:, :-1], 0.0).sum()

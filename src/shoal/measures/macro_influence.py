@@ -9,7 +9,7 @@ import torch
 from shoal.evaluation.candidates import compare_each, without_each
 from shoal.evaluation.distances import one_minus_cosine
 from shoal.evaluation.tally import tally
-from shoal.recording.observe import forward_without_head
+from shoal.executing.inputs import forward_without_head
 
 if TYPE_CHECKING:
     from shoal.data import Data

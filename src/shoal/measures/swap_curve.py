@@ -11,9 +11,9 @@ from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.candidates import Candidates, compare_each
 from shoal.evaluation.scoring import logits_of
 from shoal.evaluation.tally import tally
+from shoal.executing.inputs import require_whole
 from shoal.models.opened import open_model
 from shoal.plan import Plan, check, reorder
-from shoal.recording.observe import require_whole
 from shoal.scores import Traits
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from torch import nn
 
 from shoal.evaluation.scoring import logits_of, require_context, require_scored, windows
 from shoal.evaluation.tally import tally
+from shoal.executing.inputs import require_whole
 from shoal.models.evaluating import evaluating
 from shoal.models.matrices import Matrices, layer_matrices
 from shoal.models.opened import open_model
-from shoal.recording.observe import require_whole
 from shoal.scores import Scores, Traits
 
 if TYPE_CHECKING:

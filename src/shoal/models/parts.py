@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,20 +44,24 @@ def _knows_its_place(module: nn.Module) -> bool:
     return any(index in one.__dict__ for one in module.modules() for index in INDEX_NAMES)
 
 
-@contextmanager
-def without(layer: nn.Module, names: tuple[str, ...], shapes: dict[str, int]) -> Iterator[None]:
-    """Run `layer` while the children `names` contribute nothing.
+def stubs(layer: nn.Module, names: tuple[str, ...], returns: Mapping[str, int]) -> dict[str, nn.Module]:
+    """For each of the children `names` of `layer` what stands for it while it contributes nothing.
 
-    `shapes` says how many values each child returns besides its tensor (-1: a bare tensor). Several bare `nn.Linear`
+    `returns` says how many values each child returns besides its tensor (-1: a bare tensor). Several bare `nn.Linear`
     children are one chain (OPT keeps fc1 and fc2 inline): the last gives zeros and the others hand their input on.
     """
+    children = {name: layer._modules[name] for name in names}
+    chain = len(names) > 1 and all(isinstance(child, nn.Linear) for child in children.values())
+    return {name: _Stub(child, returns.get(name, -1), chain and name != names[-1]) for name, child in children.items()}
+
+
+@contextmanager
+def without(layer: nn.Module, names: tuple[str, ...], returns: dict[str, int]) -> Iterator[None]:
+    """Run `layer` while the children `names` contribute nothing, see `stubs`."""
     children = layer._modules
     saved = {name: children[name] for name in names}
-    chain = len(names) > 1 and all(isinstance(child, nn.Linear) for child in saved.values())
     try:
-        for name in names:
-            passes = chain and name != names[-1]
-            children[name] = _Stub(saved[name], shapes.get(name, -1), passes)
+        children.update(stubs(layer, names, returns))
         yield
     finally:
         children.update(saved)

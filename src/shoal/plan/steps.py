@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, assert_never
 
 from shoal.errors import PlanError
@@ -258,6 +258,40 @@ def runs(steps: tuple[Step, ...]) -> Iterator[Run]:
 def kv_source(run: Run) -> int | None:
     """The base layer whose keys and values the run reads; None: its own."""
     return run.kv.read
+
+
+def gate_of(step: Step) -> str | None:
+    """The gate at which it is decided whether a step, or a branch of it, happens."""
+    if isinstance(step, Parallel):
+        return next((run.gate for run in step.branches if run.gate is not None), None)
+    return step.gate
+
+
+def decides(steps: tuple[Step, ...]) -> bool:
+    """Whether anything is decided at run time."""
+    return any(isinstance(step, Exit) or gate_of(step) is not None for step in steps)
+
+
+def undecided(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """What runs when nothing is skipped and nobody leaves: without gates, fills and exits."""
+    plain: list[Step] = []
+    for step in steps:
+        match step:
+            case Run():
+                plain.append(_ungated(step))
+            case Map():
+                plain.append(replace(step, gate=None))
+            case Parallel():
+                plain.append(replace(step, branches=tuple(map(_ungated, step.branches))))
+            case Exit():
+                pass
+            case _:
+                assert_never(step)
+    return tuple(plain)
+
+
+def _ungated(run: Run) -> Run:
+    return replace(run, gate=None, kv=replace(run.kv, fill=None))
 
 
 def writes_kv(run: Run) -> bool:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from shoal.errors import UsageError
+from shoal.executing.bind import bind
+from shoal.executing.inputs import forward_without_head, require_whole
+from shoal.executing.recorder import Recorder
 from shoal.models.evaluating import evaluating
-from shoal.models.opened import open_model
-from shoal.models.parts import find_parts
-from shoal.models.stacks import unwrap
-from shoal.recording.observe import forward_without_head, require_whole
+from shoal.models.opened import OpenedModel, open_model
 
 WatchMap = Callable[[int, torch.Tensor], None]
 """Called with the base layer and its map [batch, heads, queries, keys], in the order of execution."""
@@ -22,7 +22,7 @@ WatchMap = Callable[[int, torch.Tensor], None]
 
 @torch.no_grad()
 def observe_maps(
-    model: nn.Module,
+    model: nn.Module | OpenedModel,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
     watch: WatchMap,
     *,
@@ -36,40 +36,30 @@ def observe_maps(
     The maps are taken where the attention modules return them, one layer at a time. Raises U537, naming the measure
     `what`, for a model whose attention returns none; U507 while a plan is running.
     """
-    require_whole(model, what, stack)
-    inner = unwrap(model)
-    found = open_model(inner).stack(stack)
-    handles, seen = [], 0
+    opened = open_model(model)
+    require_whole(opened, what, stack)
+    bound, seen = bind(opened), _Seen(watch)
+    with evaluating(opened.model), _eager(opened.model), bound.running(), bound.executor(stack).recording(seen):
+        for ids, mask in batches:
+            before(ids, mask)
+            forward_without_head(opened, ids, mask)
+            if not seen.maps:
+                raise UsageError(
+                    f"{what} needs attention maps, and {type(opened.model).__name__} hands out none even under "
+                    "eager attention; use a measure of hidden states",
+                    code="U537",
+                )
 
-    def hook(index: int) -> Callable[..., None]:
-        def made(_: nn.Module, __: Any, out: Any) -> None:
-            nonlocal seen
-            attended = out[1] if isinstance(out, tuple) and len(out) > 1 else None
-            if isinstance(attended, torch.Tensor) and attended.dim() == 4 and attended.is_floating_point():
-                seen += 1
-                watch(index, attended)
 
-        return made
+class _Seen(Recorder):
+    """Hands every map to a function, and counts them."""
 
-    try:
-        for index in range(found.depth):
-            parts = find_parts(found.layer(index))
-            if parts is not None:
-                module = found.layer(index).get_submodule(parts.attention[0])
-                handles.append(module.register_forward_hook(hook(index)))
-        with evaluating(inner), _eager(inner):
-            for ids, mask in batches:
-                before(ids, mask)
-                forward_without_head(inner, ids, mask)
-                if not seen:
-                    raise UsageError(
-                        f"{what} needs attention maps, and {type(inner).__name__} hands out none even under eager "
-                        "attention; use a measure of hidden states",
-                        code="U537",
-                    )
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __init__(self, watch: WatchMap) -> None:
+        self.watch, self.maps = watch, 0
+
+    def attends(self, layer: int, attention_map: torch.Tensor) -> None:
+        self.maps += 1
+        self.watch(layer, attention_map)
 
 
 @contextmanager

@@ -13,13 +13,17 @@ import torch
 from torch import nn
 
 from shoal.errors import UsageError
+from shoal.executing.calls import with_hidden
+from shoal.executing.recorder import Recorder
+from shoal.models.opened import OpenedModel
 from shoal.models.stacks import Stack
 from shoal.models.streamed import held
 from shoal.plan import Run, Step
-from shoal.recording.observe import Turn
 from shoal.recording.states import States
 from shoal.recording.walk import Walk
 
+Turn = Callable[[torch.Tensor, torch.Tensor | None, int], None]
+"""Called with ids, mask and the number of the first sequence of the batch whose turn it is."""
 Path = tuple[tuple[Step, ...], ...]
 """For each layer of the stack the steps that run there, each a run of this very layer; none where it is left out."""
 
@@ -29,7 +33,7 @@ class LayerMajor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | OpenedModel,
         stack: Stack,
         batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
         *,
@@ -50,15 +54,17 @@ class LayerMajor:
         """The batches as they were cut."""
         return iter(self.rows)
 
-    def run(self, turn: Turn, report: Callable[[int], None] | None = None) -> None:
+    def run(self, turn: Turn, report: Callable[[int], None] | None = None, recorder: Recorder | None = None) -> None:
         """Run every layer once, in order, on all batches; `turn` is called before each run of a layer, `report` with
-        the number of layers that are done.
+        the number of layers that are done, and `recorder` is told of every run.
 
         What the layers make equals bit for bit what the stock forward makes: they are the same calls in another order.
-        Hooks on the layers see them. Evaluation mode is the caller's business. Raises U576 for states that fit nowhere.
+        Evaluation mode is the caller's business. Raises U576 for states that fit nowhere.
         """
+        whole = [tuple((Run(index),) for index in range(self.stack.depth))]
         try:
-            self.along([tuple((Run(index),) for index in range(self.stack.depth))], turn=turn, report=report)
+            with self._stream.executor.recording(recorder or Recorder()):
+                self.along(whole, turn=turn, report=report)
         finally:
             self.close()
 
@@ -112,6 +118,6 @@ class LayerMajor:
 def _let_go(walk: Walk) -> None:
     """The states with which the layers were called: the store holds those that count."""
     walk.starts.clear()
-    for calls in walk.calls:
-        for index, (args, kwargs) in calls.items():
-            calls[index] = ((None, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": None})
+    for record in walk.forwards:
+        for index, call in record.calls.items():
+            record.calls[index] = with_hidden(call, None)

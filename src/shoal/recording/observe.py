@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, UsageError
-from shoal.executing.conductor import PlannedList
+from shoal.executing.bind import bind
+from shoal.executing.executor import Executor
+from shoal.executing.inputs import backbone_of, require_whole, run_stack
+from shoal.executing.layer_list import PlannedList
+from shoal.executing.recorder import Recorder, RunRecord
 from shoal.models.evaluating import evaluating
-from shoal.models.opened import open_model
-from shoal.models.parts import without
-from shoal.models.probe import LayerFacts
-from shoal.models.stacks import Stack, unwrap
+from shoal.models.opened import OpenedModel, open_model
+from shoal.models.stacks import Stack
 from shoal.models.streamed import is_streamed
 from shoal.plan.steps import PartName
+from shoal.recording.layer_major import LayerMajor, Turn
 
-if TYPE_CHECKING:
-    from shoal.recording.layer_major import LayerMajor
-
-Turn = Callable[[torch.Tensor, torch.Tensor | None, int], None]
-"""Called with ids, mask and the number of the first sequence of the batch whose turn it is."""
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with the base layer, its input and its output, each [batch, length, hidden], in the order of execution."""
 
 
 @torch.no_grad()
 def observe(
-    model: nn.Module,
+    model: nn.Module | OpenedModel,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
     watch: Watch,
     *,
@@ -55,59 +51,66 @@ def observe(
     no layer has parts, U507 for parts of a running plan, M323 for a stack that reads no text, U576 for states of all
     batches that fit neither memory nor disk.
     """
-    inner = unwrap(model)
-    found = open_model(inner).stack(stack)
+    opened = open_model(model)
+    found = opened.stack(stack)
     size: list[int] = []
-    handles = []
-    facts = None if part == "layer" else _with_parts(inner, found, part)
-
-    prepared = _prepared(inner, found, batches) if turn is not None else None
-
-    def hook(index: int) -> Callable[..., None]:
-        def seen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            ends = [args[0] if args else kwargs["hidden_states"], out]
-            if facts is not None:
-                parts = facts[index].parts
-                if parts is None:
-                    return
-                # past __call__, so that neither this hook nor another one fires again
-                with without(layer, parts.mlp, facts[index].returns):
-                    between = layer.forward(*args, **kwargs)
-                ends[1 if part == "attention" else 0] = between
-            x, y = (_tokens_first(end[0] if isinstance(end, tuple) else end, size, index) for end in ends)
-            watch(index, x.to(y.device), y)
-
-        return seen
-
-    try:
-        with evaluating(inner):
-            for index in range(found.depth):
-                handles += [found.layer(index).register_forward_hook(hook(index), with_kwargs=True)]
-            if prepared is not None and turn is not None:
-                _layer_by_layer(prepared, before, turn, size, progress)
-                return
+    if part != "layer":
+        _require_parts(opened, found, part)
+    told = _Watcher(watch, part, [fact.parts is not None for fact in opened.facts(found.name).layers], size)
+    prepared = _prepared(opened, found, batches) if turn is not None else None
+    with evaluating(opened.model):
+        if prepared is not None and turn is not None:
+            _layer_by_layer(prepared, told, before, turn, size, progress)
+            return
+        with _executor(opened, found) as executor, executor.recording(told):
             for ids, mask in batches:
                 size[:] = ids.shape
                 before(ids, mask)
-                _pass(inner, ids, mask, found)
-    finally:
-        for handle in handles:
-            handle.remove()
+                run_stack(opened.model, found, ids, mask)
+
+
+@contextmanager
+def _executor(opened: OpenedModel, stack: Stack) -> Iterator[Executor]:
+    """What runs the stack: a plan that is on it already, or the whole model's."""
+    planned = stack.layers
+    if isinstance(planned, PlannedList):
+        yield planned.executor
+        return
+    with bind(opened).running() as bound:
+        yield bound.executor(stack.name)
+
+
+class _Watcher(Recorder):
+    """Hands the ends of every run of a layer, or of its part, to a function."""
+
+    def __init__(self, watch: Watch, part: PartName, has_parts: Sequence[bool], size: list[int]) -> None:
+        self.watch, self.part, self.has_parts, self.size = watch, part, has_parts, size
+
+    def ran(self, record: RunRecord) -> None:
+        layer = record.run.layer
+        if self.part != "layer" and not self.has_parts[layer]:
+            return
+        x, y = record.input, record.output
+        if self.part == "attention":
+            y = record.behind_attention()
+        elif self.part == "mlp":
+            x = record.behind_attention()
+        x, y = (_tokens_first(state, self.size, layer) for state in (x, y))
+        self.watch(layer, x.to(y.device), y)
 
 
 def _prepared(
-    inner: PreTrainedModel, found: Stack, batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
+    opened: OpenedModel, found: Stack, batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
 ) -> LayerMajor | None:
     """The batches at the door, where reading a layer once for all of them is worth it and possible: a whole stack in
     files, run by the base model."""
-    from shoal.recording.layer_major import LayerMajor  # it is built on the walk, which is built on this file
-
-    whole = not isinstance(found.layers, PlannedList) and _around(inner, found) is inner.base_model
-    return LayerMajor(inner, found, batches) if whole and is_streamed(found) else None
+    whole = not isinstance(found.layers, PlannedList) and backbone_of(opened.model, found) is opened.model.base_model
+    return LayerMajor(opened, found, batches) if whole and is_streamed(found) else None
 
 
 def _layer_by_layer(
     prepared: LayerMajor,
+    told: Recorder,
     before: Callable[[torch.Tensor, torch.Tensor | None], None],
     turn: Turn,
     size: list[int],
@@ -121,73 +124,18 @@ def _layer_by_layer(
         turn(ids, mask, first)
 
     depth = prepared.stack.depth
-    prepared.run(at, None if progress is None else lambda done: progress(done, depth, "layers read"))
+    prepared.run(at, None if progress is None else lambda done: progress(done, depth, "layers read"), told)
 
 
-def forward_without_head(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """What the head is given, [batch, length, hidden], for `ids` and `mask` [batch, length]; the caller chooses the
-    modes and whether gradients are kept."""
-    state: torch.Tensor = _pass(unwrap(model), ids, mask, open_model(model).stack()).last_hidden_state
-    return state
-
-
-def _pass(inner: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, found: Stack) -> Any:
-    backbone = _around(inner, found)
-    more = {"use_cache": False} if found.name == "decoder" else {}
-    return backbone(**inputs_of(backbone, ids, mask), **more)
-
-
-def _with_parts(inner: nn.Module, found: Stack, part: PartName) -> list[LayerFacts]:
-    require_whole(inner, f"{part} alone", found.name)
-    known = open_model(inner).facts(found.name)
+def _require_parts(opened: OpenedModel, found: Stack, part: PartName) -> None:
+    require_whole(opened, f"{part} alone", found.name)
+    known = opened.facts(found.name)
     if all(fact.parts is None for fact in known.layers):
         raise UsageError(
             f"no layer of this model has an {part} of its own{f' ({known.parts_note})' if known.parts_note else ''}; "
             "measure with part=layer",
             code="U531",
         )
-    return known.layers
-
-
-def _around(model: PreTrainedModel, stack: Stack) -> Any:
-    """The part of the model that runs the stack. Without the head, the dearest matrix of a small model, which no layer
-    needs; without the decoder or the other stack."""
-    if stack.name == "decoder":
-        return model.base_model
-    around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and stack.owner in m.modules()]
-    if "input_ids" not in inspect.signature(around[-1].forward).parameters:
-        raise ModelError(
-            f"the stack {stack.name!r} of {type(model).__name__} reads no text, and measures have no other data; "
-            "remove layers by their position (--method position)",
-            code="M323",
-        )
-    return around[-1]
-
-
-def require_whole(model: nn.Module, what: str, stack: str | None = None) -> None:
-    """Raise U507 when a plan is running on the stack: `what` needs the base model's own layers, once and in order."""
-    if isinstance(open_model(model).stack(stack).layers, PlannedList):
-        raise UsageError(f"{what} needs the whole model, but a plan is running on it; restore it first", code="U507")
-
-
-def input_device(model: Any) -> torch.device:
-    """Where a model reads its inputs; an offloaded one moves them itself."""
-    device = torch.device(model.device)
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def inputs_of(backbone: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """The keyword arguments of a pass over ids and mask [batch, length], on the backbone's device."""
-    device = input_device(backbone)
-    inputs = {"input_ids": ids.to(device)}
-    if "decoder_input_ids" in inspect.signature(backbone.forward).parameters:
-        inputs["decoder_input_ids"] = inputs["input_ids"]
-    if mask is not None:
-        inputs["attention_mask"] = mask.to(device)
-        if not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(backbone.forward).parameters:
-            # most models count positions from the first column, padding or not
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
-    return inputs
 
 
 def _tokens_first(state: torch.Tensor, size: list[int], index: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shoal.executing.timing import now
-from shoal.models.probe import LayerFacts
+from shoal.models.examine import LayerFacts
 from shoal.models.stacks import Stack
 
 PHASES = ("prefill", "draft", "choose", "verify")

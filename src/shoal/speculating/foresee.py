@@ -109,7 +109,7 @@ class Foresight:
 
         def once() -> None:
             self.stage.logits(ready.draft, scene.feed, text, 1, rows.pop()).argmax(-1).item()
-            ready.draft.conductor.forget()
+            ready.draft.forget()
 
         return _median(once, repeats, scene.ids.device)
 

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from transformers.cache_utils import Cache, DynamicCache
 
 from shoal.errors import UsageError
+from shoal.executing.slots import mark_rows
 
 
 def lent(cache: Cache, rows: Sequence[int], shared: int) -> Cache:
     """A cache of the rows `rows` of `cache`, in that order: the first `shared` are the very rows, the others copies."""
     out = copy.copy(cache)
     out.layers = [cache.layers[row] if n < shared else copy.copy(cache.layers[row]) for n, row in enumerate(rows)]
-    out.__dict__["_shoal_rows"] = tuple(rows)  # they are in the plan's order already
+    mark_rows(out, tuple(rows))
     return out
 
 

@@ -64,7 +64,7 @@ class Scene:
         rows = lent(before, ready.draft.rows, 0)
         new = self.length - since + 1
         scores = self.stage.logits(ready.draft, self.feed, self.ids, new, rows)[:-1]
-        ready.draft.conductor.forget()
+        ready.draft.forget()
         best, said = scores.max(-1)
         return said == self.ids[0, since:], (best - scores.logsumexp(-1)).exp()
 

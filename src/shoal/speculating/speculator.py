@@ -111,7 +111,7 @@ class Speculator:
             loop = Loop(stage, self.recipe.chooser, self.recipe.finder, length, rules, meter)
             prefill = partial(model._prefill, input_ids, generation_config, kwargs, is_first_iteration=True)
             if self.count:
-                with meter.counting(stage.stack, stage.probe.layers):
+                with meter.counting(stage.stack, stage.facts.layers):
                     ids, cache = loop.run(input_ids, prefill, kwargs)
             else:
                 ids, cache = loop.run(input_ids, prefill, kwargs)

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,23 +19,18 @@ from transformers.cache_utils import Cache
 
 from shoal.deciding.readout import Readout
 from shoal.errors import PlanError, UsageError
-from shoal.executing.conductor import PlannedList
+from shoal.executing.bind import bind, refuse_second_plan
+from shoal.executing.forward import Forward
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
 from shoal.plan import Plan, Run, Spec, check, format_steps, require
 from shoal.plan.steps import Step
 from shoal.speculating.feed import Feed
+from shoal.speculating.part import Part
 from shoal.speculating.rows import lent
-from shoal.speculating.steering import Part, Stateful, SteeredList
 
 _KEPT = 16
 """Drafts held ready; choosers on the fly come back to the same few."""
-
-
-class Playable(Protocol):
-    """What a list of layers can yield in place of its layers."""
-
-    taps: list[Any]
 
 
 @dataclass
@@ -62,25 +56,21 @@ class Stage:
     ready: dict[tuple[Run, ...], Ready] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        (self.stack,) = open_model(self.model).stacks
-        if isinstance(self.stack.layers, PlannedList):
-            raise PlanError("another plan is running on this model; restore it first", code="P122")
-        self.probe = open_model(self.model).facts(self.stack.name)
-        self.spec: Spec = open_model(self.model).spec
+        self.opened = open_model(self.model)
+        refuse_second_plan(self.opened)
+        (self.stack,) = self.opened.stacks
+        self.facts = self.opened.facts(self.stack.name)
+        self.spec: Spec = self.opened.spec
         self.depth = self.stack.depth
-        self.takes = frozenset(signature(self.model.forward).parameters)
-        self.original = self.stack.layers
-        self.list = SteeredList(self.stack, self.probe)
+        self.takes = self.opened.takes
+        self.whole = bind(self.opened)
 
     def __enter__(self) -> Stage:
-        if isinstance(self.stack.layers, PlannedList):
-            raise PlanError("another plan is running on this model; restore it first", code="P122")
-        setattr(self.stack.owner, self.stack.attr, self.list)
+        refuse_second_plan(self.opened)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.list.play(None)
-        setattr(self.stack.owner, self.stack.attr, self.original)
+        """The model is as it was: parts are put on it for one pass each."""
 
     @cached_property
     def readout(self) -> Readout:
@@ -89,13 +79,8 @@ class Stage:
 
     @contextmanager
     def _ending(self, state: torch.Tensor) -> Iterator[None]:
-        part = Part.of(Stateful(self.list, self.stack, self.probe, ()))
-        part.conductor.states = state
-        self.list.play(part)
-        try:
+        with self.whole.running(), self.whole.executor().between(self.depth, state):
             yield
-        finally:
-            self.list.play(None)
 
     def prepare(self, steps: tuple[Step, ...]) -> Ready:
         """Raises P1xx for steps that the model cannot run, P150 for steps that no draft can have."""
@@ -110,14 +95,13 @@ class Stage:
     def _make(self, steps: tuple[Run, ...]) -> Ready:
         shared = self._shared(steps)
         after = shared - 1 if shared else None
-        where = (self.list, self.stack, self.probe)
         rest = tuple(Run(i) for i in range(shared, self.depth))
         return Ready(
             steps,
             shared,
-            Part.of(Stateful(*where, steps, after)),
-            Part.of(Stateful(*where, steps[:shared], after)),
-            Part.of(Stateful(*where, rest)),
+            Part(self.opened, steps, after),
+            Part(self.opened, steps[:shared], after),
+            Part(self.opened, rest),
         )
 
     def _legal(self, steps: tuple[Run, ...]) -> None:
@@ -130,7 +114,7 @@ class Stage:
     def _shared(self, steps: tuple[Run, ...]) -> int:
         """Layers in common; none where more than the hidden state goes from one layer to a later one."""
         common = next((n for n, run in enumerate(steps) if run != Run(n)), len(steps))
-        if not self.share or any(fact.carried for fact in self.probe.layers):
+        if not self.share or any(fact.carried for fact in self.facts.layers):
             return 0
         if common == self.depth:
             return common
@@ -143,26 +127,28 @@ class Stage:
 
     def full(self, feed: Feed, ids: torch.Tensor, new: int, cache: Cache) -> torch.Tensor:
         """Logits of the base model at the last `new` tokens, [new, vocabulary], float32."""
-        self.list.play(None)
         return _scores(self.model(**feed(ids, new, cache), return_dict=True), new)
 
     def logits(self, part: Part, feed: Feed, ids: torch.Tensor, new: int, cache: Cache) -> torch.Tensor:
         """The same with `part` in place of the layers; `cache` is made of the rows of `part`."""
-        self.list.play(part)
-        try:
-            return _scores(self.model(**feed(ids, new, cache), return_dict=True), new)
-        finally:
-            self.list.play(None)
+        inputs = feed(ids, new, cache)
+        with part.running():
+            return _scores(self.model(**inputs, return_dict=True), new)
 
-    def through(self, part: Playable, feed: Feed, ids: torch.Tensor, cache: Cache) -> Any:
+    def through(self, part: Part, feed: Feed, ids: torch.Tensor, cache: Cache) -> None:
         """Take the last token through `part` without the head."""
+        with part.running():
+            self._without_head(feed, ids, cache)
+
+    def prepared(self, feed: Feed, ids: torch.Tensor, cache: Cache) -> Forward:
+        """What the layers are called with for the last token."""
+        with self.whole.running():
+            return self.whole.executor().prepared(lambda: self._without_head(feed, ids, cache))
+
+    def _without_head(self, feed: Feed, ids: torch.Tensor, cache: Cache) -> None:
         inputs = feed(ids, 1, cache)
         inputs.pop("logits_to_keep", None)
-        self.list.play(part)
-        try:
-            return self.model.base_model(**inputs)
-        finally:
-            self.list.play(None)
+        self.model.base_model(**inputs)
 
 
 class Draft:
@@ -172,7 +158,7 @@ class Draft:
         self.stage, self.ready, self.feed, self.cache = stage, ready, feed, cache
         self.rows = lent(cache, ready.draft.rows, ready.shared)
         for part in (ready.draft, ready.ahead):
-            part.conductor.forget()
+            part.forget()
 
     def next(self, ids: torch.Tensor) -> torch.Tensor:
         """The draft's logits behind the last token of `ids`, [1, vocabulary]."""
@@ -187,8 +173,8 @@ class Draft:
         if not ready.shared:
             return stage.full(self.feed, ids, new, self.cache)
         stage.through(ready.ahead, self.feed, ids, lent(self.cache, ready.ahead.rows, ready.shared))
-        states = [*ready.draft.conductor.saved, *ready.ahead.conductor.saved]
-        ready.rest.conductor.states = torch.cat(states, dim=-2)
+        states = [*ready.draft.saved, *ready.ahead.saved]
+        ready.rest.states = torch.cat(states, dim=-2)
         rows = lent(self.cache, ready.rest.rows, len(ready.rest.rows))
         if not ready.rest.rows:  # nothing is left to run; masks are made from some row all the same
             rows.layers = list(self.cache.layers)
@@ -196,7 +182,7 @@ class Draft:
             return stage.logits(ready.rest, self.feed, ids, new, rows)
         finally:
             for part in (ready.draft, ready.ahead, ready.rest):
-                part.conductor.forget()
+                part.forget()
 
 
 def _scores(out: Any, new: int) -> torch.Tensor:

@@ -1,0 +1,91 @@
+"""What one run changes in its layer for the length of one call: parts left out, tensors in place of the layer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.models.parts import stubs
+
+Entries = list[tuple[dict[str, Any], str, Any]]
+"""(dictionary of a module, key, what stands there during the call)."""
+
+
+class Exchange:
+    """Entries of the layer's dictionaries that are exchanged for the length of a call.
+
+    Prepared once and used for every call. Where the layer has changed meanwhile (PEFT wraps a module, accelerate brings
+    weights in), it is prepared anew. A parameter that has several names in the layer is exchanged under all of them.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        left_out: tuple[str, ...],
+        returns: Mapping[str, int],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        """`left_out`: children that contribute nothing; `returns`: for each how many values it returns besides its
+        tensor, see `stubs`. `tensors`: by name in the layer, in the dtype and on the device of what they replace.
+        """
+        self.layer, self.left_out, self.returns, self.tensors = layer, left_out, dict(returns), tensors
+        self._entries: Entries = []
+        self._expected: list[Any] = []
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Meanwhile the entries are exchanged; they are put back whatever happens."""
+        if not self._is_prepared():
+            self._prepare()
+        before = [place[key] for place, key, _ in self._entries]
+        try:
+            for place, key, new in self._entries:
+                place[key] = new
+            yield
+        finally:
+            for (place, key, _), old in zip(self._entries, before, strict=True):
+                place[key] = old
+
+    def _is_prepared(self) -> bool:
+        return all(place.get(key) is old for (place, key, _), old in zip(self._entries, self._expected, strict=True))
+
+    def _prepare(self) -> None:
+        children: dict[str, Any] = self.layer._modules
+        self._entries = [
+            (children, name, stub) for name, stub in stubs(self.layer, self.left_out, self.returns).items()
+        ]
+        names = _names_of_shared(self.layer) if self.tensors else {}
+        for name, tensor in self.tensors.items():
+            held, leaf = _held(self.layer, name)
+            new = tensor if tensor.requires_grad else placed_like(tensor, held[leaf])
+            for other in names.get(id(held[leaf]), (name,)):
+                self._entries.append((*_held(self.layer, other), new))
+        self._expected = [place[key] for place, key, _ in self._entries]
+
+
+def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the device of `like`, and in its dtype where that holds fractions: packed weights are integers."""
+    fractions = like.dtype.is_floating_point and tensor.is_floating_point()
+    dtype = like.dtype if fractions else tensor.dtype
+    return tensor.to(device=tensor.device if like.is_meta else like.device, dtype=dtype)
+
+
+def _held(layer: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dictionary that holds a parameter or buffer, and its key. Raises AttributeError or KeyError for neither."""
+    path, _, leaf = name.rpartition(".")
+    module = layer.get_submodule(path)
+    held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+    held[leaf]
+    return held, leaf
+
+
+def _names_of_shared(layer: nn.Module) -> dict[int, list[str]]:
+    """The names of every parameter that has several, by its identity."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in layer.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {key: own for key, own in names.items() if len(own) > 1}

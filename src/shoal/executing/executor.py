@@ -1,0 +1,355 @@
+"""The stock forward stays in charge: its loop over the layers meets taps that decide which real layers run.
+
+Tap i is called with everything that the stock forward prepared for base layer i: masks, rotary tables, inputs of its
+own. A step of the plan runs at the first tap by which all layers it needs have been offered, so a plan that keeps the
+order runs inside the very iterations it belongs to (values that the loop carries along stay right) and a reordered one
+runs as soon as it can. The hidden state always travels through the stock loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, assert_never
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from shoal.errors import PlanError
+from shoal.executing.calls import Call, argument, cache_of, caches_of, first_state, hidden_of, with_hidden
+from shoal.executing.forward import Forward
+from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_runner import LayerRunner
+from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
+from shoal.executing.recorder import Recorder, RunRecord
+from shoal.executing.slots import Filling, KeysValues, PassingCache, fit_rows, prepare_views, slot_view
+from shoal.executing.weights import Tensors
+from shoal.models.examine import StackFacts
+from shoal.models.first import first_only
+from shoal.models.lists import Stack
+from shoal.models.parts import find_parts
+from shoal.plan import Exit, Map, Parallel, Run, Step
+from shoal.plan.schedule import schedule, slots_of
+from shoal.plan.steps import kv_source, layers_read, runs, undecided, writes_kv
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What part of the layers a forward runs through."""
+
+    begin: int
+    state: torch.Tensor | None
+    end: int
+
+
+class Executor:
+    """Runs the steps of one stack's plan.
+
+    Three calls are there for others: `run_step` runs one step on a given state; `between` lets a forward begin at a
+    layer with a given state and end behind another; `recording` tells what runs see and make. `prepared` is the record
+    that `run_step` needs: what the stock forward calls the layers with.
+    """
+
+    def __init__(
+        self, planned: PlannedList, stack: Stack, facts: StackFacts, steps: tuple[Step, ...], weights: Tensors
+    ) -> None:
+        self.planned, self.stack = planned, stack
+        self.facts = facts.layers
+        self.steps = steps
+        self.depth = stack.depth
+        self.carried = {at: n for fact in self.facts for at, n in fact.carried.items()}
+        self.due, self.kept = schedule(steps, stack.depth)
+        self.slots = slots_of(steps)
+        self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
+        self.sources = layers_read(steps)
+        # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
+        self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
+        self.through = [
+            self.plain and i not in self.kept and [step for _, step in due] == [Run(i)]
+            for i, due in enumerate(self.due)
+        ]
+        if self.kept:
+            self.through[-1] = False  # where what was kept is forgotten
+        self.first = first_only(stack)
+        self.unpaged: Obstacle | None = paging_obstacle(steps)
+        self.now = Forward()
+        self.owner: object | None = None
+        """Who decides at run time, if anybody does: nobody else may go on with a cache that was filled so."""
+        self.recorder: Recorder | None = None
+        self.segment: Segment | None = None
+        self.cache: Cache | None = None
+        """The cache that steps run alone write to, in the place of the one in the record."""
+        self.use(weights)
+        prepare_views(DynamicCache, StaticCache, PassingCache)
+
+    # what others call
+
+    def use(self, weights: Tensors) -> None:
+        """From now on these are the plan's tensors. Whoever binds a plan has checked that they fit."""
+        self.weights = weights
+        self.runner = LayerRunner(self.planned, self.facts, weights)
+        self._filling: Filling | None = None
+
+    def prepared(self, forward: Callable[[], Any]) -> Forward:
+        """What the stock forward calls every layer with, and what it hands the first one, while none of them runs.
+
+        `forward` calls the model while this executor's list is in place.
+        """
+        record = Forward()
+        before, self._preparing = self._preparing, record
+        try:
+            forward()
+        finally:
+            self._preparing = before
+        return record
+
+    def run_step(
+        self, step: Step, hidden: torch.Tensor, forward: Forward, *, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """The output of one step, [batch, tokens, hidden], for the state `hidden` and the calls in `forward`.
+
+        `cache`: where its keys and values go, each layer to its own row, in place of the cache in the calls.
+        """
+        outer = self.now, self.cache
+        self.now, self.cache = forward, cache
+        try:
+            # no layer has the index -1: every run finds what its own layer is called with in the record
+            return self._step(-1, step, hidden, -1, (), {})
+        finally:
+            self.now, self.cache = outer
+
+    @contextmanager
+    def between(self, begin: int = 0, state: torch.Tensor | None = None, end: int | None = None) -> Iterator[None]:
+        """Until the end of the block forwards run from the tap of base layer `begin` to that of `end`, both included.
+
+        `state`: the hidden state that enters there, in place of the one that the stock forward brings. Taps before and
+        behind hand on what they are given. Beyond the last layer, `begin` = depth, no layer runs at all: the model
+        makes of `state` what it makes of its last hidden state, and a forward that is under way is not touched.
+        """
+        before = self.segment
+        self.segment = Segment(begin, state, self.depth - 1 if end is None else end)
+        try:
+            yield
+        finally:
+            self.segment = before
+
+    @contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[None]:
+        """Until the end of the block `recorder` is told of everything that runs."""
+        before, self.recorder = self.recorder, recorder
+        handles = self._listening(recorder) if recorder.wants_maps else []
+        try:
+            yield
+        finally:
+            self.recorder = before
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def filling(self) -> Filling:
+        """What this fills a KV cache with."""
+        if self._filling is None:
+            steps = undecided(self.steps)
+            whole = steps == tuple(Run(i) for i in range(self.depth))
+            self._filling = Filling(self.rows, steps, self.weights, whole, self.owner)
+        return self._filling
+
+    def layer(self, index: int) -> Any:
+        """The real layer with this base index."""
+        return self.runner.layer(index)
+
+    def handed_on(self, index: int, hidden: torch.Tensor) -> Any:
+        """`hidden` in the shape in which layer `index` returns it, with nothing beside it."""
+        tail = self.facts[index].tail
+        return hidden if tail < 0 else (hidden, *[None] * tail)
+
+    # the way of a forward
+
+    _preparing: Forward | None = None
+
+    def tap(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called by the stock loop in place of layer `index`."""
+        if self._preparing is not None:
+            return self._noted(self._preparing, index, (args, kwargs))
+        if self.segment is not None:
+            return self._tap_of_segment(self.segment, index, (args, kwargs))
+        return self._tap(index, args, kwargs)
+
+    def _tap(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if index == 0:
+            self._start((args, kwargs))
+        recorder = self.recorder
+        if self.through[index] and recorder is None:
+            return self.layer(index)(*args, **kwargs)
+        if index in self.kept:
+            self.now.calls[index] = (args, kwargs)
+        hidden = hidden_of((args, kwargs))
+        if recorder is not None:
+            recorder.enters(index, hidden)
+        self.now.carried = {at: argument((args, kwargs), at) for at in self.carried}
+        for position, step in self.due[index]:
+            hidden = self._step(position, step, hidden, index, args, kwargs)
+        returned = self.passed(index, hidden)
+        if index == self.depth - 1:
+            self.now = Forward()  # nothing of this forward outlives it
+        return returned
+
+    def _start(self, call: Call) -> None:
+        """A forward begins."""
+        self.now = Forward()
+        refuse_paged(self.unpaged, call[1])
+        for cache in caches_of(call):
+            fit_rows(cache, self.filling)
+
+    def _noted(self, record: Forward, index: int, call: Call) -> Any:
+        record.calls[index] = call
+        return self.handed_on(index, hidden_of(call))
+
+    def _tap_of_segment(self, segment: Segment, index: int, call: Call) -> Any:
+        if segment.begin >= self.depth:
+            return self.handed_on(index, hidden_of(call) if segment.state is None else segment.state)
+        if not segment.begin <= index <= segment.end:
+            if index == 0:
+                self._start(call)
+            return self.handed_on(index, hidden_of(call))
+        if index == segment.begin and segment.state is not None:
+            call = with_hidden(call, segment.state)
+        return self._tap(index, *call)
+
+    def passed(self, index: int, hidden: torch.Tensor) -> Any:
+        """`hidden` in the shape in which layer `index` returns it."""
+        tail = self.facts[index].tail
+        if tail < 0:
+            return hidden
+        extra = self.now.extra
+        return (hidden, *(extra if extra is not None and len(extra) == tail else [None] * tail))
+
+    def _step(
+        self, position: int, step: Step, hidden: torch.Tensor, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        match step:
+            case Run():
+                return self._run(step, self.slots.get((position, 0)), hidden, index, args, kwargs)
+            case Parallel():
+                changes = [
+                    self._run(branch, self.slots.get((position, n)), hidden, index, args, kwargs) - hidden
+                    for n, branch in enumerate(step.branches)
+                ]
+                total = torch.stack(changes).sum(0)
+                return hidden + (total / len(changes) if step.join == "mean" else total)
+            case Map():
+                return self.runner.map(step, hidden)
+            case Exit():
+                return hidden
+            case _:
+                assert_never(step)
+
+    def _run(
+        self,
+        run: Run,
+        slot: int | None,
+        hidden: torch.Tensor,
+        index: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
+        with self._as_first(run.layer):
+            out = self.runner.call(run, call)
+        if self.recorder is not None:
+            self._told(run, call, out)
+        if isinstance(out, tuple | list):
+            self.now.extra = tuple(out[1:])
+            self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
+        return first_state(out)
+
+    def _call_of(self, run: Run, slot: int | None, hidden: torch.Tensor, call: Call) -> Call:
+        """What the layer of `run` is called with: this state, its own row of the cache, what was carried along."""
+        args, kwargs = call
+        if self.carried:
+            args = tuple(self.now.carried.get(at, value) for at, value in enumerate(args))
+            kwargs = {at: self.now.carried.get(at, value) for at, value in kwargs.items()}
+        swap = partial(self._cache_for, run, slot)
+        if args:
+            args = (hidden, *(swap(a) if isinstance(a, Cache) else a for a in args[1:]))
+            kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        else:
+            kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
+        if (run.layer in self.sources or run.layer_sources or self._tells_kv()) and run.part != "mlp":
+            return self._share_without_cache(run, (args, kwargs))
+        return args, kwargs
+
+    def _as_first(self, index: int) -> AbstractContextManager[None]:
+        """The layer that runs first makes what all others are handed, with what layer 0 owns for it."""
+        if self.first is None or index == 0 or self.now.extra is not None:
+            return nullcontext()
+        return self.first.lent_to(self.layer(index))
+
+    def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
+        keep = partial(self._keep, run) if run.layer in self.sources or self._tells_kv() else None
+        source = kv_source(run)
+        read = None if source is None else self.now.kv[source]
+        if self.cache is not None:
+            return slot_view(self.cache, self.facts[run.layer].row, read=read, keep=keep)
+        return slot_view(cache, 0 if slot is None else slot, read=read, keep=keep)
+
+    def _tells_kv(self) -> bool:
+        return self.recorder is not None and self.recorder.wants_kv
+
+    def _keep(self, run: Run, states: KeysValues) -> None:
+        if run.layer in self.sources:
+            self.now.kv[run.layer] = states
+        if self.recorder is not None:
+            self.recorder.stores(run, *states)
+
+    def _share_without_cache(self, run: Run, call: Call) -> Call:
+        """Sharing goes through the cache's update; a pass without a cache gets one that stores nothing."""
+        layer, place = self.layer(run.layer), self.facts[run.layer].cache_at
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise PlanError(
+                f"layer {run.layer} shares KV, which gradient checkpointing takes away; switch one of them off",
+                code="P121",
+            )
+        if cache_of(call) is not None:
+            return call
+        if place is None:
+            raise PlanError(
+                f"layer {run.layer} is given no KV cache, so its KV cannot be shared; drop the @", code="P109"
+            )
+        if self.now.passing is None:
+            self.now.passing = PassingCache()
+        view = self._cache_for(run, 0, self.now.passing)
+        args, kwargs = call
+        if isinstance(place, int):
+            return (*args[:place], view, *args[place + 1 :]), kwargs
+        return args, kwargs | {place: view}
+
+    def _told(self, run: Run, call: Call, out: Any) -> None:
+        """Tell the recorder of a run, in whose place it may ask for a part of the layer on the same input."""
+        recorder = self.recorder
+        assert recorder is not None
+
+        def behind_attention() -> torch.Tensor:
+            return self.runner.behind_attention(run.layer, call)
+
+        recorder.ran(RunRecord(run, hidden_of(call), first_state(out), behind_attention))
+
+    def _listening(self, recorder: Recorder) -> list[Any]:
+        """Hooks on every attention that tell the recorder of its map."""
+
+        def hook(index: int) -> Callable[..., None]:
+            def made(_: Any, __: Any, out: Any) -> None:
+                attended = out[1] if isinstance(out, tuple) and len(out) > 1 else None
+                if isinstance(attended, torch.Tensor) and attended.dim() == 4 and attended.is_floating_point():
+                    recorder.attends(index, attended)
+
+            return made
+
+        parts = [find_parts(self.layer(index)) for index in range(self.depth)]
+        return [
+            self.layer(index).get_submodule(own.attention[0]).register_forward_hook(hook(index))
+            for index, own in enumerate(parts)
+            if own is not None
+        ]

@@ -1,0 +1,60 @@
+"""What a map computes from the tensors that a plan names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from shoal.plan.tensors import MAP_TENSORS
+
+
+class FittedMap:
+    """y = x W^T + b, y = x + up(inner(x)) + b or y = scale * x + b; x is [..., hidden].
+
+    With a limit, tokens whose norm is larger are handed on as they are: an attention sink, a hundred times as long as
+    the others, would be moved by more than a layer ever moves it. This asks for no position, so it holds with any cache
+    and padding. The tensors are used in the dtype and on the device of x: the layers of one model may be on several
+    devices and hold weights in a code of their own, and a map stands between two of them.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """`tensors` by their names, see `shoal.plan.tensors`."""
+        self.tensors = {name: tensors.get(name) for name in MAP_TENSORS}
+        self._placed: tuple[torch.dtype, torch.device, dict[str, torch.Tensor | None]] | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        found = self._like(hidden)
+        weight, scale, up, bias, limit = (found[name] for name in ("weight", "scale", "up", "bias", "limit"))
+        if weight is not None:
+            out = nn.functional.linear(hidden, weight, bias)
+        elif up is not None:
+            out = hidden + nn.functional.linear(_inner(hidden, found["gate"], found["down"]), up, bias)
+        else:
+            assert scale is not None  # check P112
+            out = hidden * scale if bias is None else hidden * scale + bias
+        if limit is None:
+            return out
+        # half precision cannot hold the square of an outlier
+        return torch.where(hidden.float().norm(dim=-1, keepdim=True) <= limit.float(), out, hidden)
+
+    def _like(self, hidden: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        if self._placed is not None and self._placed[:2] == (hidden.dtype, hidden.device):
+            return self._placed[2]
+        found = {n: None if t is None else t.to(hidden.device, hidden.dtype) for n, t in self.tensors.items()}
+        # a tensor that learns is brought there anew in each pass, so that its gradient comes back
+        if not any(t is not None and t.requires_grad for t in self.tensors.values()):
+            self._placed = (hidden.dtype, hidden.device, found)
+        return found
+
+
+def _inner(hidden: torch.Tensor, gate: torch.Tensor | None, down: torch.Tensor | None) -> torch.Tensor:
+    """down(x), silu(gate(x)), or their product."""
+    down_x = None if down is None else nn.functional.linear(hidden, down)
+    gate_x = None if gate is None else nn.functional.silu(nn.functional.linear(hidden, gate))
+    if down_x is None or gate_x is None:
+        found = gate_x if down_x is None else down_x
+        assert found is not None  # check P112
+        return found
+    return gate_x * down_x

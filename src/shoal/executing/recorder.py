@@ -1,0 +1,63 @@
+"""Who is told what runs see and make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from shoal.plan import Run
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run of a layer."""
+
+    run: Run
+    input: torch.Tensor
+    """The hidden state that the layer was called with, as the family has it: [batch, tokens, hidden] in most."""
+    output: torch.Tensor
+    """The hidden state that it made."""
+    behind_attention: Callable[[], torch.Tensor]
+    """Computes the state between attention and mlp: what the layer makes of the same input without its mlp."""
+
+
+class Recorder:
+    """Override what is wanted, and only that: what nobody wants is not computed. Whatever is handed over belongs to the
+    forward and may be changed by it later."""
+
+    def enters(self, layer: int, hidden: torch.Tensor) -> None:
+        """The stock forward comes to base layer `layer` with this state, before the steps that run there."""
+
+    def ran(self, record: RunRecord) -> None:
+        """A layer was run, whole or in part."""
+
+    def stores(self, run: Run, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """A run attends to these keys and values, [batch, heads, tokens, dim] each, those of earlier tokens among
+        them."""
+
+    def attends(self, layer: int, attention_map: torch.Tensor) -> None:
+        """The attention of base layer `layer` made this map, [batch, heads, queries, keys]; eager attention alone
+        hands one out."""
+
+    @cached_property
+    def wants_kv(self) -> bool:
+        """Whether `stores` is overridden."""
+        return type(self).stores is not Recorder.stores
+
+    @cached_property
+    def wants_maps(self) -> bool:
+        """Whether `attends` is overridden."""
+        return type(self).attends is not Recorder.attends
+
+
+class Outputs(Recorder):
+    """Keeps what each layer makes, by base layer."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, torch.Tensor] = {}
+
+    def ran(self, record: RunRecord) -> None:
+        self.states[record.run.layer] = record.output
