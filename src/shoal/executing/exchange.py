@@ -51,7 +51,9 @@ class Exchange:
                 place[key] = old
 
     def _is_prepared(self) -> bool:
-        return all(place.get(key) is old for (place, key, _), old in zip(self._entries, self._expected, strict=True))
+        return bool(self._entries) and all(
+            place.get(key) is old for (place, key, _), old in zip(self._entries, self._expected, strict=True)
+        )
 
     def _prepare(self) -> None:
         children: dict[str, Any] = self.layer._modules
