@@ -43,6 +43,7 @@ class BoundPlan:
             )
             planned.lead_to(executor)
             self._lists.append((stack, planned))
+        self._unpaged = self.executor().unpaged if is_causal(opened.model) else None
 
     @property
     def model(self) -> nn.Module:
@@ -68,7 +69,7 @@ class BoundPlan:
         self._before = [stack.layers for stack, _ in self._lists]
         for stack, planned in self._lists:
             stack.owner._modules[stack.attr] = planned
-        self._unguard = guard_paged(self.model, self.executor().unpaged if is_causal(self.opened.model) else None)
+        self._unguard = guard_paged(self.model, self._unpaged)
 
     def leave(self) -> None:
         """Take the plan away; nothing happens when it is not there."""
