@@ -98,6 +98,7 @@ class Heads:
         self.weights = weights
         self.now: list[tuple[torch.Tensor | bool, str]] = []
         """(which tokens, whose head) for the tokens that the head is called for next."""
+        self._placed: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
         self.head = model.get_output_embeddings()
         self.handle = self.head.register_forward_hook(self._own) if self.head is not None else None
 
@@ -133,9 +134,17 @@ class Heads:
             self.now = before
 
     def _near(self, state: torch.Tensor, head: str, *names: str) -> tuple[torch.Tensor | None, ...]:
-        """Tensors of a head where the state is: the layers of one model, and its head, may be on several devices."""
-        found = (self.weights.get(f"{head}.{name}") for name in names)
-        return tuple(None if one is None else one.to(state.device) for one in found)
+        """Tensors of a head where the state is and in its dtype: the layers of one model, and its head, may be on
+        several devices. They are brought there once."""
+        key = state.device, state.dtype
+        if key not in self._placed:
+            self._placed[key] = {}
+        placed = self._placed[key]
+        for name in names:
+            full = f"{head}.{name}"
+            if full not in placed and full in self.weights:
+                placed[full] = self.weights[full].to(state.device, state.dtype)
+        return tuple(placed.get(f"{head}.{name}") for name in names)
 
     def _own(self, _: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor | None:
         for where, head in self.now:
