@@ -2,7 +2,8 @@
 
 `measures/block_influence.py` defines the function `block_influence`, known as `block-influence`. Its keyword-only
 parameters that the harness does not fill are its options. Listing reads the source as text, so that `shoal ls` imports
-neither torch nor transformers. Other packages add entries through the entry point groups `shoal.measures`, ...
+neither torch nor transformers. Other packages add entries through the entry point groups `shoal.measures`, ..., and
+where one name is asked for, that of a Python file does as well: `./mine.py` (`shoal.user_files`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal
 
 from shoal.errors import UsageError
+from shoal.user_files import UserFile, docstring, imported, is_file, read_user_file, require_call
 
 Kind = Literal["measures", "search", "methods", "transforms", "policies", "exchange", "drafts"]
 KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "transforms", "policies", "exchange", "drafts")
@@ -39,6 +41,16 @@ _ONE: dict[Kind, str] = {
 
 _HOMES: dict[Kind, str] = {"policies": "shoal.deciding.policies", "drafts": "shoal.speculating.drafts"}
 """Where the files of a kind are, for those that are not in a room of that name."""
+
+_CALLS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "measures": (("model", "data"), ("stack", "batch", "progress")),
+    "methods": (("task",), ()),
+    "transforms": (("job",), ()),
+    "policies": (("plan", "spec"), ()),
+    "exchange": ((), ()),
+    "drafts": ((), ("spec",)),
+}
+"""Positional values and keywords with which the function of a kind is called; searches differ."""
 
 HARNESS = frozenset(
     {
@@ -70,6 +82,8 @@ class Entry:
     module: str
     attribute: str
     doc: str
+    file: UserFile | None = None
+    """The user's own file in which it is, if it is in one; `name` is then the file's name as typed."""
 
     @property
     def summary(self) -> str:
@@ -168,13 +182,27 @@ def entries(kind: Kind) -> dict[str, Entry]:
 
 
 def get(kind: Kind, name: str) -> Entry:
-    """The entry with this public name. Raises U501 with the nearest name."""
+    """The entry with this public name, or the function in the Python file of this name.
+
+    Raises U501 with the nearest name; U516 to U519 for a file that cannot be used.
+    """
+    if is_file(name.strip()):
+        return _in_file(kind, name.strip())
     found = entries(kind)
     wanted = name.replace("_", "-")
     if wanted not in found:
         what = _ONE[kind]
         raise UsageError(f"there is no {what} {name!r}{_nearest(wanted, found)}; see shoal ls {kind}", code="U501")
     return found[wanted]
+
+
+def _in_file(kind: Kind, name: str) -> Entry:
+    file = read_user_file(name)
+    doc = docstring(file)
+    imported(file)
+    if kind in _CALLS:
+        require_call(file, _ONE[kind], *_CALLS[kind])
+    return Entry(kind, name, file.module, file.function, doc, file)
 
 
 def _docstring(file: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any, cast
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
 from shoal.api.budget import COUNTED, amount_of, measured_budget, parse_budget, priced
 from shoal.api.journal import journaled, kept
-from shoal.api.stand_ins import parse_then, transformed
+from shoal.api.stand_ins import Then, parse_then, transformed
 from shoal.data import Data
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
@@ -28,9 +28,10 @@ from shoal.models.opened import open_model
 from shoal.models.stacks import unwrap
 from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require, shapes_of
 from shoal.record import Record, plain
-from shoal.registry import Entry, entries
-from shoal.scores import Budget, Found, Legal
-from shoal.spelling import chosen
+from shoal.registry import Entry, entries, get
+from shoal.scores import Budget, Found, Legal, Objective
+from shoal.spelling import chosen, read
+from shoal.user_files import is_file
 from shoal.writing.surgery import blueprint
 
 
@@ -53,6 +54,8 @@ class Pruned:
     records: tuple[Record, ...] = field(default=())
     then: tuple[dict[str, Any], ...] = ()
     """What each transform after the method did, with the errors of its stand-ins."""
+    files: tuple[dict[str, str], ...] = ()
+    """Path and sha256 of the user's own files among the method and the transforms."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for --json and the records; what is not finite is None."""
@@ -70,6 +73,7 @@ class Pruned:
             "weights": {name: list(tensor.shape) for name, tensor in self.found.weights.items()},
             "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
             "bench": None if self.bench is None else self.bench.to_dict(),
+            **({"files": list(self.files)} if self.files else {}),
         }
 
 
@@ -161,7 +165,7 @@ def prune(
                         memo=memo,
                         crew=crew,
                     ),
-                    keep=partial(kept, identity=identity, path=journal, memo=memo),
+                    keep=_keeper(entry, identity=identity, path=journal, memo=memo),
                     stack=stack,
                     batch=batch,
                     seed=seed,
@@ -177,7 +181,9 @@ def prune(
         blueprint(loaded.model, found.plan, zero_parts=zero_parts, weights=found.weights)
     shape, prompt = Shape(), _prompt(loaded, length)
     before, price = cost(identity, spec, shape), cost(found.plan, spec, shape, shapes_of(found.weights))
-    result = Pruned(loaded, spec, found.plan, method, found, before, price, text, then=said)
+    result = Pruned(
+        loaded, spec, found.plan, method, found, before, price, text, then=said, files=_files(method, after)
+    )
     ran: dict[str, Any] = {"plan": found.plan, "weights": found.weights}
     if most is not None:
         result = replace(result, price=priced(most, model=loaded.model, prompt=prompt, seed=seed, timed=timed, **ran))
@@ -197,6 +203,19 @@ def _crew(entry: Entry, loaded: Loaded, ray: str | None, workers: int) -> Abstra
             code="U573",
         )
     return loss_workers(loaded.model, ray, workers)
+
+
+def _files(method: str, then: Sequence[Then]) -> tuple[dict[str, str], ...]:
+    """The user's own files among these."""
+    name = read(method).name
+    own = ([get("methods", name)] if is_file(name) else []) + [one.entry for one in then]
+    return tuple(entry.file.to_dict() for entry in own if entry.file is not None)
+
+
+def _keeper(entry: Entry, **options: Any) -> Callable[[Objective, str], Objective]:
+    """`kept` for the method's own objectives; those of a user's file are another file's when its text is another."""
+    of = "" if entry.file is None else f" of {entry.file.sha256[:16]}"
+    return lambda function, name: kept(function, f"{name}{of}", **options)
 
 
 def _test(loaded: Loaded, source: Any, **options: Any) -> Data:

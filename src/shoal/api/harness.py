@@ -31,6 +31,7 @@ from shoal.models.checkpoint import read_json
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, parse_plan
 from shoal.plan.price import FIGURES, shares
+from shoal.registry import get
 from shoal.scores import Budget, Unit
 
 DENSE = "dense"
@@ -103,6 +104,8 @@ class Harness:
         if cell is None:
             return {"key": DENSE, "result": self._quality(DENSE, nullcontext), "measured": {}}
         head = {"key": cell.key, "method": cell.method, "budget": cell.budget, "seed": cell.seed}
+        if (file := get("methods", cell.name).file) is not None:
+            head["file"] = file.to_dict()
         try:
             return head | self._cell(cell)
         except ShoalError as error:
@@ -150,7 +153,8 @@ class Harness:
         try:
             times = self.times.once(name, partial(self._times, result["plan"], weights))
         except ShoalError as error:
-            return {key: row[key] for key in ("key", "method", "budget", "seed")} | {"error": str(error)}
+            head = {key: row[key] for key in ("key", "method", "budget", "seed", "file") if key in row}
+            return head | {"error": str(error)}
         return row | {"measured": row["measured"] | times}
 
     def budget(self, text: str) -> Budget:

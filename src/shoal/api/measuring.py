@@ -39,7 +39,8 @@ def measure(
     windows of `length` tokens.
 
     `settings` are the measure's own options; `options` go to `shoal.load`. Raises `UsageError` U501 for a name and U502
-    for an option that does not exist, `DataError` for text that cannot be used.
+    for an option that does not exist, `DataError` for text that cannot be used. `name` may be a file, as `./mine.py`
+    (`shoal.user_files`), which the scores' `detail` then names.
     """
     entry, own = chosen("measures", name, settings)
     loaded, function = opened(source, **options), entry.load()
@@ -51,7 +52,7 @@ def measure(
     if "tokenizer" in signature(function).parameters:
         own["tokenizer"] = loaded.tokenizer
     scores: Scores = function(loaded.model, text, stack=stack, batch=batch, progress=progress, **own)
-    return scores
+    return scores if entry.file is None else replace(scores, detail={**scores.detail, "file": entry.file.to_dict()})
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
         "candidates": [{"notation": c.notation, "score": c.score, "note": c.note} for c in pruned.found.trace],
         "notes": [
             f"Shoal {__version__}, torch {machine['torch']}, transformers {machine['transformers']}, "
-            f"Python {machine['python']}, {machine['cpus']} CPUs, {machine['system']}."
+            f"Python {machine['python']}, {machine['cpus']} CPUs, {machine['system']}.",
+            *(f"By the file {file['path']}, sha256 {file['sha256']}." for file in pruned.files),
         ],
     }
 

@@ -20,15 +20,17 @@ class Cell:
     """One method at one budget with one seed."""
 
     method: str
-    """Its name and options, as `position:which=first`."""
+    """Its name and options, as `position:which=first` or `./mine.py:share=0.5`."""
     budget: str
     """Unit and share, as `params=0.8`."""
     seed: int
 
     @property
     def key(self) -> str:
-        """What the cell is called in the file of results."""
-        return f"{self.method} {self.budget} seed={self.seed}"
+        """What the cell is called in the file of results; a user's own file goes by its text, wherever it lies."""
+        file, (_, separator, options) = get("methods", self.name).file, self.method.partition(":")
+        name = self.name if file is None else f"{file.function}@{file.sha256[:12]}"
+        return f"{name}{separator}{options} {self.budget} seed={self.seed}"
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ import typer
 
 from shoal.cli.options import running
 from shoal.errors import ShoalError, UsageError
+from shoal.user_files import forget_used, used_files
 
 Progress = Callable[[int, int, str], None]
 
@@ -27,6 +28,7 @@ def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        forget_used()
         try:
             verb(*args, **kwargs)
         except ShoalError as error:
@@ -70,7 +72,12 @@ def emit_config(*, as_json: bool) -> None:
 
 
 def emit(data: Any, text: str, *, as_json: bool) -> None:
-    """Print the result: one JSON object (NaN and infinity as null, which JSON can say), or the text."""
+    """Print the result: one JSON object (NaN and infinity as null, which JSON can say), or the text.
+
+    The object names the user's own Python files that took part.
+    """
+    if isinstance(data, dict) and (files := used_files()):
+        data = {**data, "files": list(files)}
     typer.echo(json.dumps(_finite(data), ensure_ascii=False, indent=1) if as_json else text.rstrip("\n"))
 
 

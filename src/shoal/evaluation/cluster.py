@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shoal.errors import UsageError
+from shoal.user_files import UserFile, adopt, known_files
 
 RETRIES = 3
 """Times that work is given out again after the process that did it has died."""
@@ -24,7 +25,7 @@ class Machines:
         self._library = library
         kind = library.remote(num_cpus=1, max_restarts=RETRIES, max_task_retries=RETRIES)(_Process)
         shared = [library.put(thing)]  # in a list, because Ray would fetch a bare reference for every process anew
-        self._processes = [kind.remote(make, shared, threads) for _ in range(count)]
+        self._processes = [kind.remote(make, shared, threads, known_files()) for _ in range(count)]
 
     def at(self, jobs: Sequence[tuple[int, Sequence[Any]]]) -> Iterator[Any]:
         """The results of jobs, (process, arguments of `do`), each done by that process; as they are done."""
@@ -83,8 +84,9 @@ def machines(address: str | None, count: int, make: Callable[[Any], Any], thing:
 class _Process:
     """What lives in a process of the cluster."""
 
-    def __init__(self, make: Callable[[Any], Any], shared: list[Any], threads: int) -> None:
+    def __init__(self, make: Callable[[Any], Any], shared: list[Any], threads: int, files: Sequence[UserFile]) -> None:
         torch.set_num_threads(threads)
+        adopt(files)
         self._own = make(import_module("ray").get(shared[0]))
 
     def do(self, *args: Any) -> Any:
