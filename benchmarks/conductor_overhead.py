@@ -21,7 +21,7 @@ from _common import PRUNED, Timed, compared, finish, opened, options, paired, sa
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoal.evaluation.decoding import Stepper, random_tokens
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan
 from shoal.writing.surgery import rewrite

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from shoal.decoding.fast import FastDecoder
 from shoal.evaluation.decoding import GREEDY, Stepper, random_tokens
 from shoal.evaluation.token_clock import TokenClock
-from shoal.executing.live import running
 from shoal.executing.timing import now
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop, parse_plan

@@ -18,7 +18,7 @@ import torch
 import shoal
 from shoal.api.bench_policy import bench_policy
 from shoal.evaluation.agreement import compare_logits
-from shoal.executing.live import running
+from shoal.live import running
 
 FILLS = (
     "exit:confidence=0.9,first=15,every=5,fill=project",

@@ -125,7 +125,7 @@ class Step:
 
 @contextmanager
 def bank(model: nn.Module, plan: Plan | str, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
-    """Run `plan` on `model` inside the context, like `shoal.executing.live.running`. Raises W206 besides P1xx."""
+    """Run `plan` on `model` inside the context, like `shoal.live.running`. Raises W206 besides P1xx."""
     inner = unwrap(model)
     spec, stack = inspect(inner), find_stack(inner)
     if isinstance(plan, str):

@@ -26,7 +26,7 @@ from tests.contract.matrix import Cell, Engine, Outcome, cells, run_cell
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.record import environment
 
 ENGINES: dict[str, Engine] = {"conductor": running, "bank": bank}

@@ -17,7 +17,7 @@ import torch
 from _common import PRUNED, Timed, compared, finish, opened, options, paired, say, timed, times
 
 from shoal.evaluation.decoding import Stepper, random_tokens
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, Spec, cost, parse_plan
 from shoal.plan.cost import Shape

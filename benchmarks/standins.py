@@ -16,8 +16,8 @@ from _common import PRUNED, opened, options, say
 
 from shoal.data import Data, load_data
 from shoal.evaluation import perplexity
-from shoal.executing.live import running
 from shoal.fitting.result import Job
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, drop, parse_plan

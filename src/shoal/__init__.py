@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shoal.api.measuring import measure
     from shoal.data import load_data
     from shoal.errors import ShoalError
-    from shoal.executing.live import apply, running
+    from shoal.live import apply, running
     from shoal.models.load import load
     from shoal.plan import Plan, Spec, check, cost, diff, load_plan, parse_plan, save_plan
     from shoal.writing.folder import verify, write
@@ -24,7 +24,7 @@ _HOMES = {
     "Plan": "shoal.plan",
     "ShoalError": "shoal.errors",
     "Spec": "shoal.plan",
-    "apply": "shoal.executing.live",
+    "apply": "shoal.live",
     "bench": "shoal.api.assess",
     "check": "shoal.plan",
     "cost": "shoal.plan",
@@ -40,7 +40,7 @@ _HOMES = {
     "parse_plan": "shoal.plan",
     "prune": "shoal.api.find",
     "rewrite": "shoal.writing.surgery",
-    "running": "shoal.executing.live",
+    "running": "shoal.live",
     "save_plan": "shoal.plan",
     "show": "shoal.api.look",
     "verify": "shoal.writing.folder",

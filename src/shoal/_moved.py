@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 _ROOMS_OF_RUN = {
-    "executing": "live slots timing weights",
+    "executing": "slots timing weights",
     "recording": "attention layer_major observe states walk",
     "deciding": "arguments deciding deferred entries flow gated gates kv_rules layer_lists masks partly place "
     "policies policy_file readout signals trace",
@@ -26,6 +26,7 @@ MOVED = {
     **{f"run.{name}": f"{room}.{name}" for room, names in _ROOMS_OF_RUN.items() for name in names.split()},
     "run.speculate": "speculating",
     "run.conductor": "executing.executor",
+    "run.live": "live",
     "run.prefix": "plan.prefix",
     "run.freeze": "recording.frozen",
     "models.probe": "models.examine",

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.errors import PlanError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan
 

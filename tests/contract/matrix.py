@@ -15,7 +15,7 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from shoal.errors import ShoalError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Spec
 

@@ -19,7 +19,7 @@ from shoal.deciding.policy_file import Level, load_policy
 from shoal.errors import ShoalError
 from shoal.evaluation.exit_search import Target, losses, replay, search_path
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan
 from shoal.report.depth import render_depth

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, Run, Spec, keep
 from shoal.speculating.chooser import Chooser

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shoal.errors import DataError
-from shoal.executing.live import running
 from shoal.fitting.exits import fit_adainfer, logistic
+from shoal.live import running
 
 from .families import tiny
 from .planted import random_data

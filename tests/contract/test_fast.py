@@ -16,8 +16,8 @@ from shoal.api.journal import Journaled, journaled
 from shoal.evaluation.plan_loss import PlanLoss
 from shoal.evaluation.race import race
 from shoal.evaluation.scoring import sequence_nll
-from shoal.executing.live import running
 from shoal.ledger import Ledger
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, drop, parse_plan
 from shoal.plan.prefix import prefixes, shared

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from shoal.decoding.fast import FastDecoder
 from shoal.decoding.fast_legal import refuse_difference
 from shoal.errors import PlanError, UsageError
-from shoal.executing.live import running
+from shoal.live import running
 
 from .families import tiny
 

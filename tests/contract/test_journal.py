@@ -15,8 +15,8 @@ from shoal.api.journal import journaled, kept, mean_nll
 from shoal.errors import DataError
 from shoal.evaluation import perplexity
 from shoal.evaluation.plan_loss import PlanLoss
-from shoal.executing.live import running
 from shoal.ledger import Ledger
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop
 from shoal.search.greedy import greedy

@@ -15,11 +15,11 @@ from shoal.data import Data, DataInfo
 from shoal.deciding.deciding import make_policy
 from shoal.deciding.place import exits_of
 from shoal.errors import ShoalError
-from shoal.executing.live import running
 from shoal.executing.weights import load_weights, save_planned
 from shoal.fitting.lens import SINK, fit_lenses
 from shoal.fitting.normal import RIDGES
 from shoal.fitting.probe import _probe
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shoal.errors import PlanError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.stacks import find_stack
 
 from .families import tiny

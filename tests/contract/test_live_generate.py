@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.stacks import find_stack
 from shoal.writing.surgery import rewrite
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.errors import PlanError
-from shoal.executing.live import apply, running
+from shoal.live import apply, running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 

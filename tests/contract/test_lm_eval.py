@@ -16,7 +16,7 @@ from shoal.api.assess import evaluate
 from shoal.api.quizzes import quiz_scores, quizzes
 from shoal.errors import DataError, UsageError
 from shoal.evaluation import lm_eval as lm_eval_module
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.load import Loaded, load
 
 from .test_api import model_folder

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation import sequence_nll
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
 from shoal.measures.loss_removed import loss_removed

@@ -13,7 +13,7 @@ from torch import nn
 
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import logits_of
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.measures.block_influence import block_influence
 from shoal.measures.cka import cka
 from shoal.measures.kl_removed import kl_removed

@@ -17,8 +17,8 @@ from shoal.api.journal import mean_nll
 from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation.tasks import load_tasks, score_tasks
-from shoal.executing.live import running
 from shoal.fitting.result import Job
+from shoal.live import running
 from shoal.measures.angular_distance import angular_distance
 from shoal.measures.block_influence import block_influence
 from shoal.measures.cosine_span import cosine_span

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from shoal.errors import PlanError
-from shoal.executing.live import apply, running
+from shoal.live import apply, running
 from shoal.models.stacks import find_stack
 
 from .families import VOCAB, tiny

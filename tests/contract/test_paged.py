@@ -12,7 +12,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 from shoal.decoding.fast import FastDecoder
 from shoal.errors import PlanError, UsageError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.speculating.speculator import Speculator
 
 from .families import tiny

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shoal.errors import ShoalError, UsageError, WriteError
-from shoal.executing.live import running
 from shoal.executing.weights import FILE, load_weights, save_planned
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shoal.api.journal import journaled
-from shoal.executing.live import running
 from shoal.fitting.result import Job, Transformed
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, Run, drop
 from shoal.registry import get

@@ -9,7 +9,7 @@ import torch
 
 from shoal.errors import ShoalError
 from shoal.examples import PolicyExamples
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan
 from shoal.registry import entries

@@ -16,7 +16,7 @@ from shoal.deciding.gates import Decision, Moment, Policy, Schedule
 from shoal.deciding.place import fill_for, require_decidable
 from shoal.deciding.readout import Heads
 from shoal.errors import ShoalError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack

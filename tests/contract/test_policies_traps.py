@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from shoal.deciding.entries import COMPUTED, COPIED, HOLE, PROJECTED
 from shoal.deciding.place import with_exits, with_gates
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan

@@ -14,7 +14,7 @@ from shoal.deciding.deciding import make_policy
 from shoal.deciding.gates import Decision, Moment, Policy
 from shoal.deciding.place import with_exits, with_gates
 from shoal.errors import ShoalError
-from shoal.executing.live import apply, running
+from shoal.live import apply, running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Exit, Plan, parse_plan

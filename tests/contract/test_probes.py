@@ -16,7 +16,7 @@ from shoal.errors import DataError, PlanError, UsageError
 from shoal.evaluation.scoring import logits_of
 from shoal.evaluation.tasks import Item, load_tasks
 from shoal.executing.bind import bind
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.measures.attention_similarity import attention_similarity
 from shoal.measures.kv_freeze import kv_freeze
 from shoal.measures.logit_lens import logit_lens

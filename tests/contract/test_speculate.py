@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from shoal.errors import ShoalError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.stacks import find_stack
 from shoal.registry import entries
 from shoal.speculating.foresee import Foresight, Setting, Told, foreseen

@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.speculating import accept, loop
 from shoal.speculating.accept import pick, verdict
 from shoal.speculating.speculator import Speculator

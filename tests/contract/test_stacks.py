@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from shoal.errors import ModelError, PlanError, ShoalError, WriteError
-from shoal.executing.live import apply, running
+from shoal.live import apply, running
 from shoal.models.inspect import inspect
 from shoal.models.kinds import auto_for, auto_of, is_causal
 from shoal.models.meta import meta_model

@@ -19,7 +19,7 @@ from shoal.api.measuring import measure
 from shoal.cli.inspect import _text
 from shoal.data import Data, DataInfo
 from shoal.errors import ModelError, ShoalError, WriteError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.load import Loaded, inspect_source, load
 from shoal.models.meta import meta_model
 from shoal.writing.folder import write

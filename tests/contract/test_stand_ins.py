@@ -14,8 +14,8 @@ from shoal.api.find import Pruned, prune
 from shoal.api.look import inspect, show
 from shoal.api.stand_ins import parse_then
 from shoal.errors import UsageError, WriteError
-from shoal.executing.live import running
 from shoal.executing.weights import load_weights
+from shoal.live import running
 from shoal.models.load import Loaded
 from shoal.plan import load_plan
 

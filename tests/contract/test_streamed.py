@@ -23,7 +23,7 @@ from shoal.errors import ModelError, UsageError
 from shoal.evaluation import layer_major_loss
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import PlanLoss
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models import streamed as streamed_module
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from shoal.errors import ShoalError
 from shoal.examples import TransformExamples
-from shoal.executing.live import running
 from shoal.fitting.result import Transformed
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Map, Plan, Run, check, drop, parse_plan

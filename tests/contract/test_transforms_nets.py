@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from shoal.errors import UsageError
-from shoal.executing.live import running
 from shoal.fitting.result import Transformed
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, parse_plan
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from shoal.data import Data
 from shoal.examples import TransformExamples
-from shoal.executing.live import running
 from shoal.fitting.result import Job, Transformed
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, drop
 from shoal.registry import entries, get

@@ -23,8 +23,8 @@ from shoal.api.stand_ins import parse_then
 from shoal.api.study import Cell, Protocol
 from shoal.deciding.deciding import make_policy
 from shoal.errors import ShoalError
-from shoal.executing.live import running
 from shoal.executing.weights import hash_of_used, load_weights
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load
 from shoal.plan import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shoal.decoding.fast import FastDecoder
-from shoal.executing.live import running
+from shoal.live import running
 from tests.contract.families import tiny
 
 

@@ -14,7 +14,7 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 
 from gguf_files import MODELS, TEXT, tiny_model, tiny_tokenizer
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.load import BUILTIN, Loaded, gguf_file, load
 from shoal.plan import Plan, parse_plan

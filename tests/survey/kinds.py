@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from shoal.errors import ShoalError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inputs import sample_inputs
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan, require

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from shoal.errors import ShoalError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan, require
 from shoal.writing.surgery import blueprint, require_writable, rewrite

@@ -28,8 +28,8 @@ from shoal.evaluation import (
     speed,
 )
 from shoal.evaluation.tasks import TaskScore
-from shoal.executing.live import running
 from shoal.executing.weights import Tensors
+from shoal.live import running
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded, load
 from shoal.plan import Plan

@@ -18,8 +18,8 @@ from shoal.evaluation.decoding import GREEDY
 from shoal.evaluation.scoring import Progress
 from shoal.evaluation.stats import Spread
 from shoal.evaluation.token_clock import TokenClock
-from shoal.executing.live import Running, running
 from shoal.executing.weights import Tensors
+from shoal.live import Running, running
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.opened import open_model

@@ -12,7 +12,7 @@ import torch
 
 from shoal._version import __version__
 from shoal.atomic import write_atomically
-from shoal.executing.live import Running
+from shoal.live import Running
 from shoal.record import command_line, environment
 from shoal.report.depth import render_depth
 

@@ -13,8 +13,8 @@ from shoal.api.assess import tokenizer_of
 from shoal.api.depths import DepthStreamer, Written
 from shoal.api.prompts import encoded
 from shoal.decoding.streaming import TextPieces
-from shoal.executing.live import Running, running
 from shoal.executing.weights import Tensors
+from shoal.live import Running, running
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded

@@ -23,8 +23,8 @@ from shoal.deciding.signals import WITHOUT_HEAD, Signal
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.risk import Losses, sequence_means
 from shoal.evaluation.scoring import CHUNK_ELEMENTS, Progress, logits_of, require_context
-from shoal.executing.live import running
 from shoal.executing.weights import Tensors, hash_of_used
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.plan import Exit, Plan
 from shoal.plan.price import layers_run

@@ -95,7 +95,7 @@ def bind(
     """Check `plan` for `model` and make all that its runs need; the model is not touched.
 
     `plan`: a Plan or depth notation; None for the whole model. `weights`: tensors that the plan names, as `running`
-    takes them. Raises `PlanError` (P1xx) when the plan is not legal here, see `shoal.executing.live.apply`.
+    takes them. Raises `PlanError` (P1xx) when the plan is not legal here, see `shoal.live.apply`.
     """
     opened = open_model(model)
     if plan is None or isinstance(plan, str):

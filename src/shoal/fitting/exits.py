@@ -13,7 +13,7 @@ from shoal.deciding.gates import Decision, Moment, Policy, Sight
 from shoal.deciding.place import with_exits
 from shoal.errors import DataError
 from shoal.evaluation.scoring import logits_of
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.plan import Exit, Plan

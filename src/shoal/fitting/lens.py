@@ -13,9 +13,9 @@ from shoal.deciding.gates import Decision, Moment, Policy, Sight
 from shoal.deciding.place import EXIT
 from shoal.errors import UsageError
 from shoal.executing.inputs import forward_without_head
-from shoal.executing.live import running
 from shoal.executing.weights import Tensors
 from shoal.fitting.normal import Normal, best_ridge
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.precision import in_float64

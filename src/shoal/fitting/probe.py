@@ -13,8 +13,8 @@ from shoal.data import Data
 from shoal.deciding.gates import Decision, Moment, Policy, Sight
 from shoal.deciding.readout import scaled
 from shoal.evaluation.scoring import logits_of
-from shoal.executing.live import running
 from shoal.executing.weights import Tensors
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.precision import in_float64
 from shoal.plan import Exit, Plan

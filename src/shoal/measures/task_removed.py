@@ -12,7 +12,7 @@ from shoal.evaluation.candidates import without_each
 from shoal.evaluation.scoring import logits_of, windows
 from shoal.evaluation.tally import tally
 from shoal.evaluation.tasks import Option, Tasks, is_right, load_tasks, option_scores
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.scores import Traits
 

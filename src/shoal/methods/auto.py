@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from shoal.data.split import hold_out
 from shoal.errors import UsageError
 from shoal.evaluation.perplexity import perplexity
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.methods._task import Task
 from shoal.plan.price import CountedPrice
 from shoal.scores import Budget, Candidate, Found, Objective

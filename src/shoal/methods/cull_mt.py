@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shoal.errors import UsageError
 from shoal.evaluation.tasks import load_tasks, score_tasks
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.methods._task import Task
 from shoal.plan import Plan
 from shoal.scores import Found

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from shoal.evaluation.scoring import device_of
-from shoal.executing.live import running
 from shoal.executing.weights import Tensors
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan

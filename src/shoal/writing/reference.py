@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import CAUSAL
 from shoal.models.opened import open_model

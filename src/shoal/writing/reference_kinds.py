@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.depth import depth_fields
 from shoal.models.evaluating import evaluating
 from shoal.models.inputs import Inputs, sample_inputs

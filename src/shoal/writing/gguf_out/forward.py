@@ -8,7 +8,7 @@ import torch
 from transformers import GgufConfig, PreTrainedModel
 
 from shoal.errors import WriteError
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.gguf import no_bars_in_logs
 from shoal.models.load import Loaded
