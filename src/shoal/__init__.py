@@ -8,10 +8,10 @@ from shoal._version import __version__
 
 if TYPE_CHECKING:
     from shoal.api.assess import bench, evaluate
-    from shoal.api.find import prune
     from shoal.api.generate import generate
     from shoal.api.look import inspect, ls, show
     from shoal.api.measuring import measure
+    from shoal.api.prune import prune
     from shoal.data import load_data
     from shoal.errors import ShoalError
     from shoal.live import apply, running
@@ -38,7 +38,7 @@ _HOMES = {
     "ls": "shoal.api.look",
     "measure": "shoal.api.measuring",
     "parse_plan": "shoal.plan",
-    "prune": "shoal.api.find",
+    "prune": "shoal.api.prune",
     "rewrite": "shoal.writing.surgery",
     "running": "shoal.live",
     "save_plan": "shoal.plan",

@@ -36,6 +36,8 @@ MOVED = {
     "api.spread": "api.distribute",
     "evaluation.clock": "evaluation.time_model",
     "evaluation.spread_loss": "evaluation.distributed_loss",
+    "api.find": "api.prune",
+    "methods._task": "methods._job",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal.api.journal import journaled
 from shoal.data import Data
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check
 
@@ -21,13 +21,20 @@ class Untouchable:
         raise AssertionError(f"a data-free method looked at .{name}")
 
 
-def task_of(model: Any, data: Data, **rest: Any) -> Task:
+def task_of(model: Any, data: Data, **rest: Any) -> PruningJob:
     spec = inspect(model)
     plan = Plan.identity(spec)
-    return Task(
-        model, data, plan, spec, lambda p: not check(p, spec), journaled(model, plan, batch=16), batch=16, **rest
+    return PruningJob(
+        model,
+        data,
+        plan,
+        spec=spec,
+        legal=lambda p: not check(p, spec),
+        objective=journaled(model, plan, batch=16),
+        batch=16,
+        **rest,
     )
 
 
-def random_task(**rest: Any) -> Task:
+def random_task(**rest: Any) -> PruningJob:
     return task_of(tiny("llama"), random_data(4, 16), **rest)

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import shoal
 from shoal.api.assess import bench, evaluate
 from shoal.api.budget import layers_to_drop
-from shoal.api.find import Pruned, prune
 from shoal.api.measuring import measure
+from shoal.api.prune import Pruned, prune
 from shoal.errors import DataError, PlanError, UsageError, WriteError
 from shoal.evaluation import PROMPTS, generation_check
 from shoal.models.inspect import inspect
@@ -236,7 +236,7 @@ def test_only_plans_that_can_be_written_are_looked_at(monkeypatch: pytest.Monkey
         if not plan.is_identity():
             raise WriteError("not this one", code="W206")
 
-    monkeypatch.setattr("shoal.api.find.blueprint", unwritable)
+    monkeypatch.setattr("shoal.api.legal_plans.blueprint", unwritable)
     with pytest.raises(UsageError, match=r"no layer may go: .* allow plans that only run live") as raised:
         prune(tiny("llama"), drop=1, data=data)
     assert raised.value.code == "U504"
@@ -321,7 +321,7 @@ def test_what_the_assessment_needs_is_asked_before_the_search(loaded: Loaded, mo
     def searched(*_: Any) -> Callable[..., Any]:
         pytest.fail("the search ran first")
 
-    monkeypatch.setattr("shoal.api.find.journaled", searched)
+    monkeypatch.setattr("shoal.api.prune.journaled", searched)
     with pytest.raises(DataError, match="no tokenizer"):
         prune(loaded.model, drop=1, data=random_data(1, 8), assess=True)
     with pytest.raises(DataError, match=r"no data file missing\.txt"):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from shoal.api.find import prune
 from shoal.api.journal import journaled
+from shoal.api.prune import prune
 from shoal.errors import UsageError
 from shoal.evaluation.distributed_loss import CHUNKS, DistributedLoss, LossWorker, loss_workers
 from shoal.evaluation.plan_loss import PlanLoss

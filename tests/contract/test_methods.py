@@ -12,7 +12,7 @@ import torch
 from shoal.api.budget import counted_budget
 from shoal.data.split import hold_out
 from shoal.errors import DataError, UsageError
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.methods.auto import auto
 from shoal.methods.position import position
 from shoal.models.inspect import inspect
@@ -46,7 +46,7 @@ MOVED = {"laco"}
 LOOKING = [param for param in METHODS if param.id not in BY_PLACE | MOVED | SIDE_BY_SIDE]
 
 
-def run(entry: Entry, task: Task, number: int) -> Found:
+def run(entry: Entry, task: PruningJob, number: int) -> Found:
     """What the method finds when `number` of its pieces are to go; layers for one that takes only a budget."""
     method = entry.load()
     if entry.name not in WITHIN_A_BUDGET:
@@ -84,7 +84,7 @@ def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
     assert name in DATA_FREE
     spec = inspect(tiny("llama"))
     nothing: Any = Untouchable()
-    task = Task(nothing, nothing, Plan.identity(spec), nothing, lambda plan: True, nothing)
+    task = PruningJob(nothing, nothing, Plan.identity(spec), spec=nothing, legal=lambda plan: True, objective=nothing)
     assert str(entries("methods")[name].load()(task, drop=2).plan) == plan
 
 

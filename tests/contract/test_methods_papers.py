@@ -24,7 +24,7 @@ from shoal.measures.block_influence import block_influence
 from shoal.measures.cosine_span import cosine_span
 from shoal.measures.loss_removed import loss_removed
 from shoal.measures.taylor import taylor
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.methods.block_pruner import block_pruner
 from shoal.methods.cqil import cqil
 from shoal.methods.cull_mt import cull_mt
@@ -67,7 +67,7 @@ def test_unified_keeps_the_golden_sets(drop: int, spacing: Any, kept: tuple[int,
     base = Base("llama", "x", (("decoder", 30),))
     nothing: Any = Untouchable()
     plan = Plan(base, (("decoder", tuple(Run(i) for i in range(30))),))
-    task = Task(nothing, nothing, plan, nothing, lambda plan: True, nothing)
+    task = PruningJob(nothing, nothing, plan, spec=nothing, legal=lambda plan: True, objective=nothing)
     assert unified(task, drop=drop, spacing=spacing).plan.layers() == kept
 
 
@@ -80,9 +80,8 @@ def test_unified_keeps_two_layers(drop: int) -> None:
 def test_hsd_takes_every_second_layer_level_by_level() -> None:
     base = Base("llama", "x", (("decoder", 10),))
     nothing: Any = Untouchable()
-    task = Task(
-        nothing, nothing, Plan(base, (("decoder", tuple(Run(i) for i in range(10))),)), nothing, lambda p: True, nothing
-    )
+    plan = Plan(base, (("decoder", tuple(Run(i) for i in range(10))),))
+    task = PruningJob(nothing, nothing, plan, spec=nothing, legal=lambda p: True, objective=nothing)
     gone = [hsd(task, drop=number).plan.dropped() for number in range(1, 9)]
     order = [(set(more) - set(less)).pop() for less, more in itertools.pairwise([(), *gone])]
     assert order == [8, 6, 4, 2, 7, 3, 5, 1], "of 1-8: the even ones; of 1 3 5 7: 7 and 3; of 1 5: 5"
@@ -91,7 +90,7 @@ def test_hsd_takes_every_second_layer_level_by_level() -> None:
             hsd(task, drop=number)
 
 
-def dense_logits(task: Task, found: Found | None = None) -> torch.Tensor:
+def dense_logits(task: PruningJob, found: Found | None = None) -> torch.Tensor:
     with torch.no_grad():
         if found is None:
             return task.model(input_ids=task.data.ids, use_cache=False).logits
@@ -232,7 +231,7 @@ def test_sleb_is_greedy_on_the_loss_of_stock_models() -> None:
     assert found.trace[-1].score == pytest.approx(_loss_without(task, gone), rel=1e-5)
 
 
-def _loss_without(task: Task, gone: tuple[int, ...]) -> float:
+def _loss_without(task: PruningJob, gone: tuple[int, ...]) -> float:
     plan = Plan.identity(task.spec).with_steps(tuple(s for i, s in enumerate(task.plan.steps()) if i not in gone))
     return mean_nll(rewrite(task.model, plan), task.data, batch=16)
 
@@ -245,7 +244,7 @@ def test_sleb_evaluates_no_plan_twice() -> None:
     def counting(data: Data) -> Any:
         return lambda plan: evaluated.append(str(plan)) or real(plan)
 
-    sleb(Task(task.model, task.data, task.plan, task.spec, task.legal, counting), drop=3)
+    sleb(PruningJob(task.model, task.data, task.plan, spec=task.spec, legal=task.legal, objective=counting), drop=3)
     assert len(evaluated) == len(set(evaluated)) == 4 + 3 + 2
 
 
@@ -274,7 +273,7 @@ def test_cull_mt_removes_what_the_task_does_not_need(tmp_path: Path) -> None:
         cull_mt(task_of(planted(family), own_text(family)), drop=1, file=tmp_path / "t.jsonl")
 
 
-def _task_loss(task: Task, layer: int, file: Path) -> float:
+def _task_loss(task: PruningJob, layer: int, file: Path) -> float:
     with running(task.model, drop_layers(task.plan, [layer])):
         found = score_tasks(task.model, Letters(), load_tasks(file))
     return 1 - found.accuracy + found.nll / 1000

@@ -14,8 +14,8 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 import shoal
 from shoal.api.assess import bench, evaluate
-from shoal.api.find import prune
 from shoal.api.measuring import measure
+from shoal.api.prune import prune
 from shoal.cli.inspect import _text
 from shoal.data import Data, DataInfo
 from shoal.errors import ModelError, ShoalError, WriteError

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from shoal.api.assess import evaluate
-from shoal.api.find import Pruned, prune
 from shoal.api.look import inspect, show
+from shoal.api.prune import Pruned, prune
 from shoal.api.stand_ins import parse_then
 from shoal.errors import UsageError, WriteError
 from shoal.executing.weights import load_weights

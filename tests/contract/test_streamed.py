@@ -15,9 +15,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from shoal.api.find import prune
 from shoal.api.journal import Journaled, journaled
 from shoal.api.measuring import measure
+from shoal.api.prune import prune
 from shoal.cli import app
 from shoal.errors import ModelError, UsageError
 from shoal.evaluation import layer_major_loss

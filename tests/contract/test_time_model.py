@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shoal.api.budget import counted_budget, measured_budget, priced
-from shoal.api.find import prune
+from shoal.api.prune import prune
 from shoal.cli import app
 from shoal.errors import UsageError
 from shoal.evaluation import time_model as module
@@ -142,7 +142,7 @@ def test_a_search_that_is_stopped_says_how_to_go_on(
             options["journal"].write_text('{"journal": 1}\n{"plan": "0-2", "nll": 1.0}\n{"plan": "1-3", "nll": 2.0}\n')
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shoal.api.find.prune", stopped)
+    monkeypatch.setattr("shoal.api.prune.prune", stopped)
     tiny("llama").save_pretrained(tmp_path / "model")
     journal = ["--journal", str(tmp_path / "j")] if kept else []
     done = CliRunner().invoke(app, ["prune", str(tmp_path / "model"), "--drop", "1", *journal])

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from shoal.api.compare import compare
-from shoal.api.find import prune
 from shoal.api.measuring import measure
+from shoal.api.prune import prune
 from shoal.api.study import Protocol, cells
 from shoal.errors import UsageError
 from shoal.models.load import Loaded

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import shoal
 from shoal.api.calibrate import calibrate
 from shoal.api.compare import compare
-from shoal.api.find import prune
 from shoal.api.fit_exits import fit_exits
+from shoal.api.prune import prune
 from shoal.api.publish import publish
 from shoal.executing.weights import save_planned
 from shoal.models.inspect import inspect

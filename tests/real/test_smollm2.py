@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import shoal
-from shoal.api.find import prune
 from shoal.api.measuring import measure
+from shoal.api.prune import prune
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Shape, Spec, cost, drop
 from shoal.scores import Scores

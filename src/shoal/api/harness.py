@@ -14,7 +14,7 @@ from typing import Any
 
 from shoal.api.assess import planned, text_of, tokenizer_of
 from shoal.api.budget import COUNTED, counted_budget, parse_budget
-from shoal.api.find import Pruned, prune
+from shoal.api.prune import Pruned, prune
 from shoal.api.quizzes import Quiz, quiz_scores, quizzes
 from shoal.api.study import Cell, Protocol, file_name
 from shoal.atomic import write_atomically

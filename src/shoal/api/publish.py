@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal._version import __version__
-from shoal.api.find import Pruned
+from shoal.api.prune import Pruned
 from shoal.evaluation import Progress, Spread
 from shoal.models.streamed import is_streamed
 from shoal.plan import Plan

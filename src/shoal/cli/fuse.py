@@ -47,7 +47,7 @@ def fuse(
     if dry_run:
         emit_config(as_json=json_)
         return
-    from shoal.api.find import prune as run
+    from shoal.api.prune import prune as run
     from shoal.executing.weights import save_planned
     from shoal.writing.folder import refuse_output
 

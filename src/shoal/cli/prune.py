@@ -77,7 +77,7 @@ def prune(
     if dry_run:
         emit(*_dry(model, plan, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
         return
-    from shoal.api.find import prune as run
+    from shoal.api.prune import prune as run
     from shoal.api.stand_ins import parse_then
     from shoal.executing.weights import save_planned as keep_plan
     from shoal.models.kinds import is_causal

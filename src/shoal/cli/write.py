@@ -80,7 +80,7 @@ def write(
         text += _dequantised(model)
         emit({"output": str(streamed.folder), "proof": streamed.proof.to_dict()}, text, as_json=json_)
         return
-    from shoal.api.find import prune
+    from shoal.api.prune import prune
     from shoal.api.publish import publish
     from shoal.writing.folder import refuse_output
 

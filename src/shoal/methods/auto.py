@@ -11,7 +11,7 @@ from shoal.data.split import hold_out
 from shoal.errors import UsageError
 from shoal.evaluation.perplexity import perplexity
 from shoal.live import running
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.plan.price import CountedPrice
 from shoal.scores import Budget, Candidate, Found, Objective
 from shoal.search.greedy import greedy
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SEARCHES = True
 
 
-def auto(task: Task, *, drop: int | None = None) -> Found:
+def auto(job: PruningJob, *, drop: int | None = None) -> Found:
     """Remove greedily layers, or attentions and mlps apart, fit the mlps before the holes anew, and keep the best.
 
     Source: the parts are FinerCut's (arXiv 2405.18218) and SLEB's (arXiv 2402.09025) greedy removal, and the refit of
@@ -35,8 +35,8 @@ def auto(task: Task, *, drop: int | None = None) -> Found:
     Training-free; where only plans that a stock class can express are allowed, parts stay. Raises D413 for a single
     sequence, and what the searches raise when none of them gets there.
     """
-    rest, held = hold_out(task.data)
-    mine = replace(task, data=rest, budget=task.budget or _layers(task, drop))
+    rest, held = hold_out(job.data)
+    mine = replace(job, data=rest, budget=job.budget or _layers(job, drop))
     found: list[tuple[Found, Found]] = []
     failed: UsageError | None = None
     for search in _searches(mine, mine.objective(rest)):
@@ -48,41 +48,41 @@ def auto(task: Task, *, drop: int | None = None) -> Found:
         found += [(plain, plain), (plain, mine.then(refit, plain))]
     if not found and failed is not None:
         raise failed
-    judged = sorted((_loss(task, one, held), n) for n, (_, one) in enumerate(found))
+    judged = sorted((_loss(job, one, held), n) for n, (_, one) in enumerate(found))
     names = {True: "refit", False: "as it is"}
     trace = tuple(Candidate(str(found[n][1].plan), loss, names[bool(found[n][1].weights)]) for loss, n in judged)
     plain, best = found[judged[0][1]]
-    return replace(task.then(refit, plain) if best.weights else best, trace=trace)
+    return replace(job.then(refit, plain) if best.weights else best, trace=trace)
 
 
-def _layers(task: Task, drop: int | None) -> Budget:
+def _layers(job: PruningJob, drop: int | None) -> Budget:
     """As many layer runs less as `drop` says."""
     if drop is None:
         raise UsageError(
             "auto needs a number of layers or a budget; write --drop 6 or --budget params=0.8", code="U540"
         )
-    price = CountedPrice("layers", task.spec)
+    price = CountedPrice("layers", job.spec)
     return Budget("layers", 1 - drop / price.dense, price)
 
 
-def _searches(task: Task, objective: Objective) -> Iterator[Callable[[], Found]]:
+def _searches(job: PruningJob, objective: Objective) -> Iterator[Callable[[], Found]]:
     def by(grain: Grain, rank: Literal["loss", "saving"]) -> Callable[[], Found]:
         return lambda: greedy(
-            task.plan,
+            job.plan,
             objective=objective,
-            budget=task.budget,
+            budget=job.budget,
             grain=grain,
             rank=rank,
-            legal=task.legal,
-            stack=task.stack,
-            progress=task.progress,
+            legal=job.legal,
+            stack=job.stack,
+            progress=job.progress,
         )
 
     yield from (by("layer", "loss"), by("sublayers", "saving"))
 
 
-def _loss(task: Task, found: Found, held: Data) -> float:
+def _loss(job: PruningJob, found: Found, held: Data) -> float:
     """Nats per token on the sequences held back; infinite for a broken model."""
-    with running(task.model, found.plan, found.weights):
-        mean = perplexity(task.model, held, batch=task.batch).nll
+    with running(job.model, found.plan, found.weights):
+        mean = perplexity(job.model, held, batch=job.batch).nll
     return math.inf if math.isnan(mean) else mean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.greedy import greedy
 
@@ -12,7 +12,7 @@ SEARCHES = True
 
 
 def block_pruner(
-    task: Task, *, drop: int | None = None, rank: Literal["loss", "saving"] = "loss", exhaustive: bool = False
+    job: PruningJob, *, drop: int | None = None, rank: Literal["loss", "saving"] = "loss", exhaustive: bool = False
 ) -> Found:
     """In each round remove the attention or the mlp without which the cross-entropy is lowest.
 
@@ -22,14 +22,14 @@ def block_pruner(
     hidden states (`exhaustive` evaluates all of them in full), and the price of a part can count.
     """
     return greedy(
-        task.plan,
-        objective=task.objective(task.data),
-        drop=drop if task.budget is None else None,
-        budget=task.budget,
+        job.plan,
+        objective=job.objective(job.data),
+        drop=drop if job.budget is None else None,
+        budget=job.budget,
         grain="sublayers",
         rank=rank,
         exhaustive=exhaustive,
-        legal=task.legal,
-        stack=task.stack,
-        progress=task.progress,
+        legal=job.legal,
+        stack=job.stack,
+        progress=job.progress,
     )

@@ -6,13 +6,13 @@ import math
 
 from shoal.errors import UsageError
 from shoal.fitting.result import Job
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.plan import Plan
 from shoal.scores import Candidate, Found
 from shoal.transforms.parallel_pairs import parallel_pairs
 
 
-def cqil(task: Task, *, drop: int, group: int = 2, bypass: bool = True) -> Found:
+def cqil(job: PruningJob, *, drop: int, group: int = 2, bypass: bool = True) -> Found:
     """Let neighbouring layers run side by side in the range where the cross-entropy stays lowest; none is removed.
 
     `drop` counts the steps one after the other that are saved: `group` layers side by side save group - 1, and as many
@@ -23,31 +23,31 @@ def cqil(task: Task, *, drop: int, group: int = 2, bypass: bool = True) -> Found
     one for each model, and heals it by distillation, which is a step of its own. Raises U504 when no such range fits,
     U523 for a budget.
     """
-    if task.budget is not None:
+    if job.budget is not None:
         raise UsageError(
-            f"a budget of {task.budget.unit}={task.budget.share:g} cannot be met by cqil, which runs every layer; give "
+            f"a budget of {job.budget.unit}={job.budget.share:g} cannot be met by cqil, which runs every layer; give "
             "it the number of steps to save, as in --drop 6",
             code="U523",
         )
-    layers = task.plan.layers(task.stack)
+    layers = job.plan.layers(job.stack)
     count = group * math.ceil(drop / (group - 1)) if group > 1 else 0
     if not 2 <= count <= len(layers) or drop < 1:
         raise UsageError(
             f"cqil cannot save {drop} of {len(layers)} steps with groups of {group} layers; save fewer", code="U504"
         )
-    job, objective = Job(task.model, task.data, task.plan, stack=task.stack), task.objective(task.data)
+    pairing, objective = Job(job.model, job.data, job.plan, stack=job.stack), job.objective(job.data)
     trace: list[Candidate] = []
     plans: dict[str, Plan] = {}
     starts = range(len(layers) - count + 1)
     for done, start in enumerate(starts, 1):
         ends = {"first": layers[start], "last": layers[start + count - 1]}
-        plan = parallel_pairs(job, **ends, group=group, bypass=bypass).plan
+        plan = parallel_pairs(pairing, **ends, group=group, bypass=bypass).plan
         plans[str(plan)] = plan
-        loss = objective(plan) if task.legal(plan) else math.nan
+        loss = objective(plan) if job.legal(plan) else math.nan
         if not math.isnan(loss):
             trace.append(Candidate(str(plan), loss, f"layers {ends['first']} to {ends['last']} in groups of {group}"))
-        if task.progress is not None:
-            task.progress(done, len(starts), "ranges side by side")
+        if job.progress is not None:
+            job.progress(done, len(starts), "ranges side by side")
     if not trace:
         raise UsageError(
             f"no range of {count} layers may run in groups of {group}; allow plans that only run live", code="U504"

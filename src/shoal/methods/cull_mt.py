@@ -7,7 +7,7 @@ from pathlib import Path
 from shoal.errors import UsageError
 from shoal.evaluation.tasks import load_tasks, score_tasks
 from shoal.live import running
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.plan import Plan
 from shoal.scores import Found
 from shoal.search.greedy import greedy
@@ -15,7 +15,7 @@ from shoal.search.greedy import greedy
 SEARCHES = True
 
 
-def cull_mt(task: Task, *, drop: int, file: Path | None = None, items: int = 100) -> Found:
+def cull_mt(job: PruningJob, *, drop: int, file: Path | None = None, items: int = 100) -> Found:
     """In each round remove the layer without which the task's score falls least; ties go to the likelier answers.
 
     `file`: last words or multiple choice (see `shoal.evaluation.tasks`), its first `items`. The objective is the share
@@ -25,20 +25,20 @@ def cull_mt(task: Task, *, drop: int, file: Path | None = None, items: int = 100
     """
     if file is None:
         raise UsageError("cull-mt needs the user's task; name its file, as in --set file=task.jsonl", code="U574")
-    if task.tokenizer is None:
+    if job.tokenizer is None:
         raise UsageError("cull-mt reads a task and the model has no tokenizer; load one with it", code="U574")
     tasks = load_tasks(file, limit=items)
 
     def objective(plan: Plan) -> float:
-        with running(task.model, plan):
-            found = score_tasks(task.model, task.tokenizer, tasks, batch=max(8, task.batch))
+        with running(job.model, plan):
+            found = score_tasks(job.model, job.tokenizer, tasks, batch=max(8, job.batch))
         return 1 - found.accuracy + found.nll / 1000
 
     return greedy(
-        task.plan,
-        objective=task.keep(objective, f"cull-mt on {items} items of {tasks.sha256}"),
+        job.plan,
+        objective=job.keep(objective, f"cull-mt on {items} items of {tasks.sha256}"),
         drop=drop,
-        legal=task.legal,
-        stack=task.stack,
-        progress=task.progress,
+        legal=job.legal,
+        stack=job.stack,
+        progress=job.progress,
     )

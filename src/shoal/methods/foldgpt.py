@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.greedy import greedy
 from shoal.transforms.fold_groups import fold_groups
@@ -10,7 +10,7 @@ from shoal.transforms.fold_groups import fold_groups
 SEARCHES = True
 
 
-def foldgpt(task: Task, *, drop: int, group: int = 2, exhaustive: bool = False) -> Found:
+def foldgpt(job: PruningJob, *, drop: int, group: int = 2, exhaustive: bool = False) -> Found:
     """Remove layers greedily by the cross-entropy, then let the middle half of what is left share matrices in groups.
 
     `group` layers share one's matrices, and keep their norms and one scale for each part (the transform `fold-groups`);
@@ -21,17 +21,17 @@ def foldgpt(task: Task, *, drop: int, group: int = 2, exhaustive: bool = False) 
     found in closed form, and the fine-tuning that follows in the paper is a step of its own.
     """
     found = greedy(
-        task.plan,
-        objective=task.objective(task.data),
+        job.plan,
+        objective=job.objective(job.data),
         drop=drop,
         exhaustive=exhaustive,
-        legal=task.legal,
-        stack=task.stack,
-        progress=task.progress,
+        legal=job.legal,
+        stack=job.stack,
+        progress=job.progress,
     )
-    left = found.plan.layers(task.stack)
+    left = found.plan.layers(job.stack)
     quarter = len(left) // 4
     middle = left[quarter : len(left) - quarter]
     if group == 1 or len(middle) < max(2, group):
         return found
-    return task.then(fold_groups, found, first=middle[0], last=middle[-1], group=group)
+    return job.then(fold_groups, found, first=middle[0], last=middle[-1], group=group)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from shoal.measures.macro_influence import macro_influence
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.one_shot import one_shot
 from shoal.transforms.fuse_group import fuse_group
 
 
-def fusegpt(task: Task, *, drop: int, rank: int = 8, epochs: int = 4) -> Found:
+def fusegpt(job: PruningJob, *, drop: int, rank: int = 8, epochs: int = 4) -> Found:
     """Remove the layers of lowest macro influence and distil each into the layers beside it.
 
     Source: Pei et al. 2024 (FuseGPT, arXiv 2411.14507). How we differ: influence is measured once; see the transform
     `fuse-group`.
     """
-    scores = macro_influence(task.model, task.data, stack=task.stack, batch=task.batch, progress=task.progress)
-    found = one_shot(task.plan, scores=scores, drop=drop, legal=task.legal, stack=task.stack)
-    return task.then(fuse_group, found, rank=rank, epochs=epochs)
+    scores = macro_influence(job.model, job.data, stack=job.stack, batch=job.batch, progress=job.progress)
+    found = one_shot(job.plan, scores=scores, drop=drop, legal=job.legal, stack=job.stack)
+    return job.then(fuse_group, found, rank=rank, epochs=epochs)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 from shoal.measures.angular_distance import angular_distance
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.contiguous import contiguous
 
 
-def gromov(task: Task, *, drop: int, tokens: Literal["last", "all"] = "last") -> Found:
+def gromov(job: PruningJob, *, drop: int, tokens: Literal["last", "all"] = "last") -> Found:
     """Remove the span of neighbouring layers whose input and end are nearest in angle.
 
     Source: Gromov et al. 2024 (arXiv 2403.17887). How we differ: healing by QLoRA is a step of its own.
     """
     scores = angular_distance(
-        task.model, task.data, span=drop, tokens=tokens, stack=task.stack, batch=task.batch, progress=task.progress
+        job.model, job.data, span=drop, tokens=tokens, stack=job.stack, batch=job.batch, progress=job.progress
     )
-    return contiguous(task.plan, scores=scores, drop=drop, legal=task.legal, stack=task.stack)
+    return contiguous(job.plan, scores=scores, drop=drop, legal=job.legal, stack=job.stack)

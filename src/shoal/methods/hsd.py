@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 from shoal.errors import UsageError
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.plan import drop as drop_layers
 from shoal.scores import Candidate, Found
 
 READS_DATA = False
 
 
-def hsd(task: Task, *, drop: int) -> Found:
+def hsd(job: PruningJob, *, drop: int) -> Found:
     """Remove layers level by level, without looking at data; the first and the last layer stay.
 
     A level takes every second of the layers that are left between them, the deepest first, and the next level begins
@@ -22,15 +22,15 @@ def hsd(task: Task, *, drop: int) -> Found:
     only that it is a hierarchy over the length of the text. How we differ: one plan for all positions. Raises U504 when
     fewer than 2 layers would be left.
     """
-    layers = sorted(set(task.plan.layers(task.stack)))
+    layers = sorted(set(job.plan.layers(job.stack)))
     if not 1 <= drop <= len(layers) - 2:
         raise UsageError(
             f"cannot remove {drop} of {len(layers)} layers between the first and the last; remove 1 to "
             f"{len(layers) - 2}",
             code="U504",
         )
-    smaller = drop_layers(task.plan, _hierarchy(layers[1:-1])[:drop], stack=task.stack)
-    if not task.legal(smaller):
+    smaller = drop_layers(job.plan, _hierarchy(layers[1:-1])[:drop], stack=job.stack)
+    if not job.legal(smaller):
         raise UsageError(f"the plan {smaller} is not legal; choose another number of layers", code="U504")
     return Found(smaller, (Candidate(str(smaller), math.nan, f"the first {drop} layers of the hierarchy removed"),))
 

@@ -10,13 +10,13 @@ from shoal.errors import UsageError
 from shoal.fitting.collapse import Collapsed, Likeness
 from shoal.fitting.result import Job
 from shoal.ledger import Ledger
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.plan import drop as drop_layers
 from shoal.scores import Candidate, Found, too_few
 
 
 def laco(
-    task: Task,
+    job: PruningJob,
     *,
     drop: int,
     group: int = 4,
@@ -43,14 +43,14 @@ def laco(
             "sequences; give 2, 1, 0 and 1 or more",
             code="U558",
         )
-    job = Job(task.model, task.data, task.plan, stack=task.stack, batch=task.batch)
+    merging = Job(job.model, job.data, job.plan, stack=job.stack, batch=job.batch)
     trace: list[Candidate] = []
-    alike = _judge(task, job, Likeness(job, sequences), drop, trace)
+    alike = _judge(job, Likeness(merging, sequences), drop, trace)
     limit = math.inf if threshold is None else threshold
     while True:
-        state, refused = _collapse(task, alike, drop, group, interval, low, limit)
+        state, refused = _collapse(job, alike, drop, group, interval, low, limit)
         if len(state.gone) == drop:
-            made = state.transformed(job, "laco")
+            made = state.transformed(merging, "laco")
             return Found(made.plan, tuple(trace), weights=made.weights)
         if threshold is not None or refused == -math.inf:
             raise too_few(len(state.gone), drop)
@@ -58,10 +58,10 @@ def laco(
 
 
 def _collapse(
-    task: Task, alike: Callable[[Collapsed], float], drop: int, group: int, interval: int, low: int, limit: float
+    job: PruningJob, alike: Callable[[Collapsed], float], drop: int, group: int, interval: int, low: int, limit: float
 ) -> tuple[Collapsed, float]:
     """One pass from the top down: what is left, and the best similarity that was refused, -inf for none."""
-    state, refused = Collapsed(tuple(sorted(set(task.plan.layers(task.stack))))), -math.inf
+    state, refused = Collapsed(tuple(sorted(set(job.plan.layers(job.stack))))), -math.inf
     place = len(state.alive)
     while (count := min(group - 1, drop - len(state.gone))) > 0:
         place = min(place, len(state.alive) - count - 1)
@@ -76,16 +76,16 @@ def _collapse(
     return state, refused
 
 
-def _judge(task: Task, job: Job, likeness: Likeness, drop: int, trace: list[Candidate]) -> Callable[[Collapsed], float]:
+def _judge(job: PruningJob, likeness: Likeness, drop: int, trace: list[Candidate]) -> Callable[[Collapsed], float]:
     """The similarity of a state, computed once, -inf where its plan is not legal."""
     known: Ledger[float] = Ledger()
 
     def judged(state: Collapsed) -> float:
-        plain = drop_layers(task.plan, state.gone, stack=task.stack)
-        found = likeness.of_collapsed(state, "laco") if task.legal(plain) else -math.inf
+        plain = drop_layers(job.plan, state.gone, stack=job.stack)
+        found = likeness.of_collapsed(state, "laco") if job.legal(plain) else -math.inf
         trace.append(Candidate(str(plain), 1 - found, f"{len(state.gone)} layers merged, 1 - cosine"))
-        if task.progress is not None:
-            task.progress(len(state.gone), drop, "layers merged")
+        if job.progress is not None:
+            job.progress(len(state.gone), drop, "layers merged")
         return found
 
     def alike(state: Collapsed) -> float:

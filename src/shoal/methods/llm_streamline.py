@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 from shoal.measures.cosine_span import cosine_span
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.contiguous import contiguous
 from shoal.transforms.streamline import streamline
 
 
 def llm_streamline(
-    task: Task, *, drop: int, kind: Literal["layer", "ffn", "swiglu"] = "layer", epochs: int = 8, loss_epochs: int = 1
+    job: PruningJob,
+    *,
+    drop: int,
+    kind: Literal["layer", "ffn", "swiglu"] = "layer",
+    epochs: int = 8,
+    loss_epochs: int = 1,
 ) -> Found:
     """Remove the span of neighbouring layers with the highest cosine between its ends and train a net in its place.
 
@@ -21,6 +26,6 @@ def llm_streamline(
     Source: Chen et al. 2024 (LLM-Streamline, arXiv 2403.19135). How we differ: `drop` layers go whatever the net; the
     released code names one less, as the net takes a layer's place. Data are the calibration sequences, not 100,000.
     """
-    scores = cosine_span(task.model, task.data, span=drop, stack=task.stack, batch=task.batch, progress=task.progress)
-    found = contiguous(task.plan, scores=scores, drop=drop, legal=task.legal, stack=task.stack)
-    return task.then(streamline, found, kind=kind, epochs=epochs, loss_epochs=loss_epochs)
+    scores = cosine_span(job.model, job.data, span=drop, stack=job.stack, batch=job.batch, progress=job.progress)
+    found = contiguous(job.plan, scores=scores, drop=drop, legal=job.legal, stack=job.stack)
+    return job.then(streamline, found, kind=kind, epochs=epochs, loss_epochs=loss_epochs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from shoal.errors import UsageError
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.pareto import pareto
 
@@ -13,23 +13,23 @@ SEARCHES = True
 
 
 def nas_prune(
-    task: Task, *, grain: Literal["layer", "sublayers"] = "layer", trials: int = 128, population: int = 16
+    job: PruningJob, *, grain: Literal["layer", "sublayers"] = "layer", trials: int = 128, population: int = 16
 ) -> Found:
     """Search loss and cost together and take the plan of lowest loss within the budget; the trace holds the front.
 
     Source: Klein et al. 2024 (arXiv 2405.02267). How we differ: see the search `pareto`. Raises U540 without a budget.
     """
-    if task.budget is None:
+    if job.budget is None:
         raise UsageError("nas-prune needs a budget, not a number of layers; write --budget params=0.8", code="U540")
     return pareto(
-        task.plan,
-        objective=task.objective(task.data),
-        budget=task.budget,
-        legal=task.legal,
+        job.plan,
+        objective=job.objective(job.data),
+        budget=job.budget,
+        legal=job.legal,
         grain=grain,
         trials=trials,
         population=population,
-        seed=task.seed,
-        stack=task.stack,
-        progress=task.progress,
+        seed=job.seed,
+        stack=job.stack,
+        progress=job.progress,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from shoal.measures.block_influence import block_influence
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.one_shot import one_shot
 from shoal.search.position import Preset, position
@@ -14,7 +14,7 @@ _PRESETS: dict[str, Preset] = {"top": "last", "bottom": "first", "symmetric": "m
 
 
 def poor_mans_bert(
-    task: Task,
+    job: PruningJob,
     *,
     drop: int,
     strategy: Literal["top", "alternate", "symmetric", "bottom", "contribution"] = "top",
@@ -25,6 +25,6 @@ def poor_mans_bert(
     tokens' states and not of the sentence's first one, which a decoder does not have; no task is learnt afterwards.
     """
     if strategy == "contribution":
-        scores = block_influence(task.model, task.data, stack=task.stack, batch=task.batch, progress=task.progress)
-        return one_shot(task.plan, scores=scores, drop=drop, legal=task.legal, stack=task.stack)
-    return position(task.plan, drop=drop, legal=task.legal, which=_PRESETS[strategy], stack=task.stack)
+        scores = block_influence(job.model, job.data, stack=job.stack, batch=job.batch, progress=job.progress)
+        return one_shot(job.plan, scores=scores, drop=drop, legal=job.legal, stack=job.stack)
+    return position(job.plan, drop=drop, legal=job.legal, which=_PRESETS[strategy], stack=job.stack)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from shoal.errors import UsageError
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.milp import milp
 
 SEARCHES = True
 
 
-def puzzle(task: Task, *, rounds: int = 2) -> Found:
+def puzzle(job: PruningJob, *, rounds: int = 2) -> Found:
     """Choose for each layer keep, no attention, no mlp or nothing, by an integer programme over measured losses.
 
     Source: Bercovich et al. 2024 (Puzzle, arXiv 2411.19146), its search alone. How we differ: no replacement blocks are
     trained, and the solution is measured end to end and improved in further rounds. Raises U540 without a budget.
     """
-    if task.budget is None:
+    if job.budget is None:
         raise UsageError("puzzle needs a budget, not a number of layers; write --budget params=0.8", code="U540")
     return milp(
-        task.plan,
-        objective=task.objective(task.data),
-        budget=task.budget,
+        job.plan,
+        objective=job.objective(job.data),
+        budget=job.budget,
         rounds=rounds,
-        legal=task.legal,
-        stack=task.stack,
-        progress=task.progress,
+        legal=job.legal,
+        stack=job.stack,
+        progress=job.progress,
     )

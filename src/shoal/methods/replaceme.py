@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from shoal.measures.cosine_span import cosine_span
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.contiguous import contiguous
 from shoal.transforms import replaceme as transform
 
 
-def replaceme(task: Task, *, drop: int, ridge: float | None = None) -> Found:
+def replaceme(job: PruningJob, *, drop: int, ridge: float | None = None) -> Found:
     """Remove the span that turns the state least, and multiply a fitted map into the mlp before it.
 
     Source: Shopkhoev et al. 2025 (ReplaceMe, arXiv 2505.02819). How we differ: see the transform `replaceme`.
     """
-    scores = cosine_span(task.model, task.data, span=drop, stack=task.stack, batch=task.batch, progress=task.progress)
-    found = contiguous(task.plan, scores=scores, drop=drop, legal=task.legal, stack=task.stack)
-    return task.then(transform.replaceme, found, ridge=ridge)
+    scores = cosine_span(job.model, job.data, span=drop, stack=job.stack, batch=job.batch, progress=job.progress)
+    found = contiguous(job.plan, scores=scores, drop=drop, legal=job.legal, stack=job.stack)
+    return job.then(transform.replaceme, found, ridge=ridge)

@@ -6,14 +6,14 @@ from typing import Literal
 
 from shoal.measures.loss_removed import loss_removed
 from shoal.measures.taylor import taylor
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.plan import Plan
 from shoal.scores import Found
 from shoal.search.one_shot import one_shot
 
 
 def shortened_llama(
-    task: Task, *, drop: int, by: Literal["taylor", "perplexity"] = "taylor", first: int = 4, last: int = 2
+    job: PruningJob, *, drop: int, by: Literal["taylor", "perplexity"] = "taylor", first: int = 4, last: int = 2
 ) -> Found:
     """Remove the layers with the lowest Taylor score, or without which perplexity is lowest, all at once.
 
@@ -21,14 +21,14 @@ def shortened_llama(
     Source: Kim et al. 2024 (arXiv 2402.02834). How we differ: no retraining follows here.
     """
     if by == "perplexity":
-        scores = loss_removed(task.model, task.data, stack=task.stack, batch=task.batch, progress=task.progress)
-        return one_shot(task.plan, scores=scores, drop=drop, legal=task.legal, stack=task.stack)
-    scores = taylor(task.model, task.data, stack=task.stack, batch=task.batch, progress=task.progress)
-    depth = task.plan.depth(task.stack)
+        scores = loss_removed(job.model, job.data, stack=job.stack, batch=job.batch, progress=job.progress)
+        return one_shot(job.plan, scores=scores, drop=drop, legal=job.legal, stack=job.stack)
+    scores = taylor(job.model, job.data, stack=job.stack, batch=job.batch, progress=job.progress)
+    depth = job.plan.depth(job.stack)
     kept = {*range(first), *range(depth - last, depth)} if depth - first - last >= drop else set[int]()
-    whole = set(task.plan.layers(task.stack))
+    whole = set(job.plan.layers(job.stack))
 
     def legal(plan: Plan) -> bool:
-        return kept & whole <= set(plan.layers(task.stack)) and task.legal(plan)
+        return kept & whole <= set(plan.layers(job.stack)) and job.legal(plan)
 
-    return one_shot(task.plan, scores=scores, drop=drop, legal=legal, stack=task.stack)
+    return one_shot(job.plan, scores=scores, drop=drop, legal=legal, stack=job.stack)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.greedy import greedy
 
 SEARCHES = True
 
 
-def sleb(task: Task, *, drop: int, exhaustive: bool = False) -> Found:
+def sleb(job: PruningJob, *, drop: int, exhaustive: bool = False) -> Found:
     """In each round remove the layer without which the cross-entropy on the calibration data is lowest.
 
     Source: Song et al. 2024 (arXiv 2402.09025), metric 3. How we differ: the model is not rebuilt for a candidate,
@@ -17,11 +17,11 @@ def sleb(task: Task, *, drop: int, exhaustive: bool = False) -> Found:
     what was evaluated is kept in the journal, so that a run that was cut off goes on where it was.
     """
     return greedy(
-        task.plan,
-        objective=task.objective(task.data),
+        job.plan,
+        objective=job.objective(job.data),
         drop=drop,
-        legal=task.legal,
+        legal=job.legal,
         exhaustive=exhaustive,
-        stack=task.stack,
-        progress=task.progress,
+        stack=job.stack,
+        progress=job.progress,
     )

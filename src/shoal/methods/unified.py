@@ -6,14 +6,14 @@ import math
 from typing import Literal
 
 from shoal.errors import UsageError
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.plan import keep as keep_layers
 from shoal.scores import Candidate, Found
 
 READS_DATA = False
 
 
-def unified(task: Task, *, drop: int, spacing: Literal["even", "released"] = "even") -> Found:
+def unified(job: PruningJob, *, drop: int, spacing: Literal["even", "released"] = "even") -> Found:
     """Keep the first layer, the last one, and the others at equal distances, without looking at data.
 
     even: round(linspace(0, L-1, n)) for n layers to keep. released: every layer whose index is a multiple of
@@ -21,13 +21,13 @@ def unified(task: Task, *, drop: int, spacing: Literal["even", "released"] = "ev
     Source: Liu et al. 2024 (arXiv 2404.06954); "released" is the rule of its published code. How we differ: removed
     statically, where the paper runs all layers in prefill. Raises U504 when fewer than 2 layers would be left.
     """
-    layers = sorted(set(task.plan.layers(task.stack)))
+    layers = sorted(set(job.plan.layers(job.stack)))
     depth, count = len(layers), len(layers) - drop
     if drop < 1 or count < 2:
         raise UsageError(f"cannot keep {count} of {depth} layers at equal distances; keep 2 or more", code="U504")
     places = _even(depth, count) if spacing == "even" else _released(depth, count)
-    smaller = keep_layers(task.plan, [layers[place] for place in places], stack=task.stack)
-    if not task.legal(smaller):
+    smaller = keep_layers(job.plan, [layers[place] for place in places], stack=job.stack)
+    if not job.legal(smaller):
         raise UsageError(f"the plan {smaller} is not legal; choose another number of layers", code="U504")
     return Found(smaller, (Candidate(str(smaller), math.nan, f"{count} layers at equal distances"),))
 

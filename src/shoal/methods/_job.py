@@ -7,23 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shoal.fitting.result import Job, Transformed
-from shoal.plan import Plan, Spec
+from shoal.plan import Spec
 from shoal.scores import Budget, Found, Legal, Objective
 
 if TYPE_CHECKING:
     from shoal.data import Data
-    from shoal.evaluation import Progress
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model and what a method may do with it."""
+@dataclass(frozen=True, kw_only=True)
+class PruningJob(Job):
+    """What a transform is given, and what a method may do besides: search plans and judge them. `plan` is where the
+    search starts, usually the identity; `data` is nothing at all for a method that says `READS_DATA = False`."""
 
-    model: Any
-    data: Data
-    """Calibration sequences; nothing at all for a method that says `READS_DATA = False`."""
-    plan: Plan
-    """Where the search starts, usually the identity."""
     spec: Spec
     legal: Legal
     objective: Callable[[Data], Objective]
@@ -31,12 +26,8 @@ class Task:
     keep: Callable[[Objective, str], Objective] = lambda own, name: own
     """A method's own objective and a name that tells what it is computed on -> the same, each plan computed once and
     kept in the journal."""
-    stack: str | None = None
-    batch: int = 1
-    seed: int = 0
     budget: Budget | None = None
     """What the result may cost, when that was asked for; a method that is given `drop` removes so many layers."""
-    progress: Progress | None = None
     tokenizer: Any = None
 
     def then(self, transform: Callable[..., Transformed], found: Found, **options: Any) -> Found:
@@ -44,3 +35,7 @@ class Task:
         job = Job(self.model, self.data, found.plan, found.weights, self.stack, self.batch, self.seed, self.progress)
         made = transform(job, **options)
         return replace(found, plan=made.plan, weights=made.weights)
+
+
+Task = PruningJob
+"""The former name, which the files of users may import."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -13,23 +12,23 @@ from typing import Any, cast
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
 from shoal.api.budget import COUNTED, amount_of, measured_budget, parse_budget, priced
 from shoal.api.journal import journaled, kept
+from shoal.api.legal_plans import legal_plans, require_writable
 from shoal.api.stand_ins import Then, parse_then, transformed
 from shoal.data import Data
-from shoal.errors import UsageError, WriteError
+from shoal.errors import UsageError
 from shoal.evaluation import Progress
 from shoal.evaluation.cluster import Machines
 from shoal.evaluation.distributed_loss import loss_workers
 from shoal.executing.weights import Tensors, shapes_in, used_by
 from shoal.ledger import Ledger
-from shoal.methods._task import Task
+from shoal.methods._job import PruningJob
 from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
-from shoal.models.stacks import unwrap
-from shoal.plan import Cost, Plan, Shape, Spec, check, cost, parse_plan, require, shapes_of
+from shoal.plan import Cost, Plan, Shape, Spec, cost, parse_plan, require, shapes_of
 from shoal.record import Record, plain
 from shoal.registry import Entry, entries, get
-from shoal.scores import Budget, Found, Legal, Objective
+from shoal.scores import Budget, Found, Objective
 from shoal.spelling import chosen, read
 from shoal.user_files import is_file
 from shoal.writing.surgery import blueprint
@@ -134,7 +133,7 @@ def prune(
     # before the search, which may take hours: what will be needed after it
     test = _test(loaded, test_data, length=length, limit=min(limit, 8), bos=bos) if assess else None
     if writable:
-        _require_writable(loaded, identity)
+        require_writable(loaded, identity)
     if plan is not None:
         plan = parse_plan(plan, identity) if isinstance(plan, str) else plan
         found, method = _given(plan, weights or {}, spec, loaded), "listed"
@@ -149,12 +148,12 @@ def prune(
         with _crew(entry, loaded, ray, workers) as crew:
             found = _found(
                 entry,
-                Task(
+                PruningJob(
                     model=loaded.model,
                     data=cast(Data, text),  # None only for a method that says that it reads none
                     plan=identity,
                     spec=spec,
-                    legal=_legal(loaded, spec, writable=writable, zero_parts=zero_parts),
+                    legal=legal_plans(loaded, spec, writable=writable, zero_parts=zero_parts),
                     objective=journaled(
                         loaded.model,
                         identity,
@@ -244,53 +243,21 @@ def _measured(
     return measured_budget(unit, share, loaded.model, prompt=prompt, seed=seed, progress=progress)
 
 
-def _found(entry: Entry, task: Task, count: int, own: Mapping[str, Any]) -> Found:
+def _found(entry: Entry, job: PruningJob, count: int, own: Mapping[str, Any]) -> Found:
     """What the method finds. One that counts layers is asked for one more until the budget is met: layers differ, and
     `count` is that of the mean layer."""
     method = entry.load()
     if "drop" not in signature(method).parameters:
-        found: Found = method(task, **own)
+        found: Found = method(job, **own)
         return found
     while True:
-        found = method(task, drop=count, **own)
-        if task.budget is None or task.budget.met(found.plan, found.weights):
+        found = method(job, drop=count, **own)
+        if job.budget is None or job.budget.met(found.plan, found.weights):
             return found
         count += 1
-
-
-def _require_writable(loaded: Loaded, identity: Plan) -> None:
-    """Raise `WriteError` when not even the whole model can be written, so that no search ends in "no layer may go"."""
-    if unwrap(loaded.model) is not loaded.model:
-        raise WriteError(
-            "the model is wrapped by PEFT and cannot be written; merge the adapter first (model.merge_and_unload()), "
-            "or allow plans that only run live",
-            code="W211",
-        )
-    blueprint(loaded.model, identity)
 
 
 def _prompt(loaded: Loaded, length: int, new: int = 32) -> int:
     """The prompt to time: `length` tokens, or what the context leaves beside `new` decoded ones."""
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return max(1, min(length, limit - new)) if isinstance(limit, int) and limit > 0 else length
-
-
-def _legal(loaded: Loaded, spec: Spec, *, writable: bool, zero_parts: bool) -> Legal:
-    known: Ledger[bool] = Ledger()  # searches ask again and again, and a blueprint takes longer than a short forward
-
-    def legal(plan: Plan) -> bool:
-        return known.once(str(plan), partial(_allowed, loaded, spec, plan, writable=writable, zero_parts=zero_parts))
-
-    return legal
-
-
-def _allowed(loaded: Loaded, spec: Spec, plan: Plan, *, writable: bool, zero_parts: bool) -> bool:
-    if check(plan, spec):
-        return False
-    if not writable:
-        return True
-    try:
-        blueprint(loaded.model, plan, zero_parts=zero_parts)
-    except WriteError:
-        return False
-    return True
