@@ -9,7 +9,10 @@ import ast
 import re
 import sys
 from pathlib import Path
+from typing import assert_never, get_args
 
+from shoal.plan.answers import Answer, Otherwise, Refused, Right
+from shoal.plan.capabilities import WAYS, Trait, answer
 from shoal.registry import KINDS, entries
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +26,13 @@ _KINDS = {
     "exchange": "Files of other tools that hold a plan: `shoal convert PLAN --to NAME` (docs/exchange.md).",
     "drafts": "Lossless drafts of self-speculation: `shoal generate --speculate NAME` (docs/speculation.md).",
 }
+_CAPABILITIES = """`plan/capabilities.py` as a page. A column for what there is to say of a step, a row for each way to
+run or keep a plan. A code is a refusal, with its sentence in [error codes](error-codes.md). Which families allow a plan
+at all is in the [contract matrix](contract-matrix.md); `tests/contract/test_capabilities.py` runs every cell of this
+page.
+
+A gate and an exit need a policy in every row but the first. *other part* is the rest of a layer of which a part ran
+before, *repeat* an attention that ran before, *reorder* a layer behind a later one."""
 _CODE = re.compile(r"[NPWMDU]\d{3}")
 _AREAS = {
     "N": "notation and plan files",
@@ -118,6 +128,8 @@ def _said(node: ast.AST, named: dict[str, list[tuple[int, ast.expr]]]) -> list[t
         p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str) and _CODE.fullmatch(p.value)
     ]
     texts = [_template(p) for p in parts if isinstance(p, ast.JoinedStr | ast.Constant) and _template(p) not in codes]
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refused":  # to be filled in where it is raised
+        texts = [re.sub(r"\{(\w+)[^}]*\}", lambda hole: hole[1].upper(), text) for text in texts]
     return [(code, max(texts, key=len).replace("|", "\\|")) for code in codes if texts and len(max(texts, key=len)) > 3]
 
 
@@ -142,7 +154,36 @@ def _name(node: ast.AST) -> str:
     return (words[0] if words else "x").upper()
 
 
-PAGES = {"catalogue.md": catalogue, "cli.md": command_line, "error-codes.md": error_codes}
+def capabilities() -> str:
+    """What a step can do: the table that everybody asks."""
+    columns = get_args(Trait)
+    lines = ["# What a step can do", "", _MADE, "", _CAPABILITIES, ""]
+    lines += ["| way | right when it equals | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for way, text in WAYS.items():
+        what, _, equal = text.partition("; ")
+        cells = " | ".join(_cell(answer(trait, way)) for trait in columns)
+        lines.append(f"| **{way.replace('_', ' ')}**: {what} | {equal} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Answer) -> str:
+    match found:
+        case Right():
+            return "right"
+        case Otherwise():
+            return f"right, {found.note}"
+        case Refused():
+            return found.code
+        case _:
+            assert_never(found)
+
+
+PAGES = {
+    "capabilities.md": capabilities,
+    "catalogue.md": catalogue,
+    "cli.md": command_line,
+    "error-codes.md": error_codes,
+}
 
 
 def main(arguments: list[str]) -> int:

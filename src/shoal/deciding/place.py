@@ -9,7 +9,8 @@ from shoal.deciding.gates import Policy, Schedule
 from shoal.errors import PlanError, UsageError
 from shoal.models.examine import LayerFacts, StackFacts
 from shoal.models.kinds import is_causal
-from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
+from shoal.plan import Exit, Map, Plan, Run, Spec, Step, format_steps
+from shoal.plan.capabilities import refusal, refused
 from shoal.plan.spec import LayerSpec
 from shoal.plan.steps import KV, Fill, decides, gate_of, layers_of, layers_read, runs, undecided, writes_kv
 
@@ -114,11 +115,9 @@ def require_decidable(policy: Policy, spec: Spec, model: object, probe: StackFac
     """Raise `PlanError` for what cannot be decided while this model runs: P130 no causal decoder, P131 recurrent
     layers, P132 gated groups or maps, P133 KV that others read, P134 a fill that is missing, P135 defer, P136 copy."""
     if not is_causal(model) or [name for name, _ in policy.plan.stacks] != ["decoder"]:  # type: ignore[arg-type]
-        raise PlanError(
-            f"a policy decides token by token in the decoder of a causal language model, and {type(model).__name__} is "
-            "none; run a plan without gates",
-            code="P130",
-        )
+        no = refused("gate", "beside_encoder", policy.plan.steps()[0], model=type(model).__name__)
+        assert no is not None
+        raise PlanError(no.message, code=no.code)
     layers, steps = spec.stack().layers, policy.plan.steps()
     read = layers_read(steps) | {source for run in runs(steps) for source in layers[run.layer].needs}
     for step, behind in _skippable(steps):
@@ -146,11 +145,10 @@ def _skippable(steps: tuple[Step, ...]) -> Iterator[tuple[Step, bool]]:
 
 
 def _require_plain(step: Step, gated: bool) -> None:
-    if isinstance(step, Parallel) or (isinstance(step, Map) and gated):
-        raise PlanError(
-            f"{format_steps((step,))} cannot stand behind a gate or an exit in this version; put the gate at a layer",
-            code="P132",
-        )
+    if isinstance(step, Run) or (isinstance(step, Map) and not gated):
+        return  # a map is cheap enough to be made for those that left as well
+    if no := refusal((step,), "gated"):
+        raise PlanError(no.message, code=no.code)
 
 
 def _require_parts(run: Run, fact: LayerFacts) -> None:
@@ -173,11 +171,9 @@ def _require_attention(run: Run, layer: LayerSpec, family: str) -> None:
 
 def _require_own_kv(run: Run, read: set[int]) -> None:
     if run.layer_sources or (run.layer in read and (run.gate is not None or run.kv.fill in (None, "mask"))):
-        raise PlanError(
-            f"layer {run.layer} shares keys and values with another layer, so no token can be without them; write the "
-            "plan without @, or let tokens leave with the fill project",
-            code="P133",
-        )
+        no = refused("KV source", "gated", run)
+        assert no is not None
+        raise PlanError(no.message, code=no.code)
 
 
 def _require_fill(run: Run, policy: Policy, fact: LayerFacts, behind: bool) -> None:

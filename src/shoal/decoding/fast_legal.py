@@ -12,6 +12,8 @@ from transformers.generation import GenerationMode
 from shoal.errors import UsageError
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import PlannedList
+from shoal.plan import Run
+from shoal.plan.capabilities import refused
 
 REFUSED_ARGUMENTS = (
     "assistant_model", "cache_implementation", "custom_generate", "inputs_embeds", "negative_prompt_ids",
@@ -65,11 +67,9 @@ def refuse_deciding(lists: Iterable[Any]) -> None:
     draft: a fixed step would decide once and for all."""
     for layers in lists:
         if isinstance(layers, PlannedList) and type(layers.executor) is not Executor:
-            raise UsageError(
-                "what runs on this model decides token by token, which a fixed step cannot; call model.generate "
-                "without the fast path",
-                code="U567",
-            )
+            no = refused("gate", "fast", Run(0))
+            assert no is not None
+            raise UsageError(no.message, code=no.code)
 
 
 def why_not_compiled(model: Any) -> str | None:

@@ -17,6 +17,8 @@ from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.streamed import is_streamed
 from shoal.plan import Plan, Run
+from shoal.plan.capabilities import is_right
+from shoal.plan.steps import runs
 from shoal.recording.layer_major import LayerMajor, Path
 
 Window = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
@@ -85,11 +87,9 @@ def path_of(plan: Plan, depth: int) -> Path | None:
     layers, each at its place."""
     if len(plan.stacks) > 1:
         return None
+    if not is_right(plan.steps(), "streamed"):
+        return None
     at: list[list[Run]] = [[] for _ in range(depth)]
-    last = 0
-    for step in plan.steps():
-        if not isinstance(step, Run) or not step.plain or step.layer < last:
-            return None
-        at[step.layer].append(step)
-        last = step.layer
+    for run in runs(plan.steps()):
+        at[run.layer].append(run)
     return tuple(map(tuple, at))

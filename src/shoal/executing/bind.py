@@ -17,10 +17,13 @@ from shoal.models.kinds import is_causal
 from shoal.models.lists import Stack
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.order import refuse_order
-from shoal.plan import Plan, format_steps, parse_plan, require
-from shoal.plan.steps import Step, decides, kv_source, runs
+from shoal.plan import Plan, parse_plan, require
+from shoal.plan.capabilities import Way, refusal
+from shoal.plan.steps import Step, runs, undecided
 from shoal.plan.tensors import shapes_of
 
+BETWEEN = "its attention to the encoder stands between attention and mlp"
+"""Why a decoder's layer beside an encoder has no parts."""
 MakeExecutor = Callable[[PlannedList, Stack, tuple[Step, ...]], Executor]
 """From the list that stands in for a stack's layers, the stack and its steps to what runs them."""
 
@@ -103,19 +106,9 @@ def bind(
         plan = identity if plan is None else parse_plan(plan, identity)
     tensors = dict(weights or {})
     require_legal(opened, plan, tensors)
-    _refuse_undecided(plan)
+    for _, steps in plan.stacks:
+        _refuse(steps, "live")
     return BoundPlan(opened, plan, tensors)
-
-
-def _refuse_undecided(plan: Plan) -> None:
-    """A gate that nobody decides would run its step in silence: say so instead."""
-    for step in (step for _, steps in plan.stacks for step in steps):
-        if decides((step,)):
-            raise PlanError(
-                f"step {format_steps((step,))} is decided at run time by a policy, and none is given; name one (shoal "
-                "ls policies), or write the plan without gates and exits",
-                code="P125",
-            )
 
 
 def refuse_second_plan(opened: OpenedModel) -> None:
@@ -136,25 +129,16 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
         _refuse_offloaded(stack, steps)
         refuse_unlike(stack, steps, tensors)
         if stack.name == "decoder" and beside_encoder:
-            _refuse_shared(steps)
+            _refuse(undecided(steps), "beside_encoder", stack=stack.name, why=BETWEEN)
     return plan
 
 
 def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:
-    for run in runs(steps):
-        if run.weights is not None and any(p.is_meta for p in stack.layer(run.layer).parameters()):
-            raise PlanError(
-                f"layer {run.layer} is offloaded, and accelerate would put its own weights back over {run.weights!r}; "
-                "load the model without offloading to run replaced layers",
-                code="P124",
-            )
+    away = tuple(run for run in runs(steps) if any(p.is_meta for p in stack.layer(run.layer).parameters()))
+    _refuse(away, "offloaded")
 
 
-def _refuse_shared(steps: tuple[Step, ...]) -> None:
-    for run in runs(steps):
-        if run.layer_sources:
-            raise PlanError(
-                f"decoder layer {run.layer} also attends to the encoder and needs a row of the KV cache for that, "
-                f"so it cannot share the KV of layer {kv_source(run)}; write it without @",
-                code="P109",
-            )
+def _refuse(steps: tuple[Step, ...], way: Way, **names: object) -> None:
+    """Raise what the table says of steps that cannot go this way."""
+    if no := refusal(steps, way, **names):
+        raise PlanError(no.message, code=no.code)

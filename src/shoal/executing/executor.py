@@ -31,6 +31,7 @@ from shoal.models.first import first_only
 from shoal.models.lists import Stack
 from shoal.models.parts import find_parts
 from shoal.plan import Exit, Map, Parallel, Run, Step
+from shoal.plan.capabilities import refused
 from shoal.plan.schedule import schedule, slots_of
 from shoal.plan.steps import kv_source, layers_read, runs, undecided, writes_kv
 
@@ -308,10 +309,9 @@ class Executor:
         """Sharing goes through the cache's update; a pass without a cache gets one that stores nothing."""
         layer, place = self.layer(run.layer), self.facts[run.layer].cache_at
         if layer.training and getattr(layer, "gradient_checkpointing", False):
-            raise PlanError(
-                f"layer {run.layer} shares KV, which gradient checkpointing takes away; switch one of them off",
-                code="P121",
-            )
+            no = refused("KV source", "checkpointed", run)
+            assert no is not None
+            raise PlanError(no.message, code=no.code)
         if cache_of(call) is not None:
             return call
         if place is None:

@@ -13,19 +13,18 @@ from typing import Any, Literal
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from shoal.errors import PlanError
-from shoal.plan import Step
-from shoal.plan.steps import runs
+from shoal.plan import Run, Step
+from shoal.plan.capabilities import Refusal, refusal, refused
 
-Obstacle = int | Literal["policy"]
-"""What keeps a plan from running under paged attention: the layer that attends more than once, or a policy."""
+Obstacle = Refusal | Literal["policy"]
+"""What keeps a plan from running under paged attention: what the table says of its steps, or a policy."""
 _KEPT = "_cached_continuous_batching_manager"
 """Where transformers keeps the manager of a call with persistent_manager=True, its filled cache included."""
 
 
 def paging_obstacle(steps: tuple[Step, ...]) -> Obstacle | None:
     """What would give wrong tokens when these steps of a decoder run under paged attention; None for none."""
-    attending = [run.layer for run in runs(steps) if run.part != "mlp"]
-    return next((layer for at, layer in enumerate(attending) if layer in attending[:at]), None)
+    return refusal(steps, "paged")
 
 
 def refuse_paged(obstacle: Obstacle | None, arguments: Mapping[str, Any]) -> None:
@@ -35,18 +34,9 @@ def refuse_paged(obstacle: Obstacle | None, arguments: Mapping[str, Any]) -> Non
 
 
 def _refusal(obstacle: Obstacle) -> PlanError:
-    if obstacle == "policy":
-        return PlanError(
-            "a policy decides token by token, and generate_batch packs the tokens of several requests into one "
-            "sequence, whose skipped layers would leave holes in the paged KV cache; call generate, or run the plan "
-            "without a policy",
-            code="P140",
-        )
-    return PlanError(
-        f"layer {obstacle} attends more than once in this plan, and the paged KV cache of generate_batch has one row "
-        "for each layer, so each run would read what the other stored; call generate, or run each attention once",
-        code="P140",
-    )
+    no = refused("gate", "paged", Run(0)) if obstacle == "policy" else obstacle
+    assert no is not None
+    return PlanError(no.message, code=no.code)
 
 
 def guard_paged(model: Any, obstacle: Obstacle | None) -> Callable[[], None]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from shoal.errors import PlanError
+from shoal.plan.answers import NO_PARTS
 from shoal.plan.notation import format_steps
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Exit, LayerKV, Map, Parallel, Plan, Run, Step, runs, writes_kv
@@ -106,12 +107,8 @@ def _parts(steps: tuple[Step, ...], stack: StackSpec, note: str | None) -> Itera
         # with one part missing, "only the other part" is the layer itself: say so rather than do it in silence
         if run.part != "layer" and None in (layer.attention, layer.mlp):
             why = note or f"its kind is {layer.kind}"
-            yield (
-                "P105",
-                run.layer,
-                f"{stack.name} layer {run.layer} cannot run its {run.part} alone: {why}; "
-                f"run the whole layer ({run.layer}) or drop it",
-            )
+            words = {"stack": stack.name, "layer": run.layer, "part": run.part, "why": why}
+            yield NO_PARTS.code, run.layer, NO_PARTS.sentence.format(**words)
 
 
 def _counting(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:

@@ -23,8 +23,9 @@ from shoal.executing.bind import bind, refuse_second_plan
 from shoal.executing.forward import Forward
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
-from shoal.plan import Plan, Run, Spec, check, format_steps, require
-from shoal.plan.steps import Step
+from shoal.plan import Plan, Run, Spec, check, require
+from shoal.plan.capabilities import refusal
+from shoal.plan.steps import Step, runs
 from shoal.speculating.feed import Feed
 from shoal.speculating.part import Part
 from shoal.speculating.rows import lent
@@ -190,21 +191,8 @@ def _scores(out: Any, new: int) -> torch.Tensor:
 
 
 def _runs(steps: tuple[Step, ...]) -> tuple[Run, ...]:
-    plain: list[Run] = []
     if not steps:
         raise UsageError("a draft of no layers drafts nothing; keep at least one, as in exit:8", code="U610")
-    for step in steps:
-        if not isinstance(step, Run) or not step.plain:
-            raise PlanError(
-                f"a draft keeps layers or parts of layers of the base model, and {format_steps((step,))} is neither; "
-                "write the layers that it keeps, as in skip:0-11,14-29",
-                code="P150",
-            )
-        if plain and step.layer <= plain[-1].layer:
-            raise PlanError(
-                f"layer {step.layer} would come after layer {plain[-1].layer} in the draft, and the KV rows of the "
-                "base model hold each layer once and in order; write them ascending, each once",
-                code="P150",
-            )
-        plain.append(step)
-    return tuple(plain)
+    if no := refusal(steps, "drafted"):
+        raise PlanError(no.message, code=no.code)
+    return tuple(runs(steps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +18,9 @@ from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.models.stages import renamed_stages
-from shoal.plan import Exit, Map, Parallel, Plan, Run, format_steps
-from shoal.plan.steps import Step
+from shoal.plan import Plan
+from shoal.plan.capabilities import refusals
+from shoal.plan.steps import Step, runs
 from shoal.writing.assemble import assembled
 from shoal.writing.blueprint import Blueprint, Filled, Tensors
 from shoal.writing.same_layers import require_same_layers
@@ -147,40 +148,15 @@ def _permuted(
 
 
 def _slots(steps: tuple[Step, ...], zero_parts: bool) -> Filled:
-    slots: list[int] = []
-    silent: list[tuple[int, str]] = []
-    replaced: list[tuple[int, str]] = []
-    for step in steps:
-        text = format_steps((step,))
-        match step:
-            case Parallel():
-                raise _refusal("W202", text, "a stock model runs its layers one after the other", "run the plan live")
-            case Map():
-                span = f"{step.first}-{step.last}"
-                raise _refusal("W204", text, "a stock model has no fitted maps", f"drop {span} instead")
-            case Exit():
-                raise _refusal("W205", text, "a stock model always runs all its layers", "drop the layers behind it")
-            case Run():
-                pass
-            case _:
-                assert_never(step)
-        if step.layer_sources:
-            raise _refusal("W203", text, "a stock layer uses its own keys and values", f"write {step.layer} without @")
-        if step.gate is not None:
-            raise _refusal("W205", text, "a stock model decides nothing at run time", f"keep or drop {step.layer}")
-        if step.weights is not None:
-            replaced.append((len(slots), step.weights))
-        if step.part != "layer":
-            if not zero_parts:
-                raise _refusal(
-                    "W201",
-                    text,
-                    "a stock layer has both attention and mlp",
-                    f"keep {step.layer}, drop it, or ask for zeroed projections (--zero-parts: exact, saves nothing)",
-                )
-            silent.append((len(slots), "mlp" if step.part == "attention" else "attention"))
-        slots.append(step.layer)
-    return Filled(tuple(slots), tuple(silent), tuple(replaced))
+    for no in refusals(steps, "written"):
+        if not (zero_parts and no.trait == "part"):
+            raise WriteError(no.message, code=no.code)
+    found = tuple(enumerate(runs(steps)))
+    return Filled(
+        tuple(run.layer for _, run in found),
+        tuple((slot, "mlp" if run.part == "attention" else "attention") for slot, run in found if run.part != "layer"),
+        tuple((slot, run.weights) for slot, run in found if run.weights is not None),
+    )
 
 
 def _refusal(code: str, step: str, why: str, nearest: str) -> WriteError:

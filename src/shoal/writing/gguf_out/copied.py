@@ -14,6 +14,7 @@ from gguf import GGUFValueType, ReaderTensor, size_label
 from shoal._version import __version__
 from shoal.errors import WriteError
 from shoal.plan import Plan, Run, format_steps
+from shoal.plan.capabilities import refusal
 from shoal.writing.gguf_out import rules
 from shoal.writing.gguf_out.container import TYPES, Item, Pairs, decoded, encoded, kind_for
 from shoal.writing.gguf_out.source import Source, plain
@@ -40,16 +41,9 @@ class Drawing:
 
 def slots_of(plan: Plan) -> tuple[int, ...]:
     """The base layer of each layer of the new file. Raises `WriteError` W261 for a step that is no whole layer."""
-    slots = []
-    for step in plan.steps():
-        if not (isinstance(step, Run) and step == Run(step.layer)):
-            raise WriteError(
-                f"step {format_steps((step,))} cannot be copied into a GGUF file: its layers are whole layers of the "
-                "base; keep the layer or drop it",
-                code="W261",
-            )
-        slots.append(step.layer)
-    return tuple(slots)
+    if no := refusal(plan.steps(), "gguf"):
+        raise WriteError(no.message, code=no.code)
+    return plan.layers()
 
 
 def drawn(source: Source, plan: Plan, *, outtype: str | None = None) -> Drawing:

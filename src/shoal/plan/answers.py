@@ -1,0 +1,130 @@
+"""The answers of the table of what a step can do, and the sentences of its refusals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """The result is what `WAYS` says that it must equal."""
+
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Otherwise:
+    """The result is right too, but is come by in another way."""
+
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A refusal: its code, and its sentence with {step}, {layer}, {source}, {weights}, {span} and {before} to fill."""
+
+    code: str
+    sentence: str
+
+
+Answer = Right | Otherwise | Refused
+
+
+OK = Right()
+ONE_BY_ONE = Otherwise("plans one by one")
+
+UNDECIDED = Refused(
+    "P125",
+    "step {step} is decided at run time by a policy, and none is given; name one (shoal ls policies), or write the "
+    "plan without gates and exits",
+)
+CHECKPOINTED_KV = Refused(
+    "P121",
+    "layer {layer} shares KV, which gradient checkpointing takes away; switch one of them off",
+)
+OFFLOADED_TENSORS = Refused(
+    "P124",
+    "layer {layer} is offloaded, and accelerate would put its own weights back over {weights!r}; load the model "
+    "without offloading to run replaced layers",
+)
+KV_BESIDE_ENCODER = Refused(
+    "P109",
+    "decoder layer {layer} also attends to the encoder and needs a row of the KV cache for that, so it cannot share "
+    "the KV of layer {source}; write it without @",
+)
+NO_PARTS = Refused(
+    "P105",
+    "{stack} layer {layer} cannot run its {part} alone: {why}; run the whole layer ({layer}) or drop it",
+)
+NO_CAUSAL_DECODER = Refused(
+    "P130",
+    "a policy decides token by token in the decoder of a causal language model, and {model} is none; run a plan "
+    "without gates",
+)
+PAGED_TWICE = Refused(
+    "P140",
+    "layer {layer} attends more than once in this plan, and the paged KV cache of generate_batch has one row for "
+    "each layer, so each run would read what the other stored; call generate, or run each attention once",
+)
+PAGED_POLICY = Refused(
+    "P140",
+    "a policy decides token by token, and generate_batch packs the tokens of several requests into one sequence, "
+    "whose skipped layers would leave holes in the paged KV cache; call generate, or run the plan without a policy",
+)
+UNGATED = Refused(
+    "P132",
+    "{step} cannot stand behind a gate or an exit in this version; put the gate at a layer",
+)
+GATED_KV = Refused(
+    "P133",
+    "layer {layer} shares keys and values with another layer, so no token can be without them; write the plan "
+    "without @, or let tokens leave with the fill project",
+)
+NO_DRAFT = Refused(
+    "P150",
+    "a draft keeps layers or parts of layers of the base model, and {step} is neither; write the layers that it "
+    "keeps, as in skip:0-11,14-29",
+)
+UNORDERED_DRAFT = Refused(
+    "P150",
+    "layer {layer} would come after layer {before} in the draft, and the KV rows of the base model hold each layer "
+    "once and in order; write them ascending, each once",
+)
+DECIDING = Refused(
+    "U567",
+    "what runs on this model decides token by token, which a fixed step cannot; call model.generate without the fast "
+    "path",
+)
+WRITTEN_PART = Refused(
+    "W201",
+    "step {step} cannot be written as a stock checkpoint: a stock layer has both attention and mlp; keep {layer}, "
+    "drop it, or ask for zeroed projections (--zero-parts: exact, saves nothing)",
+)
+WRITTEN_GROUP = Refused(
+    "W202",
+    "step {step} cannot be written as a stock checkpoint: a stock model runs its layers one after the other; run the "
+    "plan live",
+)
+WRITTEN_KV = Refused(
+    "W203",
+    "step {step} cannot be written as a stock checkpoint: a stock layer uses its own keys and values; write {layer} "
+    "without @",
+)
+WRITTEN_MAP = Refused(
+    "W204",
+    "step {step} cannot be written as a stock checkpoint: a stock model has no fitted maps; drop {span} instead",
+)
+WRITTEN_EXIT = Refused(
+    "W205",
+    "step {step} cannot be written as a stock checkpoint: a stock model always runs all its layers; drop the layers "
+    "behind it",
+)
+WRITTEN_GATE = Refused(
+    "W205",
+    "step {step} cannot be written as a stock checkpoint: a stock model decides nothing at run time; keep or drop "
+    "{layer}",
+)
+NO_BLOCK = Refused(
+    "W261",
+    "step {step} cannot be copied into a GGUF file: its layers are whole layers of the base; keep the layer or drop it",
+)

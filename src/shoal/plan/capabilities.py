@@ -1,0 +1,254 @@
+"""What a step can do: one table that everybody asks who runs, decides, drafts, streams or writes plans.
+
+A row for each trait of a step, a field for each way to run or keep a plan. An answer is *right*, right by another way,
+or refused with a code. What a family of models adds to this (layers without parts, recurrent layers, orders in which
+they cannot run) is not in the table: `check`, `refuse_order` and the policies' own rules say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, assert_never
+
+from shoal.plan.answers import (
+    CHECKPOINTED_KV,
+    DECIDING,
+    GATED_KV,
+    KV_BESIDE_ENCODER,
+    NO_BLOCK,
+    NO_CAUSAL_DECODER,
+    NO_DRAFT,
+    NO_PARTS,
+    OFFLOADED_TENSORS,
+    OK,
+    ONE_BY_ONE,
+    PAGED_POLICY,
+    PAGED_TWICE,
+    UNDECIDED,
+    UNGATED,
+    UNORDERED_DRAFT,
+    WRITTEN_EXIT,
+    WRITTEN_GATE,
+    WRITTEN_GROUP,
+    WRITTEN_KV,
+    WRITTEN_MAP,
+    WRITTEN_PART,
+    Answer,
+    Refused,
+    Right,
+)
+from shoal.plan.notation import format_steps
+from shoal.plan.steps import Exit, LayerKV, Map, NewTensors, Parallel, Run, Source, Step, runs
+
+Trait = Literal[
+    "layer", "part", "new tensors", "KV source", "map", "parallel group", "gate", "exit", "repeat", "other part",
+    "reorder",
+]  # fmt: skip
+"""What there is to say of a step; see `traits`."""
+
+Way = Literal[
+    "live", "uncached", "cached", "static_cache", "padded", "checkpointed", "offloaded", "beside_encoder", "paged",
+    "gated", "drafted", "fast", "streamed", "written", "gguf",
+]  # fmt: skip
+"""What can be done with a step; `WAYS` says when it is right there."""
+
+WAYS: dict[Way, str] = {
+    "live": "run on a model without a policy; no refusal",
+    "uncached": "one pass without a KV cache; the stock layers called by hand",
+    "cached": "a prefill and single tokens over a dynamic cache; one pass without a cache",
+    "static_cache": "the same over a cache of fixed length; one pass without a cache",
+    "padded": "a left-padded batch; each sequence alone",
+    "checkpointed": "gradient checkpointing in training; the gradients without it",
+    "offloaded": "layers that accelerate brings in for each call; the model in memory",
+    "beside_encoder": "the decoder of an encoder-decoder; one pass without a cache",
+    "paged": "continuous batching (generate_batch); generate",
+    "gated": "a policy skips the step by a gate of its own; the plan without the step, or with it",
+    "drafted": "self-speculation drafts with the step; plain decoding, token by token",
+    "fast": "the fast decode loop; generate, token by token",
+    "streamed": "a loss layer by layer, each read once for all plans; the running plan, bit for bit",
+    "written": "a stock checkpoint; the live plan",
+    "gguf": "layers of a GGUF file copied block by block; the base's blocks, bit for bit",
+}
+"""Each way, and behind the semicolon what the result must equal to be right."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The answers for one trait."""
+
+    live: Answer
+    uncached: Answer
+    cached: Answer
+    static_cache: Answer
+    padded: Answer
+    checkpointed: Answer
+    offloaded: Answer
+    beside_encoder: Answer
+    paged: Answer
+    gated: Answer
+    drafted: Answer
+    fast: Answer
+    streamed: Answer
+    written: Answer
+    gguf: Answer
+
+
+@cache
+def row(trait: Trait) -> Row:
+    """The answers for one trait."""
+    # fmt: off
+    match trait:
+        case "layer":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
+                       beside_encoder=OK, paged=OK, gated=OK, drafted=OK, fast=OK, streamed=OK, written=OK, gguf=OK)
+        case "part":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
+                       beside_encoder=NO_PARTS, paged=OK, gated=OK, drafted=OK, fast=OK, streamed=OK,
+                       written=WRITTEN_PART, gguf=NO_BLOCK)
+        case "new tensors":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
+                       offloaded=OFFLOADED_TENSORS, beside_encoder=OK, paged=OK, gated=OK, drafted=NO_DRAFT, fast=OK,
+                       streamed=ONE_BY_ONE, written=OK, gguf=NO_BLOCK)
+        case "KV source":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_KV,
+                       offloaded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=OK, gated=GATED_KV, drafted=NO_DRAFT,
+                       fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
+        case "map":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
+                       beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE,
+                       written=WRITTEN_MAP, gguf=NO_BLOCK)
+        case "parallel group":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
+                       beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE,
+                       written=WRITTEN_GROUP, gguf=NO_BLOCK)
+        case "gate":
+            return Row(live=UNDECIDED, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
+                       offloaded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK, drafted=NO_DRAFT,
+                       fast=DECIDING, streamed=ONE_BY_ONE, written=WRITTEN_GATE, gguf=NO_BLOCK)
+        case "exit":
+            return Row(live=UNDECIDED, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
+                       offloaded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK, drafted=NO_DRAFT,
+                       fast=DECIDING, streamed=ONE_BY_ONE, written=WRITTEN_EXIT, gguf=NO_BLOCK)
+        case "repeat":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
+                       beside_encoder=OK, paged=PAGED_TWICE, gated=OK, drafted=UNORDERED_DRAFT, fast=OK, streamed=OK,
+                       written=OK, gguf=OK)
+        case "other part":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
+                       beside_encoder=NO_PARTS, paged=OK, gated=OK, drafted=UNORDERED_DRAFT, fast=OK, streamed=OK,
+                       written=OK, gguf=NO_BLOCK)
+        case "reorder":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
+                       beside_encoder=OK, paged=OK, gated=OK, drafted=UNORDERED_DRAFT, fast=OK, streamed=ONE_BY_ONE,
+                       written=OK, gguf=OK)
+        case _:
+            assert_never(trait)
+    # fmt: on
+
+
+def answer(trait: Trait, way: Way) -> Answer:
+    """What becomes of a step with this trait."""
+    found: Answer = getattr(row(trait), way)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why one step is refused, and with which code."""
+
+    code: str
+    message: str
+    trait: Trait
+    step: Step
+
+
+def traits(steps: tuple[Step, ...]) -> Iterator[tuple[Trait, Step, int]]:
+    """What there is to say of each step, in order: its sources, what decides about it, its kind, and how it stands to
+    the runs before it. With each the step, or the branch of a group, and the layer that ran before (-1: none)."""
+    attended: set[int] = set()
+    ran: set[int] = set()
+    before = -1
+    for step in steps:
+        for trait, one in _own(step):
+            yield trait, one, before
+        for run in runs((step,)):
+            if run.layer in ran:
+                yield "repeat" if run.part != "mlp" and run.layer in attended else "other part", run, before
+            if run.layer < before:
+                yield "reorder", run, before
+            before = run.layer
+            ran.add(run.layer)
+            attended |= {run.layer} if run.part != "mlp" else set()
+
+
+def _own(step: Step) -> Iterator[tuple[Trait, Step]]:
+    match step:
+        case Run():
+            yield from ((_of_source(source), step) for source in step.sources)
+            if step.gate is not None or step.kv.fill is not None:
+                yield "gate", step
+            yield "layer" if step.part == "layer" else "part", step
+        case Map():
+            yield "map", step
+            if step.gate is not None:
+                yield "gate", step
+        case Parallel():
+            yield "parallel group", step
+            for branch in step.branches:
+                yield from _own(branch)
+        case Exit():
+            yield "exit", step
+        case _:
+            assert_never(step)
+
+
+def _of_source(source: Source) -> Trait:
+    match source:
+        case LayerKV():
+            return "KV source"
+        case NewTensors():
+            return "new tensors"
+        case _:
+            assert_never(source)
+
+
+def refused(trait: Trait, way: Way, step: Step, **names: object) -> Refusal | None:
+    """What the table says of one step with this trait; None when it is right."""
+    found = answer(trait, way)
+    if not isinstance(found, Refused):
+        return None
+    return Refusal(found.code, found.sentence.format(**_words(step), **names), trait, step)
+
+
+def refusals(steps: tuple[Step, ...], way: Way, **names: object) -> Iterator[Refusal]:
+    """Everything that keeps `steps` from going this way, step by step. `names`: what a sentence names beside steps."""
+    for trait, step, before in traits(steps):
+        if no := refused(trait, way, step, before=before, **names):
+            yield no
+
+
+def refusal(steps: tuple[Step, ...], way: Way, **names: object) -> Refusal | None:
+    """The first of `refusals`; None when the steps may go this way."""
+    return next(refusals(steps, way, **names), None)
+
+
+def is_right(steps: tuple[Step, ...], way: Way) -> bool:
+    """Whether every step goes this very way, and none by another."""
+    return all(isinstance(answer(trait, way), Right) for trait, _, _ in traits(steps))
+
+
+def _words(step: Step) -> dict[str, object]:
+    """What the sentences name."""
+    words: dict[str, object] = {"step": format_steps((step,))}
+    match step:
+        case Run():
+            source = next((source.layer for source in step.layer_sources), None)
+            return words | {"layer": step.layer, "part": step.part, "source": source, "weights": step.weights}
+        case Map():
+            return words | {"span": f"{step.first}-{step.last}", "layer": f"{step.first}-{step.last}"}
+        case Parallel() | Exit():
+            return words
+        case _:
+            assert_never(step)
