@@ -20,7 +20,7 @@ from shoal.decoding.fast import FastDecoder
 from shoal.errors import ShoalError
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import PlanLoss
-from shoal.executing.live import running
+from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, parse_plan
