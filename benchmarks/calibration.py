@@ -26,7 +26,7 @@ from _common import say
 
 from shoal.api.risk_control import Settings, control_risk
 from shoal.data import load_data
-from shoal.deciding.deciding import make_policy
+from shoal.deciding.policy_text import make_policy
 from shoal.evaluation.exit_search import Target, losses, parse_target, replay
 from shoal.evaluation.exits import Features, load_features, record_exits
 from shoal.fitting.lens import fit_lenses

@@ -8,8 +8,8 @@ goes by the column alone is a `Schedule`; `docs/dynamic.md` tells of the others.
 
 from __future__ import annotations
 
-from shoal.deciding.gates import Policy, Schedule
-from shoal.deciding.place import fill_for, with_gates
+from shoal.deciding.gating import fill_for, with_gates
+from shoal.deciding.policy import Policy, Schedule
 from shoal.plan import Plan, Spec
 
 

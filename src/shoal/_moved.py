@@ -38,6 +38,18 @@ MOVED = {
     "evaluation.spread_loss": "evaluation.distributed_loss",
     "api.find": "api.prune",
     "methods._task": "methods._job",
+    "deciding.gates": "deciding.policy",
+    "deciding.place": "deciding.gating",
+    "deciding.deciding": "deciding.policy_text",
+    "deciding.gated": "deciding.gated_executor",
+    "deciding.flow": "deciding.forward",
+    "deciding.entries": "deciding.kv_state",
+    "deciding.kv_rules": "deciding.kv_fills",
+    "deciding.deferred": "deciding.kv_deferred",
+    "deciding.arguments": "deciding.layer_arguments",
+    "deciding.layer_lists": "deciding.policy_options",
+    "deciding.partly": "deciding.mlp_for_some",
+    "deciding.readout": "deciding.exit_readout",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
 

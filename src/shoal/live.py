@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from shoal.deciding.deciding import Deciding, chosen, require_tensors
-from shoal.deciding.gates import Policy
+from shoal.deciding.bound_policy import BoundPolicy
+from shoal.deciding.policy import Policy
+from shoal.deciding.policy_text import policy_for, require_tensors
 from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
 from shoal.executing.bind import BoundPlan, bind, refuse_second_plan, require_legal
@@ -25,7 +26,7 @@ from shoal.plan.steps import Step
 class Running:
     """A plan at work on a model. `restore()` puts the model back, bit for bit; a second call does nothing."""
 
-    def __init__(self, bound: BoundPlan, deciding: Deciding | None = None) -> None:
+    def __init__(self, bound: BoundPlan, deciding: BoundPolicy | None = None) -> None:
         self.bound, self.deciding = bound, deciding
 
     @property
@@ -104,10 +105,10 @@ def _decided(opened: OpenedModel, plan: Plan | str, weights: Tensors, policy: Po
     spec = opened.spec
     if isinstance(plan, str):
         plan = parse_plan(plan, Plan.identity(spec))
-    who = chosen(policy, require_legal(opened, plan, weights), spec)
+    who = policy_for(policy, require_legal(opened, plan, weights), spec)
     require_tensors(who, weights)
     plan = require_legal(opened, who.plan, weights)
-    deciding = Deciding(opened.model, spec, who, weights)
+    deciding = BoundPolicy(opened.model, spec, who, weights)
 
     def make(planned: PlannedList, stack: Stack, steps: tuple[Step, ...]) -> Executor:
         return deciding.conduct(planned, stack, opened.facts(stack.name), steps, weights)

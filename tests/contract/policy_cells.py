@@ -12,9 +12,11 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from shoal.deciding.gates import Decision, Moment, Policy, Sight
-from shoal.deciding.kv_rules import kinds_of
-from shoal.deciding.place import with_exits, with_gates
+from shoal.deciding.decisions import Decision
+from shoal.deciding.exit_view import ExitView
+from shoal.deciding.forward import ForwardView, kinds_of
+from shoal.deciding.gating import with_exits, with_gates
+from shoal.deciding.policy import Policy
 from shoal.models.inspect import inspect
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
@@ -35,14 +37,14 @@ class Written(Policy):
         self.tables = tables
         self.leaves_out = part  # type: ignore[misc, assignment]
 
-    def _now(self, key: Any, moment: Moment) -> Decision:
-        return self.tables[key][: moment.rows, moment.past : moment.past + moment.tokens]
+    def _now(self, key: Any, forward: ForwardView) -> Decision:
+        return self.tables[key][: forward.rows, forward.past : forward.past + forward.tokens]
 
-    def runs(self, run: Run, moment: Moment, hidden: torch.Tensor) -> Decision:
-        return self._now(run.layer, moment)
+    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision:
+        return self._now(run.layer, forward)
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        return self._now(stop.name, moment)
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        return self._now(step.name, forward)
 
 
 @cache

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from shoal.data import Data, DataInfo
-from shoal.deciding.deciding import make_policy
 from shoal.deciding.policies.calibrated import Calibrated
 from shoal.deciding.policy_file import Level, load_policy
+from shoal.deciding.policy_text import make_policy
 from shoal.errors import ShoalError
 from shoal.evaluation.exit_search import Target, losses, replay, search_path
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from gguf_files import raw_file
-from shoal.deciding.gates import Policy
+from shoal.deciding.policy import Policy
 from shoal.decoding.fast import FastDecoder
 from shoal.errors import ShoalError
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
@@ -81,10 +81,10 @@ class Always(Policy):
         super().__init__(plan)
         self.answer = runs
 
-    def runs(self, run: Any, moment: Any, hidden: Any) -> bool:
+    def should_run(self, run: Any, forward: Any, hidden: Any) -> bool:
         return self.answer
 
-    def leaves(self, stop: Any, moment: Any, sight: Any) -> bool:
+    def should_exit(self, step: Any, forward: Any, view: Any) -> bool:
         return not self.answer
 
 

@@ -12,8 +12,8 @@ import torch
 
 from shoal.api.fit_exits import Lensed, fit_exits
 from shoal.data import Data, DataInfo
-from shoal.deciding.deciding import make_policy
-from shoal.deciding.place import exits_of
+from shoal.deciding.gating import exits_of
+from shoal.deciding.policy_text import make_policy
 from shoal.errors import ShoalError
 from shoal.executing.weights import load_weights, save_planned
 from shoal.fitting.lens import SINK, fit_lenses

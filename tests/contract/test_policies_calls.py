@@ -11,10 +11,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from shoal.deciding.deciding import make_policy
-from shoal.deciding.gates import Decision, Moment, Policy, Schedule
-from shoal.deciding.place import fill_for, require_decidable
-from shoal.deciding.readout import Heads
+from shoal.deciding import policy
+from shoal.deciding.decidable import require_decidable
+from shoal.deciding.decisions import Decision
+from shoal.deciding.exit_heads import Heads
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import fill_for
+from shoal.deciding.policy import Policy, Schedule
+from shoal.deciding.policy_text import make_policy
 from shoal.errors import ShoalError
 from shoal.live import running
 from shoal.models.inspect import inspect
@@ -154,11 +158,11 @@ class _HalfLayers(Policy):
         super().__init__(plan)
         self.left, self.whole = left, whole
 
-    def runs(self, run: Run, moment: Moment, hidden: torch.Tensor) -> Decision:
-        return self.whole[: moment.rows, moment.past : moment.past + moment.tokens]
+    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision:
+        return self.whole[: forward.rows, forward.past : forward.past + forward.tokens]
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Any) -> Decision:
-        return self.left[: moment.rows, moment.past : moment.past + moment.tokens]
+    def should_exit(self, step: Exit, forward: ForwardView, view: Any) -> Decision:
+        return self.left[: forward.rows, forward.past : forward.past + forward.tokens]
 
 
 @torch.no_grad()
@@ -223,3 +227,46 @@ def test_an_own_head_follows_the_state_to_its_device(bias: bool) -> None:
         assert Headed.head(torch.empty(1, 3, 8, device="meta")).device.type == "meta"
     finally:
         heads.remove()
+
+
+@torch.no_grad()
+def test_a_policy_with_the_former_names_decides_as_before() -> None:
+    """User files may define `runs`, `leaves`, `saw` and `wrote`, and call those of the class that they extend."""
+    model, heard = tiny("llama"), list[str]()
+    with pytest.warns(DeprecationWarning, match="is now called") as notes:
+
+        class Former(Policy):
+            watches = True
+            reads_logits = True
+
+            def runs(self, run: Any, moment: Any, hidden: torch.Tensor) -> Decision:
+                heard.append("runs")
+                return super().runs(run, moment, hidden) and run.layer != 1  # type: ignore[misc]
+
+            def leaves(self, stop: Any, moment: Any, sight: Any) -> Decision:
+                heard.append("leaves")
+                return sight.read("margin") >= 0 if moment.past == 0 else False
+
+            def saw(self, run: Any, moment: Any, before: torch.Tensor, after: torch.Tensor) -> None:
+                heard.append("saw")
+
+            def wrote(self, logits: torch.Tensor) -> None:
+                heard.append("wrote")
+
+    assert [str(note.message) for note in notes] == [
+        f"Former.{old} is now called {new}; rename it"
+        for old, new in {
+            "runs": "should_run", "leaves": "should_exit", "saw": "after_run", "wrote": "after_forward"
+        }.items()
+    ]  # fmt: skip
+    plan = parse_plan("0,1?g/project,2,!e?g,3/project", identity(model))
+    with running(model, plan, policy=Former(plan)) as handle:
+        whole(model, batch_of(1))
+        assert handle.trace.depths == [[2.0] * LENGTH]
+    assert heard == ["saw", "runs", "saw", "leaves", "wrote"]
+
+
+def test_the_former_names_of_what_policies_see_still_import() -> None:
+    for old, new in {"Moment": "ForwardView", "Sight": "ExitView", "both": "logical_and"}.items():
+        with pytest.warns(DeprecationWarning, match=f"{old} is now shoal.deciding.*{new}"):
+            assert getattr(policy, old).__name__ == new

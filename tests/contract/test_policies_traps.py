@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from shoal.deciding.entries import COMPUTED, COPIED, HOLE, PROJECTED
-from shoal.deciding.place import with_exits, with_gates
+from shoal.deciding.gating import with_exits, with_gates
+from shoal.deciding.kv_state import COMPUTED, COPIED, HOLE, PROJECTED
 from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
@@ -130,7 +130,7 @@ def test_every_entry_says_what_it_is(fill: str, code: int) -> None:
     with running(model, gated, policy=Written(gated, table)), torch.no_grad():
         for start, end in ((0, 7), (7, 9), (9, 10), (10, 11), (11, 12)):
             model(batch["input_ids"][:, start:end], batch["attention_mask"][:, :end], past_key_values=past)
-    codes = past._shoal_entries.codes[:, :, :LENGTH]  # type: ignore[attr-defined]
+    codes = past._shoal_kv_state.codes[:, :, :LENGTH]  # type: ignore[attr-defined]
     assert [row.get_seq_length() for row in past.layers] == [LENGTH] * DEPTH
     for layer in range(DEPTH):
         assert torch.equal(codes[layer], torch.where(table[layer], COMPUTED, code))

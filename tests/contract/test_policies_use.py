@@ -10,9 +10,11 @@ import torch
 from transformers import DynamicCache
 
 import shoal
-from shoal.deciding.deciding import make_policy
-from shoal.deciding.gates import Decision, Moment, Policy
-from shoal.deciding.place import with_exits, with_gates
+from shoal.deciding.decisions import Decision
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import with_exits, with_gates
+from shoal.deciding.policy import Policy
+from shoal.deciding.policy_text import make_policy
 from shoal.errors import ShoalError
 from shoal.live import apply, running
 from shoal.models.inspect import inspect
@@ -125,8 +127,8 @@ def test_confidence_is_that_of_the_logits_whatever_stands_behind_the_head(family
     batch, seen = batch_of(1), []
 
     class Reading(Policy):
-        def leaves(self, stop: Exit, moment: Moment, sight: Any) -> Decision:
-            seen.append(sight.read("probability"))
+        def should_exit(self, step: Exit, forward: ForwardView, view: Any) -> Decision:
+            seen.append(view.read("probability"))
             return False
 
     spec = inspect(model)

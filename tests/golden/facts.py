@@ -21,7 +21,7 @@ import shoal
 from shoal.api.measuring import measure
 from shoal.api.stand_ins import parse_then
 from shoal.api.study import Cell, Protocol
-from shoal.deciding.deciding import make_policy
+from shoal.deciding.policy_text import make_policy
 from shoal.errors import ShoalError
 from shoal.executing.weights import hash_of_used, load_weights
 from shoal.live import running

@@ -53,4 +53,4 @@ def test_a_name_that_never_was_is_still_an_error() -> None:
 def test_the_note_reaches_a_user_file() -> None:
     code = "from shoal.run.gates import Policy; from shoal.run import policies"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
-    assert "shoal.run.gates is now shoal.deciding.gates" in done.stderr
+    assert "shoal.run.gates is now shoal.deciding.policy" in done.stderr

@@ -12,7 +12,7 @@ import torch
 
 from shoal.api.assess import Source, opened, planned
 from shoal.api.prompts import encoded, texts_of
-from shoal.deciding.place import ungated
+from shoal.deciding.gating import ungated
 from shoal.errors import UsageError
 from shoal.evaluation.decoding import GREEDY
 from shoal.evaluation.scoring import Progress

@@ -16,11 +16,11 @@ from shoal.api.exit_table import finite, notes, row
 from shoal.api.risk_control import ControlledRisk, Settings, control_risk
 from shoal.atomic import write_atomically
 from shoal.data import Data
-from shoal.deciding.deciding import make_policy
-from shoal.deciding.gates import Policy
+from shoal.deciding.exit_heads import require_probes
 from shoal.deciding.policies.calibrated import Calibrated
+from shoal.deciding.policy import Policy
 from shoal.deciding.policy_file import Level, PolicyFile
-from shoal.deciding.readout import require_probes
+from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError
 from shoal.evaluation.exit_search import Target, one_threshold, parse_target, search_path, thin
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits, require_length

@@ -11,8 +11,8 @@ from scipy.stats import mannwhitneyu
 from shoal.api.assess import Source, opened, text_of
 from shoal.api.exit_options import exit_options
 from shoal.data import Data
-from shoal.deciding.deciding import make_policy
-from shoal.deciding.place import exits_of, ungated
+from shoal.deciding.gating import exits_of, ungated
+from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError
 from shoal.evaluation.exits import Features, record_exits, require_length
 from shoal.evaluation.risk import sequence_means

@@ -17,8 +17,11 @@ import torch
 
 from shoal.atomic import write_atomically
 from shoal.data import Data
-from shoal.deciding.gates import Decision, Moment, Policy, Sight
-from shoal.deciding.readout import confidence_of, has_probes
+from shoal.deciding.decisions import Decision
+from shoal.deciding.exit_heads import has_probes
+from shoal.deciding.exit_view import ExitView, confidence_of
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.policy import Policy
 from shoal.deciding.signals import WITHOUT_HEAD, Signal
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.risk import Losses, sequence_means
@@ -129,9 +132,9 @@ class _Recorder(Policy):
         self.rows: list[dict[str, torch.Tensor]] = []
         self.headless: list[str] = []
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        found = _looked(lambda part: self.read(stop.head, sight.hidden[:, part]), self.ids, self.first)
-        self.rows.append(found | {name: sight.read(name)[:, self.first : -1].cpu() for name in self.headless})
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        found = _looked(lambda part: self.read(step.head, view.hidden[:, part]), self.ids, self.first)
+        self.rows.append(found | {name: view.read(name)[:, self.first : -1].cpu() for name in self.headless})
         return False
 
 

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from shoal.data import Data
-from shoal.deciding.gates import Decision, Moment, Policy, Sight
-from shoal.deciding.place import with_exits
+from shoal.deciding.decisions import Decision
+from shoal.deciding.exit_view import ExitView
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import with_exits
+from shoal.deciding.policy import Policy
 from shoal.errors import DataError
 from shoal.evaluation.scoring import logits_of
 from shoal.live import running
@@ -106,6 +109,6 @@ class _Recorder(Policy):
         super().__init__(plan)
         self.seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        self.seen.append((sight.read("margin"), sight.read("probability"), sight.read("choice")))
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        self.seen.append((view.read("margin"), view.read("probability"), view.read("choice")))
         return False

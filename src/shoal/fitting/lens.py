@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from shoal.data import Data
-from shoal.deciding.gates import Decision, Moment, Policy, Sight
-from shoal.deciding.place import EXIT
+from shoal.deciding.decisions import Decision
+from shoal.deciding.exit_view import ExitView
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import EXIT
+from shoal.deciding.policy import Policy
 from shoal.errors import UsageError
 from shoal.executing.inputs import forward_without_head
 from shoal.executing.weights import Tensors
@@ -90,8 +93,8 @@ class _Seen(Policy):
         super().__init__(plan)
         self.states: dict[str, torch.Tensor] = {}
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        self.states[stop.name] = sight.hidden
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        self.states[step.name] = view.hidden
         return False
 
 

@@ -10,8 +10,11 @@ import torch
 from scipy.optimize import minimize
 
 from shoal.data import Data
-from shoal.deciding.gates import Decision, Moment, Policy, Sight
-from shoal.deciding.readout import scaled
+from shoal.deciding.decisions import Decision
+from shoal.deciding.exit_heads import scaled
+from shoal.deciding.exit_view import ExitView
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.policy import Policy
 from shoal.evaluation.scoring import logits_of
 from shoal.executing.weights import Tensors
 from shoal.live import running
@@ -106,6 +109,6 @@ class _Seen(Policy):
         self.now: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self.kept: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        self.now.append((stop.head, scaled(sight.hidden), sight.read("choice")))
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        self.now.append((step.head, scaled(view.hidden), view.read("choice")))
         return False

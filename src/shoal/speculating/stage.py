@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from shoal.deciding.readout import Readout
+from shoal.deciding.exit_readout import Readout
 from shoal.errors import PlanError, UsageError
 from shoal.executing.bind import bind, refuse_second_plan
 from shoal.executing.forward import Forward

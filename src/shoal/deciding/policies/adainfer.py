@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from shoal.deciding.gates import Decision, Moment, Policy, Sight, both
-from shoal.deciding.layer_lists import exit_layers
-from shoal.deciding.place import with_exits
+from shoal.deciding.decisions import Decision, logical_and
+from shoal.deciding.exit_view import ExitView
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import with_exits
+from shoal.deciding.policy import Policy
+from shoal.deciding.policy_options import exit_layers
 from shoal.examples import PolicyExamples
 from shoal.plan import Exit, Plan, Spec
 from shoal.plan.steps import Fill
@@ -47,9 +50,9 @@ class _AdaInfer(Policy):
         super().__init__(plan)
         self.gap, self.top, self.bias, self.prefill = gap, top, bias, prefill
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        asked = True if self.prefill else moment.decoding(sight.hidden.device)
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        asked = True if self.prefill else forward.decoding(view.hidden.device)
         if asked is False:
             return False
-        score = self.gap * sight.read("margin") + self.top * sight.read("probability") + self.bias
-        return both(asked, score > 0)
+        score = self.gap * view.read("margin") + self.top * view.read("probability") + self.bias
+        return logical_and(asked, score > 0)

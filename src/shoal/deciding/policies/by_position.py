@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from shoal.deciding.gates import Policy, Schedule
-from shoal.deciding.layer_lists import spread
-from shoal.deciding.place import fill_for, with_gates
+from shoal.deciding.gating import fill_for, with_gates
+from shoal.deciding.policy import Policy, Schedule
+from shoal.deciding.policy_options import spread
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Spec

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from shoal.deciding.gates import Decision, Moment, Policy, Sight, both
-from shoal.deciding.place import exits_of, with_exits
+from shoal.deciding.decisions import Decision, logical_and
+from shoal.deciding.exit_view import ExitView
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import exits_of, with_exits
+from shoal.deciding.policy import Policy
 from shoal.deciding.policy_file import Level, PolicyFile, load_policy
 from shoal.deciding.signals import Signal
 from shoal.errors import UsageError
@@ -74,13 +77,13 @@ class Calibrated(Policy):
         """From the next forward on, the thresholds of this level. Raises U606."""
         self.now = PolicyFile("", "", "", self.levels).level(level)
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        threshold = self.now.thresholds.get(self.names[stop.name])
-        asked = True if self.prefill else moment.decoding(sight.hidden.device)
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        threshold = self.now.thresholds.get(self.names[step.name])
+        asked = True if self.prefill else forward.decoding(view.hidden.device)
         if threshold is None or asked is False:
             return False
-        sure: torch.Tensor = sight.read(self.by) >= threshold
-        return both(asked, sure)
+        sure: torch.Tensor = view.read(self.by) >= threshold
+        return logical_and(asked, sure)
 
 
 def _typed(text: str) -> dict[int, float]:

@@ -6,9 +6,12 @@ from collections.abc import Iterable
 
 import torch
 
-from shoal.deciding.gates import Decision, Moment, Policy, Sight, both
-from shoal.deciding.layer_lists import exit_layers, share
-from shoal.deciding.place import exits_of, with_exits
+from shoal.deciding.decisions import Decision, logical_and
+from shoal.deciding.exit_view import ExitView
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import exits_of, with_exits
+from shoal.deciding.policy import Policy
+from shoal.deciding.policy_options import exit_layers, share
 from shoal.deciding.signals import Signal
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
@@ -104,10 +107,10 @@ class _Always(Policy):
         super().__init__(plan)
         self.asked, self.prefill = asked, prefill
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        if stop.name not in self.asked:
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        if step.name not in self.asked:
             return False
-        return True if self.prefill else moment.decoding(sight.hidden.device)
+        return True if self.prefill else forward.decoding(view.hidden.device)
 
 
 class _WhenSure(Policy):
@@ -115,9 +118,9 @@ class _WhenSure(Policy):
         super().__init__(plan)
         self.asked, self.threshold, self.by, self.prefill = asked, threshold, by, prefill
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        asked = stop.name in self.asked and (True if self.prefill else moment.decoding(sight.hidden.device))
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        asked = step.name in self.asked and (True if self.prefill else forward.decoding(view.hidden.device))
         if asked is False:
             return False
-        sure: torch.Tensor = sight.read(self.by) >= self.threshold
-        return both(asked, sure)
+        sure: torch.Tensor = view.read(self.by) >= self.threshold
+        return logical_and(asked, sure)

@@ -6,9 +6,11 @@ from typing import ClassVar
 
 import torch
 
-from shoal.deciding.gates import Decision, Moment, Policy, both
-from shoal.deciding.layer_lists import share
-from shoal.deciding.place import with_gates
+from shoal.deciding.decisions import Decision, logical_and
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import with_gates
+from shoal.deciding.policy import Policy
+from shoal.deciding.policy_options import share
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Run, Spec
@@ -73,20 +75,20 @@ class _FFNSkip(Policy):
         super().__init__(plan)
         self.threshold, self.ahead, self.warm_up, self.prefill = threshold, ahead, warm_up, prefill
 
-    def runs(self, run: Run, moment: Moment, hidden: torch.Tensor) -> Decision:
-        left = moment.notes.get("left")
-        asked = moment.each(lambda c: c >= self.warm_up and (self.prefill or moment.generated(c)), hidden.device)
+    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision:
+        left = forward.notes.get("left")
+        asked = forward.each(lambda c: c >= self.warm_up and (self.prefill or forward.generated(c)), hidden.device)
         if left is None or asked is False:
             return True
-        skips = both(asked, left > 0)
+        skips = logical_and(asked, left > 0)
         return True if isinstance(skips, bool) else ~skips
 
-    def saw(self, run: Run, moment: Moment, before: torch.Tensor, after: torch.Tensor) -> None:
+    def after_run(self, run: Run, forward: ForwardView, before: torch.Tensor, after: torch.Tensor) -> None:
         if run.gate is None:
             return
         alike = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
         alike = alike if alike.dim() == 2 else alike.mean(0)
-        left = moment.notes.get("left")
+        left = forward.notes.get("left")
         left = torch.zeros_like(alike, dtype=torch.long) if left is None else left
         fresh = torch.where(alike >= self.threshold, self.ahead, 0)
-        moment.notes["left"] = torch.where(left > 0, left - 1, fresh)
+        forward.notes["left"] = torch.where(left > 0, left - 1, fresh)

@@ -6,9 +6,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from shoal.deciding.gates import Decision, Grain, Moment, Policy
-from shoal.deciding.layer_lists import kept_layers, share
-from shoal.deciding.place import with_gates
+from shoal.deciding.decisions import Decision
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import with_gates
+from shoal.deciding.policy import Grain, Policy
+from shoal.deciding.policy_options import kept_layers, share
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Run, Spec
@@ -61,15 +63,15 @@ class _Menu(Policy):
         super().__init__(plan)
         self.out, self.threshold, self.choose = out, threshold, choose
 
-    def runs(self, run: Run, moment: Moment, hidden: torch.Tensor) -> Decision:
-        chosen = moment.memory.get("chosen", 0)
+    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision:
+        chosen = forward.memory.get("chosen", 0)
 
         def wanted(column: int) -> bool:
             number = column % len(self.out) if self.choose == "turn" else chosen
-            return not moment.generated(column) or run.layer not in self.out[number]
+            return not forward.generated(column) or run.layer not in self.out[number]
 
-        return moment.each(wanted, hidden.device)
+        return forward.each(wanted, hidden.device)
 
-    def after_forward(self, moment: Moment, logits: torch.Tensor) -> None:
+    def after_forward(self, forward: ForwardView, logits: torch.Tensor) -> None:
         sure = bool((logits.float().softmax(-1).amax(-1) >= self.threshold).all())
-        moment.memory["chosen"] = min(moment.memory.get("chosen", 0) + 1, len(self.out) - 1) if sure else 0
+        forward.memory["chosen"] = min(forward.memory.get("chosen", 0) + 1, len(self.out) - 1) if sure else 0

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from shoal.deciding.gates import Decision, Moment, Policy, Sight, both
-from shoal.deciding.layer_lists import exit_layers
-from shoal.deciding.place import with_exits
+from shoal.deciding.decisions import Decision, logical_and
+from shoal.deciding.exit_view import ExitView
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import with_exits
+from shoal.deciding.policy import Policy
+from shoal.deciding.policy_options import exit_layers
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Exit, Plan, Spec
@@ -51,12 +54,12 @@ class _Patience(Policy):
         super().__init__(plan)
         self.agree, self.prefill = agree, prefill
 
-    def leaves(self, stop: Exit, moment: Moment, sight: Sight) -> Decision:
-        asked = True if self.prefill else moment.decoding(sight.hidden.device)
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+        asked = True if self.prefill else forward.decoding(view.hidden.device)
         if asked is False:
             return False
-        choice = sight.read("choice")
-        before, run = moment.notes.get("said", (None, None))
+        choice = view.read("choice")
+        before, run = forward.notes.get("said", (None, None))
         run = torch.ones_like(choice) if before is None else torch.where(choice == before, run + 1, 1)
-        moment.notes["said"] = choice, run
-        return both(asked, run >= self.agree)
+        forward.notes["said"] = choice, run
+        return logical_and(asked, run >= self.agree)

@@ -6,8 +6,10 @@ from typing import ClassVar
 
 import torch
 
-from shoal.deciding.gates import Decision, Grain, Moment, Policy
-from shoal.deciding.place import with_gates
+from shoal.deciding.decisions import Decision
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import with_gates
+from shoal.deciding.policy import Grain, Policy
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Run, Spec
@@ -47,25 +49,25 @@ class _PerPrompt(Policy):
         super().__init__(plan)
         self.number = number
 
-    def begin(self, moment: Moment) -> None:
-        alike: dict[int, torch.Tensor] = moment.memory.setdefault("alike", {})
-        if moment.past > 0 and alike and "chosen" not in moment.memory:
+    def begin(self, forward: ForwardView) -> None:
+        alike: dict[int, torch.Tensor] = forward.memory.setdefault("alike", {})
+        if forward.past > 0 and alike and "chosen" not in forward.memory:
             # the layers of one model may be on several devices
             ranks = torch.stack([one.cpu() for one in alike.values()]).argsort(0, descending=True)
             # by base layer, bool [batch]: the sequences that skip it
-            moment.memory["chosen"] = {
+            forward.memory["chosen"] = {
                 layer: (ranks[: self.number] == place).any(0).to(alike[layer].device)
                 for place, layer in enumerate(alike)
             }
 
-    def runs(self, run: Run, moment: Moment, hidden: torch.Tensor) -> Decision:
-        skip = moment.memory.get("chosen", {}).get(run.layer)
-        return True if skip is None else ~skip[:, None].expand(-1, moment.tokens)
+    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision:
+        skip = forward.memory.get("chosen", {}).get(run.layer)
+        return True if skip is None else ~skip[:, None].expand(-1, forward.tokens)
 
-    def saw(self, run: Run, moment: Moment, before: torch.Tensor, after: torch.Tensor) -> None:
-        if moment.past > 0 or run.gate is None:
+    def after_run(self, run: Run, forward: ForwardView, before: torch.Tensor, after: torch.Tensor) -> None:
+        if forward.past > 0 or run.gate is None:
             return
         alike = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
         alike = alike if alike.dim() == 2 else alike.mean(0)
-        real = torch.ones_like(alike) if moment.real is None else moment.real.to(alike)
-        moment.memory["alike"][run.layer] = (alike * real).sum(-1) / real.sum(-1).clamp(min=1)
+        real = torch.ones_like(alike) if forward.real is None else forward.real.to(alike)
+        forward.memory["alike"][run.layer] = (alike * real).sum(-1) / real.sum(-1).clamp(min=1)

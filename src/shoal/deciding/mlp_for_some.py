@@ -12,7 +12,7 @@ from torch import nn
 
 
 @contextmanager
-def partly(layer: nn.Module, names: tuple[str, ...], active: torch.Tensor) -> Iterator[None]:
+def mlp_for_some(layer: nn.Module, names: tuple[str, ...], active: torch.Tensor) -> Iterator[None]:
     """Meanwhile the children `names` of `layer` add something for the tokens that are `active` [batch, tokens] alone.
 
     Several bare `nn.Linear` children are one chain (OPT keeps its mlp inline), of which the last one counts.

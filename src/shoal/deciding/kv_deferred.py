@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from shoal.deciding.arguments import Arguments, Call, argument, with_argument
-from shoal.deciding.entries import Entries
-from shoal.deciding.kv_rules import Forward, Place
+from shoal.deciding.forward import GatedForward
+from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.masks import causal, seen_columns
 from shoal.errors import PlanError
+from shoal.executing.calls import Call, argument, with_argument
 from shoal.executing.slots import KeysValues, Store, Take
 
 
@@ -46,14 +46,13 @@ class Block:
         return replace(self, state=self.state[..., :kept, :], calls=calls)
 
 
-def wait(
-    entries: Entries, now: Forward, position: int, layer: int, hidden: torch.Tensor, call: Call, known: Arguments
-) -> None:
+def wait(forward: GatedForward, position: int, layer: int, hidden: torch.Tensor, call: Call, known: Arguments) -> None:
     """The tokens of this forward skip the step at `position`, which calls `layer`: remember how to run it."""
-    block = entries.waiting[-1] if entries.waiting else None
-    if block is None or block.start != now.past:
-        block = Block(now.past, hidden, position, known)
-        entries.waiting.append(block)
+    waiting, past = forward.kv_state.waiting, forward.view.past
+    block = waiting[-1] if waiting else None
+    if block is None or block.start != past:
+        block = Block(past, hidden, position, known)
+        waiting.append(block)
     args, kwargs = call
     block.calls[layer] = (
         tuple(None if n == 0 or isinstance(a, Cache) else a for n, a in enumerate(args)),
@@ -70,6 +69,11 @@ class CatchUp:
     call: Call
     take: Take
 
+    @property
+    def tokens(self) -> int:
+        """Of those who waited."""
+        return sum(block.tokens for block in self.blocks)
+
     def part(self, out: torch.Tensor, following: int) -> torch.Tensor:
         """The output for this forward's own tokens; the others wait at the step `following` with theirs."""
         start = 0
@@ -81,36 +85,36 @@ class CatchUp:
 
 
 def catch_up(
-    place: Place, position: int, now: Forward, known: Arguments, call: Call, hidden: torch.Tensor
+    position: int, slot: int, layer: int, forward: GatedForward, known: Arguments, call: Call, hidden: torch.Tensor
 ) -> CatchUp | None:
     """How to run the step at `position` so that all who wait there run it too; None when nobody does.
 
     Raises P137 for a cache whose entries cannot be replaced.
     """
-    blocks = [block for block in now.entries.waiting if block.at == position]
+    blocks = [block for block in forward.kv_state.waiting if block.at == position]
     if not blocks:
         return None
-    layer = place.run.layer
+    past, tokens = forward.view.past, forward.view.tokens
     late = sum(block.tokens for block in blocks)
-    start = now.past - late
+    start = past - late
     joined = known.joined(layer, [*(_like(block.calls[layer], call) for block in blocks), call])
     at = known.masks[layer]
     assert at is not None  # P137 was raised before anything ran
     mask = causal(
         argument(call, at),
         start=start,
-        tokens=late + now.tokens,
-        keys=seen_columns(now.cache, place.slot, now.tokens)[0],
+        tokens=late + tokens,
+        keys=seen_columns(forward.cache, slot, tokens)[0],
         boolean=known.boolean[layer],
         like=hidden,
     )
-    row = _row(now.cache, place.slot)
-    now.entries.unmark(place.slot, start, now.past)
+    row = _row(forward.cache, slot)
+    forward.kv_state.unmark(slot, start, past)
 
     def take(store: Store, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
         with torch.no_grad():
-            row.keys[:, :, start : now.past] = keys[:, :, :late]
-            row.values[:, :, start : now.past] = values[:, :, :late]
+            row.keys[:, :, start:past] = keys[:, :, :late]
+            row.values[:, :, start:past] = values[:, :, :late]
         return store(keys[:, :, late:], values[:, :, late:])
 
     states = torch.cat([*(block.state for block in blocks), hidden], -2)

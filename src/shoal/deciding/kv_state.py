@@ -16,7 +16,7 @@ VALID = COPIED
 """Codes up to this one may be attended to."""
 
 
-class Entries:
+class KVState:
     """The codes of one cache, [slots, batch, columns] int8 on the CPU, COMPUTED until somebody says otherwise."""
 
     def __init__(self, owner: object, slots: int, rows: int) -> None:
@@ -62,14 +62,14 @@ class Entries:
         return None if bool(seen.all()) else seen
 
 
-def entries_of(cache: Cache | None, owner: object, slots: int, rows: int) -> Entries:
+def kv_state_of(cache: Cache | None, owner: object, slots: int, rows: int) -> KVState:
     """The codes that belong to `cache`, made when there are none yet; a pass without a cache gets codes for itself.
 
     Raises P123 for a cache that another policy or another number of sequences has filled.
     """
     if cache is None:
-        return Entries(owner, slots, rows)
-    found = cache.__dict__.get("_shoal_entries")
+        return KVState(owner, slots, rows)
+    found = cache.__dict__.get("_shoal_kv_state")
     if found is not None and past_of(cache) > 0:
         if found.owner is not owner or found.rows != rows:
             raise PlanError(
@@ -78,7 +78,7 @@ def entries_of(cache: Cache | None, owner: object, slots: int, rows: int) -> Ent
                 code="P123",
             )
         return found
-    made = cache.__dict__["_shoal_entries"] = Entries(owner, slots, rows)
+    made = cache.__dict__["_shoal_kv_state"] = KVState(owner, slots, rows)
     for name in ("reorder_cache", "batch_select_indices"):
         cache.__dict__[name] = _refuse_reordering
     return made

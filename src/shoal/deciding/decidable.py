@@ -1,114 +1,21 @@
-"""Putting gates and exits into a plan, and asking whether they can be decided on this model."""
+"""Whether gates, exits and fills of a plan can be decided on one model, or by which code they are refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 
-from shoal.deciding.gates import Policy, Schedule
-from shoal.errors import PlanError, UsageError
+from shoal.deciding.forward import kv_kind
+from shoal.deciding.layer_arguments import Arguments
+from shoal.deciding.policy import Policy
+from shoal.errors import PlanError
+from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts, StackFacts
 from shoal.models.kinds import is_causal
 from shoal.plan import Exit, Map, Plan, Run, Spec, Step, format_steps
 from shoal.plan.capabilities import refusal, refused
 from shoal.plan.spec import LayerSpec
-from shoal.plan.steps import KV, Fill, decides, gate_of, layers_of, layers_read, runs, undecided, writes_kv
-
-EXIT = "exit"
-"""The gate of exits that a policy places."""
-
-
-def with_gates(plan: Plan, spec: Spec, layers: Iterable[int], gate: str, fill: Fill | None) -> Plan:
-    """`plan` with `gate` at every run of `layers`, and `fill` where such a run stores keys and values.
-
-    A plan that has gates or exits already is handed back as it is: who wrote them chose the places and the fills.
-    Raises U581 for a layer that the plan does not run whole.
-    """
-    if decides(plan.steps()):
-        return plan
-    gated, specs, wanted = list(plan.steps()), spec.stack().layers, set(layers)
-    for at, step in enumerate(gated):
-        if isinstance(step, Run) and step.layer in wanted:
-            gated[at] = replace(step, gate=gate, kv=_filled(step, specs[step.layer], fill))
-    there = {step.layer for step in gated if isinstance(step, Run)}
-    if missing := sorted(wanted - there):
-        raise UsageError(
-            f"the policy {gate} would decide about layer {missing[0]}, which {format_steps(plan.steps())} does not run "
-            "as a step of its own; name layers of the plan",
-            code="U581",
-        )
-    return plan.with_steps(tuple(gated))
-
-
-def with_exits(plan: Plan, spec: Spec, layers: Iterable[int], fill: Fill | None, head: str = "base") -> Plan:
-    """`plan` with an exit behind every one of `layers` (called after-LAYER) and `fill` for what is behind the first.
-
-    `head`: "base", or the beginning of the ids HEAD-LAYER that name own heads or lenses. A plan with gates or exits is
-    handed back as it is. Raises U581 for a layer that the plan does not run.
-    """
-    if decides(plan.steps()):
-        return plan
-    wanted, specs = set(layers), spec.stack().layers
-    last = {layer: at for at, step in enumerate(plan.steps()) for layer in layers_of(step)}
-    if missing := sorted(wanted - set(last)):
-        raise UsageError(
-            f"the exit behind layer {missing[0]} has no place, since {format_steps(plan.steps())} does not run that "
-            "layer; name layers of the plan",
-            code="U581",
-        )
-    placed: list[Step] = []
-    for at, step in enumerate(plan.steps()):
-        behind = any(isinstance(one, Exit) for one in placed)
-        placed.append(
-            replace(step, kv=_filled(step, specs[step.layer], fill)) if behind and isinstance(step, Run) else step
-        )
-        placed += [
-            Exit(f"after-{layer}", "base" if head == "base" else f"{head}-{layer}", EXIT)
-            for layer in sorted(wanted)
-            if last[layer] == at
-        ]
-    return plan.with_steps(tuple(placed))
-
-
-def exits_of(plan: Plan) -> dict[str, int]:
-    """The last layer in front of each exit, by the exit's name."""
-    found, last = {}, -1
-    for step in plan.steps():
-        if isinstance(step, Exit):
-            found[step.name] = last
-        else:
-            last = max(layers_of(step), default=last)
-    return found
-
-
-def _filled(run: Run, layer: LayerSpec, fill: Fill | None) -> KV:
-    stores = writes_kv(run) and layer.kv.per_token > 0
-    return replace(run.kv, fill=fill) if stores else run.kv
-
-
-def fill_for(schedule: Schedule, fill: str) -> Fill | None:
-    """`fill`, where "auto" is none at all when it is proved that none is needed, and "project" otherwise.
-
-    Raises U582 for "none" where the proof fails.
-    """
-    if fill == "none" and not schedule.consistent:
-        raise UsageError(
-            "this policy runs layers again that it has skipped for an earlier token, so their keys and values must "
-            "come from somewhere; give fill=project, copy or mask",
-            code="U582",
-        )
-    if fill in ("auto", "none"):
-        return None if schedule.consistent else "project"
-    return fill  # type: ignore[return-value]
-
-
-def ungated(plan: Plan) -> Plan:
-    """The plan when nothing is skipped and nobody leaves."""
-    for name, steps in plan.stacks:
-        plain = undecided(steps)
-        if plain:
-            plan = plan.with_steps(plain, name)
-    return plan
+from shoal.plan.steps import gate_of, layers_read, runs, writes_kv
+from shoal.plan.tensors import tensors_of
 
 
 def require_decidable(policy: Policy, spec: Spec, model: object, probe: StackFacts) -> None:
@@ -219,12 +126,44 @@ def _require_sources(steps: tuple[Step, ...], probe: StackFacts) -> None:
 
 
 def _require_source(run: Run, always: list[LayerFacts], fact: LayerFacts) -> None:
-    def alike(other: LayerFacts) -> bool:
-        return (other.keys, other.values, other.window) == (fact.keys, fact.values, fact.window)
-
-    if fact.cache_at is None or not any(alike(other) for other in always):
+    if fact.cache_at is None or not any(kv_kind(other) == kv_kind(fact) for other in always):
         raise PlanError(
             f"layer {run.layer} would copy keys and values, but no layer of its kind runs for every token "
             "before it; take the fill project",
             code="P136",
         )
+
+
+def require_masks(steps: tuple[Step, ...], arguments: Arguments) -> None:
+    """Raise P137 for a layer whose mask a fill must edit and that is handed none."""
+    for run in runs(steps):
+        if run.kv.fill in ("mask", "defer") and arguments.masks[run.layer] is None:
+            raise PlanError(
+                f"layer {run.layer} is handed no attention mask that could be replaced, which the fill "
+                f"{run.kv.fill} needs; take the fill project",
+                code="P137",
+            )
+
+
+def require_heads(plan: Plan, spec: Spec, weights: Tensors) -> None:
+    """Raise P113 for tensors of an exit's own head that have another name or shape than they must."""
+    hidden, vocab = spec.stack().hidden, spec.vocab
+    right = {"lens": (hidden, hidden), "lens_bias": (hidden,), "weight": (vocab, hidden), "bias": (vocab,),
+             "probe": (hidden,), "probe_bias": (1,)}  # fmt: skip
+    for step in plan.steps():
+        if not isinstance(step, Exit):
+            continue
+        if unknown := [name for name in tensors_of(step.head, weights) if name not in right]:
+            raise PlanError(
+                f"{step.head}.{unknown[0]} of exit {step.name} is no tensor of a head; its tensors are called "
+                f"{', '.join(right)}",
+                code="P113",
+            )
+        for name, shape in right.items():
+            found = weights.get(f"{step.head}.{name}")
+            if found is not None and tuple(found.shape) != shape:
+                raise PlanError(
+                    f"{step.head}.{name} of exit {step.name} is {list(found.shape)} instead of {list(shape)}; fit "
+                    "it on this model",
+                    code="P113",
+                )

@@ -1,0 +1,108 @@
+"""A policy bound to a model: what it must know is found out while the model is whole, then it listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.deciding.decidable import require_decidable, require_heads, require_masks
+from shoal.deciding.exit_heads import Heads, require_probes
+from shoal.deciding.exit_readout import Readout
+from shoal.deciding.gated_executor import GatedConductor, Known
+from shoal.deciding.kv_projection import projections_of
+from shoal.deciding.layer_arguments import Arguments
+from shoal.deciding.policy import Policy
+from shoal.deciding.trace import Trace, count_calls
+from shoal.executing.layer_list import PlannedList
+from shoal.executing.weights import Tensors
+from shoal.models.calls import logits_in, named_arguments
+from shoal.models.examine import StackFacts
+from shoal.models.opened import open_model
+from shoal.models.stacks import Stack
+from shoal.plan import Exit, Spec, Step
+from shoal.plan.steps import runs
+
+
+class BoundPolicy:
+    """A policy at work: its conductor's trace, and the hooks that count and listen. `remove()` takes the hooks away."""
+
+    def __init__(self, model: Any, spec: Spec, policy: Policy, weights: Tensors) -> None:
+        """Probes the model, which must be whole, for what this policy's gates, exits and fills need.
+
+        Raises P13x for what cannot be decided on this model, P137 when a fill needs a mask that the layers are not
+        given.
+        """
+        self.model, self.policy, self.weights = model, policy, weights
+        self.stack: Stack = open_model(model).stack()
+        self.facts = open_model(model).facts(self.stack.name)
+        require_decidable(policy, spec, model, self.facts)
+        require_heads(policy.plan, spec, weights)
+        require_probes(policy.plan, weights, policy.by)
+        self.known = self._found(policy.plan.steps())
+        self.conductor: GatedConductor | None = None
+        self._removes: list[Callable[[], None]] = []
+
+    def conduct(
+        self, planned: PlannedList, stack: Stack, facts: StackFacts, steps: tuple[Step, ...], weights: Tensors
+    ) -> GatedConductor:
+        """The conductor for `planned`; from now on the hooks are there."""
+        conductor = GatedConductor(planned, stack, facts, steps, weights, self.policy, self.known)
+        self.conductor = conductor
+        self._removes.append(count_calls(self.stack, self.facts.layers, conductor.trace.counts))
+        if self.known.heads is not None:
+            self._removes.append(self.known.heads.remove)
+        listen = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._removes.append(listen.remove)
+        if self.policy.reads_logits:
+            self._removes.append(self.model.register_forward_hook(self._after_forward).remove)
+        return conductor
+
+    @property
+    def trace(self) -> Trace:
+        """How deep each token went."""
+        assert self.conductor is not None
+        return self.conductor.trace
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What the policy remembers of the sequences that the newest forward was of."""
+        assert self.conductor is not None
+        return {} if self.conductor.last is None else self.conductor.last.memory
+
+    def remove(self) -> None:
+        """Take every hook away; a second call does nothing."""
+        while self._removes:
+            self._removes.pop()()
+
+    def _found(self, steps: tuple[Step, ...]) -> Known:
+        fills = {run.kv.fill for run in runs(steps)}
+        exits = [step for step in steps if isinstance(step, Exit)]
+        known = Known()
+        if fills & {"mask", "defer"}:
+            known.arguments = Arguments(self.model, self.stack)
+            require_masks(steps, known.arguments)
+        if "project" in fills:
+            known.projections = projections_of(open_model(self.model))
+        if exits:
+            known.readout = Readout(self.model, self.stack, self._ending)
+        if any(step.head != "base" for step in exits):
+            known.heads = Heads(self.model, self.weights)
+        return known
+
+    def _ending(self, state: torch.Tensor) -> Any:
+        assert self.conductor is not None
+        return self.conductor.between(self.conductor.depth, state)
+
+    def _before_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        conductor = self.conductor
+        if conductor is not None and not conductor.reading_out:
+            given = named_arguments(self.model, args, kwargs)
+            conductor.inputs = given.get("input_ids"), given.get("attention_mask")
+
+    def _after_forward(self, _: nn.Module, __: Any, out: Any) -> None:
+        conductor = self.conductor
+        if conductor is not None and not conductor.reading_out and conductor.last is not None:
+            self.policy.after_forward(conductor.last, logits_in(out)[:, -1])

@@ -1,0 +1,109 @@
+"""Heads, lenses and probes that a plan's exits have of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.errors import UsageError
+from shoal.executing.weights import Tensors
+from shoal.plan import Exit, Plan
+
+
+class Heads:
+    """Own heads and lenses of a plan's exits.
+
+    `ID.lens` [hidden, hidden] and `ID.lens_bias` [hidden]: an affine map in front of the model's own norm and head (a
+    tuned lens). `ID.weight` [vocabulary, hidden] and `ID.bias` [vocabulary]: a head behind the model's own final norm.
+    `ID.probe` [hidden] and `ID.probe_bias` [1]: how likely it is that the exit is right, from the state alone.
+    """
+
+    def __init__(self, model: Any, weights: Tensors) -> None:
+        self.weights = weights
+        self.now: list[tuple[torch.Tensor | bool, str]] = []
+        """(which tokens, whose head) for the tokens that the head is called for next."""
+        self._placed: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
+        self.head = model.get_output_embeddings()
+        self.handle = self.head.register_forward_hook(self._own) if self.head is not None else None
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        if self.handle is not None:
+            self.handle.remove()
+
+    def lens(self, head: str, hidden: torch.Tensor) -> torch.Tensor:
+        """The state that final norm and head read at an exit with this head."""
+        lens, bias = self._near(hidden, head, "lens", "lens_bias")
+        return hidden if lens is None else nn.functional.linear(hidden, lens, bias)
+
+    def probe(self, head: str, hidden: torch.Tensor) -> torch.Tensor:
+        """sigmoid(w . x / rms(x) + b), [batch, tokens], float32."""
+        weight, bias = self._near(hidden, head, "probe", "probe_bias")
+        assert weight is not None  # U623 was raised before anything ran
+        assert bias is not None
+        return (scaled(hidden) @ weight.float() + bias.float()).sigmoid()
+
+    def owned(self, head: str) -> bool:
+        """Whether a head's own matrix is given."""
+        return f"{head}.weight" in self.weights
+
+    @contextmanager
+    def only(self, head: str) -> Iterator[None]:
+        """Meanwhile this head answers for all tokens."""
+        before = self.now
+        self.now = [(True, head)] if self.owned(head) else []
+        try:
+            yield
+        finally:
+            self.now = before
+
+    def _near(self, state: torch.Tensor, head: str, *names: str) -> tuple[torch.Tensor | None, ...]:
+        """Tensors of a head where the state is and in its dtype: the layers of one model, and its head, may be on
+        several devices. They are brought there once."""
+        key = state.device, state.dtype
+        if key not in self._placed:
+            self._placed[key] = {}
+        placed = self._placed[key]
+        for name in names:
+            full = f"{head}.{name}"
+            if full not in placed and full in self.weights:
+                placed[full] = self.weights[full].to(state.device, state.dtype)
+        return tuple(placed.get(f"{head}.{name}") for name in names)
+
+    def _own(self, _: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor | None:
+        for where, head in self.now:
+            weight, bias = self._near(args[0], head, "weight", "bias")
+            assert weight is not None  # owned
+            own = nn.functional.linear(args[0], weight, bias)
+            if isinstance(where, bool):
+                logits = own
+            else:  # generate asks for the logits of the last columns only
+                logits = torch.where(where.to(own.device)[:, -logits.shape[-2] :, None], own, logits)
+        return logits if self.now else None
+
+
+def scaled(hidden: torch.Tensor) -> torch.Tensor:
+    """States [..., hidden] in float32, with a root mean square of 1."""
+    state = hidden.float()
+    found: torch.Tensor = state * state.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+    return found
+
+
+def has_probes(plan: Plan, weights: Tensors) -> bool:
+    """Whether every exit of `plan` has a probe."""
+    heads = {step.head for step in plan.steps() if isinstance(step, Exit)}
+    return bool(heads) and all(f"{head}.{part}" in weights for head in heads for part in ("probe", "probe_bias"))
+
+
+def require_probes(plan: Plan, weights: Tensors, by: str) -> None:
+    """Raise U623 for by=probe at exits without one."""
+    if by == "probe" and not has_probes(plan, weights):
+        raise UsageError(
+            "by=probe reads a probe at every exit, and this plan has none; fit them with shoal fit-exits, and give "
+            "the plan that it writes",
+            code="U623",
+        )

@@ -1,0 +1,77 @@
+"""What the model would say if it stopped at a hidden state: its own final norm and head, found by probing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.executing.inputs import input_device
+from shoal.models.evaluating import evaluating
+from shoal.models.stacks import Stack
+
+
+class Readout:
+    """logits [batch, tokens, vocabulary] of hidden states [batch, tokens, hidden] as the last layer would hand them on.
+
+    Where the modules behind the last layer, one after the other, give the model's logits bit for bit, they are called.
+    Where the forward does more (a scale, a soft cap), the stock forward itself runs with layers that hand on the state.
+    """
+
+    def __init__(self, model: Any, stack: Stack, ending: Callable[[torch.Tensor], Any]) -> None:
+        """`ending(state)` is a context in which the layers of `model` hand on `state`. Runs `model` on one token."""
+        self.model, self.ending = model, ending
+        self.chain = _chain(model, stack)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        if self.chain is not None:
+            for module in self.chain:
+                states = module(states)
+            return states
+        shape = states.shape[-3:-1]
+        ids = torch.zeros(shape, dtype=torch.long, device=states.device)
+        with self.ending(states):
+            logits: torch.Tensor = self.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            ).logits
+        return logits
+
+
+def _chain(model: Any, stack: Stack) -> list[nn.Module] | None:
+    called: list[tuple[nn.Module, Any, Any]] = []
+    last: list[Any] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if last:
+            called.append((module, args[0] if args else None, out))
+
+    def begin(_: nn.Module, __: Any, out: Any) -> None:
+        last[:] = [out[0] if isinstance(out, tuple) else out]
+
+    inside = {id(module) for layer in (stack.layer(i) for i in range(stack.depth)) for module in layer.modules()}
+    around = [
+        module for module in model.modules() if id(module) not in inside and not isinstance(module, nn.ModuleList)
+    ]
+    handles = [module.register_forward_hook(note) for module in around]
+    handles.append(stack.layer(stack.depth - 1).register_forward_hook(begin))
+    try:
+        ids = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
+        with evaluating(model):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    state, chain = last[0], []
+    for module, given, out in called:
+        if given is state and isinstance(out, torch.Tensor):
+            chain.append(module)
+            state = out
+    if state.shape != logits.shape or not torch.equal(state, logits):
+        return None
+    state = last[0]
+    with evaluating(model):
+        for module in chain:
+            state = module(state)
+    return chain if torch.equal(state, logits) else None

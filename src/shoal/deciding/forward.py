@@ -1,0 +1,118 @@
+"""One forward under a policy: what the policy sees of it, and what has been decided and stored so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from shoal.deciding.decisions import Decision, collapse_uniform, logical_or, select
+from shoal.deciding.kv_state import KVState
+from shoal.executing.forward import Forward
+from shoal.executing.slots import KeysValues
+from shoal.models.examine import LayerFacts, StackFacts
+
+KVKind = tuple[Any, ...]
+"""What two layers must have in common for one to take the other's keys and values: their shapes and window."""
+
+
+def kv_kind(fact: LayerFacts) -> KVKind:
+    """The kind of one layer."""
+    return fact.keys, fact.values, fact.window
+
+
+def kinds_of(facts: StackFacts) -> list[KVKind]:
+    """The kind of every layer."""
+    return [kv_kind(fact) for fact in facts.layers]
+
+
+@dataclass(frozen=True)
+class ForwardView:
+    """One forward as a policy sees it. The two dictionaries are the policy's own; all else is to be read."""
+
+    rows: int
+    tokens: int
+    """Columns of this forward; a prefill has as many as the prompt, padding included."""
+    past: int
+    """Columns that the cache holds already."""
+    prompt: int | None
+    """Columns from this one on count as generated although nothing is cached: a teacher-forced pass."""
+    real: torch.Tensor | None = None
+    """Which columns of this forward are no padding, bool [batch, tokens]; None: all."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Whatever the policy wants to remember until the end of this forward."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Whatever it wants to remember of these sequences: it stays beside their KV cache, is empty when the cache is, and
+    ends with the forward when there is none."""
+
+    def generated(self, column: int) -> bool:
+        """Whether `column` counts as decoding: it comes after a prefill, or `prompt` says so."""
+        return self.past > 0 or (self.prompt is not None and column >= self.prompt)
+
+    def each(self, answer: Callable[[int], bool], device: torch.device) -> Decision:
+        """One answer for each column of this forward, as a bool where all agree."""
+        answers = [answer(self.past + n) for n in range(self.tokens)]
+        return answers[0] if len(set(answers)) == 1 else torch.tensor([answers], device=device)
+
+    def decoding(self, device: torch.device) -> Decision:
+        """Which columns count as decoding."""
+        return self.past > 0 if self.prompt is None else self.each(self.generated, device)
+
+
+@dataclass(kw_only=True)
+class GatedForward(Forward):
+    """The record of one forward under a policy; `view` is what the policy is shown of it."""
+
+    view: ForwardView
+    cache: Cache | None
+    kv_state: KVState
+    ids: torch.Tensor | None
+    left: Decision = False
+    """Which tokens have left at an exit."""
+    left_with: torch.Tensor | None = None
+    """For those that have left: the state that final norm and head shall read."""
+    before: torch.Tensor | None = None
+    """The hidden state one run before."""
+    heads: list[tuple[Decision, str]] = field(default_factory=list)
+    """(which tokens, with whose head) for those that have left."""
+    newest_kv: dict[KVKind, KeysValues] = field(default_factory=dict)
+    """The newest keys and values of each kind of layer, [batch, heads, tokens, dim], for the fill copy."""
+    projected: int = 0
+    """Tokens x layers of which nothing but keys and values was computed."""
+    depth: float = 0.0
+    """Layers run by all tokens; `own_depth` [batch, tokens] has those that only some ran."""
+    own_depth: torch.Tensor | None = None
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of all rows."""
+        return self.view.rows * self.view.tokens
+
+    def ran(self, size: float, where: Decision) -> None:
+        """These tokens ran a layer (size 1) or a part of one (0.5)."""
+        if isinstance(where, bool):
+            self.depth += size if where else 0.0
+            return
+        if self.own_depth is None:
+            self.own_depth = torch.zeros(self.view.rows, self.view.tokens)
+        self.own_depth += size * where.cpu()
+
+    def depths(self) -> torch.Tensor:
+        """How many layers each token ran, [batch, tokens] on the CPU."""
+        depths = torch.full((self.view.rows, self.view.tokens), self.depth)
+        return depths if self.own_depth is None else depths + self.own_depth
+
+    def leave(self, where: Decision, state: torch.Tensor, head: str) -> None:
+        """These tokens, none of which had left, end here with `state`, to be read by `head`."""
+        self.left_with = state if self.left_with is None else select(where, state, self.left_with)
+        self.left = collapse_uniform(where if self.left is False else logical_or(self.left, where))
+        self.heads.append((where, head))
+
+    def last_state(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What final norm and head shall read, where `hidden` is the state behind the last layer."""
+        if self.left_with is None:
+            return hidden
+        return select(self.left, self.left_with.to(hidden.device), hidden)
