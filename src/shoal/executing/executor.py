@@ -9,40 +9,26 @@ runs as soon as it can. The hidden state always travels through the stock loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, assert_never
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from shoal.errors import PlanError
-from shoal.executing.calls import Call, argument, cache_of, caches_of, first_state, hidden_of, with_hidden
-from shoal.executing.forward import Forward
+from shoal.executing.calls import Call, argument, caches_of, first_state, hidden_of, with_hidden
+from shoal.executing.forward import Forward, Segment, with_passing_cache
 from shoal.executing.layer_list import PlannedList
 from shoal.executing.layer_runner import LayerRunner
 from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
-from shoal.executing.recorder import Recorder, RunRecord
+from shoal.executing.recorder import Recorder, RunRecord, attention_hooks
 from shoal.executing.slots import Filling, KeysValues, PassingCache, fit_rows, prepare_views, slot_view
 from shoal.executing.weights import Tensors
 from shoal.models.examine import StackFacts
-from shoal.models.first import first_only
 from shoal.models.lists import Stack
-from shoal.models.parts import find_parts
 from shoal.plan import Exit, Map, Parallel, Run, Step
-from shoal.plan.capabilities import refused
 from shoal.plan.schedule import schedule, slots_of
 from shoal.plan.steps import kv_source, layers_read, runs, undecided, writes_kv
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What part of the layers a forward runs through."""
-
-    begin: int
-    state: torch.Tensor | None
-    end: int
 
 
 class Executor:
@@ -73,7 +59,6 @@ class Executor:
         ]
         if self.kept:
             self.through[-1] = False  # where what was kept is forgotten
-        self.first = first_only(stack)
         self.unpaged: Obstacle | None = paging_obstacle(steps)
         self.now = Forward()
         self.owner: object | None = None
@@ -90,7 +75,7 @@ class Executor:
     def use(self, weights: Tensors) -> None:
         """From now on these are the plan's tensors. Whoever binds a plan has checked that they fit."""
         self.weights = weights
-        self.runner = LayerRunner(self.planned, self.facts, weights)
+        self.runner = LayerRunner(self.planned, self.stack, self.facts, weights)
         self._filling: Filling | None = None
 
     def prepared(self, forward: Callable[[], Any]) -> Forward:
@@ -140,7 +125,8 @@ class Executor:
     def recording(self, recorder: Recorder) -> Iterator[None]:
         """Until the end of the block `recorder` is told of everything that runs."""
         before, self.recorder = self.recorder, recorder
-        handles = self._listening(recorder) if recorder.wants_maps else []
+        layers = [self.layer(index) for index in range(self.depth)]
+        handles = attention_hooks(layers, recorder) if recorder.wants_maps else []
         try:
             yield
         finally:
@@ -257,8 +243,7 @@ class Executor:
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
-        with self._as_first(run.layer):
-            out = self.runner.call(run, call)
+        out = self.runner.call(run, call, comes_first=self.now.extra is None)
         if self.recorder is not None:
             self._told(run, call, out)
         if isinstance(out, tuple | list):
@@ -279,14 +264,9 @@ class Executor:
         else:
             kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
         if (run.layer in self.sources or run.layer_sources or self._tells_kv()) and run.part != "mlp":
-            return self._share_without_cache(run, (args, kwargs))
+            layer, place = self.layer(run.layer), self.facts[run.layer].cache_at
+            return with_passing_cache(run, layer, place, (args, kwargs), self.now, partial(self._cache_for, run, 0))
         return args, kwargs
-
-    def _as_first(self, index: int) -> AbstractContextManager[None]:
-        """The layer that runs first makes what all others are handed, with what layer 0 owns for it."""
-        if self.first is None or index == 0 or self.now.extra is not None:
-            return nullcontext()
-        return self.first.lent_to(self.layer(index))
 
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
         keep = partial(self._keep, run) if run.layer in self.sources or self._tells_kv() else None
@@ -305,27 +285,6 @@ class Executor:
         if self.recorder is not None:
             self.recorder.stores(run, *states)
 
-    def _share_without_cache(self, run: Run, call: Call) -> Call:
-        """Sharing goes through the cache's update; a pass without a cache gets one that stores nothing."""
-        layer, place = self.layer(run.layer), self.facts[run.layer].cache_at
-        if layer.training and getattr(layer, "gradient_checkpointing", False):
-            no = refused("KV source", "checkpointed", run)
-            assert no is not None
-            raise PlanError(no.message, code=no.code)
-        if cache_of(call) is not None:
-            return call
-        if place is None:
-            raise PlanError(
-                f"layer {run.layer} is given no KV cache, so its KV cannot be shared; drop the @", code="P109"
-            )
-        if self.now.passing is None:
-            self.now.passing = PassingCache()
-        view = self._cache_for(run, 0, self.now.passing)
-        args, kwargs = call
-        if isinstance(place, int):
-            return (*args[:place], view, *args[place + 1 :]), kwargs
-        return args, kwargs | {place: view}
-
     def _told(self, run: Run, call: Call, out: Any) -> None:
         """Tell the recorder of a run, in whose place it may ask for a part of the layer on the same input."""
         recorder = self.recorder
@@ -335,21 +294,3 @@ class Executor:
             return self.runner.behind_attention(run.layer, call)
 
         recorder.ran(RunRecord(run, hidden_of(call), first_state(out), behind_attention))
-
-    def _listening(self, recorder: Recorder) -> list[Any]:
-        """Hooks on every attention that tell the recorder of its map."""
-
-        def hook(index: int) -> Callable[..., None]:
-            def made(_: Any, __: Any, out: Any) -> None:
-                attended = out[1] if isinstance(out, tuple) and len(out) > 1 else None
-                if isinstance(attended, torch.Tensor) and attended.dim() == 4 and attended.is_floating_point():
-                    recorder.attends(index, attended)
-
-            return made
-
-        parts = [find_parts(self.layer(index)) for index in range(self.depth)]
-        return [
-            self.layer(index).get_submodule(own.attention[0]).register_forward_hook(hook(index))
-            for index, own in enumerate(parts)
-            if own is not None
-        ]

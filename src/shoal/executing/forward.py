@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from shoal.executing.calls import Call
+import torch
+from transformers.cache_utils import Cache
+
+from shoal.errors import PlanError
+from shoal.executing.calls import Call, Place, cache_of, with_argument
 from shoal.executing.slots import KeysValues, PassingCache
+from shoal.plan import Run
+from shoal.plan.capabilities import refused
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What part of the layers a forward runs through."""
+
+    begin: int
+    state: torch.Tensor | None
+    end: int
 
 
 @dataclass
@@ -23,3 +39,21 @@ class Forward:
     """By argument: what the run before handed to the next, besides the hidden state."""
     extra: tuple[Any, ...] | None = None
     """What the last layer returned besides the hidden state."""
+
+
+def with_passing_cache(
+    run: Run, layer: Any, place: Place | None, call: Call, forward: Forward, view: Callable[[Cache], Cache]
+) -> Call:
+    """The call of a layer that shares keys and values, which goes through the cache's update: a pass without a cache
+    gets one that stores nothing. Raises P121 under gradient checkpointing, P109 for a layer that takes no cache."""
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        no = refused("KV source", "checkpointed", run)
+        assert no is not None
+        raise PlanError(no.message, code=no.code)
+    if cache_of(call) is not None:
+        return call
+    if place is None:
+        raise PlanError(f"layer {run.layer} is given no KV cache, so its KV cannot be shared; drop the @", code="P109")
+    if forward.passing is None:
+        forward.passing = PassingCache()
+    return with_argument(call, place, view(forward.passing))

@@ -14,6 +14,8 @@ from shoal.executing.fitted_map import FittedMap
 from shoal.executing.layer_list import PlannedList
 from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts
+from shoal.models.first import first_only
+from shoal.models.lists import Stack
 from shoal.plan import Map, Run
 from shoal.plan.tensors import tensors_of
 
@@ -21,8 +23,9 @@ from shoal.plan.tensors import tensors_of
 class LayerRunner:
     """Calls the layers of one stack, with what each run changes in its layer prepared once."""
 
-    def __init__(self, planned: PlannedList, facts: list[LayerFacts], tensors: Tensors) -> None:
+    def __init__(self, planned: PlannedList, stack: Stack, facts: list[LayerFacts], tensors: Tensors) -> None:
         self.planned, self.facts, self.tensors = planned, facts, tensors
+        self.first = first_only(stack)
         self._maps: dict[str, FittedMap] = {}
         self._exchanges: dict[tuple[int, str, str | None], Exchange] = {}
 
@@ -30,8 +33,16 @@ class LayerRunner:
         """The real layer, looked up anew: PEFT or accelerate may have exchanged it."""
         return self.planned._modules[str(index)]
 
-    def call(self, run: Run, call: Call) -> Any:
-        """What the layer of `run` returns. Gradient checkpointing replays the whole exchange."""
+    def call(self, run: Run, call: Call, *, comes_first: bool = False) -> Any:
+        """What the layer of `run` returns. The layer that `comes_first` in a forward makes what all others are handed,
+        with what layer 0 owns for it."""
+        if self.first is None or run.layer == 0 or not comes_first:
+            return self._called(run, call)
+        with self.first.lent_to(self.layer(run.layer)):
+            return self._called(run, call)
+
+    def _called(self, run: Run, call: Call) -> Any:
+        """Gradient checkpointing replays the whole exchange."""
         layer, (args, kwargs) = self.layer(run.layer), call
         if run.part == "layer" and run.weights is None:
             return layer(*args, **kwargs)

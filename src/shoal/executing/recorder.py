@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+from torch import nn
 
+from shoal.models.parts import find_parts
 from shoal.plan import Run
 
 
@@ -61,3 +64,22 @@ class Outputs(Recorder):
 
     def ran(self, record: RunRecord) -> None:
         self.states[record.run.layer] = record.output
+
+
+def attention_hooks(layers: Sequence[nn.Module], recorder: Recorder) -> list[Any]:
+    """Hooks on the attention of every layer that tell `recorder` of its map; their `remove` takes them away."""
+
+    def hook(index: int) -> Callable[..., None]:
+        def made(_: Any, __: Any, out: Any) -> None:
+            attended = out[1] if isinstance(out, tuple) and len(out) > 1 else None
+            if isinstance(attended, torch.Tensor) and attended.dim() == 4 and attended.is_floating_point():
+                recorder.attends(index, attended)
+
+        return made
+
+    parts = [find_parts(layer) for layer in layers]
+    return [
+        layers[index].get_submodule(own.attention[0]).register_forward_hook(hook(index))
+        for index, own in enumerate(parts)
+        if own is not None
+    ]
