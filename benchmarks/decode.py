@@ -20,8 +20,9 @@ import torch
 from _common import PRUNED, Timed, compared, finish, opened, options, paired, say, times
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from shoal.decoding.arguments import GREEDY
 from shoal.decoding.fast import FastDecoder
-from shoal.evaluation.decoding import GREEDY, Stepper, random_tokens
+from shoal.evaluation.decoding import Stepper, random_tokens
 from shoal.evaluation.token_clock import TokenClock
 from shoal.executing.timing import now
 from shoal.live import running

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from shoal.api.prompts import BUILTIN, encoded
 from shoal.api.speculate import tune_draft
-from shoal.evaluation.decoding import GREEDY
+from shoal.decoding.arguments import GREEDY
 from shoal.models.stacks import find_stack
 from shoal.plan import Run
 from shoal.speculating.drafts.lookup import lookup

@@ -39,6 +39,8 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         (["MODEL", "--api-key", " x"], "U592"),
         (["nowhere"], "M307"),
         (["MODEL", "--plan", "0-9"], "P103"),
+        (["MODEL", "--fast", "--policy", "exit:after=2"], "U567"),
+        (["MODEL", "--fast", "--speculate", "exit:2"], "U567"),
         (["MODEL", "--plan", "0-1,2?g,3-4"], "P125"),
         (["MODEL", "--port", "70000"], None),
         (["MODEL", "--timeout", "0"], None),

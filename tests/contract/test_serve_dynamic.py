@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 import shoal
+from shoal.decoding import decoder
+from shoal.decoding.fast import FastDecoder
 from shoal.errors import ShoalError
 from shoal.models.load import Loaded, load
-from shoal.serve.dynamic import drafted, under_policy
+from shoal.serve.dynamic import chosen_way, drafted, under_policy
 from shoal.serve.engine import Engine
 
 from .serving import serving, streamed, until
@@ -59,6 +61,26 @@ def test_a_draft_changes_no_token(loaded: Loaded, draft: str) -> None:
         found = figures(client.get("/metrics").text)
     assert 0 <= found["shoal_accepted_tokens_total"] <= found["shoal_drafted_tokens_total"]
     assert found["shoal_layers_executed_total"] >= 5 * found["shoal_generated_tokens_total"] / 5
+
+
+@pytest.mark.parametrize("plan", [None, "0-2,4"])
+def test_compiled_layers_change_no_token(loaded: Loaded, plan: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[FastDecoder] = []
+
+    def kept(model: Any) -> FastDecoder:
+        made.append(FastDecoder(model, mode="layers", backend="eager"))
+        return made[-1]
+
+    monkeypatch.setattr(decoder, "FastDecoder", kept)
+    expected = shoal.generate(loaded, "Once upon", plan=plan, max_new_tokens=24, chat=False)
+    with serving(loaded, prepare=chosen_way(loaded, plan, None, compiled=300)) as (client, _):
+        lengths = [one.length for one in made[0].compiled.values()]
+        assert lengths == [256, 512], "before the first request"
+        assert client.post(TEXT, json=BODY).json()["choices"][0]["text"] == expected.text
+        assert streamed(client, TEXT, BODY)[0] == expected.text
+        drawn = [client.post(TEXT, json=BODY | {"temperature": 0.8, "seed": 4}).json() for _ in range(2)]
+        assert drawn[0]["choices"][0]["text"] == drawn[1]["choices"][0]["text"]
+        assert [one.length for one in made[0].compiled.values()] == lengths
 
 
 def test_a_draft_stops_when_its_client_leaves(loaded: Loaded) -> None:

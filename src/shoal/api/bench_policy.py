@@ -13,8 +13,9 @@ import torch
 from shoal.api.assess import Source, opened, planned
 from shoal.api.prompts import encoded, texts_of
 from shoal.deciding.gating import ungated
+from shoal.decoding.arguments import GREEDY
+from shoal.decoding.decoder import Decoder
 from shoal.errors import UsageError
-from shoal.evaluation.decoding import GREEDY
 from shoal.evaluation.scoring import Progress
 from shoal.evaluation.stats import Spread
 from shoal.evaluation.token_clock import TokenClock
@@ -130,7 +131,7 @@ def _round(model: Any, side: Side, tasks: Sequence[dict[str, torch.Tensor]], new
     for task in tasks:
         clock = TokenClock(task["input_ids"].device)
         with side() as handle, evaluating(model):
-            text = model.generate(**task, **GREEDY, max_new_tokens=new, min_new_tokens=new, streamer=clock)
+            text = Decoder(model).generate(**task, **GREEDY, max_new_tokens=new, min_new_tokens=new, streamer=clock)
         found.texts.append(text)
         wall, cpu = wall + clock.seconds[0], cpu + clock.seconds[1]
         if isinstance(handle, Running):

@@ -11,6 +11,8 @@ import torch
 from shoal.api.assess import tokenizer_of
 from shoal.api.prompts import encoded
 from shoal.api.speculate import tune_draft
+from shoal.decoding.arguments import sampling
+from shoal.decoding.decoder import Decoder
 from shoal.decoding.streaming import TextPieces
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
@@ -69,18 +71,14 @@ def generate_drafted(
         if on_advice is not None:
             on_advice(advice)
     inputs = encoded(loaded, prompt, chat)
-    drawn: dict[str, Any] = (
-        {"temperature": temperature} if sample else {"temperature": None, "top_p": None, "top_k": None}
-    )
     torch.manual_seed(seed)
     speculator = None if chosen is None else Speculator(loaded.model, chosen, length=length, confidence=confidence)
     with evaluating(loaded.model):
-        ids = (loaded.model if speculator is None else speculator).generate(
+        ids = (Decoder(loaded.model) if speculator is None else speculator).generate(
             **inputs,
+            **sampling(temperature if sample else 0.0),
             max_new_tokens=max_new_tokens,
-            do_sample=sample,
             streamer=None if on_text is None else TextPieces(tokenizer, on_text),
-            **drawn,
         )
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)

@@ -12,6 +12,8 @@ import torch
 from shoal.api.assess import tokenizer_of
 from shoal.api.depths import DepthStreamer, Written
 from shoal.api.prompts import encoded
+from shoal.decoding.arguments import sampling
+from shoal.decoding.decoder import Decoder
 from shoal.decoding.streaming import TextPieces
 from shoal.executing.weights import Tensors
 from shoal.live import Running, running
@@ -51,18 +53,17 @@ def generate(
     temperature: float = 1.0,
     chat: bool | None = None,
     seed: int = 0,
+    fast: bool = False,
     on_text: Callable[[str], None] | None = None,
     on_token: Callable[[Written], None] | None = None,
 ) -> Answer:
     """Generate from `prompt` with the model's own `generate`, under `plan` (with its `weights`) when one is
     given, and under `policy`, as `exit:confidence=0.9` or the policy.json of `shoal calibrate`; `on_text` is called
-    with each finished piece of text, with a policy `on_token` with each token and its depth. Raises D440 without a
-    tokenizer, P130 to P138 for a policy that cannot decide on this model, U605 for one calibrated for another."""
+    with each finished piece of text, with a policy `on_token` with each token and its depth. `fast`: compile the layers
+    first, and raise what `FastDecoder` raises where that cannot be. Raises D440 without a tokenizer, P130 to P138 for a
+    policy that cannot decide on this model, U605 for one calibrated for another."""
     require_causal(loaded.model, "generate")
     tokenizer, inputs = tokenizer_of(loaded), encoded(loaded, prompt, chat)
-    drawn: dict[str, Any] = (
-        {"temperature": temperature} if sample else {"temperature": None, "top_p": None, "top_k": None}
-    )
     torch.manual_seed(seed)
     trace = None
     with ExitStack() as stack:
@@ -72,8 +73,8 @@ def generate(
         if handle is not None and handle.policy is not None:
             streamer = DepthStreamer(tokenizer, handle, on_token=on_token, on_text=on_text)
             stack.enter_context(streamer.watching(loaded.model))
-        ids = loaded.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer, **drawn
+        ids = Decoder(loaded.model, compiled=fast).generate(
+            **inputs, **sampling(temperature if sample else 0.0), max_new_tokens=max_new_tokens, streamer=streamer
         )
         if isinstance(streamer, DepthStreamer):
             trace = streamer.trace()

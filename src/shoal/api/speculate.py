@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from shoal.api.prompts import encoded, texts_of
+from shoal.decoding.arguments import GREEDY
+from shoal.decoding.decoder import Decoder
 from shoal.errors import UsageError
 from shoal.evaluation import Progress
-from shoal.evaluation.decoding import GREEDY
 from shoal.executing.timing import now
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
@@ -141,7 +142,7 @@ def _written(
     told, seconds, tokens = [], 0.0, 0
     for number, task in enumerate(tasks):
         tell(number, len(tasks), "plain decoding")
-        ids, spent = _timed(partial(model.generate, **task, **_greedy(new)), model)
+        ids, spent = _timed(partial(Decoder(model).generate, **task, **_greedy(new)), model)
         prompt = task["input_ids"].shape[1]
         seconds, tokens = seconds + spent, tokens + ids.shape[1] - prompt
         if ids.shape[1] - prompt > 2 and prompt > 1:
@@ -164,7 +165,7 @@ def _verified(
     for turn in range(pairs):
         plain = ours = 0.0
         for task in tasks:
-            expected, spent = _timed(partial(model.generate, **task, **_greedy(new)), model)
+            expected, spent = _timed(partial(Decoder(model).generate, **task, **_greedy(new)), model)
             plain += spent
             found, spent = _timed(partial(speculator.generate, **task, **_greedy(new)), model)
             ours += spent

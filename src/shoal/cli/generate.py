@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,21 +63,21 @@ def generate(
         speak(loaded, prompt, chosen, speculate, json_, quiet, length=draft_length, max_new_tokens=max_new_tokens,
               sample=sample, temperature=temperature, chat=chat, seed=seed)  # fmt: skip
         return
-    with _fast(loaded.model, fast):
-        answer = run(
-            loaded,
-            prompt,
-            plan=chosen,
-            weights=weights,
-            policy=policy,
-            max_new_tokens=max_new_tokens,
-            sample=sample,
-            temperature=temperature,
-            chat=chat,
-            seed=seed,
-            on_text=None if json_ or painter else lambda piece: typer.echo(piece, nl=False),
-            on_token=painter,
-        )
+    answer = run(
+        loaded,
+        prompt,
+        plan=chosen,
+        weights=weights,
+        policy=policy,
+        max_new_tokens=max_new_tokens,
+        sample=sample,
+        temperature=temperature,
+        chat=chat,
+        seed=seed,
+        fast=fast,
+        on_text=None if json_ or painter else lambda piece: typer.echo(piece, nl=False),
+        on_token=painter,
+    )
     if trace_page is not None and answer.trace is not None:
         from shoal.api.depths import publish_depth
 
@@ -96,11 +95,3 @@ def _depth(trace: dict[str, Any]) -> str:
     if counts["heads"]:
         said += f", {counts['heads']} looks through the head"
     return said + (f", {counts['simulated']:g} layer runs simulated" if counts["simulated"] else "")
-
-
-def _fast(model: Any, wanted: bool) -> AbstractContextManager[object]:
-    if not wanted:
-        return nullcontext()
-    from shoal.decoding.fast import fast_generate
-
-    return fast_generate(model)

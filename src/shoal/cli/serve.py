@@ -21,6 +21,9 @@ def serve(
     speculate: Annotated[
         str | None, typer.Option("--speculate", help="Self-speculation, as exit:8 (shoal ls drafts).")
     ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Compile the layers before the first request; for many tokens.")
+    ] = False,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -49,10 +52,13 @@ def serve(
         _tell_settings(json_)
         return
     _require_extra()
+    from shoal.decoding.decoder import LONGEST
     from shoal.serve.dynamic import chosen_way
     from shoal.serve.limits import Limits, is_loopback
-    from shoal.serve.listen import bind, listen, service, url
+    from shoal.serve.listen import bind, listen, positions, service, url
 
+    if fast and (policy, speculate) != (None, None):
+        raise UsageError("--fast is for plans that decide nothing; leave out --policy and --speculate", code="U567")
     if speculate is not None and (plan, policy) != (None, None):
         raise UsageError("--speculate drafts for the whole model; leave out --plan and --policy", code="U593")
     if api_key is not None and (not api_key.isascii() or not api_key or api_key != api_key.strip()):
@@ -65,10 +71,11 @@ def serve(
             typer.echo(f"shoal: anyone who reaches {host} can use this server; give it an --api-key", err=True)
         with progress_bars(quiet):
             loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        longest = (positions(loaded.model, context) or LONGEST) if fast else None
         limits = Limits(queue, max_tokens, timeout, max_body << 10, context)
         with service(
             loaded,
-            chosen_way(loaded, chosen, weights, policy=policy, draft=speculate),
+            chosen_way(loaded, chosen, weights, policy=policy, draft=speculate, compiled=longest),
             name=name,
             limits=limits,
             host=host,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from transformers.cache_utils import StaticCache
 
+from shoal.decoding.arguments import GREEDY_ALONE
 from shoal.decoding.fast_layers import Call, compiled_call, compiled_calls, standing_in
 from shoal.decoding.fast_legal import (
     refuse_arguments,
@@ -20,7 +22,8 @@ from shoal.decoding.fast_legal import (
     refuse_settings,
     why_not_compiled,
 )
-from shoal.decoding.fast_loop import Forward, Inputs, decode
+from shoal.decoding.fast_loop import Forward, Inputs, thin_loop
+from shoal.decoding.listening import NewTokens
 from shoal.errors import UsageError
 from shoal.executing.bind import BoundPlan, bind, refuse_second_plan
 from shoal.executing.timing import now
@@ -123,48 +126,36 @@ class FastDecoder:
         refuse_deciding([stack.layers for stack in open_model(self.model).stacks])
 
         def loop(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
-            return self._loop(plan, streamer, input_ids, **prepared)
+            refuse_settings(prepared["generation_config"])
+            write = thin_loop if self.mode == "off" else partial(self._loop, plan)
+            return write(model, input_ids, streamer=streamer, **prepared)
 
         with self._switched(plan):
             stock = type(self.model).generate  # the instance's may be this very method
             tokens: torch.Tensor = stock(self.model, inputs, custom_generate=loop, **kwargs)
         return tokens
 
+    def prepare(self, tokens: int) -> None:
+        """Compile for one sequence of up to `tokens` tokens, for every plan of the menu, by writing two tokens."""
+        ids = torch.ones((1, CHECKED_TOKENS), dtype=torch.long, device=self.model.device)
+        asked = GREEDY_ALONE | {"min_new_tokens": 2, "max_new_tokens": tokens - CHECKED_TOKENS}
+        for plan in self._planned:
+            second = NewTokens(CHECKED_TOKENS + 1, bool)  # not the first: that one comes from the prompt's pass
+            self.generate(ids, plan=plan, attention_mask=torch.ones_like(ids), stopping_criteria=[second], **asked)
+
     def _loop(
-        self,
-        plan: str | None,
-        streamer: Any,
-        input_ids: torch.Tensor,
-        *,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
+        self, plan: str | None, model: Any, input_ids: torch.Tensor, *, generation_config: Any, **prepared: Any
     ) -> torch.Tensor:
-        """Called by `generate` with all that it prepared."""
-        refuse_settings(generation_config)
-        forward: Forward = self.model
-        modules: list[tuple[nn.Module, Any]] = []
-        if self.mode != "off":
-            key, cache = self._cache(plan, input_ids.shape[0], generation_config.max_length)
-            forward, modules = self._compiled_step(key)
-            if key not in self.compiled:
-                self._check(key, forward, modules, cache, input_ids, generation_config, model_kwargs)
-            cache.reset()
-            model_kwargs = {**model_kwargs, "past_key_values": cache}
-        first = self.model._prefill(input_ids, generation_config, model_kwargs)
-        with standing_in(modules), self.model._optimize_model_for_decode():
-            return decode(
-                self.model,
-                input_ids,
-                first=first,
-                forward=forward,
-                inputs=Inputs(self.model, first, model_kwargs),
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                streamer=streamer,
-            )
+        """The thin loop over a compiled step and a cache of fixed length; `prepared`: what `generate` made ready."""
+        key, cache = self._cache(plan, input_ids.shape[0], generation_config.max_length)
+        forward, modules = self._compiled_step(key)
+        if key not in self.compiled:
+            own = ("streamer", "logits_processor", "stopping_criteria")
+            inputs = {name: value for name, value in prepared.items() if name not in own}
+            self._check(key, forward, modules, cache, input_ids, generation_config, inputs)
+        cache.reset()
+        prepared |= {"generation_config": generation_config, "past_key_values": cache}
+        return thin_loop(model, input_ids, forward=forward, stepping=standing_in(modules), **prepared)
 
     def _check(
         self,

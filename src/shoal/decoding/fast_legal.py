@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from shoal.errors import UsageError
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import PlannedList
+from shoal.models.stacks import unwrap
 from shoal.plan import Run
 from shoal.plan.capabilities import refused
 
@@ -30,25 +33,58 @@ REFUSED_SETTINGS = (
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise `UsageError` U562 for an argument of `generate` that the fast path does not take."""
-    for name in REFUSED_ARGUMENTS:
-        if arguments.get(name) is not None:
-            raise UsageError(f"the fast path takes no {name}; call model.generate for it", code="U562")
+    _refuse(_unlike_arguments(arguments))
 
 
 def refuse_settings(settings: Any) -> None:
     """Raise `UsageError` U562 for a generation config that asks for more than greedy or sampled tokens."""
+    _refuse(_unlike_settings(settings))
+
+
+def _refuse(why: str | None) -> None:
+    if why is not None:
+        raise UsageError(f"the fast path {why}; call model.generate for it", code="U562")
+
+
+def _unlike_arguments(arguments: Mapping[str, Any]) -> str | None:
+    name = next((name for name in REFUSED_ARGUMENTS if arguments.get(name) is not None), None)
+    return None if name is None else f"takes no {name}"
+
+
+def _unlike_settings(settings: Any) -> str | None:
     mode = settings.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        name = str(mode.value).replace("_", " ")
-        raise UsageError(
-            f"the fast path decodes greedily or samples, not by {name}; call model.generate for it", code="U562"
-        )
+        return f"decodes greedily or samples, not by {str(mode.value).replace('_', ' ')}"
     for name in REFUSED_SETTINGS:
         if getattr(settings, name, None):
-            raise UsageError(f"the fast path gives tokens alone, not {name}; call model.generate for it", code="U562")
-    if settings.use_cache is False or settings.guidance_scale not in (None, 1):
-        name = "use_cache=False" if settings.use_cache is False else f"guidance_scale={settings.guidance_scale}"
-        raise UsageError(f"the fast path cannot work with {name}; call model.generate for it", code="U562")
+            return f"gives tokens alone, not {name}"
+    if settings.use_cache is False:
+        return "cannot work with use_cache=False"
+    if settings.guidance_scale not in (None, 1):
+        return f"cannot work with guidance_scale={settings.guidance_scale}"
+    return None
+
+
+def why_not_thin(model: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Why the thin loop would not give what `model.generate(**arguments)` gives, or not sooner; None when it does.
+
+    The thin loop asks the device after each token whether the text has ended, as transformers' own loop does on a CPU;
+    elsewhere that one asks while the next step runs, or compiles.
+    """
+    if unwrap(model) is not model or "generate" in model.__dict__:
+        return "it has a generate of its own"
+    if model.device.type != "cpu":
+        return f"transformers' own loop does not wait for each token on {model.device.type}"
+    if model.config.is_encoder_decoder or not model.can_generate() or model.training:
+        return "it is no causal language model in evaluation mode"
+    if type(model)._sample is not GenerationMixin._sample:
+        return "it has a decoding loop of its own"
+    why = _unlike_arguments(arguments)
+    if why is None:
+        settings = copy.deepcopy(arguments.get("generation_config") or model.generation_config)
+        settings.update(**arguments)
+        why = "takes no stop_strings" if settings.stop_strings else _unlike_settings(settings)
+    return None if why is None else f"the thin loop {why}"
 
 
 def refuse_model(model: Any) -> None:

@@ -7,54 +7,52 @@ transformers' own and is asked in the order in which `generate` asks it, so the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, StaticLayer
 
+from shoal.decoding.growing_text import GrowingText, next_tokens
+
 Forward = Callable[..., Any]
 
 
-def decode(
+def thin_loop(
     model: Any,
     input_ids: torch.Tensor,
     *,
-    first: Any,
-    forward: Forward,
-    inputs: Inputs,
+    streamer: Any,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    streamer: Any = None,
+    forward: Forward | None = None,
+    stepping: AbstractContextManager[Any] | None = None,
+    **model_kwargs: Any,
 ) -> torch.Tensor:
     """Tokens [batch, prompt + new] after `input_ids` [batch, prompt].
 
-    `first`: the model's answer to the prompt. `forward(**inputs)` runs one step; `inputs` says with what.
+    `generate` calls it in place of its own loop (`custom_generate`), with all that it prepared. `forward` runs one step
+    in place of the model, and `stepping` is entered between the prompt's pass and the first step.
     """
-    pad = generation_config._pad_token_tensor
-    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    sample, logits = generation_config.do_sample, first.logits
-    unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-    while True:
-        scores = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        scores = logits_processor(input_ids, scores)
-        if sample:
-            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-        else:
-            tokens = torch.argmax(scores, dim=-1)
-        if pads:
-            tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        if not unfinished.any():
-            break
-        logits = forward(**inputs.after(input_ids)).logits
-    if streamer is not None:
-        streamer.end()
-    return input_ids
+    first = model._prefill(input_ids, generation_config, model_kwargs)
+    inputs = Inputs(model, first, model_kwargs)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = generation_config._pad_token_tensor.to(input_ids.device) if ends else None
+    text = GrowingText(input_ids, stopping_criteria, streamer, pad)
+    logits, step = first.logits, forward or model
+    del first
+    with stepping or nullcontext(), model._optimize_model_for_decode():
+        while True:
+            scores = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            scores = logits_processor(text.ids, scores)
+            text.add(next_tokens(scores, generation_config.do_sample)[0])
+            if text.done:
+                break
+            logits = step(**inputs.after(text.ids)).logits
+    text.end()
+    return text.ids
 
 
 class Inputs:

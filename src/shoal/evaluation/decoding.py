@@ -11,8 +11,6 @@ from shoal.evaluation.scoring import accepts, device_of, require_context
 
 # Attention models return the first; state space models the second.
 CACHE_NAMES = ("past_key_values", "cache_params")
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-"""Arguments of `generate` for the likeliest token, whatever the model's own generation config says."""
 
 
 def random_tokens(model: Any, batch: int, length: int, seed: int) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from shoal.decoding.arguments import GREEDY_ALONE
+from shoal.decoding.decoder import Decoder
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress, device_of, require_context
 from shoal.evaluation.stats import ratio
@@ -24,28 +26,6 @@ PROMPTS = (
     "Write a Python function that returns the largest number in a list, and say how it works.",
 )
 NGRAM = 4
-
-# A checkpoint's own settings would fill whatever is left out, so all that touch greedy decoding are named.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-    "min_p": None,
-    "typical_p": None,
-    "epsilon_cutoff": None,
-    "eta_cutoff": None,
-    "penalty_alpha": None,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "max_length": None,
-    "return_dict_in_generate": False,
-    "use_cache": True,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +107,8 @@ def _answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int, chat: bool
     ends = _eos_ids(model, tokenizer)
     extra = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {"eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
-    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **GREEDY, **extra)
+    asked = GREEDY_ALONE | extra | {"max_new_tokens": new_tokens}
+    output = Decoder(model).generate(input_ids=ids, attention_mask=mask, **asked)
     tokens = output[0, ids.shape[1] :].tolist()
     ended = bool(tokens) and tokens[-1] in ends
     if ended:

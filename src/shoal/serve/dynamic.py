@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from shoal.decoding.decoder import Decoder
 from shoal.evaluation.scoring import device_of
 from shoal.executing.weights import Tensors
 from shoal.live import running
@@ -31,7 +32,7 @@ def under_policy(
                 # the last column of the prompt decides the first token, and the last token is never read
                 return Ran(layers=sum(handle.trace.depths[0][len(ask.ids) - 1 :]))
 
-            yield calling(loaded.model.generate, device_of(loaded.model), counts=counts)
+            yield calling(Decoder(loaded.model).generate, device_of(loaded.model), counts=counts)
 
     return prepare
 
@@ -62,8 +63,12 @@ def chosen_way(
     *,
     policy: str | None = None,
     draft: str | None = None,
+    compiled: int | None = None,
 ) -> Prepare:
-    """What the options of `shoal serve` ask for: a plan, a policy on it, or a draft for the whole model."""
+    """What the options of `shoal serve` ask for: a plan, with compiled layers or not, a policy on it, or a draft for
+    the whole model."""
     if draft is not None:
         return drafted(loaded, draft)
-    return under_plan(loaded, plan, weights) if policy is None else under_policy(loaded, policy, plan, weights)
+    if policy is not None:
+        return under_policy(loaded, policy, plan, weights)
+    return under_plan(loaded, plan, weights, compiled=compiled)

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from shoal.api.assess import planned
+from shoal.decoding.arguments import sampling
+from shoal.decoding.decoder import Decoder
 from shoal.decoding.listening import NewTokens, OnTokens
 from shoal.evaluation.scoring import device_of
 from shoal.executing.weights import Tensors
 from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan
-
-_GREEDY_BELOW = 1e-4
-"""Logits divided by less than this overflow; the likeliest token is all that is left of the distribution anyway."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,7 @@ Prepare = Callable[[], AbstractContextManager[Generate]]
 def settings(ask: Ask) -> dict[str, Any]:
     """The arguments of transformers' `generate` for this request; whatever else the model's own generation config says
     (a repetition penalty) stays."""
-    length = {"max_new_tokens": ask.max_new_tokens}
-    if ask.temperature < _GREEDY_BELOW:
-        return length | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return length | {"do_sample": True, "temperature": float(ask.temperature), "top_p": float(ask.top_p), "top_k": 0}
+    return sampling(ask.temperature, top_p=float(ask.top_p), top_k=0) | {"max_new_tokens": ask.max_new_tokens}
 
 
 def _nothing(ask: Ask) -> Ran:
@@ -89,13 +85,22 @@ def calling(generate: Callable[..., Any], device: torch.device, *, counts: Calla
     return write
 
 
-def under_plan(loaded: Loaded, plan: Plan | str | None = None, weights: Tensors | None = None) -> Prepare:
-    """The model's own `generate`, with `plan` (and the tensors that it names) running when one is given. Entering it
-    raises `PlanError` (P1xx) for a plan that cannot run."""
+def under_plan(
+    loaded: Loaded, plan: Plan | str | None = None, weights: Tensors | None = None, *, compiled: int | None = None
+) -> Prepare:
+    """The model's own `generate`, with `plan` (and the tensors that it names) running when one is given.
+
+    `compiled`: tokens of prompt and answer up to which layers are compiled, all of it before the first request; None
+    compiles nothing. Entering it raises `PlanError` (P1xx) for a plan that cannot run, U563 or U564 for a model that
+    cannot be compiled.
+    """
 
     @contextmanager
     def prepare() -> Iterator[Generate]:
         with planned(loaded.model, plan, weights)() as model, evaluating(model):
-            yield calling(model.generate, device_of(model))
+            decoder = Decoder(model, compiled=compiled is not None)
+            if compiled is not None:
+                decoder.prepare(compiled)
+            yield calling(decoder.generate, device_of(model))
 
     return prepare

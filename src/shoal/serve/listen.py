@@ -49,7 +49,7 @@ def service(
         tokenizer,
         model=name,
         vocabulary=model.get_input_embeddings().num_embeddings,
-        context=_context(model, limits.context),
+        context=positions(model, limits.context),
         most=limits.max_tokens,
     )
     # a copy of its own: the generating thread decodes while other threads encode
@@ -117,9 +117,10 @@ def _stopped(number: int, frame: Any) -> None:
     raise SystemExit(0)
 
 
-def _context(model: Any, wanted: int | None) -> int | None:
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    known = [n for n in (positions, wanted) if isinstance(n, int) and n > 0]
+def positions(model: Any, wanted: int | None) -> int | None:
+    """Tokens of prompt and answer together, None when neither the model nor `wanted` names any."""
+    own = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    known = [n for n in (own, wanted) if isinstance(n, int) and n > 0]
     return min(known, default=None)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shoal.decoding.growing_text import next_tokens
+
 
 @dataclass
 class Offer:
@@ -26,10 +28,8 @@ class Offer:
 
 def pick(scores: torch.Tensor, sample: bool) -> tuple[int, torch.Tensor | None]:
     """A token from processed scores [1, vocabulary], and the distribution it was drawn from when it was drawn."""
-    if not sample:
-        return int(scores.argmax(-1)), None
-    chances = scores.softmax(-1)[0]
-    return int(torch.multinomial(chances, 1)), chances
+    token, chances = next_tokens(scores, sample)
+    return int(token), None if chances is None else chances[0]
 
 
 def verdict(scores: torch.Tensor, token: int | None, drawn_from: torch.Tensor | None, sample: bool) -> tuple[int, bool]:

@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from shoal.decoding.growing_text import GrowingText
 from shoal.speculating.accept import Offer, pick, verdict
 from shoal.speculating.account import CLOSE, Meter, Stats
 from shoal.speculating.chooser import Chooser, Finder
@@ -49,8 +50,12 @@ class Loop:
         self.length, self.rules, self.meter = length, rules, meter
         self.stats: Stats = meter.stats
         self.ready: Ready | None = None
-        self.done = False
         self.watch = Watch(stage.stack, chooser.watches) if chooser is not None and chooser.watches else None
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """The text so far, [1, length]."""
+        return self.text.ids
 
     def run(self, ids: torch.Tensor, prefill: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Cache]:
         """From the prompt [1, length] to the whole text; `prefill()` gives the stock prefill's output."""
@@ -62,13 +67,14 @@ class Loop:
         cache: Cache = out.past_key_values
         require_dynamic(cache)
         require_croppable(cache)
-        self.feed, self.cache, self.ids = Feed(self.stage.model, ids, kwargs), cache, ids
+        self.feed, self.cache = Feed(self.stage.model, ids, kwargs), cache
+        self.text = GrowingText(ids, self.rules.criteria, self.rules.streamer)
         self._commit(out.logits[:, -1].to(dtype=torch.float32, copy=True), None, None)
         del out
         recording = keep_past(cache)
         try:
             with nullcontext() if self.watch is None else self.watch:
-                while not self.done:
+                while not self.text.done:
                     self._round()
         finally:
             forget_past(recording)
@@ -89,7 +95,7 @@ class Loop:
                 logits[position : position + 1], drafted, offer.chances[position] if drafted is not None else None
             )
             kept += 1
-            if self.done or not stands:
+            if self.text.done or not stands:
                 break
         accepted = kept if stands else kept - 1
         if self.watch is not None:
@@ -152,12 +158,8 @@ class Loop:
         if not rules.sample:
             best = scores.topk(2).values[0]
             self.stats.close_calls += bool(best[0] - best[1] < CLOSE)
-        new = self.ids.new_tensor([token])
-        self.ids = torch.cat([self.ids, new[None]], -1)
+        self.text.add(self.ids.new_tensor([token]), None if rules.scores is None else tuple(rules.scores))
         self.stats.tokens += 1
-        self.done = bool(rules.criteria(self.ids, None if rules.scores is None else tuple(rules.scores)).all())
-        if rules.streamer is not None:
-            rules.streamer.put(new.cpu())
         return stands
 
 

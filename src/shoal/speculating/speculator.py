@@ -115,8 +115,7 @@ class Speculator:
                     ids, cache = loop.run(input_ids, prefill, kwargs)
             else:
                 ids, cache = loop.run(input_ids, prefill, kwargs)
-        if streamer is not None:
-            streamer.end()
+        loop.text.end()
         self.stats.shared = loop.ready.shared if loop.ready is not None else 0
         self.stats.draft = self.recipe.says(loop.ready.steps if loop.ready is not None else ())
         meter.close()
