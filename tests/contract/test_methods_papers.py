@@ -42,7 +42,7 @@ from shoal.methods.tyukin import tyukin
 from shoal.methods.unified import unified
 from shoal.plan import Map, Parallel, Plan, Run
 from shoal.plan import drop as drop_layers
-from shoal.plan.steps import Base
+from shoal.plan.plan import Base
 from shoal.scores import Found
 from shoal.transforms.difference_sum import difference_sum
 from shoal.writing.surgery import rewrite

@@ -5,9 +5,10 @@ from shoal.plan.cost import Cost, Shape, cost
 from shoal.plan.diff import Change, diff
 from shoal.plan.edit import drop, exit_at, gate, keep, parallel, reorder, repeat, replace, share_kv
 from shoal.plan.file import load_plan, plan_from_json, plan_to_json, save_plan, weights_hash
-from shoal.plan.notation import format_plan, format_steps, parse_plan, parse_steps, strip
+from shoal.plan.notation import format_steps, parse_steps
+from shoal.plan.plan import Base, Plan, format_plan, parse_plan, strip
 from shoal.plan.spec import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
-from shoal.plan.steps import KV, Base, Exit, Map, Parallel, Plan, Run, Step
+from shoal.plan.steps import KV, Exit, Map, Parallel, Run, Step
 from shoal.plan.tensors import shapes_of
 
 __all__ = [

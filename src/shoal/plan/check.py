@@ -21,8 +21,9 @@ from typing import assert_never
 from shoal.errors import PlanError
 from shoal.plan.answers import NO_PARTS
 from shoal.plan.notation import format_steps
+from shoal.plan.plan import Plan
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import Exit, LayerKV, Map, Parallel, Plan, Run, Step, runs, writes_kv
+from shoal.plan.steps import Exit, LayerKV, Map, Parallel, Run, Step, runs, writes_kv
 from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
 
 

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, NamedTuple, assert_never
 
+from shoal.plan.plan import Plan
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import Exit, Map, Parallel, Plan, Run, runs, writes_kv
+from shoal.plan.steps import Exit, Map, Parallel, Run, runs, writes_kv
 from shoal.plan.tensors import Shapes, tensors_of
 
 

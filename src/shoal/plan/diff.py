@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from shoal.errors import PlanError
 from shoal.plan.notation import format_steps
-from shoal.plan.steps import Plan, layers_of
+from shoal.plan.plan import Plan
+from shoal.plan.steps import layers_of
 
 
 @dataclass(frozen=True, slots=True)

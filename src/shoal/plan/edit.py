@@ -8,6 +8,7 @@ from typing import assert_never
 
 from shoal.errors import PlanError
 from shoal.plan.notation import format_steps, map_weights
+from shoal.plan.plan import Plan
 from shoal.plan.steps import (
     KV,
     Exit,
@@ -16,7 +17,6 @@ from shoal.plan.steps import (
     Map,
     Parallel,
     PartName,
-    Plan,
     Run,
     Step,
     layers_of,

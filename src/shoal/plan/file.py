@@ -9,7 +9,8 @@ from typing import Any
 from shoal.atomic import replacing
 from shoal.errors import NotationError, WriteError
 from shoal.plan.notation import format_steps, parse_steps
-from shoal.plan.steps import STACK_NAME, Base, Map, Plan, Step, layers_read, runs
+from shoal.plan.plan import STACK_NAME, Base, Plan
+from shoal.plan.steps import Map, Step, layers_read, runs
 
 FORMAT = "shoal-plan/1"
 MAX_BYTES = 4_000_000

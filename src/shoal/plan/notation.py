@@ -22,7 +22,6 @@ from shoal.plan.steps import (
     JOINS,
     KV,
     NAME,
-    STACK_NAME,
     Exit,
     Fill,
     Join,
@@ -31,11 +30,9 @@ from shoal.plan.steps import (
     NewTensors,
     Parallel,
     PartName,
-    Plan,
     Run,
     Source,
     Step,
-    layers_of,
 )
 
 MAX_STEPS = 10_000
@@ -49,7 +46,6 @@ _RUN = re.compile(
 _MAP = re.compile(rf"~(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _EXIT = re.compile(rf"!(?P<name>{_ID})(?:=(?P<head>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _GROUP = re.compile(r"\((?P<body>[^()]*)\)(?P<join>[a-z]*)", re.ASCII)
-_STACK = re.compile(rf"\s*(?:(?P<name>{STACK_NAME.pattern})\s*:)?(?P<steps>.*)", re.DOTALL | re.ASCII)
 _PARTS: dict[str | None, PartName] = {None: "layer", "a": "attention", "m": "mlp"}
 _LETTER: dict[PartName, str] = {"layer": "", "attention": "a", "mlp": "m"}
 
@@ -72,23 +68,6 @@ def parse_steps(text: str) -> tuple[Step, ...]:
     if not steps:
         raise NotationError("the plan is empty; write layers such as 0-11,14-29")
     return tuple(steps)
-
-
-def parse_plan(text: str, base: Plan) -> Plan:
-    """Read the notation of a whole plan; stacks that are not named stay as they are in `base`.
-
-    `base` is usually `Plan.identity(spec)`. Whether the layers exist is `check`'s question, not the parser's.
-    """
-    plan, seen = base, set[str]()
-    for piece in text.split(";"):
-        found = _STACK.fullmatch(piece)
-        assert found is not None  # the pattern takes any text
-        name = plan.stack_name(found["name"])
-        if name in seen:
-            raise NotationError(f"stack {name!r} is given twice; write each stack once")
-        seen.add(name)
-        plan = plan.with_steps(parse_steps(found["steps"]), name)
-    return plan
 
 
 def format_steps(steps: tuple[Step, ...]) -> str:
@@ -121,43 +100,6 @@ def format_steps(steps: tuple[Step, ...]) -> str:
                 assert_never(step)
         position += length
     return ",".join(pieces)
-
-
-def format_plan(plan: Plan) -> str:
-    """The canonical text of a plan; the stack's name is left out when there is only one stack."""
-    if len(plan.stacks) == 1:
-        return format_steps(plan.stacks[0][1])
-    return "; ".join(f"{name}: {format_steps(steps)}" for name, steps in plan.stacks)
-
-
-def strip(plan: Plan, stack: str | None = None) -> str:
-    """One character per base layer: █ runs, ▀ attention only, ▄ mlp only, ≡ mapped, ∥ parallel, ↻ repeated, · dropped.
-
-    A layer outside the base model, which `check` would refuse, has no place and is left out.
-    """
-    marks = dict.fromkeys(range(plan.depth(stack)), "·")
-    for step in plan.steps(stack):
-        for layer in layers_of(step):
-            if layer in marks:
-                marks[layer] = _mark(step, marks[layer])
-    return "".join(marks.values())
-
-
-def _mark(step: Step, before: str) -> str:
-    match step:
-        case Run():
-            mark = {"layer": "█", "attention": "▀", "mlp": "▄"}[step.part]
-            if {before, mark} == {"▀", "▄"}:
-                return "█"
-            return mark if before == "·" else "↻"
-        case Map():
-            return "≡"
-        case Parallel():
-            return "∥"
-        case Exit():
-            return before
-        case _:
-            assert_never(step)
 
 
 def _split(text: str) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shoal.plan.plan import Plan
 from shoal.plan.schedule import schedule
-from shoal.plan.steps import Plan, Step, runs
+from shoal.plan.steps import Step, runs
 
 Prefix = tuple[int, tuple[Step, ...]]
 """A cut, as the base layer at whose tap the state is read, and the steps that ran before it."""

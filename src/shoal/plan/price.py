@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from shoal.plan.cost import Cost, cost
+from shoal.plan.plan import Plan
 from shoal.plan.spec import Spec
-from shoal.plan.steps import Plan, Run
+from shoal.plan.steps import Run
 from shoal.plan.tensors import Shapes, shapes_of
 
 TOLERANCE = 1e-9

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, assert_never
 
 from shoal.errors import PlanError
 
 if TYPE_CHECKING:
-    from shoal.plan.spec import Spec
+    pass
 
 PartName = Literal["layer", "attention", "mlp"]
 Fill = Literal["project", "copy", "defer", "mask"]
@@ -21,7 +19,6 @@ FILLS: tuple[Fill, ...] = ("project", "copy", "defer", "mask")
 JOINS: tuple[Join, ...] = ("sum", "mean")
 PARTS: tuple[PartName, ...] = ("layer", "attention", "mlp")
 NAME = re.compile(r"[A-Za-z0-9_.+\-]+")
-STACK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _one_of(what: str, word: str | None, words: tuple[str | None, ...]) -> None:
@@ -151,94 +148,6 @@ class Exit:
 
 
 Step = Run | Map | Parallel | Exit
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """The model a plan is made for."""
-
-    family: str
-    fingerprint: str
-    depths: tuple[tuple[str, int], ...]
-    source: str | None = field(default=None, compare=False)
-    """Where the model came from (hub id, folder); information only, not part of the plan's identity."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What runs, stack by stack. Layers keep the base model's 0-based index for ever.
-
-    Raises `PlanError`: P102 when the stacks are not those of the base, P104 for a stack without a step, P117 for a name
-    that depth notation cannot write. Whether the layers exist and fit is the question of `shoal.plan.check`.
-    """
-
-    base: Base
-    stacks: tuple[tuple[str, tuple[Step, ...]], ...]
-
-    def __post_init__(self) -> None:
-        given, there = [name for name, _ in self.stacks], [name for name, _ in self.base.depths]
-        if given != there:
-            raise PlanError(
-                f"the plan has the stacks {given}, its model has {there}; give these, in order", code="P102"
-            )
-        for name, steps in self.stacks:
-            if not STACK_NAME.fullmatch(name):
-                raise PlanError(f"a stack cannot be called {name!r:.60}; use letters, digits and _", code="P117")
-            if not steps:
-                raise PlanError(f"stack {name!r} would have no step left; keep at least one layer", code="P104")
-
-    @staticmethod
-    def identity(spec: Spec, *, source: str | None = None) -> Plan:
-        """The plan that runs every layer of the base model once, in order."""
-        base = Base(spec.family, spec.fingerprint, tuple((s.name, s.depth) for s in spec.stacks), source)
-        return Plan(base, tuple((s.name, tuple(Run(i) for i in range(s.depth))) for s in spec.stacks))
-
-    def stack_name(self, name: str | None = None) -> str:
-        """`name` if the plan has that stack; without a name the decoder, or the first stack."""
-        names = [n for n, _ in self.stacks]
-        if name is None:
-            return "decoder" if "decoder" in names else names[0]
-        if name not in names:
-            raise PlanError(f"the plan has no stack {name!r}; it has {', '.join(names)}", code="P102")
-        return name
-
-    def steps(self, stack: str | None = None) -> tuple[Step, ...]:
-        """The steps of one stack."""
-        return dict(self.stacks)[self.stack_name(stack)]
-
-    def depth(self, stack: str | None = None) -> int:
-        """The base model's number of layers in one stack."""
-        return dict(self.base.depths)[self.stack_name(stack)]
-
-    def with_steps(self, steps: tuple[Step, ...], stack: str | None = None) -> Plan:
-        """The same plan with other steps in one stack."""
-        name = self.stack_name(stack)
-        return Plan(self.base, tuple((n, steps if n == name else old) for n, old in self.stacks))
-
-    def layers(self, stack: str | None = None) -> tuple[int, ...]:
-        """Base indices of the layers that run whole or in part, in order, repeats included."""
-        return tuple(run.layer for run in runs(self.steps(stack)))
-
-    def dropped(self, stack: str | None = None) -> tuple[int, ...]:
-        """Base indices of the layers of which nothing runs, ascending."""
-        return tuple(sorted(set(range(self.depth(stack))) - set(self.layers(stack))))
-
-    def is_identity(self) -> bool:
-        """True when every layer runs once, whole, in order, with its own weights and KV."""
-        return all(self.steps(name) == tuple(Run(i) for i in range(depth)) for name, depth in self.base.depths)
-
-    @property
-    def hash(self) -> str:
-        """sha256 of what runs on which base; the same on every machine and Python."""
-        from shoal.plan.notation import format_steps
-
-        facts = [self.base.fingerprint, [[n, format_steps(s)] for n, s in self.stacks]]
-        return "sha256:" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def __str__(self) -> str:
-        from shoal.plan.notation import format_plan
-
-        return format_plan(self)
 
 
 def runs(steps: tuple[Step, ...]) -> Iterator[Run]:
