@@ -36,8 +36,9 @@ class BoundPolicy:
         given.
         """
         self.model, self.policy, self.weights = model, policy, weights
-        self.stack: Stack = open_model(model).stack()
-        self.facts = open_model(model).facts(self.stack.name)
+        self.opened = open_model(model)
+        self.stack: Stack = self.opened.stack()
+        self.facts = self.opened.facts(self.stack.name)
         require_decidable(policy, spec, model, self.facts)
         require_heads(policy.plan, spec, weights)
         require_probes(policy.plan, weights, policy.by)
@@ -82,12 +83,12 @@ class BoundPolicy:
         exits = [step for step in steps if isinstance(step, Exit)]
         known = Known()
         if fills & {"mask", "defer"}:
-            known.arguments = Arguments(self.model, self.stack)
+            known.arguments = self.opened.remember("arguments", lambda: Arguments(self.model, self.stack))
             require_masks(steps, known.arguments)
         if "project" in fills:
-            known.projections = projections_of(open_model(self.model))
+            known.projections = projections_of(self.opened)
         if exits:
-            known.readout = Readout(self.model, self.stack, self._ending)
+            known.readout = Readout(self.opened, self._ending)
         if any(step.head != "base" for step in exits):
             known.heads = Heads(self.model, self.weights)
         return known

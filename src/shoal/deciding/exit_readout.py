@@ -10,6 +10,7 @@ from torch import nn
 
 from shoal.executing.inputs import input_device
 from shoal.models.evaluating import evaluating
+from shoal.models.opened import OpenedModel
 from shoal.models.stacks import Stack
 
 
@@ -20,10 +21,11 @@ class Readout:
     Where the forward does more (a scale, a soft cap), the stock forward itself runs with layers that hand on the state.
     """
 
-    def __init__(self, model: Any, stack: Stack, ending: Callable[[torch.Tensor], Any]) -> None:
-        """`ending(state)` is a context in which the layers of `model` hand on `state`. Runs `model` on one token."""
-        self.model, self.ending = model, ending
-        self.chain = _chain(model, stack)
+    def __init__(self, opened: OpenedModel, ending: Callable[[torch.Tensor], Any]) -> None:
+        """`ending(state)` is a context in which the layers hand on `state`. Runs the model on one token, once."""
+        self.model: Any = opened.model
+        self.ending = ending
+        self.chain = opened.remember("readout", lambda: _chain(opened.model, opened.stack()))
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         if self.chain is not None:

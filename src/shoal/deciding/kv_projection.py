@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -177,19 +176,15 @@ def store_alone(store: Store, keys: torch.Tensor, values: torch.Tensor) -> KeysV
     return keys, values
 
 
-_FOUND: WeakKeyDictionary[OpenedModel, list[KVProjection | None]] = WeakKeyDictionary()
-
-
 def projections_of(opened: OpenedModel) -> list[KVProjection | None]:
     """For each layer of the decoder how to call it for its keys and values alone; None where that could not be proved.
 
     Runs the model, which must be whole, on a few tokens, once.
     """
-    if opened not in _FOUND:
-        stack = opened.stack()
-        layers = [stack.layer(index) for index in range(stack.depth)]
-        _FOUND[opened] = _find_all(opened.model, layers, opened.facts(stack.name).layers)
-    return _FOUND[opened]
+    stack = opened.stack()
+    layers = [stack.layer(index) for index in range(stack.depth)]
+    facts = opened.facts(stack.name).layers
+    return opened.remember("KV projections", lambda: _find_all(opened.model, layers, facts))
 
 
 def _find_all(model: Any, layers: list[nn.Module], facts: list[LayerFacts]) -> list[KVProjection | None]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import cached_property
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from shoal.models.examine import StackFacts, examine
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Spec
 
+T = TypeVar("T")
 _KEY = "_shoal_opened"
 """Where a model keeps what is known of it: it lives as long as the model, and no longer."""
 
@@ -29,6 +30,7 @@ class OpenedModel:
         self.model = model
         self.stacks = find_stacks(model)
         self._facts: dict[str, StackFacts] = {}
+        self._remembered: dict[Hashable, Any] = {}
         self._seen = _state(model)
 
     def stack(self, name: str | None = None) -> Stack:
@@ -45,6 +47,15 @@ class OpenedModel:
         if stack.name not in self._facts:
             self._facts[stack.name] = examine(self.model, stack)
         return self._facts[stack.name]
+
+    def remember(self, what: str, find: Callable[[], T]) -> T:
+        """What `find` finds out of the model, found out once for each attention implementation and dtype. It is kept as
+        long as the model is the one that was seen."""
+        key = (what, getattr(self.model.config, "_attn_implementation", None), self.model.dtype)
+        if key not in self._remembered:
+            self._remembered[key] = find()
+        found: T = self._remembered[key]
+        return found
 
     @cached_property
     def spec(self) -> Spec:

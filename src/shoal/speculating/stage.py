@@ -76,7 +76,7 @@ class Stage:
     @cached_property
     def readout(self) -> Readout:
         """Final norm and head for states behind any layer. Use inside `with stage:`; the first use runs one token."""
-        return Readout(self.model, self.stack, self._ending)
+        return Readout(self.opened, self._ending)
 
     @contextmanager
     def _ending(self, state: torch.Tensor) -> Iterator[None]:
