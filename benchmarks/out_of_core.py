@@ -166,10 +166,10 @@ def bytes_kept(root: Path, depth: int) -> int:
     from shoal.models.meta import meta_model
     from shoal.plan import Plan, parse_plan
     from shoal.writing.container import write_shards
-    from shoal.writing.draft import draw
+    from shoal.writing.manifest import manifest_of
 
     plan = parse_plan(notation(depth), Plan.identity(inspect(meta_model(load_config(root / "base")))))
-    draft = draw(root / "base", plan)
+    draft = manifest_of(root / "base", plan)
     (root / "kept").mkdir()
     write_shards(root / "kept", draft.items, SHARD, lambda _: None)
     return draft.bytes
@@ -260,8 +260,8 @@ def child(source: Path, output: Path, proof: str) -> int:
     spec = inspect_source(source)
     plan = parse_plan(notation(spec.stack().depth), Plan.identity(spec))
     if proof == "without":
-        module.compared = lambda *_: ()
-        module.Twins.add = lambda *_: None
+        module.copy_checks = lambda *_: ()
+        module.CopyCheck.add = lambda *_: None
     start = time.perf_counter()
     made = module.stream(source, plan, output, shard_size=f"{SHARD}B")
     seconds = time.perf_counter() - start

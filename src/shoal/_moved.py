@@ -50,6 +50,12 @@ MOVED = {
     "deciding.layer_lists": "deciding.policy_options",
     "deciding.partly": "deciding.mlp_for_some",
     "deciding.readout": "deciding.exit_readout",
+    "writing.twins": "writing.copy_check",
+    "writing.sides": "writing.side_files",
+    "writing.several": "writing.stack_depths",
+    "writing.judge": "writing.checks",
+    "writing.draft": "writing.manifest",
+    "writing.place": "writing.output",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
 

@@ -19,7 +19,7 @@ from shoal.writing.gguf_out import published
 from shoal.writing.gguf_out.copied import drawn
 from shoal.writing.gguf_out.source import open_source, spec_of
 from shoal.writing.gguf_out.write import copy_file, plan_for
-from shoal.writing.place import refuse_output
+from shoal.writing.output import refuse_output
 
 from .gguf_contents import contents, refused, tensors
 

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan
-from shoal.writing.draft import draw
+from shoal.writing.manifest import manifest_of
 from shoal.writing.surgery import rewrite
 
 from ..survey.tiny import tiny as any_tiny
@@ -105,7 +105,7 @@ def test_tensors_have_the_names_that_they_had_in_the_files(family: str, tmp_path
         rewrite(model, plan).save_pretrained(tmp_path / which)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "loaded", attn_implementation="eager")
     again.save_pretrained(tmp_path / "again")
-    expected = {item.name for item in draw(source, plan).items}
+    expected = {item.name for item in manifest_of(source, plan).items}
     assert expected == {
         re.sub(r"(layers\.)\d+\.", rf"\g<1>{slot}.", name)
         for slot, layer in enumerate(SLOTS)

@@ -15,9 +15,9 @@ import pytest
 
 from shoal.errors import ModelError, WriteError
 from shoal.models.shards import Stored, stored_tensors
-from shoal.writing import container, twins
+from shoal.writing import container, copy_check
 from shoal.writing import stream as stream_module
-from shoal.writing.twins import same_bytes
+from shoal.writing.copy_check import same_bytes
 
 from .stream_folders import bases, content, streamed
 
@@ -39,7 +39,7 @@ def test_without_the_system_s_copy(bases: Any, tmp_path: Path, monkeypatch: pyte
 def test_a_header_that_names_another_place_fails_the_proof(
     bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = twins.compared
+    true = copy_check.copy_checks
 
     def spoiled(folder: Path, *rest: Any) -> Any:
         first, second = (stored_tensors(folder)[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 1))
@@ -54,7 +54,7 @@ def test_a_header_that_names_another_place_fails_the_proof(
             file.write(data[:8] + text)
         return true(folder, *rest)
 
-    monkeypatch.setattr(stream_module, "compared", spoiled)
+    monkeypatch.setattr(stream_module, "copy_checks", spoiled)
     with pytest.raises(WriteError, match=r"W230.*weights: 2.*up_proj"):
         streamed(bases("llama"), "0,2-3", tmp_path / "out", shard_size="5GB")
     assert list(tmp_path.iterdir()) == []
@@ -64,7 +64,7 @@ def test_a_header_that_names_another_place_fails_the_proof(
 def test_a_wrong_copy_fails_the_proof(
     zero_parts: bool, bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true, spoilt = twins.Twins.add, list[str]()
+    true, spoilt = copy_check.CopyCheck.add, list[str]()
 
     def spoiled(self: Any, item: Any, copy: Stored) -> None:
         if not spoilt and item.zero == zero_parts and "mlp" in item.name:
@@ -74,7 +74,7 @@ def test_a_wrong_copy_fails_the_proof(
                 file.write(b"\x99")
         true(self, item, copy)
 
-    monkeypatch.setattr(twins.Twins, "add", spoiled)
+    monkeypatch.setattr(copy_check.CopyCheck, "add", spoiled)
     with pytest.raises(WriteError, match=r"W230.*weights: 1.*mlp"):
         streamed(bases("llama"), "0,1a,3", tmp_path / "out", zero_parts=True)
     assert len(spoilt) == 1
@@ -82,7 +82,7 @@ def test_a_wrong_copy_fails_the_proof(
 
 
 def test_bytes_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(twins, "_BUFFER", 64)
+    monkeypatch.setattr(copy_check, "_BUFFER", 64)
     data = bytes(range(1, 201))
     (tmp_path / "one").write_bytes(b"head" + data)
     one = Stored(tmp_path / "one", "U8", (200,), 4, 200)
@@ -103,7 +103,7 @@ def test_bytes_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_place_that_was_not_compared_is_not_the_same(bases: Any) -> None:
     first, second = list(stored_tensors(bases("llama")).values())[:2]
-    pairs = twins.Twins()
+    pairs = copy_check.CopyCheck()
     pairs.add(container.Item("a", first), first)
     assert pairs.same(container.Item("b", first), first)
     for item, place in (

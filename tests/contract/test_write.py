@@ -184,7 +184,7 @@ def test_without_a_base_a_folder_is_held_to_its_own_config(proofs: dict[str, Pro
 
 
 def test_a_near_tie_may_part_but_nothing_else() -> None:
-    from shoal.writing.judge import judge, limit_for
+    from shoal.writing.checks import conclusions, limit_for
 
     limit = limit_for("float32", 10.0)
     reference = live_reference(tiny("llama"), plan_of(tiny("llama"), "0-2"), greedy=(1, 4))
@@ -194,13 +194,13 @@ def test_a_near_tie_may_part_but_nothing_else() -> None:
     answer |= {"parameters": 0, "depth": 0, "greedy": [other]}
     for gap, passes in ((0.5 * limit, True), (1.9 * limit, True), (2.1 * limit, False)):
         close = replace(reference, greedy=((tokens, [1.0, 1.0, gap, 1.0]),))
-        check = next(c for c in judge(close, answer) if c.name == "greedy tokens")
+        check = next(c for c in conclusions(close, answer) if c.name == "greedy tokens")
         assert check.passed is passes
         assert ("near tie" in check.how) is passes
 
 
 def test_the_limit_follows_the_dtype() -> None:
-    from shoal.writing.judge import limit_for
+    from shoal.writing.checks import limit_for
 
     assert limit_for("float32", 30.0) == 1e-4
     assert 0.07 < limit_for("float16", 20.0) < 0.1

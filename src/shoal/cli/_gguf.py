@@ -64,14 +64,14 @@ def _refuse(wanted: Wanted, why: str, *options: str) -> None:
 
 
 def _copy(wanted: Wanted, file: Any, dry_run: bool, progress: Any) -> tuple[dict[str, Any], str]:
-    from shoal.writing.gguf_out.copied import drawn
+    from shoal.writing.gguf_out.copied import copied_manifest
     from shoal.writing.gguf_out.write import copy_file, open_source, plan_for
 
     source = open_source(file)
     plan, _ = plan_for(source, wanted.plan, wanted.model)
     if dry_run:
-        drawing = drawn(source, plan, outtype=wanted.outtype)
-        return _sizes(plan, drawing.arch, wanted, drawing.bytes, source.bytes, len(drawing.items))
+        manifest = copied_manifest(source, plan, outtype=wanted.outtype)
+        return _sizes(plan, manifest.arch, wanted, manifest.bytes, source.bytes, len(manifest.items))
     written = copy_file(
         source,
         plan,

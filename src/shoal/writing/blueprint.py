@@ -13,12 +13,12 @@ from shoal.plan import Plan, Run
 Tensors = dict[str, torch.Tensor]
 
 
-class Filled(NamedTuple):
-    """What is in the places of one stack."""
+class StackSlots(NamedTuple):
+    """The slots of one stack: the base layer of each, and the parts that are zeroed or replaced."""
 
     slots: tuple[int, ...]
     """Base layer of each slot."""
-    silent: tuple[tuple[int, str], ...] = ()
+    zeroed: tuple[tuple[int, str], ...] = ()
     """(slot, part) whose tensors are zeroed."""
     replaced: tuple[tuple[int, str], ...] = ()
     """(slot, id of the weights that it runs with)."""
@@ -31,7 +31,7 @@ class Blueprint:
     plan: Plan
     slots: tuple[int, ...]
     """Base layer of each slot, in the main stack: the decoder, or the first."""
-    silent: tuple[tuple[int, str], ...]
+    zeroed: tuple[tuple[int, str], ...]
     """(slot, part) whose tensors are zeroed so that it adds nothing."""
     config: PreTrainedConfig
     changed: dict[str, tuple[Any, Any]]
@@ -39,18 +39,18 @@ class Blueprint:
     """(slot, id of the weights that it runs with)."""
     weights: Tensors = field(default_factory=dict)
     """The tensors of these ids, ID.PARAMETER, in the dtype of the base's."""
-    others: tuple[tuple[str, Filled], ...] = ()
-    """(name, its slots, silent and replaced) of every stack beside the main one."""
+    others: tuple[tuple[str, StackSlots], ...] = ()
+    """(name, its slots, zeroed and replaced) of every stack beside the main one."""
 
     def of(self, stack: str) -> Blueprint:
         """The same with the slots of that stack as the main one's, and no other."""
-        mine = Filled(self.slots, self.silent, self.replaced)
+        mine = StackSlots(self.slots, self.zeroed, self.replaced)
         found = dict(self.others).get(stack, mine)
-        return replace(self, slots=found.slots, silent=found.silent, replaced=found.replaced, others=())
+        return replace(self, slots=found.slots, zeroed=found.zeroed, replaced=found.replaced, others=())
 
     @property
     def whole(self) -> Plan:
-        """The plan of what a stock checkpoint runs: whole layers, also where a part is silent."""
+        """The plan of what a stock checkpoint runs: whole layers, also where a part is zeroed."""
         plan = self.plan
         for name, _ in plan.stacks:
             plan = plan.with_steps(tuple(Run(layer) for layer in self.of(name).slots), name)

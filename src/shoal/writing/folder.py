@@ -24,7 +24,7 @@ from shoal.plan import Plan, plan_to_json, require, shapes_of
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.card import model_card, origin
 from shoal.writing.lineage import config_note, record_lines
-from shoal.writing.place import (
+from shoal.writing.output import (
     disk_errors,
     final_path,
     refuse_output,
@@ -36,7 +36,7 @@ from shoal.writing.place import (
 )
 from shoal.writing.proof import FILE, Proof, prove, verify
 from shoal.writing.reference import quiet
-from shoal.writing.sides import copy_modules, copy_side_files
+from shoal.writing.side_files import copy_modules, copy_side_files
 from shoal.writing.surgery import blueprint, require_writable, rewrite
 
 __all__ = ["Written", "refuse_output", "verify", "write"]
@@ -102,16 +102,16 @@ def write(
     require_space(final, _bytes(inner, plans))
     lines = record_lines(loaded.folder, records)
     note = config_note(inner.config, plan, plans)
-    with disk_errors(final), staged(final) as draft:
+    with disk_errors(final), staged(final) as staging:
         _tell(progress, "writing")
-        params = _fill(draft, loaded, plans, note, shard_size, weights)
-        write_text(draft / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
+        params = _fill(staging, loaded, plans, note, shard_size, weights)
+        write_text(staging / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
-            write_text(draft / "shoal" / "config.yaml", config)
+            write_text(staging / "shoal" / "config.yaml", config)
         _tell(progress, "proving")
-        proof = _proved(draft, loaded, plans, weights) if prove else Proof(False, (), against="nothing")
+        proof = _proved(staging, loaded, plans, weights) if prove else Proof(False, (), against="nothing")
         if prove:
-            write_text(draft / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
+            write_text(staging / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
         text = model_card(
             plan,
             origin(loaded.source, loaded.folder),
@@ -124,12 +124,12 @@ def write(
             command=command,
             proof=proof if prove else None,
         )
-        write_text(draft / "README.md", text)
+        write_text(staging / "README.md", text)
         if page is not None:
-            write_text(draft / "report.html", page if isinstance(page, str) else page(proof))
+            write_text(staging / "report.html", page if isinstance(page, str) else page(proof))
         _tell(progress, "publishing")
-        size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
-        publish(draft, final, overwrite=overwrite)
+        size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
+        publish(staging, final, overwrite=overwrite)
     _tell(progress, "written")
     return Written(final, proof, plans.changed, params, size)
 
@@ -140,25 +140,25 @@ def _tell(progress: Progress | None, stage: str) -> None:
 
 
 def _fill(
-    draft: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], shard_size: str, weights: Tensors
+    staging: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], shard_size: str, weights: Tensors
 ) -> int:
     """Tensors, configs, tokenizer, side files and plan; the number of parameters. No reference to the rewritten model
     survives, so the proof does not hold it in memory."""
-    (draft / "shoal").mkdir()
+    (staging / "shoal").mkdir()
     with quiet():
         made = rewrite(loaded.model, plans.plan, plans=plans)
         made.config.shoal = note
         with savable():
-            made.save_pretrained(draft, max_shard_size=shard_size)
-        for file in draft.glob("*.safetensors"):  # which are made for their owner alone, unlike the files beside them
-            file.chmod((draft / "config.json").stat().st_mode)
+            made.save_pretrained(staging, max_shard_size=shard_size)
+        for file in staging.glob("*.safetensors"):  # which are made for their owner alone, unlike the files beside them
+            file.chmod((staging / "config.json").stat().st_mode)
         if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(draft)
+            loaded.tokenizer.save_pretrained(staging)
     if loaded.folder is not None:
-        copy_side_files(loaded.folder, draft)
-        copy_modules(loaded.folder, draft)
-    digest = save_weights(draft / "shoal", plans.plan, weights)
-    write_text(draft / "shoal" / "plan.json", plan_to_json(plans.plan, weights=digest))
+        copy_side_files(loaded.folder, staging)
+        copy_modules(loaded.folder, staging)
+    digest = save_weights(staging / "shoal", plans.plan, weights)
+    write_text(staging / "shoal" / "plan.json", plan_to_json(plans.plan, weights=digest))
     return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
 
 

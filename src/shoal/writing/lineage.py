@@ -39,8 +39,8 @@ def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[
     known = lineage_of(config)
     text = format_steps(plan.steps())
     if known is not None:
-        return known.then(plans.slots, plans.silent, text).to_note(__version__)
-    made = Lineage(plans.slots, _base(plan), (text,), frozenset(plans.silent))
+        return known.then(plans.slots, plans.zeroed, text).to_note(__version__)
+    made = Lineage(plans.slots, _base(plan), (text,), frozenset(plans.zeroed))
     return made.to_note(__version__)
 
 
@@ -52,7 +52,7 @@ def _several(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[str
         before = {name: Lineage(tuple(range(depth)), known["base"]) for name, depth in plan.base.depths}
     chain = known.get("chain", [])
     after = {
-        name: part.then(plans.of(name).slots, plans.of(name).silent, format_steps(plan.steps(name)))
+        name: part.then(plans.of(name).slots, plans.of(name).zeroed, format_steps(plan.steps(name)))
         for name, part in before.items()
         if part is not None
     }

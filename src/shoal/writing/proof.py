@@ -29,7 +29,7 @@ from shoal.models.opened import open_model
 from shoal.plan import Plan, load_plan
 from shoal.record import environment
 from shoal.writing import proof_child
-from shoal.writing.judge import Check, digest, judge
+from shoal.writing.checks import Check, conclusions, digest
 from shoal.writing.reference import Reference, counted_reference, live_reference, quiet
 from shoal.writing.reference_kinds import counted_kind, kind_reference, proves_as_causal
 
@@ -124,7 +124,7 @@ def prove_many(jobs: Sequence[tuple[Path, Reference]], *, against: str = "the li
         answers = _ask(jobs, Path(scratch))
     proofs = []
     for (_, reference), answer in zip(jobs, answers, strict=True):
-        checks = tuple(judge(reference, answer))
+        checks = tuple(conclusions(reference, answer))
         proofs.append(Proof(all(c.passed for c in checks), checks, _environment(reference, answer), against))
     return proofs
 

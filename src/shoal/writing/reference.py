@@ -104,7 +104,7 @@ def live_reference(
             tensors |= {f"{name}.{kind}": t.cpu().contiguous() for kind, t in found.items() if t is not None}
         rows = measure.kv_facts(inner, *sets["random"])
         chosen = tuple(measure.greedy(inner, torch.tensor([p], device=inner.device), tokens) for p in prompts)
-    whole = not plans.silent  # a part that is only silenced still fills its row of the cache
+    whole = not plans.zeroed  # a part that is only silenced still fills its row of the cache
     return Reference(
         replace(
             expected,

@@ -19,9 +19,9 @@ from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan
 from shoal.writing import proof_child as measure
-from shoal.writing.blueprint import Blueprint, Filled
+from shoal.writing.blueprint import Blueprint, StackSlots
 from shoal.writing.reference import TEXTS, TOKENS, Reference, counts, expected_weights, load_settings, quiet
-from shoal.writing.several import described
+from shoal.writing.stack_depths import described
 from shoal.writing.surgery import blueprint
 
 GENERATES = "AutoModelForSeq2SeqLM"
@@ -73,9 +73,9 @@ def kind_reference(
 def counted_kind(model: PreTrainedModel, *, device: str, digest: str | None = None) -> Reference:
     """As `counted_reference`, for any model but a causal one."""
     plan = Plan.identity(open_model(model).spec)
-    filled = {stack.name: Filled(tuple(range(stack.depth))) for stack in find_stacks(model)}
-    main = filled.pop(plan.stack_name())
-    plans = Blueprint(plan, main.slots, (), model.config, {}, others=tuple(filled.items()))
+    by_stack = {stack.name: StackSlots(tuple(range(stack.depth))) for stack in find_stacks(model)}
+    main = by_stack.pop(plan.stack_name())
+    plans = Blueprint(plan, main.slots, (), model.config, {}, others=tuple(by_stack.items()))
     sets = input_sets(model, None, device="cpu")
     tensors = {f"{name}.in.{key}": t for name, inputs in sets.items() for key, t in inputs.items()}
     return Reference(

@@ -19,11 +19,11 @@ from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.container import Item
-from shoal.writing.draft import Draft
+from shoal.writing.copy_check import same_bytes
 from shoal.writing.lineage import config_note, lineage_of
+from shoal.writing.manifest import Manifest
 from shoal.writing.reference import quiet
 from shoal.writing.stream import Streamed, write_draft
-from shoal.writing.twins import same_bytes
 
 TIE = "tie_word_embeddings"
 
@@ -58,9 +58,9 @@ def repair(
         assert found.config is not None
         if len(find_stacks(structure(found.config, source))) > 1:
             raise WriteError(f"{source} has several stacks, which repair cannot write; copy it again", code="W252")
-        draft = _draft(papers, found)
+        manifest = _manifest(papers, found)
     return write_draft(
-        draft, str(source), output, overwrite=overwrite, shard_size=shard_size, records=records, command=command,
+        manifest, str(source), output, overwrite=overwrite, shard_size=shard_size, records=records, command=command,
         progress=progress,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def refuse_hopeless(papers: Papers, found: Diagnosis) -> None:
         raise WriteError(f"{papers.source} cannot be repaired: {first}; {remedy}", code="W250")
 
 
-def _draft(papers: Papers, found: Diagnosis) -> Draft:
+def _manifest(papers: Papers, found: Diagnosis) -> Manifest:
     assert papers.folder is not None
     assert found.config is not None
     config, names = _settled(papers, found)
@@ -93,7 +93,7 @@ def _draft(papers: Papers, found: Diagnosis) -> Draft:
     note = config_note(base, plan, plans) if kept is not None or lineage_of(base) is not None else {}
     items = [Item(new, papers.places[old]) for new, old in names.items()]
     ordered = tuple(sorted(items, key=lambda item: dot_natural_key(item.name)))
-    return Draft(papers.folder, plan, replace(plans, plan=plan), spec, ordered, note)
+    return Manifest(papers.folder, plan, replace(plans, plan=plan), spec, ordered, note)
 
 
 def _settled(papers: Papers, found: Diagnosis) -> tuple[PreTrainedConfig, dict[str, str]]:

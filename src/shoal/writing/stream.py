@@ -25,9 +25,10 @@ from shoal.plan import Plan, plan_to_json
 from shoal.record import environment
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import Tick, parse_size, write_shards
-from shoal.writing.draft import Draft, draw
+from shoal.writing.copy_check import CopyCheck, copy_checks
 from shoal.writing.lineage import record_lines
-from shoal.writing.place import (
+from shoal.writing.manifest import Manifest, manifest_of
+from shoal.writing.output import (
     disk_errors,
     final_path,
     refuse_output,
@@ -38,8 +39,7 @@ from shoal.writing.place import (
 )
 from shoal.writing.proof import FILE, Proof, prove
 from shoal.writing.reference import quiet
-from shoal.writing.sides import copy_modules, copy_side_files
-from shoal.writing.twins import Twins, compared
+from shoal.writing.side_files import copy_modules, copy_side_files
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ def stream(
     """
     parse_size(shard_size)  # before anything is read
     with quiet():
-        draft = draw(source, plan, zero_parts=zero_parts)
+        manifest = manifest_of(source, plan, zero_parts=zero_parts)
     return write_draft(
-        draft, str(source), output, overwrite=overwrite, shard_size=shard_size, forward=forward, records=records,
+        manifest, str(source), output, overwrite=overwrite, shard_size=shard_size, forward=forward, records=records,
         card=card, command=command, config=config, progress=progress,
     )  # fmt: skip
 
 
 def write_draft(
-    draft: Draft,
+    manifest: Manifest,
     source: str,
     output: str | Path,
     *,
@@ -105,41 +105,41 @@ def write_draft(
     config: str | None = None,
     progress: Progress | None = None,
 ) -> Streamed:
-    """Write, prove and publish what `draft` says; `source` is the base's name. Options and errors as in `stream`."""
+    """Write, prove and publish what `manifest` says; `source` is the base's name. Options and errors as in `stream`."""
     limit = parse_size(shard_size)
     final = final_path(output)
-    require_apart(final, [draft.folder, Path(source).expanduser()])
+    require_apart(final, [manifest.folder, Path(source).expanduser()])
     refuse_output(final, overwrite=overwrite)
-    require_space(final, draft.bytes)
+    require_space(final, manifest.bytes)
     if forward:
-        _require_memory(draft)
-    lines = record_lines(draft.folder, records)
+        _require_memory(manifest)
+    lines = record_lines(manifest.folder, records)
     with disk_errors(final), staged(final) as place:
-        _configs(place, draft)
-        twins = Twins()
+        _configs(place, manifest)
+        copies = CopyCheck()
         with _syncing() as settle:
-            ticks = _ticks(progress, draft.bytes, "copy and compare tensors")
-            files = write_shards(place, draft.items, limit, ticks, copied=twins.add, settle=settle)
-            proof = _proved(place, draft, twins, forward)
+            ticks = _ticks(progress, manifest.bytes, "copy and compare tensors")
+            files = write_shards(place, manifest.items, limit, ticks, copied=copies.add, settle=settle)
+            proof = _proved(place, manifest, copies, forward)
         write_text(place / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
             write_text(place / "shoal" / "config.yaml", config)
         write_text(place / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
         text = model_card(
-            draft.plan,
-            origin(source, draft.folder),
+            manifest.plan,
+            origin(source, manifest.folder),
             title=final.name,
-            base_layers=draft.note.get("base_layers", draft.plans.slots),
-            chain=draft.note.get("chain", ()),
-            auto=auto_for(draft.plans.config),
-            rows=card or _rows(draft),
-            changed=draft.plans.changed,
+            base_layers=manifest.note.get("base_layers", manifest.plans.slots),
+            chain=manifest.note.get("chain", ()),
+            auto=auto_for(manifest.plans.config),
+            rows=card or _rows(manifest),
+            changed=manifest.plans.changed,
             command=command,
             proof=proof,
         )
         write_text(place / "README.md", text)
         publish(place, final, overwrite=overwrite)
-    return Streamed(final, proof, draft.plans.changed, draft.params, draft.bytes, len(files))
+    return Streamed(final, proof, manifest.plans.changed, manifest.params, manifest.bytes, len(files))
 
 
 def _ticks(progress: Progress | None, total: int, stage: str) -> Tick:
@@ -170,33 +170,33 @@ def _syncing() -> Iterator[Callable[[Path], None]]:
         future.result()
 
 
-def _configs(place: Path, draft: Draft) -> None:
+def _configs(place: Path, manifest: Manifest) -> None:
     """Config, generation config, tokenizer, side files and plan."""
     (place / "shoal").mkdir()
-    made = draft.plans.config
-    if draft.note:
-        made.shoal = draft.note
+    made = manifest.plans.config
+    if manifest.note:
+        made.shoal = manifest.note
     with quiet(), savable():
         made.save_pretrained(place)
         with suppress(OSError):  # a model without one gets none, as when it is loaded
-            GenerationConfig.from_pretrained(draft.folder).save_pretrained(place)
-        tokenizer = load_tokenizer(draft.folder)
+            GenerationConfig.from_pretrained(manifest.folder).save_pretrained(place)
+        tokenizer = load_tokenizer(manifest.folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-    copy_side_files(draft.folder, place)
-    copy_modules(draft.folder, place)
-    write_text(place / "shoal" / "plan.json", plan_to_json(draft.plan))
+    copy_side_files(manifest.folder, place)
+    copy_modules(manifest.folder, place)
+    write_text(place / "shoal" / "plan.json", plan_to_json(manifest.plan))
 
 
-def _proved(place: Path, draft: Draft, twins: Twins, forward: bool) -> Proof:
+def _proved(place: Path, manifest: Manifest, copies: CopyCheck, forward: bool) -> Proof:
     with quiet():
-        checks = compared(place, draft.items, draft.plans, draft.params, twins)
+        checks = copy_checks(place, manifest.items, manifest.plans, manifest.params, copies)
     facts = environment()
     proof = Proof(all(check.passed for check in checks), checks, facts, against="the tensors of its base, byte by byte")
     if proof.passed and forward:
         with quiet():
-            base = load(str(draft.folder), device="cpu")
-            live = prove(place, base.model, draft.plan, tokenizer=base.tokenizer, plans=draft.plans)
+            base = load(str(manifest.folder), device="cpu")
+            live = prove(place, base.model, manifest.plan, tokenizer=base.tokenizer, plans=manifest.plans)
         proof = Proof(live.passed, (*checks, *live.checks), live.environment | facts, live.against)
     if not proof.passed:
         raise WriteError(
@@ -207,17 +207,17 @@ def _proved(place: Path, draft: Draft, twins: Twins, forward: bool) -> Proof:
     return proof
 
 
-def _rows(draft: Draft) -> list[dict[str, Any]]:
+def _rows(manifest: Manifest) -> list[dict[str, Any]]:
     """What the card can say without running anything."""
-    depth = draft.spec.stack().depth
+    depth = manifest.spec.stack().depth
     return [
-        {"name": "parameters", "dense": draft.spec.params, "pruned": draft.params, "how": "by unique storage"},
-        {"name": "layers", "dense": depth, "pruned": len(draft.plans.slots), "how": "counted"},
+        {"name": "parameters", "dense": manifest.spec.params, "pruned": manifest.params, "how": "by unique storage"},
+        {"name": "layers", "dense": depth, "pruned": len(manifest.plans.slots), "how": "counted"},
     ]
 
 
-def _require_memory(draft: Draft) -> None:
-    free, needed = _free_memory(), 2 * sum({item.source: item.source.size for item in draft.items}.values())
+def _require_memory(manifest: Manifest) -> None:
+    free, needed = _free_memory(), 2 * sum({item.source: item.source.size for item in manifest.items}.values())
     if free is not None and needed > free:
         raise WriteError(
             f"the forward check needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; leave it out",

@@ -22,9 +22,9 @@ from shoal.plan import Plan
 from shoal.plan.capabilities import refusals
 from shoal.plan.steps import Step, runs
 from shoal.writing.assemble import assembled
-from shoal.writing.blueprint import Blueprint, Filled, Tensors
+from shoal.writing.blueprint import Blueprint, StackSlots, Tensors
 from shoal.writing.same_layers import require_same_layers
-from shoal.writing.several import described, refuse_cache, with_depths
+from shoal.writing.stack_depths import described, refuse_cache, with_depths
 from shoal.writing.tensors import moved_tensors, resized_tensors
 
 
@@ -46,16 +46,16 @@ def blueprint(
     `model` may be on the meta device.
     """
     stacks = find_stacks(model)
-    filled = {stack.name: _slots(plan.steps(stack.name), zero_parts) for stack in stacks}
+    by_stack = {stack.name: _slots(plan.steps(stack.name), zero_parts) for stack in stacks}
     config, changed = model.config, dict[str, tuple[Any, Any]]()
     for stack in stacks:
-        refuse_order(stack, filled[stack.name].slots)
-        config, fields = _permuted(model, config, stack, filled[stack.name].slots)
+        refuse_order(stack, by_stack[stack.name].slots)
+        config, fields = _permuted(model, config, stack, by_stack[stack.name].slots)
         changed |= fields if len(stacks) == 1 else {described(model, stack, name): v for name, v in fields.items()}
     try:
         read_back = _read_back(config)
-        refuse_cache(model.config, read_back, stacks, {name: len(found.slots) for name, found in filled.items()})
-        require_same_layers(model, stacks, read_back, {name: found.slots for name, found in filled.items()})
+        refuse_cache(model.config, read_back, stacks, {name: len(found.slots) for name, found in by_stack.items()})
+        require_same_layers(model, stacks, read_back, {name: found.slots for name, found in by_stack.items()})
     except (ValueError, AttributeError) as error:  # its own checks of its fields, and mixed per-layer values
         why = str(error).strip().splitlines()[-1].strip()[:300]
         raise WriteError(
@@ -64,12 +64,12 @@ def blueprint(
     own = {
         name: tensor
         for stack in stacks
-        for slot, weights_id in filled[stack.name].replaced
-        for name, tensor in _fitting(stack, filled[stack.name].slots[slot], weights_id, weights or {}).items()
+        for slot, weights_id in by_stack[stack.name].replaced
+        for name, tensor in _fitting(stack, by_stack[stack.name].slots[slot], weights_id, weights or {}).items()
     }
-    main = filled[plan.stack_name()]
-    others = tuple((name, found) for name, found in filled.items() if name != plan.stack_name())
-    return Blueprint(plan, main.slots, main.silent, config, changed, main.replaced, own, others)
+    main = by_stack[plan.stack_name()]
+    others = tuple((name, found) for name, found in by_stack.items() if name != plan.stack_name())
+    return Blueprint(plan, main.slots, main.zeroed, config, changed, main.replaced, own, others)
 
 
 def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
@@ -147,12 +147,12 @@ def _permuted(
     return _whole_config(whole, model.config, stack.config, text), changed
 
 
-def _slots(steps: tuple[Step, ...], zero_parts: bool) -> Filled:
+def _slots(steps: tuple[Step, ...], zero_parts: bool) -> StackSlots:
     for no in refusals(steps, "written"):
         if not (zero_parts and no.trait == "part"):
             raise WriteError(no.message, code=no.code)
     found = tuple(enumerate(runs(steps)))
-    return Filled(
+    return StackSlots(
         tuple(run.layer for _, run in found),
         tuple((slot, "mlp" if run.part == "attention" else "attention") for slot, run in found if run.part != "layer"),
         tuple((slot, run.weights) for slot, run in found if run.weights is not None),

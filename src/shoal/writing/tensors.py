@@ -32,8 +32,8 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
     ids = dict(plans.replaced)
     written: set[str] = set()
     for slot, layer in enumerate(plans.slots):
-        silent = {part for s, part in plans.silent if s == slot}
-        quiet = tuple(f"{n}." for part in silent for n in getattr(facts[layer].parts, part))
+        zeroed = {part for s, part in plans.zeroed if s == slot}
+        quiet = tuple(f"{n}." for part in zeroed for n in getattr(facts[layer].parts, part))
         for rest, tensor in by_layer[layer].items():
             own = f"{ids[slot]}.{rest}" if slot in ids else ""
             value = plans.weights[own].to(tensor.device) if own in plans.weights else tensor

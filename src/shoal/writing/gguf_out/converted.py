@@ -29,7 +29,7 @@ from shoal.models.meta import meta_model
 from shoal.plan import Plan
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.gguf_out.container import TYPES, Item, Pairs, encoded, kind_for
-from shoal.writing.gguf_out.copied import Drawing, note
+from shoal.writing.gguf_out.copied import GgufManifest, note
 from shoal.writing.gguf_out.families import Family, add_keys, changed, family_of, rope_factors
 from shoal.writing.gguf_out.vocab import add_vocab, from_file
 from shoal.writing.lineage import config_note
@@ -68,7 +68,7 @@ def converted(
     outtype: str | None = None,
     tokenizer_from: Path | None = None,
     zero_parts: bool = False,
-) -> Drawing:
+) -> GgufManifest:
     """The file of `plan` on the model of `loaded`, which is not changed. `outtype`: f32, f16, bf16 or q8_0 for the
     matrices (default: as the model is). `tokenizer_from`: a GGUF file of the same base whose tokenizer keys are taken.
 
@@ -85,7 +85,7 @@ def converted(
     items = tuple(_items(made.state_dict(), plans.config, family, chosen))
     total = sum(int(np.prod(item.shape)) for item in items)
     pairs["general.size_label"] = (size_label(total, 0, 0, 0).encode(), GGUFValueType.STRING, None)
-    return Drawing(family.arch, pairs, items, tuple(pairs["shoal.base_layers"][0]))
+    return GgufManifest(family.arch, pairs, items, tuple(pairs["shoal.base_layers"][0]))
 
 
 def _pairs(

@@ -24,7 +24,7 @@ Value = tuple[Any, GGUFValueType, GGUFValueType | None]
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GgufManifest:
     """All that a GGUF file will hold: known before a byte is written."""
 
     arch: str
@@ -46,7 +46,7 @@ def slots_of(plan: Plan) -> tuple[int, ...]:
     return plan.layers()
 
 
-def drawn(source: Source, plan: Plan, *, outtype: str | None = None) -> Drawing:
+def copied_manifest(source: Source, plan: Plan, *, outtype: str | None = None) -> GgufManifest:
     """The file of `plan`, whose base is `source`: layers renumbered, every per-layer array of the metadata permuted.
 
     `outtype`: convert the matrices to f32, f16, bf16 or q8_0; None keeps every block bit for bit.
@@ -63,7 +63,7 @@ def drawn(source: Source, plan: Plan, *, outtype: str | None = None) -> Drawing:
     if "general.size_label" in pairs and not source.value("expert_count"):
         total = sum(math.prod(item.shape) for item in items)
         pairs["general.size_label"] = (size_label(total, 0, 0, 0).encode(), GGUFValueType.STRING, None)
-    return Drawing(source.arch, pairs, items, tuple(pairs["shoal.base_layers"][0]))
+    return GgufManifest(source.arch, pairs, items, tuple(pairs["shoal.base_layers"][0]))
 
 
 def _require_known(source: Source, slots: Sequence[int]) -> None:

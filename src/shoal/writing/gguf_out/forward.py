@@ -14,8 +14,8 @@ from shoal.models.gguf import no_bars_in_logs
 from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
 from shoal.plan import Plan
+from shoal.writing.checks import Check, limit_for
 from shoal.writing.gguf_out.container import TYPES, decoded, encoded, kind_for
-from shoal.writing.judge import Check, limit_for
 from shoal.writing.reference import quiet
 from shoal.writing.surgery import blueprint, rewrite
 

@@ -1,4 +1,4 @@
-"""A drawing as a finished file: written beside its place, read again tensor by tensor, and only then given its name."""
+"""Writes the GGUF file of a manifest: beside its place, read again tensor by tensor, and only then given its name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shoal.atomic import staged, sweep, sync_path
 from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
 from shoal.record import environment
+from shoal.writing.checks import Check
 from shoal.writing.container import Tick
 from shoal.writing.gguf_out.container import digest, write_file
-from shoal.writing.gguf_out.copied import Drawing
+from shoal.writing.gguf_out.copied import GgufManifest
 from shoal.writing.gguf_out.source import open_source, plain
-from shoal.writing.judge import Check
-from shoal.writing.place import disk_errors, final_path, require_space
+from shoal.writing.output import disk_errors, final_path, require_space
 from shoal.writing.proof import Proof
 
 Forward = Callable[[Path], Check]
@@ -60,7 +60,7 @@ def _is_gguf(file: Path) -> bool:
 
 
 def publish_file(
-    drawing: Drawing,
+    manifest: GgufManifest,
     output: str | Path,
     *,
     source: Path | None = None,
@@ -77,19 +77,19 @@ def publish_file(
     """
     final = final_path(output)
     refuse_file(final, source, overwrite=overwrite)
-    require_space(final, drawing.bytes)
+    require_space(final, manifest.bytes)
     with disk_errors(final), staged(final) as place:
-        draft = place / final.name
-        told = _ticks(progress, drawing.bytes)
-        sums = write_file(draft, drawing.arch, drawing.pairs, drawing.items, told("write tensors"))
-        proof = _proved(draft, drawing, sums, forward, against, told("compare tensors"))
-        size = draft.stat().st_size
-        sync_path(draft)
+        partial = place / final.name
+        ticks = _ticks(progress, manifest.bytes)
+        sums = write_file(partial, manifest.arch, manifest.pairs, manifest.items, ticks("write tensors"))
+        proof = _proved(partial, manifest, sums, forward, against, ticks("compare tensors"))
+        size = partial.stat().st_size
+        sync_path(partial)
         if final.exists() and not overwrite:
             raise WriteError(f"{final} exists now; pass --overwrite to replace it", code="W220")
-        draft.replace(final)
+        partial.replace(final)
         sync_path(final.parent)
-    return Written(final, proof, drawing.arch, drawing.base_layers, size)
+    return Written(final, proof, manifest.arch, manifest.base_layers, size)
 
 
 def _ticks(progress: Progress | None, total: int) -> Callable[[str], Tick]:
@@ -108,10 +108,10 @@ def _ticks(progress: Progress | None, total: int) -> Callable[[str], Tick]:
 
 
 def _proved(
-    file: Path, drawing: Drawing, sums: Mapping[str, str], forward: Forward | None, against: str, tick: Tick
+    file: Path, manifest: GgufManifest, sums: Mapping[str, str], forward: Forward | None, against: str, tick: Tick
 ) -> Proof:
     try:
-        checks = tuple(_checks(file, drawing, sums, tick))
+        checks = tuple(_checks(file, manifest, sums, tick))
     except (ModelError, WriteError) as error:
         checks = (Check("loads", False, str(error)[:300], "no error", "the written file, read by gguf.GGUFReader"),)
     if forward is not None and all(check.passed for check in checks):
@@ -126,20 +126,20 @@ def _proved(
     return proof
 
 
-def _checks(file: Path, drawing: Drawing, sums: Mapping[str, str], tick: Tick) -> Iterator[Check]:
-    """What is on the disk against what the drawing says."""
-    depth = len(drawing.base_layers)
+def _checks(file: Path, manifest: GgufManifest, sums: Mapping[str, str], tick: Tick) -> Iterator[Check]:
+    """What is on the disk against what the manifest says."""
+    depth = len(manifest.base_layers)
     found = open_source(file)
     yield Check("layers", found.depth == depth, found.depth, depth, "block_count, and tensors of as many layers")
     there = {key: plain(field) for key, field in found.fields.items() if not key.startswith("GGUF.")}
-    wrong = sorted(key for key, value in there.items() if drawing.pairs.get(key, value) != value)
-    missing = sorted(k for k, v in drawing.pairs.items() if k not in there and v[0] not in ([], b""))
+    wrong = sorted(key for key, value in there.items() if manifest.pairs.get(key, value) != value)
+    missing = sorted(k for k, v in manifest.pairs.items() if k not in there and v[0] not in ([], b""))
     yield Check("keys", not wrong + missing, len(wrong + missing), 0, f"keys of another value {(wrong + missing)[:3]}")
     tensors = {tensor.name: tensor for tensor in found.tensors}
     stray = sorted(tensors.keys() ^ sums.keys())
     yield Check("tensors", not stray, len(stray), 0, f"tensors missing or too many {stray[:3]}")
     bad = []
-    for item in drawing.items:
+    for item in manifest.items:
         tensor = tensors.get(item.name)
         shape = None if tensor is None else tuple(reversed(tensor.shape.tolist()))
         same = tensor is not None and (tensor.tensor_type, shape) == (item.kind, item.shape)

@@ -8,13 +8,13 @@ from shoal.errors import PlanError, WriteError
 from shoal.evaluation import Progress
 from shoal.models.load import Loaded, inspect_source, load
 from shoal.plan import Plan, Spec, load_plan, parse_plan, require
+from shoal.writing.checks import Check
 from shoal.writing.gguf_out.container import TYPES
 from shoal.writing.gguf_out.converted import OUTTYPES, converted
-from shoal.writing.gguf_out.copied import Drawing, drawn
+from shoal.writing.gguf_out.copied import GgufManifest, copied_manifest
 from shoal.writing.gguf_out.forward import forward_check, is_exact
 from shoal.writing.gguf_out.published import Forward, Written, publish_file, refuse_file
 from shoal.writing.gguf_out.source import Source, open_source, spec_of
-from shoal.writing.judge import Check
 
 __all__ = ["Written", "convert_model", "copy_file", "open_source", "plan_for", "refuse_file"]
 
@@ -54,10 +54,10 @@ def copy_file(
     """Write `plan` on the layers of a GGUF file as another GGUF file: blocks bit for bit, metadata permuted, no torch.
 
     `outtype`: convert matrices to f32, f16, bf16 or q8_0 instead. `forward`: afterwards let transformers load both and
-    compare logits. Raises as `drawn` (W261-W264), `forward_check` (W269) and `publish_file` (W220-W230).
+    compare logits. Raises as `copied_manifest` (W261-W264), `forward_check` (W269) and `publish_file` (W220-W230).
     """
     require_outtype(outtype)
-    drawing = drawn(source, plan, outtype=outtype)
+    manifest = copied_manifest(source, plan, outtype=outtype)
     check: Forward | None = None
     if forward:
         base = load(str(source.path), device="cpu")
@@ -68,7 +68,7 @@ def copy_file(
 
     against = "the tensors of its base, by SHA-256"
     return publish_file(
-        drawing,
+        manifest,
         output,
         source=source.path,
         overwrite=overwrite,
@@ -95,7 +95,9 @@ def convert_model(
     Raises as `converted` (W201-W216, W263, W265-W268), `forward_check` (W269) and `publish_file` (W220-W230).
     """
     require_outtype(outtype)
-    drawing: Drawing = converted(loaded, plan, outtype=outtype, tokenizer_from=tokenizer_from, zero_parts=zero_parts)
+    manifest: GgufManifest = converted(
+        loaded, plan, outtype=outtype, tokenizer_from=tokenizer_from, zero_parts=zero_parts
+    )
     check: Forward | None = None
     if forward:
         chosen = outtype or OUTTYPES.get(loaded.model.dtype, "f16")
@@ -105,7 +107,7 @@ def convert_model(
             return forward_check(file, loaded, plan, outtype=chosen, exact=is_exact(chosen, stored))
 
     return publish_file(
-        drawing,
+        manifest,
         output,
         source=tokenizer_from,
         overwrite=overwrite,

@@ -16,14 +16,14 @@ from shoal.models.names import attributed
 from shoal.models.opened import open_model
 from shoal.models.shards import Stored, stored_tensors
 from shoal.writing.blueprint import Blueprint
+from shoal.writing.checks import Check
 from shoal.writing.container import Item
-from shoal.writing.judge import Check
 
 _BUFFER = 256 << 10
 """Bytes compared at once: two of these stay in a core's own cache, where reading them again costs nothing."""
 
 
-class Twins:
+class CopyCheck:
     """Copies and what they were made from, compared byte by byte as soon as each is made: both are in memory then, and
     no disk is read twice."""
 
@@ -40,21 +40,23 @@ class Twins:
         return self._found.get((copy, None if item.zero else item.source), False)
 
 
-def compared(folder: Path, items: Sequence[Item], plans: Blueprint, wanted: int, twins: Twins) -> tuple[Check, ...]:
+def copy_checks(
+    folder: Path, items: Sequence[Item], plans: Blueprint, wanted: int, copies: CopyCheck
+) -> tuple[Check, ...]:
     """The checks of `folder`, which was written from `items`.
 
     Its index, headers and config are read again; each tensor must lie, with the source's dtype and shape, just where
-    `twins` compared it with its source. `wanted`: parameters by the plan's cost.
+    `copies` compared it with its source. `wanted`: parameters by the plan's cost.
     """
     try:
         found = stored_tensors(folder)
     except ShoalError as error:
         return (Check("loads", False, str(error)[:500], "no error", "index and headers of the written files"),)
-    return tuple(_checks(folder, items, plans, wanted, found, twins))
+    return tuple(_checks(folder, items, plans, wanted, found, copies))
 
 
 def _checks(
-    folder: Path, items: Sequence[Item], plans: Blueprint, wanted: int, found: Mapping[str, Stored], twins: Twins
+    folder: Path, items: Sequence[Item], plans: Blueprint, wanted: int, found: Mapping[str, Stored], copies: CopyCheck
 ) -> Iterator[Check]:
     names = {item.name for item in items}
     stray = sorted(names ^ found.keys())
@@ -62,7 +64,7 @@ def _checks(
     there = [item for item in items if item.name in found]
     kinds = [i.name for i in there if (found[i.name].dtype, found[i.name].shape) != (i.source.dtype, i.source.shape)]
     yield Check("dtypes and shapes", not kinds, len(kinds), 0, _named("tensors of another dtype or shape", kinds))
-    wrong = [item.name for item in there if not twins.same(item, found[item.name])]
+    wrong = [item.name for item in there if not copies.same(item, found[item.name])]
     yield Check("weights", not wrong, len(wrong), 0, _named("tensors whose bytes are not those of the source", wrong))
     try:
         model = meta_model(load_config(folder))

@@ -1,4 +1,4 @@
-"""Configs with more than one depth: an encoder's and a decoder's, or a config for each stack."""
+"""Sets the depths of a config that has more than one: an encoder's and a decoder's, or a config for each stack."""
 
 from __future__ import annotations
 

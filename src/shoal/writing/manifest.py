@@ -1,4 +1,4 @@
-"""What a streamed write will write, worked out from config, index and headers alone."""
+"""The manifest of a streamed write: all that it will write, worked out from config, index and headers alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from shoal.plan import Plan, Run, Spec, cost, require
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.container import Item
 from shoal.writing.lineage import config_note
-from shoal.writing.place import with_source
+from shoal.writing.output import with_source
 from shoal.writing.surgery import blueprint
 
 
 @dataclass(frozen=True)
-class Draft:
-    """All that is to be written, known before the first byte is."""
+class Manifest:
+    """All that a streamed write writes, known before the first byte is."""
 
     folder: Path
     """Of the base."""
@@ -48,12 +48,12 @@ class Draft:
 
     @property
     def params(self) -> int:
-        """By the plan's cost: a stock checkpoint holds whole layers, also where a part is silent."""
+        """By the plan's cost: a stock checkpoint holds whole layers, also where a part is zeroed."""
         whole = self.plan.with_steps(tuple(Run(layer) for layer in self.plans.slots))
         return cost(whole, self.spec).written_params
 
 
-def draw(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Draft:
+def manifest_of(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Manifest:
     """Read config, index and headers of a local folder, and work out every tensor of the model of `plan`.
 
     Raises what `stream` raises before it writes.
@@ -82,7 +82,7 @@ def draw(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Draft:
             f"the tensor {stray} has no place in the model of the plan; load the model and write it without streaming",
             code="W217",
         )
-    return Draft(folder, plan, replace(plans, plan=plan), spec, items, note)
+    return Manifest(folder, plan, replace(plans, plan=plan), spec, items, note)
 
 
 def _refuse_several(model: PreTrainedModel) -> None:
@@ -112,8 +112,8 @@ def _items(
         if name.layer is not None:
             by_layer.setdefault(name.layer, []).append((file, name))
     for slot, layer in enumerate(plans.slots):
-        silent = [part for place, part in plans.silent if place == slot]
-        quiet = tuple(f"{child}." for part in silent for child in getattr(parts[layer], part))
+        zeroed = [part for place, part in plans.zeroed if place == slot]
+        quiet = tuple(f"{child}." for part in zeroed for child in getattr(parts[layer], part))
         for file, name in by_layer[layer]:
             items.append(Item(name.at(slot), stored[file], bool(quiet) and name.rest.startswith(quiet)))
     return tuple(sorted(items, key=lambda item: dot_natural_key(item.name)))

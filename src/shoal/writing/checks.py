@@ -1,4 +1,4 @@
-"""What a proof concludes: the fresh process's answer beside the live side, question by question."""
+"""The checks of a proof: what the fresh process answered beside what the live side expects, question by question."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def limit_for(dtype: str, largest: float) -> float:
     return max(1e-4, 4 * torch.finfo(getattr(torch, dtype)).eps * largest)
 
 
-def judge(reference: Reference, answer: dict[str, Any]) -> Iterator[Check]:
+def conclusions(reference: Reference, answer: dict[str, Any]) -> Iterator[Check]:
     """The checks of one folder, from what `proof_child.answer` said of it."""
     if "error" in answer:
         yield Check("loads", False, str(answer["error"])[:500], "no error", f"{reference.auto} in a fresh process")
