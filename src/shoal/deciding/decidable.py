@@ -78,7 +78,7 @@ def _require_attention(run: Run, layer: LayerSpec, family: str) -> None:
 
 def _require_own_kv(run: Run, read: set[int]) -> None:
     if run.layer_sources or (run.layer in read and (run.gate is not None or run.kv.fill in (None, "mask"))):
-        no = refused("KV source", "gated", run)
+        no = refusal((run,), "gated") or refused("KV source", "gated", run)
         assert no is not None
         raise PlanError(no.message, code=no.code)
 

@@ -131,6 +131,7 @@ class FastDecoder:
             return write(model, input_ids, streamer=streamer, **prepared)
 
         with self._switched(plan):
+            refuse_deciding([stack.layers for stack in open_model(self.model).stacks])
             stock = type(self.model).generate  # the instance's may be this very method
             tokens: torch.Tensor = stock(self.model, inputs, custom_generate=loop, **kwargs)
         return tokens

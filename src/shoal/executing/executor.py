@@ -22,13 +22,14 @@ from shoal.executing.layer_list import PlannedList
 from shoal.executing.layer_runner import LayerRunner
 from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
 from shoal.executing.recorder import Recorder, RunRecord, attention_hooks
+from shoal.executing.sharing import Sharing
 from shoal.executing.slots import Filling, KeysValues, PassingCache, fit_rows, prepare_views, slot_view
 from shoal.executing.weights import Tensors
 from shoal.models.examine import StackFacts
 from shoal.models.lists import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.schedule import schedule, slots_of
-from shoal.plan.steps import kv_source, layers_read, runs, undecided, writes_kv
+from shoal.plan.steps import LayerKV, kv_source, runs, undecided, writes_kv
 
 
 class Executor:
@@ -50,9 +51,9 @@ class Executor:
         self.due, self.kept = schedule(steps, stack.depth)
         self.slots = slots_of(steps)
         self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
-        self.sources = layers_read(steps)
+        self.sharing = Sharing(steps)
         # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
-        self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sources
+        self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sharing.sources
         self.through = [
             self.plain and i not in self.kept and [step for _, step in due] == [Run(i)]
             for i, due in enumerate(self.due)
@@ -263,15 +264,15 @@ class Executor:
             kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
         else:
             kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
-        if (run.layer in self.sources or run.layer_sources or self._tells_kv()) and run.part != "mlp":
+        if self.sharing.concerns_kv(run) or (self._tells_kv() and run.part != "mlp"):
             layer, place = self.layer(run.layer), self.facts[run.layer].cache_at
             return with_passing_cache(run, layer, place, (args, kwargs), self.now, partial(self._cache_for, run, 0))
         return args, kwargs
 
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
-        keep = partial(self._keep, run) if run.layer in self.sources or self._tells_kv() else None
+        keep = partial(self._keep, run) if run.layer in self.sharing.kv or self._tells_kv() else None
         source = kv_source(run)
-        read = None if source is None else self.now.kv[source]
+        read = None if source is None else self.now.made[LayerKV(source)]
         if self.cache is not None:
             return slot_view(self.cache, self.facts[run.layer].row, read=read, keep=keep)
         return slot_view(cache, 0 if slot is None else slot, read=read, keep=keep)
@@ -280,8 +281,8 @@ class Executor:
         return self.recorder is not None and self.recorder.wants_kv
 
     def _keep(self, run: Run, states: KeysValues) -> None:
-        if run.layer in self.sources:
-            self.now.kv[run.layer] = states
+        if run.layer in self.sharing.kv:
+            self.now.made[LayerKV(run.layer)] = states
         if self.recorder is not None:
             self.recorder.stores(run, *states)
 

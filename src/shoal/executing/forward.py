@@ -11,9 +11,10 @@ from transformers.cache_utils import Cache
 
 from shoal.errors import PlanError
 from shoal.executing.calls import Call, Place, cache_of, with_argument
-from shoal.executing.slots import KeysValues, PassingCache
+from shoal.executing.slots import PassingCache
 from shoal.plan import Run
 from shoal.plan.capabilities import refused
+from shoal.plan.steps import LayerSource
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Forward:
 
     calls: dict[int, Call] = field(default_factory=dict)
     """By base layer, what the stock forward calls it with: for layers that run later than at their own place."""
-    kv: dict[int, KeysValues] = field(default_factory=dict)
-    """By base layer, the keys and values that it attended to, for the runs that read them."""
+    made: dict[LayerSource, Any] = field(default_factory=dict)
+    """What layers made that later runs take from them: of a `LayerKV` the keys and values that it attended to."""
     passing: PassingCache | None = None
     """The cache of a pass without one in which runs share keys and values."""
     carried: dict[str | int, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, assert_never
 
 from shoal.plan.plan import Plan
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import Exit, Map, Parallel, Run, runs, writes_kv
+from shoal.plan.steps import Exit, LayerKV, Map, Parallel, Run, runs, writes_kv
 from shoal.plan.tensors import Shapes, tensors_of
 
 
@@ -168,11 +168,24 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     total.decode += flops
     if run.part != "mlp":
         pairs = _causal_pairs(shape.prompt, layer.kv.window) if stack.decodes else shape.prompt**2
-        total.prefill += 2 * layer.width * pairs
-        total.decode += 2 * layer.width * min(shape.context, layer.kv.window or shape.context)
+        width = _score_width(layer, run)
+        total.prefill += 2 * width * pairs
+        total.decode += 2 * width * min(shape.context, layer.kv.window or shape.context)
     if writes_kv(run):
         total.kv_per_token += layer.kv.per_token
         total.kv_elements += layer.kv.elements(shape.context)
+
+
+def _score_width(layer: LayerSpec, run: Run) -> int:
+    """Half the FLOPs of a query and a key: of their score, and of the value that it weighs."""
+    width = layer.width
+    for source in run.layer_sources:
+        match source:
+            case LayerKV():
+                pass  # it scores the keys that it reads
+            case _:
+                assert_never(source)
+    return width
 
 
 def _size(layer: LayerSpec, run: Run) -> tuple[dict[str, int], int]:

@@ -208,9 +208,14 @@ def writes_kv(run: Run) -> bool:
     return run.part != "mlp" and kv_source(run) is None
 
 
+def sources_read(steps: tuple[Step, ...]) -> set[LayerSource]:
+    """What some run takes from another layer."""
+    return {source for run in runs(steps) for source in run.layer_sources}
+
+
 def layers_read(steps: tuple[Step, ...]) -> set[int]:
     """The base layers that some run takes something from."""
-    return {source.layer for run in runs(steps) for source in run.layer_sources}
+    return {source.layer for source in sources_read(steps)}
 
 
 def layers_of(step: Step) -> Sequence[int]:
