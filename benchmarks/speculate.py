@@ -30,7 +30,7 @@ from shoal.decoding.arguments import GREEDY
 from shoal.models.stacks import find_stack
 from shoal.plan import Run
 from shoal.speculating.drafts.lookup import lookup
-from shoal.speculating.foresee import Foresight, Setting, Told, foreseen
+from shoal.speculating.forecast import DraftSetting, Forecast, SampleText, predict_speed
 from shoal.speculating.speculator import Speculator
 
 TARGET = {"time_ratio": 1 / 1.3, "different_texts": 0}
@@ -181,7 +181,7 @@ def _of_shape(loaded: Any, args: argparse.Namespace) -> dict[str, Any]:
     told = []
     for texts in BUILTIN.values():
         task = encoded(loaded, texts[1], None)
-        told.append(Told(small.generate(**task, **GREEDY, max_new_tokens=args.new), task["input_ids"].shape[1]))
+        told.append(SampleText(small.generate(**task, **GREEDY, max_new_tokens=args.new), task["input_ids"].shape[1]))
     device = small.device
     dtype = small.dtype
     config = LlamaConfig(vocab_size=small.config.vocab_size, max_position_embeddings=4096, num_key_value_heads=8,
@@ -195,23 +195,23 @@ def _of_shape(loaded: Any, args: argparse.Namespace) -> dict[str, Any]:
     finally:
         torch.set_default_dtype(before)
     rows = []
-    one, two = Speculator(small, "lookup").stage, Speculator(large, "lookup").stage
+    one, two = Speculator(small, "lookup").runner, Speculator(large, "lookup").runner
     with torch.no_grad(), one, two:
-        near, far = Foresight(one, told), Foresight(two, told)
+        near, far = Forecast(one, told), Forecast(two, told)
         passes = far.time_base()
         for eighth in range(1, 8):
             here, there = (tuple(Run(i) for i in range(max(1, round(s.depth * eighth / 8)))) for s in (one, two))
             hits, cost = near.hits(here), far.time_draft(there)
             for length in (1, 2, 4, 8):
-                seconds, accepted, tokens = foreseen(
-                    Setting(there, None, length), told, hits, passes, cost, len(there), two.depth
+                seconds, accepted, tokens = predict_speed(
+                    DraftSetting(there, None, length), told, hits, passes, cost, len(there), two.depth
                 )
                 rows.append({"draft": f"exit:{len(there)}", "length": length, "acceptance": accepted,
                              "tokens_per_round": tokens, "speedup": passes.full[1] / seconds})  # fmt: skip
         finder = lookup(spec=one.spec)
         for length in (2, 4, 8):
-            setting = Setting((), finder, length)
-            seconds, accepted, tokens = foreseen(setting, told, None, passes, 0.0, 0, two.depth)
+            setting = DraftSetting((), finder, length)
+            seconds, accepted, tokens = predict_speed(setting, told, None, passes, 0.0, 0, two.depth)
             rows.append({"draft": "lookup", "length": length, "acceptance": accepted, "tokens_per_round": tokens,
                          "speedup": passes.full[1] / seconds})  # fmt: skip
     return {

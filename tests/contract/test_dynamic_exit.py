@@ -11,10 +11,10 @@ import torch
 from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, Run, Spec, keep
-from shoal.speculating.chooser import Chooser
+from shoal.speculating.chooser import Anew, Chooser
+from shoal.speculating.draft_context import DraftContext
 from shoal.speculating.drafts.dynamic_exit import _worth_most
 from shoal.speculating.parse import Recipe
-from shoal.speculating.scene import Scene
 from shoal.speculating.speculator import Speculator
 
 from .drafting import FAMILIES, prompt, weak
@@ -34,8 +34,8 @@ class Looking(Chooser):
     def begin(self, spec: Spec) -> tuple[Run, ...]:
         return tuple(Run(i) for i in range(self.layers))
 
-    def again(self, scene: Scene) -> None:
-        if (found := scene.watched()) is not None:
+    def again(self, context: DraftContext) -> None:
+        if (found := context.exit_matches()) is not None:
             self.found.append(found)
 
 
@@ -82,3 +82,18 @@ def test_it_finds_the_exit_that_is_always_right() -> None:
     assert stats.draft == "0-1"
     assert stats.acceptance == 1
     assert stats.rounds == 12  # 8 tokens one by one, then 15 of which 3 are drafted in each round
+
+
+def test_a_draft_written_under_the_former_names_still_drafts() -> None:
+    class Former(Anew):
+        every = 4
+
+        def chosen(self, scene: Any) -> tuple[Run, ...]:
+            with pytest.warns(DeprecationWarning, match="bench of a draft's context is now layer_trial"):
+                assert scene.bench().start.shape[:2] == (1, 1)
+            with pytest.warns(DeprecationWarning, match="stage of a draft's context is now runner"):
+                return tuple(Run(i) for i in range(scene.stage.depth - 1))
+
+    model, ids = weak("llama"), prompt()
+    text = Speculator(model, Recipe("former", Former()), length=3).generate(ids, **GREEDY)
+    assert torch.equal(text, model.generate(ids, **GREEDY))

@@ -14,7 +14,7 @@ from shoal.errors import ShoalError
 from shoal.live import running
 from shoal.models.stacks import find_stack
 from shoal.registry import entries
-from shoal.speculating.foresee import Foresight, Setting, Told, foreseen
+from shoal.speculating.forecast import DraftSetting, Forecast, SampleText, predict_speed
 from shoal.speculating.lengths import Length
 from shoal.speculating.speculator import Speculator
 
@@ -270,13 +270,13 @@ def test_layers_that_never_draft_right_rest_longer_and_longer() -> None:
     for _ in range(rounds):
         if not length.rests():
             drafted += 1
-            length.judged(4, 0)
+            length.update(4, 0)
     assert 2 < drafted < 12
-    length.judged(4, 4)
+    length.update(4, 4)
     assert length.rest == 4
     always = Length(4, None)
     for _ in range(rounds):
-        always.judged(4, 0)
+        always.update(4, 0)
         assert not always.rests()
 
 
@@ -293,19 +293,21 @@ def test_what_is_foreseen_is_what_happens(draft: str, length: int) -> None:
     """An exit draft reads the base model's own rows, so one pass over the text shows its drafts exactly."""
     model = weak("llama")
     speculator = Speculator(model, draft, length=length, confidence=None)
-    told = [Told(model.generate(prompt(8, seed), max_new_tokens=30, do_sample=False), 8) for seed in range(3)]
+    told = [SampleText(model.generate(prompt(8, seed), max_new_tokens=30, do_sample=False), 8) for seed in range(3)]
     drafted = accepted = rounds = 0
     for one in told:
         speculator.generate(one.ids[:, :8], max_new_tokens=30, do_sample=False)
         stats = speculator.stats
         drafted, accepted, rounds = drafted + stats.drafted, accepted + stats.accepted, rounds + stats.rounds
     recipe = speculator.recipe
-    steps = recipe.chooser.begin(speculator.stage.spec) if recipe.chooser is not None else ()
-    with speculator.stage as stage, torch.no_grad():
-        foresight = Foresight(stage, told)
-        times = foresight.time_base(1)
-        hits = foresight.hits(steps) if steps else None
-        found = foreseen(Setting(steps, recipe.finder, length), told, hits, times, 1.0, len(steps), stage.depth)
+    steps = recipe.chooser.begin(speculator.runner.spec) if recipe.chooser is not None else ()
+    with speculator.runner as runner, torch.no_grad():
+        forecast = Forecast(runner, told)
+        times = forecast.time_base(1)
+        hits = forecast.hits(steps) if steps else None
+        found = predict_speed(
+            DraftSetting(steps, recipe.finder, length), told, hits, times, 1.0, len(steps), runner.depth
+        )
     assert found[1:] == pytest.approx((accepted / drafted, 3 * 29 / rounds))
 
 

@@ -14,7 +14,7 @@ from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper
 
 from shoal.live import running
 from shoal.speculating import accept, loop
-from shoal.speculating.accept import pick, verdict
+from shoal.speculating.accept import accept_or_resample, pick
 from shoal.speculating.speculator import Speculator
 
 from .drafting import prompt, weak
@@ -87,11 +87,11 @@ def _biased(scores: torch.Tensor, token: int | None, drawn_from: torch.Tensor | 
     """Accepts a little too readily."""
     if token is not None and float(torch.rand(())) < 0.1:
         return token, True
-    return verdict(scores, token, drawn_from, sample)
+    return accept_or_resample(scores, token, drawn_from, sample)
 
 
 @pytest.mark.parametrize("processors", [LogitsProcessorList(), WARPED], ids=["plain", "warped"])
-def test_the_verdict_leaves_the_base_models_distribution(processors: LogitsProcessorList) -> None:
+def test_accepting_or_resampling_leaves_the_base_models_distribution(processors: LogitsProcessorList) -> None:
     model = small()
     target = _scores(model, processors)
     with running(model, "0"):
@@ -99,7 +99,7 @@ def test_the_verdict_leaves_the_base_models_distribution(processors: LogitsProce
     chances = expected(target, 2)
     assert abs(target[()].softmax(-1) - draft[()].softmax(-1)).max() > 0.05, "the draft must differ"
     torch.manual_seed(0)
-    assert p_value(_drawn(target, draft, verdict, 6000 if len(processors) else DRAWS), chances) > 0.001
+    assert p_value(_drawn(target, draft, accept_or_resample, 6000 if len(processors) else DRAWS), chances) > 0.001
     if not len(processors):
         assert p_value(_drawn(target, draft, _biased, 5000), chances) < 1e-6
 
@@ -109,7 +109,7 @@ def test_a_token_that_was_looked_up_is_accepted_as_often_as_the_base_model_draws
     torch.manual_seed(0)
     counts: Counter[tuple[int, ...]] = Counter()
     for _ in range(DRAWS):
-        counts[(verdict(target[()], 3, None, True)[0],)] += 1
+        counts[(accept_or_resample(target[()], 3, None, True)[0],)] += 1
     assert p_value(counts, expected(target, 1)) > 0.001
 
 
@@ -117,7 +117,7 @@ def test_equal_distributions_never_reject() -> None:
     scores = torch.tensor([[0.3, -1.0, 2.0]])
     for _ in range(200):
         token, chances = pick(scores, True)
-        assert verdict(scores, token, chances, True) == (token, True)
+        assert accept_or_resample(scores, token, chances, True) == (token, True)
 
 
 def test_sampling_by_the_whole_model_accepts_everything() -> None:
@@ -157,7 +157,9 @@ def test_the_loop_samples_by_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert value() > 0.001
     monkeypatch.setattr(
-        loop, "verdict", lambda s, t, q, sample: (t, True) if t is not None else verdict(s, t, q, sample)
+        loop,
+        "accept_or_resample",
+        lambda s, t, q, sample: (t, True) if t is not None else accept_or_resample(s, t, q, sample),
     )
     assert value() < 0.001
-    assert accept.verdict is verdict
+    assert accept.accept_or_resample is accept_or_resample

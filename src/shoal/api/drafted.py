@@ -33,7 +33,7 @@ class DraftedAnswer:
     advice: str | None
     """What the tuner said, when `auto` asked it."""
     stats: dict[str, Any] | None
-    """See `shoal.speculating.account.Stats`."""
+    """See `shoal.speculating.stats.Stats`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,7 +20,7 @@ from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.speculating.candidates import layer_drafts, ranked
-from shoal.speculating.foresee import Foresight, Told
+from shoal.speculating.forecast import Forecast, SampleText
 from shoal.speculating.lengths import Confidence
 from shoal.speculating.speculator import Speculator
 
@@ -103,13 +103,13 @@ def tune_draft(
     with evaluating(model):
         tasks = [encoded(loaded, text, chat) for text in texts]
         probe = Speculator(model, "lookup")
-        told, plain = _written(model, tasks, new, tell)
-        with probe.stage as stage:
-            foresight = Foresight(stage, told)
-            times = foresight.time_base()
-            drafts = layer_drafts(foresight, few)
-            rows = ranked(foresight, times, drafts, times.full[1])
-            del foresight
+        samples, plain = _written(model, tasks, new, tell)
+        with probe.runner as runner:
+            forecast = Forecast(runner, samples)
+            times = forecast.time_base()
+            drafts = layer_drafts(forecast, few)
+            rows = ranked(forecast, times, drafts, times.full[1])
+            del forecast
         settings = [(str(r["draft"]), r["length"], r["confidence"], r["speedup"]) for r in _finalists(rows, finalists)]
         settings += [(text, 4, "auto", None) for text in also]
         verified = []
@@ -137,22 +137,22 @@ def _greedy(new: int) -> dict[str, Any]:
 
 def _written(
     model: Any, tasks: list[dict[str, torch.Tensor]], new: int, tell: Callable[..., Any]
-) -> tuple[list[Told], float]:
+) -> tuple[list[SampleText], float]:
     """What plain decoding writes, and its tokens per second."""
-    told, seconds, tokens = [], 0.0, 0
+    samples, seconds, tokens = [], 0.0, 0
     for number, task in enumerate(tasks):
         tell(number, len(tasks), "plain decoding")
         ids, spent = _timed(partial(Decoder(model).generate, **task, **_greedy(new)), model)
         prompt = task["input_ids"].shape[1]
         seconds, tokens = seconds + spent, tokens + ids.shape[1] - prompt
         if ids.shape[1] - prompt > 2 and prompt > 1:
-            told.append(Told(ids, prompt))
-    if not told:
+            samples.append(SampleText(ids, prompt))
+    if not samples:
         raise UsageError(
             "the model ends its text at once on every prompt, so there is nothing to draft; give other prompts",
             code="U619",
         )
-    return told, tokens / seconds
+    return samples, tokens / seconds
 
 
 def _verified(

@@ -1,1 +1,1 @@
-"""Lossless self-speculation: few layers draft, all of them judge, over one KV cache."""
+"""Lossless self-speculation: few layers draft, all of them verify, over one KV cache."""

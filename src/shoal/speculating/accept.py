@@ -14,11 +14,11 @@ from shoal.decoding.growing_text import next_tokens
 
 
 @dataclass
-class Offer:
-    """Drafted tokens in order."""
+class Proposal:
+    """The drafted tokens of one round, in order."""
 
     tokens: list[int] = field(default_factory=list)
-    chances: list[torch.Tensor | None] = field(default_factory=list)
+    probabilities: list[torch.Tensor | None] = field(default_factory=list)
     """For each token the distribution it was drawn from, [vocabulary]; None: it was not drawn (looked up, greedy)."""
     looked_up: bool = False
 
@@ -28,23 +28,25 @@ class Offer:
 
 def pick(scores: torch.Tensor, sample: bool) -> tuple[int, torch.Tensor | None]:
     """A token from processed scores [1, vocabulary], and the distribution it was drawn from when it was drawn."""
-    token, chances = next_tokens(scores, sample)
-    return int(token), None if chances is None else chances[0]
+    token, probabilities = next_tokens(scores, sample)
+    return int(token), None if probabilities is None else probabilities[0]
 
 
-def verdict(scores: torch.Tensor, token: int | None, drawn_from: torch.Tensor | None, sample: bool) -> tuple[int, bool]:
+def accept_or_resample(
+    scores: torch.Tensor, token: int | None, drawn_from: torch.Tensor | None, sample: bool
+) -> tuple[int, bool]:
     """The next token given the base model's processed scores [1, vocabulary], and whether it is the drafted `token`.
 
-    `token` None: nothing was drafted here.
+    `token` None: nothing was drafted at this position.
     """
     if not sample or token is None:
         chosen = pick(scores, sample)[0]
         return chosen, chosen == token
     target = scores.softmax(-1)[0]
-    offered = drawn_from if drawn_from is not None else _certain(target, token)
-    if float(torch.rand(())) * float(offered[token]) < float(target[token]):
+    proposed = drawn_from if drawn_from is not None else _certain(target, token)
+    if float(torch.rand(())) * float(proposed[token]) < float(target[token]):
         return token, True
-    left = (target - offered).clamp(min=0)
+    left = (target - proposed).clamp(min=0)
     # rounding may leave nothing where the two are the same: then the target itself is the distribution that is left
     return int(torch.multinomial(left if bool(left.sum() > 0) else target, 1)), False
 

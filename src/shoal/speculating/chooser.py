@@ -12,14 +12,14 @@ from shoal.plan import Run, Spec
 from shoal.plan.steps import Step
 
 if TYPE_CHECKING:
-    from shoal.speculating.scene import Scene
+    from shoal.speculating.draft_context import DraftContext
 
 
 class Chooser:
-    """Chooses the layers of the draft, once or anew before a round."""
+    """Chooses the layers of the draft, once or before every round."""
 
     watches: Sequence[int] = ()
-    """Layers whose outputs the scene is to remember (`Scene.watched`)."""
+    """Layers whose outputs are kept for `DraftContext.exit_matches`."""
     most: int | None = None
     """Tokens to draft at most in the coming round, 0 for none at all; None: as many as the user allows."""
 
@@ -27,7 +27,7 @@ class Chooser:
         """The steps of the first draft; called once for each generation, which may forget what was learnt before."""
         raise NotImplementedError
 
-    def again(self, scene: Scene) -> tuple[Step, ...] | None:
+    def again(self, context: DraftContext) -> tuple[Step, ...] | None:
         """Called before each round; None: draft with the same steps."""
         return None
 
@@ -49,23 +49,27 @@ class Fixed(Chooser):
         return self.steps
 
 
-class Anew(Chooser):
-    """A draft of all layers until something is known of the text; `chosen` anew whenever it grew by `every` tokens."""
+class PeriodicChooser(Chooser):
+    """A draft of all layers at first, then one that is `chosen` again whenever the text has grown by `every` tokens."""
 
     every: int
-    looked: int = 0
-    """Tokens of the text when it was last looked at."""
+    chosen_at: int = 0
+    """Length of the text when a draft was last chosen."""
 
     def begin(self, spec: Spec) -> tuple[Run, ...]:
-        self.looked = 0
+        self.chosen_at = 0
         return tuple(Run(i) for i in range(spec.stack("decoder").depth))
 
-    def again(self, scene: Scene) -> tuple[Run, ...] | None:
-        if self.looked and scene.length - self.looked < self.every:
+    def again(self, context: DraftContext) -> tuple[Run, ...] | None:
+        if self.chosen_at and context.length - self.chosen_at < self.every:
             return None
-        self.looked = scene.length
-        return self.chosen(scene)
+        self.chosen_at = context.length
+        return self.chosen(context)
 
-    def chosen(self, scene: Scene) -> tuple[Run, ...]:
+    def chosen(self, context: DraftContext) -> tuple[Run, ...]:
         """The steps for the text as it is now."""
         raise NotImplementedError
+
+
+Anew = PeriodicChooser
+"""The former name, which drafts in files of users may import."""

@@ -1,4 +1,4 @@
-"""How many tokens to draft before the base model is asked."""
+"""How many tokens to draft before the base model verifies them."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Length:
         self.resting -= 1
         return True
 
-    def judged(self, drafted: int, accepted: int) -> None:
-        """Hear what became of the draft."""
+    def update(self, drafted: int, accepted: int) -> None:
+        """Adapt the threshold to a verified draft: `accepted` of its `drafted` tokens stand."""
         if drafted and self.confidence == "auto":
             self.rate = 0.5 * self.rate + 0.5 * accepted / drafted
             step = 0.01 if self.rate <= 0.9 else -0.01

@@ -1,7 +1,7 @@
-"""Caches that share rows: a draft writes into rows of its own, and reads what the base model wrote.
+"""KV caches that share rows: a draft writes into rows of its own, and reads those that the base model wrote.
 
 A row of a dynamic cache is never written in place: `update` puts a new tensor in its stead. So a shallow copy of a row
-costs nothing, goes its own way, and is thrown away when the draft has been judged.
+costs nothing, does not change the original, and is dropped when the draft has been verified.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shoal.errors import UsageError
 from shoal.executing.slots import mark_rows
 
 
-def lent(cache: Cache, rows: Sequence[int], shared: int) -> Cache:
+def select_rows(cache: Cache, rows: Sequence[int], shared: int) -> Cache:
     """A cache of the rows `rows` of `cache`, in that order: the first `shared` are the very rows, the others copies."""
     out = copy.copy(cache)
     out.layers = [cache.layers[row] if n < shared else copy.copy(cache.layers[row]) for n, row in enumerate(rows)]
@@ -23,7 +23,7 @@ def lent(cache: Cache, rows: Sequence[int], shared: int) -> Cache:
     return out
 
 
-def take_back(cache: Cache, tokens: int) -> None:
+def drop_last_tokens(cache: Cache, tokens: int) -> None:
     """Remove the last `tokens` tokens from every row; sliding rows are brought back to their window."""
     for row in cache.layers:
         if row.is_initialized and row.keys is not None:
@@ -31,7 +31,7 @@ def take_back(cache: Cache, tokens: int) -> None:
 
 
 def keep_past(cache: Cache) -> list[object]:
-    """Sliding rows keep what has left the window until `take_back`; returns those that did not before."""
+    """Sliding rows keep what has left the window until `drop_last_tokens`; returns those that did not before."""
     changed: list[object] = [row for row in cache.layers if getattr(row, "record_past", True) is False]
     cache.activate_past_recording()
     return changed

@@ -14,15 +14,15 @@ from transformers.generation import GenerationMode
 from shoal.errors import UsageError
 from shoal.models.kinds import require_causal
 from shoal.models.stacks import unwrap
-from shoal.speculating.account import Meter, Stats
+from shoal.speculating.draft_runner import DraftRunner
 from shoal.speculating.lengths import Confidence, Length
 from shoal.speculating.loop import Loop, Rules, answer
 from shoal.speculating.parse import Recipe, parse_draft
-from shoal.speculating.stage import Stage
+from shoal.speculating.stats import PhaseProfiler, Stats
 
 
 class Speculator:
-    """Self-speculative decoding: some of the model's layers draft, all of them judge, and the text is the base model's.
+    """Self-speculative decoding: some layers of the model draft, all of them verify, and the text is the base's.
 
     Greedy text is token-identical to `model.generate` but for near ties, which `stats.close_calls` counts: a pass over
     several tokens rounds differently from a pass over one (float32: about 1e-5). Sampled text has the base model's
@@ -54,14 +54,14 @@ class Speculator:
                 code="U611",
             )
         self.model: PreTrainedModel = inner
-        self.stage = Stage(inner, share=share)
-        self.recipe = parse_draft(draft, self.stage.spec) if isinstance(draft, str) else draft
+        self.runner = DraftRunner(inner, share=share)
+        self.recipe = parse_draft(draft, self.runner.spec) if isinstance(draft, str) else draft
         self.length = Length(length, confidence)
         self.count = count
         self.stats = Stats()
         """Of the last generation."""
         if self.recipe.chooser is not None:
-            self.stage.prepare(self.recipe.chooser.begin(self.stage.spec))
+            self.runner.prepare(self.recipe.chooser.begin(self.runner.spec))
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ class Speculator:
         """Called by `generate` once inputs, cache, processors and criteria are prepared."""
         _refuse(generation_config, input_ids, kwargs)
         self.stats = Stats()
-        meter = Meter(self.stats, input_ids.device)
+        profiler = PhaseProfiler(self.stats, input_ids.device)
         as_dict = generation_config.return_dict_in_generate
         rules = Rules(
             logits_processor,
@@ -107,18 +107,18 @@ class Speculator:
             [] if as_dict and generation_config.output_logits else None,
         )
         length = Length(self.length.most, self.length.confidence)
-        with self.stage as stage, model._optimize_model_for_decode():
-            loop = Loop(stage, self.recipe.chooser, self.recipe.finder, length, rules, meter)
+        with self.runner as runner, model._optimize_model_for_decode():
+            loop = Loop(runner, self.recipe.chooser, self.recipe.finder, length, rules, profiler)
             prefill = partial(model._prefill, input_ids, generation_config, kwargs, is_first_iteration=True)
             if self.count:
-                with meter.counting(stage.stack, stage.facts.layers):
+                with profiler.counting(runner.stack, runner.facts.layers):
                     ids, cache = loop.run(input_ids, prefill, kwargs)
             else:
                 ids, cache = loop.run(input_ids, prefill, kwargs)
         loop.text.end()
-        self.stats.shared = loop.ready.shared if loop.ready is not None else 0
-        self.stats.draft = self.recipe.says(loop.ready.steps if loop.ready is not None else ())
-        meter.close()
+        self.stats.shared = loop.prepared.shared if loop.prepared is not None else 0
+        self.stats.draft = self.recipe.says(loop.prepared.steps if loop.prepared is not None else ())
+        profiler.close()
         return answer(ids, cache, rules, as_dict)
 
 

@@ -9,8 +9,8 @@ import torch
 from shoal.errors import UsageError
 from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
-from shoal.speculating.chooser import Anew, Chooser
-from shoal.speculating.scene import Scene
+from shoal.speculating.chooser import Chooser, PeriodicChooser
+from shoal.speculating.draft_context import DraftContext
 
 EXAMPLES = DraftExamples(("clasp:skip=1;every=1",))
 
@@ -38,19 +38,19 @@ def clasp(*, spec: Spec, skip: int | None = None, every: int = 8, first: int = 1
 
 
 @dataclass
-class _Clasp(Anew):
+class _Clasp(PeriodicChooser):
     skip: int
     every: int
     first: int
 
-    def chosen(self, scene: Scene) -> tuple[Run, ...]:
+    def chosen(self, context: DraftContext) -> tuple[Run, ...]:
         """Choose by the last token."""
-        bench = scene.bench()
-        best: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {0: (bench.start, ())}
-        true = bench.start
-        for layer in range(scene.stage.depth):
+        trial = context.layer_trial()
+        best: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {0: (trial.start, ())}
+        true = trial.start
+        for layer in range(context.runner.depth):
             counts = list(best)
-            ran = bench.run(Run(layer), torch.cat([true, *(best[j][0] for j in counts)]))
+            ran = trial.run(Run(layer), torch.cat([true, *(best[j][0] for j in counts)]))
             true = ran[:1]
             after: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
             options = [(j, ran[n + 1 : n + 2], (*best[j][1], layer)) for n, j in enumerate(counts)]

@@ -9,8 +9,8 @@ import torch
 from shoal.errors import UsageError
 from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
-from shoal.speculating.chooser import Anew, Chooser
-from shoal.speculating.scene import Scene
+from shoal.speculating.chooser import Chooser, PeriodicChooser
+from shoal.speculating.draft_context import DraftContext
 
 EXAMPLES = DraftExamples(("cosine:0.9",))
 
@@ -33,24 +33,24 @@ def cosine(*, spec: Spec, threshold: float = 0.95, every: int = 32) -> Chooser:
 
 
 @dataclass
-class _Cosine(Anew):
+class _Cosine(PeriodicChooser):
     spec: Spec
     threshold: float
     every: int
 
-    def chosen(self, scene: Scene) -> tuple[Run, ...]:
+    def chosen(self, context: DraftContext) -> tuple[Run, ...]:
         """Look at the last token's way through the layers."""
-        bench, steps = scene.bench(), []
-        state = bench.start
+        trial, steps = context.layer_trial(), []
+        state = trial.start
         for layer in self.spec.stack("decoder").layers:
             step = Run(layer.index)
             if layer.index and layer.attention is not None and layer.mlp is not None:
-                moved = bench.run(Run(layer.index, part="attention"), state)
+                moved = trial.run(Run(layer.index, part="attention"), state)
                 if (
                     float(torch.cosine_similarity(state.flatten().float(), moved.flatten().float(), dim=0))
                     > self.threshold
                 ):
                     step = Run(layer.index, part="mlp")
             steps.append(step)
-            state = bench.run(Run(layer.index), state)
+            state = trial.run(Run(layer.index), state)
         return tuple(steps)

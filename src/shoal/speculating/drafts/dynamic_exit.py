@@ -9,7 +9,7 @@ from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
 from shoal.plan.price import head_in_layers
 from shoal.speculating.chooser import Chooser
-from shoal.speculating.scene import Scene
+from shoal.speculating.draft_context import DraftContext
 
 REST = 8, 64
 """Tokens between two looks while nothing is worth drafting, at first and at most: a look costs a call of the head."""
@@ -59,20 +59,20 @@ class _DynamicExit(Chooser):
         self.hits, self.seen, self.looked, self.most, self.rest = [0.0] * len(self.exits), 0.0, 0, 0, REST[0]
         return _exit(self.exits[0])
 
-    def again(self, scene: Scene) -> tuple[Run, ...] | None:
+    def again(self, context: DraftContext) -> tuple[Run, ...] | None:
         """The exit for the coming round."""
-        self.looked = self.looked or scene.length
-        if not self.most and scene.length - self.looked < self.rest:
+        self.looked = self.looked or context.length
+        if not self.most and context.length - self.looked < self.rest:
             return None
-        self.looked = scene.length
-        found = scene.watched()
+        self.looked = context.length
+        found = context.exit_matches()
         if found is None:
             return None
         for token in found.T.tolist():
             self.seen = self.decay * self.seen + 1
             self.hits = [self.decay * old + new for old, new in zip(self.hits, token, strict=True)]
-        layers = scene.stage.spec.stack("decoder").layers
-        head = head_in_layers(scene.stage.spec)
+        layers = context.runner.spec.stack("decoder").layers
+        head = head_in_layers(context.runner.spec)
         shares = [hit / self.seen for hit in self.hits]
         chosen, self.most = _worth_most(self.exits, shares, self.length, len(layers), head)
         self.rest = REST[0] if self.most else min(REST[1], 2 * self.rest)

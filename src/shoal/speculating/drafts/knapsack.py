@@ -12,9 +12,9 @@ from shoal.examples import DraftExamples
 from shoal.executing.timing import now
 from shoal.plan import Run, Spec
 from shoal.plan.steps import PartName
-from shoal.speculating.bench import Bench
-from shoal.speculating.chooser import Anew, Chooser
-from shoal.speculating.scene import Scene
+from shoal.speculating.chooser import Chooser, PeriodicChooser
+from shoal.speculating.draft_context import DraftContext
+from shoal.speculating.layer_trial import LayerTrial
 
 BUCKETS = 12
 """Steps in which a draft's time is counted."""
@@ -40,28 +40,28 @@ def knapsack(*, spec: Spec, every: int = 24, length: int = 4) -> Chooser:
 
 
 @dataclass
-class _Knapsack(Anew):
+class _Knapsack(PeriodicChooser):
     every: int
     length: int
     timed_at: int = 0
     costs: dict[tuple[int, PartName], float] = field(default_factory=dict)
 
-    def chosen(self, scene: Scene) -> tuple[Run, ...]:
+    def chosen(self, context: DraftContext) -> tuple[Run, ...]:
         """Choose by the last token and the clock."""
-        bench, items = scene.bench(), _items(scene.stage.spec)
-        if not self.costs or scene.length > 1.5 * self.timed_at:
-            self.costs, self.timed_at = _timed(bench, items), scene.length
-        kept = self._fill(bench, items)
-        return _steps(scene.stage.depth, kept, items)
+        trial, items = context.layer_trial(), _items(context.runner.spec)
+        if not self.costs or context.length > 1.5 * self.timed_at:
+            self.costs, self.timed_at = _timed(trial, items), context.length
+        kept = self._fill(trial, items)
+        return _steps(context.runner.depth, kept, items)
 
-    def _fill(self, bench: Bench, items: list[tuple[int, PartName]]) -> frozenset[int]:
+    def _fill(self, trial: LayerTrial, items: list[tuple[int, PartName]]) -> frozenset[int]:
         whole = sum(self.costs.values())
         buckets = [max(1, round(BUCKETS * len(items) * self.costs[item] / whole)) for item in items]
-        best: dict[int, tuple[torch.Tensor, frozenset[int]]] = {0: (bench.start, frozenset())}
-        true = bench.start
+        best: dict[int, tuple[torch.Tensor, frozenset[int]]] = {0: (trial.start, frozenset())}
+        true = trial.start
         for n, (layer, part) in enumerate(items):
             spent = list(best)
-            ran = bench.run(Run(layer, part=part), torch.cat([true, *(best[t][0] for t in spent)]))
+            ran = trial.run(Run(layer, part=part), torch.cat([true, *(best[t][0] for t in spent)]))
             true = ran[:1]
             options = [(t + buckets[n], ran[m + 1 : m + 2], best[t][1] | {n}) for m, t in enumerate(spent)]
             options += [(t, *best[t]) for t in spent] if layer else []
@@ -102,15 +102,15 @@ def _items(spec: Spec) -> list[tuple[int, PartName]]:
     return items
 
 
-def _timed(bench: Bench, items: list[tuple[int, PartName]]) -> dict[tuple[int, PartName], float]:
+def _timed(trial: LayerTrial, items: list[tuple[int, PartName]]) -> dict[tuple[int, PartName], float]:
     """Seconds of each part for one token, the lesser of two."""
     times = {}
     for layer, part in items:
         spent = []
         for _ in range(2):
-            start = now(bench.start.device)
-            bench.run(Run(layer, part=part), bench.start)
-            spent.append(now(bench.start.device) - start)
+            start = now(trial.start.device)
+            trial.run(Run(layer, part=part), trial.start)
+            spent.append(now(trial.start.device) - start)
         times[layer, part] = min(spent)
     return times
 

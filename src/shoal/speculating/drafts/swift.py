@@ -11,7 +11,7 @@ from shoal.errors import UsageError
 from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
 from shoal.speculating.chooser import Chooser
-from shoal.speculating.scene import Scene
+from shoal.speculating.draft_context import DraftContext
 
 EXAMPLES = DraftExamples(("swift:window=4;fraction=0.3",))
 
@@ -64,28 +64,28 @@ class _Swift(Chooser):
         )
         return self._steps(self.best)
 
-    def again(self, scene: Scene) -> tuple[Run, ...] | None:
+    def again(self, context: DraftContext) -> tuple[Run, ...] | None:
         """One candidate for each round, once there is text to judge it by."""
         if self.tried >= self.tries or self.score >= self.enough or not self.best:
             self.before = None
             return None
         if self.before is None:
-            self.before, self.since = scene.snapshot(), scene.length
+            self.before, self.since = context.snapshot(), context.length
             return None
-        if scene.length - self.since < self.window:
+        if context.length - self.since < self.window:
             return None
-        return self._search(scene, self.before)
+        return self._search(context, self.before)
 
-    def _search(self, scene: Scene, before: Cache) -> tuple[Run, ...] | None:
+    def _search(self, context: DraftContext, before: Cache) -> tuple[Run, ...] | None:
         better = False
-        self.score = scene.agreement(self._steps(self.best), before, self.since)
+        self.score = context.agreement(self._steps(self.best), before, self.since)
         for _ in range(4):
             self.tried += 1
             candidate = self._neighbour()
-            score = scene.agreement(self._steps(candidate), before, self.since)
+            score = context.agreement(self._steps(candidate), before, self.since)
             if score > self.score:
                 self.best, self.score, better = candidate, score, True
-        self.before, self.since = scene.snapshot(), scene.length
+        self.before, self.since = context.snapshot(), context.length
         return self._steps(self.best) if better else None
 
     def _neighbour(self) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""What a draft would be worth, from one pass over a text that the base model wrote and a few timed calls.
+"""A forecast of how fast a draft would be, from one pass over a text that the base model wrote and a few timed calls.
 
 Where the text is known, whether a draft would have drafted each of its tokens is read off one pass; the rounds of any
 draft length and confidence are then counted without running them, and timed by what each of their passes takes.
@@ -16,19 +16,19 @@ from transformers.cache_utils import Cache
 
 from shoal.executing.timing import now
 from shoal.plan.steps import Run
-from shoal.speculating.account import Stats
 from shoal.speculating.chooser import Finder
+from shoal.speculating.draft_context import DraftContext
+from shoal.speculating.draft_runner import DraftRunner, PreparedDraft
 from shoal.speculating.feed import Feed
-from shoal.speculating.rows import lent
-from shoal.speculating.scene import Scene
-from shoal.speculating.stage import Ready, Stage
+from shoal.speculating.rows import select_rows
+from shoal.speculating.stats import Stats
 
 WIDTHS = (1, 2, 3, 5, 9)
 """Tokens in the timed passes of the base model."""
 
 
 @dataclass(frozen=True)
-class Told:
+class SampleText:
     """A prompt and how the base model goes on: ids [1, length], the first `prompt` of them given."""
 
     ids: torch.Tensor
@@ -62,61 +62,61 @@ class Times:
         return head + (full - head) * layers / depth
 
 
-class Foresight:
-    """Told texts, ready to be drafted."""
+class Forecast:
+    """Sample texts with their prompts prefilled, for which drafts are compared."""
 
-    def __init__(self, stage: Stage, told: Sequence[Told]) -> None:
-        """Prefills every prompt but for its last token. Use inside `with stage:`."""
-        self.stage, self.told = stage, list(told)
-        self.scenes = [_scene(stage, one) for one in told]
+    def __init__(self, runner: DraftRunner, samples: Sequence[SampleText]) -> None:
+        """Every prompt but for its last token is prefilled. Use it inside `with runner:`."""
+        self.runner, self.samples = runner, list(samples)
+        self.contexts = [_context(runner, one) for one in samples]
         self.times = Times()
 
     def hits(self, steps: tuple[Run, ...]) -> list[Hits]:
         """What a draft of `steps` would have drafted, text by text."""
         found = []
-        for scene, told in zip(self.scenes, self.told, strict=True):
-            right, sure = scene.hits(steps, scene.cache, told.prompt)
+        for context, sample in zip(self.contexts, self.samples, strict=True):
+            right, sure = context.hits(steps, context.cache, sample.prompt)
             found.append(Hits(right[1:].tolist(), sure[1:].tolist()))
         return found
 
     def time_base(self, repeats: int = 3) -> Times:
         """Time the base model at several widths, and the head alone."""
-        scene = self.scenes[0]
-        alone = self.stage.prepare(tuple(Run(i) for i in range(self.stage.depth)))
+        context = self.contexts[0]
+        alone = self.runner.prepare(tuple(Run(i) for i in range(self.runner.depth)))
         for new in WIDTHS:
-            text = scene.ids[:, : self.told[0].prompt - 1]
-            text = torch.cat([text, scene.ids[:, -1:].expand(1, new)], -1)
-            rows = [lent(scene.cache, range(len(scene.cache.layers)), 0) for _ in range(2 * repeats)]
+            text = context.ids[:, : self.samples[0].prompt - 1]
+            text = torch.cat([text, context.ids[:, -1:].expand(1, new)], -1)
+            rows = [select_rows(context.cache, range(len(context.cache.layers)), 0) for _ in range(2 * repeats)]
             self.times.full[new] = _median(
-                partial(lambda text, new, rows: self.stage.full(scene.feed, text, new, rows.pop()), text, new, rows),
+                partial(lambda text, new, rows: self.runner.full(context.feed, text, new, rows.pop()), text, new, rows),
                 repeats,
-                scene.ids.device,
+                context.ids.device,
             )
-            self.times.head[new] = _median(partial(self._head, alone, text, new), repeats, scene.ids.device)
+            self.times.head[new] = _median(partial(self._head, alone, text, new), repeats, context.ids.device)
         return self.times
 
-    def _head(self, alone: Ready, text: torch.Tensor, new: int) -> None:
-        scene = self.scenes[0]
-        nothing = lent(scene.cache, (), 0)
-        nothing.layers = list(scene.cache.layers)
-        self.stage.logits(alone.rest, scene.feed, text, new, nothing)
+    def _head(self, alone: PreparedDraft, text: torch.Tensor, new: int) -> None:
+        context = self.contexts[0]
+        nothing = select_rows(context.cache, (), 0)
+        nothing.layers = list(context.cache.layers)
+        self.runner.logits(alone.remaining, context.feed, text, new, nothing)
 
     def time_draft(self, steps: tuple[Run, ...], repeats: int = 3) -> float:
         """Seconds of one drafted token, the choice included."""
-        scene, ready = self.scenes[0], self.stage.prepare(steps)
-        text = scene.ids[:, : self.told[0].prompt]
-        rows = [lent(scene.cache, ready.draft.rows, 0) for _ in range(2 * repeats)]
+        context, prepared = self.contexts[0], self.runner.prepare(steps)
+        text = context.ids[:, : self.samples[0].prompt]
+        rows = [select_rows(context.cache, prepared.draft.rows, 0) for _ in range(2 * repeats)]
 
         def once() -> None:
-            self.stage.logits(ready.draft, scene.feed, text, 1, rows.pop()).argmax(-1).item()
-            ready.draft.forget()
+            self.runner.logits(prepared.draft, context.feed, text, 1, rows.pop()).argmax(-1).item()
+            prepared.draft.forget()
 
-        return _median(once, repeats, scene.ids.device)
+        return _median(once, repeats, context.ids.device)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is foreseen: a draft of layers, a look into the text, or both."""
+class DraftSetting:
+    """What a forecast is made for: a draft of layers, a lookup in the text, or both."""
 
     steps: tuple[Run, ...] = ()
     finder: Finder | None = None
@@ -124,9 +124,9 @@ class Setting:
     confidence: float | None = None
 
 
-def foreseen(
-    setting: Setting,
-    told: Sequence[Told],
+def predict_speed(
+    setting: DraftSetting,
+    samples: Sequence[SampleText],
     hits: Sequence[Hits] | None,
     times: Times,
     draft: float,
@@ -138,31 +138,31 @@ def foreseen(
     `hits`: of the draft of layers; `draft`: seconds of one drafted token; `shared`: layers shared with verification.
     """
     seconds, drafted, accepted, rounds, tokens = 0.0, 0, 0, 0, 0
-    for number, one in enumerate(told):
-        for offered, stood, looked in _rounds(setting, one, None if hits is None else hits[number]):
-            rounds, drafted, accepted, tokens = rounds + 1, drafted + offered, accepted + stood, tokens + stood + 1
-            if looked or not offered:
-                seconds += times.part(depth, depth, offered + 1)
+    for number, one in enumerate(samples):
+        for proposed, stood, looked in _rounds(setting, one, None if hits is None else hits[number]):
+            rounds, drafted, accepted, tokens = rounds + 1, drafted + proposed, accepted + stood, tokens + stood + 1
+            if looked or not proposed:
+                seconds += times.part(depth, depth, proposed + 1)
                 continue
-            ahead = times.part(shared, depth, 1) - _at(times.head, 1)
-            seconds += offered * draft + ahead + times.part(depth - shared, depth, offered + 1)
+            shared_pass = times.part(shared, depth, 1) - _at(times.head, 1)
+            seconds += proposed * draft + shared_pass + times.part(depth - shared, depth, proposed + 1)
     return seconds / tokens, accepted / drafted if drafted else 0.0, tokens / rounds
 
 
-def _rounds(setting: Setting, told: Told, hits: Hits | None) -> Iterator[tuple[int, int, bool]]:
+def _rounds(setting: DraftSetting, sample: SampleText, hits: Hits | None) -> Iterator[tuple[int, int, bool]]:
     """(drafted, accepted, looked up) of each round; the first new token is the prefill's."""
-    text, at = told.ids[0].tolist(), told.prompt + 1
+    text, at = sample.ids[0].tolist(), sample.prompt + 1
     while at < len(text):
         most = min(setting.length, len(text) - at - 1)
-        found = setting.finder.find(told.ids[:, :at], most) if setting.finder is not None and most > 0 else []
+        found = setting.finder.find(sample.ids[:, :at], most) if setting.finder is not None and most > 0 else []
         if found:
             stood = next((n for n, token in enumerate(found) if token != text[at + n]), len(found))
             yield len(found), stood, True
         elif hits is not None and most > 0:
-            first = at - told.prompt - 1
-            offered = _drafted(hits, first, most, setting.confidence)
-            stood = next((n for n in range(offered) if not hits.right[first + n]), offered)
-            yield offered, stood, False
+            first = at - sample.prompt - 1
+            proposed = _drafted(hits, first, most, setting.confidence)
+            stood = next((n for n in range(proposed) if not hits.right[first + n]), proposed)
+            yield proposed, stood, False
         else:
             stood = 0
             yield 0, 0, False
@@ -176,14 +176,14 @@ def _drafted(hits: Hits, first: int, most: int, confidence: float | None) -> int
     return next((n + 1 for n in range(most) if hits.sure[first + n] < confidence), most)
 
 
-def _scene(stage: Stage, told: Told) -> Scene:
-    prompt = told.ids[:, : told.prompt - 1]
-    out = stage.model(prompt, use_cache=True, return_dict=True)
+def _context(runner: DraftRunner, sample: SampleText) -> DraftContext:
+    prompt = sample.ids[:, : sample.prompt - 1]
+    out = runner.model(prompt, use_cache=True, return_dict=True)
     cache: Cache = out.past_key_values
-    kept = {"use_cache": True, "position_ids": torch.arange(told.prompt - 1, device=prompt.device)[None]}
-    if "position_ids" not in stage.takes:
+    kept = {"use_cache": True, "position_ids": torch.arange(sample.prompt - 1, device=prompt.device)[None]}
+    if "position_ids" not in runner.takes:
         del kept["position_ids"]
-    return Scene(stage, Feed(stage.model, prompt, kept), cache, told.ids, Stats())
+    return DraftContext(runner, Feed(runner.model, prompt, kept), cache, sample.ids, Stats())
 
 
 def _at(known: dict[int, float], new: int) -> float:

@@ -13,7 +13,7 @@ from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
 
 
-class Part(Recorder):
+class LayerSubset(Recorder):
     """Steps of a draft, or what a draft left to run.
 
     `states`, [batch, tokens, hidden], enter the first step in place of what the stock forward begins with. `saved`
@@ -26,13 +26,13 @@ class Part(Recorder):
         self.executor = self.bound.executor()
         self.steps, self.after = steps, after
         self.rows = self.executor.rows if steps else ()
-        """The base row behind each slot of the part."""
+        """The base row behind each slot of the subset."""
         self.saved: list[torch.Tensor] = []
         self.states: torch.Tensor | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Meanwhile the model's forwards run this part."""
+        """Until the end of the block the model's forwards run these layers."""
         begin = 0 if self.steps else self.executor.depth
         with self.bound.running(), self.executor.between(begin, self.states):
             if self.after is None:
@@ -42,10 +42,10 @@ class Part(Recorder):
                     yield
 
     def ran(self, record: RunRecord) -> None:
-        """Told by the executor."""
+        """Called by the executor for every run."""
         if record.run.layer == self.after:
             self.saved.append(record.output)
 
     def forget(self) -> None:
-        """Let go of all states."""
+        """Drop all states."""
         self.saved, self.states = [], None

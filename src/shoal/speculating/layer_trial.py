@@ -1,4 +1,4 @@
-"""Single layers tried on states of one token: what CLaSp and its kin look at before they choose."""
+"""Single layers run on states of one token, by which CLaSp and similar drafts choose their layers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from shoal.errors import UsageError
 from shoal.executing.calls import hidden_of
 from shoal.executing.forward import Forward
 from shoal.plan.steps import Run
+from shoal.speculating.draft_runner import DraftRunner
 from shoal.speculating.feed import Feed
-from shoal.speculating.rows import lent
-from shoal.speculating.stage import Stage
+from shoal.speculating.rows import select_rows
 
 
-class Bench:
-    """Layers at the place of the last token, reading the base model's own rows and writing to none of them."""
+class LayerTrial:
+    """Runs single layers at the position of the last token; they read the base model's KV rows and write to none."""
 
-    def __init__(self, stage: Stage, feed: Feed, cache: Cache, ids: torch.Tensor) -> None:
+    def __init__(self, runner: DraftRunner, feed: Feed, cache: Cache, ids: torch.Tensor) -> None:
         """Raises U618 for a model whose layers hand more than the hidden state to each other."""
-        require_separable(stage)
-        self.stage, self.cache = stage, cache
-        spare = lent(cache, range(len(cache.layers)), 0)
-        self.forward = stage.prepared(feed, ids, spare)
+        require_separable(runner)
+        self.runner, self.cache = runner, cache
+        spare = select_rows(cache, range(len(cache.layers)), 0)
+        self.forward = runner.layer_calls(feed, ids, spare)
         self.start = hidden_of(self.forward.calls[0])
         """What enters layer 0, [1, 1, hidden]."""
         self._together: bool | None = None
@@ -49,19 +49,19 @@ class Bench:
         return torch.allclose(both, apart, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
 
     def _run(self, step: Run, states: torch.Tensor) -> torch.Tensor:
-        row = self.stage.facts.layers[step.layer].row
+        row = self.runner.facts.layers[step.layer].row
         forward = Forward(calls=self.forward.calls)
-        return self.stage.whole.executor().run_step(step, states, forward, cache=_spread(self.cache, row, len(states)))
+        return self.runner.whole.executor().run_step(step, states, forward, cache=_spread(self.cache, row, len(states)))
 
 
-def require_separable(stage: Stage) -> None:
+def require_separable(runner: DraftRunner) -> None:
     """Raise U618 when a layer of the model cannot be tried alone."""
-    needy = next((layer.index for layer in stage.spec.stack("decoder").layers if layer.needs), None)
-    carried = next((i for i, fact in enumerate(stage.facts.layers) if fact.carried), None)
+    needy = next((layer.index for layer in runner.spec.stack("decoder").layers if layer.needs), None)
+    carried = next((i for i, fact in enumerate(runner.facts.layers) if fact.carried), None)
     found = needy if needy is not None else carried
     if found is not None:
         raise UsageError(
-            f"layer {found} of {type(stage.model).__name__} is handed more than a hidden state by the layers before "
+            f"layer {found} of {type(runner.model).__name__} is handed more than a hidden state by the layers before "
             "it, so layers cannot be tried one by one; use a draft of fixed layers (exit, skip) or swift",
             code="U618",
         )

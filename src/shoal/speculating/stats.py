@@ -1,4 +1,4 @@
-"""What a generation did: tokens drafted and accepted, layers that really ran, and where the time went."""
+"""Statistics of a generation: tokens drafted and accepted, layers that really ran, and where the time went."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class Stats:
         return {name: getattr(self, name) for name in (*self.__dataclass_fields__, *derived)}
 
 
-class Meter:
-    """Books each stretch of time and each layer call on the phase that is on."""
+class PhaseProfiler:
+    """Adds up time and layer calls for each phase of a generation."""
 
     def __init__(self, stats: Stats, device: torch.device) -> None:
         self.stats, self.device = stats, device
@@ -89,7 +89,7 @@ class Meter:
 
     @contextmanager
     def on(self, phase: str) -> Iterator[None]:
-        """Book what happens inside on `phase`."""
+        """Count time and layer calls inside the block for `phase`."""
         before = self._switch(phase)
         try:
             yield
@@ -103,7 +103,7 @@ class Meter:
         return before
 
     def close(self) -> None:
-        """Book the last stretch."""
+        """Count the time since the last phase ended."""
         self._switch("rest")
 
     def _now(self) -> float:
@@ -128,9 +128,9 @@ class Meter:
                 handle.remove()
 
 
-def _count(meter: Meter, module: nn.Module, table: dict[str, list[int]], index: int) -> Any:
+def _count(profiler: PhaseProfiler, module: nn.Module, table: dict[str, list[int]], index: int) -> Any:
     def counted(_: nn.Module, __: Any, out: Any) -> None:
         hidden = out[0] if isinstance(out, tuple | list) else out
-        table[meter.phase][index] += hidden.shape[-2]
+        table[profiler.phase][index] += hidden.shape[-2]
 
     return module.register_forward_hook(counted)

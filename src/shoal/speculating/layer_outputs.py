@@ -1,4 +1,4 @@
-"""What came out of some layers while the base model judged."""
+"""Outputs of some layers in the verifications of a generation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 from shoal.models.stacks import Stack
 
 MOST = 8
-"""Tokens whose states are kept until somebody asks."""
+"""Tokens whose states are kept until `take` is called."""
 
 
-class Watch:
-    """`with watch:` hooks on `layers` keep their outputs; `settle` says which of them belong to the text.
+class LayerOutputs:
+    """`with outputs:` hooks on `layers` keep their outputs; `keep_accepted` says which of them belong to the text.
 
     In a round a shared layer sees the drafted tokens one by one and never again; any other is last called for the
-    verification. Either way its newest outputs are those of the tokens that were judged, in their order.
+    verification. Either way its newest outputs are those of the verified tokens, in their order.
     """
 
     def __init__(self, stack: Stack, layers: Sequence[int]) -> None:
@@ -27,7 +27,7 @@ class Watch:
         self._kept: list[torch.Tensor] = []
         self._handles: list[Any] = []
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> LayerOutputs:
         for place, layer in enumerate(self.layers):
             self._handles.append(self.stack.layer(layer).register_forward_hook(self._hook(place)))
         return self
@@ -42,8 +42,8 @@ class Watch:
 
         return seen
 
-    def settle(self, new: int, kept: int) -> None:
-        """A round is over that judged `new` tokens; behind the first `kept` of them a token was written."""
+    def keep_accepted(self, new: int, kept: int) -> None:
+        """A round is over that verified `new` tokens; behind the first `kept` of them a token was written."""
         outputs = [torch.cat(found, -2)[..., -new:, :][..., :kept, :] for found in self._round]
         before = self._kept or [one[..., :0, :] for one in outputs]
         self._kept = [torch.cat(pair, -2)[..., -MOST:, :] for pair in zip(before, outputs, strict=True)]

@@ -1,4 +1,4 @@
-"""The model on its stage: all of it, a draft of it, or the layers that the draft left out, over one KV cache.
+"""One model run whole, as a draft, or with only the layers that the draft left out, over one KV cache.
 
 A draft whose first k steps are the layers 0..k-1 computes there what the base model would: rows and states behind layer
 k-1 are kept, and the verification runs the layers k.. on those states alone. An exit draft is the case in which nothing
@@ -27,34 +27,34 @@ from shoal.plan import Plan, Run, Spec, check, require
 from shoal.plan.capabilities import refusal
 from shoal.plan.steps import Step, runs
 from shoal.speculating.feed import Feed
-from shoal.speculating.part import Part
-from shoal.speculating.rows import lent
+from shoal.speculating.layer_subset import LayerSubset
+from shoal.speculating.rows import select_rows
 
 _KEPT = 16
-"""Drafts held ready; choosers on the fly come back to the same few."""
+"""How many prepared drafts are kept; choosers come back to the same few."""
 
 
 @dataclass
-class Ready:
-    """A draft made ready to run."""
+class PreparedDraft:
+    """A draft with everything that its rounds need, bound once."""
 
     steps: tuple[Run, ...]
     shared: int
     """How many layers from the first on draft and verification have in common."""
-    draft: Part
-    ahead: Part
-    """The shared layers alone."""
-    rest: Part
-    """What the verification still has to run."""
+    draft: LayerSubset
+    shared_subset: LayerSubset
+    """The shared layers, run alone for the last drafted token, which no layer has seen."""
+    remaining: LayerSubset
+    """The layers that the verification still has to run."""
 
 
 @dataclass
-class Stage:
-    """One causal model and the list of layers that is put in place of its own while it generates."""
+class DraftRunner:
+    """Runs one causal model and its drafts, each of which takes the place of its layers for one pass."""
 
     model: PreTrainedModel
     share: bool = True
-    ready: dict[tuple[Run, ...], Ready] = field(default_factory=dict)
+    prepared: dict[tuple[Run, ...], PreparedDraft] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.opened = open_model(self.model)
@@ -66,16 +66,16 @@ class Stage:
         self.takes = self.opened.takes
         self.whole = bind(self.opened)
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> DraftRunner:
         refuse_second_plan(self.opened)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The model is as it was: parts are put on it for one pass each."""
+        """The model is as it was: each subset of layers is on it for one pass only."""
 
     @cached_property
     def readout(self) -> Readout:
-        """Final norm and head for states behind any layer. Use inside `with stage:`; the first use runs one token."""
+        """Final norm and head for states behind any layer. Use it inside `with runner:`; the first use runs a token."""
         return Readout(self.opened, self._ending)
 
     @contextmanager
@@ -83,26 +83,26 @@ class Stage:
         with self.whole.running(), self.whole.executor().between(self.depth, state):
             yield
 
-    def prepare(self, steps: tuple[Step, ...]) -> Ready:
+    def prepare(self, steps: tuple[Step, ...]) -> PreparedDraft:
         """Raises P1xx for steps that the model cannot run, P150 for steps that no draft can have."""
         plain = _runs(steps)
-        if plain not in self.ready:
+        if plain not in self.prepared:
             self._legal(plain)
-            if len(self.ready) >= _KEPT:
-                self.ready.pop(next(iter(self.ready)))
-            self.ready[plain] = self._make(plain)
-        return self.ready[plain]
+            if len(self.prepared) >= _KEPT:
+                self.prepared.pop(next(iter(self.prepared)))
+            self.prepared[plain] = self._make(plain)
+        return self.prepared[plain]
 
-    def _make(self, steps: tuple[Run, ...]) -> Ready:
+    def _make(self, steps: tuple[Run, ...]) -> PreparedDraft:
         shared = self._shared(steps)
         after = shared - 1 if shared else None
         rest = tuple(Run(i) for i in range(shared, self.depth))
-        return Ready(
+        return PreparedDraft(
             steps,
             shared,
-            Part(self.opened, steps, after),
-            Part(self.opened, steps[:shared], after),
-            Part(self.opened, rest),
+            LayerSubset(self.opened, steps, after),
+            LayerSubset(self.opened, steps[:shared], after),
+            LayerSubset(self.opened, rest),
         )
 
     def _legal(self, steps: tuple[Run, ...]) -> None:
@@ -130,18 +130,18 @@ class Stage:
         """Logits of the base model at the last `new` tokens, [new, vocabulary], float32."""
         return _scores(self.model(**feed(ids, new, cache), return_dict=True), new)
 
-    def logits(self, part: Part, feed: Feed, ids: torch.Tensor, new: int, cache: Cache) -> torch.Tensor:
-        """The same with `part` in place of the layers; `cache` is made of the rows of `part`."""
+    def logits(self, subset: LayerSubset, feed: Feed, ids: torch.Tensor, new: int, cache: Cache) -> torch.Tensor:
+        """The same with `subset` in place of the layers; `cache` is made of the rows of `subset`."""
         inputs = feed(ids, new, cache)
-        with part.running():
+        with subset.running():
             return _scores(self.model(**inputs, return_dict=True), new)
 
-    def through(self, part: Part, feed: Feed, ids: torch.Tensor, cache: Cache) -> None:
-        """Take the last token through `part` without the head."""
-        with part.running():
+    def run_layers(self, subset: LayerSubset, feed: Feed, ids: torch.Tensor, cache: Cache) -> None:
+        """Run the last token through `subset` without the head."""
+        with subset.running():
             self._without_head(feed, ids, cache)
 
-    def prepared(self, feed: Feed, ids: torch.Tensor, cache: Cache) -> Forward:
+    def layer_calls(self, feed: Feed, ids: torch.Tensor, cache: Cache) -> Forward:
         """What the layers are called with for the last token."""
         with self.whole.running():
             return self.whole.executor().prepared(lambda: self._without_head(feed, ids, cache))
@@ -153,37 +153,42 @@ class Stage:
 
 
 class Draft:
-    """One round: tokens drafted one by one over `cache`, then judged by the base model."""
+    """One round: tokens are drafted one by one over `cache`, then verified by the base model."""
 
-    def __init__(self, stage: Stage, ready: Ready, feed: Feed, cache: Cache) -> None:
-        self.stage, self.ready, self.feed, self.cache = stage, ready, feed, cache
-        self.rows = lent(cache, ready.draft.rows, ready.shared)
-        for part in (ready.draft, ready.ahead):
-            part.forget()
+    def __init__(self, runner: DraftRunner, prepared: PreparedDraft, feed: Feed, cache: Cache) -> None:
+        self.runner, self.prepared, self.feed, self.cache = runner, prepared, feed, cache
+        self.rows = select_rows(cache, prepared.draft.rows, prepared.shared)
+        for subset in (prepared.draft, prepared.shared_subset):
+            subset.forget()
 
     def next(self, ids: torch.Tensor) -> torch.Tensor:
         """The draft's logits behind the last token of `ids`, [1, vocabulary]."""
-        return self.stage.logits(self.ready.draft, self.feed, ids, 1, self.rows)
+        return self.runner.logits(self.prepared.draft, self.feed, ids, 1, self.rows)
 
-    def judge(self, ids: torch.Tensor, new: int) -> torch.Tensor:
+    def verify(self, ids: torch.Tensor, new: int) -> torch.Tensor:
         """The base model's logits at the last `new` tokens of `ids`, [new, vocabulary]; the cache then holds them all.
 
         `new` is one more than was drafted: the last drafted token has not been anywhere yet.
         """
-        ready, stage = self.ready, self.stage
-        if not ready.shared:
-            return stage.full(self.feed, ids, new, self.cache)
-        stage.through(ready.ahead, self.feed, ids, lent(self.cache, ready.ahead.rows, ready.shared))
-        states = [*ready.draft.saved, *ready.ahead.saved]
-        ready.rest.states = torch.cat(states, dim=-2)
-        rows = lent(self.cache, ready.rest.rows, len(ready.rest.rows))
-        if not ready.rest.rows:  # nothing is left to run; masks are made from some row all the same
+        prepared, runner = self.prepared, self.runner
+        if not prepared.shared:
+            return runner.full(self.feed, ids, new, self.cache)
+        runner.run_layers(
+            prepared.shared_subset,
+            self.feed,
+            ids,
+            select_rows(self.cache, prepared.shared_subset.rows, prepared.shared),
+        )
+        states = [*prepared.draft.saved, *prepared.shared_subset.saved]
+        prepared.remaining.states = torch.cat(states, dim=-2)
+        rows = select_rows(self.cache, prepared.remaining.rows, len(prepared.remaining.rows))
+        if not prepared.remaining.rows:  # nothing is left to run; masks are made from some row all the same
             rows.layers = list(self.cache.layers)
         try:
-            return stage.logits(ready.rest, self.feed, ids, new, rows)
+            return runner.logits(prepared.remaining, self.feed, ids, new, rows)
         finally:
-            for part in (ready.draft, ready.ahead, ready.rest):
-                part.forget()
+            for subset in (prepared.draft, prepared.shared_subset, prepared.remaining):
+                subset.forget()
 
 
 def _scores(out: Any, new: int) -> torch.Tensor:
