@@ -15,6 +15,7 @@ from shoal._version import __version__
 
 ROOT = Path(__file__).parents[2]
 MOST_LINES = 400
+MOST_LINES_OF_SOURCE = 300
 PACKAGE = ROOT / "src" / "shoal"
 
 
@@ -63,7 +64,7 @@ def test_the_changelog_knows_this_version() -> None:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_small(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MOST_LINES
+    assert len(path.read_text().splitlines()) <= MOST_LINES_OF_SOURCE
 
 
 def test_files_of_tests_stay_small() -> None:

@@ -18,8 +18,8 @@ from shoal.models.lists import Stack
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.order import refuse_order
 from shoal.plan import Plan, parse_plan, require
-from shoal.plan.capabilities import Way, refusal
-from shoal.plan.steps import Step, runs, undecided
+from shoal.plan.capabilities import Way, refusal, refusals
+from shoal.plan.steps import Step, layers_of, runs, undecided
 from shoal.plan.tensors import shapes_of
 
 BETWEEN = "its attention to the encoder stands between attention and mlp"
@@ -134,8 +134,10 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
 
 
 def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:
-    away = tuple(run for run in runs(steps) if any(p.is_meta for p in stack.layer(run.layer).parameters()))
-    _refuse(away, "offloaded")
+    """Raise P124 for what the table refuses of layers whose weights are elsewhere."""
+    for no in refusals(steps, "offloaded"):
+        if any(p.is_meta for index in layers_of(no.step) for p in stack.layer(index).parameters()):
+            raise PlanError(no.message, code=no.code)
 
 
 def _refuse(steps: tuple[Step, ...], way: Way, **names: object) -> None:
