@@ -56,6 +56,8 @@ MOVED = {
     "speculating.account": "speculating.stats",
     "speculating.stage": "speculating.draft_runner",
     "speculating.part": "speculating.layer_subset",
+    "recording.walk": "recording.layer_inputs",
+    "recording.states": "recording.state_store",
     "deciding.readout": "deciding.exit_readout",
     "writing.twins": "writing.copy_check",
     "writing.sides": "writing.side_files",
@@ -65,6 +67,15 @@ MOVED = {
     "writing.place": "writing.output",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
+
+CLASSES = {
+    "Scene": "DraftContext",
+    "Bench": "LayerTrial",
+    "Walk": "LayerInputs",
+    "Stream": "ResidualStream",
+    "States": "StateStore",
+}
+"""Old name to new name of classes that a user's file may import from a module that has moved."""
 
 
 def current(name: str) -> str | None:
@@ -96,7 +107,7 @@ class _Moved(MetaPathFinder, Loader):
         warnings.warn(f"{spec.name} is now {spec.origin}; import it from there", DeprecationWarning, stacklevel=2)
 
         def attribute(name: str) -> Any:
-            return getattr(real, name)
+            return getattr(real, name if hasattr(real, name) else CLASSES.get(name, name))
 
         found.__dict__["__getattr__"] = attribute
         return found

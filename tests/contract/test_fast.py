@@ -21,7 +21,7 @@ from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, drop, parse_plan
 from shoal.plan.prefix import prefixes, shared
-from shoal.recording.states import States
+from shoal.recording.state_store import StateStore
 from shoal.search.greedy import greedy
 
 from .families import DEPTH, FAMILIES, tiny
@@ -134,14 +134,14 @@ def test_searches_tell_each_other_what_plans_scored() -> None:
 
 
 def test_states_are_copies_and_the_oldest_goes_first() -> None:
-    store = States(torch.device("cpu"), memory=2 * 400, disk=0)
+    store = StateStore(torch.device("cpu"), memory=2 * 400, disk=0)
     state = torch.zeros(100)
     for name in "abc":
         store.put(name, state)
         state += 1
     assert "a" not in store
     assert (store.get("b") == 1).all() and (store.get("c") == 2).all()
-    half = States(torch.device("cpu"), memory=0, disk=3 * 200)
+    half = StateStore(torch.device("cpu"), memory=0, disk=3 * 200)
     for number in range(5):
         half.put(number, torch.full((100,), float(number), dtype=torch.bfloat16))
     assert [number in half for number in range(5)] == [False, False, True, True, True]

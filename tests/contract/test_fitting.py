@@ -15,8 +15,8 @@ from shoal.fitting.writers import Prober, folded_map, folded_scale
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Map, Plan, Run, parse_plan
+from shoal.recording.layer_inputs import LayerInputs
 from shoal.recording.observe import observe
-from shoal.recording.walk import Walk
 
 from .families import tiny
 from .planted import random_data
@@ -74,7 +74,7 @@ def test_a_walk_goes_where_the_model_goes(family: str) -> None:
     model, data = tiny(family), random_data(4, 12)
     seen: list[torch.Tensor] = []
     observe(model, data.batches(4), lambda i, x, y: seen.append(y.clone()), before=lambda *_: None)
-    stream = Walk(model, data, batch=4).stream()
+    stream = LayerInputs(model, data, batch=4).stream()
     for layer, wanted in enumerate(seen):
         stream.advance(Run(layer))
         assert torch.allclose(stream.states[0], wanted, atol=1e-6), layer

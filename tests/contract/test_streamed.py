@@ -28,7 +28,7 @@ from shoal.models import streamed as streamed_module
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load
 from shoal.models.stacks import find_stack
-from shoal.models.streamed import held, is_streamed
+from shoal.models.streamed import is_streamed, weights_loaded
 from shoal.plan import Plan, drop, parse_plan
 from shoal.recording.layer_major import LayerMajor
 from shoal.recording.observe import observe
@@ -75,13 +75,13 @@ def states(model: Any, *, layer_major: bool) -> dict[tuple[int, int], list[torch
     def watch(index: int, x: torch.Tensor, y: torch.Tensor) -> None:
         seen[index, first[0]] = [x.clone(), y.clone()]
 
-    def turn(_: Any, __: Any, row: int) -> None:
+    def before_layer(_: Any, __: Any, row: int) -> None:
         first[0] = row
 
     def before(ids: torch.Tensor, _: Any) -> None:
         first[0] = 0 if len(ids) == 3 else 3
 
-    observe(model, batches, watch, before=before, turn=turn if layer_major else None)
+    observe(model, batches, watch, before=before, before_layer=before_layer if layer_major else None)
     return seen
 
 
@@ -132,7 +132,7 @@ def test_one_layer_is_in_memory_at_a_time_and_each_is_read_once(
 
 def test_a_held_layer_is_there_until_the_end_whatever_happens(loaded: Loaded, streamed: Loaded) -> None:
     layer, other = find_stack(streamed.model).layer(1), find_stack(loaded.model).layer(1)
-    with suppress(KeyError), held(layer):
+    with suppress(KeyError), weights_loaded(layer):
         assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters(), strict=True))
         with torch.no_grad():
             streamed.model(IDS)
@@ -142,7 +142,7 @@ def test_a_held_layer_is_there_until_the_end_whatever_happens(loaded: Loaded, st
     for plan in ("0-4", "0,2-4"):
         with running(streamed.model, plan), running(loaded.model, plan), torch.no_grad():
             assert torch.equal(streamed.model(IDS).logits, loaded.model(IDS).logits)
-    with held(other):
+    with weights_loaded(other):
         assert not any(p.is_meta for p in other.parameters())
 
 

@@ -12,7 +12,7 @@ from shoal.fitting.result import Transformed
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Parallel, Run, check
-from shoal.recording.walk import Walk
+from shoal.recording.layer_inputs import LayerInputs
 
 from .families import tiny
 from .planted import PLANTED, planted, random_data
@@ -129,7 +129,7 @@ def test_parallel_pairs() -> None:
     bypassed = do("parallel-pairs", job(model, []), first=1, last=3, bypass=True)
     assert str(bypassed.plan) == "0,(1a|2a),(1m|2m),3"
     assert not check(bypassed.plan, inspect(model))
-    stream = Walk(model, random_data(2, 12), batch=2).stream()
+    stream = LayerInputs(model, random_data(2, 12), batch=2).stream()
     stream.advance(Run(0))
     x = stream.states[0]
     with torch.no_grad():

@@ -54,3 +54,13 @@ def test_the_note_reaches_a_user_file() -> None:
     code = "from shoal.run.gates import Policy; from shoal.run import policies"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
     assert "shoal.run.gates is now shoal.deciding.policy" in done.stderr
+
+
+def test_a_class_that_was_renamed_with_its_module_has_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_moved.MOVED, "before.mistakes", "errors")
+    monkeypatch.setitem(_moved.CLASSES, "Mistake", "ShoalError")
+    with pytest.warns(DeprecationWarning, match="shoal.before.mistakes is now shoal.errors"):
+        found = importlib.import_module("shoal.before.mistakes")
+    assert found.Mistake is found.ShoalError is shoal.errors.ShoalError
+    with pytest.raises(AttributeError, match="Unheard"):
+        _ = found.Unheard

@@ -53,19 +53,24 @@ class LayerMajorLoss:
         """The loss of each plan on all batches; `report` is called with the number of layers that were read."""
         paths = [path for path in (path_of(plan, self.stack.depth) for plan in plans) if path is not None]
         with evaluating(self.model):
-            door = LayerMajor(self.model, self.stack, [(ids, mask) for ids, mask, _ in windows], memory=self.memory)
+            layer_major = LayerMajor(
+                self.model, self.stack, [(ids, mask) for ids, mask, _ in windows], memory=self.memory
+            )
             try:
-                door.along(paths, report=report)
+                layer_major.run_paths(paths, report=report)
                 with bind(self.model).running() as bound:
-                    return [mean_of(self._ends(door, path, windows, bound.executor(self.stack.name))) for path in paths]
+                    return [
+                        mean_of(self._ends(layer_major, path, windows, bound.executor(self.stack.name)))
+                        for path in paths
+                    ]
             finally:
-                door.close()
+                layer_major.close()
 
-    def _ends(self, door: LayerMajor, path: Path, windows: Sequence[Window], executor: Executor) -> list[Part]:
+    def _ends(self, layer_major: LayerMajor, path: Path, windows: Sequence[Window], executor: Executor) -> list[Part]:
         steps = tuple(step for at in path for step in at)
         found = []
         for number, (ids, mask, keep) in enumerate(windows):
-            with executor.between(executor.depth, door.state(steps, number)):
+            with executor.between(executor.depth, layer_major.state(steps, number)):
                 found.append(part_of(batch_tokens(self.model, ids, mask, keep), keep))
         return found
 

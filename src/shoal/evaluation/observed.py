@@ -68,7 +68,7 @@ def observe_tokens(
     keep = torch.ones(1, 1, dtype=torch.bool)
     rows = slice(0, 0)
 
-    def turn(ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> None:
+    def before_layer(ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> None:
         nonlocal keep, rows
         keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
         keep = keep & (keep.cumsum(-1) > skip_first)
@@ -77,7 +77,7 @@ def observe_tokens(
         rows = slice(first, first + len(ids))
 
     def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        turn(ids, mask, rows.stop)
+        before_layer(ids, mask, rows.stop)
         counts[rows] = keep.sum(-1)
         if progress is not None:
             progress(rows.stop, len(data), what)
@@ -95,7 +95,16 @@ def observe_tokens(
         sums[start, :, rows] += torch.stack([found.sum(-1), first])
         passes[start, rows] += 1
 
-    observe(model, data.batches(batch), watch, before=before, turn=turn, progress=progress, stack=stack, part=part)
+    observe(
+        model,
+        data.batches(batch),
+        watch,
+        before=before,
+        before_layer=before_layer,
+        progress=progress,
+        stack=stack,
+        part=part,
+    )
     whole, first = (sums / passes[:, None]).unbind(1)  # 0 / 0 where a layer did not run
     return Seen(found.name, whole.tolist(), first.tolist(), counts.tolist())
 

@@ -26,7 +26,7 @@ from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.plan import Plan
 from shoal.plan.prefix import Prefix, prefixes, shared
-from shoal.recording.states import States
+from shoal.recording.state_store import StateStore
 
 BLOCK = 8
 """Neighbouring tokens whose losses count as one sample of a race."""
@@ -50,7 +50,7 @@ class Part:
 class PlanLoss:
     """Plan -> cross-entropy on `data`, equal bit for bit to `sequence_nll` of the running plan on the same batches.
 
-    The hidden state at which plans part is kept (see `States`), so that a plan whose first layers another plan ran
+    The hidden state at which plans part is kept (see `StateStore`), so that a plan whose first layers another plan ran
     already computes only what follows. A model in which something besides the hidden state travels from layer to layer
     is found by trying (a few tokens, every cut, before it is used) and runs in full. `share=False` runs all in full.
     `memo`: what other searches on this very model have found: by the data's hash with the batch size, the plan and the
@@ -75,7 +75,7 @@ class PlanLoss:
         require_scored(sum(int(keep.sum()) for _, _, keep in self.batches), data)
         self.layers_run = 0
         """Taps passed with computation so far, over all batches; what sharing saved shows here."""
-        self.states = States(device_of(model), memory=memory, disk=disk)
+        self.states = StateStore(device_of(model), memory=memory, disk=disk)
         self._memo = Ledger[Any]() if memo is None else memo
         self._name = f"{data.info.sha256} {batch}"
         self._share = share and len(self.opened.stacks) == 1

@@ -31,7 +31,7 @@ class Site:
 
     @property
     def layer(self) -> torch.nn.Module:
-        return self.pair.walk.stack.layer(self.run.layer)
+        return self.pair.inputs.stack.layer(self.run.layer)
 
     @property
     def module(self) -> str | None:
@@ -40,7 +40,7 @@ class Site:
 
     def outputs(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For one batch the state before the last part has written, and what it writes, [batch, length, hidden]."""
-        with evaluating(self.pair.walk.model):
+        with evaluating(self.pair.inputs.model):
             out = self.pair.pruned.run(number, self.run, self.pair.job.weights)
             quiet = {f"quiet.{w.name}": torch.zeros_like(self.layer.get_parameter(w.name)) for w in self.writers}
             rest = self.pair.pruned.run(number, Run(self.run.layer, self.run.part, "quiet"), quiet)

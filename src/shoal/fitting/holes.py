@@ -12,7 +12,7 @@ from shoal.fitting.result import Job
 from shoal.plan import Exit, Map, Parallel, Plan, Run, Step
 from shoal.plan.notation import map_weights
 from shoal.plan.steps import PartName
-from shoal.recording.walk import Walk
+from shoal.recording.layer_inputs import LayerInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +86,18 @@ class Pair:
         """`skip_first`: tokens at the start of each sequence that do not count. `outlier`: a token whose norm in the
         pruned stream is more than so many times the median's does not count either."""
         self.job, self.outlier = job, outlier
-        self.walk = Walk(job.model, job.data, stack=job.stack, batch=job.batch)
-        for start, real in zip(self.walk.starts, self.walk.real, strict=True):
+        self.inputs = LayerInputs(job.model, job.data, stack=job.stack, batch=job.batch)
+        for start, real in zip(self.inputs.first_states, self.inputs.real, strict=True):
             if start.dim() != 3 or start.shape[:2] != real.shape:
                 raise ModelError(
                     f"the layers hand on a state {list(start.shape)} for {list(real.shape)} tokens, and a stand-in "
                     "needs one hidden state for each token; drop layers without one",
                     code="M316",
                 )
-        self.dense, self.pruned = self.walk.stream(), self.walk.stream(job.plan)
+        self.dense, self.pruned = self.inputs.stream(), self.inputs.stream(job.plan)
         self.steps = job.plan.steps(job.stack)
         self.at, self.cursor = 0, 0
-        self.kept = self.walk.kept(skip_first)
+        self.kept = self.inputs.token_masks(skip_first)
         total = len(self.kept)
         self.held = set(range(total - total // 4, total)) if total > 3 else set()
         """Numbers of the batches that are held back from the fit."""
@@ -130,7 +130,7 @@ class Pair:
     def limit(self) -> float:
         """The norm above which a token of the pruned stream is an outlier here."""
         norms = torch.cat(
-            [x.float().norm(dim=-1).cpu()[real] for x, real in zip(self.pruned.states, self.walk.real, strict=True)]
+            [x.float().norm(dim=-1).cpu()[real] for x, real in zip(self.pruned.states, self.inputs.real, strict=True)]
         )
         return self.outlier * float(norms.median())
 

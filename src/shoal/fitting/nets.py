@@ -68,7 +68,7 @@ def with_sites(plan: Plan, sites: Sequence[Site], stack: str | None) -> Plan:
 def layer_net(pair: Pair, site: Site) -> Learned:
     """The tensors of the site's layer as they are. Raises U556 when they are not in memory, or quantised."""
     assert isinstance(site.step, Run)
-    own = dict(pair.walk.stack.layer(site.step.layer).named_parameters())
+    own = dict(pair.inputs.stack.layer(site.step.layer).named_parameters())
     if any(p.is_meta or not p.is_floating_point() for p in own.values()):
         raise UsageError(
             f"training needs the weights of layer {site.step.layer} in memory and not quantised; load the model so",

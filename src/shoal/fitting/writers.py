@@ -17,7 +17,7 @@ from shoal.fitting.holes import Pair
 from shoal.models.precision import in_float64
 from shoal.plan import Run
 from shoal.plan.steps import PartName
-from shoal.recording.walk import Stream, Walk
+from shoal.recording.layer_inputs import LayerInputs, ResidualStream
 
 PROBE_TOKENS = 16
 
@@ -48,14 +48,14 @@ class Prober:
     def __init__(self, pair: Pair) -> None:
         data = pair.job.data
         ids = data.ids[:1, :PROBE_TOKENS]
-        walk = Walk(pair.job.model, Data(ids, None, data.info), stack=pair.job.stack)
-        self.pair, self.walk = pair, walk
+        inputs = LayerInputs(pair.job.model, Data(ids, None, data.info), stack=pair.job.stack)
+        self.pair, self.inputs = pair, inputs
 
     @torch.no_grad()
     def writers(self, index: int, part: PartName) -> tuple[Writer, ...]:
         """The tensors that write what `part` of layer `index` adds, and nothing else; empty when there are none such:
         a norm behind the part, no parts at all, weights that are quantised or not in memory."""
-        layer, fact = self.walk.stack.layer(index), self.walk.facts.layers[index]
+        layer, fact = self.inputs.stack.layer(index), self.inputs.facts.layers[index]
         if fact.parts is None or not _plain(layer):
             return ()
         generator = torch.Generator().manual_seed(index)
@@ -67,14 +67,14 @@ class Prober:
                 found += [w for w in self._candidates(name, tensor) if self._writes(index, part, w, tensor, generator)]
         return tuple(found) if found and self._complete(index, part, found) else ()
 
-    def _random(self, generator: torch.Generator) -> Stream:
-        stream = self.walk.stream()
+    def _random(self, generator: torch.Generator) -> ResidualStream:
+        stream = self.inputs.stream()
         start = stream.states[0]
         stream.states = [torch.randn(start.shape, generator=generator).to(start)]
         return stream
 
     def _candidates(self, name: str, tensor: torch.Tensor) -> list[Writer]:
-        size = self.walk.starts[0].shape[-1]
+        size = self.inputs.first_states[0].shape[-1]
         return [Writer(name, dim) for dim in range(tensor.dim()) if tensor.shape[dim] == size]
 
     def _adds(self, index: int, part: PartName, own: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -100,7 +100,7 @@ class Prober:
 
     def _complete(self, index: int, part: PartName, writers: list[Writer]) -> bool:
         """With all writers zero the part adds nothing."""
-        layer = self.walk.stack.layer(index)
+        layer = self.inputs.stack.layer(index)
         zero = {w.name: torch.zeros_like(layer.get_parameter(w.name)) for w in writers}
         return not bool(self._adds(index, part, zero).any())
 

@@ -54,13 +54,13 @@ def cka(
     keep = torch.ones(1, 1, dtype=torch.bool)
     counts: list[int] = []
 
-    def turn(ids: torch.Tensor, mask: torch.Tensor | None, _: int) -> None:
+    def before_layer(ids: torch.Tensor, mask: torch.Tensor | None, _: int) -> None:
         nonlocal keep
         keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
         keep = keep & (keep.cumsum(-1) > skip_first)
 
     def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        turn(ids, mask, 0)
+        before_layer(ids, mask, 0)
         counts.extend(keep.sum(-1).tolist())
         if min(counts) < LEAST:
             raise UsageError(
@@ -81,8 +81,17 @@ def cka(
                     seen.add(row, index + 1, m)
 
     # the matrix needs all layers of one sequence together
-    by_layer = None if seen is not None else turn
-    observe(model, data.batches(batch), watch, before=before, turn=by_layer, progress=progress, stack=stack, part=part)
+    by_layer = None if seen is not None else before_layer
+    observe(
+        model,
+        data.batches(batch),
+        watch,
+        before=before,
+        before_layer=by_layer,
+        progress=progress,
+        stack=stack,
+        part=part,
+    )
     values, errors = [], []
     for own in triples:
         known = torch.tensor(own, dtype=torch.float64).numpy() if own else None

@@ -64,13 +64,13 @@ def linearity(
         """One run over `rows`, the kept tokens of every sequence handed to the layers from `first` on."""
         keep = torch.ones(1, 1, dtype=torch.bool)
 
-        def turn(ids: torch.Tensor, mask: torch.Tensor | None, _: int) -> None:
+        def before_layer(ids: torch.Tensor, mask: torch.Tensor | None, _: int) -> None:
             nonlocal keep
             keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
 
         def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
             nonlocal done
-            turn(ids, mask, 0)
+            before_layer(ids, mask, 0)
             done += len(ids)
             if progress is not None:
                 progress(done, len(data) * -(-found.depth // size), "linearity")
@@ -86,7 +86,7 @@ def linearity(
             _batches(data, rows, batch),
             watch,
             before=before,
-            turn=turn,
+            before_layer=before_layer,
             progress=progress,
             stack=stack,
             part=part,

@@ -54,8 +54,8 @@ def is_streamed(stack: Stack) -> bool:
 
 
 @contextmanager
-def held(layer: nn.Module) -> Iterator[None]:
-    """Meanwhile the weights of a layer are there, read once however often it runs; nothing for a layer that is."""
+def weights_loaded(layer: nn.Module) -> Iterator[None]:
+    """Until the end of the block the weights of an offloaded layer are in memory, read once however often it runs."""
     with ExitStack() as stack:
         for module, hook in _hooks(layer):
             hook.pre_forward(module)

@@ -17,13 +17,13 @@ from shoal.executing.calls import with_hidden
 from shoal.executing.recorder import Recorder
 from shoal.models.opened import OpenedModel
 from shoal.models.stacks import Stack
-from shoal.models.streamed import held
+from shoal.models.streamed import weights_loaded
 from shoal.plan import Run, Step
-from shoal.recording.states import States
-from shoal.recording.walk import Walk
+from shoal.recording.layer_inputs import LayerInputs
+from shoal.recording.state_store import StateStore
 
-Turn = Callable[[torch.Tensor, torch.Tensor | None, int], None]
-"""Called with ids, mask and the number of the first sequence of the batch whose turn it is."""
+BeforeLayer = Callable[[torch.Tensor, torch.Tensor | None, int], None]
+"""Called before a layer runs on a batch, with ids, mask and the number of the batch's first sequence."""
 Path = tuple[tuple[Step, ...], ...]
 """For each layer of the stack the steps that run there, each a run of this very layer; none where it is left out."""
 
@@ -42,21 +42,23 @@ class LayerMajor:
         """`memory`: bytes of hidden states held, None for a quarter of what is free. The model is probed and runs once
         for each batch, so do this before there are hooks on its layers."""
         self.rows, self.stack = tuple(batches), stack
-        walk = Walk(model, self, stack=stack.name)
-        self._stream = walk.stream()
-        self._states = States(walk.starts[0].device, memory=memory)
+        inputs = LayerInputs(model, self, stack=stack.name)
+        self._stream = inputs.stream()
+        self._states = StateStore(inputs.first_states[0].device, memory=memory)
         for number, state in enumerate(self._stream.states):
             self._states.put(((), number), state)
         self._stream.states[:] = [torch.empty(0)] * len(self.rows)
-        _let_go(walk)
+        _drop_first_states(inputs)
 
     def batches(self, _: int, /) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """The batches as they were cut."""
         return iter(self.rows)
 
-    def run(self, turn: Turn, report: Callable[[int], None] | None = None, recorder: Recorder | None = None) -> None:
-        """Run every layer once, in order, on all batches; `turn` is called before each run of a layer, `report` with
-        the number of layers that are done, and `recorder` is told of every run.
+    def run(
+        self, before_layer: BeforeLayer, report: Callable[[int], None] | None = None, recorder: Recorder | None = None
+    ) -> None:
+        """Run every layer once, in order, on all batches; `before_layer` is called before each run of a layer, `report`
+        with the number of layers that are done, and `recorder` is called for every run.
 
         What the layers make equals bit for bit what the stock forward makes: they are the same calls in another order.
         Evaluation mode is the caller's business. Raises U576 for states that fit nowhere.
@@ -64,26 +66,30 @@ class LayerMajor:
         whole = [tuple((Run(index),) for index in range(self.stack.depth))]
         try:
             with self._stream.executor.recording(recorder or Recorder()):
-                self.along(whole, turn=turn, report=report)
+                self.run_paths(whole, before_layer=before_layer, report=report)
         finally:
             self.close()
 
     @torch.no_grad()
-    def along(
-        self, paths: Sequence[Path], *, turn: Turn | None = None, report: Callable[[int], None] | None = None
+    def run_paths(
+        self,
+        paths: Sequence[Path],
+        *,
+        before_layer: BeforeLayer | None = None,
+        report: Callable[[int], None] | None = None,
     ) -> None:
-        """Take all batches along each path; what paths have in common runs once. Then `state` has their ends."""
+        """Run all batches through the steps of each path; what paths share runs once. Then `state` has the results."""
         firsts = list(accumulate((len(ids) for ids, _ in self.rows), initial=0))
         here: list[tuple[Step, ...]] = [()] * len(paths)
         for index in range(self.stack.depth):
             moves = dict.fromkeys((old, path[index]) for old, path in zip(here, paths, strict=True) if path[index])
             there = [old + path[index] for old, path in zip(here, paths, strict=True)]
             gone = set(here) - set(there)
-            with held(self.stack.layer(index)) if moves else nullcontext():
+            with weights_loaded(self.stack.layer(index)) if moves else nullcontext():
                 for number, (ids, mask) in enumerate(self.rows):
                     for before, steps in moves:
-                        if turn is not None:
-                            turn(ids, mask, firsts[number])
+                        if before_layer is not None:
+                            before_layer(ids, mask, firsts[number])
                         self._move(before, steps, number)
                     for before in gone:
                         self._states.forget((before, number))
@@ -115,9 +121,9 @@ class LayerMajor:
         self._states.put((before + steps, number), state)
 
 
-def _let_go(walk: Walk) -> None:
-    """The states with which the layers were called: the store holds those that count."""
-    walk.starts.clear()
-    for record in walk.forwards:
+def _drop_first_states(inputs: LayerInputs) -> None:
+    """Drop the hidden states with which the layers were called: the store holds the batches' states."""
+    inputs.first_states.clear()
+    for record in inputs.forwards:
         for index, call in record.calls.items():
             record.calls[index] = with_hidden(call, None)

@@ -1,4 +1,4 @@
-"""One pass over data, watching what goes into each layer and what comes out; only the watcher keeps anything."""
+"""One pass over data, watching what goes into each layer and what comes out; only the caller keeps anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shoal.models.opened import OpenedModel, open_model
 from shoal.models.stacks import Stack
 from shoal.models.streamed import is_streamed
 from shoal.plan.steps import PartName
-from shoal.recording.layer_major import LayerMajor, Turn
+from shoal.recording.layer_major import BeforeLayer, LayerMajor
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with the base layer, its input and its output, each [batch, length, hidden], in the order of execution."""
@@ -32,7 +32,7 @@ def observe(
     watch: Watch,
     *,
     before: Callable[[torch.Tensor, torch.Tensor | None], None],
-    turn: Turn | None = None,
+    before_layer: BeforeLayer | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     stack: str | None = None,
     part: PartName = "layer",
@@ -45,10 +45,11 @@ def observe(
     `part`: "attention" watches the step from a layer's input to the state with its attention added, "mlp" the one from
     there to the layer's output. The state between is what the layer makes without its mlp, whatever norms and
     multipliers stand around the parts; it costs each layer's attention once more. Layers without such parts are not
-    seen. `turn`: of a watcher that can take the batches layer by layer; called with ids, mask and the number of the
-    first sequence before each run of a layer. Where layers are read from files, all batches then pass one layer before
-    the next is read, and `progress` tells how many layers were. Raises M316 for a state without a token axis, U531 when
-    no layer has parts, U507 for parts of a running plan, M323 for a stack that reads no text, U576 for states of all
+    seen. `before_layer`: given by a caller that can take the batches layer by layer; it is called with ids, mask and
+    the number of the first sequence before each run of a layer. Where layers are read from files, all batches then pass
+    one layer before the next is read, and `progress` is called with the number of layers read.
+
+    Raises M316 for a state without a token axis, U531 when no layer has parts, U507 for parts of a running plan, M323 for a stack that reads no text, U576 for states of all
     batches that fit neither memory nor disk.
     """
     opened = open_model(model)
@@ -56,13 +57,13 @@ def observe(
     size: list[int] = []
     if part != "layer":
         _require_parts(opened, found, part)
-    told = _Watcher(watch, part, [fact.parts is not None for fact in opened.facts(found.name).layers], size)
-    prepared = _prepared(opened, found, batches) if turn is not None else None
+    recorder = _CallsBack(watch, part, [fact.parts is not None for fact in opened.facts(found.name).layers], size)
+    prepared = _prepared(opened, found, batches) if before_layer is not None else None
     with evaluating(opened.model):
-        if prepared is not None and turn is not None:
-            _layer_by_layer(prepared, told, before, turn, size, progress)
+        if prepared is not None and before_layer is not None:
+            _layer_by_layer(prepared, recorder, before, before_layer, size, progress)
             return
-        with _executor(opened, found) as executor, executor.recording(told):
+        with _executor(opened, found) as executor, executor.recording(recorder):
             for ids, mask in batches:
                 size[:] = ids.shape
                 before(ids, mask)
@@ -80,8 +81,8 @@ def _executor(opened: OpenedModel, stack: Stack) -> Iterator[Executor]:
         yield bound.executor(stack.name)
 
 
-class _Watcher(Recorder):
-    """Hands the ends of every run of a layer, or of its part, to a function."""
+class _CallsBack(Recorder):
+    """Calls a function with the input and output of every run of a layer, or of its part."""
 
     def __init__(self, watch: Watch, part: PartName, has_parts: Sequence[bool], size: list[int]) -> None:
         self.watch, self.part, self.has_parts, self.size = watch, part, has_parts, size
@@ -102,17 +103,17 @@ class _Watcher(Recorder):
 def _prepared(
     opened: OpenedModel, found: Stack, batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
 ) -> LayerMajor | None:
-    """The batches at the door, where reading a layer once for all of them is worth it and possible: a whole stack in
-    files, run by the base model."""
+    """The batches as hidden states in front of the first layer, where each layer can be read once for all of them: a
+    whole stack in files, run by the base model."""
     whole = not isinstance(found.layers, PlannedList) and backbone_of(opened.model, found) is opened.model.base_model
     return LayerMajor(opened, found, batches) if whole and is_streamed(found) else None
 
 
 def _layer_by_layer(
     prepared: LayerMajor,
-    told: Recorder,
+    recorder: Recorder,
     before: Callable[[torch.Tensor, torch.Tensor | None], None],
-    turn: Turn,
+    before_layer: BeforeLayer,
     size: list[int],
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
@@ -121,10 +122,10 @@ def _layer_by_layer(
 
     def at(ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> None:
         size[:] = ids.shape
-        turn(ids, mask, first)
+        before_layer(ids, mask, first)
 
     depth = prepared.stack.depth
-    prepared.run(at, None if progress is None else lambda done: progress(done, depth, "layers read"), told)
+    prepared.run(at, None if progress is None else lambda done: progress(done, depth, "layers read"), recorder)
 
 
 def _require_parts(opened: OpenedModel, found: Stack, part: PartName) -> None:

@@ -83,7 +83,3 @@ class DraftContext:
     def agreement(self, steps: tuple[Run, ...], before: Cache, since: int) -> float:
         """The share of hits."""
         return float(self.hits(steps, before, since)[0].float().mean())
-
-
-Scene = DraftContext
-"""The former name, which drafts in files of users may import."""

@@ -78,7 +78,7 @@ def _folded(pair: Pair, scales: dict[int, float]) -> tuple[list[Step], dict[str,
             continue
         if not isinstance(step, Run) or step.weights is not None:
             return None
-        layer = pair.walk.stack.layer(step.layer)
+        layer = pair.inputs.stack.layer(step.layer)
         own: dict[str, torch.Tensor] = {}
         for part in ("attention", "mlp"):
             if step.part in ("layer", part):

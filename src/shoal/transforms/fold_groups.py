@@ -73,7 +73,7 @@ def _child(pair: Pair, prober: Prober, parent: int, child: int) -> tuple[dict[st
     """The tensors with which the parent stands in for the child, and how near it comes."""
     stack = open_model(pair.job.model).stack(pair.job.stack)
     layer = stack.layer(parent)
-    parts = pair.walk.facts.layers[child].parts
+    parts = pair.inputs.facts.layers[child].parts
     inner = tuple(f"{name}." for name in (*parts.attention, *parts.mlp)) if parts is not None else ("",)
     own = {n: p.detach().clone() for n, p in stack.layer(child).named_parameters() if not n.startswith(inner)}
     pair.dense_to(child)

@@ -53,7 +53,7 @@ def fuse_group(
         pair.prune_to(start)
         behind = group[-1].layer + 1 if places.stop > hole.position else hole.last + 1
         pair.dense_to(behind)
-        with frozen(pair.walk.model):
+        with frozen(pair.inputs.model):
             tensors, fit = _fused(pair, group, hole, rank=rank, epochs=epochs, rate=rate)
         fits.append(fit)
         weights |= tensors
@@ -131,7 +131,7 @@ def _fused(pair: Pair, group: list[Run], hole: Hole, *, rank: int, epochs: int, 
 def _loss(pair: Pair, group: list[Run], updates: dict[str, _Update], number: int) -> torch.Tensor:
     """Mean squared error relative to each token's length, per element."""
     matrices = {name: update.matrix() for name, update in updates.items()}
-    stream = pair.walk.stream()
+    stream = pair.inputs.stream()
     stream.states = list(pair.pruned.states)
     for run in group:
         stream.states[number] = stream.run(number, replace(run, weights=_id(run)), matrices)

@@ -13,7 +13,7 @@ from shoal.fitting.merge import merged
 from shoal.fitting.result import Job, Transformed
 from shoal.models.precision import in_float64
 from shoal.plan import Run
-from shoal.recording.walk import Walk
+from shoal.recording.layer_inputs import LayerInputs
 
 EXAMPLES = TransformExamples(role="merge", null={"share": 0.0}, refused=(((2,), {"share": -1.0}, "U558"),))
 
@@ -51,16 +51,16 @@ def mka(job: Job, *, sigma: float = 1.0, alpha: float = 0.5, dims: int = 2, shar
 
 def _embeddings(job: Job, sigma: float, alpha: float, dims: int) -> dict[int, torch.Tensor]:
     """For each base layer the diffusion embedding of its outputs, [sequences, dims]."""
-    walk = Walk(job.model, job.data, stack=job.stack, batch=job.batch)
-    stream, found = walk.stream(), {}
-    for layer in range(walk.stack.depth):
+    inputs = LayerInputs(job.model, job.data, stack=job.stack, batch=job.batch)
+    stream, found = inputs.stream(), {}
+    for layer in range(inputs.stack.depth):
         stream.advance(Run(layer))
         means = [
             (state * real.to(state.device)[..., None]).sum(1) / real.sum(1, keepdim=True).to(state.device)
-            for state, real in zip(map(in_float64, stream.states), walk.real, strict=True)
+            for state, real in zip(map(in_float64, stream.states), inputs.real, strict=True)
         ]
         found[layer] = _diffusion(torch.cat(means).cpu(), sigma, alpha, dims)
-        job.tell(layer + 1, walk.stack.depth, "mka")
+        job.tell(layer + 1, inputs.stack.depth, "mka")
     return found
 
 

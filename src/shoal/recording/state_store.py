@@ -19,7 +19,7 @@ UNKNOWN = 1 << 30
 """Bytes taken for free where the system does not say."""
 
 
-class States:
+class StateStore:
     """Tensors by key; the least recently used goes from memory to disk, and from disk away.
 
     `memory`, `disk`: bytes at most; None for a quarter of what is free. The file is unlinked as soon as it is open, so

@@ -1,4 +1,4 @@
-"""Layer by layer over many sequences: what a fit needs, at the price of one pass however many layers it looks at.
+"""The inputs of every layer, and the residual stream run layer by layer over many sequences, at the cost of one pass.
 
 The stock forward runs once for each batch over layers that hand their input on, which tells what it prepares for them
 (masks, rotary tables, inputs of their own); then any step of any plan can be run on stored states of one depth.
@@ -29,8 +29,8 @@ class Batched(Protocol):
         """Ids and mask [batch, length] of each."""
 
 
-class Walk:
-    """Batches of `data` at the door of a model's layers. Holds what the layers are called with, once for each batch."""
+class LayerInputs:
+    """The arguments that the stock forward calls each layer with, captured once for each batch of `data`."""
 
     def __init__(
         self, model: nn.Module | OpenedModel, data: Batched, *, stack: str | None = None, batch: int = 1
@@ -40,8 +40,9 @@ class Walk:
         require_whole(self.opened, "fitting a stand-in", stack)
         self.model, self.stack = self.opened.model, self.opened.stack(stack)
         self.facts = self.opened.facts(self.stack.name)
-        self.starts: list[torch.Tensor] = []
+        self.first_states: list[torch.Tensor] = []
         self.forwards: list[Forward] = []
+        """For each batch the hidden state that enters the first layer, [batch, length, hidden]."""
         self.real: list[torch.Tensor] = []
         """For each batch where a token is real, bool [batch, length]."""
         bound = bind(self.opened)
@@ -49,7 +50,7 @@ class Walk:
         with evaluating(self.model), bound.running():
             for ids, mask in data.batches(batch):
                 record = self._prepared(executor, ids, mask)
-                self.starts.append(hidden_of(record.calls[0]))
+                self.first_states.append(hidden_of(record.calls[0]))
                 self.forwards.append(record)
                 self.real.append(torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu())
 
@@ -57,30 +58,30 @@ class Walk:
         backbone = self.model.base_model
         return executor.prepared(lambda: backbone(**inputs_of(backbone, ids, mask), use_cache=False))
 
-    def kept(self, skip_first: int = 0) -> list[torch.Tensor]:
+    def token_masks(self, skip_first: int = 0) -> list[torch.Tensor]:
         """For each batch the tokens that count: real ones, without the first `skip_first` of each sequence."""
         return [real & (real.cumsum(-1) > skip_first) for real in self.real]
 
-    def stream(self, plan: Plan | None = None) -> Stream:
+    def stream(self, plan: Plan | None = None) -> ResidualStream:
         """The states that enter the first layer; `plan` is needed for steps that share KV."""
         # not checked: a plan whose tensors are about to be fitted is not legal yet
         bound = BoundPlan(self.opened, plan or Plan.identity(self.opened.spec), {})
-        return Stream(self, list(self.starts), bound.executor(self.stack.name))
+        return ResidualStream(self, list(self.first_states), bound.executor(self.stack.name))
 
 
-class Stream:
+class ResidualStream:
     """The hidden states of all batches, [batch, length, hidden] each, at one depth of one plan."""
 
-    def __init__(self, walk: Walk, states: list[torch.Tensor], executor: Executor) -> None:
-        self.walk, self.states, self.executor = walk, states, executor
-        self._forwards = [Forward(calls=record.calls) for record in walk.forwards]
+    def __init__(self, inputs: LayerInputs, states: list[torch.Tensor], executor: Executor) -> None:
+        self.inputs, self.states, self.executor = inputs, states, executor
+        self._forwards = [Forward(calls=record.calls) for record in inputs.forwards]
         self._tensors: dict[str, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.states)
 
     def run(self, number: int, step: Step, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """The output of `step` for batch `number`, [batch, length, hidden]; the stream stays where it is."""
+        """The output of `step` for batch `number`, [batch, length, hidden]; the stream is not moved."""
         tensors = dict(weights or {})
         if tensors.keys() != self._tensors.keys() or any(t is not self._tensors[n] for n, t in tensors.items()):
             self._tensors = tensors
@@ -89,6 +90,6 @@ class Stream:
 
     def advance(self, step: Step, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Take all batches through `step`."""
-        with evaluating(self.walk.model):
+        with evaluating(self.inputs.model):
             for number in range(len(self.states)):
                 self.states[number] = self.run(number, step, weights)
