@@ -57,12 +57,12 @@ class Running:
 
         Set it to score given text as if the model had written it under the policy.
         """
-        return None if self.deciding is None or self.deciding.conductor is None else self.deciding.conductor.prompt
+        return None if self.deciding is None or self.deciding.executor is None else self.deciding.executor.prompt
 
     @prompt.setter
     def prompt(self, length: int | None) -> None:
-        if self.deciding is not None and self.deciding.conductor is not None:
-            self.deciding.conductor.prompt = length
+        if self.deciding is not None and self.deciding.executor is not None:
+            self.deciding.executor.prompt = length
 
     def restore(self) -> None:
         """Take the plan away."""
@@ -111,7 +111,7 @@ def _decided(opened: OpenedModel, plan: Plan | str, weights: Tensors, policy: Po
     deciding = BoundPolicy(opened.model, spec, who, weights)
 
     def make(planned: PlannedList, stack: Stack, steps: tuple[Step, ...]) -> Executor:
-        return deciding.conduct(planned, stack, opened.facts(stack.name), steps, weights)
+        return deciding.make_executor(planned, stack, opened.facts(stack.name), steps, weights)
 
     try:
         return Running(BoundPlan(opened, plan, weights, make), deciding)

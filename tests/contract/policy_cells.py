@@ -1,4 +1,4 @@
-"""Policies whose every decision is written down, and what they must compute, said without the conductor."""
+"""Policies whose every decision is written down, and what they must compute, said without the executor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each kind of plan must compute, said without the conductor: the stock layers called by hand, no cache."""
+"""What each kind of plan must compute, said without the executor: the stock layers called by hand, no cache."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.executing import conductor
+from shoal.executing import executor
 
 from .families import FAMILIES
 from .matrix import ATTENTIONS, BATCHES, CACHES, KINDS, WAYS, Outcome, cells, markdown, run_cell
@@ -63,21 +63,21 @@ def _expected(family: str, kind: str, attention: str, cache_kind: str, _: str) -
 
 
 def _states(family: str, *kinds: str) -> set[str]:
-    """Of ordinary caches, which the conductor fits and redirects; pages it does not."""
+    """Of ordinary caches, which the executor fits and redirects; pages it does not."""
     attention = "eager" if family in NO_SDPA else "sdpa"
     return {run_cell(*cell).state for cell in cells((family,), (attention,)) if cell[1] in kinds and cell[3] != "paged"}
 
 
 def test_rows_that_are_not_fitted_to_the_plan_turn_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _states("llama4_text", "drop first") == {"right"}
-    monkeypatch.setattr(conductor, "fit_rows", lambda cache, rows: None)
+    monkeypatch.setattr(executor, "fit_rows", lambda cache, rows: None)
     assert _states("llama", "repeat") == {"crashed"}
     assert "wrong" in _states("llama4_text", "drop first")
 
 
 def test_one_slot_for_all_layers_turns_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    slots = conductor._slots
-    monkeypatch.setattr(conductor, "_slots", lambda steps: dict.fromkeys(slots(steps), 0))
+    slots = executor.slots_of
+    monkeypatch.setattr(executor, "slots_of", lambda steps: dict.fromkeys(slots(steps), 0))
     # attention meets a mask of another length and falls over; a recurrent layer has nothing to notice it by
     assert _states("llama", "drop", "repeat", "reorder") == {"crashed"}
     assert _states("mamba2", "drop", "repeat", "reorder") == {"wrong"}
@@ -85,28 +85,28 @@ def test_one_slot_for_all_layers_turns_cells_red(monkeypatch: pytest.MonkeyPatch
 
 def test_two_runs_on_one_paged_row_turn_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_cell("llama", "repeat", "sdpa", *WAYS[-1]) == Outcome("refused", "P140")
-    monkeypatch.setattr(conductor, "paging_obstacle", lambda steps: None)
+    monkeypatch.setattr(executor, "paging_obstacle", lambda steps: None)
     assert run_cell("llama", "repeat", "sdpa", *WAYS[-1]).state == "wrong"
 
 
 def test_a_step_that_does_not_run_turns_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = conductor._schedule
+    schedule = executor.schedule
 
     def forgetful(*args: Any) -> Any:
         due, kept = schedule(*args)
         return [*due[:-1], []], kept
 
-    monkeypatch.setattr(conductor, "_schedule", forgetful)
+    monkeypatch.setattr(executor, "schedule", forgetful)
     assert _states("llama", "identity", "drop", "mlp only") == {"wrong"}
 
 
 def test_an_identity_that_is_only_close_turns_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    tap = conductor.Conductor.tap
+    tap = executor.Executor.tap
 
     def noisy(*args: Any) -> Any:
         return torch.nextafter(tap(*args), torch.tensor(1e9))
 
-    monkeypatch.setattr(conductor.Conductor, "tap", noisy)
+    monkeypatch.setattr(executor.Executor, "tap", noisy)
     assert _states("llama", "identity") == {"wrong"}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from shoal.deciding.decidable import require_decidable, require_heads, require_masks
 from shoal.deciding.exit_heads import Heads, require_probes
 from shoal.deciding.exit_readout import Readout
-from shoal.deciding.gated_executor import GatedConductor, Known
+from shoal.deciding.gated_executor import GatedExecutor, Known
 from shoal.deciding.kv_projection import projections_of
 from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.policy import Policy
@@ -27,7 +27,7 @@ from shoal.plan.steps import runs
 
 
 class BoundPolicy:
-    """A policy at work: its conductor's trace, and the hooks that count and listen. `remove()` takes the hooks away."""
+    """A policy at work: its executor's trace, and the hooks that count and listen. `remove()` takes the hooks away."""
 
     def __init__(self, model: Any, spec: Spec, policy: Policy, weights: Tensors) -> None:
         """Probes the model, which must be whole, for what this policy's gates, exits and fills need.
@@ -43,35 +43,35 @@ class BoundPolicy:
         require_heads(policy.plan, spec, weights)
         require_probes(policy.plan, weights, policy.by)
         self.known = self._found(policy.plan.steps())
-        self.conductor: GatedConductor | None = None
+        self.executor: GatedExecutor | None = None
         self._removes: list[Callable[[], None]] = []
 
-    def conduct(
+    def make_executor(
         self, planned: PlannedList, stack: Stack, facts: StackFacts, steps: tuple[Step, ...], weights: Tensors
-    ) -> GatedConductor:
-        """The conductor for `planned`; from now on the hooks are there."""
-        conductor = GatedConductor(planned, stack, facts, steps, weights, self.policy, self.known)
-        self.conductor = conductor
-        self._removes.append(count_calls(self.stack, self.facts.layers, conductor.trace.counts))
+    ) -> GatedExecutor:
+        """The executor for `planned`; from now on the hooks are there."""
+        executor = GatedExecutor(planned, stack, facts, steps, weights, self.policy, self.known)
+        self.executor = executor
+        self._removes.append(count_calls(self.stack, self.facts.layers, executor.trace.counts))
         if self.known.heads is not None:
             self._removes.append(self.known.heads.remove)
         listen = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._removes.append(listen.remove)
         if self.policy.reads_logits:
             self._removes.append(self.model.register_forward_hook(self._after_forward).remove)
-        return conductor
+        return executor
 
     @property
     def trace(self) -> Trace:
         """How deep each token went."""
-        assert self.conductor is not None
-        return self.conductor.trace
+        assert self.executor is not None
+        return self.executor.trace
 
     @property
     def memory(self) -> dict[str, Any]:
         """What the policy remembers of the sequences that the newest forward was of."""
-        assert self.conductor is not None
-        return {} if self.conductor.last is None else self.conductor.last.memory
+        assert self.executor is not None
+        return {} if self.executor.last is None else self.executor.last.memory
 
     def remove(self) -> None:
         """Take every hook away; a second call does nothing."""
@@ -94,16 +94,16 @@ class BoundPolicy:
         return known
 
     def _ending(self, state: torch.Tensor) -> Any:
-        assert self.conductor is not None
-        return self.conductor.between(self.conductor.depth, state)
+        assert self.executor is not None
+        return self.executor.between(self.executor.depth, state)
 
     def _before_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        conductor = self.conductor
-        if conductor is not None and not conductor.reading_out:
+        executor = self.executor
+        if executor is not None and not executor.reading_out:
             given = named_arguments(self.model, args, kwargs)
-            conductor.inputs = given.get("input_ids"), given.get("attention_mask")
+            executor.inputs = given.get("input_ids"), given.get("attention_mask")
 
     def _after_forward(self, _: nn.Module, __: Any, out: Any) -> None:
-        conductor = self.conductor
-        if conductor is not None and not conductor.reading_out and conductor.last is not None:
-            self.policy.after_forward(conductor.last, logits_in(out)[:, -1])
+        executor = self.executor
+        if executor is not None and not executor.reading_out and executor.last is not None:
+            self.policy.after_forward(executor.last, logits_in(out)[:, -1])

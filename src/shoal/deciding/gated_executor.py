@@ -1,4 +1,4 @@
-"""The conductor of plans in which a policy decides while the model runs.
+"""The executor of plans in which a policy decides while the model runs.
 
 For each step there are three cases. All tokens need it: it runs as in any plan. None does: it is not called, and its
 row of the cache gets what the fill says. Some do: it is called for all and the others keep their state, which is right
@@ -62,7 +62,7 @@ class Known:
     """By base layer, for the fill project."""
 
 
-class GatedConductor(Executor):
+class GatedExecutor(Executor):
     """Asks `policy` at each gate and exit of its plan."""
 
     def __init__(

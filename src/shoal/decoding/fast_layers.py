@@ -92,7 +92,7 @@ def _own_row(cache: Cache, row: int) -> tuple[Cache, Any, Any]:
     read, keep = getattr(cache, "_read", None), getattr(cache, "_keep", None)
     if read is not None:
         return SharedRow(*read), None, None
-    inner = getattr(cache, "_inner", None)  # the conductor's view of one slot
+    inner = getattr(cache, "_inner", None)  # the executor's view of one slot
     stored = cache.layers[row] if inner is None else inner.layers[cache._row]
     return RowCache(stored), keep, stored
 

@@ -170,8 +170,8 @@ def record_exits(
     done = 0
     with running(model, plan, weights, policy=recorder) as handle, evaluating(model):
         assert handle.deciding is not None
-        assert handle.deciding.conductor is not None
-        recorder.read = handle.deciding.conductor.read
+        assert handle.deciding.executor is not None
+        recorder.read = handle.deciding.executor.read
         for ids, mask in data.batches(batch):
             rows = slice(done, done + len(ids))
             recorder.rows, recorder.ids = [], ids
