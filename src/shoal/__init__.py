@@ -9,7 +9,7 @@ from shoal._version import __version__
 if TYPE_CHECKING:
     from shoal.api.assess import bench, evaluate
     from shoal.api.generate import generate
-    from shoal.api.look import inspect, ls, show
+    from shoal.api.inspection import inspect, ls, show
     from shoal.api.measuring import measure
     from shoal.api.prune import prune
     from shoal.data import load_data
@@ -31,18 +31,18 @@ _HOMES = {
     "diff": "shoal.plan",
     "evaluate": "shoal.api.assess",
     "generate": "shoal.api.generate",
-    "inspect": "shoal.api.look",
+    "inspect": "shoal.api.inspection",
     "load": "shoal.models.load",
     "load_data": "shoal.data",
     "load_plan": "shoal.plan",
-    "ls": "shoal.api.look",
+    "ls": "shoal.api.inspection",
     "measure": "shoal.api.measuring",
     "parse_plan": "shoal.plan",
     "prune": "shoal.api.prune",
     "rewrite": "shoal.writing.surgery",
     "running": "shoal.live",
     "save_plan": "shoal.plan",
-    "show": "shoal.api.look",
+    "show": "shoal.api.inspection",
     "verify": "shoal.writing.folder",
     "write": "shoal.writing.folder",
 }

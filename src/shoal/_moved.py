@@ -65,6 +65,8 @@ MOVED = {
     "writing.judge": "writing.checks",
     "writing.draft": "writing.manifest",
     "writing.place": "writing.output",
+    "api.look": "api.inspection",
+    "api.quizzes": "api.task_scores",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
 

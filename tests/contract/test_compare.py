@@ -277,14 +277,14 @@ def test_the_longest_cells_go_first() -> None:
 def test_cells_whose_searches_begin_alike_run_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: dict[int, list[str]] = {0: [], 1: []}
 
-    class Crew:
+    class Pool:
         def fed(self, choose: Any) -> Any:
             for place in (0, 1, 1, 0, 1, 0, 1):
                 if (job := choose(place)) is not None:
                     ran[place].append(job[0].key[:-7])
                     yield {"method": job[0].method, "measured": {"seconds": 1.0}}
 
-    monkeypatch.setattr("shoal.api.distribute.machines", lambda *_: contextlib.nullcontext(Crew()))
+    monkeypatch.setattr("shoal.api.distribute.machines", lambda *_: contextlib.nullcontext(Pool()))
     asked = cells(["sleb", "position"], ["layers=0.9,0.5"], [0])
     rows = list(distribute(None, asked, ray="local", workers=2, expected=Expected()))
     assert len(rows) == 4

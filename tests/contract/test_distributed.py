@@ -32,7 +32,7 @@ with_ray = pytest.mark.skipif(
 )
 
 
-class Crew:
+class Pool:
     """Processes as `Machines` has them, in this one: the last that was asked answers first."""
 
     def __init__(self, model: Any, count: int) -> None:
@@ -57,43 +57,43 @@ def plans(model: Any) -> list[Plan]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_the_parts_are_those_of_one_process(family: str) -> None:
     model = tiny(family)
-    here, crew = PlanLoss(model, DATA), Crew(model, 2)
-    there = DistributedLoss(model, DATA, crew)
+    here, pool = PlanLoss(model, DATA), Pool(model, 2)
+    there = DistributedLoss(model, DATA, pool)
     wanted = plans(model)
     assert there.parts(wanted, range(6)) == here.parts(wanted, range(6))
     assert [there(plan) for plan in wanted] == [here(plan) for plan in wanted]
-    assert crew.asked == ["at [0, 1]"], "what is known is not computed again"
+    assert pool.asked == ["at [0, 1]"], "what is known is not computed again"
 
 
 def test_few_batches_of_many_plans_are_parted_by_plan() -> None:
     model = tiny("llama")
-    crew = Crew(model, 2)
+    pool = Pool(model, 2)
     wanted = plans(model)
-    assert DistributedLoss(model, DATA, crew).parts(wanted, [3]) == PlanLoss(model, DATA).parts(wanted, [3])
-    assert crew.asked == [f"anywhere {min(len(wanted), 2 * CHUNKS)}"]
+    assert DistributedLoss(model, DATA, pool).parts(wanted, [3]) == PlanLoss(model, DATA).parts(wanted, [3])
+    assert pool.asked == [f"anywhere {min(len(wanted), 2 * CHUNKS)}"]
 
 
 def test_a_search_and_its_journal_are_those_of_one_process(tmp_path: Path) -> None:
     model, data = planted("llama"), long_text("llama")
     whole = Plan.identity(inspect(model))
 
-    def found(path: Path, crew: Any) -> tuple[Any, list[dict[str, Any]]]:
-        objective = journaled(model, whole, path=path, batch=2, crew=crew)(data)
+    def found(path: Path, pool: Any) -> tuple[Any, list[dict[str, Any]]]:
+        objective = journaled(model, whole, path=path, batch=2, pool=pool)(data)
         answer = greedy(whole, objective=objective, drop=2, legal=lambda plan: True)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return answer, [{name: value for name, value in line.items() if name != "spent"} for line in lines]
 
-    assert found(tmp_path / "there", Crew(model, 3)) == found(tmp_path / "here", None)
+    assert found(tmp_path / "there", Pool(model, 3)) == found(tmp_path / "here", None)
     # and one goes on where the other was stopped
     half = (tmp_path / "here").read_text().splitlines()[:4]
     (tmp_path / "half").write_text("\n".join(half) + "\n")
-    assert found(tmp_path / "half", Crew(model, 2))[0] == found(tmp_path / "here", None)[0]
+    assert found(tmp_path / "half", Pool(model, 2))[0] == found(tmp_path / "here", None)[0]
 
 
 def test_the_seconds_of_processes_are_remembered() -> None:
     model, memo = tiny("llama"), Ledger[Any]()
     wanted = plans(model)
-    DistributedLoss(model, DATA, Crew(model, 2), memo=memo).parts(wanted, range(6))
+    DistributedLoss(model, DATA, Pool(model, 2), memo=memo).parts(wanted, range(6))
     PlanLoss(model, DATA, memo=memo).parts(wanted, range(6))
     assert memo.saved == pytest.approx(sum(map(memo.seconds, memo)))
     assert memo.saved > 0
@@ -124,14 +124,14 @@ def test_processes_of_ray_find_the_same_and_one_that_dies_is_replaced(tmp_path: 
     asked: dict[str, Any] = {"method": "sleb", "drop": 2, "data": data, "writable": False}
     here = prune(loaded, **asked)
     assert prune(loaded, **asked, ray="local", workers=2).found == here.found
-    with loss_workers(model, "local", 2) as crew:
-        assert crew is not None
-        loss = DistributedLoss(model, data, crew)
+    with loss_workers(model, "local", 2) as pool:
+        assert pool is not None
+        loss = DistributedLoss(model, data, pool)
         wanted = plans(model)
         first = loss.parts(wanted, [0])
         import ray
 
-        ray.kill(crew._processes[0], no_restart=False)
+        ray.kill(pool._processes[0], no_restart=False)
         assert loss.parts(wanted, range(len(loss.batches))) == PlanLoss(model, data).parts(
             wanted, range(len(loss.batches))
         )
@@ -141,8 +141,8 @@ def test_processes_of_ray_find_the_same_and_one_that_dies_is_replaced(tmp_path: 
 @pytest.mark.slow
 @with_ray
 def test_an_error_in_a_process_comes_back_as_what_it_is() -> None:
-    with loss_workers(tiny("llama"), "local", 1) as crew:
-        assert crew is not None
-        answers = crew.anywhere([((random_data(1, 4096), {"batch": 1}), [], None)])
+    with loss_workers(tiny("llama"), "local", 1) as pool:
+        assert pool is not None
+        answers = pool.anywhere([((random_data(1, 4096), {"batch": 1}), [], None)])
         with pytest.raises(UsageError, match="U510"):
             next(answers)

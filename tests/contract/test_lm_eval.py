@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from shoal.api import quizzes as quizzes_module
+from shoal.api import task_scores as task_scores_module
 from shoal.api.assess import evaluate
-from shoal.api.quizzes import quiz_scores, quizzes
+from shoal.api.task_scores import load_task_sets, task_scores
 from shoal.errors import DataError, UsageError
 from shoal.evaluation import lm_eval as lm_eval_module
 from shoal.live import running
@@ -54,9 +54,9 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_the_same_items_score_the_same_here_and_by_lm_eval(
     loaded: Loaded, choices: tuple[Path, Path], plan: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = quizzes(choices, limit=6)
+    asked = load_task_sets(choices, limit=6)
     with running(loaded.model, plan):
-        own, theirs = quiz_scores(loaded.model, loaded.tokenizer, asked).values()
+        own, theirs = task_scores(loaded.model, loaded.tokenizer, asked).values()
     assert theirs.name == "theirs" and theirs.items == own.items == 6
     assert theirs.correct == own.correct and theirs.normalised == pytest.approx(own.normalised)
     assert theirs.accuracy == own.accuracy and theirs.error == pytest.approx(own.error)
@@ -66,7 +66,7 @@ def test_the_same_items_score_the_same_here_and_by_lm_eval(
 @there
 @noisy
 def test_other_items_are_another_task_and_a_copy_is_the_same(choices: tuple[Path, Path]) -> None:
-    six, eight = (quizzes(choices[1:], limit=n)[0] for n in (6, None))
+    six, eight = (load_task_sets(choices[1:], limit=n)[0] for n in (6, None))
     assert six.sha256 != eight.sha256
     assert pickle.loads(pickle.dumps(six)).sha256 == six.sha256  # noqa: S301
 
@@ -91,7 +91,7 @@ def test_a_task_that_cannot_be_had_is_one_sentence(
     Path("broken.yaml").write_text("- no\n- task\n")
     Path("far.yaml").write_text("task: far\ndataset_path: json\ndataset_kwargs: {data_files: nowhere.jsonl}\n")
     with pytest.raises(DataError, match=f"D452.*{name}"):
-        quizzes([name])
+        load_task_sets([name])
     assert capsys.readouterr() == ("", "")
 
 
@@ -101,16 +101,16 @@ def test_a_task_without_right_and_wrong_is_refused_before_it_runs(choices: tuple
     facts = yaml.safe_load(choices[1].read_text())
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(facts | {"metric_list": [{"metric": "brier_score"}]}))
     with pytest.raises(DataError, match=r"D453.*brier_score"):
-        quizzes([tmp_path / "other.yaml"])
+        load_task_sets([tmp_path / "other.yaml"])
 
 
 def test_without_lm_eval_a_task_is_one_sentence_and_a_file_is_not(
     choices: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lm_eval_module, "find_spec", lambda _: None)
-    monkeypatch.setattr(quizzes_module, "load_lm_eval", lm_eval_module.load_lm_eval)
-    assert len(quizzes(choices[:1])[0].items) == len(ROWS)
+    monkeypatch.setattr(task_scores_module, "load_lm_eval", lm_eval_module.load_lm_eval)
+    assert len(load_task_sets(choices[:1])[0].items) == len(ROWS)
     with pytest.raises(UsageError, match=r"U575.*piqa.*pip install"):
-        quizzes(["piqa"])
+        load_task_sets(["piqa"])
     with pytest.raises(DataError, match=r"D450.*there-is-none\.jsonl"):
-        quizzes(["there-is-none.jsonl"])
+        load_task_sets(["there-is-none.jsonl"])

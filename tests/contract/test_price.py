@@ -12,7 +12,7 @@ import torch
 from shoal.api import harness as harness_module
 from shoal.api.budget import counted_budget, priced
 from shoal.api.doctor import doctor
-from shoal.api.look import show
+from shoal.api.inspection import show
 from shoal.api.prune import Pruned, prune
 from shoal.api.publish import cost_rows
 from shoal.api.study import Cell, Protocol

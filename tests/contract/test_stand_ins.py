@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoal.api.assess import evaluate
-from shoal.api.look import inspect, show
+from shoal.api.inspection import inspect, show
 from shoal.api.prune import Pruned, prune
 from shoal.api.stand_ins import parse_then
 from shoal.errors import UsageError, WriteError

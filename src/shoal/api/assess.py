@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from shoal.api.quizzes import quiz_scores, quizzes
+from shoal.api.task_scores import load_task_sets, task_scores
 from shoal.data import Data, load_data
 from shoal.errors import DataError, UsageError
 from shoal.evaluation import (
@@ -53,11 +53,11 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         scores = ("tasks", "dense_tasks")
         found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in scores}
-        told = {name: plain(value.to_dict()) for name, value in found.items() if value is not None}
+        values = {name: plain(value.to_dict()) for name, value in found.items() if value is not None}
         for name in scores:
             if own := getattr(self, name):
-                told[name] = {task: plain(score.to_dict()) for task, score in own.items()}
-        return told
+                values[name] = {task: plain(score.to_dict()) for task, score in own.items()}
+        return values
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def evaluate(
     loaded = opened(source, **options)
     require_causal(loaded.model, "evaluate")
     text = text_of(loaded, data, split=split, length=window, stride=stride, limit=limit, bos=bos)
-    asked = quizzes(tasks, limit=task_items)
+    asked = load_task_sets(tasks, limit=task_items)
     other = None if against is None else opened(against, **options)
     if other is not None:
         _one_vocabulary(loaded, other)
@@ -133,7 +133,7 @@ def evaluate(
 
     def scored(model: Any) -> dict[str, TaskScore]:
         tokenizer = tokenizer_of(loaded) if asked else None
-        return quiz_scores(model, tokenizer, asked, batch=max(8, batch), progress=progress)
+        return task_scores(model, tokenizer, asked, batch=max(8, batch), progress=progress)
 
     if plan is None and other is None:
         worth = perplexity(loaded.model, text, batch=batch, progress=progress)

@@ -1,4 +1,4 @@
-"""How deep each written token went, told while it is written."""
+"""A streamer that notes how deep each token went while it is written, and the page of it."""
 
 from __future__ import annotations
 

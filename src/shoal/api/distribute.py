@@ -59,9 +59,9 @@ def distribute(
             taken[kind] = place
         return item, list(known)
 
-    with machines(ray, workers, RemoteWorker, worker) as crew:
-        assert crew is not None
-        for row in crew.fed(choose):
+    with machines(ray, workers, RemoteWorker, worker) as pool:
+        assert pool is not None
+        for row in pool.fed(choose):
             expected.learn(row)
             known.append({name: part for name, part in row.items() if name != "weights"})
             yield row

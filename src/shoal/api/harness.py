@@ -15,8 +15,8 @@ from typing import Any
 from shoal.api.assess import planned, text_of, tokenizer_of
 from shoal.api.budget import COUNTED, counted_budget, parse_budget
 from shoal.api.prune import Pruned, prune
-from shoal.api.quizzes import Quiz, quiz_scores, quizzes
 from shoal.api.study import Cell, Protocol, file_name
+from shoal.api.task_scores import TaskSet, load_task_sets, task_scores
 from shoal.atomic import write_atomically
 from shoal.data import Data
 from shoal.errors import ShoalError
@@ -47,7 +47,7 @@ class Harness:
     protocol: Protocol
     folder: Path
     tests: dict[str, Data]
-    tasks: tuple[Quiz, ...]
+    tasks: tuple[TaskSet, ...]
     budgets: dict[str, Budget] = field(default_factory=dict)
     qualities: Ledger[dict[str, Any]] = field(default_factory=Ledger)
     """Quality by plan and the digest of its weights: two methods may well find the same."""
@@ -61,7 +61,7 @@ class Harness:
         """Read all data before anything runs. Raises `DataError`."""
         asked = {"split": "test", "length": protocol.window, "limit": protocol.windows}
         tests = {Path(name).name: text_of(loaded, name, **asked) for name in protocol.tests}
-        tasks = quizzes(protocol.tasks, limit=protocol.task_items)
+        tasks = load_task_sets(protocol.tasks, limit=protocol.task_items)
         if tasks:
             tokenizer_of(loaded)
         return cls(loaded, protocol, folder, tests, tasks)
@@ -203,7 +203,7 @@ class Harness:
                     "error": worth.error,
                     "windows": worth.per_sequence,
                 }
-            scores = quiz_scores(loaded.model, loaded.tokenizer, self.tasks, batch=max(8, protocol.batch))
+            scores = task_scores(loaded.model, loaded.tokenizer, self.tasks, batch=max(8, protocol.batch))
             if scores:
                 found["tasks"] = {name: score.to_dict() for name, score in scores.items()}
             if protocol.new_tokens and loaded.tokenizer is not None:

@@ -42,7 +42,7 @@ def journaled(
     share: bool = True,
     seed: int = 0,
     memo: Ledger[Any] | None = None,
-    crew: Machines | None = None,
+    pool: Machines | None = None,
 ) -> Callable[[Data], Objective]:
     """Data -> objective: the cross-entropy of a plan on them, each plan evaluated once.
 
@@ -50,7 +50,7 @@ def journaled(
     `memo` counts as saved. Its first line names the data, the model's structure and the dense value, which is computed
     anew at every start, so that a journal of other weights is refused (D430). Plans share what they have in common
     (`PlanLoss`, where `memory`, `share` and `memo` are explained), and the objective can race many plans, in an order
-    of the batches drawn with `seed`. `crew`: processes that share the work.
+    of the batches drawn with `seed`. `pool`: processes that share the work.
     """
     memo = Ledger[Any]() if memo is None else memo
     if path is not None:
@@ -61,7 +61,7 @@ def journaled(
         dense = partial(mean_nll, model, data, batch=batch)
         ledger = open_journal(path, identity.base.fingerprint, data.info.sha256, dense)
         asked: dict[str, Any] = {"batch": batch, "memory": memory, "share": share, "memo": memo}
-        loss = PlanLoss(model, data, **asked) if crew is None else DistributedLoss(model, data, crew, **asked)
+        loss = PlanLoss(model, data, **asked) if pool is None else DistributedLoss(model, data, pool, **asked)
         return Journaled(loss, ledger, memo, seed, memory=memory)
 
     return on
@@ -155,9 +155,9 @@ class Journaled:
     ) -> list[float | None]:
         new = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in self.ledger}
         done, depth = len(plans) - len(new), self.by_layer.stack.depth
-        told = None if report is None else lambda layers: report(done + len(new) * layers // depth)
+        report_layers = None if report is None else lambda layers: report(done + len(new) * layers // depth)
         with self._working():
-            losses = self.by_layer(list(new.values()), self.loss.batches, told) if new else []
+            losses = self.by_layer(list(new.values()), self.loss.batches, report_layers) if new else []
             for key, value in zip(new, losses, strict=True):
                 self.ledger.add(key, value)
         return [self.ledger[key] for key in keys]

@@ -67,16 +67,16 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; of a single score its own fields stand at the top."""
-        told = {
+        enough = {
             name: {"why_not": own} if isinstance(own, str) else plain(own.to_dict())
             for name, own in self.enough.items()
         }
         if len(self.scores) == 1:
             (only,) = self.scores.values()
-            return only.to_dict() | ({"enough": next(iter(told.values()))} if told else {})
+            return only.to_dict() | ({"enough": next(iter(enough.values()))} if enough else {})
         pairs = [{"of": list(pair), **plain(own.to_dict())} for pair, own in self.agreement.items()]
         scores = {name: own.to_dict() for name, own in self.scores.items()}
-        return {"scores": scores, "agreement": pairs, **({"enough": told} if told else {})}
+        return {"scores": scores, "agreement": pairs, **({"enough": enough} if enough else {})}
 
 
 def measure_several(

@@ -145,7 +145,7 @@ def prune(
         if entry.reads_data or is_causal(loaded.model):  # the records of causal models name the data in any case
             require_text(loaded.model, f"the method {method}")
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
-        with _crew(entry, loaded, ray, workers) as crew:
+        with _pool(entry, loaded, ray, workers) as pool:
             found = _found(
                 entry,
                 PruningJob(
@@ -162,7 +162,7 @@ def prune(
                         memory=memory,
                         seed=seed,
                         memo=memo,
-                        crew=crew,
+                        pool=pool,
                     ),
                     keep=_keeper(entry, identity=identity, path=journal, memo=memo),
                     stack=stack,
@@ -193,7 +193,7 @@ def prune(
     return result
 
 
-def _crew(entry: Entry, loaded: Loaded, ray: str | None, workers: int) -> AbstractContextManager[Machines | None]:
+def _pool(entry: Entry, loaded: Loaded, ray: str | None, workers: int) -> AbstractContextManager[Machines | None]:
     """The processes that evaluate candidates, if any were asked for. Raises U571, U572, U573."""
     if ray is not None and not entry.searches:
         others = ", ".join(name for name, one in entries("methods").items() if one.searches)

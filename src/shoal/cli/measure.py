@@ -140,10 +140,10 @@ def _stability(name: str, found: Any) -> str:
     if isinstance(found, str):
         return f"\n\n{name}: {found}"
     rows = [[size, overlap] for size, overlap in zip(found.sizes, found.overlap, strict=True)]
-    told = (
+    heading = (
         f"{found.sequences} sequences are enough for the {found.k} lowest of {name}"
         if found.sequences is not None
         else f"not even {found.sizes[-1]} sequences are enough for the {found.k} lowest of {name}"
     )
     why = f"two texts of so many sequences agree on this share of them, and {found.share:g} was asked for"
-    return f"\n\n{told}: {why}\n" + table(rows, ["sequences", "in common"])
+    return f"\n\n{heading}: {why}\n" + table(rows, ["sequences", "in common"])

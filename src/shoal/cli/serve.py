@@ -80,7 +80,7 @@ def serve(
             limits=limits,
             host=host,
             key=api_key,
-            on_request=lambda told: _tell_request(told, as_json=json_, quiet=quiet),
+            on_request=lambda request: _log_request(request, as_json=json_, quiet=quiet),
         ) as made:
             sock.listen(128)
             way = {"plan": None if chosen is None else str(chosen), "policy": policy, "draft": speculate}
@@ -123,13 +123,15 @@ def _tell_address(address: str, name: str, way: dict[str, str | None], *, chat: 
     typer.echo(f"curl {address}/v1/{path} -H 'Content-Type: application/json' {authorization}-d {body}")
 
 
-def _tell_request(told: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+def _log_request(request: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
     # the answer is sent: that nobody reads the log any more must not become a fault of the request
     with suppress(OSError):
         if as_json:
-            _line(told)
+            _line(request)
         elif not quiet:
-            typer.echo(f"{told['method']} {told['path']} {told['status']} {told['seconds']:.3f} s", err=True)
+            typer.echo(
+                f"{request['method']} {request['path']} {request['status']} {request['seconds']:.3f} s", err=True
+            )
 
 
 def _line(data: dict[str, Any]) -> None:

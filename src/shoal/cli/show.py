@@ -19,7 +19,7 @@ def show(
 ) -> None:
     """Show which layers a plan runs; with --model also whether it is legal there and what it costs; of a written
     folder also which layers of the original base it holds."""
-    from shoal.api.look import show as look
+    from shoal.api.inspection import show as facts_of
     from shoal.plan import load_plan
     from shoal.plan.lineage import lineage_of_folder
 
@@ -30,7 +30,7 @@ def show(
         with progress_bars(quiet):
             spec = inspect_source(model)
     chosen = load_plan(plan) if spec is None else read_plan(plan, spec, model or "", legal=False)
-    seen = look(chosen, spec, read_weights(plan))
+    seen = facts_of(chosen, spec, read_weights(plan))
     text, known = _text(seen), lineage_of_folder(plan)
     if known is not None:
         seen |= {"lineage": known.to_dict()}

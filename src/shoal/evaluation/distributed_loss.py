@@ -23,16 +23,16 @@ Results = list[tuple[int, int, Part, float]]
 
 
 class DistributedLoss(PlanLoss):
-    """A `PlanLoss` whose batches run in the processes of `crew`: the same values to the last bit where these compute as
+    """A `PlanLoss` whose batches run in the processes of `pool`: the same values to the last bit where these compute as
     this one does (as many threads, the same processor).
 
     Each process takes its own batches where there are enough of them, so that the hidden states it keeps are those it
     will need, and plans that lie side by side otherwise.
     """
 
-    def __init__(self, model: Any, data: Data, crew: Machines, **options: Any) -> None:
+    def __init__(self, model: Any, data: Data, pool: Machines, **options: Any) -> None:
         super().__init__(model, data, **options)
-        self.crew = crew
+        self.pool = pool
         own = {name: value for name, value in options.items() if name != "memo"}
         self._facts = (data, own)
 
@@ -41,9 +41,9 @@ class DistributedLoss(PlanLoss):
     ) -> Iterator[tuple[Plan, int, Part, float]]:
         plans = list(wanted)
         answers = (
-            self.crew.at(self._by_batch(wanted, among))
-            if len({number for own in wanted.values() for number in own}) >= self.crew.count
-            else self.crew.anywhere(self._by_plan(wanted, among))
+            self.pool.at(self._by_batch(wanted, among))
+            if len({number for own in wanted.values() for number in own}) >= self.pool.count
+            else self.pool.anywhere(self._by_plan(wanted, among))
         )
         for found in answers:
             for place, number, part, seconds in found:
@@ -53,9 +53,9 @@ class DistributedLoss(PlanLoss):
         self, wanted: Mapping[Plan, Sequence[int]], among: Collection[Prefix] | None
     ) -> list[tuple[int, tuple[Any, ...]]]:
         jobs = []
-        for process in range(self.crew.count):
+        for process in range(self.pool.count):
             mine = [
-                (place, plan, [number for number in own if number % self.crew.count == process])
+                (place, plan, [number for number in own if number % self.pool.count == process])
                 for place, (plan, own) in enumerate(wanted.items())
             ]
             if mine := [one for one in mine if one[2]]:
@@ -64,7 +64,7 @@ class DistributedLoss(PlanLoss):
 
     def _by_plan(self, wanted: Mapping[Plan, Sequence[int]], among: Collection[Prefix] | None) -> list[tuple[Any, ...]]:
         rows = [(place, plan, list(own)) for place, (plan, own) in enumerate(wanted.items())]
-        size = max(1, -(-len(rows) // (CHUNKS * self.crew.count)))
+        size = max(1, -(-len(rows) // (CHUNKS * self.pool.count)))
         return [(self._facts, rows[at : at + size], among) for at in range(0, len(rows), size)]
 
 

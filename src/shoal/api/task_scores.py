@@ -10,10 +10,10 @@ from shoal.evaluation import Progress
 from shoal.evaluation.lm_eval import LmEvalTasks, load_lm_eval, score_lm_eval
 from shoal.evaluation.tasks import Tasks, TaskScore, load_tasks, score_tasks
 
-Quiz = Tasks | LmEvalTasks
+TaskSet = Tasks | LmEvalTasks
 
 
-def quizzes(names: Iterable[str | Path], *, limit: int | None = None) -> tuple[Quiz, ...]:
+def load_task_sets(names: Iterable[str | Path], *, limit: int | None = None) -> tuple[TaskSet, ...]:
     """What each name stands for: a .jsonl file (see `load_tasks`), or a task, a group or a .yaml file of lm-eval.
 
     `limit`: the first so many items of each. Raises `DataError` D450 to D453, `UsageError` U575 without lm-eval.
@@ -21,16 +21,16 @@ def quizzes(names: Iterable[str | Path], *, limit: int | None = None) -> tuple[Q
     return tuple(load_tasks(name, limit=limit) if _ours(name) else load_lm_eval(str(name), limit) for name in names)
 
 
-def quiz_scores(
-    model: Any, tokenizer: Any, asked: Iterable[Quiz], *, batch: int = 8, progress: Progress | None = None
+def task_scores(
+    model: Any, tokenizer: Any, asked: Iterable[TaskSet], *, batch: int = 8, progress: Progress | None = None
 ) -> dict[str, TaskScore]:
     """Score by name, one for each task of a group, of the model as it runs now."""
     found: dict[str, TaskScore] = {}
-    for quiz in asked:
-        if isinstance(quiz, Tasks):
-            found[quiz.name] = score_tasks(model, tokenizer, quiz, batch=batch, progress=progress)
+    for task_set in asked:
+        if isinstance(task_set, Tasks):
+            found[task_set.name] = score_tasks(model, tokenizer, task_set, batch=batch, progress=progress)
         else:
-            found |= {one.name: one for one in score_lm_eval(model, tokenizer, quiz, batch=batch)}
+            found |= {one.name: one for one in score_lm_eval(model, tokenizer, task_set, batch=batch)}
     return found
 
 
