@@ -79,9 +79,9 @@ def fit_adainfer(
             code="D414",
         )
     weights = logistic(x, y, ridge)
-    told = (x @ weights[:2] + weights[2] > 0).to(y)
+    predicted = (x @ weights[:2] + weights[2] > 0).to(y)
     gap, top, bias = weights.tolist()
-    return ExitFit(gap, top, bias, tuple(layers), float(y.mean()), float((told == y).to(y).mean()), len(y))
+    return ExitFit(gap, top, bias, tuple(layers), float(y.mean()), float((predicted == y).to(y).mean()), len(y))
 
 
 def logistic(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -62,7 +62,7 @@ def train(
     epochs: int,
     rate: float,
     seed: int,
-    told: Callable[[int], None] = lambda epoch: None,
+    on_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Trained:
     """Adam with a cosine schedule over the fitted batches in random order, `epochs` times.
 
@@ -70,23 +70,23 @@ def train(
     end as they began where no epoch is better, or where the fitted batches end worse: never worse than not training.
     """
     generator = torch.Generator().manual_seed(seed)
-    judges = held or fitted
+    selection = held or fitted
     start = [leaf.detach().clone() for leaf in leaves]
     before = _mean(loss, fitted)
-    held_before = least = _mean(loss, judges) if held else before
+    held_before = least = _mean(loss, selection) if held else before
     best, after, held_after = start, before, held_before
     optimiser = torch.optim.Adam(leaves, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, epochs * len(fitted)))
     for epoch in range(epochs):
-        for place in torch.randperm(len(fitted), generator=generator).tolist():
+        for index in torch.randperm(len(fitted), generator=generator).tolist():
             with torch.enable_grad():
-                gradients = torch.autograd.grad(loss(fitted[place]), leaves)
+                gradients = torch.autograd.grad(loss(fitted[index]), leaves)
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 leaf.grad = gradient
             optimiser.step()
             schedule.step()
-        told(epoch + 1)
-        if (now := _mean(loss, judges)) < least:
+        on_epoch(epoch + 1)
+        if (now := _mean(loss, selection)) < least:
             least, best = now, [leaf.detach().clone() for leaf in leaves]
     _load(leaves, best)
     if best is not start:

@@ -88,7 +88,7 @@ def _on_language(
         epochs=epochs,
         rate=rate,
         seed=job.seed,
-        told=lambda epoch: job.tell(epoch, epochs, "language loss"),
+        on_epoch=lambda epoch: job.tell(epoch, epochs, "language loss"),
     )
     said = f"{epochs} epochs of language loss after the errors above: {done.before:.4f} to {done.after:.4f}"
     if done.held_before is not None:
