@@ -54,8 +54,8 @@ Model `{args.model}`, text `{text}`: {args.costly} tokens for measures that run 
 for the others. One process each, {args.threads} thread; CPU seconds, loading left out. Memory is the growth of the peak
 resident set, the weights that are read included (for `magnitude`, which reads them and little else, nearly all of it).
 Tau (Kendall's, all layers) and the number in common (of the {lowest} lowest) are against `{base}` of the same part, on
-so little text itself a noisy judge: read them as a hint, and run the script on more. A star marks probes, whose lowest
-layer is not what may be removed. Measures without a row were not run for this page.
+so little text itself a noisy judge: read them as a hint, and run the script on more. A star marks diagnostics, whose
+lowest layer is not what may be removed. Measures without a row were not run for this page.
 torch {torch}, transformers {transformers}, {system}.
 
 | measure | CPU s | memory MB | the {lowest} lowest, lowest first | tau | in common |

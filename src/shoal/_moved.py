@@ -67,6 +67,8 @@ MOVED = {
     "writing.place": "writing.output",
     "api.look": "api.inspection",
     "api.quizzes": "api.task_scores",
+    "evaluation.tally": "evaluation.mean_scores",
+    "evaluation.peak": "evaluation.peak_memory",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
 

@@ -93,7 +93,7 @@ class Scores:
     counts: tuple[float, ...] = ()
     """By calibration sequence: what the sums are divided by, the same for all layers."""
     removal: bool = True
-    """False for a probe, whose lowest layer is not what may be removed."""
+    """False for a diagnostic, whose lowest layer is not what may be removed."""
 
     def order(self) -> tuple[int, ...]:
         """Layers (or starts of spans) from the least important on, ties by index; those not judged are left out."""
@@ -102,7 +102,7 @@ class Scores:
 
     def require(self, plan: Plan, spans: tuple[int, ...], stack: str | None = None) -> None:
         """Raise U505 unless these scores judge that stack of `plan`'s base, in spans of one of these lengths; U530 for
-        a probe."""
+        a diagnostic."""
         if not self.removal:
             raise UsageError(
                 f"{self.measure} does not say which layers may go; choose them by a measure that does, such as "

@@ -102,7 +102,7 @@ def test_one_measure_in_a_config_file_may_be_a_word_or_a_list(model: str, tmp_pa
         assert said["measure"] == "residual-ratio"
     said = json.loads(shoal("measure", model, "-m", "sinks", "--enough", *SMALL, "--json"))
     assert said["removal"] is False and set(said["enough"]) == {"k", "sizes", "overlap", "share", "sequences"}
-    assert "a probe" in shoal("measure", model, "-m", "sinks", *SMALL)
+    assert "a diagnostic" in shoal("measure", model, "-m", "sinks", *SMALL)
 
 
 @pytest.mark.parametrize("plot", ["scores.png", "no/such/folder/scores.svg"])

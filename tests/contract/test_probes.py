@@ -1,4 +1,4 @@
-"""Probes and the task measure: maps, lenses and frozen keys against what the stock model does, and what is refused."""
+"""Diagnostics and the task measure: maps, lenses and frozen keys against the stock model, and what is refused."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def test_divergence_of_maps_is_jensen_and_shannons() -> None:
 
 def test_a_model_without_maps_or_keys_is_refused() -> None:
     model = tiny("mamba2", "eager")
-    for probe, words in (
+    for one, words in (
         (sinks, "hands out none"),
         (attention_similarity, "hands out none"),
         (kv_freeze, "no KV cache"),
     ):
         with pytest.raises(UsageError, match=words) as raised:
-            probe(model, DATA)
+            one(model, DATA)
         assert raised.value.code == "U537"
 
 

@@ -112,7 +112,7 @@ def test_one_layer_is_in_memory_at_a_time_and_each_is_read_once(
 ) -> None:
     stack, reads, present = find_stack(streamed.model), Counter[str](), list[set[int]]()
     assert is_streamed(stack)
-    states(streamed.model, layer_major=True)  # the first run also probes the model
+    states(streamed.model, layer_major=True)  # the first run also tries the model
     fetch = accelerate.utils.offload.OffloadedWeightsLoader.__getitem__
 
     def counted(self: Any, key: str) -> torch.Tensor:

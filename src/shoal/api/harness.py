@@ -22,7 +22,7 @@ from shoal.data import Data
 from shoal.errors import ShoalError
 from shoal.evaluation import compare as agree
 from shoal.evaluation import generation_check, perplexity, speed
-from shoal.evaluation.peak import peak_memory
+from shoal.evaluation.peak_memory import peak_memory
 from shoal.evaluation.scoring import device_of
 from shoal.evaluation.time_model import Phase, TimeModel, fitted_time_model, time_model_of
 from shoal.executing.weights import Tensors

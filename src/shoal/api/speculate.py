@@ -102,9 +102,9 @@ def tune_draft(
     model = loaded.model
     with evaluating(model):
         tasks = [encoded(loaded, text, chat) for text in texts]
-        probe = Speculator(model, "lookup")
+        speculator = Speculator(model, "lookup")
         samples, plain = _written(model, tasks, new, tell)
-        with probe.runner as runner:
+        with speculator.runner as runner:
             forecast = Forecast(runner, samples)
             times = forecast.time_base()
             drafts = layer_drafts(forecast, few)

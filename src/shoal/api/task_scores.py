@@ -1,4 +1,4 @@
-"""Tasks by what they are named with: a .jsonl file is scored here, anything else is lm-eval's."""
+"""Task sets and their scores: Shoal scores a .jsonl file itself, and lm-eval scores everything else."""
 
 from __future__ import annotations
 

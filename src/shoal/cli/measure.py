@@ -108,7 +108,7 @@ def _one(scores: Any) -> str:
 
 
 def _reading(scores: Any) -> str:
-    return "the lowest goes first" if scores.removal else "a probe: the lowest is not what may be removed"
+    return "the lowest goes first" if scores.removal else "a diagnostic: the lowest is not what may be removed"
 
 
 def _several(found: Any) -> str:

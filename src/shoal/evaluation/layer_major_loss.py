@@ -23,7 +23,7 @@ from shoal.recording.layer_major import LayerMajor, Path
 
 Window = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 """Ids, mask and the tokens that are scored, as `shoal.evaluation.scoring.windows` cuts them."""
-PROBE = 8
+TRIAL_TOKENS = 8
 """Tokens on which it is tried whether the way layer by layer gives what the stock forward gives."""
 
 
@@ -75,7 +75,7 @@ class LayerMajorLoss:
         return found
 
     def _tried(self, plans: Sequence[Plan]) -> bool:
-        ids = self.loss.data.ids[:1, :PROBE]
+        ids = self.loss.data.ids[:1, :TRIAL_TOKENS]
         window = (ids, torch.ones_like(ids), torch.ones(1, ids.shape[1] - 1, dtype=torch.bool))
         wanted = []
         for plan in plans:

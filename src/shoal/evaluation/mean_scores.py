@@ -1,4 +1,4 @@
-"""From sums by layer and sequence to scores: the one way in which a measure that averages over tokens ends."""
+"""Makes scores of sums by layer and sequence: every measure that averages over tokens ends with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoal.evaluation.stats import ratio
 from shoal.scores import Scores
 
 
-def tally(
+def mean_scores(
     measure: str,
     unit: str,
     sums: Sequence[Sequence[float]],

@@ -1,4 +1,4 @@
-"""The most memory that a piece of work held beyond what was held before it."""
+"""Measures the most memory that a piece of work held beyond what was held before it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _PROCESS = Path("/proc/self")
 
 
 @dataclass
-class Peak:
-    """Filled in when the work is done."""
+class PeakMemory:
+    """What a body of `peak_memory` needed; known when the body has ended."""
 
     growth: int | None = None
     """Bytes; None where the system does not say (not Linux, and no GPU)."""
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
+def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     """Measure the body: of a GPU what torch allocated, of the CPU the resident set of the process.
 
     The kernel keeps one high-water mark for a process, which is reset here, so bodies must not be nested.
     """
-    found = Peak()
+    found = PeakMemory()
     before = _start(device)
     try:
         yield found

@@ -30,7 +30,7 @@ from shoal.recording.state_store import StateStore
 
 BLOCK = 8
 """Neighbouring tokens whose losses count as one sample of a race."""
-PROBE = 8
+TRIAL_TOKENS = 8
 """Tokens with which it is proved that a forward may begin in the middle."""
 
 
@@ -161,7 +161,7 @@ class PlanLoss:
         return self._exact[cut]
 
     def _tried(self, bound: BoundPlan, cut: int) -> bool:
-        ids = self.data.ids[:1, :PROBE]
+        ids = self.data.ids[:1, :TRIAL_TOKENS]
         mask = torch.ones_like(ids)  # without one, a padding token among them makes some versions warn
         executor = bound.executor()
 

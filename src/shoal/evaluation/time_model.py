@@ -80,7 +80,7 @@ def fitted_time_model(
     """
     spec = open_model(model).spec
     identity = Plan.identity(spec)
-    plans = {"dense": identity} | {str(plan): plan for plan in _probes(identity, spec)}
+    plans = {"dense": identity} | {str(plan): plan for plan in _timed_plans(identity, spec)}
     if len(plans) == 1:
         raise UsageError(
             f"no layer of {spec.family} can be left out, so times cannot be told apart; use a budget that is counted",
@@ -142,7 +142,7 @@ def part_names(layer: LayerSpec, part: PartName) -> tuple[str, ...]:
     return tuple(f"{one} of {kind}" for one in PARTS if part in ("layer", one))
 
 
-def _probes(identity: Plan, spec: Spec) -> list[Plan]:
+def _timed_plans(identity: Plan, spec: Spec) -> list[Plan]:
     """For each kind of layer: without every other one of them, every other attention, every other mlp."""
     found: list[Plan] = []
     for stack in spec.stacks:

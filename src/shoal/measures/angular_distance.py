@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal.evaluation.distances import angle
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.observed import observe_tokens
-from shoal.evaluation.tally import tally
 from shoal.executing.inputs import require_whole
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def angular_distance(
         progress=progress,
     )  # fmt: skip
     note = "judged at the last token of each sequence" if tokens == "last" else "all tokens counted"
-    return tally(
+    return mean_scores(
         "angular-distance", "half turns", seen.sums, seen.counts, data, stack=seen.stack, span=span, notes=(note,)
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal.evaluation.distances import jensen_shannon
-from shoal.evaluation.tally import tally
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.models.opened import open_model
 from shoal.recording.attention import observe_maps
 from shoal.scores import Traits
@@ -35,8 +35,8 @@ def attention_similarity(
     J_i = E_q[ JS(P_i(q), P_i-1(q)) ] / ln 2 in [0, 1], P_i [queries, keys] the mean over the heads of layer i's map, q
     all tokens but the first, JS(p, r) = (KL(p || m) + KL(r || m)) / 2 with m = (p + r) / 2. The lowest layer could
     best copy the map below it instead of computing its own; the first layer has none below and gets NaN. With
-    `pairs="all"` the detail holds `matrix`, the divergence of every two layers. A probe: a layer that could share its
-    map cannot therefore be left out.
+    `pairs="all"` the detail holds `matrix`, the divergence of every two layers. A diagnostic: a layer that could share
+    its map cannot therefore be left out.
     Source: EchoAtt (2024, arXiv 2409.14595), which compares maps by their cosine.
     How we differ: the divergence is that of distributions and bounded; heads are averaged, since nothing pairs the
     heads of two layers; layers without attention are passed over. Memory: one layer's maps and the means of one batch,
@@ -74,7 +74,7 @@ def attention_similarity(
     observe_maps(model, data.batches(batch), watch, what="attention similarity", before=before, stack=stack)
     total = max(1, sum(counts))
     nothing = [math.nan] * len(counts)
-    return tally(
+    return mean_scores(
         "attention-similarity", "Jensen-Shannon divergence / ln 2", [own or nothing for own in sums], counts, data,
         stack=found.name, removal=False,
         detail={"matrix": ((matrix + matrix.T) / total).tolist()} if pairs == "all" else {},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.evaluation.distances import one_minus_cosine
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.observed import first_token_note, observe_tokens, without_part_note
-from shoal.evaluation.tally import tally
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -43,4 +43,4 @@ def block_influence(
         batch=batch, progress=progress,
     )  # fmt: skip
     notes = (first_token_note(seen, skip_first), *without_part_note(seen, part))
-    return tally("block-influence", "1 - cosine", seen.sums, seen.counts, data, stack=seen.stack, notes=notes)
+    return mean_scores("block-influence", "1 - cosine", seen.sums, seen.counts, data, stack=seen.stack, notes=notes)

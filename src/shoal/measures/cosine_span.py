@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shoal.evaluation.distances import one_minus_cosine
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.observed import first_token_note, observe_tokens
-from shoal.evaluation.tally import tally
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -40,4 +40,6 @@ def cosine_span(
         batch=batch, progress=progress,
     )  # fmt: skip
     note = first_token_note(seen, skip_first)
-    return tally("cosine-span", "1 - cosine", seen.sums, seen.counts, data, stack=seen.stack, span=span, notes=(note,))
+    return mean_scores(
+        "cosine-span", "1 - cosine", seen.sums, seen.counts, data, stack=seen.stack, span=span, notes=(note,)
+    )

@@ -8,8 +8,8 @@ import torch
 
 from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.candidates import compare_each, without_each
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import logits_of
-from shoal.evaluation.tally import tally
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -48,4 +48,4 @@ def kl_removed(
         model, data, plans, logits, divergence, what="KL when removed", batch=batch, progress=progress
     )
     rises = [own for (own,) in sums]
-    return tally("kl-removed", "nats per token", rises, counts, data, stack=plans.stack, notes=refused)
+    return mean_scores("kl-removed", "nats per token", rises, counts, data, stack=plans.stack, notes=refused)

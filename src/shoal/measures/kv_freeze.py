@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.errors import UsageError
 from shoal.evaluation.agreement import compare_logits
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import require_context
-from shoal.evaluation.tally import tally
 from shoal.executing.inputs import require_whole
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
@@ -37,8 +37,8 @@ def kv_freeze(
     f_i = E_t[ KL(p_t || q_i,t) ] over the last `tail` tokens of each sequence (a quarter of it by default), which run
     as always; for the tokens before them, the prompt, the keys and values of all layers above i are made from the
     output of layer i. 0 for the last two layers, above which all is as always. The detail holds `top1`, the share of
-    tokens whose first choice stays. A probe: where the curve is low, the KV of the layers above could be shared, or
-    computed without running these layers on the prompt.
+    tokens whose first choice stays. A diagnostic: where the curve is low, the KV of the layers above could be shared,
+    or computed without running these layers on the prompt.
     Source: Attend First, Consolidate Later (2024, arXiv 2409.03621), the freezing experiment.
     How we differ: a prompt of many tokens and a tail of several are judged instead of a single current token, by KL
     instead of answers; standard errors are over sequences. Cost: one cached pass per layer. Raises U538 for a tail that
@@ -70,7 +70,7 @@ def kv_freeze(
                 if progress is not None:
                     progress(done, len(data) * found.depth, "KV freeze")
     counts = [behind - 1] * len(data)
-    return tally(
+    return mean_scores(
         "kv-freeze", "nats per token", moved, counts, data, stack=found.name, removal=False,
         notes=(f"prompts of {length - behind} tokens, judged on the {behind - 1} predictions behind them",),
         detail={"top1": [math.fsum(own) / sum(counts) for own in same]},

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shoal.evaluation.agreement import compare_logits
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import logits_of, require_context, require_scored, windows
-from shoal.evaluation.tally import tally
 from shoal.executing.bind import bind
 from shoal.executing.inputs import require_whole
 from shoal.executing.recorder import Outputs
@@ -33,8 +33,8 @@ def logit_lens(
     d_i = E_t[ argmax_v q_i,t(v) != argmax_v p_t(v) ], p_t [vocab] the model's distribution and q_i,t [vocab] the one
     that its own norm and head make of the output of layer i; 0 for the last layer. The detail holds `kl`, KL(p || q_i)
     in nats per token by layer, `saturation`, the share of tokens whose first choice stays the same from that layer on
-    and not from the one before, and `depth`, the mean of that layer with its standard error. A probe: it says where a
-    model may leave early, not which layer may go.
+    and not from the one before, and `depth`, the mean of that layer with its standard error. A diagnostic: it says
+    where a model may leave early, not which layer may go.
     Source: nostalgebraist 2020 (the logit lens); saturation: Geva et al. 2022 (arXiv 2203.14680).
     How we differ: whatever the family puts behind its last layer (a scale, a soft cap) is what is put behind layer i,
     as the stock forward runs it; standard errors are over sequences. Cost: one pass, and the head and one layer more
@@ -69,8 +69,8 @@ def logit_lens(
         counts += keep.sum(-1).tolist()
     total = sum(counts)
     require_scored(total, data)
-    depth = tally("depth", "layers", [depths], counts, data, stack=found.name)
-    return tally(
+    depth = mean_scores("depth", "layers", [depths], counts, data, stack=found.name)
+    return mean_scores(
         "logit-lens", "share of tokens", changed, counts, data, stack=found.name, removal=False,
         notes=(f"the first choice stays from layer {depth.values[0]:.1f} on, mean over tokens",),
         detail={

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal.evaluation.candidates import compare_each, without_each
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import logits_of, token_nll
-from shoal.evaluation.tally import tally
 from shoal.models.kinds import require_causal
 
 if TYPE_CHECKING:
@@ -45,6 +45,6 @@ def loss_removed(
         model, data, plans, losses, lambda dense, without: [without - dense], what="loss when removed", batch=batch,
         progress=progress,
     )  # fmt: skip
-    return tally(
+    return mean_scores(
         "loss-removed", "nats per token", [own for (own,) in sums], counts, data, stack=plans.stack, notes=refused
     )

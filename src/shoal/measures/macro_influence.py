@@ -8,7 +8,7 @@ import torch
 
 from shoal.evaluation.candidates import compare_each, without_each
 from shoal.evaluation.distances import one_minus_cosine
-from shoal.evaluation.tally import tally
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.executing.inputs import forward_without_head
 
 if TYPE_CHECKING:
@@ -46,6 +46,6 @@ def macro_influence(
     sums, counts, refused = compare_each(
         model, data, plans, states, turned, what="macro influence", batch=batch, progress=progress
     )
-    return tally(
+    return mean_scores(
         "macro-influence", "1 - cosine", [own for (own,) in sums], counts, data, stack=plans.stack, notes=refused
     )

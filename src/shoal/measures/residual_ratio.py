@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.observed import first_token_note, observe_tokens, without_part_note
-from shoal.evaluation.tally import tally
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -40,7 +40,7 @@ def residual_ratio(
     )  # fmt: skip
     counts = torch.tensor(seen.counts, dtype=torch.float64)
     medians = (torch.tensor(seen.sums, dtype=torch.float64) / counts)[:, counts > 0].median(-1).values
-    return tally(
+    return mean_scores(
         "residual-ratio", "added / sum", seen.sums, seen.counts, data, stack=seen.stack,
         notes=(first_token_note(seen, skip_first), *without_part_note(seen, part)),
         detail={"median": medians.tolist()},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shoal.evaluation.tally import tally
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.models.opened import open_model
 from shoal.recording.attention import observe_maps
 from shoal.scores import Traits
@@ -33,8 +33,8 @@ def sinks(
 
     a_i = E_q,h[ 1 - P_i,h(q, first) ], P_i,h [queries, keys] the attention map of head h of layer i, q all tokens but
     the first. The detail holds `sink`, E_q[ P_i,h(q, first) ] by layer and head, and `dormant`, the [layer, head] pairs
-    whose sink is at least `dormant`: heads that are switched off on this text. A probe: a layer whose heads rest may do
-    without its attention, which a removal has to show; the first token's key and value must then stay.
+    whose sink is at least `dormant`: heads that are switched off on this text. A diagnostic: a layer whose heads rest
+    may do without its attention, which a removal has to show; the first token's key and value must then stay.
     Source: attention sinks (Xiao et al. 2023, arXiv 2309.17453), active and dormant heads (Guo et al. 2024, arXiv
     2410.13835).
     How we differ: the first real token counts as the first, padding is left out; standard errors are over sequences.
@@ -65,7 +65,7 @@ def sinks(
     shares = [(torch.stack(own).sum(0) / max(1, sum(counts))).tolist() if own else [] for own in heads]
     asleep = [[i, h] for i, own in enumerate(shares) for h, share in enumerate(own) if share >= dormant]
     note = f"{len(asleep)} of {sum(map(len, shares))} heads rest on the first token with {dormant:g} of their attention"
-    return tally(
+    return mean_scores(
         "sinks", "share of attention", sums, counts, data, stack=found.name, removal=False, notes=(note,),
         detail={"sink": shares, "dormant": asleep},
     )  # fmt: skip

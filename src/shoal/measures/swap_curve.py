@@ -9,8 +9,8 @@ import torch
 
 from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.candidates import Candidates, compare_each
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import logits_of
-from shoal.evaluation.tally import tally
 from shoal.executing.inputs import require_whole
 from shoal.models.opened import open_model
 from shoal.plan import Plan, check, reorder
@@ -32,8 +32,8 @@ def swap_curve(
 
     s_i = E_t[ KL(p_t || q_i,t) ] for i = 0 .. depth - 2, p_t and q_i,t [vocab] the distributions after token t in the
     model's own order and in the swapped one. The detail holds `top1`, the share of tokens whose first choice stays. 0
-    where one of the two adds nothing, or where both are one layer twice. A probe: layers that may change places form a
-    stage of the model, but that they commute does not say that either may go.
+    where one of the two adds nothing, or where both are one layer twice. A diagnostic: layers that may change places
+    form a stage of the model, but that they commute does not say that either may go.
     Source: Lad et al. 2024 (arXiv 2406.19384).
     How we differ: KL orders the curve, top-1 agreement stands beside it; a swap that is not legal or that the family's
     loop cannot run gets NaN and a note. Cost: one full pass per pair. Raises U507 while a plan is running.
@@ -51,7 +51,7 @@ def swap_curve(
     sums, counts, refused = compare_each(
         model, data, plans, logits, change, what="swap curve", batch=batch, progress=progress
     )
-    return tally(
+    return mean_scores(
         "swap-curve", "nats per token", [own for own, _ in sums], counts, data, stack=plans.stack, span=2,
         notes=refused, detail={"top1": [math.fsum(own) / sum(counts) for _, own in sums]}, removal=False,
     )  # fmt: skip

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.errors import ShoalError, UsageError
 from shoal.evaluation.candidates import without_each
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import logits_of, windows
-from shoal.evaluation.tally import tally
 from shoal.evaluation.tasks import Option, Tasks, is_right, load_tasks, option_scores
 from shoal.live import running
 from shoal.models.evaluating import evaluating
@@ -70,7 +70,7 @@ def task_removed(
     if progress is not None:
         progress(total, total, "task when removed")
     described = source or (data.info.describe() if data is not None else "")
-    return tally(
+    return mean_scores(
         "task-removed", f"fall of {'the metric' if metric else score}", sums, [1] * len(dense), described,
         stack=plans.stack, tokens=0 if data is None or source else data.ids.numel(), notes=tuple(refused),
         detail={"dense": math.fsum(dense) / len(dense)},

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import logits_of, require_context, require_scored, windows
-from shoal.evaluation.tally import tally
 from shoal.executing.inputs import require_whole
 from shoal.models.evaluating import evaluating
 from shoal.models.matrices import Matrices, layer_matrices
@@ -72,7 +72,7 @@ def taylor(
     name, absent = open_model(model).stack(stack).name, [not own for own in matrices]
     if isinstance(gather, _BySequence):
         sums = [[math.nan] * len(data) if none else own for own, none in zip(gather.sums, absent, strict=True)]
-        return tally("taylor", "nats per token", sums, [1] * len(data), data, stack=name, tokens=tokens)
+        return mean_scores("taylor", "nats per token", sums, [1] * len(data), data, stack=name, tokens=tokens)
     return Scores(
         measure="taylor",
         stack=name,

@@ -9,8 +9,8 @@ import torch
 
 from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.candidates import compare_each, without_each
+from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import logits_of
-from shoal.evaluation.tally import tally
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -50,7 +50,7 @@ def top1_removed(
     sums, counts, refused = compare_each(
         model, data, plans, logits, change, what="top-1 change when removed", batch=batch, progress=progress
     )
-    return tally(
+    return mean_scores(
         "top1-removed", "share of tokens", [changed for changed, _ in sums], counts, data, stack=plans.stack,
         notes=refused, detail={"kl": [math.fsum(own) / sum(counts) for _, own in sums]},
     )  # fmt: skip

@@ -12,10 +12,11 @@ from shoal.errors import ModelError
 from shoal.models.names import renamed, state_shapes
 from shoal.models.stacks import find_stacks
 
-Shapes = Mapping[str, tuple[int, ...] | None]
+ShapesOrNames = Mapping[str, tuple[int, ...] | None]
+"""Of each tensor its shape, or None where only its name is known."""
 
 
-def require_agreement(folder: str | Path, model: PreTrainedModel, shapes: Shapes) -> None:
+def require_agreement(folder: str | Path, model: PreTrainedModel, shapes: ShapesOrNames) -> None:
     """Raise `ModelError`: M313 the tensors hold another number of layers than the config says, M310 a tensor is
     missing, M336 one has another shape. `model`: of the folder's config, on any device; `shapes`: None for a tensor of
     which only the name is known.
@@ -56,7 +57,7 @@ def untold(model: PreTrainedModel, state: Mapping[str, object], held: set[str]) 
     return [n for n in state if n not in provided and not any(re.search(pattern, n) for pattern in optional)]
 
 
-def _require_depth(folder: str | Path, depth: int, path: str, shapes: Shapes) -> None:
+def _require_depth(folder: str | Path, depth: int, path: str, shapes: ShapesOrNames) -> None:
     pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
     found = {int(m.group(1)) for name in shapes if (m := pattern.search(name))}
     if found and found != set(range(depth)):

@@ -20,7 +20,7 @@ from shoal.models.parts import INDEX_NAMES, Parts, find_parts, without
 
 @dataclass
 class LayerFacts:
-    """What the probe saw of one layer."""
+    """What one forward showed of one layer."""
 
     row: int
     """The cache row that the layer itself writes to."""

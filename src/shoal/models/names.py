@@ -15,8 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from shoal.errors import ModelError, WriteError
 from shoal.models.stacks import Stack
-
-Shapes = Mapping[str, tuple[int, ...]]
+from shoal.plan.tensors import Shapes
 
 
 @dataclass(frozen=True, slots=True)

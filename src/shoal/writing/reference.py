@@ -82,7 +82,7 @@ def live_reference(
     plans: Blueprint | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Reference:
-    """Run the probes of the proof on `model` under `plan`. `greedy`: how many prompts, how many tokens for each.
+    """Run the forwards of the proof on `model` under `plan`. `greedy`: how many prompts, how many tokens for each.
 
     Holds no copy of the weights. Raises what `running` and `blueprint` raise.
     """

@@ -65,10 +65,10 @@ def add_vocab(writer: GGUFWriter, tokenizer: Any, rows: int) -> None:
     writer.add_token_types(kinds)
     ids = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in _SPECIAL}
     special.special_token_ids = {kind: i for kind, i in ids.items() if isinstance(i, int)}
-    probe = tokenizer("a").input_ids
+    encoded = tokenizer("a").input_ids
     special.add_special_token = {
-        "bos": ids["bos"] is not None and probe[0] == ids["bos"],
-        "eos": ids["eos"] is not None and probe[-1] == ids["eos"],
+        "bos": ids["bos"] is not None and encoded[0] == ids["bos"],
+        "eos": ids["eos"] is not None and encoded[-1] == ids["eos"],
     }
     special.add_to_gguf(writer, quiet=True)
 
