@@ -14,7 +14,7 @@ import httpx2 as httpx
 from shoal.decoding.listening import OnTokens
 from shoal.models.load import Loaded
 from shoal.serve.app import Service
-from shoal.serve.generating import Ask, Generate, Prepare, Ran, under_plan
+from shoal.serve.generating import Generate, GenerationCounts, GenerationRequest, Prepare, under_plan
 from shoal.serve.limits import Limits
 from shoal.serve.listen import bind, server, service, url
 
@@ -30,7 +30,7 @@ class Script:
 
     ids: list[int]
     every: float = 0.0
-    ran: Ran = field(default_factory=Ran)
+    counts: GenerationCounts = field(default_factory=GenerationCounts)
     at_once: int = 1
     """Tokens of a step, as with a draft."""
     given: int = 0
@@ -41,7 +41,7 @@ class Script:
     """What is waited for before anything is written."""
     begun: threading.Event = field(default_factory=threading.Event)
 
-    def __call__(self, ask: Ask, on_tokens: OnTokens) -> Ran:
+    def __call__(self, request: GenerationRequest, on_tokens: OnTokens) -> GenerationCounts:
         self.now += 1
         self.most = max(self.most, self.now)
         self.runs += 1
@@ -50,7 +50,7 @@ class Script:
             self.gate.wait(30)
         pause = threading.Event()
         try:
-            ids = (self.ids * (1 + ask.max_new_tokens // len(self.ids)))[: ask.max_new_tokens]
+            ids = (self.ids * (1 + request.max_new_tokens // len(self.ids)))[: request.max_new_tokens]
             for at in range(0, len(ids), self.at_once):
                 pause.wait(self.every)
                 step = ids[at : at + self.at_once]
@@ -59,7 +59,7 @@ class Script:
                     break
         finally:
             self.now -= 1
-        return self.ran
+        return self.counts
 
 
 def instead(generate: Generate) -> Prepare:

@@ -11,7 +11,7 @@ import pytest
 
 import shoal
 from shoal.models.load import Loaded, load
-from shoal.serve.generating import Ran
+from shoal.serve.generating import GenerationCounts
 
 from .serving import TEMPLATE, Script, ids_of, serving, streamed
 from .test_api import folder  # noqa: F401
@@ -173,7 +173,7 @@ def test_metrics_count(loaded: Loaded) -> None:
 
 
 def test_depth_and_acceptance_appear_when_they_are_counted(loaded: Loaded) -> None:
-    script = Script(ids_of(loaded.tokenizer, "abc"), ran=Ran(layers=9, drafted=4, accepted=2))
+    script = Script(ids_of(loaded.tokenizer, "abc"), counts=GenerationCounts(layers=9, drafted=4, accepted=2))
     with serving(loaded, script) as (client, _):
         for _ in range(2):
             whole(client, TEXT, asked(TEXT, "x", max_tokens=3))

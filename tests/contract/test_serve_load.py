@@ -19,9 +19,9 @@ import pytest
 from shoal.decoding.listening import OnTokens
 from shoal.errors import PlanError
 from shoal.models.load import Loaded, load
-from shoal.serve.engine import ClosedError, Engine, FullError, Job
+from shoal.serve.engine import ClosedError, Engine, FullError, QueuedRequest
 from shoal.serve.exchange import Events, Exchange
-from shoal.serve.generating import Ask, Ran, under_plan
+from shoal.serve.generating import GenerationCounts, GenerationRequest, under_plan
 from shoal.serve.limits import Limits
 from shoal.serve.prompts import Prompts
 
@@ -130,7 +130,7 @@ def test_a_model_stops_within_a_token_when_its_client_leaves(loaded: Loaded) -> 
             seen.extend(new)
             return len(seen) == 3
 
-        generate(Ask((5, 6, 7), 50), enough)
+        generate(GenerationRequest((5, 6, 7), 50), enough)
     assert len(seen) == 3
 
 
@@ -162,11 +162,11 @@ def test_time_that_is_over_frees_the_worker(loaded: Loaded) -> None:
 def test_a_fault_is_one_request_s(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:
     broken = True
 
-    def generate(ask: Ask, on_tokens: OnTokens) -> Ran:
+    def generate(request: GenerationRequest, on_tokens: OnTokens) -> GenerationCounts:
         on_tokens([100])
         if broken:
             raise RuntimeError("a secret of the machine")
-        return Ran()
+        return GenerationCounts()
 
     with serving(loaded, generate) as (client, _):
         response = client.post(TEXT, json=SHORT)
@@ -202,15 +202,15 @@ def test_nothing_is_left_behind(loaded: Loaded) -> None:
                 posted(client, LONG).close()
 
         some(4)
-        assert gone(Job, Exchange, Events)
+        assert gone(QueuedRequest, Exchange, Events)
         here = len(threading.enumerate())
         tracemalloc.start()
         try:
             some(2)
-            assert gone(Job, Exchange, Events)
+            assert gone(QueuedRequest, Exchange, Events)
             before = tracemalloc.get_traced_memory()[0]
             some(10)
-            assert gone(Job, Exchange, Events)
+            assert gone(QueuedRequest, Exchange, Events)
             grown = tracemalloc.get_traced_memory()[0] - before
         finally:
             tracemalloc.stop()
@@ -240,27 +240,27 @@ def test_an_engine_that_is_closed_takes_nothing(loaded: Loaded) -> None:
     told: list[object] = []
     script = Script([100], every=0.01)
     with Engine(instead(script), str, waiting=1) as engine:
-        jobs = [engine.submit(Ask((1,), 1000), told.append)]
+        jobs = [engine.submit(GenerationRequest((1,), 1000), told.append)]
         assert script.begun.wait(5)
-        jobs.append(engine.submit(Ask((1,), 1000), told.append))
+        jobs.append(engine.submit(GenerationRequest((1,), 1000), told.append))
         with pytest.raises(FullError):
-            engine.submit(Ask((1,), 1), told.append)
+            engine.submit(GenerationRequest((1,), 1), told.append)
     assert not engine.alive and all(job.cancelled for job in jobs)
     assert [getattr(one, "reason", None) for one in told][-2:] == ["cancelled", "cancelled"]
     with pytest.raises(ClosedError):
-        engine.submit(Ask((1,), 1), told.append)
+        engine.submit(GenerationRequest((1,), 1), told.append)
 
 
 def test_an_engine_whose_model_goes_away_says_so(loaded: Loaded) -> None:
     @contextmanager
     def leaving() -> Iterator[Any]:
-        def generate(ask: Ask, on_tokens: OnTokens) -> Ran:
+        def generate(request: GenerationRequest, on_tokens: OnTokens) -> GenerationCounts:
             raise SystemExit
 
         yield generate
 
     told: list[Any] = []
     with Engine(leaving, str) as engine:
-        engine.submit(Ask((1,), 1), told.append)
+        engine.submit(GenerationRequest((1,), 1), told.append)
         assert until(lambda: not engine.alive and bool(told))
     assert [one.reason for one in told] == ["error"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.serve.text import Pieces, Stops
+from shoal.serve.text import IncrementalDetokenizer, StopStrings
 
 WORDS = (" the", "the", " caf", "é", "")
 
@@ -23,7 +23,7 @@ def as_words(ids: Sequence[int]) -> str:
 
 
 def pieces(decode: object, ids: Sequence[int]) -> list[str]:
-    made = Pieces(decode)  # type: ignore[arg-type]
+    made = IncrementalDetokenizer(decode)  # type: ignore[arg-type]
     return [*(made.add(token) for token in ids), made.rest()]
 
 
@@ -60,7 +60,7 @@ def test_stop_sequences_are_found_wherever_the_text_is_cut(data: st.DataObject) 
     text = data.draw(st.text(alphabet="ab\n", max_size=16))
     stops = data.draw(st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
-    finder = Stops(stops)
+    finder = StopStrings(stops)
     said = [finder.add(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     found = finder.found
     assert ("".join(said) + finder.rest(), found) == letter_by_letter(text, stops)
@@ -71,5 +71,5 @@ def test_stop_sequences_are_found_wherever_the_text_is_cut(data: st.DataObject) 
     [(["x ", "E", "N", "Dx"], ["x ", "", "", ""]), (["x E", "N", "o"], ["x ", "", "ENo"]), (["xEND"], ["x"])],
 )
 def test_what_may_be_a_stop_sequence_is_held_back_and_nothing_else(cut: list[str], said: list[str]) -> None:
-    finder = Stops(["END"])
+    finder = StopStrings(["END"])
     assert [finder.add(piece) for piece in cut] == said

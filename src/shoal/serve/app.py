@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.serve.answers import Answer
 from shoal.serve.engine import ClosedError, Engine, FullError
 from shoal.serve.exchange import CLIENT_LEFT, Events, Exchange, Text, stopping
-from shoal.serve.generating import Ask
+from shoal.serve.generating import GenerationRequest
 from shoal.serve.limits import Limits, RefusedError, is_loopback, read_body, require_key, require_local_name
 from shoal.serve.metrics import Metrics
 from shoal.serve.prompts import Prompts
@@ -108,9 +108,9 @@ class Service:
         self._require_name(asked.model)
         try:
             ids, most = await self._encoded(asked)
-            ask = Ask(ids, most, asked.temperature, asked.top_p, asked.seed, asked.stops)
+            generation = GenerationRequest(ids, most, asked.temperature, asked.top_p, asked.seed, asked.stops)
             events = Events()
-            job = self._engine.submit(ask, events)
+            job = self._engine.submit(generation, events)
         except FullError as full:
             wait = str(full.retry_after)
             message = f"the line is full; try again in {wait} s"

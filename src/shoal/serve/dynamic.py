@@ -13,7 +13,7 @@ from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan
-from shoal.serve.generating import Ask, Generate, Prepare, Ran, calling, under_plan
+from shoal.serve.generating import Generate, GenerationCounts, GenerationRequest, Prepare, calling, under_plan
 from shoal.speculating.speculator import Speculator
 
 
@@ -28,9 +28,9 @@ def under_policy(
         base = Plan.identity(loaded.opened.spec) if plan is None else plan
         with running(loaded.model, base, weights, policy=policy) as handle, evaluating(loaded.model):
 
-            def counts(ask: Ask) -> Ran:
+            def counts(request: GenerationRequest) -> GenerationCounts:
                 # the last column of the prompt decides the first token, and the last token is never read
-                return Ran(layers=sum(handle.trace.depths[0][len(ask.ids) - 1 :]))
+                return GenerationCounts(layers=sum(handle.trace.depths[0][len(request.ids) - 1 :]))
 
             yield calling(Decoder(loaded.model).generate, device_of(loaded.model), counts=counts)
 
@@ -42,11 +42,11 @@ def drafted(loaded: Loaded, draft: str, **options: Any) -> Prepare:
     `Speculator`. Raises what it raises, here already."""
     speculator = Speculator(loaded.model, draft, **options)
 
-    def counts(ask: Ask) -> Ran:
+    def counts(request: GenerationRequest) -> GenerationCounts:
         stats = speculator.stats
         behind = stats.layers_per_token
         layers = None if behind is None else stats.depth + round(behind * (stats.tokens - 1))
-        return Ran(layers=layers, drafted=stats.drafted, accepted=stats.accepted)
+        return GenerationCounts(layers=layers, drafted=stats.drafted, accepted=stats.accepted)
 
     @contextmanager
     def prepare() -> Iterator[Generate]:

@@ -1,4 +1,4 @@
-"""One model, one thread that generates, and a line of bounded length in front of it.
+"""One model, one thread that generates, and a bounded queue in front of it.
 
 Knows nothing of HTTP: a job's events go to a function, which is called from the generating thread.
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
-from shoal.serve.generating import Ask, Generate, Prepare, Ran
-from shoal.serve.text import Decode, Pieces, Stops
+from shoal.serve.generating import Generate, GenerationCounts, GenerationRequest, Prepare
+from shoal.serve.text import Decode, IncrementalDetokenizer, StopStrings
 
 _log = logging.getLogger("shoal.serve")
 
@@ -24,14 +24,14 @@ Reason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text that is certain."""
+class TextDelta:
+    """New text that no stop string can take back any more."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class End:
+class Finished:
     """The last event of a job. `tokens`: those generated, the one that ended it included."""
 
     reason: Reason
@@ -39,11 +39,11 @@ class End:
 
 
 @dataclass(eq=False)
-class Job:
-    """A request in the line or at work, and when what happened to it (seconds of the monotonic clock)."""
+class QueuedRequest:
+    """A request that waits or runs, and when what happened to it (seconds of the monotonic clock)."""
 
-    ask: Ask
-    on_event: Callable[[Piece | End], None]
+    request: GenerationRequest
+    on_event: Callable[[TextDelta | Finished], None]
     cancelled: bool = False
     tokens: int = 0
     asked: float = field(default_factory=time.monotonic)
@@ -79,11 +79,11 @@ class Engine:
         *,
         eos: frozenset[int] = frozenset(),
         waiting: int = 16,
-        on_end: Callable[[Job, Reason, Ran], None] = lambda job, reason, ran: None,
+        on_end: Callable[[QueuedRequest, Reason, GenerationCounts], None] = lambda job, reason, counts: None,
     ) -> None:
         self._prepare, self._decode, self._eos, self._places, self._on_end = prepare, decode, eos, waiting, on_end
-        self._line: deque[Job] = deque()
-        self._at_work: Job | None = None
+        self._queue: deque[QueuedRequest] = deque()
+        self._running: QueuedRequest | None = None
         self._change = threading.Condition()
         self._open = False
         self._failure: BaseException | None = None
@@ -102,7 +102,7 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self._change:
             self._open = False
-            for job in (*self._line, *([self._at_work] if self._at_work else [])):
+            for job in (*self._queue, *([self._running] if self._running else [])):
                 job.cancelled = True
             self._change.notify_all()
         self._thread.join()
@@ -115,38 +115,38 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Jobs in the line."""
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def working(self) -> int:
         """Jobs at work: 0 or 1."""
-        return int(self._at_work is not None)
+        return int(self._running is not None)
 
     def require_place(self, coming: int = 0) -> None:
         """Raise what `submit` would raise now, or when `coming` others have joined the line."""
         if not self.alive:
             raise ClosedError("the engine is closed")
-        if len(self._line) + self.working + coming > self._places:
+        if len(self._queue) + self.working + coming > self._places:
             mean = sum(self._seconds) / len(self._seconds)
             raise FullError(min(60, max(1, math.ceil(mean))))
 
-    def submit(self, ask: Ask, on_event: Callable[[Piece | End], None]) -> Job:
+    def submit(self, request: GenerationRequest, on_event: Callable[[TextDelta | Finished], None]) -> QueuedRequest:
         """Join the line. Raises `FullError` or `ClosedError`."""
-        job = Job(ask, on_event)
+        job = QueuedRequest(request, on_event)
         with self._change:
             self.require_place()
-            self._line.append(job)
+            self._queue.append(job)
             self._change.notify_all()
         return job
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: QueuedRequest) -> None:
         """Leave the line, or stop within a token; a job that has ended stays as it is."""
         with self._change:
             job.cancelled = True
-            if job in self._line:
-                self._line.remove(job)
-                self._on_end(job, "cancelled", Ran())
-                self._tell(job, End("cancelled", 0))
+            if job in self._queue:
+                self._queue.remove(job)
+                self._on_end(job, "cancelled", GenerationCounts())
+                self._tell(job, Finished("cancelled", 0))
 
     def _live(self) -> None:
         try:
@@ -163,10 +163,10 @@ class Engine:
         finally:
             with self._change:
                 self._open = False
-                for job in (*([self._at_work] if self._at_work else []), *self._line):
-                    self._tell(job, End("error", job.tokens))
-                self._at_work = None
-                self._line.clear()
+                for job in (*([self._running] if self._running else []), *self._queue):
+                    self._tell(job, Finished("error", job.tokens))
+                self._running = None
+                self._queue.clear()
 
     def _work_on_next(self, generate: Generate) -> bool:
         # a function of its own: a name in the loop would keep the last request alive as long as none comes
@@ -175,36 +175,36 @@ class Engine:
             self._work(job, generate)
         return job is not None
 
-    def _next(self) -> Job | None:
+    def _next(self) -> QueuedRequest | None:
         with self._change:
-            self._at_work = None
-            self._change.wait_for(lambda: self._line or not self._open)
-            if not self._line:
+            self._running = None
+            self._change.wait_for(lambda: self._queue or not self._open)
+            if not self._queue:
                 return None
-            self._at_work = self._line.popleft()
-            return self._at_work
+            self._running = self._queue.popleft()
+            return self._running
 
-    def _work(self, job: Job, generate: Generate) -> None:
+    def _work(self, job: QueuedRequest, generate: Generate) -> None:
         job.begun = time.monotonic()
         writing = _Writing(job, self._decode, self._eos, self._tell)
         reason: Reason = "error"
-        ran = Ran()
+        counts = GenerationCounts()
         try:
             if not job.cancelled:
-                ran = generate(job.ask, writing.on_tokens)
+                counts = generate(job.request, writing.on_tokens)
                 writing.finish()
             reason = "cancelled" if job.cancelled else writing.reason()
         except Exception:  # one request must not end the others': out of memory, a fault of the model's code
             _log.exception("a generation failed")
         job.ended = time.monotonic()
         self._seconds.append(job.ended - job.begun)
-        self._on_end(job, reason, ran)
+        self._on_end(job, reason, counts)
         with self._change:
-            self._at_work = None  # before the answer is whole: whoever has it may ask again at once
-        self._tell(job, End(reason, job.tokens))
+            self._running = None  # before the answer is whole: whoever has it may ask again at once
+        self._tell(job, Finished(reason, job.tokens))
 
     @staticmethod
-    def _tell(job: Job, event: Piece | End) -> None:
+    def _tell(job: QueuedRequest, event: TextDelta | Finished) -> None:
         try:
             job.on_event(event)
         except RuntimeError:  # the event loop that it belongs to is closed: nobody listens any more
@@ -214,9 +214,15 @@ class Engine:
 class _Writing:
     """The text of one job while it grows."""
 
-    def __init__(self, job: Job, decode: Decode, eos: frozenset[int], tell: Callable[[Job, Piece | End], None]) -> None:
+    def __init__(
+        self,
+        job: QueuedRequest,
+        decode: Decode,
+        eos: frozenset[int],
+        tell: Callable[[QueuedRequest, TextDelta | Finished], None],
+    ) -> None:
         self._job, self._eos, self._tell = job, eos, tell
-        self._pieces, self._stops = Pieces(decode), Stops(job.ask.stop)
+        self._pieces, self._stops = IncrementalDetokenizer(decode), StopStrings(job.request.stop)
         self._last: int | None = None
 
     def on_tokens(self, new: list[int]) -> bool:
@@ -240,8 +246,8 @@ class _Writing:
 
     def reason(self) -> Reason:
         stopped = self._stops.found or self._last in self._eos
-        return "length" if not stopped and self._job.tokens >= self._job.ask.max_new_tokens else "stop"
+        return "length" if not stopped and self._job.tokens >= self._job.request.max_new_tokens else "stop"
 
     def _say(self, text: str) -> None:
         if text:
-            self._tell(self._job, Piece(text))
+            self._tell(self._job, TextDelta(text))

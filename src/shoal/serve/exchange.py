@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from shoal.serve.answers import Answer, event, used
-from shoal.serve.engine import End, Engine, Job, Piece
+from shoal.serve.engine import Engine, Finished, QueuedRequest, TextDelta
 from shoal.serve.limits import RefusedError
 
 CLIENT_LEFT = 499
@@ -23,14 +23,14 @@ class Events:
     """What happened to a job, handed from the generating thread to the event loop that this is made on."""
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[Piece | End] = asyncio.Queue()
+        self._queue: asyncio.Queue[TextDelta | Finished] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
-    def __call__(self, happened: Piece | End) -> None:
+    def __call__(self, happened: TextDelta | Finished) -> None:
         """Called from any thread. Raises `RuntimeError` when the loop is closed."""
         self._loop.call_soon_threadsafe(self._queue.put_nowait, happened)
 
-    async def next(self, deadline: float) -> Piece | End:
+    async def next(self, deadline: float) -> TextDelta | Finished:
         """The next event. Raises `TimeoutError` at `deadline`, in the loop's time."""
         return await asyncio.wait_for(self._queue.get(), max(0.0, deadline - self._loop.time()))
 
@@ -40,7 +40,7 @@ class Exchange:
     """One request. `deadline`: in the loop's time; `timeout`: the seconds that were allowed, for the message."""
 
     engine: Engine
-    job: Job
+    job: QueuedRequest
     events: Events
     answer: Answer
     deadline: float
@@ -63,7 +63,7 @@ class Exchange:
 
     async def _collect(self) -> Response:
         pieces: list[str] = []
-        while isinstance(happened := await self._next(), Piece):
+        while isinstance(happened := await self._next(), TextDelta):
             pieces.append(happened.text)
         return Text(self.answer.whole("".join(pieces), happened.reason, self._used(happened)))
 
@@ -82,7 +82,7 @@ class Exchange:
         if (first := self.answer.first()) is not None:
             yield event(first)
         try:
-            while isinstance(happened := await self._next(), Piece):
+            while isinstance(happened := await self._next(), TextDelta):
                 yield event(self.answer.piece(happened.text))
         except RefusedError as error:  # the status is sent already
             yield event(error.to_dict())
@@ -92,21 +92,21 @@ class Exchange:
             yield event(self.answer.usage(self._used(happened)))
         yield event("[DONE]")
 
-    async def _next(self) -> Piece | End:
+    async def _next(self) -> TextDelta | Finished:
         """The next event of a generation that goes well. Raises `RefusedError` for any other."""
         try:
             happened = await self.events.next(self.deadline)
         except TimeoutError:
             message = f"the answer was not ready within {self.timeout:g} s; ask for fewer tokens or try again later"
             raise RefusedError(504, message, code="timeout") from None
-        if isinstance(happened, End) and happened.reason == "cancelled":
+        if isinstance(happened, Finished) and happened.reason == "cancelled":
             raise stopping()
-        if isinstance(happened, End) and happened.reason == "error":
+        if isinstance(happened, Finished) and happened.reason == "error":
             raise RefusedError(500, "the generation failed; the server's log says why", code="generation_failed")
         return happened
 
-    def _used(self, end: End) -> dict[str, int]:
-        return used(len(self.job.ask.ids), end.tokens)
+    def _used(self, end: Finished) -> dict[str, int]:
+        return used(len(self.job.request.ids), end.tokens)
 
 
 class Text(JSONResponse):

@@ -26,7 +26,7 @@ from shoal.plan import Plan
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """What one request wants written. A temperature of 0 takes the likeliest token; no seed draws one."""
 
     ids: tuple[int, ...]
@@ -38,7 +38,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Ran:
+class GenerationCounts:
     """What a way of writing counted over one request beside its tokens; None for what it does not count.
 
     `layers`: executed layers, summed over the generated tokens, a layer without its mlp as a half. `drafted`,
@@ -50,37 +50,44 @@ class Ran:
     accepted: int | None = None
 
 
-Generate = Callable[[Ask, OnTokens], Ran]
+Generate = Callable[[GenerationRequest, OnTokens], GenerationCounts]
 """Writes for one request, hands over each new token at once, and stops within a token when told to."""
 
 Prepare = Callable[[], AbstractContextManager[Generate]]
 """Entered by the thread that generates, once, before the first request, and left after the last."""
 
 
-def settings(ask: Ask) -> dict[str, Any]:
+def settings(request: GenerationRequest) -> dict[str, Any]:
     """The arguments of transformers' `generate` for this request; whatever else the model's own generation config says
     (a repetition penalty) stays."""
-    return sampling(ask.temperature, top_p=float(ask.top_p), top_k=0) | {"max_new_tokens": ask.max_new_tokens}
+    return sampling(request.temperature, top_p=float(request.top_p), top_k=0) | {
+        "max_new_tokens": request.max_new_tokens
+    }
 
 
-def _nothing(ask: Ask) -> Ran:
-    return Ran()
+def _nothing(request: GenerationRequest) -> GenerationCounts:
+    return GenerationCounts()
 
 
-def calling(generate: Callable[..., Any], device: torch.device, *, counts: Callable[[Ask], Ran] = _nothing) -> Generate:
+def calling(
+    generate: Callable[..., Any],
+    device: torch.device,
+    *,
+    counts: Callable[[GenerationRequest], GenerationCounts] = _nothing,
+) -> Generate:
     """A `Generate` that calls `generate` as one calls transformers' own: `input_ids` and `attention_mask` [1, tokens],
     `settings` and a stopping criterion. `counts` is asked after each request for what that one request counted."""
 
-    def write(ask: Ask, on_tokens: OnTokens) -> Ran:
-        ids = torch.tensor([ask.ids], dtype=torch.long, device=device)
-        torch.manual_seed(secrets.randbits(63) if ask.seed is None else ask.seed)
+    def write(request: GenerationRequest, on_tokens: OnTokens) -> GenerationCounts:
+        ids = torch.tensor([request.ids], dtype=torch.long, device=device)
+        torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
         generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            stopping_criteria=[NewTokens(len(ask.ids), on_tokens)],
-            **settings(ask),
+            stopping_criteria=[NewTokens(len(request.ids), on_tokens)],
+            **settings(request),
         )
-        return counts(ask)
+        return counts(request)
 
     return write
 

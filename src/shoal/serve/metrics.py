@@ -1,11 +1,11 @@
-"""What Prometheus may ask."""
+"""What Prometheus may request."""
 
 from __future__ import annotations
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from shoal.serve.engine import Engine, Job, Reason
-from shoal.serve.generating import Ran
+from shoal.serve.engine import Engine, QueuedRequest, Reason
+from shoal.serve.generating import GenerationCounts
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (0.5, 1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)
@@ -46,19 +46,19 @@ class Metrics:
         working = Gauge("shoal_requests_at_work", "Requests that are being written.", registry=self.registry)
         working.set_function(lambda: engine.working)
 
-    def ended(self, job: Job, reason: Reason, ran: Ran) -> None:
+    def ended(self, job: QueuedRequest, reason: Reason, counts: GenerationCounts) -> None:
         """Count a job; called from the generating thread."""
         self.generations.labels(reason).inc()
         self.generated.inc(job.tokens)
         if job.begun is not None:
-            self.prompt.inc(len(job.ask.ids))
+            self.prompt.inc(len(job.request.ids))
         if job.first is not None:
             self.first.observe(job.first - job.asked)
             if job.tokens > 1 and job.ended is not None and job.ended > job.first:
                 self.rate.observe((job.tokens - 1) / (job.ended - job.first))
-        self._count("shoal_layers_executed", "Layers executed for the generated tokens.", ran.layers)
-        self._count("shoal_drafted_tokens", "Tokens that a draft proposed.", ran.drafted)
-        self._count("shoal_accepted_tokens", "Tokens of the drafts that were kept.", ran.accepted)
+        self._count("shoal_layers_executed", "Layers executed for the generated tokens.", counts.layers)
+        self._count("shoal_drafted_tokens", "Tokens that a draft proposed.", counts.drafted)
+        self._count("shoal_accepted_tokens", "Tokens of the drafts that were kept.", counts.accepted)
 
     def _count(self, name: str, says: str, value: float | None) -> None:
         if value is None:

@@ -10,7 +10,7 @@ Decode = Callable[[Sequence[int]], str]
 _BROKEN = "\ufffd"
 
 
-class Pieces:
+class IncrementalDetokenizer:
     """Incremental detokenisation: the pieces joined are the text of all ids.
 
     A character may be spread over several tokens, and a tokenizer may write a token differently at the start of a
@@ -44,7 +44,7 @@ class Pieces:
         return new
 
 
-class Stops:
+class StopStrings:
     """Finds the first stop sequence in a text that comes in pieces, wherever the pieces are cut.
 
     Text that may be the start of a stop sequence is held back. The sequence that is complete first ends the text, as if
