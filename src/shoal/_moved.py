@@ -69,6 +69,14 @@ MOVED = {
     "api.quizzes": "api.task_scores",
     "evaluation.tally": "evaluation.mean_scores",
     "evaluation.peak": "evaluation.peak_memory",
+    "report.boxes": "report.svg_shapes",
+    "report.canvas": "report.matplotlib_svg",
+    "report.words": "report.formatting",
+    "report.hero": "report.header",
+    "report.picture": "report.plan_diagram",
+    "models.diagnosis.papers": "models.diagnosis.metadata",
+    "models.diagnosis.deduce": "models.diagnosis.match_layers",
+    "models.diagnosis.mend": "models.diagnosis.repaired_config",
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
 

@@ -13,10 +13,10 @@ import pytest
 from shoal.errors import NotationError, PlanError, UsageError
 from shoal.report import render
 from shoal.report.facts import StackFacts, stacks
-from shoal.report.picture import picture
+from shoal.report.formatting import TIMES, amount, esc, number, pair, percent, ranges
+from shoal.report.plan_diagram import plan_diagram
 from shoal.report.plots import ratios_svg, scores_svg
 from shoal.report.tables import verdict
-from shoal.report.words import TIMES, amount, esc, number, pair, percent, ranges
 
 KEPT = [layer for layer in range(30) if layer not in (12, 13, 14, 17, 25, 26)]
 NOTATION = "0-11,15-16,18-24,27-29"
@@ -243,7 +243,7 @@ def drawn(notation: str, depth: int) -> str:
     """The wide drawing of one stack, executed order and legend included."""
     (stack,) = stacks({"stacks": {"decoder": {"depth": depth, "notation": notation}}})
     return re.sub(
-        r'<svg class="plan narrow.*?</svg>|<p class="label narrow.*?</p>', "", picture(stack), flags=re.DOTALL
+        r'<svg class="plan narrow.*?</svg>|<p class="label narrow.*?</p>', "", plan_diagram(stack), flags=re.DOTALL
     )
 
 
@@ -257,7 +257,7 @@ def test_picture_numbers_every_base_layer_once(depth: int) -> None:
 
 def test_picture_of_every_kind_of_step() -> None:
     (stack,) = stacks(exotic()["plan"])
-    legend = picture(stack).split('<ul class="legend">')[1]
+    legend = plan_diagram(stack).split('<ul class="legend">')[1]
     for kind in ("removed", "attention only", "mlp only", "fitted map", "in parallel", "runs several times"):
         assert kind in legend
     for kind in ("reads another layer's KV", "weights of its own", "behind a gate", "exit"):

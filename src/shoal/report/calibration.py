@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal.report.canvas import KEPT, REMOVED, SIZE, TEXT, figure_of, svg_of
+from shoal.report.formatting import esc, number
+from shoal.report.matplotlib_svg import KEPT, REMOVED, SIZE, TEXT, figure_of, svg_of
 from shoal.report.page import document
 from shoal.report.sections import facts_list, section
 from shoal.report.tables import cell, numeric, table
-from shoal.report.words import esc, number
 
 Data = Mapping[str, Any]
 

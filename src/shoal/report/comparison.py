@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shoal.report.formatting import esc, number
 from shoal.report.frontier import frontier_svg
 from shoal.report.page import document
 from shoal.report.sections import facts_list, section
 from shoal.report.summary import Entry, advice, columns, entries
 from shoal.report.tables import cell, numeric, table
-from shoal.report.words import esc, number
 
 _AXES = (("decode", "measured decode time"), ("prefill", "measured prefill time"), ("layers", "layers that run"))
 _HEIGHT, _PITCH = 16, 9

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shoal.report.formatting import esc, number, percent
 from shoal.report.page import document
 from shoal.report.sections import facts_list, section
 from shoal.report.tables import cell, numeric, table
-from shoal.report.words import esc, number, percent
 
 Data = Mapping[str, Any]
 SHADES = 7

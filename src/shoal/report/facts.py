@@ -9,7 +9,7 @@ from typing import Any, assert_never
 from shoal.errors import PlanError
 from shoal.plan import Exit, Map, Parallel, Run, Step, parse_steps
 from shoal.plan.price import layers_run
-from shoal.report.words import TIMES, esc, ranges
+from shoal.report.formatting import TIMES, esc, ranges
 
 
 @dataclass(frozen=True, slots=True)

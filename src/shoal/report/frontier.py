@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from shoal.report.canvas import BACK, KEPT, LINE, REMOVED, SIZE, TEXT, figure_of, plain_label, svg_of
+from shoal.report.matplotlib_svg import BACK, KEPT, LINE, REMOVED, SIZE, TEXT, figure_of, plain_label, svg_of
 from shoal.report.summary import Entry, frontier
 
 _WORST = 60.0

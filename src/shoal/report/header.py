@@ -1,4 +1,4 @@
-"""The first screen: what was done, how much smaller, how much faster, how much worse, and is it proven."""
+"""The header of the page: what was done, how much smaller, how much faster, how much worse, and is it proven."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoal.report.facts import StackFacts, main_stack, sentences
+from shoal.report.formatting import amount, esc, finite, interval, pair, percent, plural, ratio
 from shoal.report.tables import from_to, verdict
-from shoal.report.words import amount, esc, finite, interval, pair, percent, plural, ratio
 
 Data = Mapping[str, Any]
 
 
-def hero(data: Data, found: list[StackFacts]) -> str:
+def header(data: Data, found: list[StackFacts]) -> str:
     """The page's head: title, one paragraph of what was done, and a tile for each question that the data answers."""
     made = " · ".join(esc(part) for part in ("Shoal report", data.get("created")) if part)
     subtitle = f'<p class="subtitle">{esc(data["subtitle"])}</p>' if data.get("subtitle") else ""

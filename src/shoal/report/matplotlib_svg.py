@@ -11,7 +11,7 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from shoal.report.words import esc
+from shoal.report.formatting import esc
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from typing import Any
 from shoal.errors import UsageError
 from shoal.report import sections
 from shoal.report.facts import stacks
-from shoal.report.hero import hero
+from shoal.report.formatting import esc
+from shoal.report.header import header
 from shoal.report.style import CSS, SCRIPT
-from shoal.report.words import esc
 
 _NEEDED = ("title", "command", "model", "plan")
 
@@ -51,7 +51,7 @@ def render(data: Mapping[str, Any]) -> str:
     parts.append(sections.making(data))
     if data.get("notes"):
         parts.append(sections.notes(data["notes"]))
-    return document(str(data["title"]), hero(data, found), "".join(parts), data.get("version"))
+    return document(str(data["title"]), header(data, found), "".join(parts), data.get("version"))
 
 
 _SECTIONS: dict[str, Callable[[Any], str]] = {

@@ -8,10 +8,10 @@ from itertools import groupby
 from typing import assert_never
 
 from shoal.plan import Exit, Map, Parallel, Run, Step, format_steps
-from shoal.report import boxes
-from shoal.report.boxes import ARC, GAP, HIGH, LINE, PITCH, WIDE
+from shoal.report import svg_shapes
 from shoal.report.facts import StackFacts, repeated
-from shoal.report.words import esc
+from shoal.report.formatting import esc
+from shoal.report.svg_shapes import ARC, GAP, HIGH, LINE, PITCH, WIDE
 
 _PER_ROW = {"wide": 32, "narrow": 10}
 _LEGEND = {
@@ -29,7 +29,7 @@ _LEGEND = {
 }
 
 
-def picture(stack: StackFacts) -> str:
+def plan_diagram(stack: StackFacts) -> str:
     """HTML of one stack's picture: a wide and a narrow drawing (the style sheet shows one of them) and a legend."""
     drawings = "".join(_drawing(stack, size, per_row) for size, per_row in _PER_ROW.items())
     return f'<div class="picture">{drawings}{_legend(stack)}</div>'
@@ -70,7 +70,7 @@ def _base_row(stack: StackFacts, layers: range, y: float) -> tuple[list[str], fl
     exits = _exits(stack, layers)
     near = any(source.layer in layers for run in readers for source in run.layer_sources)
     top = y + (ARC if near else LINE if readers else 5)
-    box = max([HIGH, *map(boxes.group_height, groups)])
+    box = max([HIGH, *map(svg_shapes.group_height, groups)])
 
     def x(layer: int) -> float:
         return (layer - layers.start) * PITCH
@@ -79,13 +79,13 @@ def _base_row(stack: StackFacts, layers: range, y: float) -> tuple[list[str], fl
     pieces += _map_bars(stack, layers, x, top)
     for group in groups:
         first = min(run.layer for run in group.branches)
-        pieces.append(boxes.group_box(x(first), top, len(group.branches) * PITCH - GAP, group))
+        pieces.append(svg_shapes.group_box(x(first), top, len(group.branches) * PITCH - GAP, group))
     pieces += [_reading(run, layers, x, top) for run in readers]
-    pieces += [boxes.count(x(layer) + WIDE / 2, top + box + LINE - 2, n) for layer, n in times.items()]
+    pieces += [svg_shapes.count(x(layer) + WIDE / 2, top + box + LINE - 2, n) for layer, n in times.items()]
     flags = top + box - HIGH + (LINE if times else 0)
     for layer, step in exits:
         anchor = "end" if layer == layers[-1] else "middle"
-        pieces.append(boxes.exit_flag(x(layer) + WIDE + GAP / 2, flags, step, anchor))
+        pieces.append(svg_shapes.exit_flag(x(layer) + WIDE + GAP / 2, flags, step, anchor))
     return pieces, top - y + box + LINE * (bool(times) + bool(exits)) + 2, fits
 
 
@@ -93,12 +93,12 @@ def _layer(stack: StackFacts, layer: int, x: float, y: float) -> list[str]:
     """The boxes of one base layer: removed, whole, or each half that runs; none for a layer that a map stands for."""
     here = [run for run in stack.runs if run.layer == layer]
     if not here:
-        return [] if layer in stack.mapped else [boxes.dropped_box(x, y, layer)]
+        return [] if layer in stack.mapped else [svg_shapes.dropped_box(x, y, layer)]
     whole = [run for run in here if run.part == "layer"]
     if whole:
-        return [boxes.run_box(x, y, whole[0])]
+        return [svg_shapes.run_box(x, y, whole[0])]
     halves = {run.part: run for run in reversed(here)}
-    return [boxes.run_box(x, y, run) for run in halves.values()]
+    return [svg_shapes.run_box(x, y, run) for run in halves.values()]
 
 
 def _groups(stack: StackFacts, layers: range) -> tuple[list[Parallel], bool]:
@@ -122,7 +122,7 @@ def _map_bars(stack: StackFacts, layers: range, x: Callable[[int], float], y: fl
         for _, neighbours in groupby(enumerate(free), key=lambda pair: pair[1] - pair[0]):
             span = [layer for _, layer in neighbours]
             label = str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}"
-            bars.append(boxes.map_box(x(span[0]), y, len(span) * PITCH - GAP, step, label))
+            bars.append(svg_shapes.map_box(x(span[0]), y, len(span) * PITCH - GAP, step, label))
     return bars
 
 
@@ -147,8 +147,8 @@ def _exits(stack: StackFacts, layers: range) -> list[tuple[int, Exit]]:
 def _reading(run: Run, layers: range, x: Callable[[int], float], y: float) -> str:
     near = [source.layer for source in run.layer_sources if source.layer in layers]
     if len(near) == len(run.layer_sources):
-        return "".join(boxes.arc(x(layer) + WIDE / 2, x(run.layer) + WIDE / 2, y - 2) for layer in near)
-    return boxes.text(x(run.layer) + WIDE / 2, y - 3, boxes.reads(run), "note")
+        return "".join(svg_shapes.arc(x(layer) + WIDE / 2, x(run.layer) + WIDE / 2, y - 2) for layer in near)
+    return svg_shapes.text(x(run.layer) + WIDE / 2, y - 3, svg_shapes.reads(run), "note")
 
 
 def _executed(stack: StackFacts, width: float) -> tuple[list[str], float]:
@@ -161,7 +161,7 @@ def _executed(stack: StackFacts, width: float) -> tuple[list[str], float]:
         if x and x + wide > width:
             x, y, high = 0.0, y + high + 9, 0.0
         pieces += _step(step, x, y, times)
-        low = boxes.group_height(step) if isinstance(step, Parallel) else HIGH
+        low = svg_shapes.group_height(step) if isinstance(step, Parallel) else HIGH
         noted = times > 1 or isinstance(step, Exit) or (isinstance(step, Run) and bool(step.layer_sources))
         high = max(high, low + LINE * noted)
         x += wide + GAP
@@ -181,28 +181,28 @@ def _step_width(step: Step) -> float:
 
 
 def _step(step: Step, x: float, y: float, times: int) -> list[str]:
-    below = y + (boxes.group_height(step) if isinstance(step, Parallel) else HIGH) + LINE - 3
-    note = boxes.count(x + _step_width(step) / 2, below, times) if times > 1 else ""
+    below = y + (svg_shapes.group_height(step) if isinstance(step, Parallel) else HIGH) + LINE - 3
+    note = svg_shapes.count(x + _step_width(step) / 2, below, times) if times > 1 else ""
     match step:
         case Run():
-            reads = boxes.reads(step)
+            reads = svg_shapes.reads(step)
             if reads:
                 more = f" \N{MULTIPLICATION SIGN}{times}" if times > 1 else ""
-                note = boxes.text(x + WIDE / 2, below, reads + more, "note")
-            return [boxes.run_box(x, y, step), note]
+                note = svg_shapes.text(x + WIDE / 2, below, reads + more, "note")
+            return [svg_shapes.run_box(x, y, step), note]
         case Map():
             label = str(step.first) if step.first == step.last else f"{step.first}-{step.last}"
-            return [boxes.map_box(x, y, _step_width(step), step, label), note]
+            return [svg_shapes.map_box(x, y, _step_width(step), step, label), note]
         case Parallel():
-            return [boxes.group_box(x, y, _step_width(step), step), note]
+            return [svg_shapes.group_box(x, y, _step_width(step), step), note]
         case Exit():
-            return [boxes.exit_flag(x + WIDE / 2, y, step)]
+            return [svg_shapes.exit_flag(x + WIDE / 2, y, step)]
         case _:
             assert_never(step)
 
 
 def _legend(stack: StackFacts) -> str:
-    present = boxes.kinds(stack.steps)
+    present = svg_shapes.kinds(stack.steps)
     present |= {"drop"} if stack.dropped else set()
     present |= {"repeat"} if repeated(stack) else set()
     items = "".join(f"<li>{_swatch(kind)}{words}</li>" for kind, words in _LEGEND.items() if kind in present)
@@ -211,18 +211,18 @@ def _legend(stack: StackFacts) -> str:
 
 def _swatch(kind: str) -> str:
     shapes = {
-        "layer": boxes.rect(1, 1, 14, 14, "kept"),
-        "drop": boxes.rect(1, 1, 14, 14, "drop") + '<path class="cross" d="M2 2L14 14M14 2L2 14"/>',
-        "attention": boxes.rect(1, 1, 14, 14, "hollow") + boxes.rect(1, 1, 14, 7, "kept"),
-        "mlp": boxes.rect(1, 1, 14, 14, "hollow") + boxes.rect(1, 8, 14, 7, "kept"),
-        "map": boxes.rect(1, 3, 14, 10, "map"),
-        "parallel": boxes.rect(3, 1, 10, 6, "kept")
-        + boxes.rect(3, 9, 10, 6, "kept")
+        "layer": svg_shapes.rect(1, 1, 14, 14, "kept"),
+        "drop": svg_shapes.rect(1, 1, 14, 14, "drop") + '<path class="cross" d="M2 2L14 14M14 2L2 14"/>',
+        "attention": svg_shapes.rect(1, 1, 14, 14, "hollow") + svg_shapes.rect(1, 1, 14, 7, "kept"),
+        "mlp": svg_shapes.rect(1, 1, 14, 14, "hollow") + svg_shapes.rect(1, 8, 14, 7, "kept"),
+        "map": svg_shapes.rect(1, 3, 14, 10, "map"),
+        "parallel": svg_shapes.rect(3, 1, 10, 6, "kept")
+        + svg_shapes.rect(3, 9, 10, 6, "kept")
         + '<path class="bracket" d="M1 1V15M15 1V15"/>',
-        "repeat": boxes.text(8, 13, "\N{MULTIPLICATION SIGN}n", "note"),
+        "repeat": svg_shapes.text(8, 13, "\N{MULTIPLICATION SIGN}n", "note"),
         "reads": '<path class="arc" d="M1 13Q7 -3 13 10"/><path class="tip" d="M14.5 14.5L9.5 10L15 8Z"/>',
-        "weights": boxes.rect(1, 1, 14, 14, "kept") + '<path class="corner" d="M7 1h8v8z"/>',
-        "gate": boxes.rect(3, 3, 10, 10, "kept") + boxes.rect(1, 1, 14, 14, "gate"),
+        "weights": svg_shapes.rect(1, 1, 14, 14, "kept") + '<path class="corner" d="M7 1h8v8z"/>',
+        "gate": svg_shapes.rect(3, 3, 10, 10, "kept") + svg_shapes.rect(1, 1, 14, 14, "gate"),
         "exit": '<path class="exit" d="M5 1V15"/><path class="pennant" d="M5 1l8 3.5l-8 3.5z"/>',
     }
     size = 'viewBox="0 0 16 16" width="16" height="16"'

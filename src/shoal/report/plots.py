@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shoal.report.canvas import BACK, KEPT, LINE, REMOVED, SIZE, TEXT, figure_of, plain_label, svg_of
+from shoal.report.formatting import TIMES, esc, finite
+from shoal.report.matplotlib_svg import BACK, KEPT, LINE, REMOVED, SIZE, TEXT, figure_of, plain_label, svg_of
 from shoal.report.style import LIGHT
-from shoal.report.words import TIMES, esc, finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoal.report.facts import StackFacts, sentences
-from shoal.report.picture import picture
+from shoal.report.formatting import amount, esc, finite, interval, number, pair, percent, ratio
+from shoal.report.plan_diagram import plan_diagram
 from shoal.report.plots import ratios_svg, scores_svg
 from shoal.report.tables import bars, cell, named, numeric, table, verdict
-from shoal.report.words import amount, esc, finite, interval, number, pair, percent, ratio
 
 Data = Mapping[str, Any]
 _LONG = 10
@@ -22,7 +22,7 @@ def plan(part: Data, found: list[StackFacts]) -> str:
     shown = []
     for stack in found:
         head = f"<h3>{esc(stack.name)}</h3><p>{' '.join(sentences(stack))}</p>" if len(found) > 1 else ""
-        shown.append(head + picture(stack))
+        shown.append(head + plan_diagram(stack))
     rows = {"Depth notation": part.get("notation"), "Hash": part.get("hash"), "Method": part.get("method")}
     return section("The plan", "".join(shown) + facts_list({k: f"<code>{esc(v)}</code>" for k, v in rows.items() if v}))
 

@@ -8,7 +8,7 @@ from typing import assert_never
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.notation import format_source
 from shoal.plan.steps import PartName
-from shoal.report.words import TIMES, esc
+from shoal.report.formatting import TIMES, esc
 
 WIDE = 30
 GAP = 4

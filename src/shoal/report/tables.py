@@ -1,4 +1,4 @@
-"""Tables and small bars as HTML text. Cells are HTML-safe already; see `shoal.report.words`."""
+"""Tables and small bars as HTML text. Cells are HTML-safe already; see `shoal.report.formatting`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from shoal.report.words import ARROW, esc, finite, number, percent
+from shoal.report.formatting import ARROW, esc, finite, number, percent
 
 
 def cell(content: str, *, kind: str = "", value: object = None) -> str:
