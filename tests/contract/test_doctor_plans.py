@@ -1,4 +1,4 @@
-"""What the doctor says of a plan, in dry runs too, and of a hub id, of which it fetches the papers alone."""
+"""What the doctor says of a plan, in dry runs too, and of a hub id, of which it fetches the metadata alone."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from shoal.deciding.policy_file import Level, PolicyFile, load_policy
 from shoal.errors import ShoalError
-from shoal.models.diagnosis import diagnose, read_papers
+from shoal.models.diagnosis import diagnose, read_metadata
 from shoal.models.load import inspect_source, load_config
 from shoal.models.shards import INDEX, SINGLE, read_places, stored_tensors
 from shoal.plan import Plan, format_steps, parse_plan, parse_steps, plan_from_json, plan_to_json
@@ -185,19 +185,19 @@ def _notation(data: bytes) -> None:
 def _diagnosed_config(data: bytes) -> None:
     folder = _sound("doctor")
     (folder / "config.json").write_bytes(data)
-    diagnose(read_papers(folder))
+    diagnose(read_metadata(folder))
 
 
 def _diagnosed_index(data: bytes) -> None:
     folder = _sound("doctor-index")
     (folder / INDEX).write_bytes(data)
-    diagnose(read_papers(folder))
+    diagnose(read_metadata(folder))
 
 
 def _diagnosed_header(data: bytes) -> None:
     folder = _sound("doctor-header")
     (folder / SINGLE).write_bytes(data)
-    diagnose(read_papers(folder))
+    diagnose(read_metadata(folder))
 
 
 def _exchanged(name: str) -> Callable[[bytes], object]:

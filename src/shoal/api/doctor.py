@@ -1,4 +1,4 @@
-"""What a checkpoint is and what is wrong with it, from its papers alone; and what a plan would make of it."""
+"""What a checkpoint is and what is wrong with it, from its metadata alone; and what a plan would make of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from shoal.api.outlook import Outlook, outlook_of
 from shoal.errors import ModelError, UsageError
 from shoal.executing.weights import Tensors, load_weights
-from shoal.models.diagnosis import Diagnosis, diagnose, read_papers
+from shoal.models.diagnosis import Diagnosis, diagnose, read_metadata
 from shoal.models.load import structure
 from shoal.models.opened import open_model
 from shoal.plan import Plan, Run, Spec, load_plan, parse_plan, parse_steps, require, shapes_of
@@ -68,7 +68,7 @@ def doctor(source: str | Path, *, plan: str | None = None, kept: str | None = No
     Raises `ModelError` for what cannot be judged at all (M3xx), `PlanError` for a plan that is not legal, U527.
     """
     with quiet():
-        found = diagnose(read_papers(source), None if kept is None else layer_list(kept))
+        found = diagnose(read_metadata(source), None if kept is None else layer_list(kept))
         assert found.config is not None
         model = structure(found.config, source)
         spec = open_model(model).spec

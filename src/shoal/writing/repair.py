@@ -12,7 +12,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
-from shoal.models.diagnosis import Diagnosis, Papers, diagnose, read_papers
+from shoal.models.diagnosis import CheckpointMetadata, Diagnosis, diagnose, read_metadata
 from shoal.models.load import structure
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks
@@ -48,24 +48,24 @@ def repair(
     and what `diagnose` raises; further what `stream` raises.
     """
     with quiet():
-        papers = read_papers(source)
-        if papers.folder is None:
+        metadata = read_metadata(source)
+        if metadata.folder is None:
             raise ModelError(f"{source} is a hub id, not a local folder; download it and give its folder", code="M317")
-        found = diagnose(papers, kept)
+        found = diagnose(metadata, kept)
         if not found.findings:
             raise WriteError(f"nothing is wrong with {source}, so there is nothing to repair; use it", code="W251")
-        refuse_hopeless(papers, found)
+        refuse_hopeless(metadata, found)
         assert found.config is not None
         if len(find_stacks(structure(found.config, source))) > 1:
             raise WriteError(f"{source} has several stacks, which repair cannot write; copy it again", code="W252")
-        manifest = _manifest(papers, found)
+        manifest = _manifest(metadata, found)
     return write_draft(
         manifest, str(source), output, overwrite=overwrite, shard_size=shard_size, records=records, command=command,
         progress=progress,
     )  # fmt: skip
 
 
-def refuse_hopeless(papers: Papers, found: Diagnosis) -> None:
+def refuse_hopeless(metadata: CheckpointMetadata, found: Diagnosis) -> None:
     """Raise W250 for the first finding that cannot be mended."""
     if found.hopeless:
         first = found.hopeless[0]
@@ -75,33 +75,33 @@ def refuse_hopeless(papers: Papers, found: Diagnosis) -> None:
             if per_layer
             else "copy the folder again from where it came"
         )
-        raise WriteError(f"{papers.source} cannot be repaired: {first}; {remedy}", code="W250")
+        raise WriteError(f"{metadata.source} cannot be repaired: {first}; {remedy}", code="W250")
 
 
-def _manifest(papers: Papers, found: Diagnosis) -> Manifest:
-    assert papers.folder is not None
+def _manifest(metadata: CheckpointMetadata, found: Diagnosis) -> Manifest:
+    assert metadata.folder is not None
     assert found.config is not None
-    config, names = _settled(papers, found)
+    config, names = _settled(metadata, found)
     base, kept = (found.base, found.kept) if found.kept is not None else (config, None)
     assert base is not None
     _tie(base, getattr(config, TIE, None))
-    spec = open_model(structure(base, papers.source)).spec
+    spec = open_model(structure(base, metadata.source)).spec
     plan = Plan.identity(spec)
     if kept is not None:
         plan = plan.with_steps(tuple(Run(layer) for layer in kept))
     plans = Blueprint(plan, kept or tuple(range(plan.depth())), (), config, found.changed)
     note = config_note(base, plan, plans) if kept is not None or lineage_of(base) is not None else {}
-    items = [Item(new, papers.places[old]) for new, old in names.items()]
+    items = [Item(new, metadata.places[old]) for new, old in names.items()]
     ordered = tuple(sorted(items, key=lambda item: dot_natural_key(item.name)))
-    return Manifest(papers.folder, plan, replace(plans, plan=plan), spec, ordered, note)
+    return Manifest(metadata.folder, plan, replace(plans, plan=plan), spec, ordered, note)
 
 
-def _settled(papers: Papers, found: Diagnosis) -> tuple[PreTrainedConfig, dict[str, str]]:
+def _settled(metadata: CheckpointMetadata, found: Diagnosis) -> tuple[PreTrainedConfig, dict[str, str]]:
     """The config and the names when the bytes have decided whether tied tensors that are both there are one."""
     assert found.config is not None
     names = dict(found.names)
     for target, origin in found.doubtful:
-        if same_bytes(papers.places[target], papers.places[origin]):
+        if same_bytes(metadata.places[target], metadata.places[origin]):
             names.pop(target, None)
         else:
             _tie(found.config, False)

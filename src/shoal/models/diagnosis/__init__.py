@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from shoal.models.diagnosis.diagnose import diagnose
 from shoal.models.diagnosis.finding import Diagnosis, Finding
-from shoal.models.diagnosis.papers import Papers, read_papers
+from shoal.models.diagnosis.metadata import CheckpointMetadata, read_metadata
 
-__all__ = ["Diagnosis", "Finding", "Papers", "diagnose", "read_papers"]
+__all__ = ["CheckpointMetadata", "Diagnosis", "Finding", "diagnose", "read_metadata"]

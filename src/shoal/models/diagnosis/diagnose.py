@@ -1,4 +1,4 @@
-"""From the papers of a checkpoint to what is wrong with it, and to the sound checkpoint that it can become."""
+"""From the metadata of a checkpoint to what is wrong with it, and to the sound checkpoint that it can become."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from shoal.models.agree import require_agreement
 from shoal.models.diagnosis.configs import Fields, depth_said, empty, made, with_depth
 from shoal.models.diagnosis.finding import Diagnosis, Finding
 from shoal.models.diagnosis.layers import Fit, Layers, layers_of
-from shoal.models.diagnosis.mend import Mended, all_fit, by_tensors, mended, variants
+from shoal.models.diagnosis.metadata import CheckpointMetadata
 from shoal.models.diagnosis.outside import TIE, compare_outside, report_missing, tied_raw
-from shoal.models.diagnosis.papers import Papers
+from shoal.models.diagnosis.repaired_config import RepairedConfig, all_fit, by_tensors, repaired_config, variants
 from shoal.models.load import MAX_DEPTH
 from shoal.models.names import attributed
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks
 
 
-def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
+def diagnose(metadata: CheckpointMetadata, kept: Sequence[int] | None = None) -> Diagnosis:
     """Compare config, index and tensors of a checkpoint with each other.
 
     `kept`: the layers of the base that were kept, in the order in which they lie in the files, for folders that do not
@@ -30,22 +30,22 @@ def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
     another model, M332 a depth that no model has, M333 a quantised checkpoint, M334 `kept` that does not fit,
     M337 layers whose tensors lie in several places.
     """
-    raw, source = papers.config, papers.source
+    raw, source = metadata.config, metadata.source
     if raw.get("quantization_config") is not None:
         raise ModelError(f"{source} is quantised; give the doctor the model before it was", code="M333")
-    first = _first(raw, papers)
+    first = _first(raw, metadata)
     if len(find_stacks(first)) > 1:
-        return _several(papers)
-    layers = layers_of(first, open_model(first).stack(), papers.tensors, source)
+        return _several(metadata)
+    layers = layers_of(first, open_model(first).stack(), metadata.tensors, source)
     count = len(layers.numbers)
     if not 0 < count <= MAX_DEPTH:
         raise ModelError(f"{source} holds {count} layers; a model has 1 to {MAX_DEPTH}", code="M332")
-    findings = list(papers.findings)
+    findings = list(metadata.findings)
     if layers.numbers != tuple(range(count)):
         findings.append(
             Finding("the numbering of the layers", _listed(layers.numbers), f"0-{count - 1}", "layers are renumbered")
         )
-    config = mended(raw, layers, source, tuple(kept) if kept is not None else None)
+    config = repaired_config(raw, layers, source, tuple(kept) if kept is not None else None)
     if not config.unknown and not all_fit(config.raw, layers, source):
         config = by_tensors(config, layers, source) or config
     model = _built(config.raw, source, count)
@@ -53,25 +53,25 @@ def diagnose(papers: Papers, kept: Sequence[int] | None = None) -> Diagnosis:
     wrong = [slot for slot, n in enumerate(layers.numbers) if not fit.fits(layers.by_number[n], slot)]
     findings += config.findings(raw)
     strange = _layer_findings(fit, layers, () if config.unknown else wrong, findings)
-    return _finished(papers, config, layers, strange, findings)
+    return _finished(metadata, config, layers, strange, findings)
 
 
-def _first(raw: Fields, papers: Papers) -> PreTrainedModel:
+def _first(raw: Fields, metadata: CheckpointMetadata) -> PreTrainedModel:
     """A model of the family, of the depth that the config says where it can."""
     said = depth_said(raw)
     depth = said if said is not None and 0 < said <= MAX_DEPTH else 1
-    return _built(with_depth(raw, depth), papers.source, depth)
+    return _built(with_depth(raw, depth), metadata.source, depth)
 
 
-def _several(papers: Papers) -> Diagnosis:
+def _several(metadata: CheckpointMetadata) -> Diagnosis:
     """A model of several stacks is compared with its files as a whole; nothing of it is mended."""
-    config = made(papers.config, papers.source)
-    findings = list(papers.findings)
+    config = made(metadata.config, metadata.source)
+    findings = list(metadata.findings)
     try:
-        require_agreement(papers.source, empty(config, papers.source), papers.tensors)
+        require_agreement(metadata.source, empty(config, metadata.source), metadata.tensors)
     except ModelError as error:
         findings.append(Finding("the tensors", str(error).partition(": ")[2], "those of the model of the config", None))
-    return Diagnosis(tuple(findings), config, names={name: name for name in papers.tensors})
+    return Diagnosis(tuple(findings), config, names={name: name for name in metadata.tensors})
 
 
 def _built(raw: Fields, source: str, count: int) -> PreTrainedModel:
@@ -105,8 +105,10 @@ def _layer_findings(fit: Fit, layers: Layers, wrong: Sequence[int], findings: li
     return strange
 
 
-def _finished(papers: Papers, config: Mended, layers: Layers, strange: set[str], findings: list[Finding]) -> Diagnosis:
-    raw, source = config.raw, papers.source
+def _finished(
+    metadata: CheckpointMetadata, config: RepairedConfig, layers: Layers, strange: set[str], findings: list[Finding]
+) -> Diagnosis:
+    raw, source = config.raw, metadata.source
     whole = made(raw, source)
     model = empty(whole, source)
     stack = open_model(model).stack()
@@ -128,10 +130,10 @@ def _finished(papers: Papers, config: Mended, layers: Layers, strange: set[str],
         for tail in layers.by_number[number]:
             if f"{layers.prefix}{number}{tail}" not in strange:
                 names[f"{layers.prefix}{slot}{tail}"] = f"{layers.prefix}{number}{tail}"
-    found = Diagnosis(tuple(findings), whole, config.changed(papers.config), names, pairs, config.base, config.kept)
-    if found.hopeless or any(papers.tensors[name] is None for name in names.values()):
+    found = Diagnosis(tuple(findings), whole, config.changed(metadata.config), names, pairs, config.base, config.kept)
+    if found.hopeless or any(metadata.tensors[name] is None for name in names.values()):
         return found
-    shapes = {new: shape for new, old in names.items() if (shape := papers.tensors[old]) is not None}
+    shapes = {new: shape for new, old in names.items() if (shape := metadata.tensors[old]) is not None}
     try:
         attributed(model, stack, shapes)
     except ShoalError as error:

@@ -1,4 +1,4 @@
-"""The papers of a hub id: config.json and the index, or the header of a single file; nothing else is fetched."""
+"""The metadata of a hub id: config.json and the index, or the header of a single file; nothing else is fetched."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from shoal.errors import ModelError
 from shoal.models.agree import untold
-from shoal.models.diagnosis.papers import Shape
+from shoal.models.diagnosis.metadata import MaybeShape
 from shoal.models.names import renamed, state_shapes
 from shoal.models.stacks import Stack
 
-Tails = frozenset[tuple[str, Shape]]
+Tails = frozenset[tuple[str, MaybeShape]]
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Layers:
 
     prefix: str
     """What stands before a layer's number in the files."""
-    by_number: dict[int, dict[str, Shape]]
+    by_number: dict[int, dict[str, MaybeShape]]
     """{the number in the files: {what stands behind it, from the dot on: shape}}."""
-    outside: dict[str, Shape]
+    outside: dict[str, MaybeShape]
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -34,7 +34,7 @@ class Layers:
         return tuple(sorted(self.by_number))
 
 
-def layers_of(model: PreTrainedModel, stack: Stack, tensors: dict[str, Shape], source: str) -> Layers:
+def layers_of(model: PreTrainedModel, stack: Stack, tensors: dict[str, MaybeShape], source: str) -> Layers:
     """Sort tensors by layer. `model`: any depth of the right family.
 
     Raises `ModelError` M331 when no tensor belongs to a layer, M337 when those of one layer lie in several places.
@@ -67,8 +67,8 @@ def layers_of(model: PreTrainedModel, stack: Stack, tensors: dict[str, Shape], s
             f"of {prefix}{inside[stray]}; the doctor cannot judge such files, load the model instead",
             code="M337",
         )
-    by_number: dict[int, dict[str, Shape]] = defaultdict(dict)
-    outside: dict[str, Shape] = {}
+    by_number: dict[int, dict[str, MaybeShape]] = defaultdict(dict)
+    outside: dict[str, MaybeShape] = {}
     for name, shape in tensors.items():
         number, dot, _ = name[len(prefix) :].partition(".") if name.startswith(prefix) else ("", "", "")
         if dot and number.isascii() and number.isdecimal() and len(number) < 7:
@@ -78,7 +78,7 @@ def layers_of(model: PreTrainedModel, stack: Stack, tensors: dict[str, Shape], s
     return Layers(prefix, dict(by_number), outside)
 
 
-def _by_ending(path: str, tensors: dict[str, Shape]) -> dict[str, int]:
+def _by_ending(path: str, tensors: dict[str, MaybeShape]) -> dict[str, int]:
     """Prefixes that end as the path of the layers does, for files of which no layer's tensor fits the model."""
     counts: dict[str, int] = defaultdict(int)
     for name in tensors:
@@ -111,7 +111,7 @@ class Fit:
             self._first.setdefault(self._kinds.get(i), i)
         self._cached = cache(self._fits)
 
-    def fits(self, tails: dict[str, Shape], index: int) -> bool:
+    def fits(self, tails: dict[str, MaybeShape], index: int) -> bool:
         """Can these tensors be layer `index`: all of them have a place there, and each of its tensors is whole?"""
         kind = self._kinds.get(index)
         return kind is not None and self._cached(frozenset(tails.items()), self._first[kind])
@@ -120,7 +120,7 @@ class Fit:
         missing, strange, shapes = self._compared(tails, index)
         return not (missing or strange or shapes)
 
-    def differences(self, tails: dict[str, Shape], index: int) -> tuple[list[str], list[str], list[str]]:
+    def differences(self, tails: dict[str, MaybeShape], index: int) -> tuple[list[str], list[str], list[str]]:
         """(tensors that are missing, tensors without a place, tensors of another shape), by what stands behind the
         layer's number: missing ones as the model calls them."""
         return self._compared(frozenset(tails.items()), index)

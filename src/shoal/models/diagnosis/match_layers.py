@@ -1,4 +1,4 @@
-"""Which layers of a deeper base the layers at hand can be, as far as their tensors tell."""
+"""Matches the layers at hand with layers of a deeper base, as far as their tensors tell."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoal.models.diagnosis.layers import Fit, Layers
 from shoal.models.opened import open_model
 
 
-def deduced(
+def matched_layers(
     base: Fields, layers: Layers, source: str, *, ordered: bool, subject: Sequence[str] | None = None
 ) -> tuple[int, ...] | None:
     """For each layer at hand, in the order of their numbers, a layer of `base` (the fields of a config) that its

@@ -1,4 +1,4 @@
-"""The papers of a checkpoint: config, index and headers, of a folder or of a hub id, as they are, wrong or not."""
+"""The metadata of a checkpoint: config, index and headers, of a folder or of a hub id, as they are, wrong or not."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from shoal.models.diagnosis.hub import fetched
 from shoal.models.load import BUILTIN, local_folder
 from shoal.models.shards import INDEX, SINGLE, Stored, read_places, require_inside, weight_map
 
-Shape = tuple[int, ...] | None
+MaybeShape = tuple[int, ...] | None
 """None where only the name of a tensor is known."""
 
 
 @dataclass(frozen=True)
-class Papers:
+class CheckpointMetadata:
     """What a checkpoint says of itself."""
 
     source: str
     config: dict[str, Any]
-    tensors: dict[str, Shape]
+    tensors: dict[str, MaybeShape]
     """Of the files that could be read, and of the index."""
     folder: Path | None = None
     """None for a hub id."""
@@ -32,8 +32,8 @@ class Papers:
     """What is wrong with the files themselves."""
 
 
-def read_papers(source: str | Path) -> Papers:
-    """The papers of a local folder, or of a hub id, of which config.json and the index are fetched (or, without an
+def read_metadata(source: str | Path) -> CheckpointMetadata:
+    """The metadata of a local folder, or of a hub id, of which config.json and the index are fetched (or, without an
     index, the header of its one file).
 
     Raises `ModelError`: M302 no config or one that is no JSON object, M307 no such model, M308 weights only as pickle,
@@ -48,11 +48,11 @@ def read_papers(source: str | Path) -> Papers:
     if place.exists():
         raise ModelError(f"{source} is a file; give a folder or a hub id to the doctor", code="M306")
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return Papers(text, *fetched(text))
+        return CheckpointMetadata(text, *fetched(text))
     raise ModelError(f"there is no model {text!r}; give a folder or a hub id (owner/name)", code="M307")
 
 
-def _of_folder(source: str, folder: Path) -> Papers:
+def _of_folder(source: str, folder: Path) -> CheckpointMetadata:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
     config = read_json(folder / "config.json")
@@ -62,10 +62,10 @@ def _of_folder(source: str, folder: Path) -> Papers:
     findings: list[Finding] = []
     places = _places(folder, claimed, findings)
     _compare_index(claimed or {}, places, findings)
-    tensors: dict[str, Shape] = dict.fromkeys(claimed or {}, None) | {name: s.shape for name, s in places.items()}
+    tensors: dict[str, MaybeShape] = dict.fromkeys(claimed or {}, None) | {name: s.shape for name, s in places.items()}
     lost = {name for name, file in (claimed or {}).items() if name not in places and (folder / file).is_file()}
     kept = {name: shape for name, shape in tensors.items() if name not in lost}
-    return Papers(source, config, kept, folder, places, tuple(findings))
+    return CheckpointMetadata(source, config, kept, folder, places, tuple(findings))
 
 
 def index_of(folder: Path) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""The config that the layers at hand ask for."""
+"""Repairs a config: what the layers at hand ask for."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from shoal.models.diagnosis.configs import (
     text_of,
     with_depth,
 )
-from shoal.models.diagnosis.deduce import deduced
 from shoal.models.diagnosis.finding import Finding
 from shoal.models.diagnosis.layers import Fit, Layers
+from shoal.models.diagnosis.match_layers import matched_layers
 from shoal.models.opened import open_model
 
 _GROUPS = [*(rule.fields for rule in RULES), *((name,) for name in (*PER_LAYER, *INDEX_LISTS))]
@@ -39,7 +39,7 @@ NOTE = "shoal"
 
 
 @dataclass(frozen=True)
-class Mended:
+class RepairedConfig:
     """A config for the layers at hand."""
 
     raw: Fields
@@ -69,13 +69,13 @@ class Mended:
         return found
 
 
-def mended(raw: Fields, layers: Layers, source: str, kept: tuple[int, ...] | None) -> Mended:
+def repaired_config(raw: Fields, layers: Layers, source: str, kept: tuple[int, ...] | None) -> RepairedConfig:
     """The config for the layers that are there, as far as it can be known. Raises M334 for a `kept` that cannot be."""
     count, said = len(layers.numbers), depth_said(raw)
     stale = {name: length for name, length in lengths_of(raw).items() if length != count}
     gaps = layers.numbers != tuple(range(count))
     if kept is None and not stale and not gaps:
-        return Mended(raw if said == count else _at(raw, count))
+        return RepairedConfig(raw if said == count else _at(raw, count))
     depth = _base_depth(stale, layers, said, kept)
     if kept is not None:
         _require_fitting(kept, count, depth, source)
@@ -85,14 +85,14 @@ def mended(raw: Fields, layers: Layers, source: str, kept: tuple[int, ...] | Non
     known = _noted(raw, count, depth)
     if known is not None:
         return _kept(raw, count, depth, source, known, "the layers that the key shoal names")
-    guess = deduced(with_depth(raw, depth), layers, source, ordered=True) if depth > count else None
+    guess = matched_layers(with_depth(raw, depth), layers, source, ordered=True) if depth > count else None
     if guess is not None:
         found = _kept(raw, count, depth, source, guess, "the layers' tensors, which leave one choice")
-        return Mended(found.raw, found.unknown, found.why)
-    return Mended(_at(raw, count), tuple(stale))
+        return RepairedConfig(found.raw, found.unknown, found.why)
+    return RepairedConfig(_at(raw, count), tuple(stale))
 
 
-def by_tensors(config: Mended, layers: Layers, source: str) -> Mended | None:
+def by_tensors(config: RepairedConfig, layers: Layers, source: str) -> RepairedConfig | None:
     """`config` with one of its per-layer facts set to what the layers' tensors show; None when they do not show it.
 
     As little as possible is changed, one list or the numbers of one rule, since a layer that fits another place by its
@@ -103,7 +103,7 @@ def by_tensors(config: Mended, layers: Layers, source: str) -> Mended | None:
     indices = [i for v in text_of(raw).values() if isinstance(v, list) for i in v if type(i) is int and 0 <= i < 4096]
     for depth, subject in ((count, None), (max(2 * count, max(indices, default=0) + 2), rules)):
         try:
-            guess = deduced(with_depth(raw, depth), layers, source, ordered=False, subject=subject)
+            guess = matched_layers(with_depth(raw, depth), layers, source, ordered=False, subject=subject)
             if guess is None:
                 continue
             found = _kept(raw, count, depth, source, guess, "the layers' tensors")
@@ -114,10 +114,10 @@ def by_tensors(config: Mended, layers: Layers, source: str) -> Mended | None:
             new = copy.deepcopy(raw)
             text_of(new).update({name: changed[name][1] for name in group if name in changed})
             if all_fit(new, layers, source):
-                return Mended(new, (), found.why, config.base, config.kept)
+                return RepairedConfig(new, (), found.why, config.base, config.kept)
     for new in variants(raw, count):
         if all_fit(new, layers, source):
-            return Mended(new, (), "the layers' tensors", config.base, config.kept)
+            return RepairedConfig(new, (), "the layers' tensors", config.base, config.kept)
     return None
 
 
@@ -144,7 +144,7 @@ def variants(raw: Fields, count: int) -> Iterator[Fields]:
                 yield new
 
 
-def _kept(raw: Fields, count: int, depth: int, source: str, kept: tuple[int, ...], why: str) -> Mended:
+def _kept(raw: Fields, count: int, depth: int, source: str, kept: tuple[int, ...], why: str) -> RepairedConfig:
     """`raw`, whose stale fields are those of `depth` layers, for its layers `kept`. Lists that have one entry for each
     of the `count` layers already are right and stay."""
     right = {name: value for name, value in lists_of(raw).items() if len(value) == count != depth}
@@ -156,7 +156,7 @@ def _kept(raw: Fields, count: int, depth: int, source: str, kept: tuple[int, ...
     text_of(new).update({name: value for name, (_, value) in changed.items() if name not in counted} | right)
     for name, value in lists_of(with_depth(raw, depth)).items():  # as it was where it needs no change
         text_of(new).setdefault(name, value)
-    return Mended(json.loads(json.dumps(new)), (), why, base, kept)
+    return RepairedConfig(json.loads(json.dumps(new)), (), why, base, kept)
 
 
 def _at(raw: Fields, count: int) -> Fields:
