@@ -155,7 +155,7 @@ def test_a_broken_folder_is_named_and_repaired(name: str, folders: Any, tmp_path
     change(broken)
     seen = doctor(broken, kept=kept)
     assert field in [finding.what.partition(" (and")[0] for finding in seen.diagnosis.findings], seen.diagnosis.findings
-    assert not seen.diagnosis.hopeless
+    assert not seen.diagnosis.unrepairable
     if seen.diagnosis.broken:
         with pytest.raises(ModelError, match="M335"):
             seen.require_sound()
@@ -275,7 +275,7 @@ def test_what_cannot_be_known_is_refused(name: str, folders: Any, tmp_path: Path
     shutil.copytree(sound, tmp_path / "broken")
     change(tmp_path / "broken")
     seen = doctor(tmp_path / "broken")
-    assert any(field in finding.what for finding in seen.diagnosis.hopeless), seen.diagnosis.findings
+    assert any(field in finding.what for finding in seen.diagnosis.unrepairable), seen.diagnosis.findings
     with pytest.raises(WriteError, match="W250") as caught:
         repair(tmp_path / "broken", tmp_path / "out")
     assert ("--kept" in str(caught.value)) == ("nobody" in name)

@@ -37,7 +37,7 @@ class Examined:
         return {
             "source": self.source,
             "sound": not self.diagnosis.broken,
-            "mendable": bool(self.diagnosis.findings) and not self.diagnosis.hopeless,
+            "mendable": bool(self.diagnosis.findings) and not self.diagnosis.unrepairable,
             "family": self.spec.family,
             "layers": stacks,
             "dtype": self.dtype,
@@ -50,14 +50,14 @@ class Examined:
 
     def require_sound(self) -> None:
         """Raise M335 when the checkpoint does not load rightly."""
-        broken, hopeless = self.diagnosis.broken, self.diagnosis.hopeless
+        broken, unrepairable = self.diagnosis.broken, self.diagnosis.unrepairable
         if broken:
             count = f"{len(broken)} things are wrong, the first" if len(broken) > 1 else "one thing is wrong"
-            unknown = any(finding.what in self.diagnosis.changed for finding in hopeless)
-            remedy = "--repair OUT writes a sound copy" if not hopeless else "copy it again"
+            unknown = any(finding.what in self.diagnosis.changed for finding in unrepairable)
+            remedy = "--repair OUT writes a sound copy" if not unrepairable else "copy it again"
             if unknown:
                 remedy = 'say which layers of its base it holds with --kept "0-5,8-11"'
-            first = (hopeless or broken)[0]
+            first = (unrepairable or broken)[0]
             raise ModelError(f"{self.source} is broken, {count}: {first}; {remedy}", code="M335")
 
 

@@ -46,6 +46,7 @@ def race(
     the `keep`-th best so far by a paired, one-sided t bound at `level`: the samples are differences over blocks of 8
     neighbouring tokens (sequences would be too few), the variance has the finite-population factor 1 - seen / all,
     because what counts is the rank on this data, not on all text. A plan with a loss that is not finite goes at once.
+
     Source: racing algorithms, Maron and Moore 1994; F-race, Birattari et al. 2002, tests blocks in the same way.
     `report` is called with the number of plans that are decided, `dropped` with each plan that goes and the batches it
     saw.

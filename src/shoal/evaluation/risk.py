@@ -25,8 +25,9 @@ def hoeffding_bentkus(losses: Losses, limit: float) -> float:
     """P-value for "the expected loss is above `limit`"; small when the sample speaks against it.
 
     min(exp(-n h(min(R, a), a)), e P(Bin(n, a) <= ceil(n R))), R the mean of n losses, a the limit, h the relative
-    entropy of two coins. Source: Bates et al. 2021 (arXiv 2101.02703), as Schuster et al. 2022 (CALM, arXiv 2207.07061)
-    use it. Knows nothing of the variance, so it is cautious where sequences are alike.
+    entropy of two coins. The bound knows nothing of the variance, so it is cautious where sequences are alike.
+
+    Source: Bates et al. 2021 (arXiv 2101.02703), as Schuster et al. 2022 (CALM, arXiv 2207.07061) use it.
     """
     from scipy.stats import binom
 
@@ -43,8 +44,10 @@ def betting(losses: Losses, limit: float) -> float:
     """P-value as `hoeffding_bentkus`, from a wager that grows when losses stay below `limit`.
 
     K_t = prod_{i<=t} (1 - b_i (L_i - a)), b_i from the losses before i, p = 1 / max_t K_t (Ville). Tighter where
-    sequences are alike. Source: Waudby-Smith & Ramdas 2020 (arXiv 2010.09686), the bound of Angelopoulos et al. 2021
-    (Learn then Test, arXiv 2110.01052), appendix. Losses must be in the order in which they were drawn.
+    sequences are alike. Losses must be in the order in which they were drawn.
+
+    Source: Waudby-Smith & Ramdas 2020 (arXiv 2010.09686), the bound of Angelopoulos et al. 2021 (Learn then Test, arXiv
+    2110.01052), appendix.
     """
     n = len(losses)
     seen = np.arange(1, n + 1)
@@ -78,7 +81,9 @@ def fixed_sequence(
     p-value is above `delta`. With probability 1 - `delta` the expected loss of every certified setting is at most
     `limit`, however the losses depend on the setting. The order must have been fixed without these sequences.
 
-    `losses(i)` is called once for each setting that is reached. Source: Angelopoulos et al. 2021 (arXiv 2110.01052).
+    `losses(i)` is called once for each setting that is reached.
+
+    Source: Angelopoulos et al. 2021 (arXiv 2110.01052).
     """
     values: list[float] = []
     means: list[float] = []
@@ -95,7 +100,9 @@ def conformal(losses: Callable[[int], Losses], settings: int, *, limit: float) -
     """Conformal risk control: the boldest setting with (n R + 1) / (n + 1) <= `limit`, R the mean over the n sequences
     of the largest loss that each had at this setting or a safer one (which makes the losses monotone, as the theorem
     asks). The expected loss of the *next* sequence is then at most `limit`, on average over samples: no confidence
-    stands beside it. Source: Angelopoulos et al. 2022 (arXiv 2208.02814).
+    stands beside it.
+
+    Source: Angelopoulos et al. 2022 (arXiv 2208.02814).
     """
     worst: Losses | None = None
     bounds: list[float] = []

@@ -43,8 +43,9 @@ def bootstrap(samples: Any, statistic: Callable[[Any], Any], *, draws: int = 100
     """The standard error of `statistic` by drawing sequences with replacement, `draws` times; None for one sequence.
 
     `samples`: numpy [sequences, figures], what each sequence adds to the sums that the statistic is made from.
-    `statistic`: sums [..., figures] -> [...]. Source: Efron and Tibshirani 1993, chapter 6. The same seed draws the
-    same.
+    `statistic`: sums [..., figures] -> [...]. The same seed draws the same.
+
+    Source: Efron and Tibshirani 1993, chapter 6.
     """
     import numpy as np
 

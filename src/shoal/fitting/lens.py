@@ -46,6 +46,7 @@ def fit_lenses(
     behind the last step of the plan, both before the final norm; r of `RIDGES` is the best on every fourth sequence.
     Relative, because a norm follows. The first token of a sequence and attention sinks (`SINK`) do not count.
     `weights`: what else the plan names.
+
     Source: Yom Din et al. 2023 (arXiv 2303.09435, linear shortcuts), the closed form of the tuned lens (Belrose et al.
     2023, arXiv 2303.08112), which is trained on the KL instead. How we differ: the ridge draws towards the identity,
     which is no lens at all. Cost: one pass without the head, and for each exit four matrices [hidden, hidden] in

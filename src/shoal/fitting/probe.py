@@ -41,6 +41,7 @@ def fit_probes(
     w, b maximise the likelihood of sigmoid(w . x / rms(x) + b) for the label "the exit's likeliest token, through its
     lens or head in `weights`, is the whole plan's", with a ridge on w over standardised inputs; the last quarter of the
     tokens chooses the ridge. x [hidden] is the state at the exit; the first token of a sequence does not count.
+
     Source: learning to exit, Xin et al. 2021 (BERxiT, EACL): a linear map of the state. How we differ: fitted on a
     frozen model, and calibrated afterwards like any other signal. Cost: one pass, the head once for each exit, and at
     most `MOST` states for each.

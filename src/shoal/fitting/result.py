@@ -1,4 +1,4 @@
-"""What every transform is given and what it answers."""
+"""The job that every transform is given, and the result that it returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan as a picture: the base model's layers as numbered boxes, and the executed order where that differs."""
+"""The plan diagram: the base model's layers as numbered boxes, and the executed order where that differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pieces of the plan's picture as SVG text; colours come from the page's style sheet, by class."""
+"""The shapes of the plan diagram as SVG text; colours come from the page's style sheet, by class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may hold. Whatever this server would have to ignore is refused by its name."""
+"""The fields that a request may hold. Whatever this server would have to ignore is refused by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From token ids to text, piece by piece: no broken characters, and nothing of a stop sequence."""
+"""Incremental detokenization and stop strings: no broken characters, and nothing of a stop sequence."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def repair(
         found = diagnose(metadata, kept)
         if not found.findings:
             raise WriteError(f"nothing is wrong with {source}, so there is nothing to repair; use it", code="W251")
-        refuse_hopeless(metadata, found)
+        refuse_unrepairable(metadata, found)
         assert found.config is not None
         if len(find_stacks(structure(found.config, source))) > 1:
             raise WriteError(f"{source} has several stacks, which repair cannot write; copy it again", code="W252")
@@ -65,10 +65,10 @@ def repair(
     )  # fmt: skip
 
 
-def refuse_hopeless(metadata: CheckpointMetadata, found: Diagnosis) -> None:
+def refuse_unrepairable(metadata: CheckpointMetadata, found: Diagnosis) -> None:
     """Raise W250 for the first finding that cannot be mended."""
-    if found.hopeless:
-        first = found.hopeless[0]
+    if found.unrepairable:
+        first = found.unrepairable[0]
         per_layer = first.what in found.changed
         remedy = (
             'say which layers of its base it holds, as in --kept "0-5,8-11"'

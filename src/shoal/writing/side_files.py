@@ -1,4 +1,4 @@
-"""Files of a source folder that belong to the model beside its tensors: licenses, templates, vocabularies."""
+"""Copies files of a source folder that belong to the model beside its tensors: licenses, templates, vocabularies."""
 
 from __future__ import annotations
 

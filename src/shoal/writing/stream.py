@@ -114,17 +114,17 @@ def write_draft(
     if forward:
         _require_memory(manifest)
     lines = record_lines(manifest.folder, records)
-    with disk_errors(final), staged(final) as place:
-        _configs(place, manifest)
+    with disk_errors(final), staged(final) as staging:
+        _configs(staging, manifest)
         copies = CopyCheck()
         with _syncing() as settle:
             ticks = _ticks(progress, manifest.bytes, "copy and compare tensors")
-            files = write_shards(place, manifest.items, limit, ticks, copied=copies.add, settle=settle)
-            proof = _proved(place, manifest, copies, forward)
-        write_text(place / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
+            files = write_shards(staging, manifest.items, limit, ticks, copied=copies.add, settle=settle)
+            proof = _proved(staging, manifest, copies, forward)
+        write_text(staging / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
-            write_text(place / "shoal" / "config.yaml", config)
-        write_text(place / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
+            write_text(staging / "shoal" / "config.yaml", config)
+        write_text(staging / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
         text = model_card(
             manifest.plan,
             origin(source, manifest.folder),
@@ -137,8 +137,8 @@ def write_draft(
             command=command,
             proof=proof,
         )
-        write_text(place / "README.md", text)
-        publish(place, final, overwrite=overwrite)
+        write_text(staging / "README.md", text)
+        publish(staging, final, overwrite=overwrite)
     return Streamed(final, proof, manifest.plans.changed, manifest.params, manifest.bytes, len(files))
 
 
@@ -170,33 +170,33 @@ def _syncing() -> Iterator[Callable[[Path], None]]:
         future.result()
 
 
-def _configs(place: Path, manifest: Manifest) -> None:
+def _configs(staging: Path, manifest: Manifest) -> None:
     """Config, generation config, tokenizer, side files and plan."""
-    (place / "shoal").mkdir()
+    (staging / "shoal").mkdir()
     made = manifest.plans.config
     if manifest.note:
         made.shoal = manifest.note
     with quiet(), savable():
-        made.save_pretrained(place)
+        made.save_pretrained(staging)
         with suppress(OSError):  # a model without one gets none, as when it is loaded
-            GenerationConfig.from_pretrained(manifest.folder).save_pretrained(place)
+            GenerationConfig.from_pretrained(manifest.folder).save_pretrained(staging)
         tokenizer = load_tokenizer(manifest.folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(place)
-    copy_side_files(manifest.folder, place)
-    copy_modules(manifest.folder, place)
-    write_text(place / "shoal" / "plan.json", plan_to_json(manifest.plan))
+            tokenizer.save_pretrained(staging)
+    copy_side_files(manifest.folder, staging)
+    copy_modules(manifest.folder, staging)
+    write_text(staging / "shoal" / "plan.json", plan_to_json(manifest.plan))
 
 
-def _proved(place: Path, manifest: Manifest, copies: CopyCheck, forward: bool) -> Proof:
+def _proved(staging: Path, manifest: Manifest, copies: CopyCheck, forward: bool) -> Proof:
     with quiet():
-        checks = copy_checks(place, manifest.items, manifest.plans, manifest.params, copies)
+        checks = copy_checks(staging, manifest.items, manifest.plans, manifest.params, copies)
     facts = environment()
     proof = Proof(all(check.passed for check in checks), checks, facts, against="the tensors of its base, byte by byte")
     if proof.passed and forward:
         with quiet():
             base = load(str(manifest.folder), device="cpu")
-            live = prove(place, base.model, manifest.plan, tokenizer=base.tokenizer, plans=manifest.plans)
+            live = prove(staging, base.model, manifest.plan, tokenizer=base.tokenizer, plans=manifest.plans)
         proof = Proof(live.passed, (*checks, *live.checks), live.environment | facts, live.against)
     if not proof.passed:
         raise WriteError(

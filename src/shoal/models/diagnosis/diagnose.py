@@ -131,7 +131,7 @@ def _finished(
             if f"{layers.prefix}{number}{tail}" not in strange:
                 names[f"{layers.prefix}{slot}{tail}"] = f"{layers.prefix}{number}{tail}"
     found = Diagnosis(tuple(findings), whole, config.changed(metadata.config), names, pairs, config.base, config.kept)
-    if found.hopeless or any(metadata.tensors[name] is None for name in names.values()):
+    if found.unrepairable or any(metadata.tensors[name] is None for name in names.values()):
         return found
     shapes = {new: shape for new, old in names.items() if (shape := metadata.tensors[old]) is not None}
     try:

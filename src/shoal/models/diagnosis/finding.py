@@ -1,4 +1,4 @@
-"""What a diagnosis says: findings, and the mended checkpoint as data."""
+"""What a diagnosis says: findings, and the repaired checkpoint as data."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Diagnosis:
 
     findings: tuple[Finding, ...]
     config: PreTrainedConfig | None = None
-    """Mended, of the whole model; None when the config cannot be understood."""
+    """Repaired, of the whole model; None when the config cannot be understood."""
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Mended config fields, (old, new)."""
+    """Repaired config fields, (old, new)."""
     names: dict[str, str] = field(default_factory=dict)
-    """{tensor of the mended checkpoint: its name in the files}."""
+    """{tensor of the repaired checkpoint: its name in the files}."""
     doubtful: tuple[tuple[str, str], ...] = ()
     """(tensor, tensor it is tied to) pairs that the files hold both: equal, or not tied."""
     base: PreTrainedConfig | None = None
@@ -54,6 +54,6 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.breaks)
 
     @property
-    def hopeless(self) -> tuple[Finding, ...]:
+    def unrepairable(self) -> tuple[Finding, ...]:
         """The findings that a repair cannot mend."""
         return tuple(finding for finding in self.findings if finding.breaks and finding.mend is None)
