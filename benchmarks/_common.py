@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shoal.executing.timing import now
+from shoal.executing.timing import synchronized_time
 from shoal.models.compat import hide_own_bars
 from shoal.models.load import Loaded, load
 from shoal.record import environment
@@ -58,9 +58,9 @@ def say(text: str) -> None:
 
 def timed(work: Callable[[], object], device: torch.device) -> Timed:
     """Seconds that `work` takes, work handed to `device` included."""
-    wall, cpu = now(device), time.process_time()
+    wall, cpu = synchronized_time(device), time.process_time()
     work()
-    return now(device) - wall, time.process_time() - cpu
+    return synchronized_time(device) - wall, time.process_time() - cpu
 
 
 def paired(

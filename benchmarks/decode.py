@@ -24,7 +24,7 @@ from shoal.decoding.arguments import GREEDY
 from shoal.decoding.fast import FastDecoder
 from shoal.evaluation.decoding import Stepper, random_tokens
 from shoal.evaluation.token_clock import TokenClock
-from shoal.executing.timing import now
+from shoal.executing.timing import synchronized_time
 from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.inspect import inspect
@@ -104,7 +104,7 @@ def _bare(model: Any, live: Callable[[], AbstractContextManager[Any]], ids: torc
 
 
 def _now(device: torch.device) -> Timed:
-    return now(device), time.process_time()
+    return synchronized_time(device), time.process_time()
 
 
 def _greedy(ids: torch.Tensor, new: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers.cache_utils import Cache
 
-from shoal.executing.slots import KeysValues, PassingCache, fit_rows, slot_view
+from shoal.executing.slots import KeysValues, PassingCache, prepare_rows, slot_view
 from shoal.models.depth import permuted_config
 from shoal.models.examine import LayerFacts
 from shoal.models.inspect import inspect
@@ -82,7 +82,7 @@ class Step:
         if self.position == 0:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Cache):
-                    fit_rows(value, self.shared.rows)
+                    prepare_rows(value, self.shared.rows)
         match self.step:
             case Run():
                 return self._run(self.step, self.slot, args, kwargs)

@@ -58,6 +58,8 @@ MOVED = {
     "speculating.part": "speculating.layer_subset",
     "recording.walk": "recording.layer_inputs",
     "recording.states": "recording.state_store",
+    "models.agree": "models.matching_tensors",
+    "models.stages": "models.backbone_outputs",
     "deciding.readout": "deciding.exit_readout",
     "writing.twins": "writing.copy_check",
     "writing.sides": "writing.side_files",
@@ -80,14 +82,17 @@ MOVED = {
 }
 """Old name to new name, both without `shoal.`; what lies below a package moves with it."""
 
-CLASSES = {
+RENAMED = {
     "Scene": "DraftContext",
     "Bench": "LayerTrial",
     "Walk": "LayerInputs",
     "Stream": "ResidualStream",
     "States": "StateStore",
+    "Filling": "CacheContents",
+    "fit_rows": "prepare_rows",
+    "now": "synchronized_time",
 }
-"""Old name to new name of classes that a user's file may import from a module that has moved."""
+"""Old name to new name of classes and functions that a user's file may import from a module that has moved."""
 
 
 def current(name: str) -> str | None:
@@ -119,7 +124,7 @@ class _Moved(MetaPathFinder, Loader):
         warnings.warn(f"{spec.name} is now {spec.origin}; import it from there", DeprecationWarning, stacklevel=2)
 
         def attribute(name: str) -> Any:
-            return getattr(real, name if hasattr(real, name) else CLASSES.get(name, name))
+            return getattr(real, name if hasattr(real, name) else RENAMED.get(name, name))
 
         found.__dict__["__getattr__"] = attribute
         return found

@@ -15,7 +15,7 @@ from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
 from shoal.executing.bind import BoundPlan, bind, refuse_second_plan, require_legal
 from shoal.executing.executor import Executor
-from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.weights import Tensors
 from shoal.models.lists import Stack
 from shoal.models.opened import OpenedModel, open_model
@@ -110,7 +110,7 @@ def _decided(opened: OpenedModel, plan: Plan | str, weights: Tensors, policy: Po
     plan = require_legal(opened, who.plan, weights)
     deciding = BoundPolicy(opened.model, spec, who, weights)
 
-    def make(planned: PlannedList, stack: Stack, steps: tuple[Step, ...]) -> Executor:
+    def make(planned: LayerProxyList, stack: Stack, steps: tuple[Step, ...]) -> Executor:
         return deciding.make_executor(planned, stack, opened.facts(stack.name), steps, weights)
 
     try:

@@ -104,7 +104,7 @@ def test_hidden_states_have_one_entry_for_each_run(family: str, plan: str) -> No
 
 @pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "gpt_neo"])
 def test_families_that_collect_in_their_loop_report_one_state_for_each_base_layer(family: str) -> None:
-    """Their own loop appends the state at every tap: what a plan left out shows its input again, and of a repeat only
+    """Their own loop appends the state at every layer: what a plan left out shows its input again, and of a repeat only
     what goes in shows. The last entry is right, and so is what a layer that runs in its own place is given."""
     model = tiny(family, "eager")
     with torch.no_grad():

@@ -70,7 +70,7 @@ def _states(family: str, *kinds: str) -> set[str]:
 
 def test_rows_that_are_not_fitted_to_the_plan_turn_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _states("llama4_text", "drop first") == {"right"}
-    monkeypatch.setattr(executor, "fit_rows", lambda cache, rows: None)
+    monkeypatch.setattr(executor, "prepare_rows", lambda cache, rows: None)
     assert _states("llama", "repeat") == {"crashed"}
     assert "wrong" in _states("llama4_text", "drop first")
 
@@ -101,12 +101,12 @@ def test_a_step_that_does_not_run_turns_cells_red(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_identity_that_is_only_close_turns_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    tap = executor.Executor.tap
+    proxy_call = executor.Executor.proxy_call
 
     def noisy(*args: Any) -> Any:
-        return torch.nextafter(tap(*args), torch.tensor(1e9))
+        return torch.nextafter(proxy_call(*args), torch.tensor(1e9))
 
-    monkeypatch.setattr(executor.Executor, "tap", noisy)
+    monkeypatch.setattr(executor.Executor, "proxy_call", noisy)
     assert _states("llama", "identity") == {"wrong"}
 
 

@@ -58,7 +58,7 @@ def test_the_note_reaches_a_user_file() -> None:
 
 def test_a_class_that_was_renamed_with_its_module_has_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_moved.MOVED, "before.mistakes", "errors")
-    monkeypatch.setitem(_moved.CLASSES, "Mistake", "ShoalError")
+    monkeypatch.setitem(_moved.RENAMED, "Mistake", "ShoalError")
     with pytest.warns(DeprecationWarning, match="shoal.before.mistakes is now shoal.errors"):
         found = importlib.import_module("shoal.before.mistakes")
     assert found.Mistake is found.ShoalError is shoal.errors.ShoalError

@@ -15,7 +15,7 @@ from shoal.decoding.arguments import GREEDY
 from shoal.decoding.decoder import Decoder
 from shoal.errors import UsageError
 from shoal.evaluation import Progress
-from shoal.executing.timing import now
+from shoal.executing.timing import synchronized_time
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
@@ -96,7 +96,7 @@ def tune_draft(
     `Speculator` raises for a model that cannot be drafted for.
     """
     require_causal(loaded.model, "tune-draft")
-    start = now(loaded.model.device)
+    start = synchronized_time(loaded.model.device)
     texts = texts_of(prompts)
     tell = progress or (lambda *_: None)
     model = loaded.model
@@ -117,7 +117,7 @@ def tune_draft(
             tell(number, len(settings), f"verifying {setting[0]}")
             verified.append(_verified(model, tasks, new, pairs, setting))
         tell(len(settings), len(settings), "verified")
-    return _tuned(model, tasks, new, plain, rows, verified, now(model.device) - start)
+    return _tuned(model, tasks, new, plain, rows, verified, synchronized_time(model.device) - start)
 
 
 def _finalists(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -184,9 +184,9 @@ def _verified(
 
 
 def _timed(call: Callable[[], Any], model: Any) -> tuple[Any, float]:
-    start = now(model.device)
+    start = synchronized_time(model.device)
     out = call()
-    return out, now(model.device) - start
+    return out, synchronized_time(model.device) - start
 
 
 def _tuned(

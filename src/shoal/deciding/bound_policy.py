@@ -16,7 +16,7 @@ from shoal.deciding.kv_projection import projections_of
 from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.policy import Policy
 from shoal.deciding.trace import Trace, count_calls
-from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.weights import Tensors
 from shoal.models.calls import logits_in, named_arguments
 from shoal.models.examine import StackFacts
@@ -47,7 +47,7 @@ class BoundPolicy:
         self._removes: list[Callable[[], None]] = []
 
     def make_executor(
-        self, planned: PlannedList, stack: Stack, facts: StackFacts, steps: tuple[Step, ...], weights: Tensors
+        self, planned: LayerProxyList, stack: Stack, facts: StackFacts, steps: tuple[Step, ...], weights: Tensors
     ) -> GatedExecutor:
         """The executor for `planned`; from now on the hooks are there."""
         executor = GatedExecutor(planned, stack, facts, steps, weights, self.policy, self.known)

@@ -38,7 +38,7 @@ from shoal.deciding.policy import Policy
 from shoal.deciding.trace import Trace
 from shoal.executing.calls import Call, cache_of, hidden_of, with_argument
 from shoal.executing.executor import Executor
-from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.slots import PassingCache, Take, slot_view
 from shoal.executing.weights import Tensors
 from shoal.models.examine import StackFacts
@@ -67,7 +67,7 @@ class GatedExecutor(Executor):
 
     def __init__(
         self,
-        planned: PlannedList,
+        planned: LayerProxyList,
         stack: Stack,
         facts: StackFacts,
         steps: tuple[Step, ...],
@@ -82,8 +82,8 @@ class GatedExecutor(Executor):
         self.kinds = kinds_of(facts)
         self.copied = {self.kinds[run.layer] for run in runs(steps) if run.kv.fill == "copy"}
         if any(isinstance(step, Exit) for step in steps) or self.copied or policy.watches:
-            self.through = [False] * stack.depth
-        self.through[-1] = False  # where a forward ends
+            self.passthrough = [False] * stack.depth
+        self.passthrough[-1] = False  # where a forward ends
         self.fills = self._fills({run.kv.fill for run in runs(steps)})
         self.trace = Trace(layers=layers_run(runs(steps)))
         self.prompt: int | None = None
@@ -111,16 +111,16 @@ class GatedExecutor(Executor):
         self.now = record
         self.policy.begin(record.view)
 
-    def _tap(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = super()._tap(index, args, kwargs)
-        if self.through[index] and self.recorder is None:
+    def _proxy_call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = super()._proxy_call(index, args, kwargs)
+        if self.passthrough[index] and self.recorder is None:
             self._forward.ran(1.0, True)
         return out
 
-    def passed(self, index: int, hidden: torch.Tensor) -> Any:
+    def as_layer_output(self, index: int, hidden: torch.Tensor) -> Any:
         if index == self.depth - 1:
             hidden = self._end(hidden)
-        return super().passed(index, hidden)
+        return super().as_layer_output(index, hidden)
 
     @property
     def _forward(self) -> GatedForward:

@@ -26,7 +26,7 @@ from shoal.decoding.fast_loop import Forward, Inputs, thin_loop
 from shoal.decoding.listening import NewTokens
 from shoal.errors import UsageError
 from shoal.executing.bind import BoundPlan, bind, refuse_second_plan
-from shoal.executing.timing import now
+from shoal.executing.timing import synchronized_time
 from shoal.models.opened import open_model
 from shoal.models.stacks import unwrap
 from shoal.plan import Plan
@@ -178,9 +178,9 @@ class FastDecoder:
         first = self.model._prefill(ids, generation_config, kwargs)
         inputs = Inputs(self.model, first, kwargs).after(after)
         with standing_in(modules):
-            start = now(ids.device)
+            start = synchronized_time(ids.device)
             have = forward(**inputs).logits[:, -1]
-            seconds = now(ids.device) - start
+            seconds = synchronized_time(ids.device) - start
         plan, batch, length, _ = key
         self.compiled[key] = Compiled(plan, batch, length, seconds, refuse_difference(want, have))
 

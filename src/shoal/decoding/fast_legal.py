@@ -13,7 +13,7 @@ from transformers.generation import GenerationMode
 
 from shoal.errors import UsageError
 from shoal.executing.executor import Executor
-from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_list import LayerProxyList
 from shoal.models.stacks import unwrap
 from shoal.plan import Run
 from shoal.plan.capabilities import refusal, refused
@@ -102,11 +102,11 @@ def refuse_deciding(lists: Iterable[Any]) -> None:
     """Raise `UsageError` U567 when a list of layers is run by something that decides at every token, a policy or a
     draft: a fixed step would decide once and for all; and for steps of a plan what the table says of them."""
     for layers in lists:
-        if isinstance(layers, PlannedList) and type(layers.executor) is not Executor:
+        if isinstance(layers, LayerProxyList) and type(layers.executor) is not Executor:
             no = refused("gate", "fast", Run(0))
             assert no is not None
             raise UsageError(no.message, code=no.code)
-        if isinstance(layers, PlannedList) and (no := refusal(layers.executor.steps, "fast")):
+        if isinstance(layers, LayerProxyList) and (no := refusal(layers.executor.steps, "fast")):
             raise UsageError(no.message, code=no.code)
 
 

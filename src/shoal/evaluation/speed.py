@@ -13,7 +13,7 @@ from shoal.errors import UsageError
 from shoal.evaluation.decoding import Stepper, random_tokens
 from shoal.evaluation.scoring import Progress, device_of
 from shoal.evaluation.stats import Spread
-from shoal.executing.timing import now
+from shoal.executing.timing import synchronized_time
 from shoal.models.evaluating import evaluating
 
 Variant = Callable[[], AbstractContextManager[Any]]
@@ -96,12 +96,12 @@ def _sample(model: Any, prompt: int, new: int, batch: int, seed: int) -> Sample:
     ids = random_tokens(model, batch, prompt + new, seed)
     step = Stepper(model)
     with evaluating(model):
-        start = now(ids.device)
+        start = synchronized_time(ids.device)
         cache = step(ids[:, :prompt])
-        middle = now(ids.device)
+        middle = synchronized_time(ids.device)
         for position in range(prompt, prompt + new):
             cache = step(ids[:, position : position + 1], position, cache)
-        end = now(ids.device)
+        end = synchronized_time(ids.device)
     return middle - start, (end - middle) / new
 
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from shoal.executing.timing import now
+from shoal.executing.timing import synchronized_time
 
 
 class TokenClock:
@@ -19,7 +19,7 @@ class TokenClock:
 
     def put(self, value: torch.Tensor) -> None:
         """Called by `generate`: the prompt first, then each token."""
-        self.at.append((now(self.device), time.process_time()))
+        self.at.append((synchronized_time(self.device), time.process_time()))
 
     def end(self) -> None:
         """Called by `generate`."""

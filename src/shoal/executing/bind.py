@@ -10,7 +10,7 @@ from torch import nn
 
 from shoal.errors import PlanError
 from shoal.executing.executor import Executor
-from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.paged import guard_paged
 from shoal.executing.weights import Tensors, refuse_unlike, shapes_in
 from shoal.models.kinds import is_causal
@@ -24,7 +24,7 @@ from shoal.plan.tensors import shapes_of
 
 BETWEEN = "its attention to the encoder stands between attention and mlp"
 """Why a decoder's layer beside an encoder has no parts."""
-MakeExecutor = Callable[[PlannedList, Stack, tuple[Step, ...]], Executor]
+MakeExecutor = Callable[[LayerProxyList, Stack, tuple[Step, ...]], Executor]
 """From the list that stands in for a stack's layers, the stack and its steps to what runs them."""
 
 
@@ -34,17 +34,17 @@ class BoundPlan:
     def __init__(self, opened: OpenedModel, plan: Plan, tensors: Tensors, make: MakeExecutor | None = None) -> None:
         """Checks nothing: see `bind`. `make`: what runs a stack's steps, where it is no plain `Executor`."""
         self.opened, self.plan, self.tensors = opened, plan, tensors
-        self._lists: list[tuple[Stack, PlannedList]] = []
+        self._lists: list[tuple[Stack, LayerProxyList]] = []
         self._before: list[nn.ModuleList] = []
         self._unguard: Callable[[], None] = lambda: None
         for stack in opened.stacks:
-            planned, steps = PlannedList(stack), plan.steps(stack.name)
+            planned, steps = LayerProxyList(stack), plan.steps(stack.name)
             executor = (
                 Executor(planned, stack, opened.facts(stack.name), steps, tensors)
                 if make is None
                 else make(planned, stack, steps)
             )
-            planned.lead_to(executor)
+            planned.attach(executor)
             self._lists.append((stack, planned))
         self._unpaged = self.executor().unpaged if is_causal(opened.model) else None
 
@@ -113,7 +113,7 @@ def bind(
 
 def refuse_second_plan(opened: OpenedModel) -> None:
     """Raise P122 when a plan is running on the model."""
-    if any(isinstance(stack.layers, PlannedList) for stack in opened.stacks):
+    if any(isinstance(stack.layers, LayerProxyList) for stack in opened.stacks):
         raise PlanError("another plan is running on this model; restore it first", code="P122")
 
 

@@ -1,9 +1,9 @@
-"""The stock forward stays in charge: its loop over the layers meets taps that decide which real layers run.
+"""The stock forward stays in charge: its loop over the layers meets proxies that decide which real layers run.
 
-Tap i is called with everything that the stock forward prepared for base layer i: masks, rotary tables, inputs of its
-own. A step of the plan runs at the first tap by which all layers it needs have been offered, so a plan that keeps the
-order runs inside the very iterations it belongs to (values that the loop carries along stay right) and a reordered one
-runs as soon as it can. The hidden state always travels through the stock loop.
+Proxy i is called with everything that the stock forward prepared for base layer i: masks, rotary tables, inputs of its
+own. A step of the plan runs at the first proxy call by which all layers it needs have been offered, so a plan that
+keeps the order runs inside the very iterations it belongs to (values that the loop carries along stay right) and a
+reordered one runs as soon as it can. The hidden state always travels through the stock loop.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from shoal.executing.calls import Call, argument, caches_of, first_state, hidden_of, with_hidden
 from shoal.executing.forward import Forward, Segment, with_passing_cache
-from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.layer_runner import LayerRunner
 from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
 from shoal.executing.recorder import Recorder, RunRecord, attention_hooks
 from shoal.executing.sharing import Sharing
-from shoal.executing.slots import Filling, KeysValues, PassingCache, fit_rows, prepare_views, slot_view
+from shoal.executing.slots import CacheContents, KeysValues, PassingCache, prepare_rows, prepare_views, slot_view
 from shoal.executing.weights import Tensors
 from shoal.models.examine import StackFacts
 from shoal.models.lists import Stack
@@ -36,30 +36,30 @@ class Executor:
     """Runs the steps of one stack's plan.
 
     Three calls are there for others: `run_step` runs one step on a given state; `between` lets a forward begin at a
-    layer with a given state and end behind another; `recording` tells what runs see and make. `prepared` is the record
-    that `run_step` needs: what the stock forward calls the layers with.
+    layer with a given state and end behind another; `recording` reports what runs see and make. `prepared` is the
+    record that `run_step` needs: what the stock forward calls the layers with.
     """
 
     def __init__(
-        self, planned: PlannedList, stack: Stack, facts: StackFacts, steps: tuple[Step, ...], weights: Tensors
+        self, planned: LayerProxyList, stack: Stack, facts: StackFacts, steps: tuple[Step, ...], weights: Tensors
     ) -> None:
         self.planned, self.stack = planned, stack
         self.facts = facts.layers
         self.steps = steps
         self.depth = stack.depth
         self.carried = {at: n for fact in self.facts for at, n in fact.carried.items()}
-        self.due, self.kept = schedule(steps, stack.depth)
+        self.steps_at, self.needed_later = schedule(steps, stack.depth)
         self.slots = slots_of(steps)
         self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
         self.sharing = Sharing(steps)
         # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sharing.sources
-        self.through = [
-            self.plain and i not in self.kept and [step for _, step in due] == [Run(i)]
-            for i, due in enumerate(self.due)
+        self.passthrough = [
+            self.plain and i not in self.needed_later and [step for _, step in due] == [Run(i)]
+            for i, due in enumerate(self.steps_at)
         ]
-        if self.kept:
-            self.through[-1] = False  # where what was kept is forgotten
+        if self.needed_later:
+            self.passthrough[-1] = False  # where what was kept is forgotten
         self.unpaged: Obstacle | None = paging_obstacle(steps)
         self.now = Forward()
         self.owner: object | None = None
@@ -77,7 +77,7 @@ class Executor:
         """From now on these are the plan's tensors. Whoever binds a plan has checked that they fit."""
         self.weights = weights
         self.runner = LayerRunner(self.planned, self.stack, self.facts, weights)
-        self._filling: Filling | None = None
+        self._cache_contents: CacheContents | None = None
 
     def prepared(self, forward: Callable[[], Any]) -> Forward:
         """What the stock forward calls every layer with, and what it hands the first one, while none of them runs.
@@ -109,10 +109,10 @@ class Executor:
 
     @contextmanager
     def between(self, begin: int = 0, state: torch.Tensor | None = None, end: int | None = None) -> Iterator[None]:
-        """Until the end of the block forwards run from the tap of base layer `begin` to that of `end`, both included.
+        """Until the end of the block forwards run from the proxy of base layer `begin` to that of `end`, both included.
 
-        `state`: the hidden state that enters there, in place of the one that the stock forward brings. Taps before and
-        behind hand on what they are given. Beyond the last layer, `begin` = depth, no layer runs at all: the model
+        `state`: the hidden state that enters there, in place of the one that the stock forward brings. Proxies before
+        and behind hand on what they are given. Beyond the last layer, `begin` = depth, no layer runs at all: the model
         makes of `state` what it makes of its last hidden state, and a forward that is under way is not touched.
         """
         before = self.segment
@@ -124,7 +124,7 @@ class Executor:
 
     @contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
-        """Until the end of the block `recorder` is told of everything that runs."""
+        """Until the end of the block `recorder` is called for everything that runs."""
         before, self.recorder = self.recorder, recorder
         layers = [self.layer(index) for index in range(self.depth)]
         handles = attention_hooks(layers, recorder) if recorder.wants_maps else []
@@ -136,20 +136,20 @@ class Executor:
                 handle.remove()
 
     @property
-    def filling(self) -> Filling:
-        """What this fills a KV cache with."""
-        if self._filling is None:
+    def cache_contents(self) -> CacheContents:
+        """The runs and tensors with which this executor fills a KV cache."""
+        if self._cache_contents is None:
             steps = undecided(self.steps)
             whole = steps == tuple(Run(i) for i in range(self.depth))
-            self._filling = Filling(self.rows, steps, self.weights, whole, self.owner)
-        return self._filling
+            self._cache_contents = CacheContents(self.rows, steps, self.weights, whole, self.owner)
+        return self._cache_contents
 
     def layer(self, index: int) -> Any:
         """The real layer with this base index."""
         return self.runner.layer(index)
 
-    def handed_on(self, index: int, hidden: torch.Tensor) -> Any:
-        """`hidden` in the shape in which layer `index` returns it, with nothing beside it."""
+    def as_bare_output(self, index: int, hidden: torch.Tensor) -> Any:
+        """`hidden` in the shape in which layer `index` returns it, without its other return values."""
         tail = self.facts[index].tail
         return hidden if tail < 0 else (hidden, *[None] * tail)
 
@@ -157,29 +157,29 @@ class Executor:
 
     _preparing: Forward | None = None
 
-    def tap(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def proxy_call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called by the stock loop in place of layer `index`."""
         if self._preparing is not None:
-            return self._noted(self._preparing, index, (args, kwargs))
+            return self._note(self._preparing, index, (args, kwargs))
         if self.segment is not None:
-            return self._tap_of_segment(self.segment, index, (args, kwargs))
-        return self._tap(index, args, kwargs)
+            return self._proxy_call_in_segment(self.segment, index, (args, kwargs))
+        return self._proxy_call(index, args, kwargs)
 
-    def _tap(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _proxy_call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if index == 0:
             self._start((args, kwargs))
         recorder = self.recorder
-        if self.through[index] and recorder is None:
+        if self.passthrough[index] and recorder is None:
             return self.layer(index)(*args, **kwargs)
-        if index in self.kept:
+        if index in self.needed_later:
             self.now.calls[index] = (args, kwargs)
         hidden = hidden_of((args, kwargs))
         if recorder is not None:
             recorder.enters(index, hidden)
         self.now.carried = {at: argument((args, kwargs), at) for at in self.carried}
-        for position, step in self.due[index]:
+        for position, step in self.steps_at[index]:
             hidden = self._step(position, step, hidden, index, args, kwargs)
-        returned = self.passed(index, hidden)
+        returned = self.as_layer_output(index, hidden)
         if index == self.depth - 1:
             self.now = Forward()  # nothing of this forward outlives it
         return returned
@@ -189,24 +189,24 @@ class Executor:
         self.now = Forward()
         refuse_paged(self.unpaged, call[1])
         for cache in caches_of(call):
-            fit_rows(cache, self.filling)
+            prepare_rows(cache, self.cache_contents)
 
-    def _noted(self, record: Forward, index: int, call: Call) -> Any:
+    def _note(self, record: Forward, index: int, call: Call) -> Any:
         record.calls[index] = call
-        return self.handed_on(index, hidden_of(call))
+        return self.as_bare_output(index, hidden_of(call))
 
-    def _tap_of_segment(self, segment: Segment, index: int, call: Call) -> Any:
+    def _proxy_call_in_segment(self, segment: Segment, index: int, call: Call) -> Any:
         if segment.begin >= self.depth:
-            return self.handed_on(index, hidden_of(call) if segment.state is None else segment.state)
+            return self.as_bare_output(index, hidden_of(call) if segment.state is None else segment.state)
         if not segment.begin <= index <= segment.end:
             if index == 0:
                 self._start(call)
-            return self.handed_on(index, hidden_of(call))
+            return self.as_bare_output(index, hidden_of(call))
         if index == segment.begin and segment.state is not None:
             call = with_hidden(call, segment.state)
-        return self._tap(index, *call)
+        return self._proxy_call(index, *call)
 
-    def passed(self, index: int, hidden: torch.Tensor) -> Any:
+    def as_layer_output(self, index: int, hidden: torch.Tensor) -> Any:
         """`hidden` in the shape in which layer `index` returns it."""
         tail = self.facts[index].tail
         if tail < 0:
@@ -246,7 +246,7 @@ class Executor:
         call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
         out = self.runner.call(run, call, comes_first=self.now.extra is None)
         if self.recorder is not None:
-            self._told(run, call, out)
+            self._record_run(run, call, out)
         if isinstance(out, tuple | list):
             self.now.extra = tuple(out[1:])
             self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
@@ -286,8 +286,8 @@ class Executor:
         if self.recorder is not None:
             self.recorder.stores(run, *states)
 
-    def _told(self, run: Run, call: Call, out: Any) -> None:
-        """Tell the recorder of a run, in whose place it may ask for a part of the layer on the same input."""
+    def _record_run(self, run: Run, call: Call, out: Any) -> None:
+        """Report a run to the recorder, which may ask for a part of the layer on the same input."""
         recorder = self.recorder
         assert recorder is not None
 

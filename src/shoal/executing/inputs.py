@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, UsageError
-from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_list import LayerProxyList
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.stacks import Stack
 
@@ -47,7 +47,7 @@ def backbone_of(model: PreTrainedModel, stack: Stack) -> Any:
 
 def require_whole(model: nn.Module | OpenedModel, what: str, stack: str | None = None) -> None:
     """Raise U507 when a plan is running on the stack: `what` needs the base model's own layers, once and in order."""
-    if isinstance(open_model(model).stack(stack).layers, PlannedList):
+    if isinstance(open_model(model).stack(stack).layers, LayerProxyList):
         raise UsageError(f"{what} needs the whole model, but a plan is running on it; restore it first", code="U507")
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from shoal.executing.calls import Call, first_state
 from shoal.executing.exchange import Exchange
 from shoal.executing.fitted_map import FittedMap
-from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts
 from shoal.models.first import first_only
@@ -23,7 +23,7 @@ from shoal.plan.tensors import tensors_of
 class LayerRunner:
     """Calls the layers of one stack, with what each run changes in its layer prepared once."""
 
-    def __init__(self, planned: PlannedList, stack: Stack, facts: list[LayerFacts], tensors: Tensors) -> None:
+    def __init__(self, planned: LayerProxyList, stack: Stack, facts: list[LayerFacts], tensors: Tensors) -> None:
         self.planned, self.facts, self.tensors = planned, facts, tensors
         self.first = first_only(stack)
         self._maps: dict[str, FittedMap] = {}
@@ -38,7 +38,7 @@ class LayerRunner:
         with what layer 0 owns for it."""
         if self.first is None or run.layer == 0 or not comes_first:
             return self._called(run, call)
-        with self.first.lent_to(self.layer(run.layer)):
+        with self.first.shared_with(self.layer(run.layer)):
             return self._called(run, call)
 
     def _called(self, run: Run, call: Call) -> Any:

@@ -26,12 +26,12 @@ Take = Callable[[Store, torch.Tensor, torch.Tensor], KeysValues]
 """Called instead of a row's update, with what would have been done and this call's keys and values."""
 
 
-_MARK = "_shoal_filling"
-"""Where a cache keeps what fills it."""
+_MARK = "_shoal_contents"
+"""The attribute of a cache that holds its `CacheContents`."""
 
 
 @dataclass(eq=False)
-class Filling:
+class CacheContents:
     """What fills a KV cache: some runs in their order, with the tensors that they use in place of the model's own.
 
     Two plans may have the same rows and fill them with other keys and values, so rows alone do not tell them apart.
@@ -47,7 +47,7 @@ class Filling:
     owner: object | None = None
     """The policy that decided what was stored, if there was one: nobody else knows what is missing."""
 
-    def may_follow(self, before: Filling) -> bool:
+    def may_extend(self, before: CacheContents) -> bool:
         """Whether a cache that `before` filled may be filled further by this."""
         if self.rows != before.rows or self.steps is None or before.steps is None:
             return self.rows == before.rows
@@ -55,7 +55,7 @@ class Filling:
             return False
         return self.steps == before.steps and _equal(self.tensors, before.tensors)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Filling:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheContents:
         return self
 
 
@@ -66,32 +66,32 @@ def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -
     )
 
 
-def fit_rows(cache: Cache, filling: Filling) -> None:
+def prepare_rows(cache: Cache, contents: CacheContents) -> None:
     """Give `cache` one empty row for each slot, and note beside it what fills it.
 
     Called before the first layer of every forward; a cache that was fitted already is left alone. Raises P123 when the
     cache holds tokens from another plan, or from the same one with other tensors.
     """
     if isinstance(cache, EncoderDecoderCache):
-        fit_rows(cache.self_attention_cache, filling)
-        fit_rows(cache.cross_attention_cache, filling)
+        prepare_rows(cache.self_attention_cache, contents)
+        prepare_rows(cache.cross_attention_cache, contents)
         return
     known = cache.__dict__.get(_MARK)
-    if known is filling:
+    if known is contents:
         return
     if known is None:
-        if not filling.whole and any(_tokens(row) for row in cache.layers):
+        if not contents.whole and any(_tokens(row) for row in cache.layers):
             raise _filled_otherwise()
-        if cache.layers and not filling.whole:  # one made without a config grows as the slots are written
-            cache.layers[:] = _in_order(cache.layers, filling.rows)
-    elif not filling.may_follow(known) and (known.rows != filling.rows or any(_tokens(row) for row in cache.layers)):
+        if cache.layers and not contents.whole:  # one made without a config grows as the slots are written
+            cache.layers[:] = _in_order(cache.layers, contents.rows)
+    elif not contents.may_extend(known) and (known.rows != contents.rows or any(_tokens(row) for row in cache.layers)):
         raise _filled_otherwise()
-    cache.__dict__[_MARK] = filling
+    cache.__dict__[_MARK] = contents
 
 
 def mark_rows(cache: Cache, rows: tuple[int, ...]) -> None:
     """Note that the rows of `cache` are in the order of the slots `rows` already, whoever runs on it next."""
-    cache.__dict__[_MARK] = Filling(rows)
+    cache.__dict__[_MARK] = CacheContents(rows)
 
 
 def _in_order(layers: list[Any], rows: tuple[int, ...]) -> list[Any]:

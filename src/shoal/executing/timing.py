@@ -7,9 +7,9 @@ import time
 import torch
 
 
-def now(device: torch.device) -> float:
-    """Seconds by the wall clock, once all work that was handed to `device` is done: an accelerator's kernels run on
-    while Python goes ahead."""
+def synchronized_time(device: torch.device) -> float:
+    """Seconds by the wall clock, read once all work queued on `device` is done: an accelerator's kernels run on while
+    Python goes ahead."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)
     return time.perf_counter()

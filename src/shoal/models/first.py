@@ -31,8 +31,9 @@ class FirstOnly:
         return f"{self.owner}.{self.attr}."
 
     @contextmanager
-    def lent_to(self, layer: nn.Module) -> Iterator[None]:
-        """`layer` owns it for a while, beside layer 0; families say by a flag `has_...` whether a layer owns it."""
+    def shared_with(self, layer: nn.Module) -> Iterator[None]:
+        """Until the end of the block `layer` owns it too, beside layer 0. Families say by a flag `has_...` whether
+        a layer owns it."""
         source, target = self.layer.get_submodule(self.owner), layer.get_submodule(self.owner)
         flag = f"has_{self.attr}"
         had = getattr(target, flag, None)
@@ -45,8 +46,8 @@ class FirstOnly:
             setattr(target, flag, had)
 
     @contextmanager
-    def taken_away(self) -> Iterator[None]:
-        """Layer 0 is without it for a while, as it is in a stock model where it does not come first."""
+    def removed(self) -> Iterator[None]:
+        """Until the end of the block layer 0 is without it, as it is in a stock model where it does not come first."""
         owner, flag = self.layer.get_submodule(self.owner), f"has_{self.attr}"
         had = owner._modules.pop(self.attr)
         setattr(owner, flag, False)

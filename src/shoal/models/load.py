@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from shoal.errors import ModelError
 from shoal.models import gguf
-from shoal.models.agree import require_agreement
 from shoal.models.compat import hide_offload_note
 from shoal.models.depth import depth_of
 from shoal.models.kinds import auto_class, auto_for
+from shoal.models.matching_tensors import require_matching_tensors
 from shoal.models.meta import meta_model
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.shards import check_folder
@@ -110,7 +110,7 @@ def inspect_source(source: str | Path, *, trust_remote_code: bool = False) -> Sp
     place = _place(str(source))
     model = structure(load_config(source, trust_remote_code=trust_remote_code), source)
     if isinstance(place, Path):
-        require_agreement(place, model, {name: found.shape for name, found in check_folder(place).items()})
+        require_matching_tensors(place, model, {name: found.shape for name, found in check_folder(place).items()})
     return open_model(model).spec
 
 

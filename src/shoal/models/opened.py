@@ -105,7 +105,7 @@ def open_model(model: nn.Module | OpenedModel) -> OpenedModel:
 
 def _has_plan(opened: OpenedModel) -> bool:
     """Whether another list stands in for the layers of a stack: what is known was known before."""
-    return any(getattr(stack.layers, "stands_in", False) for stack in opened.stacks)
+    return any(getattr(stack.layers, "is_proxy_list", False) for stack in opened.stacks)
 
 
 def _state(model: PreTrainedModel) -> tuple[list[Any], dict[str, Any]]:

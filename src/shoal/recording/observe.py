@@ -12,7 +12,7 @@ from shoal.errors import ModelError, UsageError
 from shoal.executing.bind import bind
 from shoal.executing.executor import Executor
 from shoal.executing.inputs import backbone_of, require_whole, run_stack
-from shoal.executing.layer_list import PlannedList
+from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.recorder import Recorder, RunRecord
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import OpenedModel, open_model
@@ -49,8 +49,8 @@ def observe(
     the number of the first sequence before each run of a layer. Where layers are read from files, all batches then pass
     one layer before the next is read, and `progress` is called with the number of layers read.
 
-    Raises M316 for a state without a token axis, U531 when no layer has parts, U507 for parts of a running plan, M323 for a stack that reads no text, U576 for states of all
-    batches that fit neither memory nor disk.
+    Raises M316 for a state without a token axis, U531 when no layer has parts, U507 for parts of a running plan, M323
+    for a stack that reads no text, U576 for states of all batches that fit neither memory nor disk.
     """
     opened = open_model(model)
     found = opened.stack(stack)
@@ -74,7 +74,7 @@ def observe(
 def _executor(opened: OpenedModel, stack: Stack) -> Iterator[Executor]:
     """What runs the stack: a plan that is on it already, or the whole model's."""
     planned = stack.layers
-    if isinstance(planned, PlannedList):
+    if isinstance(planned, LayerProxyList):
         yield planned.executor
         return
     with bind(opened).running() as bound:
@@ -105,7 +105,7 @@ def _prepared(
 ) -> LayerMajor | None:
     """The batches as hidden states in front of the first layer, where each layer can be read once for all of them: a
     whole stack in files, run by the base model."""
-    whole = not isinstance(found.layers, PlannedList) and backbone_of(opened.model, found) is opened.model.base_model
+    whole = not isinstance(found.layers, LayerProxyList) and backbone_of(opened.model, found) is opened.model.base_model
     return LayerMajor(opened, found, batches) if whole and is_streamed(found) else None
 
 

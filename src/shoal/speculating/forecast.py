@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from transformers.cache_utils import Cache
 
-from shoal.executing.timing import now
+from shoal.executing.timing import synchronized_time
 from shoal.plan.steps import Run
 from shoal.speculating.chooser import Finder
 from shoal.speculating.draft_context import DraftContext
@@ -202,7 +202,7 @@ def _median(call: Callable[[], object], repeats: int, device: torch.device) -> f
     spent = []
     call()
     for _ in range(repeats):
-        start = now(device)
+        start = synchronized_time(device)
         call()
-        spent.append(now(device) - start)
+        spent.append(synchronized_time(device) - start)
     return statistics.median(spent)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.executing.timing import now
+from shoal.executing.timing import synchronized_time
 from shoal.models.examine import LayerFacts
 from shoal.models.stacks import Stack
 
@@ -107,7 +107,7 @@ class PhaseProfiler:
         self._switch("rest")
 
     def _now(self) -> float:
-        return now(self.device)
+        return synchronized_time(self.device)
 
     @contextmanager
     def counting(self, stack: Stack, facts: list[LayerFacts]) -> Iterator[None]:

@@ -61,7 +61,7 @@ def _in_place(stack: Stack, slot: int, layer: int) -> AbstractContextManager[Non
     first = first_only(stack)
     if first is None or (slot == 0) == (layer == 0):
         return nullcontext()
-    return first.lent_to(stack.layer(layer)) if slot == 0 else first.taken_away()
+    return first.shared_with(stack.layer(layer)) if slot == 0 else first.removed()
 
 
 def _same_numbers(stack: Stack, slots: tuple[int, ...]) -> None:

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
+from shoal.models.backbone_outputs import renumbered_outputs
 from shoal.models.depth import permuted_config
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
 from shoal.models.stacks import Stack, find_stacks, unwrap
-from shoal.models.stages import renamed_stages
 from shoal.plan import Plan
 from shoal.plan.capabilities import refusals
 from shoal.plan.steps import Step, runs
@@ -141,7 +141,7 @@ def _permuted(
     if stack.fields:
         return with_depths(whole, stack, slots)
     text, changed = permuted_config(stack.config, slots)
-    changed |= renamed_stages(stack.config, text, slots)
+    changed |= renumbered_outputs(stack.config, text, slots)
     if stack.config is model.config:
         return text, changed
     return _whole_config(whole, model.config, stack.config, text), changed

@@ -8,7 +8,6 @@ from contextlib import suppress
 from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, ShoalError
-from shoal.models.agree import require_agreement
 from shoal.models.diagnosis.configs import Fields, depth_said, empty, made, with_depth
 from shoal.models.diagnosis.finding import Diagnosis, Finding
 from shoal.models.diagnosis.layers import Fit, Layers, layers_of
@@ -16,6 +15,7 @@ from shoal.models.diagnosis.metadata import CheckpointMetadata
 from shoal.models.diagnosis.outside import TIE, compare_outside, report_missing, tied_raw
 from shoal.models.diagnosis.repaired_config import RepairedConfig, all_fit, by_tensors, repaired_config, variants
 from shoal.models.load import MAX_DEPTH
+from shoal.models.matching_tensors import require_matching_tensors
 from shoal.models.names import attributed
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks
@@ -68,7 +68,7 @@ def _several(metadata: CheckpointMetadata) -> Diagnosis:
     config = made(metadata.config, metadata.source)
     findings = list(metadata.findings)
     try:
-        require_agreement(metadata.source, empty(config, metadata.source), metadata.tensors)
+        require_matching_tensors(metadata.source, empty(config, metadata.source), metadata.tensors)
     except ModelError as error:
         findings.append(Finding("the tensors", str(error).partition(": ")[2], "those of the model of the config", None))
     return Diagnosis(tuple(findings), config, names={name: name for name in metadata.tensors})

@@ -10,8 +10,8 @@ from functools import cache
 from transformers import PreTrainedModel
 
 from shoal.errors import ModelError
-from shoal.models.agree import untold
 from shoal.models.diagnosis.metadata import MaybeShape
+from shoal.models.matching_tensors import unprovided
 from shoal.models.names import renamed, state_shapes
 from shoal.models.stacks import Stack
 
@@ -96,7 +96,7 @@ class Fit:
     def __init__(self, model: PreTrainedModel, stack: Stack, layers: Layers) -> None:
         self._model, self._prefix, self._path = model, layers.prefix, stack.path
         self._state = state_shapes(model)
-        self._optional = set(self._state) - set(untold(model, self._state, set()))
+        self._optional = set(self._state) - set(unprovided(model, self._state, set()))
         self._needed: dict[int, dict[str, int]] = defaultdict(dict)
         for name, shape in self._state.items():
             if name.startswith(f"{stack.path}."):

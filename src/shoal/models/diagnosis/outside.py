@@ -6,10 +6,10 @@ import copy
 
 from transformers import PreTrainedModel
 
-from shoal.models.agree import untold
 from shoal.models.diagnosis.configs import Fields, text_of
 from shoal.models.diagnosis.finding import Finding
 from shoal.models.diagnosis.layers import Layers
+from shoal.models.matching_tensors import unprovided
 from shoal.models.names import renamed, state_shapes
 from shoal.models.stacks import Stack
 
@@ -35,7 +35,7 @@ def compare_outside(
     held = {one.name: file for file, one in found.items() if one.name is not None}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {}) or {}
     layers_too = set(held) | {name for name in state if name.startswith(inside)}
-    missing = untold(model, state, layers_too)
+    missing = unprovided(model, state, layers_too)
     pairs = tuple((held[a], held[b]) for a, b in tied.items() if a in held and b in held)
     for target, origin in pairs:
         findings.append(

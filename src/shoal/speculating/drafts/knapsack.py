@@ -9,7 +9,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.examples import DraftExamples
-from shoal.executing.timing import now
+from shoal.executing.timing import synchronized_time
 from shoal.plan import Run, Spec
 from shoal.plan.steps import PartName
 from shoal.speculating.chooser import Chooser, PeriodicChooser
@@ -108,9 +108,9 @@ def _timed(trial: LayerTrial, items: list[tuple[int, PartName]]) -> dict[tuple[i
     for layer, part in items:
         spent = []
         for _ in range(2):
-            start = now(trial.start.device)
+            start = synchronized_time(trial.start.device)
             trial.run(Run(layer, part=part), trial.start)
-            spent.append(now(trial.start.device) - start)
+            spent.append(synchronized_time(trial.start.device) - start)
         times[layer, part] = min(spent)
     return times
 

@@ -1,4 +1,4 @@
-"""Do the tensors of a folder belong to the model of its config? Asked before a weight is read."""
+"""Whether the tensors of a folder match the model of its config, checked before a weight is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ShapesOrNames = Mapping[str, tuple[int, ...] | None]
 """Of each tensor its shape, or None where only its name is known."""
 
 
-def require_agreement(folder: str | Path, model: PreTrainedModel, shapes: ShapesOrNames) -> None:
+def require_matching_tensors(folder: str | Path, model: PreTrainedModel, shapes: ShapesOrNames) -> None:
     """Raise `ModelError`: M313 the tensors hold another number of layers than the config says, M310 a tensor is
     missing, M336 one has another shape. `model`: of the folder's config, on any device; `shapes`: None for a tensor of
     which only the name is known.
@@ -39,7 +39,7 @@ def require_agreement(folder: str | Path, model: PreTrainedModel, shapes: Shapes
             )
     if any(one.converted for one in found.values()):
         return
-    missing = untold(model, state, {one.name for one in found.values() if one.name is not None})
+    missing = unprovided(model, state, {one.name for one in found.values() if one.name is not None})
     if missing:
         raise ModelError(
             f"{folder} lacks {len(missing)} tensors of its model, such as {missing[0]}; copy the files again",
@@ -47,7 +47,7 @@ def require_agreement(folder: str | Path, model: PreTrainedModel, shapes: Shapes
         )
 
 
-def untold(model: PreTrainedModel, state: Mapping[str, object], held: set[str]) -> list[str]:
+def unprovided(model: PreTrainedModel, state: Mapping[str, object], held: set[str]) -> list[str]:
     """The tensors of the model that neither files (`held`) nor a tie nor the class itself provide."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {}) or {}
     provided = held | {target for target, origin in tied.items() if origin in held}

@@ -12,7 +12,7 @@ from shoal.errors import WriteError
 FIELDS = ("stage_names", "out_features", "out_indices")
 
 
-def renamed_stages(config: PreTrainedConfig, made: PreTrainedConfig, slots: tuple[int, ...]) -> dict[str, Any]:
+def renumbered_outputs(config: PreTrainedConfig, made: PreTrainedConfig, slots: tuple[int, ...]) -> dict[str, Any]:
     """Give `made` the outputs of `config` under the numbers that they have when slot s is base layer `slots[s]`, and
     return {field: (old, new)} of what changed. Output 0 is the input of the layers, output i + 1 that of layer i; the
     last stays the last. Raises W242 for an output of a layer that is gone, or there twice."""
@@ -23,12 +23,12 @@ def renamed_stages(config: PreTrainedConfig, made: PreTrainedConfig, slots: tupl
         return {}
     old = {name: getattr(config, name) for name in FIELDS}
     made.stage_names = [names[0], *(re.sub(r"\d+$", str(n + 1), names[1]) for n in range(len(slots)))]
-    indices = [_renamed(i % len(names), depth, slots) for i in chosen]
+    indices = [_renumbered(i % len(names), depth, slots) for i in chosen]
     made.set_output_features_output_indices(out_features=None, out_indices=indices)
     return {name: (old[name], getattr(made, name)) for name in FIELDS if old[name] != getattr(made, name)}
 
 
-def _renamed(index: int, depth: int, slots: tuple[int, ...]) -> int:
+def _renumbered(index: int, depth: int, slots: tuple[int, ...]) -> int:
     if index in (0, depth):
         return len(slots) if index else 0
     places = [slot + 1 for slot, layer in enumerate(slots) if layer == index - 1]
