@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import assert_never, get_args
 
-from shoal.plan.answers import Answer, Otherwise, Refused, Right
-from shoal.plan.capabilities import WAYS, Trait, answer
+from shoal.plan.answers import WAYS, Answer, Otherwise, Refused, Right
+from shoal.plan.capabilities import Trait, answer
 from shoal.registry import KINDS, entries
 
 ROOT = Path(__file__).resolve().parents[2]

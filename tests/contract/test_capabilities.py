@@ -24,8 +24,8 @@ from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, parse_plan
-from shoal.plan.answers import Otherwise, Refused, Right
-from shoal.plan.capabilities import WAYS, Trait, Way, answer, traits
+from shoal.plan.answers import WAYS, Otherwise, Refused, Right, Way
+from shoal.plan.capabilities import Trait, answer, traits
 from shoal.speculating.speculator import Speculator
 from shoal.writing.gguf_out.copied import slots_of
 from shoal.writing.gguf_out.source import open_source

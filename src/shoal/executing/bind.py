@@ -18,7 +18,8 @@ from shoal.models.lists import Stack
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.order import refuse_order
 from shoal.plan import Plan, parse_plan, require
-from shoal.plan.capabilities import Way, refusal, refusals
+from shoal.plan.answers import Way
+from shoal.plan.capabilities import refusal, refusals
 from shoal.plan.steps import Step, layers_of, runs, undecided
 from shoal.plan.tensors import shapes_of
 

@@ -1,8 +1,34 @@
-"""The answers of the table of what a step can do, and the sentences of its refusals."""
+"""The columns of the table of what a step can do, its answers, and the sentences of its refusals."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Way = Literal[
+    "live", "uncached", "cached", "static_cache", "padded", "checkpointed", "offloaded", "beside_encoder", "paged",
+    "gated", "drafted", "fast", "streamed", "written", "gguf",
+]  # fmt: skip
+"""What can be done with a step; `WAYS` says when it is right there."""
+
+WAYS: dict[Way, str] = {
+    "live": "run on a model without a policy; no refusal",
+    "uncached": "one pass without a KV cache; the stock layers called by hand",
+    "cached": "a prefill and single tokens over a dynamic cache; one pass without a cache",
+    "static_cache": "the same over a cache of fixed length; one pass without a cache",
+    "padded": "a left-padded batch; each sequence alone",
+    "checkpointed": "gradient checkpointing in training; the gradients without it",
+    "offloaded": "layers that accelerate brings in for each call; the model in memory",
+    "beside_encoder": "the decoder of an encoder-decoder; one pass without a cache",
+    "paged": "continuous batching (generate_batch); generate",
+    "gated": "a policy skips the step by a gate of its own; the plan without the step, or with it",
+    "drafted": "self-speculation drafts with the step; plain decoding, token by token",
+    "fast": "the fast decode loop; generate, token by token",
+    "streamed": "a loss layer by layer, each read once for all plans; the running plan, bit for bit",
+    "written": "a stock checkpoint; the live plan",
+    "gguf": "layers of a GGUF file copied block by block; the base's blocks, bit for bit",
+}
+"""Each way, and behind the semicolon what the result must equal to be right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +54,27 @@ class Refused:
 
 
 Answer = Right | Otherwise | Refused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The answers for one trait."""
+
+    live: Answer
+    uncached: Answer
+    cached: Answer
+    static_cache: Answer
+    padded: Answer
+    checkpointed: Answer
+    offloaded: Answer
+    beside_encoder: Answer
+    paged: Answer
+    gated: Answer
+    drafted: Answer
+    fast: Answer
+    streamed: Answer
+    written: Answer
+    gguf: Answer
 
 
 OK = Right()
