@@ -111,3 +111,29 @@ class _SharingCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
+
+
+@torch.no_grad()
+def with_map_of(model: PreTrainedModel, batch: Batch, source: int, follower: int) -> torch.Tensor:
+    """Logits of a llama with eager attention in which layer `follower` weighs its values with the map of `source`."""
+    layers: Any = find_stack(model).layers
+    maps: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, ___: Any, out: Any) -> None:
+        maps.append(out[1])
+
+    def replace(module: Any, args: Any, kwargs: Any, _: Any) -> Any:
+        hidden = kwargs["hidden_states"]
+        values = module.v_proj(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        values = values.repeat_interleave(module.num_key_value_groups, 1)
+        return module.o_proj((maps[-1] @ values).transpose(1, 2).flatten(2)), None
+
+    handles = [
+        layers[source].self_attn.register_forward_hook(keep, with_kwargs=True),
+        layers[follower].self_attn.register_forward_hook(replace, with_kwargs=True),
+    ]
+    try:
+        return model(**batch, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -38,13 +38,14 @@ from .gguf_contents import tensors
 from .kinds import kind
 from .paged import paged_logits
 from .planted import random_data
-from .references import by_hand, shared_kv, silenced
+from .references import by_hand, shared_kv, silenced, with_map_of
 
 PLANS: dict[Trait, str] = {
     "layer": "0-1,3",
     "part": "0,1a,2m,3",
     "new tensors": "0,1:x,2-3",
     "KV source": "0-1,2@1,3",
+    "attention map": "0-1,2@a1,3",
     "map": "0,~1-2,3",
     "parallel group": "0,(1|2),3",
     "gate": "0-1,2?g/project,3",
@@ -58,6 +59,7 @@ GATED: dict[Trait, tuple[str, str]] = {
     "part": ("0,1a?g/project,2-3", "0,2-3"),
     "new tensors": ("0,1:x?g/project,2-3", "0,2-3"),
     "KV source": ("0-1,2@1?g,3", ""),
+    "attention map": ("0-1,2@a1?g,3", ""),
     "map": ("0,~1-2?g,3", ""),
     "parallel group": ("0,(1?g|2),3", ""),
     "gate": ("0-1,2?g/project,3", "0-1,3"),
@@ -151,6 +153,8 @@ def reference(model: PreTrainedModel, trait: Trait) -> torch.Tensor:
     batch = {"input_ids": IDS}
     if trait == "KV source":
         return shared_kv(model, batch, 1, 2)
+    if trait == "attention map":
+        return with_map_of(copy.deepcopy(tiny("llama", "eager")), batch, 1, 2)
     if trait == "new tensors":
         name = f"{find_stack(model).path}.1.mlp.up_proj.weight"
         with torch.no_grad():

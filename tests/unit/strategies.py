@@ -30,8 +30,8 @@ def layers(depth: int) -> st.SearchStrategy[int]:
 
 @cache
 def runs(depth: int) -> st.SearchStrategy[Run]:
-    """Single runs with any mix of part, weights, KV source, fill and gate."""
-    kvs = st.builds(KV, st.none() | layers(depth), fills)
+    """Single runs with any mix of part, weights, sources, fill and gate."""
+    kvs = st.builds(KV, st.none() | layers(depth), fills, st.none() | layers(depth))
     return st.builds(Run, layers(depth), parts, maybe_names, kvs, maybe_names)
 
 

@@ -37,6 +37,8 @@ CANONICAL: list[tuple[str, tuple[Step, ...]]] = [
     ("0-1,2x2,3-4", (Run(0), Run(1), Run(2), Run(2), Run(3), Run(4))),
     ("0-1,0", (Run(0), Run(1), Run(0))),
     ("13@12", (Run(13, kv=KV(12)),)),
+    ("26@a25", (Run(26, kv=KV(attention=25)),)),
+    ("26a@12@a25:w", (Run(26, "attention", "w", KV(12, attention=25)),)),
     ("13x2@12", (Run(13, kv=KV(12)),) * 2),
     ("20:new", (Run(20, weights="new"),)),
     ("20?g/project", (Run(20, gate="g", kv=KV(None, "project")),)),

@@ -51,7 +51,7 @@ class Executor:
         self.steps_at, self.needed_later = schedule(steps, stack.depth)
         self.slots = slots_of(steps)
         self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
-        self.sharing = Sharing(steps)
+        self.sharing = Sharing(steps, stack.layers._modules)
         # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sharing.sources
         self.passthrough = [
@@ -244,7 +244,8 @@ class Executor:
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
-        out = self.runner.call(run, call, comes_first=self.now.extra is None)
+        with self.sharing.around(run, self.layer(run.layer), self.now):
+            out = self.runner.call(run, call, comes_first=self.now.extra is None)
         if self.recorder is not None:
             self._record_run(run, call, out)
         if isinstance(out, tuple | list):

@@ -42,13 +42,42 @@ from shoal.plan.answers import (
     Way,
 )
 from shoal.plan.notation import format_steps
-from shoal.plan.steps import Exit, LayerKV, Map, NewTensors, Parallel, Run, Source, Step, runs
+from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, NewTensors, Parallel, Run, Source, Step, runs
 
 Trait = Literal[
-    "layer", "part", "new tensors", "KV source", "map", "parallel group", "gate", "exit", "repeat", "other part",
-    "reorder",
+    "layer", "part", "new tensors", "KV source", "attention map", "map", "parallel group", "gate", "exit", "repeat",
+    "other part", "reorder",
 ]  # fmt: skip
 """What there is to say of a step; see `traits`."""
+
+
+CHECKPOINTED_MAP = Refused(
+    "P141",
+    "layer {layer} takes over an attention map, which gradient checkpointing would not replay; switch one of them off",
+)
+MAP_BESIDE_ENCODER = Refused(
+    "P141",
+    "decoder layer {layer} has two attentions, so it cannot take over the attention map of layer {source}; write it "
+    "without @a",
+)
+PAGED_MAP = Refused(
+    "P141",
+    "layer {layer} takes over an attention map, and paged attention hands out none; call generate, or write the plan "
+    "without @a",
+)
+GATED_MAP = Refused(
+    "P133",
+    "layer {layer} takes over an attention map, so no token can be without it; write the plan without @a",
+)
+FAST_MAP = Refused(
+    "U568",
+    "layer {layer} takes over an attention map, which the fast loop does not hand on; call model.generate without it",
+)
+WRITTEN_SHARED_MAP = Refused(
+    "W210",
+    "step {step} cannot be written as a stock checkpoint: a stock layer makes its own attention map; write {layer} "
+    "without @a",
+)
 
 
 @cache
@@ -71,6 +100,10 @@ def row(trait: Trait) -> Row:
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_KV,
                        offloaded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=OK, gated=GATED_KV, drafted=NO_DRAFT,
                        fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
+        case "attention map":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_MAP,
+                       offloaded=OK, beside_encoder=MAP_BESIDE_ENCODER, paged=PAGED_MAP, gated=GATED_MAP,
+                       drafted=NO_DRAFT, fast=FAST_MAP, streamed=ONE_BY_ONE, written=WRITTEN_SHARED_MAP, gguf=NO_BLOCK)
         case "map":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
                        beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE,
@@ -79,6 +112,18 @@ def row(trait: Trait) -> Row:
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
                        beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE,
                        written=WRITTEN_GROUP, gguf=NO_BLOCK)
+        case "gate" | "exit":
+            return _decided(trait)
+        case "repeat" | "other part" | "reorder":
+            return _placed(trait)
+        case _:
+            assert_never(trait)
+    # fmt: on
+
+
+def _decided(trait: Literal["gate", "exit"]) -> Row:
+    # fmt: off
+    match trait:
         case "gate":
             return Row(live=UNDECIDED, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
                        offloaded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK, drafted=NO_DRAFT,
@@ -87,6 +132,14 @@ def row(trait: Trait) -> Row:
             return Row(live=UNDECIDED, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
                        offloaded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK, drafted=NO_DRAFT,
                        fast=DECIDING, streamed=ONE_BY_ONE, written=WRITTEN_EXIT, gguf=NO_BLOCK)
+        case _:
+            assert_never(trait)
+    # fmt: on
+
+
+def _placed(trait: Literal["repeat", "other part", "reorder"]) -> Row:
+    # fmt: off
+    match trait:
         case "repeat":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
                        beside_encoder=OK, paged=PAGED_TWICE, gated=OK, drafted=UNORDERED_DRAFT, fast=OK, streamed=OK,
@@ -164,6 +217,8 @@ def _of_source(source: Source) -> Trait:
     match source:
         case LayerKV():
             return "KV source"
+        case AttentionMap():
+            return "attention map"
         case NewTensors():
             return "new tensors"
         case _:

@@ -7,7 +7,7 @@ P110 layer must run first            P111 a layer it reads is gone  P112 weights
 P113 weights of the wrong shape      P114 bad span                  P115 exit that hides steps, or named twice
 P116 KV fill that has no use         P117 unwritable name or word   P118 bad parallel group
 P119 a recurrent layer has no fill   P120 edit that this plan does not allow
-P129 a run's own tensors do not fit its layer
+P128 source that takes over a map     P129 a run's own tensors do not fit its layer
 
 P102, P104 and P117 come from `Plan` and the steps themselves, P120 from `shoal.plan.edit`; `check` finds the others.
 """
@@ -23,7 +23,7 @@ from shoal.plan.answers import NO_PARTS
 from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import Exit, LayerKV, Map, Parallel, Run, Step, runs, writes_kv
+from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, Parallel, Run, Step, map_source, runs, writes_kv
 from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
 
 
@@ -127,6 +127,7 @@ def _counting(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
 def _sources(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     """Whether what a run takes from another layer is there and fits."""
     stored: set[int] = set()
+    maps: dict[int, bool] = {}
     for step in steps:
         group = list(runs((step,)))
         for run in group:
@@ -134,9 +135,31 @@ def _sources(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
                 match source:
                     case LayerKV():
                         yield from _kv_source(run, stack.layers[run.layer], stack.layers[source.layer], stored)
+                    case AttentionMap():
+                        yield from _map_source(run, stack.layers[run.layer], stack.layers[source.layer], maps)
                     case _:
                         assert_never(source)
         stored |= {run.layer for run in group if writes_kv(run)}
+        maps |= {run.layer: map_source(run) is None for run in group if run.part != "mlp"}
+
+
+def _map_source(run: Run, layer: LayerSpec, source: LayerSpec, maps: dict[int, bool]) -> Iterator[Finding]:
+    """`maps`: the layers whose attention ran before, and whether it made its map itself."""
+    here = f"layer {run.layer} takes over the attention map of layer {source.index}"
+    if run.part == "mlp":
+        yield "P109", run.layer, f"{here}, but runs only its mlp; write {run.layer}m without @a"
+        return
+    for one in (layer, source):
+        if one.kv.kind not in ("full", "sliding"):
+            yield "P109", one.index, f"{here}, but layer {one.index} ({one.kind}) makes no map; drop the @a"
+            return
+    if source.index not in maps:
+        yield "P107", run.layer, f"{here}, whose attention does not run before it; choose an earlier layer that does"
+    elif not maps[source.index]:
+        yield "P128", run.layer, f"{here}, which takes over a map itself; name the layer that makes it"
+    if (layer.kv, layer.kind, layer.width) != (source.kv, source.kind, source.width):
+        differ = f"{_kv_words(layer)} and {_kv_words(source)}"
+        yield "P108", run.layer, f"{here}, but the two differ: {differ}; choose a source of the same kind"
 
 
 def _kv_source(run: Run, layer: LayerSpec, source: LayerSpec, stored: set[int]) -> Iterator[Finding]:

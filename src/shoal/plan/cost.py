@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, assert_never
 
 from shoal.plan.plan import Plan
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import Exit, LayerKV, Map, Parallel, Run, runs, writes_kv
+from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, Parallel, Run, runs, writes_kv
 from shoal.plan.tensors import Shapes, tensors_of
 
 
@@ -183,6 +183,10 @@ def _score_width(layer: LayerSpec, run: Run) -> int:
         match source:
             case LayerKV():
                 pass  # it scores the keys that it reads
+            case AttentionMap():
+                # it scores nothing; its queries and keys are still made and thrown away, so they are counted
+                sizes = layer.kv.key_dim + layer.kv.value_dim
+                width -= layer.width * layer.kv.key_dim // max(1, sizes)
             case _:
                 assert_never(source)
     return width

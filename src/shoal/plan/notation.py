@@ -4,6 +4,7 @@
     12a   12m       only the attention, only the mlp of layer 12                   10x3   layer 10 three times
     (7|8)           layers 7 and 8 in parallel; (7|8)mean averages                 13@12  layer 13 reads layer 12's KV
     ~12-15          a fitted map for layers 12 to 15; ~12-15:ID names its weights
+    26@a25          layer 26 takes over layer 25's attention map
     20:ID           layer 20 with the weights ID        20?g  behind gate g        20?g/project  and its KV fill
     !early          an exit; !early=ID with its own head, !early?g behind a gate
     encoder: 0-5; decoder: 0-11      several stacks
@@ -22,6 +23,7 @@ from shoal.plan.steps import (
     JOINS,
     KV,
     NAME,
+    AttentionMap,
     Exit,
     Fill,
     Join,
@@ -39,7 +41,7 @@ MAX_STEPS = 10_000
 _ID = NAME.pattern
 _NUM = r"\d{1,6}"
 _RUN = re.compile(
-    rf"(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?P<part>[am])?(?:x(?P<times>{_NUM}))?(?:@(?P<read>{_NUM}))?"
+    rf"(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?P<part>[am])?(?:x(?P<times>{_NUM}))?(?:@(?P<read>{_NUM}))?(?:@a(?P<map>{_NUM}))?"
     rf"(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?(?:/(?P<fill>[a-z]+))?",
     re.ASCII,
 )
@@ -154,9 +156,13 @@ def _parse_runs(piece: str) -> list[Run]:
         _fail(piece, "a layer cannot run 0 times; leave it out instead")
     if (abs(last - first) + 1) * times > MAX_STEPS:
         _fail(piece, f"the plan has more than {MAX_STEPS} steps")
-    kv = KV(None if found["read"] is None else int(found["read"]), _fill(piece, found["fill"]))
+    kv = KV(_layer(found["read"]), _fill(piece, found["fill"]), _layer(found["map"]))
     order = range(first, last + 1) if last >= first else range(first, last - 1, -1)
     return [Run(i, _PARTS[found["part"]], found["weights"], kv, found["gate"]) for i in order for _ in range(times)]
+
+
+def _layer(digits: str | None) -> int | None:
+    return None if digits is None else int(digits)
 
 
 def _fill(piece: str, word: str | None) -> Fill | None:
@@ -184,6 +190,8 @@ def format_source(source: Source) -> str:
     match source:
         case LayerKV():
             return f"@{source.layer}"
+        case AttentionMap():
+            return f"@a{source.layer}"
         case NewTensors():
             return f":{source.id}"
         case _:

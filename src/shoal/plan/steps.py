@@ -38,14 +38,16 @@ def _names(*names: str | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class KV:
-    """Whose keys and values a run uses.
+    """Whose keys and values a run uses, and whose attention map.
 
     `read`: base index of an earlier layer whose keys and values this run attends to (it then stores none of its own);
-    None: its own slot. `fill`: what is stored for tokens that a gate let skip this run.
+    None: its own slot. `fill`: what is stored for tokens that a gate let skip this run. `attention`: base index of an
+    earlier layer whose attention map this run takes over; None: it makes its own.
     """
 
     read: int | None = None
     fill: Fill | None = None
+    attention: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("KV fill", self.fill, (None, *FILLS))
@@ -74,7 +76,20 @@ class LayerKV:
         return f"reads the KV of layer {self.layer}"
 
 
-LayerSource = LayerKV
+@dataclass(frozen=True, slots=True)
+class AttentionMap:
+    """A source of the attention map: that of an earlier layer, as its latest run made it. The run still makes and
+    stores keys and values of its own, and weighs its own values with the map."""
+
+    layer: int
+    noun: ClassVar[str] = "attention source"
+    summary: ClassVar[str] = "Attention map shared"
+
+    def __str__(self) -> str:
+        return f"takes the attention map of layer {self.layer}"
+
+
+LayerSource = LayerKV | AttentionMap
 """The sources that are layers of the base."""
 Source = LayerSource | NewTensors
 """Whose keys, values or matrices a run uses where it does not use its own layer's. A new kind of source is one more
@@ -98,7 +113,8 @@ class Run:
     @property
     def layer_sources(self) -> tuple[LayerSource, ...]:
         """The other layers that this run takes something from."""
-        return () if self.kv.read is None else (LayerKV(self.kv.read),)
+        kv = () if self.kv.read is None else (LayerKV(self.kv.read),)
+        return kv if self.kv.attention is None else (*kv, AttentionMap(self.kv.attention))
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -201,6 +217,11 @@ def undecided(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 def _ungated(run: Run) -> Run:
     return replace(run, gate=None, kv=replace(run.kv, fill=None))
+
+
+def map_source(run: Run) -> int | None:
+    """The base layer whose attention map the run takes over; None: it makes its own."""
+    return run.kv.attention
 
 
 def writes_kv(run: Run) -> bool:

@@ -1,0 +1,111 @@
+"""The attention map of one layer, made during its call and taken over by a later one.
+
+While such a layer is called, its attention module has a copy of its config that asks transformers for an attention
+function of ours. It is given queries, keys and values behind rotation and cache. To make a map it calls the family's
+own eager function, so that scales, soft caps and sinks are right; to take one it multiplies it with the layer's values.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from shoal.errors import PlanError
+from shoal.models.parts import INDEX_NAMES
+
+NAME = "shoal_shared_map"
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""(module, query, key, value, mask, **options), each [batch, heads, tokens, size], to the output [batch, tokens, heads,
+size] and the map [batch, heads, queries, keys]."""
+
+
+def require_maps(layer: nn.Module, index: int) -> None:
+    """Raise P141 for a layer whose attention hands out no map and takes none."""
+    module = _attention_of(layer)
+    if module is None or not hasattr(_home_of(module), "eager_attention_forward"):
+        raise PlanError(
+            f"the attention of layer {index} ({type(layer).__name__}) hands out no attention map; write the plan "
+            "without @a",
+            code="P141",
+        )
+
+
+@contextmanager
+def attending(layer: nn.Module, attend: Attend) -> Iterator[None]:
+    """Meanwhile the attention of `layer` computes with `attend`. Raises P141 beside flash and other fused kernels."""
+    module: Any = _attention_of(layer)
+    own = module.config
+    if own._attn_implementation not in ("eager", "sdpa"):
+        raise PlanError(
+            f"{own._attn_implementation} hands out no attention map; load the model with sdpa or eager attention, or "
+            "write the plan without @a",
+            code="P141",
+        )
+    stand_in = copy.copy(own)
+    stand_in.__dict__.update(_attn_implementation_internal=NAME, _shoal_attend=attend)
+    module.config = stand_in
+    try:
+        yield
+    finally:
+        module.config = own
+
+
+def made(keep: Callable[[torch.Tensor], None]) -> Attend:
+    """The family's own eager attention, whose map is given to `keep`."""
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        eager = _home_of(module).eager_attention_forward
+        out, weights = eager(module, query, key, value, _additive(module, mask, query, key), **options)
+        keep(weights)
+        return out, weights
+
+    return attend
+
+
+def taken(weights: torch.Tensor) -> Attend:
+    """The values of a layer, weighed with the map of another one."""
+
+    def attend(_: Any, __: Any, ___: Any, value: torch.Tensor, *____: Any, **_____: Any) -> Any:
+        values = value.repeat_interleave(weights.shape[1] // value.shape[1], 1)
+        return (weights.to(values) @ values).transpose(1, 2).contiguous(), weights
+
+    return attend
+
+
+def _called(module: Any, *args: Any, **options: Any) -> Any:
+    return module.config._shoal_attend(module, *args, **options)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _called)
+
+
+def _attention_of(layer: nn.Module) -> nn.Module | None:
+    """The one module of the layer that knows its place and has a config."""
+    found = [m for m in layer.modules() if "config" in m.__dict__ and any(name in m.__dict__ for name in INDEX_NAMES)]
+    return found[0] if len(found) == 1 else None
+
+
+def _home_of(module: nn.Module) -> Any:
+    return sys.modules[type(module).__module__]
+
+
+def _additive(module: Any, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """A mask as eager attention takes it; sdpa is given none where causal order alone counts, or a boolean one."""
+    if mask is None:
+        tokens, keys = query.shape[-2], key.shape[-2]
+        if tokens == 1 or not getattr(module, "is_causal", True):
+            return None
+        # as sdpa does: the first query sees the first key alone; places of a static cache that are not filled come last
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )
