@@ -18,6 +18,7 @@ from shoal.speculating.draft_runner import DraftRunner
 from shoal.speculating.lengths import Confidence, Length
 from shoal.speculating.loop import Loop, Rules, answer
 from shoal.speculating.parse import Recipe, parse_draft
+from shoal.speculating.rows import require_dynamic
 from shoal.speculating.stats import PhaseProfiler, Stats
 
 
@@ -145,7 +146,6 @@ def _refuse(config: Any, ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
         )
     if not kwargs.get("use_cache", True) or kwargs.get("past_key_values") is None:
         raise UsageError("speculation needs the KV cache; leave out use_cache=False", code="U612")
-    from shoal.speculating.rows import require_dynamic
 
     require_dynamic(kwargs["past_key_values"])
 
