@@ -16,7 +16,7 @@ from gguf_files import raw_file
 from shoal.errors import ModelError, PlanError, ShoalError, WriteError
 from shoal.plan import Plan, save_plan
 from shoal.writing.gguf_out import published
-from shoal.writing.gguf_out.copied import drawn
+from shoal.writing.gguf_out.copied import copied_manifest
 from shoal.writing.gguf_out.source import open_source, spec_of
 from shoal.writing.gguf_out.write import copy_file, plan_for
 from shoal.writing.output import refuse_output
@@ -137,14 +137,14 @@ def test_damaged_headers_end_in_a_documented_error(
     (place / "bad.gguf").write_bytes(bytes(whole))
     try:
         source = open_source(place / "bad.gguf")
-        drawn(source, plan_for(source, "0", "bad")[0])
+        copied_manifest(source, plan_for(source, "0", "bad")[0])
     except ShoalError:
         pass
 
 
 def test_places_that_llama_cpp_counts_are_refused(tmp_path: Path) -> None:
     def draw(base: Path, text: str) -> Callable[[], object]:
-        return lambda: drawn(open_source(base), plan_on(base, text))
+        return lambda: copied_manifest(open_source(base), plan_on(base, text))
 
     assert "unknown-arch" in refused("W262", draw(raw_file(tmp_path / "a.gguf", "unknown-arch"), "0-3"))
     draw(tmp_path / "a.gguf", "0-5")()  # a copy moves nothing

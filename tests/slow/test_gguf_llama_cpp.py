@@ -20,7 +20,7 @@ from shoal.models.load import BUILTIN, Loaded, gguf_file, load
 from shoal.plan import Plan, parse_plan
 from shoal.writing.gguf_out import families
 from shoal.writing.gguf_out.container import write_file
-from shoal.writing.gguf_out.copied import drawn
+from shoal.writing.gguf_out.copied import copied_manifest
 from shoal.writing.gguf_out.source import open_source
 from shoal.writing.gguf_out.write import convert_model, copy_file, plan_for
 
@@ -119,7 +119,7 @@ def test_a_gguf_base_with_arrays_is_pruned_and_loads(tmp_path: Path, opened: Cal
     identity = Plan.identity(inspect(base.model))
     convert_model(base, identity, tmp_path / "base.gguf")
     source = open_source(tmp_path / "base.gguf")
-    whole = drawn(source, identity)
+    whole = copied_manifest(source, identity)
     listed = {
         f"llama.{key}": ([source.value(key)] * 6, GGUFValueType.ARRAY, GGUFValueType.UINT32)
         for key in ("attention.head_count_kv", "feed_forward_length")
@@ -130,7 +130,7 @@ def test_a_gguf_base_with_arrays_is_pruned_and_loads(tmp_path: Path, opened: Cal
     copy_file(source, plan, tmp_path / "out.gguf")
     live = parse_plan("0,2-3,3,5", identity)
     assert share(logits_of(opened(tmp_path / "out.gguf"), IDS), live_logits(base, live, IDS)) < LOSSLESS
-    pruned = drawn(source, plan)
+    pruned = copied_manifest(source, plan)
     write_file(tmp_path / "stale.gguf", "llama", {**pruned.pairs, **listed}, pruned.items, lambda _: None)
     with pytest.raises(ValueError, match="Failed to load model"):
         opened(tmp_path / "stale.gguf")
