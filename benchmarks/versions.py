@@ -153,7 +153,7 @@ def _steps(model: Any, ids: Any, cache: Any) -> None:
 
 
 def _search(loaded: Any, shoal: Any) -> None:
-    shoal.prune(loaded, method="sleb", drop=2, length=64, limit=16, writable=False)
+    shoal.prune(loaded, method="sleb", drop=1, length=32, limit=4, writable=False)
 
 
 def _write(loaded: Any, shoal: Any) -> None:

@@ -85,6 +85,8 @@ class GatedExecutor(Executor):
             self.passthrough = [False] * stack.depth
         self.passthrough[-1] = False  # where a forward ends
         self.fills = self._fills({run.kv.fill for run in runs(steps)})
+        self.gated = {at: self._gated(at, step) for at, step in enumerate(steps) if isinstance(step, Run)}
+        self.sizes = {at: layers_run((steps[at],)) for at in self.gated}
         self.trace = Trace(layers=layers_run(runs(steps)))
         self.prompt: int | None = None
         self.inputs: tuple[torch.Tensor | None, Any] = (None, None)
@@ -197,11 +199,11 @@ class GatedExecutor(Executor):
         active = collapse_uniform(and_not(asked if mlp is None else True, forward.left))
         if isinstance(active, torch.Tensor):
             active = active.to(hidden.device)  # the layers of one model may be on several devices
-        size = layers_run((step,))
+        size = self.sizes[position]
         forward.ran(size if mlp is None else size - 0.5, active)
         if mlp is not None:
             forward.ran(0.5, logical_and(mlp, active))
-        gated, fill = self._gated(position, step), self.fills[step.kv.fill]
+        gated, fill = self.gated[position], self.fills[step.kv.fill]
         if active is False:
             if gated is not None:
                 fill.skipped(gated, forward, hidden, call)

@@ -176,7 +176,8 @@ class Executor:
         hidden = hidden_of((args, kwargs))
         if recorder is not None:
             recorder.enters(index, hidden)
-        self.now.carried = {at: argument((args, kwargs), at) for at in self.carried}
+        if self.carried:
+            self.now.carried = {at: argument((args, kwargs), at) for at in self.carried}
         for position, step in self.steps_at[index]:
             hidden = self._step(position, step, hidden, index, args, kwargs)
         returned = self.as_layer_output(index, hidden)
