@@ -19,7 +19,8 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """
     training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
+        if training:  # eval() alone walks through a large model for several milliseconds
+            model.eval()
         with nullcontext() if gradients else torch.no_grad():
             yield
     finally:
