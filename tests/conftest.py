@@ -23,12 +23,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import importlib.util
 import ipaddress
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+
+from tests.forked_proofs import FORKED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,6 +96,21 @@ def _no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "sendto", _guarded_sendto)
         patch.setattr(socket, "getaddrinfo", _guarded_getaddrinfo)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_proofs() -> Iterator[None]:
+    """Proofs are made by processes that have their imports behind them, see `tests/forked_proofs.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", FORKED.run)
+        yield
+    FORKED.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture of the test is made."""
+    FORKED.fresh = any(item.get_closest_marker(name) for name in ("fresh", "real", "slow"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

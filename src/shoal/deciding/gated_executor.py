@@ -85,8 +85,9 @@ class GatedExecutor(Executor):
             self.passthrough = [False] * stack.depth
         self.passthrough[-1] = False  # where a forward ends
         self.fills = self._fills({run.kv.fill for run in runs(steps)})
-        self.gated = {at: self._gated(at, step) for at, step in enumerate(steps) if isinstance(step, Run)}
-        self.sizes = {at: layers_run((steps[at],)) for at in self.gated}
+        single = {at: step for at, step in enumerate(steps) if isinstance(step, Run)}
+        self.gated = {at: self._gated(at, run) for at, run in single.items()}
+        self.sizes = {at: layers_run((run,)) for at, run in single.items()}
         self.trace = Trace(layers=layers_run(runs(steps)))
         self.prompt: int | None = None
         self.inputs: tuple[torch.Tensor | None, Any] = (None, None)
