@@ -20,7 +20,7 @@ help:
 	@echo "make check    the same without the tests"
 	@echo "make format   let ruff mend what it can"
 	@echo "make bench    what measuring and running cost, against their targets"
-	@echo "make fuzz     100,000 damaged configs, indices, plans and headers: only documented errors may come out"
+	@echo "make fuzz     100,000 damaged configs, indices, plans and headers: only documented errors may come out; 20,000 damaged folders: refused or right"
 	@echo "make docs     write the generated pages in docs/ again"
 	@echo "make clean    remove .venv, caches and the demo"
 
@@ -65,6 +65,7 @@ bench: $(READY)
 
 fuzz: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.run --inputs 100000
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.folders --inputs 20000
 
 docs: $(READY)
 	$(BIN)/python -m shoal.docs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from shoal.errors import ModelError, ShoalError
 from shoal.registry import entries
 
+from ..fuzz.folders import judge
 from ..fuzz.mutate import near
 from ..fuzz.run import Watch
 from ..fuzz.targets import targets
@@ -43,6 +45,14 @@ def test_a_reader_knows_documented_errors_alone(name: str) -> None:
             target.run(data)
 
     read()
+
+
+@pytest.mark.filterwarnings("ignore")  # stock transformers is asked about broken folders too
+def test_a_damaged_folder_is_refused_or_right(tmp_path: Path) -> None:
+    counts = Counter[str]()
+    assert [wrong for number in range(16) if (wrong := judge(number, 0, tmp_path, counts)) is not None] == []
+    assert counts["written"] >= 4
+    assert counts.total() == 16
 
 
 def test_a_reader_that_breaks_is_caught(tmp_path: Path) -> None:
