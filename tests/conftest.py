@@ -6,6 +6,8 @@ Nothing heavy is imported here: a test of plain data must not pay for torch.
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 # Libraries read these when they are imported, and child processes inherit them.
 os.environ.update(
@@ -15,7 +17,10 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="agg",
+    SHOAL_TRACEBACK="1",  # a fault of Shoal fails a test with its traceback
 )
+# where transformers copies a model's own code to, before it is imported
+os.environ.setdefault("HF_MODULES_CACHE", str(Path(tempfile.gettempdir()) / "shoal-tests-modules"))
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread per worker: workers that each take every core are slower than one worker alone.
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -25,7 +30,6 @@ import ipaddress
 import socket
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from shoal.models import gguf_rules as rules
 
 TEXT = "the cat sat on the mat and the dog ran 12 345 times over the hill, didn't it?"
 VOCAB = 320
@@ -84,7 +87,8 @@ def raw_file(
     stated: int | None = None,
     strings: dict[str, str] | None = None,
 ) -> Path:
-    """A GGUF file of `depth` layers with one Q8_0 matrix and one vector each, every one different, and metadata."""
+    """A GGUF file of `depth` layers with one Q8_0 matrix and one vector each (and vectors for what else a known
+    architecture needs), every one different, and metadata."""
     writer = GGUFWriter(None, arch)
     writer.add_block_count(depth if stated is None else stated)
     writer.add_embedding_length(32)
@@ -107,8 +111,52 @@ def raw_file(
     for layer in range(depth):
         matrix(f"blk.{layer}.attn_q.weight", 4)
         writer.add_tensor(f"blk.{layer}.attn_norm.weight", random.normal(size=32).astype(np.float32))
+        for name in rules.NEEDED.get(arch, ()):
+            if name not in ("attn_q.weight", "attn_norm.weight"):
+                writer.add_tensor(f"blk.{layer}.{name}", random.normal(size=32).astype(np.float32))
     writer.add_tensor("output_norm.weight", random.normal(size=32).astype(np.float32))
     writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def edited_file(
+    source: Path,
+    file: Path,
+    *,
+    rename: Callable[[str], str | None] = lambda name: name,
+    keys: Mapping[str, Any] | None = None,
+    extra: Mapping[str, int] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> Path:
+    """A copy of a .gguf file with tensors renamed (None: left out), `keys` exchanged, integer keys `extra` added, and
+    tensors `more` of zeros of a size added."""
+    reader = GGUFReader(source)
+    keys = dict(keys or {})
+    arch = str(keys.pop("general.architecture", reader.fields["general.architecture"].contents()))
+    writer = GGUFWriter(file, arch)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = keys.pop(name, field.contents())
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif field.types[0] == GGUFValueType.STRING:
+            writer.add_string(name, value)
+        else:
+            writer.add_key_value(name, value, field.types[0])
+    for name, value in keys.items():
+        writer.add_array(name, value)
+    for name, number in (extra or {}).items():
+        writer.add_uint32(name, number)
+    for tensor in reader.tensors:
+        if (new := rename(tensor.name)) is not None:
+            writer.add_tensor(new, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, size in (more or {}).items():
+        writer.add_tensor(name, np.zeros(size, np.float32))
+    writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 
 class ShoalError(Exception):
     """Base of all errors that are the user's to mend; the CLI prints the message alone and exits with 1."""
@@ -51,3 +53,19 @@ class UsageError(ShoalError):
     """An option or a name that does not exist (codes U5xx)."""
 
     code = "U500"
+
+
+class ShoalNote(UserWarning):
+    """What is worth a word about an input and stops nothing; the CLI prints it on stderr."""
+
+
+def note(text: str) -> None:
+    """Say `text` as a `ShoalNote`."""
+    warnings.warn(text, ShoalNote, stacklevel=3)
+
+
+def first_line(error: Exception, most: int = 200) -> str:
+    """The first line of what another library says, for a sentence of ours; its class where it says nothing."""
+    said = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+    lines = said.strip().splitlines()
+    return lines[0].strip()[:most] if lines else type(error).__name__

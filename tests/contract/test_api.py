@@ -124,7 +124,7 @@ def test_measure_refuses_unknown_names_before_it_loads(name: str, settings: dict
 
 
 def test_text_needs_a_tokenizer(loaded: Loaded) -> None:
-    with pytest.raises(DataError, match="has no tokenizer; pass one") as raised:
+    with pytest.raises(DataError, match="has no tokenizer that can be read") as raised:
         measure(loaded.model, **SMALL)
     assert raised.value.code == "D440"
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from shoal.cli import app
 from shoal.models.load import inspect_source
-from shoal.models.shards import INDEX, stored_tensors
+from shoal.models.shards import INDEX, SINGLE, stored_tensors
 from shoal.plan import Plan, parse_plan
 from shoal.writing.stream import stream
 
@@ -134,7 +134,32 @@ BAD: dict[str, Callable[[Path], Any]] = {
     "an index of brackets": brackets(INDEX),
     "pickled weights": pickled,
     "no config": lambda d: (d / "config.json").unlink(),
+    "weights beside an index of others": lambda d: save_file(
+        load_file(shard(d)), d / SINGLE, metadata={"format": "pt"}
+    ),
+    "weights under another name": config(transformers_weights="other.safetensors"),
+    "text that is no text": lambda d: (d / "config.json").write_bytes(b'{"model_type": "\xff\xfe"}'),
+    "half a generation config": lambda d: (d / "generation_config.json").write_text("{"),
 }
+CODES = {
+    "a tensor of the wrong shape": "M336",
+    "a tensor that is missing": "M310",
+    "a config that is too deep": "M313",
+    "a config that is too shallow": "M313",
+    "a config without end": "M332",
+    "a config of odd types": "M307",
+    "a stale list": "M307",
+    "code of its own": "M312",
+    "a config of brackets": "M302",
+    "an index of brackets": "M302",
+    "pickled weights": "M308",
+    "no config": "M302",
+    "weights beside an index of others": "M357",
+    "weights under another name": "M358",
+    "text that is no text": "M302",
+    "half a generation config": "M302",
+}
+"""By bad input; the others are M309. Every verb says the same, but for the doctor, which lists all that is wrong."""
 
 VERBS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "BAD"),
@@ -144,6 +169,9 @@ VERBS: dict[str, tuple[str, ...]] = {
     "write --stream": ("write", "BAD", "--plan", "0,2", "--output", "OUT", "--stream"),
     "prune": ("prune", "BAD", "--drop", "1", "--method", "position", "--no-assess", "--output", "OUT"),
     "verify": ("verify", "BAD"),
+    "measure": ("measure", "BAD"),
+    "generate": ("generate", "BAD", "hello"),
+    "evaluate": ("evaluate", "BAD"),
     "show": ("show", "0,2", "--model", "BAD"),
     "convert": ("convert", "0,2", "--to", "shortgpt", "--model", "BAD", "--output", "OUT"),
 }
@@ -189,6 +217,8 @@ def test_bad_input_is_one_error(bad: str, verb: str, sound: Path, tmp_path: Path
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("shoal: ")
     assert lines[0][7:11].rstrip(":").isalnum() and lines[0][11] == ":", lines[0]
+    if not verb.startswith("doctor"):
+        assert lines[0][7:11] == CODES.get(bad, "M309"), lines[0]
     assert len(lines[0]) < 700
     assert snapshot(tmp_path) == before
 

@@ -21,6 +21,7 @@ from shoal.errors import ShoalError
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import PlanLoss
 from shoal.live import running
+from shoal.models.gguf_source import open_source
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, parse_plan
@@ -28,7 +29,6 @@ from shoal.plan.answers import WAYS, Otherwise, Refused, Right, Way
 from shoal.plan.capabilities import Trait, answer, traits
 from shoal.speculating.speculator import Speculator
 from shoal.writing.gguf_out.copied import slots_of
-from shoal.writing.gguf_out.source import open_source
 from shoal.writing.gguf_out.write import copy_file, plan_for
 from shoal.writing.surgery import rewrite
 

@@ -178,13 +178,14 @@ def test_dry_run_is_the_config_file_and_loads_nothing(
     assert "limit: 9" in changed["config"]
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "nonsense: 1", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["[1, 2]", "nonsense: 1", "a: [", "\x00", "drop:\n\t- 1", "a: 2001-99-99"])
 def test_a_config_file_that_cannot_be_used_is_refused(model: str, tmp_path: Path, text: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
     result = CliRunner().invoke(app, ["prune", model, "--config", str(file)])
     assert result.exit_code == 2
     assert "Traceback" not in result.stderr
+    assert "\t" not in text or "line 2, column 1" in " ".join(result.stderr.split())
 
 
 def test_ls_knows_every_kind() -> None:

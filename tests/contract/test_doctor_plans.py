@@ -138,5 +138,18 @@ def test_a_hub_id_fetches_its_papers_alone(folders: Any, hub: type[Hub], tmp_pat
     assert base.exists()
 
 
+@pytest.mark.parametrize("verb", [("inspect",), ("measure",), ("write", "--plan", "0", "--output", "OUT")])
+def test_a_hub_id_is_compared_before_its_weights_are_fetched(
+    verb: tuple[str, ...], folders: Any, hub: type[Hub], tmp_path: Path
+) -> None:
+    _, sound = folders("llama")
+    hub.folder = tmp_path / "single"
+    shutil.copytree(sound, hub.folder)
+    numbered(hub.folder)
+    words = [word.replace("OUT", str(tmp_path / "out")) for word in verb[1:]]
+    assert "M313" in shoal(verb[0], "owner/single", *words, code=1)
+    assert "model.safetensors" not in hub.asked, "whole"
+
+
 def test_an_offline_hub_id_is_one_sentence() -> None:
     assert "M307" in shoal("doctor", "nobody/nothing", code=1)

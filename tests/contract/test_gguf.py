@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from gguf_files import raw_file
 from shoal.errors import ModelError, PlanError, ShoalError, WriteError
+from shoal.models.gguf_source import open_source, spec_of
 from shoal.plan import Plan, save_plan
 from shoal.writing.gguf_out import published
 from shoal.writing.gguf_out.copied import copied_manifest
-from shoal.writing.gguf_out.source import open_source, spec_of
 from shoal.writing.gguf_out.write import copy_file, plan_for
 from shoal.writing.output import refuse_output
 

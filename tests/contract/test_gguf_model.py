@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from gguf_files import MODELS, TEXT, VOCAB, raw_file, tiny_model, tiny_tokenizer
 from shoal.cli import app
+from shoal.models import gguf_rules as rules
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, parse_plan, save_plan
 from shoal.writing.gguf_out import converted as converted_module
-from shoal.writing.gguf_out import rules, vocab
+from shoal.writing.gguf_out import vocab
 from shoal.writing.gguf_out.converted import converted, sketched
 from shoal.writing.gguf_out.families import FAMILIES, family_of
 from shoal.writing.gguf_out.write import convert_model

@@ -92,16 +92,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a wrong size": (lambda d: edit_header(d, lambda h: h[UP].update(shape=[1, 1])), "M309"),
     "a negative size": (lambda d: edit_header(d, lambda h: h[UP].update(shape=[-64, -32])), "M309"),
-    "a shape that is turned": (reshape, "W218"),
-    "a tensor of no part": (lambda d: rename(d, "model.layers.1.mlp.mystery.weight"), "W217"),
-    "a tensor of a layer too many": (lambda d: rename(d, "model.layers.9.mlp.up_proj.weight"), "W217"),
-    "a layer too many in the config": (lambda d: set_config(d, num_hidden_layers=5), "M310"),
+    "a shape that is turned": (reshape, "M336"),
+    "a tensor of no part": (lambda d: rename(d, "model.layers.1.mlp.mystery.weight"), "M310"),
+    "a tensor of a layer too many": (lambda d: rename(d, "model.layers.9.mlp.up_proj.weight"), "M313"),
+    "a layer too many in the config": (lambda d: set_config(d, num_hidden_layers=5), "M313"),
     "a quantised model": (lambda d: set_config(d, quantization_config={"quant_method": "gptq", "bits": 4}), "W212"),
     "code of its own": (
         lambda d: set_config(d, model_type="evil", auto_map={"AutoConfig": "evil.Config"}),
         "M312",
     ),
-    "another kind of model": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "W217"),
+    "another kind of model": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "M310"),
     "no config": (lambda d: (d / "config.json").unlink(), "M302"),
 }
 

@@ -15,13 +15,13 @@ from gguf import GGUFReader, GGUFValueType
 
 from gguf_files import MODELS, TEXT, tiny_model, tiny_tokenizer
 from shoal.live import running
+from shoal.models.gguf_source import open_source
 from shoal.models.inspect import inspect
 from shoal.models.load import BUILTIN, Loaded, gguf_file, load
 from shoal.plan import Plan, parse_plan
 from shoal.writing.gguf_out import families
 from shoal.writing.gguf_out.container import write_file
 from shoal.writing.gguf_out.copied import copied_manifest
-from shoal.writing.gguf_out.source import open_source
 from shoal.writing.gguf_out.write import convert_model, copy_file, plan_for
 
 llama_cpp = pytest.importorskip(

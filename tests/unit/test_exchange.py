@@ -175,8 +175,10 @@ METHOD = "merge_method: passthrough"
         (f"slices: []\n{METHOD}", "no slice"),
         ("a: &x [1]\nb: *x", "has the alias *x"),
         ("[" * 30, "N101"),
-        ("{a: 2001-99-99}", "is not YAML (ValueError)"),
-        ("!!python/object/apply:os.system [ls]", "is not YAML (ConstructorError)"),
+        ("{a: 2001-99-99}", "is not YAML (month must be in 1..12"),
+        ("!!python/object/apply:os.system [ls]", "is not YAML (line 1, column 1: could not determine a constructor"),
+        ("slices:\n\t- sources: []\n", "is not YAML (line 2, column 1: found character '\\t' that cannot start"),
+        ("slices: [a, b\nx: y\n", "is not YAML (line 2, column"),
     ],
 )
 def test_what_mergekit_can_say_and_a_plan_cannot(text: str, said: str) -> None:

@@ -78,9 +78,11 @@ def opened(source: Source, **options: Any) -> Loaded:
 
 
 def tokenizer_of(loaded: Loaded) -> Any:
-    """The tokenizer. Raises D440 when the model came without one."""
+    """The tokenizer. Raises D440 when the model came without one, or with one that cannot be read."""
     if loaded.tokenizer is None:
-        raise DataError(f"{loaded.source} has no tokenizer; pass one to read text", code="D440")
+        raise DataError(
+            f"{loaded.source} has no tokenizer that can be read; put its tokenizer files beside it", code="D440"
+        )
     return loaded.tokenizer
 
 

@@ -61,14 +61,18 @@ class Examined:
             raise ModelError(f"{self.source} is broken, {count}: {first}; {remedy}", code="M335")
 
 
-def doctor(source: str | Path, *, plan: str | None = None, kept: str | None = None) -> Examined:
+def doctor(
+    source: str | Path, *, plan: str | None = None, kept: str | None = None, trust_remote_code: bool = False
+) -> Examined:
     """Examine a folder or a hub id. `plan`: notation, plan.json or its folder, to be judged too. `kept`: the layers of
-    the base that a broken folder holds, as notation.
+    the base that a broken folder holds, as notation. `trust_remote_code`: run code that comes with a folder.
 
     Raises `ModelError` for what cannot be judged at all (M3xx), `PlanError` for a plan that is not legal, U527.
     """
     with quiet():
-        found = diagnose(read_metadata(source), None if kept is None else layer_list(kept))
+        found = diagnose(
+            read_metadata(source, trust_remote_code=trust_remote_code), None if kept is None else layer_list(kept)
+        )
         assert found.config is not None
         model = structure(found.config, source)
         spec = open_model(model).spec

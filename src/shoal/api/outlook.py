@@ -8,7 +8,7 @@ from typing import Any
 from shoal.errors import ShoalError
 from shoal.executing.weights import Tensors
 from shoal.models.engines import Target, Verdict, verdicts
-from shoal.models.load import load_config, structure
+from shoal.models.load import check_source
 from shoal.plan import Cost, Plan, Run, Spec, cost, shapes_of, strip
 from shoal.registry import get
 from shoal.writing.reference import quiet
@@ -62,10 +62,10 @@ def outlook(
     zero_parts: bool = False,
     **options: Any,
 ) -> Outlook:
-    """The outlook of a legal `plan` with its `weights` of the model `source`, whose spec is `spec`. `options`: for its
-    config."""
+    """The outlook of a legal `plan` with its `weights` of the model `source`, whose spec is `spec`. `options`: for
+    `check_source`."""
     with quiet():
-        model = structure(load_config(source, **options), source)
+        model = check_source(source, **options).structure
         return outlook_of(model, spec, plan, weights=weights, zero_parts=zero_parts)
 
 

@@ -7,15 +7,18 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import typer
 
+from shoal.cli._errors import in_words
 from shoal.cli.options import running
-from shoal.errors import ShoalError, UsageError
+from shoal.errors import ShoalNote, UsageError
 from shoal.user_files import forget_used, used_files
 
 Progress = Callable[[int, int, str], None]
@@ -30,21 +33,43 @@ def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         forget_used()
         try:
-            verb(*args, **kwargs)
-        except ShoalError as error:
-            typer.echo(f"shoal: {error}", err=True)
-            raise typer.Exit(1) from None
+            with _notes_in_words():
+                verb(*args, **kwargs)
         except BrokenPipeError:  # the reader of a pipe left; nothing to say
             sys.stderr.close()
             raise typer.Exit(0) from None
-        except OSError as error:
-            typer.echo(f"shoal: {error.filename or 'the system'}: {error.strerror or error}", err=True)
-            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("shoal: stopped; nothing unfinished was left behind", err=True)
             raise typer.Exit(130) from None
+        except (typer.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception as error:
+            said = in_words(error)
+            if said is None:
+                raise
+            typer.echo(f"shoal: {said}", err=True)
+            raise typer.Exit(1) from None
 
     return run
+
+
+@contextmanager
+def _notes_in_words() -> Iterator[None]:
+    """Each `ShoalNote` is a line on stderr, once; other warnings are as they were."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        said: set[str] = set()
+
+        def say(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+            if not issubclass(category, ShoalNote):
+                show(message, category, *rest, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                typer.echo(f"shoal: note: {message}", err=True)
+
+        warnings.simplefilter("always", ShoalNote)
+        warnings.showwarning = say
+        yield
 
 
 def resolved() -> dict[str, Any]:

@@ -24,6 +24,7 @@ def convert(
     from_: Annotated[str | None, typer.Option("--from", help="The format of PLAN (default: Shoal's own).")] = None,
     model: Annotated[str | None, typer.Option("--model", help="The base model: needed unless PLAN names it.")] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write this file instead of printing.")] = None,
+    trust_remote_code: options.Trust = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -37,7 +38,7 @@ def convert(
         from shoal.models.load import inspect_source
 
         with progress_bars(quiet):
-            spec = inspect_source(model)
+            spec = inspect_source(model, trust_remote_code=trust_remote_code)
     chosen = _own(plan, spec, model) if reader is None else _foreign(plan, reader, spec, model)
     text = writer.write(chosen, spec)
     if output is not None:

@@ -20,6 +20,7 @@ def doctor(
     repair: Annotated[Path | None, typer.Option("--repair", help="Write a sound copy to this folder.")] = None,
     overwrite: options.Overwrite = False,
     shard_size: options.ShardSize = "5GB",
+    trust_remote_code: options.Trust = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -27,10 +28,13 @@ def doctor(
     from shoal.api.doctor import doctor as examine
 
     with progress_bars(quiet) as progress:
-        seen = examine(model, plan=plan, kept=kept)
+        seen = examine(model, plan=plan, kept=kept, trust_remote_code=trust_remote_code)
         made = None
         if repair is not None:
-            made = _repaired(seen, repair, kept, overwrite=overwrite, shard_size=shard_size, progress=progress)
+            made = _repaired(
+                seen, repair, kept, overwrite=overwrite, shard_size=shard_size, trust_remote_code=trust_remote_code,
+                progress=progress,
+            )  # fmt: skip
     data = seen.to_dict() | {"repaired": None if made is None else str(made.folder)}
     emit(data, _text(data, seen, made), as_json=json_)
     if made is None:

@@ -16,13 +16,18 @@ def inspect(
     config: options.Config = None,
 ) -> None:
     """Show a model's stacks, layers, parts and KV, and where they come from if Shoal wrote it; no weight is loaded."""
-    from shoal.models.load import inspect_source, load_config
+    from shoal.models.load import check_source
+    from shoal.models.opened import open_model
+    from shoal.models.quantised import described_quantisation, quantisation_settings
     from shoal.writing.lineage import lineage_of
 
     with progress_bars(quiet):
-        spec = inspect_source(model, trust_remote_code=trust_remote_code)
-        known = lineage_of(load_config(model, trust_remote_code=trust_remote_code))
+        checked = check_source(model, trust_remote_code=trust_remote_code)
+        spec, known = open_model(checked.structure).spec, lineage_of(checked.config)
     data, text = spec.to_dict(), _text(spec)
+    if (settings := quantisation_settings(checked.config)) is not None:
+        data |= {"quantised": described_quantisation(settings)}
+        text += f"\nquantised ({data['quantised']}); counted as it was before"
     if known is not None:
         data |= {"lineage": known.to_dict()}
         text += f"\n{known.describe()}"

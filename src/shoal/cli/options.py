@@ -18,10 +18,13 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
     if value is not None:
         import yaml
 
+        from shoal.exchange._yaml import yaml_problem
+
         try:
             found = yaml.safe_load(value.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise typer.BadParameter(f"cannot read {value}: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
+            why = (error.strerror or error) if isinstance(error, OSError) else yaml_problem(error)
+            raise typer.BadParameter(f"cannot read {value}: {why}") from None
         if not isinstance(found, dict):
             raise typer.BadParameter(f"{value} must hold option: value pairs")
         known = {parameter.name: parameter for parameter in context.command.params}

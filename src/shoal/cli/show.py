@@ -13,6 +13,7 @@ from shoal.cli._shared import emit, progress_bars, read_plan, read_weights, tabl
 def show(
     plan: Annotated[str, typer.Argument(help="A plan.json, a written folder, or depth notation with --model.")],
     model: Annotated[str | None, typer.Option("--model", help="The base model; then the cost is shown too.")] = None,
+    trust_remote_code: options.Trust = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
     config: options.Config = None,
@@ -28,7 +29,7 @@ def show(
         from shoal.models.load import inspect_source
 
         with progress_bars(quiet):
-            spec = inspect_source(model)
+            spec = inspect_source(model, trust_remote_code=trust_remote_code)
     chosen = load_plan(plan) if spec is None else read_plan(plan, spec, model or "", legal=False)
     seen = facts_of(chosen, spec, read_weights(plan))
     text, known = _text(seen), lineage_of_folder(plan)

@@ -28,8 +28,9 @@ def verify(
     from shoal.writing.folder import verify as run
 
     with progress_bars(quiet) as progress:
-        loaded = None if base is None else load(base, **loading(device, dtype, trust_remote_code))
-        proof = run(folder, base=loaded, progress=progress)
+        how = loading(device, dtype, trust_remote_code)
+        loaded = None if base is None else load(base, **how)
+        proof = run(folder, base=loaded, progress=progress, **how)
     emit(proof.to_dict(), _text(proof), as_json=json_)
     if not proof.passed:
         raise typer.Exit(1)

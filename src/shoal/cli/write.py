@@ -52,9 +52,7 @@ def write(
         return
     _refuse_gguf_options({"--outtype": outtype, "--tokenizer-from": tokenizer_from})
     need(plan, "say what to write: --plan 0-11,14-29 or --plan plan.json")
-    _require_options_fit(
-        stream, forward, {"--device": device, "--dtype": dtype, "--trust-remote-code": trust_remote_code}
-    )
+    _require_options_fit(stream, forward, {"--device": device, "--dtype": dtype})
     from shoal.models.load import inspect_source
 
     if dry_run:
@@ -74,7 +72,7 @@ def write(
         with progress_bars(quiet) as progress:
             streamed = _stream(
                 model, plan, output, overwrite=overwrite, zero_parts=zero_parts, shard_size=shard_size,
-                forward=forward, progress=progress,
+                forward=forward, trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
         text = f"proved and written to {streamed.folder}: {streamed.params:,} parameters in {streamed.files} files"
         text += _dequantised(model)
@@ -129,7 +127,7 @@ def _stream(model: str, plan: str | None, output: Path, **options: Any) -> Any:
 
     refuse_output(output, overwrite=options["overwrite"])
     local_folder(model)
-    spec = inspect_source(model)
+    spec = inspect_source(model, trust_remote_code=options["trust_remote_code"])
     if read_weights(plan):
         raise WriteError(
             f"a streamed write copies the base's tensors, and the plan {plan} has new ones; write it without --stream",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shoal.errors import UsageError
+from shoal.models.own_code import importable
 from shoal.user_files import UserFile, adopt, known_files
 
 RETRIES = 3
@@ -87,6 +88,7 @@ class _Process:
     def __init__(self, make: Callable[[Any], Any], shared: list[Any], threads: int, files: Sequence[UserFile]) -> None:
         torch.set_num_threads(threads)
         adopt(files)
+        importable()
         self._own = make(import_module("ray").get(shared[0]))
 
     def do(self, *args: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from shoal.errors import NotationError
+from shoal.errors import NotationError, first_line
 from shoal.exchange._format import decoded
 
 MAX_BYTES = 250_000
@@ -22,7 +22,15 @@ def from_yaml(text: str | bytes, name: str) -> Any:
         return yaml.safe_load(plain)
     # PyYAML lets what int(), float() and date() raise for odd scalars through
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
-        raise NotationError(f"the {name} file is not YAML ({type(e).__name__}); give YAML", code="N101") from None
+        raise NotationError(f"the {name} file is not YAML ({yaml_problem(e)}); mend it", code="N101") from None
+
+
+def yaml_problem(error: Exception) -> str:
+    """Where a text is no YAML, and why: line 2, column 1: found character '\\t' that cannot start any token."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    what = getattr(error, "problem", None) or getattr(error, "reason", None) or first_line(error)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    return f"{where}{str(what)[:120]}"
 
 
 def to_yaml(data: Any, name: str) -> str:

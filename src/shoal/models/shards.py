@@ -40,7 +40,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """{tensor: its place} of all files that transformers would read.
 
     Raises `ModelError`: M308 pickle only, M309 a file that is missing, damaged or outside the folder, an index that
-    names another file than the one that holds a tensor, a tensor held twice.
+    names another file than the one that holds a tensor, a tensor held twice, M357 one file beside an index of others.
     """
     weight_map = _weight_map(folder)
     files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
@@ -66,14 +66,28 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def check_folder(folder: Path) -> dict[str, Stored]:
-    """`stored_tensors` of a folder with a config. Raises `ModelError`: M302 no config, or one that is no JSON object,
-    and what `stored_tensors` raises.
-    """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
-    read_json(config)
+    """`stored_tensors` of a folder with a config. Raises what `read_config` and `stored_tensors` raise."""
+    read_config(folder)
     return stored_tensors(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json. Raises `ModelError`: M302 there is none, or it, or the config for generation beside
+    it, is no JSON object; M358 a config that names other files of weights."""
+    file, generation = folder / "config.json", folder / "generation_config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
+    config = read_json(file)
+    if generation.is_file():
+        read_json(generation)  # transformers takes one that it cannot parse for none
+    elsewhere = config.get("transformers_weights")
+    if elsewhere not in (None, SINGLE, INDEX):
+        raise ModelError(
+            f"{file} says that transformers reads its weights from {str(elsewhere)[:80]} (transformers_weights); "
+            f"rename them to {SINGLE} and take the key away",
+            code="M358",
+        )
+    return config
 
 
 def read_places(file: Path) -> dict[str, Stored]:
@@ -122,7 +136,14 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             tensor_headers(folder)  # says what the folder holds instead
             raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}; copy the index too", code="M309")
         return None
-    return weight_map(read_json(index), str(index))
+    found = weight_map(read_json(index), str(index))
+    if (folder / SINGLE).is_file() and set(found.values()) != {SINGLE}:
+        raise ModelError(
+            f"{folder} has a {SINGLE} and an index of other files; transformers would read the one, other programs the "
+            "others: remove what is left over",
+            code="M357",
+        )
+    return found
 
 
 def weight_map(index: dict[str, Any], where: str) -> dict[str, str]:

@@ -195,7 +195,7 @@ def _card_data(file: Path) -> dict[str, Any]:
         return {}
     try:
         data = yaml.safe_load(pieces[1])
-    except (yaml.YAMLError, RecursionError, ValueError):
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return {}
     return data if isinstance(data, dict) else {}
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.errors import ShoalError
-from shoal.models.load import load_config
-from shoal.models.meta import meta_model
+from shoal.models.load import load_config, structure
 from shoal.models.names import attributed
 from shoal.models.opened import open_model
 from shoal.models.shards import Stored, stored_tensors
@@ -41,7 +40,13 @@ class CopyCheck:
 
 
 def copy_checks(
-    folder: Path, items: Sequence[Item], plans: Blueprint, wanted: int, copies: CopyCheck
+    folder: Path,
+    items: Sequence[Item],
+    plans: Blueprint,
+    wanted: int,
+    copies: CopyCheck,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[Check, ...]:
     """The checks of `folder`, which was written from `items`.
 
@@ -52,11 +57,17 @@ def copy_checks(
         found = stored_tensors(folder)
     except ShoalError as error:
         return (Check("loads", False, str(error)[:500], "no error", "index and headers of the written files"),)
-    return tuple(_checks(folder, items, plans, wanted, found, copies))
+    return tuple(_checks(folder, items, plans, wanted, found, copies, trust_remote_code))
 
 
 def _checks(
-    folder: Path, items: Sequence[Item], plans: Blueprint, wanted: int, found: Mapping[str, Stored], copies: CopyCheck
+    folder: Path,
+    items: Sequence[Item],
+    plans: Blueprint,
+    wanted: int,
+    found: Mapping[str, Stored],
+    copies: CopyCheck,
+    trusted: bool,
 ) -> Iterator[Check]:
     names = {item.name for item in items}
     stray = sorted(names ^ found.keys())
@@ -67,7 +78,8 @@ def _checks(
     wrong = [item.name for item in there if not copies.same(item, found[item.name])]
     yield Check("weights", not wrong, len(wrong), 0, _named("tensors whose bytes are not those of the source", wrong))
     try:
-        model = meta_model(load_config(folder))
+        config = load_config(folder, trust_remote_code=trusted)
+        model = structure(config, folder, trust_remote_code=trusted)
         stack = open_model(model).stack()
         attributed(model, stack, {name: place.shape for name, place in found.items()})
     except ShoalError as error:

@@ -19,6 +19,7 @@ from shoal.executing.weights import Tensors, save_weights
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
+from shoal.models.own_code import copy_own_code, runs_own_code
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_to_json, require, shapes_of
 from shoal.writing.blueprint import Blueprint
@@ -157,6 +158,8 @@ def _fill(
     if loaded.folder is not None:
         copy_side_files(loaded.folder, staging)
         copy_modules(loaded.folder, staging)
+        if runs_own_code(made, made.config, loaded.tokenizer):
+            copy_own_code(loaded.folder, staging)
     digest = save_weights(staging / "shoal", plans.plan, weights)
     write_text(staging / "shoal" / "plan.json", plan_to_json(plans.plan, weights=digest))
     return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())

@@ -12,11 +12,12 @@ from transformers.core_model_loading import dot_natural_key
 
 from shoal.errors import WriteError
 from shoal.models.first import first_only
-from shoal.models.load import load_config, local_folder, structure
+from shoal.models.load import check_source, local_folder
 from shoal.models.meta import meta_model
 from shoal.models.names import Name, attributed
 from shoal.models.opened import open_model
-from shoal.models.shards import Stored, stored_tensors
+from shoal.models.quantised import described_quantisation, quantisation_settings
+from shoal.models.shards import Stored
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run, Spec, cost, require
 from shoal.writing.blueprint import Blueprint
@@ -40,6 +41,8 @@ class Manifest:
     """Tensors in the order in which they are written."""
     note: dict[str, Any]
     """For the written config: where its layers come from; empty when nobody knows."""
+    trusted: bool = False
+    """May code that comes with the base be run, and copied?"""
 
     @property
     def bytes(self) -> int:
@@ -53,17 +56,21 @@ class Manifest:
         return cost(whole, self.spec).written_params
 
 
-def manifest_of(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> Manifest:
+def manifest_of(
+    source: str | Path, plan: Plan, *, zero_parts: bool = False, trust_remote_code: bool = False
+) -> Manifest:
     """Read config, index and headers of a local folder, and work out every tensor of the model of `plan`.
 
     Raises what `stream` raises before it writes.
     """
     folder = local_folder(source)
-    stored = stored_tensors(folder)
-    config = load_config(folder)
-    if getattr(config, "quantization_config", None) is not None:
-        raise WriteError(f"{source} is quantised; give the folder of the model before it was", code="W212")
-    model = structure(config, source)
+    checked = check_source(source, trust_remote_code=trust_remote_code)
+    stored, config, model = checked.stored, checked.config, checked.structure
+    if (settings := quantisation_settings(config)) is not None:
+        raise WriteError(
+            f"{source} is quantised ({described_quantisation(settings)}); give the folder of the model before it was",
+            code="W212",
+        )
     _refuse_several(model)
     stack = open_model(model).stack()
     names = attributed(model, stack, _shapes(stored))
@@ -82,7 +89,7 @@ def manifest_of(source: str | Path, plan: Plan, *, zero_parts: bool = False) -> 
             f"the tensor {stray} has no place in the model of the plan; load the model and write it without streaming",
             code="W217",
         )
-    return Manifest(folder, plan, replace(plans, plan=plan), spec, items, note)
+    return Manifest(folder, plan, replace(plans, plan=plan), spec, items, note, trust_remote_code)
 
 
 def _refuse_several(model: PreTrainedModel) -> None:

@@ -23,8 +23,7 @@ from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
 from shoal.executing.weights import load_weights
 from shoal.models.checkpoint import read_json
-from shoal.models.load import Loaded, default_device, inspect_source, load, load_config
-from shoal.models.meta import meta_model
+from shoal.models.load import Loaded, check_source, load, usable_device
 from shoal.models.opened import open_model
 from shoal.plan import Plan, load_plan
 from shoal.record import environment
@@ -72,12 +71,15 @@ def verify(
     base: Loaded | None = None,
     *,
     device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Proof:
     """Repeat the proof of a written folder. The base is `base`, or what the folder's plan names; when it cannot be had,
     a weaker proof is made, and `against` says so: the counts of the folder's own config, the tensors as they were when
-    it was written, and logits that do not depend on the cache.
+    it was written, and logits that do not depend on the cache. `dtype`: of the base (default: of the folder's config).
+    `trust_remote_code`: run code that comes with the folder or its base.
 
     Raises `NotationError` when the folder holds no plan, `PlanError` P101 when `base` is another model, `ModelError`
     for a folder that is no checkpoint, `UsageError` U550 or U551 for missing or changed weights of the plan,
@@ -85,23 +87,27 @@ def verify(
     """
     if progress is not None:
         progress(0, 1, "verify")
-    proof = _verified(Path(folder), base, device, options)
+    how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    proof = _verified(Path(folder), base, how, options)
     if progress is not None:
         progress(1, 1, "verify")
     return proof
 
 
-def _verified(folder: Path, base: Loaded | None, device: str | None, options: dict[str, Any]) -> Proof:
+def _verified(folder: Path, base: Loaded | None, how: dict[str, Any], options: dict[str, Any]) -> Proof:
     plan, weights = load_plan(folder), load_weights(folder)
-    config = load_config(folder)
-    with quiet():
-        inspect_source(folder)  # a folder that is broken says so here, not from inside a fresh process
+    device, trust = usable_device(how["device"]), how["trust_remote_code"]
+    with quiet():  # a folder that is broken says so here, not from inside a fresh process
+        checked = check_source(folder, trust_remote_code=trust)
+        config, empty = checked.config, checked.structure
+        _ = open_model(empty).spec
     why = "the plan names no source for its base"
     if base is None and plan.base.source is not None:
         try:
             with quiet():
-                base = load(plan.base.source, device=device, dtype=str(config.dtype or "auto").removeprefix("torch."))
-        except ModelError as error:
+                dtype = how["dtype"] or str(config.dtype or "auto").removeprefix("torch.")
+                base = load(plan.base.source, device=device, dtype=dtype, trust_remote_code=trust)
+        except (ModelError, WriteError) as error:
             why = f"the base is not to be had ({error})"
         else:
             fingerprint = open_model(base.model).spec.fingerprint
@@ -112,9 +118,8 @@ def _verified(folder: Path, base: Loaded | None, device: str | None, options: di
     known = read_json(folder / FILE).get("environment", {}) if (folder / FILE).is_file() else {}
     sums = known.get("weights") if isinstance(known, dict) else None
     with quiet():
-        empty = meta_model(config)
         counted = counted_reference if proves_as_causal(empty) else counted_kind
-        reference = counted(empty, device=device or default_device(), digest=sums)
+        reference = counted(empty, device=device, digest=sums)
     return prove_many([(folder, reference)], against=f"its own config, because {why}")[0]
 
 

@@ -16,6 +16,7 @@ from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import CAUSAL
 from shoal.models.opened import open_model
+from shoal.models.own_code import runs_own_code
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan, Shape, Spec, cost
 from shoal.writing import proof_child as measure
@@ -155,6 +156,8 @@ def load_settings(model: PreTrainedModel) -> dict[str, Any]:
     experts = getattr(model.config, "_experts_implementation", None)
     if experts is not None:
         options["experts_implementation"] = experts
+    if runs_own_code(model, model.config):
+        options["trust_remote_code"] = True
     return {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."), "options": options}
 
 

@@ -37,6 +37,7 @@ def repair(
     shard_size: str = "5GB",
     records: Iterable[Mapping[str, Any]] = (),
     command: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Streamed:
     """Write a sound copy of the local folder `source`, every tensor that stays byte for byte, and prove it byte by
@@ -48,7 +49,7 @@ def repair(
     and what `diagnose` raises; further what `stream` raises.
     """
     with quiet():
-        metadata = read_metadata(source)
+        metadata = read_metadata(source, trust_remote_code=trust_remote_code)
         if metadata.folder is None:
             raise ModelError(f"{source} is a hub id, not a local folder; download it and give its folder", code="M317")
         found = diagnose(metadata, kept)
@@ -58,7 +59,7 @@ def repair(
         assert found.config is not None
         if len(find_stacks(structure(found.config, source))) > 1:
             raise WriteError(f"{source} has several stacks, which repair cannot write; copy it again", code="W252")
-        manifest = _manifest(metadata, found)
+        manifest = replace(_manifest(metadata, found), trusted=trust_remote_code)
     return write_draft(
         manifest, str(source), output, overwrite=overwrite, shard_size=shard_size, records=records, command=command,
         progress=progress,

@@ -17,10 +17,11 @@ from typing import Any
 from transformers import GenerationConfig
 
 from shoal.atomic import publish, staged, sync_path
-from shoal.errors import WriteError
+from shoal.errors import WriteError, first_line
 from shoal.evaluation import Progress
 from shoal.models.kinds import auto_for
 from shoal.models.load import load, load_tokenizer
+from shoal.models.own_code import copy_own_code
 from shoal.plan import Plan, plan_to_json
 from shoal.record import environment
 from shoal.writing.card import model_card, origin
@@ -40,6 +41,8 @@ from shoal.writing.output import (
 from shoal.writing.proof import FILE, Proof, prove
 from shoal.writing.reference import quiet
 from shoal.writing.side_files import copy_modules, copy_side_files
+
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def stream(
     card: Sequence[Mapping[str, Any]] = (),
     command: str | None = None,
     config: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Streamed:
     """Write the stock model of `plan` from the files of the local folder `source`, with dtype and bytes of every tensor
@@ -84,7 +88,7 @@ def stream(
     """
     parse_size(shard_size)  # before anything is read
     with quiet():
-        manifest = manifest_of(source, plan, zero_parts=zero_parts)
+        manifest = manifest_of(source, plan, zero_parts=zero_parts, trust_remote_code=trust_remote_code)
     return write_draft(
         manifest, str(source), output, overwrite=overwrite, shard_size=shard_size, forward=forward, records=records,
         card=card, command=command, config=config, progress=progress,
@@ -178,24 +182,38 @@ def _configs(staging: Path, manifest: Manifest) -> None:
         made.shoal = manifest.note
     with quiet(), savable():
         made.save_pretrained(staging)
-        with suppress(OSError):  # a model without one gets none, as when it is loaded
-            GenerationConfig.from_pretrained(manifest.folder).save_pretrained(staging)
-        tokenizer = load_tokenizer(manifest.folder)
+        if (manifest.folder / _GENERATION).is_file():  # a model without one gets none, as when it is loaded
+            _generation_config(manifest.folder).save_pretrained(staging)
+        tokenizer = load_tokenizer(manifest.folder, trust_remote_code=manifest.trusted)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
     copy_side_files(manifest.folder, staging)
     copy_modules(manifest.folder, staging)
+    if manifest.trusted:
+        copy_own_code(manifest.folder, staging)
     write_text(staging / "shoal" / "plan.json", plan_to_json(manifest.plan))
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # its own checks of its fields, and of its syntax
+        raise WriteError(
+            f"{folder / _GENERATION} cannot be read: {first_line(error)}; mend it, or remove it", code="W270"
+        ) from None
 
 
 def _proved(staging: Path, manifest: Manifest, copies: CopyCheck, forward: bool) -> Proof:
     with quiet():
-        checks = copy_checks(staging, manifest.items, manifest.plans, manifest.params, copies)
+        wanted = manifest.params
+        checks = copy_checks(
+            staging, manifest.items, manifest.plans, wanted, copies, trust_remote_code=manifest.trusted
+        )
     facts = environment()
     proof = Proof(all(check.passed for check in checks), checks, facts, against="the tensors of its base, byte by byte")
     if proof.passed and forward:
         with quiet():
-            base = load(str(manifest.folder), device="cpu")
+            base = load(str(manifest.folder), device="cpu", trust_remote_code=manifest.trusted)
             live = prove(staging, base.model, manifest.plan, tokenizer=base.tokenizer, plans=manifest.plans)
         proof = Proof(live.passed, (*checks, *live.checks), live.environment | facts, live.against)
     if not proof.passed:

@@ -23,10 +23,12 @@ def made(raw: Fields, source: str) -> PreTrainedConfig:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if isinstance(raw.get("auto_map"), dict):
             raise ModelError(
-                f"{source} needs code of its own (auto_map); the doctor runs none, so it cannot judge it", code="M312"
+                f"{source} needs code of its own (auto_map); read it, then pass --trust-remote-code if you trust it",
+                code="M312",
             )
         raise ModelError(
-            f"the config of {source} has the model_type {str(kind)[:40]!r}, which transformers does not know; mend it",
+            f"the config of {source} has the model_type {str(kind)[:40]!r}, which the installed transformers does not "
+            "know; install the one that its card names, or mend it",
             code="M330",
         )
     try:

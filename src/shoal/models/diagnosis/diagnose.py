@@ -18,6 +18,7 @@ from shoal.models.load import MAX_DEPTH
 from shoal.models.matching_tensors import require_matching_tensors
 from shoal.models.names import attributed
 from shoal.models.opened import open_model
+from shoal.models.quantised import described_quantisation, quantisation_said
 from shoal.models.stacks import find_stacks
 
 
@@ -31,8 +32,11 @@ def diagnose(metadata: CheckpointMetadata, kept: Sequence[int] | None = None) ->
     M337 layers whose tensors lie in several places.
     """
     raw, source = metadata.config, metadata.source
-    if raw.get("quantization_config") is not None:
-        raise ModelError(f"{source} is quantised; give the doctor the model before it was", code="M333")
+    if (said := quantisation_said(raw)) is not None:
+        raise ModelError(
+            f"{source} is quantised ({described_quantisation(said)}); give the doctor the model before it was",
+            code="M333",
+        )
     first = _first(raw, metadata)
     if len(find_stacks(first)) > 1:
         return _several(metadata)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ModelError
+from shoal.models.checked_source import BUILTIN, local_folder, unreadable
 from shoal.models.checkpoint import read_json, tensor_headers
 from shoal.models.diagnosis.finding import Finding
-from shoal.models.diagnosis.hub import fetched
-from shoal.models.load import BUILTIN, local_folder
-from shoal.models.shards import INDEX, SINGLE, Stored, read_places, require_inside, weight_map
+from shoal.models.hub import fetched
+from shoal.models.own_code import admit_own_code
+from shoal.models.shards import INDEX, SINGLE, Stored, read_config, read_places, require_inside, weight_map
 
 MaybeShape = tuple[int, ...] | None
 """None where only the name of a tensor is known."""
@@ -32,9 +33,9 @@ class CheckpointMetadata:
     """What is wrong with the files themselves."""
 
 
-def read_metadata(source: str | Path) -> CheckpointMetadata:
+def read_metadata(source: str | Path, *, trust_remote_code: bool = False) -> CheckpointMetadata:
     """The metadata of a local folder, or of a hub id, of which config.json and the index are fetched (or, without an
-    index, the header of its one file).
+    index, the header of its one file). `trust_remote_code`: let code that comes with a folder say what it holds.
 
     Raises `ModelError`: M302 no config or one that is no JSON object, M307 no such model, M308 weights only as pickle,
     M309 no weights at all.
@@ -43,7 +44,10 @@ def read_metadata(source: str | Path) -> CheckpointMetadata:
     if str(source) == BUILTIN or place.suffix == ".gguf":
         place = local_folder(source)
     if place.is_dir():
-        return _of_folder(str(source), place)
+        found = _of_folder(str(source), place)
+        if trust_remote_code:
+            _admit(found, place)
+        return found
     text = str(source)
     if place.exists():
         raise ModelError(f"{source} is a file; give a folder or a hub id to the doctor", code="M306")
@@ -52,14 +56,21 @@ def read_metadata(source: str | Path) -> CheckpointMetadata:
     raise ModelError(f"there is no model {text!r}; give a folder or a hub id (owner/name)", code="M307")
 
 
+def _admit(found: CheckpointMetadata, folder: Path) -> None:
+    try:
+        admit_own_code(folder, found.config)
+    except Exception as error:  # anyone's code
+        raise unreadable(found.source, error) from None
+
+
 def _of_folder(source: str, folder: Path) -> CheckpointMetadata:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     claimed = index_of(folder)
     if claimed is None and not (folder / SINGLE).is_file():
         tensor_headers(folder)  # says what the folder holds instead
     findings: list[Finding] = []
+    if claimed is not None and (folder / SINGLE).is_file() and set(claimed.values()) != {SINGLE}:
+        findings.append(Finding(f"the file {SINGLE}", "beside an index of other files", "one or the other", None))
     places = _places(folder, claimed, findings)
     _compare_index(claimed or {}, places, findings)
     tensors: dict[str, MaybeShape] = dict.fromkeys(claimed or {}, None) | {name: s.shape for name, s in places.items()}

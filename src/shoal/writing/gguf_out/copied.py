@@ -13,11 +13,11 @@ from gguf import GGUFValueType, ReaderTensor, size_label
 
 from shoal._version import __version__
 from shoal.errors import WriteError
+from shoal.models import gguf_rules as rules
+from shoal.models.gguf_source import Source, plain
 from shoal.plan import Plan, Run, format_steps
 from shoal.plan.capabilities import refusal
-from shoal.writing.gguf_out import rules
 from shoal.writing.gguf_out.container import TYPES, Item, Pairs, decoded, encoded, kind_for
-from shoal.writing.gguf_out.source import Source, plain
 
 PATTERN = "attention.sliding_window_pattern"
 Value = tuple[Any, GGUFValueType, GGUFValueType | None]
@@ -100,13 +100,17 @@ def require_scale(arch: str, depth: int, after: int) -> None:
 def _permuted(source: Source, slots: Sequence[int]) -> dict[str, Value]:
     """Block count, and every array of the architecture that has one entry per layer."""
     changed: dict[str, Value] = {f"{source.arch}.block_count": (len(slots), GGUFValueType.UINT32, None)}
-    for key, field in source.fields.items():
-        name = key.removeprefix(f"{source.arch}.")
-        if name == key or name in rules.WHOLE or field.types[0] != GGUFValueType.ARRAY:
-            continue
+    whole = tuple(slots) == tuple(range(source.depth))
+    for key, field in source.lists():
         value, kind, entries = plain(field)
         if len(value) == source.depth:
             changed[key] = ([value[i] for i in slots], kind, entries)
+        elif not whole:
+            raise WriteError(
+                f"{source.path.name} lists {len(value)} values as {key} for {source.depth} layers, and it is not known "
+                "which belong to which; prune the transformers model and convert its folder with convert_hf_to_gguf.py",
+                code="W260",
+            )
     if source.value("attention.sliding_window") or source.arch in ("gemma2", "cohere2"):
         changed |= windows(source.arch, source.value(PATTERN), slots)
     return changed

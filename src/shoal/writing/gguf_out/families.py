@@ -15,7 +15,7 @@ from gguf import GGUFWriter, RopeScalingType
 from transformers import PreTrainedConfig
 
 from shoal.errors import WriteError
-from shoal.writing.gguf_out import rules
+from shoal.models import gguf_rules as rules
 
 Facts = Any
 """A transformers config: its fields are the family's own."""

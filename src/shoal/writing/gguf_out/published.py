@@ -10,12 +10,12 @@ from pathlib import Path
 from shoal.atomic import staged, sweep, sync_path
 from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
+from shoal.models.gguf_source import open_source, plain
 from shoal.record import environment
 from shoal.writing.checks import Check
 from shoal.writing.container import Tick
 from shoal.writing.gguf_out.container import digest, write_file
 from shoal.writing.gguf_out.copied import GgufManifest
-from shoal.writing.gguf_out.source import open_source, plain
 from shoal.writing.output import disk_errors, final_path, require_space
 from shoal.writing.proof import Proof
 

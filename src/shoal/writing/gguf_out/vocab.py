@@ -10,8 +10,8 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from shoal.errors import WriteError
+from shoal.models.gguf_source import plain, read_fields
 from shoal.writing.gguf_out.container import Pairs
-from shoal.writing.gguf_out.source import plain, read_fields
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

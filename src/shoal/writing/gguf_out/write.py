@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shoal.errors import PlanError, WriteError
 from shoal.evaluation import Progress
+from shoal.models.gguf_source import Source, open_source, spec_of
 from shoal.models.load import Loaded, inspect_source, load
 from shoal.plan import Plan, Spec, load_plan, parse_plan, require
 from shoal.writing.checks import Check
@@ -14,7 +15,6 @@ from shoal.writing.gguf_out.converted import OUTTYPES, converted
 from shoal.writing.gguf_out.copied import GgufManifest, copied_manifest
 from shoal.writing.gguf_out.forward import forward_check, is_exact
 from shoal.writing.gguf_out.published import Forward, Written, publish_file, refuse_file
-from shoal.writing.gguf_out.source import Source, open_source, spec_of
 
 __all__ = ["Written", "convert_model", "copy_file", "open_source", "plan_for", "refuse_file"]
 

@@ -10,30 +10,30 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
 
 from shoal.errors import ModelError
-from shoal.models.checkpoint import read_json
+from shoal.models.checkpoint import read_header, read_json
 from shoal.models.shards import INDEX, SINGLE, weight_map
 
 Tensors = dict[str, tuple[int, ...] | None]
 
 
-def fetched(hub_id: str) -> tuple[dict[str, Any], Tensors]:
+def fetched(hub_id: str, revision: str | None = None) -> tuple[dict[str, Any], Tensors]:
     """(config, {tensor: shape, or None where only an index was read}) of a hub id, by way of huggingface_hub, so with
     its cache, HF_ENDPOINT and HF_HUB_OFFLINE.
 
     Raises `ModelError` M307 when it cannot be reached or does not exist, M308 when it has no safetensors, M302, M309.
     """
-    config = _file(hub_id, "config.json")
+    config = _file(hub_id, "config.json", revision)
     if config is None:
         raise ModelError(f"{hub_id} has no config.json; give a Hugging Face model", code="M302")
-    index = _file(hub_id, INDEX)
+    index = _file(hub_id, INDEX, revision)
     if index is not None:
         return read_json(config), dict.fromkeys(weight_map(read_json(index), f"{INDEX} of {hub_id}"), None)
-    return read_json(config), _header(hub_id)
+    return read_json(config), _header(hub_id, revision)
 
 
-def _file(hub_id: str, name: str) -> Path | None:
+def _file(hub_id: str, name: str, revision: str | None) -> Path | None:
     try:
-        return Path(huggingface_hub.hf_hub_download(hub_id, name))
+        return Path(huggingface_hub.hf_hub_download(hub_id, name, revision=revision))
     except LocalEntryNotFoundError as error:
         if name != "config.json":
             return None
@@ -44,10 +44,13 @@ def _file(hub_id: str, name: str) -> Path | None:
         raise _unreachable(hub_id, error) from None
 
 
-def _header(hub_id: str) -> Tensors:
+def _header(hub_id: str, revision: str | None) -> Tensors:
+    local = huggingface_hub.try_to_load_from_cache(hub_id, SINGLE, revision=revision)
+    if isinstance(local, str):
+        return {name: shape for name, (_, shape) in read_header(Path(local)).items()}
     try:
         api = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT)
-        found = api.parse_safetensors_file_metadata(hub_id, SINGLE)
+        found = api.parse_safetensors_file_metadata(hub_id, SINGLE, revision=revision)
         return {name: tuple(info.shape) for name, info in found.tensors.items()}
     except (EntryNotFoundError, NotASafetensorsRepoError):
         raise ModelError(
