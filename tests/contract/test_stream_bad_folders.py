@@ -101,7 +101,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: set_config(d, model_type="evil", auto_map={"AutoConfig": "evil.Config"}),
         "M312",
     ),
-    "another kind of model": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "M310"),
+    "another kind of model": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "M313"),
     "no config": (lambda d: (d / "config.json").unlink(), "M302"),
 }
 

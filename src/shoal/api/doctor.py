@@ -13,6 +13,7 @@ from shoal.executing.weights import Tensors, load_weights
 from shoal.models.diagnosis import Diagnosis, diagnose, read_metadata
 from shoal.models.load import structure
 from shoal.models.opened import open_model
+from shoal.models.own_code import own_code_known
 from shoal.plan import Plan, Run, Spec, load_plan, parse_plan, parse_steps, require, shapes_of
 from shoal.writing.reference import quiet
 
@@ -69,10 +70,9 @@ def doctor(
 
     Raises `ModelError` for what cannot be judged at all (M3xx), `PlanError` for a plan that is not legal, U527.
     """
-    with quiet():
-        found = diagnose(
-            read_metadata(source, trust_remote_code=trust_remote_code), None if kept is None else layer_list(kept)
-        )
+    metadata = read_metadata(source)
+    with quiet(), own_code_known(str(source), metadata.folder, metadata.config, trust=trust_remote_code):
+        found = diagnose(metadata, None if kept is None else layer_list(kept))
         assert found.config is not None
         model = structure(found.config, source)
         spec = open_model(model).spec

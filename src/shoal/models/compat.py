@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
@@ -41,3 +42,20 @@ def knows_quantisation(settings: dict[str, Any]) -> bool:
     if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
         method = f"bitsandbytes_{4 if settings.get('load_in_4bit') else 8}bit"
     return isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
+@contextmanager
+def registered(config: Any, models: dict[str, Any]) -> Iterator[None]:
+    """Until the end of the block AutoConfig knows the class `config`, and each Auto class of `models` its class for it;
+    registration itself is for good, and would let others run code that they were not asked about."""
+    mappings = [getattr(transformers, name)._model_mapping for name in models]
+    before = [(mapping, dict(mapping._extra_content)) for mapping in (CONFIG_MAPPING, *mappings)]
+    transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+    for name, kind in models.items():
+        getattr(transformers, name).register(config, kind, exist_ok=True)
+    try:
+        yield
+    finally:
+        for mapping, content in before:
+            mapping._extra_content.clear()
+            mapping._extra_content.update(content)

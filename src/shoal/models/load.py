@@ -109,7 +109,7 @@ def _require_all(source: str, info: dict[str, Any]) -> None:
 def _moved(model: PreTrainedModel, device: str, source: str) -> PreTrainedModel:
     """The model on the device; M355 where it does not fit, or is bound to another."""
     try:
-        return model.to(device)  # type: ignore[arg-type]
+        return model.to(device)
     except Exception as error:  # out of memory, or a quantised model that stays where it is
         raise ModelError(f"{source} cannot be put on {device}: {first_line(error)}", code="M355") from None
 

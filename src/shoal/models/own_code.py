@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files, init_hf_modules
 
+from shoal.models.checked_source import unreadable
 from shoal.models.checkpoint import read_json
-from shoal.models.kinds import AUTO, auto_class
+from shoal.models.compat import registered
+from shoal.models.kinds import AUTO
 
 CONFIG = "AutoConfig"
 _DYNAMIC = "transformers_modules."
@@ -23,18 +25,28 @@ def runs_own_code(*parts: Any) -> bool:
     return any(type(part).__module__.startswith(_DYNAMIC) for part in parts)
 
 
-def admit_own_code(folder: Path, raw: dict[str, Any]) -> None:
-    """Make the classes that `auto_map` of the config `raw` names known to the Auto classes of this process, as loading
-    the model with `trust_remote_code` would; only for code that was trusted. Raises what the code raises."""
+@contextmanager
+def own_code_known(source: str, folder: Path | None, raw: dict[str, Any], *, trust: bool) -> Iterator[None]:
+    """Until the end of the block the Auto classes know the classes that `auto_map` of the config `raw` names; nothing
+    happens without `trust` or for a hub id.
+
+    Raises what `unreadable` makes of what the code raises.
+    """
     found = raw.get("auto_map")
     references = {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
-    if CONFIG not in references:
+    if not trust or folder is None or CONFIG not in references:
+        yield
         return
-    kind = get_class_from_dynamic_module(references[CONFIG], str(folder))
-    AutoConfig.register(kind.model_type, kind, exist_ok=True)
-    for name in AUTO:
-        if name in references:
-            auto_class(name).register(kind, get_class_from_dynamic_module(references[name], str(folder)), exist_ok=True)
+    try:
+        kinds = {
+            name: get_class_from_dynamic_module(references[name], str(folder))
+            for name in (CONFIG, *AUTO)
+            if name in references
+        }
+    except Exception as error:  # anyone's code
+        raise unreadable(source, error) from None
+    with registered(kinds.pop(CONFIG), kinds):
+        yield
 
 
 def importable() -> None:

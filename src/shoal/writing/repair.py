@@ -15,6 +15,7 @@ from shoal.evaluation import Progress
 from shoal.models.diagnosis import CheckpointMetadata, Diagnosis, diagnose, read_metadata
 from shoal.models.load import structure
 from shoal.models.opened import open_model
+from shoal.models.own_code import own_code_known
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, Run
 from shoal.writing.blueprint import Blueprint
@@ -48,10 +49,10 @@ def repair(
     model of several stacks, `ModelError` M317 for a hub id
     and what `diagnose` raises; further what `stream` raises.
     """
-    with quiet():
-        metadata = read_metadata(source, trust_remote_code=trust_remote_code)
-        if metadata.folder is None:
-            raise ModelError(f"{source} is a hub id, not a local folder; download it and give its folder", code="M317")
+    metadata = read_metadata(source)
+    if metadata.folder is None:
+        raise ModelError(f"{source} is a hub id, not a local folder; download it and give its folder", code="M317")
+    with quiet(), own_code_known(str(source), metadata.folder, metadata.config, trust=trust_remote_code):
         found = diagnose(metadata, kept)
         if not found.findings:
             raise WriteError(f"nothing is wrong with {source}, so there is nothing to repair; use it", code="W251")

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ModelError
-from shoal.models.checked_source import BUILTIN, local_folder, unreadable
+from shoal.models.checked_source import BUILTIN, local_folder
 from shoal.models.checkpoint import read_json, tensor_headers
 from shoal.models.diagnosis.finding import Finding
 from shoal.models.hub import fetched
-from shoal.models.own_code import admit_own_code
 from shoal.models.shards import INDEX, SINGLE, Stored, read_config, read_places, require_inside, weight_map
 
 MaybeShape = tuple[int, ...] | None
@@ -33,9 +32,9 @@ class CheckpointMetadata:
     """What is wrong with the files themselves."""
 
 
-def read_metadata(source: str | Path, *, trust_remote_code: bool = False) -> CheckpointMetadata:
+def read_metadata(source: str | Path) -> CheckpointMetadata:
     """The metadata of a local folder, or of a hub id, of which config.json and the index are fetched (or, without an
-    index, the header of its one file). `trust_remote_code`: let code that comes with a folder say what it holds.
+    index, the header of its one file).
 
     Raises `ModelError`: M302 no config or one that is no JSON object, M307 no such model, M308 weights only as pickle,
     M309 no weights at all.
@@ -44,23 +43,13 @@ def read_metadata(source: str | Path, *, trust_remote_code: bool = False) -> Che
     if str(source) == BUILTIN or place.suffix == ".gguf":
         place = local_folder(source)
     if place.is_dir():
-        found = _of_folder(str(source), place)
-        if trust_remote_code:
-            _admit(found, place)
-        return found
+        return _of_folder(str(source), place)
     text = str(source)
     if place.exists():
         raise ModelError(f"{source} is a file; give a folder or a hub id to the doctor", code="M306")
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return CheckpointMetadata(text, *fetched(text))
     raise ModelError(f"there is no model {text!r}; give a folder or a hub id (owner/name)", code="M307")
-
-
-def _admit(found: CheckpointMetadata, folder: Path) -> None:
-    try:
-        admit_own_code(folder, found.config)
-    except Exception as error:  # anyone's code
-        raise unreadable(found.source, error) from None
 
 
 def _of_folder(source: str, folder: Path) -> CheckpointMetadata:
