@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 
 from shoal.cli._errors import in_words
@@ -41,7 +40,7 @@ def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             typer.echo("shoal: stopped; nothing unfinished was left behind", err=True)
             raise typer.Exit(130) from None
-        except (typer.Exit, click.ClickException, click.Abort):
+        except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:
             said = in_words(error)
