@@ -60,7 +60,7 @@ format: $(READY)
 
 bench: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/measure_cost.py
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/conductor_overhead.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/executor_overhead.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/prefill_ratio.py
 
 fuzz: $(READY)

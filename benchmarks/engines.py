@@ -1,4 +1,4 @@
-"""Two engines for live plans over one contract matrix: the conductor that Shoal uses, and a bank of layers.
+"""Two engines for live plans over one contract matrix: the executor that Shoal uses, and a bank of layers.
 
 Run from the repository's root: `python -m benchmarks.engines`. Prints one JSON object: for each engine how many cells
 of the matrix are right, refused, not possible, wrong or crashed, by kind of plan and by family; where the two differ;
@@ -29,14 +29,14 @@ from transformers.utils import logging
 from shoal.live import running
 from shoal.record import environment
 
-ENGINES: dict[str, Engine] = {"conductor": running, "bank": bank}
+ENGINES: dict[str, Engine] = {"executor": running, "bank": bank}
 IDS = torch.arange(3, 12).reshape(1, 9)
 OVERHEAD = {"identity": "0-15", "first two swapped": "1,0,2-15"}
 """Plans that call 16 layers once, as the stock loop does: what they cost beyond it is the engine's own time."""
 
 
 def main() -> int:
-    """Run and print; the exit status is 0 when the conductor has no wrong and no crashed cell."""
+    """Run and print; the exit status is 0 when the executor has no wrong and no crashed cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=300, help="rounds of the timing that count (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=8, help="tokens decoded in a round (default: %(default)s)")
@@ -61,7 +61,7 @@ def main() -> int:
         "environment": environment(),
     }
     print(json.dumps(result, indent=2))
-    states = matrix["conductor"]["all"]
+    states = matrix["executor"]["all"]
     return 1 if states.get("wrong") or states.get("crashed") else 0
 
 
@@ -83,7 +83,7 @@ def differences(outcomes: dict[str, dict[Cell, Outcome]]) -> list[dict[str, Any]
     for entry, same in groupby(sorted(first, key=lambda cell: cell[:2]), key=lambda cell: cell[:2]):
         here = list(same)
         states = {name: Counter(of[cell].state for cell in here) for name, of in outcomes.items()}
-        if states["conductor"] != states["bank"]:
+        if states["executor"] != states["bank"]:
             whys = {name: _reason([of[cell] for cell in here]) for name, of in outcomes.items()}
             found.append({"family": entry[0], "kind": entry[1], **states, "why": whys})
     return found
@@ -110,7 +110,7 @@ def overhead(plan: str, pairs: int, tokens: int) -> dict[str, dict[str, float]]:
     beyond = {
         name: _median([own - stock for own, stock in zip(cpu[name], cpu["stock"], strict=True)]) for name in ENGINES
     }
-    beyond["bank less conductor"] = _median([b - c for b, c in zip(cpu["bank"], cpu["conductor"], strict=True)])
+    beyond["bank less executor"] = _median([b - c for b, c in zip(cpu["bank"], cpu["executor"], strict=True)])
     return beyond | {"the stock loop itself": _median(cpu["stock"])}
 
 

@@ -1,7 +1,8 @@
 """What a registered function is tried with, said beside it: the contract tests read it through the registry.
 
-A policy's, a draft's or a transform's file holds `EXAMPLES`, one of the classes below. Texts are as a person types them
-and fit a model of four layers. So a new file is tested by existing, and no list in the tests names it.
+An entry's file may hold `EXAMPLES`, one of the classes below; policies, drafts, transforms and formats must. Texts are
+as a person types them and fit a model of four layers. A new file is tested by existing, and no list in the tests names
+it.
 """
 
 from __future__ import annotations
@@ -59,3 +60,48 @@ class TransformExamples:
     """Options of a merge with which it is dropping, bit for bit."""
     refused: tuple[tuple[tuple[int, ...], Mapping[str, Any], str], ...] = ()
     """(removed layers, options, code) that must be refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodExamples:
+    """A method, on models of four or five layers of which one adds nothing to the hidden state. A method that says
+    nothing removes whole layers, as many as `drop` says, and first the one that adds nothing."""
+
+    needed: Mapping[str, Any] = field(default_factory=dict)
+    """Options without which it does not run. {task} in a text is the name of a task file of two items or more."""
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    """Options with which it takes little time, where it does not matter how good the plan is."""
+    sequences: int = 3
+    """How many calibration sequences it needs."""
+    chooses_by: Literal["states", "loss", "place"] = "states"
+    """What decides which layer goes first. states: the one that adds nothing, on any text. loss: the same on a text of
+    the model's own; on a few random tokens another may do harm. place: which one need not show in the layers."""
+    counts: Literal["layers", "parts", "steps", "budget"] = "layers"
+    """What `drop` counts: layers, attentions and mlps, or steps that are saved while every layer runs; budget: it takes
+    no number, only a budget."""
+    exact: bool = True
+    """Whether it removes no more than it must."""
+    nested: bool = True
+    """Whether what goes for a smaller number goes for a larger one too."""
+    most: int = 3
+    """How many of four layers may go."""
+    budget: str | None = "params=0.8"
+    """A budget that it meets; None for a method that refuses every budget."""
+    writable: bool = True
+    """Whether its plans can be written as stock checkpoints."""
+    best_first: bool = False
+    """Whether its trace begins with the best plan; otherwise it ends with the one that was taken."""
+    without_data: str | None = None
+    """The plan of four layers of which two go, for a method that looks neither at the text nor at the model."""
+    new_tensors: Mapping[str, Any] = field(default_factory=dict)
+    """Options with which its plan names new tensors, where its own are those of a layer of the base."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatExamples:
+    """A format of another tool."""
+
+    says: Literal["everything", "layers in any order", "removed parts", "removed layers"]
+    """Which plans come back from it as they were."""
+    whole: bool = True
+    """Whether it can say that every layer runs."""

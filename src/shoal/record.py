@@ -53,9 +53,13 @@ def plain(value: Any) -> Any:
     return value
 
 
-@cache
 def environment() -> dict[str, Any]:
     """Versions, machine and the state of the source tree, as far as they can be known without importing anything."""
+    return dict(_environment())  # each caller's own, who may add to it
+
+
+@cache
+def _environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -1,17 +1,30 @@
-"""Tasks for methods: a model with its text, and one that must not be looked at."""
+"""Tasks for methods: a model with its text, and one that must not be looked at; and what each method is tried with."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from shoal.api.journal import journaled
 from shoal.data import Data
+from shoal.examples import MethodExamples
 from shoal.methods._job import PruningJob
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check
+from shoal.registry import entries
 
 from .families import tiny
 from .planted import random_data
+
+METHODS: dict[str, MethodExamples] = {name: e.examples or MethodExamples() for name, e in entries("methods").items()}
+TASK = '{"context": "1 and", "continuation": "so on"}\n{"context": "2 and", "continuation": "so on"}\n'
+"""What the task file of the examples holds."""
+
+
+def filled(options: Mapping[str, Any], task: Path) -> dict[str, Any]:
+    """`options` of an example, with the name of the task file in its place."""
+    return {name: one.format(task=task) if isinstance(one, str) else one for name, one in options.items()}
 
 
 class Untouchable:

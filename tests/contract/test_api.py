@@ -31,6 +31,7 @@ from shoal.registry import entries, get
 from shoal.scores import Candidate, Traits
 
 from .families import tiny
+from .method_tasks import METHODS, TASK, filled
 from .planted import random_data, silence
 
 SMALL: dict[str, Any] = {"length": 32, "limit": 3}
@@ -64,6 +65,20 @@ def model_folder(place: Path) -> Path:
     model.save_pretrained(place)
     byte_tokenizer().save_pretrained(place)
     return place
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task for methods that need one."""
+    file = tmp_path_factory.mktemp("task") / "task.jsonl"
+    file.write_text(TASK)
+    return file
+
+
+def counts_layers(name: str) -> bool:
+    """Whether the number of layers that go is all that the method is told, so that a budget is one for it."""
+    own = METHODS[name]
+    return own.counts == "layers" and own.exact and own.writable
 
 
 @pytest.fixture(scope="module")
@@ -129,43 +144,45 @@ def test_text_needs_a_tokenizer(loaded: Loaded) -> None:
     assert raised.value.code == "D440"
 
 
-BY_LOSS = ("foldgpt", "loss-one-shot", "sleb", "auto", "block-pruner", "puzzle", "nas-prune", "shortened-llama")
-"""A layer may do harm on this text."""
-LIVE = ("auto", "block-pruner", "cqil", "nas-prune", "puzzle", "secretly-linear", "tyukin")
-"""They remove parts, put maps in their place, run layers side by side, or may remove more than they must."""
-BY_PLACE = ("position", "poor-mans-bert", "unified", "tyukin", "mka", "hsd", "cqil", "laco")
-"""The planted layer need not be what goes."""
-
-
-@pytest.mark.parametrize("name", [name for name in entries("methods") if name != "cull-mt"])
-def test_prune_by_every_method(loaded: Loaded, unchanged: None, name: str) -> None:
-    amount = {"budget": "layers=0.8"} if name in ("puzzle", "nas-prune") else {"drop": 1}
-    short = {"settings": {"trials": 8, "population": 4}} if name == "nas-prune" else {}
-    small = SMALL | {"limit": 8 if name == "mka" else 3}
-    found = prune(loaded, method=name, writable=name not in LIVE, **amount, **short, **small)
+@pytest.mark.parametrize("name", METHODS)
+def test_prune_by_every_method(loaded: Loaded, unchanged: None, name: str, task_file: Path) -> None:
+    own = METHODS[name]
+    amount: dict[str, Any] = {"budget": "layers=0.8"} if own.counts == "budget" else {"drop": 1}
+    settings = {**filled(own.needed, task_file), **own.quick}
+    small = SMALL | {"limit": own.sequences}
+    found = prune(loaded, method=name, writable=own.writable, settings=settings, **amount, **small)
     assert found.method == name and str(found.plan) != "0-4"
-    if name not in (*BY_LOSS, *BY_PLACE):  # none turns less
+    if own.chooses_by == "states":
         assert found.plan.dropped() == (PLANTED,)
-    if name not in LIVE:
-        assert len(found.plan.layers()) == 4 and (len(found.plan.dropped()) == 1 or name == "foldgpt")
+    if own.writable:
+        assert len(found.plan.layers()) == 4 and len(found.plan.dropped()) == (2 if _shares(found) else 1)
         assert found.before.params - found.after.written_params == found.spec.stack().layers[0].params
     data = as_json(found)
     if not found.found.weights:  # which, while the plan runs live, are held beside the base's
-        assert found.after.written_params == found.after.params or name in LIVE
-        assert data["trace"][0 if name in ("auto", "cqil", "puzzle", "nas-prune") else -1]["plan"] == str(found.plan)
+        assert found.after.written_params == found.after.params or not own.writable
+        assert data["trace"][0 if own.best_first else -1]["plan"] == str(found.plan)
     assert data["data"]["count"] == small["limit"]
     assert data["method"] == name and data["plan"] == str(found.plan) and data["hash"] == found.plan.hash
     assert data["dropped"] == {"decoder": list(found.plan.dropped())}
     assert data["evaluation"] is None and data["bench"] is None
     assert data["trace"] and data["weights"].keys() == found.found.weights.keys()
-    if name == "position":
-        assert data["trace"][0]["score"] is None
+
+
+def _shares(found: Pruned) -> bool:
+    """Whether two runs share the matrices of one layer."""
+    return len(set(found.plan.layers())) < len(found.plan.layers())
+
+
+def test_a_preset_has_no_score(loaded: Loaded) -> None:
+    assert as_json(prune(loaded, method="position", drop=1, **SMALL))["trace"][0]["score"] is None
 
 
 @pytest.mark.parametrize("unit", ["params", "layers"])
-@pytest.mark.parametrize("name", ["foldgpt", "hsd", "laco", "llm-streamline"])
-def test_a_method_that_counts_layers_meets_a_budget(loaded: Loaded, name: str, unit: str) -> None:
-    found = prune(loaded, method=name, budget=f"{unit}=0.7", **SMALL)
+@pytest.mark.parametrize("name", [name for name in METHODS if counts_layers(name)])
+def test_a_method_that_counts_layers_meets_a_budget(loaded: Loaded, name: str, unit: str, task_file: Path) -> None:
+    settings = filled(METHODS[name].needed, task_file)
+    small = SMALL | {"limit": METHODS[name].sequences}
+    found = prune(loaded, method=name, budget=f"{unit}=0.7", settings=settings, **small)
     assert found.price is not None and found.price["price"] <= 0.7
     one = found.spec.stack().layers[0].params / found.before.params if unit == "params" else 1 / 5
     assert found.price["price"] + one > 0.7, "and no more goes than must"

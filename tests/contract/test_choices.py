@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,16 @@ from shoal.evaluation.plan_loss import PlanLoss
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check, parse_plan
 from shoal.plan.steps import runs
+from shoal.registry import entries
 from shoal.scores import Budget, Scores
 from shoal.search._solve import chain, solve
 from shoal.search._table import Table, measure, space
-from shoal.search.bayesian import bayesian
 from shoal.search.beam import beam
 from shoal.search.dynamic_programming import dynamic_programming
-from shoal.search.evolutionary import evolutionary
 from shoal.search.greedy import greedy
 from shoal.search.milp import milp
 from shoal.search.one_shot import one_shot
 from shoal.search.pareto import pareto
-from shoal.search.random_search import random_search
 
 from ..unit.specs import plan_of
 from .families import _shrunk
@@ -39,16 +38,15 @@ from .planted import random_data
 
 WHOLE = plan_of("0-7")
 WORDS = ("keep", "attention", "mlp", "layer")
-BUDGETED: dict[str, Callable[..., Any]] = {
-    "greedy": greedy,
-    "beam": beam,
-    "random-search": random_search,
-    "evolutionary": evolutionary,
-    "bayesian": bayesian,
-    "pareto": pareto,
-    "milp": milp,
-    "dynamic-programming": dynamic_programming,
-}
+
+
+def searches(*parameters: str) -> dict[str, Callable[..., Any]]:
+    """The registered searches whose functions have these parameters."""
+    found = {name: entry.load() for name, entry in entries("search").items()}
+    return {name: one for name, one in found.items() if {*parameters} <= signature(one).parameters.keys()}
+
+
+BUDGETED = searches("objective", "budget")
 
 
 def anything(plan: Plan) -> bool:
@@ -170,14 +168,14 @@ def test_dynamic_programming_is_exhaustive_search_with_neighbours(
 @pytest.mark.parametrize("name", BUDGETED)
 def test_a_budget_is_met_and_the_value_in_the_trace_is_the_plans(name: str) -> None:
     objective, most = weighted([5, 4, 1, 9, 2, 2, 7, 1, 3, 8, 6, 1, 4, 4, 9, 2]), budget(0.7)
-    options = {} if name in ("milp", "dynamic-programming") else {"grain": "sublayers"}
+    options = {"grain": "sublayers"} if name in searches("grain") else {}
     found = BUDGETED[name](WHOLE, objective=objective, budget=most, legal=anything, **options)
     assert most.met(found.plan)
     last = found.trace[-1 if name == "greedy" else 0]
     assert (last.notation, last.score) == (str(found.plan), objective(found.plan))
 
 
-@pytest.mark.parametrize("name", ["milp", "dynamic-programming"])
+@pytest.mark.parametrize("name", searches("objective", "maps"))
 def test_additive_losses_are_solved_exactly_and_have_no_additivity_error(name: str) -> None:
     weights = [5, 4, 1, 9, 2, 2, 7, 1, 3, 8, 6, 1, 4, 4, 9, 2]
     found = BUDGETED[name](WHOLE, objective=weighted(weights), budget=budget(0.7), legal=anything)
@@ -233,7 +231,7 @@ def test_a_beam_of_one_is_greedy_and_a_wide_one_is_exhaustive(marks: list[int]) 
     assert [c.score for c in wide.trace] == sorted(c.score for c in wide.trace)
 
 
-@pytest.mark.parametrize("name", ["random-search", "evolutionary", "bayesian"])
+@pytest.mark.parametrize("name", searches("objective", "drop", "seed"))
 def test_the_same_seed_finds_the_same_plan_and_many_trials_the_best(name: str) -> None:
     weights = [9, 3, 7, 1, 8, 2, 6, 4]
 
@@ -248,7 +246,7 @@ def test_the_same_seed_finds_the_same_plan_and_many_trials_the_best(name: str) -
     assert found(0, 100).plan.dropped() == (3, 5)
 
 
-@pytest.mark.parametrize("name", ["evolutionary", "bayesian"])
+@pytest.mark.parametrize("name", searches("objective", "drop", "scores"))
 def test_scores_give_the_first_plan(name: str) -> None:
     scores = Scores("fake", "decoder", "marks", (5.0, 1, 2, 0, 9, 9, 9, 9), (None,) * 8, 1, 1, "nothing")
     seen: list[Plan] = []
@@ -334,7 +332,7 @@ def test_nothing_to_choose_from_is_said(name: str) -> None:
     assert raised.value.code in ("U542", "U543")
 
 
-@pytest.mark.parametrize("name", ["greedy", "beam", "random-search", "evolutionary", "bayesian"])
+@pytest.mark.parametrize("name", searches("objective", "drop", "budget"))
 def test_one_goal_is_given(name: str) -> None:
     for goals in ({}, {"drop": 2, "budget": budget(0.7)}):
         with pytest.raises(UsageError, match="either a number of removals or a budget") as raised:

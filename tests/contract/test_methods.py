@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,35 +25,30 @@ from shoal.scores import Found
 from shoal.transforms.refit import refit
 
 from .families import tiny
-from .method_tasks import Untouchable, random_task, task_of
+from .method_tasks import METHODS, TASK, Untouchable, filled, random_task, task_of
 from .planted import PLANTED, own_text, planted, random_data
+from .test_tasks import Letters
 
-DATA_FREE = {"hsd", "position", "tyukin", "unified", "poor-mans-bert"}
-BY_PLACE = DATA_FREE | {"mka"}
-"""What goes is known before the data is seen."""
-WITHIN_A_BUDGET = {"puzzle", "nas-prune"}
-"""They take no number of layers."""
-FREE = WITHIN_A_BUDGET | {"auto"}
-"""They may remove more than they must, and something else for a smaller budget."""
-OF_PARTS = {"tyukin", "block-pruner"}
-"""They count attentions and mlps."""
-KEEP_TWO = {"hsd", "laco", "mka", "unified"}
-"""Of four layers they leave two or more."""
-METHODS = [pytest.param(entry, id=entry.name) for entry in entries("methods").values() if entry.name != "cull-mt"]
-SIDE_BY_SIDE = {"cqil"}
-"""They run everything."""
-MOVED = {"laco"}
-"""What a layer did goes on under another number, so which numbers are gone says nothing."""
-LOOKING = [param for param in METHODS if param.id not in BY_PLACE | MOVED | SIDE_BY_SIDE]
+ALL = [pytest.param(entry, id=entry.name) for entry in entries("methods").values()]
+LOOKING = [param for param in ALL if METHODS[str(param.id)].chooses_by != "place"]
 
 
-def run(entry: Entry, task: PruningJob, number: int) -> Found:
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task for methods that need one."""
+    file = tmp_path_factory.mktemp("task") / "task.jsonl"
+    file.write_text(TASK)
+    return file
+
+
+def run(entry: Entry, task: PruningJob, number: int, file: Path) -> Found:
     """What the method finds when `number` of its pieces are to go; layers for one that takes only a budget."""
-    method = entry.load()
-    if entry.name not in WITHIN_A_BUDGET:
-        return method(task, drop=number)
+    method, own = entry.load(), METHODS[entry.name]
+    task, needed = replace(task, tokenizer=Letters()), filled(own.needed, file)
+    if own.counts != "budget":
+        return method(task, drop=number, **needed)
     depth = task.plan.depth()
-    return method(replace(task, budget=counted_budget("layers", 1 - number / depth, task.spec)))
+    return method(replace(task, budget=counted_budget("layers", 1 - number / depth, task.spec)), **needed)
 
 
 def gone(plan: Plan) -> set[tuple[int, str]]:
@@ -70,37 +66,34 @@ def _place(run: Run) -> int:
 
 @pytest.mark.parametrize("family", tuple(PLANTED))
 @pytest.mark.parametrize("entry", LOOKING)
-def test_a_method_that_looks_removes_the_layer_that_does_nothing_first(entry: Entry, family: str) -> None:
-    found = run(entry, task_of(planted(family), own_text(family)), 1)
+def test_a_method_that_looks_removes_the_layer_that_does_nothing_first(
+    entry: Entry, family: str, task_file: Path
+) -> None:
+    found = run(entry, task_of(planted(family), own_text(family)), 1, task_file)
     assert {layer for layer, _ in gone(found.plan)} == {PLANTED[family]}
     assert found.weights or found.trace[0].notation == str(found.plan)
 
 
-@pytest.mark.parametrize(
-    ("name", "plan"),
-    [("position", "0-1"), ("poor-mans-bert", "0-1"), ("tyukin", "0,1-2m,3"), ("unified", "0,3"), ("hsd", "0,3")],
-)
-def test_a_method_without_data_looks_at_nothing(name: str, plan: str) -> None:
-    assert name in DATA_FREE
+@pytest.mark.parametrize("name", [name for name, own in METHODS.items() if own.without_data])
+def test_a_method_without_data_looks_at_nothing(name: str) -> None:
     spec = inspect(tiny("llama"))
     nothing: Any = Untouchable()
     task = PruningJob(nothing, nothing, Plan.identity(spec), spec=nothing, legal=lambda plan: True, objective=nothing)
-    assert str(entries("methods")[name].load()(task, drop=2).plan) == plan
+    assert str(entries("methods")[name].load()(task, drop=2).plan) == METHODS[name].without_data
 
 
-@pytest.mark.parametrize("entry", METHODS)
-def test_a_method_repeats_itself_and_is_nested_where_it_goes_layer_by_layer(entry: Entry) -> None:
-    most = 2 if entry.name in KEEP_TWO | SIDE_BY_SIDE else 3
-    found = [run(entry, random_task(), number) for number in range(1, most + 1)]
+@pytest.mark.parametrize("entry", ALL)
+def test_a_method_repeats_itself_and_is_nested_where_it_goes_layer_by_layer(entry: Entry, task_file: Path) -> None:
+    own = METHODS[entry.name]
+    found = [run(entry, random_task(), number, task_file) for number in range(1, own.most + 1)]
     sizes = [len(gone(f.plan)) for f in found]
-    least = [number * (1 if entry.name in OF_PARTS else 2) for number in range(1, most + 1)]
-    if entry.name in SIDE_BY_SIDE:
-        least = [0] * most
-    assert sizes == least or (entry.name in FREE and all(a >= b for a, b in zip(sizes, least, strict=True)))
-    again = run(entry, random_task(), 2)
+    each = {"layers": 2, "budget": 2, "parts": 1, "steps": 0}[own.counts]
+    least = [number * each for number in range(1, own.most + 1)]
+    assert sizes == least or (not own.exact and all(a >= b for a, b in zip(sizes, least, strict=True)))
+    again = run(entry, random_task(), 2, task_file)
     assert again.plan == found[1].plan and again.weights.keys() == found[1].weights.keys()
     assert all(torch.equal(tensor, found[1].weights[name]) for name, tensor in again.weights.items())
-    if entry.name not in FREE | MOVED | SIDE_BY_SIDE | {"gromov", "replaceme", "unified"}:
+    if own.nested:
         assert all(gone(one.plan) < gone(other.plan) for one, other in itertools.pairwise(found))
     assert all(f.weights or str(f.plan) in {c.notation for c in f.trace} for f in found)
 
@@ -113,12 +106,11 @@ def test_presets_differ_and_random_follows_the_seed_of_the_task() -> None:
     assert set(drawn.values()) <= set(itertools.combinations(range(4), 2)) and len(set(drawn.values())) > 2
 
 
-def test_progress_reaches_the_measure_and_the_search() -> None:
-    for entry in (param.values[0] for param in METHODS):
-        assert isinstance(entry, Entry)
+def test_progress_reaches_the_measure_and_the_search(task_file: Path) -> None:
+    for entry in entries("methods").values():
         reports: list[Any] = []
-        run(entry, random_task(progress=lambda *report, to=reports: to.append(report)), 1)
-        assert bool(reports) == (entry.name not in DATA_FREE), entry.name
+        run(entry, random_task(progress=lambda *report, to=reports: to.append(report)), 1, task_file)
+        assert bool(reports) == (METHODS[entry.name].without_data is None), entry.name
 
 
 def test_auto_is_no_worse_on_what_it_held_back_than_any_of_its_candidates() -> None:

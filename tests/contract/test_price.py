@@ -22,24 +22,20 @@ from shoal.executing.weights import save_planned
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load
 from shoal.plan import Plan, cost, drop, parse_plan
-from shoal.registry import entries
 from shoal.scores import Budget
 from shoal.search.dynamic_programming import dynamic_programming
 
 from .families import tiny
+from .method_tasks import METHODS, TASK, filled
 from .test_api import model_folder
 
 PROTOCOL = Protocol(length=16, limit=4, window=16, windows=1, new_tokens=0, pairs=0, compared=0)
-OPTIONS = {"llm-streamline": "kind=ffn;epochs=1;loss_epochs=0", "cull-mt": "file={task};items=2"}
-"""What a method is given so that its plan names new tensors, or so that it runs at all."""
-BUDGETS = {"tyukin": "flops=0.85", "fusegpt": "params=0.9"}
-"""Attentions alone leave no written parameters out; two layers side by side have no neighbour left to fuse with."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("model")
-    (place / "task.jsonl").write_text('{"context": "the", "continuation": "end"}\n' * 2)
+    (place / "task.jsonl").write_text(TASK)
     return model_folder(place)
 
 
@@ -48,7 +44,7 @@ def loaded(folder: Path) -> Loaded:
     return load(folder, device="cpu")
 
 
-@pytest.mark.parametrize("name", list(entries("methods")))
+@pytest.mark.parametrize("name", METHODS)
 def test_prune_and_compare_report_the_same_price_for_the_same_plan(
     name: str, loaded: Loaded, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,13 +55,15 @@ def test_prune_and_compare_report_the_same_price_for_the_same_plan(
         return said[-1]
 
     monkeypatch.setattr(harness_module, "prune", spied)
-    options = OPTIONS.get(name, "").format(task=folder / "task.jsonl")
+    own = METHODS[name]
+    given = filled({**own.needed, **own.new_tensors}, folder / "task.jsonl")
+    options = ";".join(f"{key}={value}" for key, value in given.items())
     harness = harness_module.Harness.of(loaded, PROTOCOL, tmp_path)
-    budget = BUDGETS.get(name, "params=0.8")
+    budget = own.budget or "params=0.8"
     unit, _, share = budget.partition("=")
     row = harness.row(Cell(f"{name}:{options}" if options else name, budget, 0))
-    if not said:
-        assert name == "cqil" and row["error"].startswith("U523"), row
+    if own.budget is None:
+        assert not said and row["error"].startswith("U523"), row
         return
     found, result = said[0], row["result"]
     assert found.price is not None
@@ -74,8 +72,8 @@ def test_prune_and_compare_report_the_same_price_for_the_same_plan(
     assert result["params"] == found.after.written_params
     assert result["flops"] == found.after.prefill_flops / found.before.prefill_flops
     assert result["kv"] == found.after.kv_per_token / found.before.kv_per_token
-    given = prune(loaded, plan=found.plan, weights=found.found.weights, writable=False)
-    assert given.after == found.after, "the same plan, brought by the user"
+    brought = prune(loaded, plan=found.plan, weights=found.found.weights, writable=False)
+    assert brought.after == found.after, "the same plan, brought by the user"
     assert show(found.plan, found.spec, found.found.weights)["cost"]["plan"] == found.after.to_dict()
 
 

@@ -284,14 +284,20 @@ def test_a_preset_that_is_not_legal_or_does_not_exist_is_refused() -> None:
 
 
 def searches(stack: str | None = None, depth: int = 8) -> dict[str, Callable[..., Any]]:
-    """Each search that has a budget, as (plan, drop, legal) -> found; the first layers matter least."""
-    scores = scored([float(i) for i in range(depth)], stack=stack or "decoder")
-    return {
-        "one_shot": lambda plan, **rest: one_shot(plan, scores=scores, stack=stack, **rest),
-        "contiguous": lambda plan, **rest: contiguous(plan, scores=scores, stack=stack, **rest),
-        "greedy": lambda plan, **rest: greedy(plan, objective=lambda p: sum(p.dropped(stack)), stack=stack, **rest),
-        "position": lambda plan, **rest: position(plan, which="first", stack=stack, **rest),
+    """Each search that takes a number, as (plan, drop, legal) -> found; the first layers matter least."""
+    given: dict[str, Any] = {
+        "scores": scored([float(i) for i in range(depth)], stack=stack or "decoder"),
+        "objective": lambda plan: float(sum(plan.dropped(stack))),
+        "which": "first",
     }
+    found: dict[str, Callable[..., Any]] = {}
+    for name, entry in entries("search").items():
+        known = inspect.signature(entry.load()).parameters
+        if "drop" in known:
+            found[name] = functools.partial(
+                entry.load(), stack=stack, **{key: given[key] for key in given if key in known}
+            )
+    return found
 
 
 @pytest.mark.parametrize("name", searches())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal.docs import PAGES, ROOT
+from shoal.registry import Kind, entries
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -26,11 +27,25 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_the_readme_names_no_method_that_does_not_exist() -> None:
-    from shoal.registry import entries
-
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"--method ([a-z-]+)|method=\"([a-z-]+)\"", text))
     assert {one or other for one, other in named} <= set(entries("methods"))
+
+
+@pytest.mark.parametrize(
+    ("page", "kind"),
+    [
+        ("dynamic.md", "policies"),
+        ("exchange.md", "exchange"),
+        ("searching.md", "search"),
+        ("speculation.md", "drafts"),
+        ("standins.md", "transforms"),
+    ],
+)
+def test_the_table_of_a_page_names_every_entry(page: str, kind: Kind) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    rows = {name for row in re.findall(r"^\|([^|]*)\|", text, re.MULTILINE) for name in re.findall(r"[a-z0-9-]+", row)}
+    assert entries(kind).keys() <= rows
 
 
 def test_pages_name_no_place_of_a_machine() -> None:

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import NotationError, PlanError, ShoalError
+from shoal.examples import FormatExamples
 from shoal.exchange._format import Format
 from shoal.plan import Base, Plan, Run, Spec, parse_plan
 from shoal.registry import entries, get
@@ -19,10 +20,8 @@ from shoal.registry import entries, get
 from .specs import FULL, layer, llama, plan_of, spec, stack, two_stacks
 from .strategies import json_values, plans
 
-FORMATS = sorted(entries("exchange"))
-DROPS_PARTS = ("llm-drop", "swift", "nemotron-nas")
-DROPS_LAYERS = ("shortgpt", "pruneme", "llama-quantize")
-OTHERS = ("mergekit", *DROPS_PARTS, *DROPS_LAYERS)
+EXAMPLES: dict[str, FormatExamples] = {name: entry.examples for name, entry in entries("exchange").items()}
+OTHERS = [name for name, own in EXAMPLES.items() if own.says != "everything"]
 DEPTH = 8
 
 
@@ -300,20 +299,24 @@ def dropped(attention: set[int], mlp: set[int]) -> Plan:
 @settings(max_examples=50)
 def test_removed_parts_come_back(attention: set[int], mlp: set[int]) -> None:
     plan = dropped(attention, mlp)
-    for name in DROPS_PARTS:
+    for name in (name for name, own in EXAMPLES.items() if own.says in ("removed parts", "everything")):
         assert form(name).read(form(name).write(plan, servable()), WHOLE) == plan
     whole = dropped(mlp, mlp)
-    for name in DROPS_LAYERS if mlp else DROPS_LAYERS[:2]:
-        assert form(name).read(form(name).write(whole, None), WHOLE) == whole
+    for name in (name for name, own in EXAMPLES.items() if own.says == "removed layers"):
+        if mlp or EXAMPLES[name].whole:
+            assert form(name).read(form(name).write(whole, None), WHOLE) == whole
 
 
 @given(st.lists(st.integers(0, DEPTH - 1), min_size=1, max_size=20), st.text(min_size=1, max_size=10))
 @settings(max_examples=50)
 @example([0, 1, 1, 2, 7, 6], "*a: [&b] #\n\x85'\"")
-def test_any_order_of_layers_comes_back_from_mergekit(order: list[int], source: str) -> None:
+def test_any_order_of_layers_comes_back(order: list[int], source: str) -> None:
     plan = replace(WHOLE.with_steps(tuple(map(Run, order))), base=replace(WHOLE.base, source=source))
-    again = form("mergekit").read(form("mergekit").write(plan, None), WHOLE)
-    assert (again, again.base.source) == (plan, source)
+    for name in (name for name, own in EXAMPLES.items() if own.says in ("layers in any order", "everything")):
+        again = form(name).read(form(name).write(plan, None), WHOLE)
+        assert again == plan, name
+        if name != "notation":  # which holds no name of a model
+            assert again.base.source == source, name
 
 
 def said(name: str, plan: Plan) -> str | None:
@@ -328,7 +331,7 @@ def said(name: str, plan: Plan) -> str | None:
 
 @given(plans)
 def test_every_plan_comes_back_or_is_refused_with_a_reason(plan: Plan) -> None:
-    for name in FORMATS:
+    for name in EXAMPLES:
         text = said(name, plan)
         if text is None:
             assert name not in ("plan-json", "notation")
@@ -358,7 +361,7 @@ def survives(name: str, text: str | bytes) -> None:
 @example("1:1" * 2)
 @example("slices: [{sources: [{model: a, layer_range: [0x" + "f" * 5000 + ", 1]}]}]\nmerge_method: passthrough")
 def test_any_bytes_give_a_plan_or_a_shoal_error(text: str | bytes) -> None:
-    for name in FORMATS:
+    for name in EXAMPLES:
         survives(name, text)
 
 

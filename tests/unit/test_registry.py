@@ -65,9 +65,15 @@ def test_an_entry_says_what_it_does_in_one_sentence(entry: Entry) -> None:
 
 @pytest.mark.parametrize("entry", [p for p in ALL if p.values[0].kind in ("measures", "methods")])
 def test_a_measure_or_method_names_its_source_and_how_it_differs(entry: Entry) -> None:
-    assert "Source:" in entry.doc
     assert "How we differ:" in entry.doc
     assert "arXiv" in entry.doc
+
+
+@pytest.mark.parametrize("entry", ALL)
+def test_the_source_is_a_paragraph_of_its_own(entry: Entry) -> None:
+    sources = [paragraph for paragraph in entry.doc.split("\n\n") if "Source:" in paragraph]
+    assert len(sources) == 1 and sources[0].startswith("Source: ")
+    assert not any(word in sources[0] for word in ("How we differ:", "Says:", "Raises "))
 
 
 @pytest.mark.parametrize(

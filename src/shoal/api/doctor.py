@@ -14,7 +14,8 @@ from shoal.models.diagnosis import Diagnosis, diagnose, read_metadata
 from shoal.models.load import structure
 from shoal.models.opened import open_model
 from shoal.models.own_code import own_code_known
-from shoal.plan import Plan, Run, Spec, load_plan, parse_plan, parse_steps, require, shapes_of
+from shoal.plan import Plan, Spec, load_plan, parse_plan, parse_steps, require, shapes_of
+from shoal.plan.select import plain_layers
 from shoal.writing.reference import quiet
 
 
@@ -83,9 +84,8 @@ def doctor(
 
 def layer_list(text: str) -> Sequence[int]:
     """The layers that notation such as 0-5,8-11 names, in its order. Raises U527 for anything but whole layers."""
-    steps = parse_steps(text)
-    layers = [step.layer for step in steps if isinstance(step, Run)]
-    if tuple(Run(layer) for layer in layers) != tuple(steps):
+    layers = plain_layers(parse_steps(text))
+    if layers is None:
         raise UsageError(f"--kept is {text[:60]!r}; name whole layers, as in 0-5,8-11", code="U527")
     return layers
 

@@ -9,7 +9,8 @@ from shoal.errors import ShoalError
 from shoal.executing.weights import Tensors
 from shoal.models.engines import Target, Verdict, verdicts
 from shoal.models.load import check_source
-from shoal.plan import Cost, Plan, Run, Spec, cost, shapes_of, strip
+from shoal.plan import Cost, Plan, Spec, cost, shapes_of, strip
+from shoal.plan.select import run_of
 from shoal.registry import get
 from shoal.writing.reference import quiet
 from shoal.writing.surgery import blueprint
@@ -94,7 +95,7 @@ def outlook_of(
 
 
 def _blocks_refused(plan: Plan, spec: Spec) -> str | None:
-    if any(not isinstance(step, Run) for step in plan.steps()):
+    if any(run_of(step) is None for step in plan.steps()):
         return "block_configs know no maps, exits and parallel layers"
     try:
         get("exchange", "nemotron-nas").load()().write(plan, spec)

@@ -22,7 +22,8 @@ from shoal.models.calls import logits_in, named_arguments
 from shoal.models.examine import StackFacts
 from shoal.models.opened import open_model
 from shoal.models.stacks import Stack
-from shoal.plan import Exit, Spec, Step
+from shoal.plan import Spec, Step
+from shoal.plan.select import exits
 from shoal.plan.steps import runs
 
 
@@ -80,16 +81,16 @@ class BoundPolicy:
 
     def _found(self, steps: tuple[Step, ...]) -> Known:
         fills = {run.kv.fill for run in runs(steps)}
-        exits = [step for step in steps if isinstance(step, Exit)]
+        placed = exits(steps)
         known = Known()
         if fills & {"mask", "defer"}:
             known.arguments = self.opened.remember("arguments", lambda: Arguments(self.model, self.stack))
             require_masks(steps, known.arguments)
         if "project" in fills:
             known.projections = projections_of(self.opened)
-        if exits:
+        if placed:
             known.readout = Readout(self.opened, self._ending)
-        if any(step.head != "base" for step in exits):
+        if any(step.head != "base" for step in placed):
             known.heads = Heads(self.model, self.weights)
         return known
 

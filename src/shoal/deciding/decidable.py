@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import assert_never
 
 from shoal.deciding.forward import kv_kind
 from shoal.deciding.layer_arguments import Arguments
@@ -11,8 +12,9 @@ from shoal.errors import PlanError
 from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts, StackFacts
 from shoal.models.kinds import is_causal
-from shoal.plan import Exit, Map, Plan, Run, Spec, Step, format_steps
+from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
 from shoal.plan.capabilities import refusal, refused
+from shoal.plan.select import exits, run_of
 from shoal.plan.spec import LayerSpec
 from shoal.plan.steps import gate_of, layers_read, runs, writes_kv
 from shoal.plan.tensors import tensors_of
@@ -45,17 +47,27 @@ def _skippable(steps: tuple[Step, ...]) -> Iterator[tuple[Step, bool]]:
     """Steps that some token may skip, and whether they are behind a gated exit."""
     behind = False
     for step in steps:
-        if isinstance(step, Exit):
-            behind = behind or step.gate is not None
-        elif behind or gate_of(step) is not None:
-            yield step, behind
+        match step:
+            case Exit():
+                behind = behind or step.gate is not None
+            case Run() | Map() | Parallel():
+                if behind or gate_of(step) is not None:
+                    yield step, behind
+            case _:
+                assert_never(step)
 
 
 def _require_plain(step: Step, gated: bool) -> None:
-    if isinstance(step, Run) or (isinstance(step, Map) and not gated):
-        return  # a map is cheap enough to be made for those that left as well
-    if no := refusal((step,), "gated"):
-        raise PlanError(no.message, code=no.code)
+    match step:
+        case Run():
+            return
+        case Map() if not gated:
+            return  # a map is cheap enough to be made for those that left as well
+        case Map() | Parallel() | Exit():
+            if no := refusal((step,), "gated"):
+                raise PlanError(no.message, code=no.code)
+        case _:
+            assert_never(step)
 
 
 def _require_parts(run: Run, fact: LayerFacts) -> None:
@@ -107,9 +119,14 @@ def _require_sources(steps: tuple[Step, ...], probe: StackFacts) -> None:
     always: list[int] = []
     behind = deferred = False
     for step in steps:
-        if isinstance(step, Exit):
-            behind = behind or step.gate is not None
-            continue
+        match step:
+            case Exit():
+                behind = behind or step.gate is not None
+                continue
+            case Run() | Map() | Parallel():
+                own = run_of(step)
+            case _:
+                assert_never(step)
         for run in runs((step,)):
             fact = probe.layers[run.layer]
             if run.kv.fill == "copy":
@@ -117,7 +134,7 @@ def _require_sources(steps: tuple[Step, ...], probe: StackFacts) -> None:
             if writes_kv(run) and not behind and run.gate is None:
                 always.append(run.layer)
         deferred = deferred or any(run.kv.fill == "defer" for run in runs((step,)))
-        if deferred and not (isinstance(step, Run) and step.kv.fill == "defer"):
+        if deferred and (own is None or own.kv.fill != "defer"):
             raise PlanError(
                 f"{format_steps((step,))} stores no keys and values that would show that it must run later; "
                 "with the fill defer every step behind the exit must, so take project",
@@ -150,9 +167,7 @@ def require_heads(plan: Plan, spec: Spec, weights: Tensors) -> None:
     hidden, vocab = spec.stack().hidden, spec.vocab
     right = {"lens": (hidden, hidden), "lens_bias": (hidden,), "weight": (vocab, hidden), "bias": (vocab,),
              "probe": (hidden,), "probe_bias": (1,)}  # fmt: skip
-    for step in plan.steps():
-        if not isinstance(step, Exit):
-            continue
+    for step in exits(plan.steps()):
         if unknown := [name for name in tensors_of(step.head, weights) if name not in right]:
             raise PlanError(
                 f"{step.head}.{unknown[0]} of exit {step.name} is no tensor of a head; its tensors are called "

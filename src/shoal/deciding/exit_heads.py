@@ -11,7 +11,8 @@ from torch import nn
 
 from shoal.errors import UsageError
 from shoal.executing.weights import Tensors
-from shoal.plan import Exit, Plan
+from shoal.plan import Plan
+from shoal.plan.select import exits
 
 
 class Heads:
@@ -95,7 +96,7 @@ def scaled(hidden: torch.Tensor) -> torch.Tensor:
 
 def has_probes(plan: Plan, weights: Tensors) -> bool:
     """Whether every exit of `plan` has a probe."""
-    heads = {step.head for step in plan.steps() if isinstance(step, Exit)}
+    heads = {step.head for step in exits(plan.steps())}
     return bool(heads) and all(f"{head}.{part}" in weights for head in heads for part in ("probe", "probe_bias"))
 
 

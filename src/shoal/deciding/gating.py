@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import assert_never
 
 from shoal.deciding.policy import Schedule
 from shoal.errors import UsageError
-from shoal.plan import Exit, Plan, Run, Spec, Step, format_steps
+from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
+from shoal.plan.select import exits, run_of
 from shoal.plan.spec import LayerSpec
 from shoal.plan.steps import KV, Fill, decides, layers_of, undecided, writes_kv
 
@@ -24,10 +26,12 @@ def with_gates(plan: Plan, spec: Spec, layers: Iterable[int], gate: str, fill: F
     if decides(plan.steps()):
         return plan
     gated, specs, wanted = list(plan.steps()), spec.stack().layers, set(layers)
+    there: set[int] = set()
     for at, step in enumerate(gated):
-        if isinstance(step, Run) and step.layer in wanted:
-            gated[at] = replace(step, gate=gate, kv=_filled(step, specs[step.layer], fill))
-    there = {step.layer for step in gated if isinstance(step, Run)}
+        run = run_of(step)
+        if run is not None and run.layer in wanted:
+            gated[at] = replace(run, gate=gate, kv=_filled(run, specs[run.layer], fill))
+            there.add(run.layer)
     if missing := sorted(wanted - there):
         raise UsageError(
             f"the policy {gate} would decide about layer {missing[0]}, which {format_steps(plan.steps())} does not run "
@@ -55,10 +59,8 @@ def with_exits(plan: Plan, spec: Spec, layers: Iterable[int], fill: Fill | None,
         )
     placed: list[Step] = []
     for at, step in enumerate(plan.steps()):
-        behind = any(isinstance(one, Exit) for one in placed)
-        placed.append(
-            replace(step, kv=_filled(step, specs[step.layer], fill)) if behind and isinstance(step, Run) else step
-        )
+        run = run_of(step) if exits(tuple(placed)) else None
+        placed.append(step if run is None else replace(run, kv=_filled(run, specs[run.layer], fill)))
         placed += [
             Exit(f"after-{layer}", "base" if head == "base" else f"{head}-{layer}", EXIT)
             for layer in sorted(wanted)
@@ -71,10 +73,13 @@ def exits_of(plan: Plan) -> dict[str, int]:
     """The last layer in front of each exit, by the exit's name."""
     found, last = {}, -1
     for step in plan.steps():
-        if isinstance(step, Exit):
-            found[step.name] = last
-        else:
-            last = max(layers_of(step), default=last)
+        match step:
+            case Exit():
+                found[step.name] = last
+            case Run() | Map() | Parallel():
+                last = max(layers_of(step), default=last)
+            case _:
+                assert_never(step)
     return found
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from shoal.errors import UsageError
-from shoal.plan import Plan, Run
+from shoal.plan import Plan
 from shoal.plan.notation import parse_steps
+from shoal.plan.select import plain_layers
 
 
 def layer_list(text: str) -> tuple[int, ...]:
     """Read 3-5,7 as (3, 4, 5, 7). Raises N001 for what is no notation, U584 for more than whole layers, once each."""
-    steps = parse_steps(text)
-    layers = tuple(step.layer for step in steps if step == Run(step.layer if isinstance(step, Run) else -1))
-    if len(layers) != len(steps) or len(set(layers)) != len(layers):
+    layers = plain_layers(parse_steps(text))
+    if layers is None or len(set(layers)) != len(layers):
         raise UsageError(f"{text!r:.60} is no list of layers; write whole layers, as in 3-5,7", code="U584")
     return layers
 

@@ -16,7 +16,6 @@ from shoal.executing.bind import BoundPlan, bind
 from shoal.executing.inputs import require_whole
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
-from shoal.models.precision import in_float64
 from shoal.plan import Plan, check, drop
 from shoal.plan.steps import PartName
 
@@ -95,7 +94,7 @@ def compare_each(
                 # `evaluating` inside, so that modules which the plan puts in leave training mode too
                 with one.running(), evaluating(model):
                     side = forward(ids, mask)
-                figures = torch.stack([in_float64(figure) for figure in change(dense, side)])
+                figures = torch.stack([figure.cpu().double() for figure in change(dense, side)])
                 parts[place].append(torch.where(keep, figures, 0.0).sum(-1))
             report(len(ids))
     require_scored(sum(counts), data)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, assert_never, get_args
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from shoal.evaluation.scoring import CHUNK_ELEMENTS, Progress, logits_of, requir
 from shoal.executing.weights import Tensors, hash_of_used
 from shoal.live import running
 from shoal.models.evaluating import evaluating
-from shoal.plan import Exit, Plan
+from shoal.plan import Exit, Map, Parallel, Plan, Run
 from shoal.plan.price import layers_run
 from shoal.plan.steps import layers_of, runs
 
@@ -250,12 +250,15 @@ def _places(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
     depths: list[float] = []
     last, depth = -1, 0.0
     for step in plan.steps():
-        if isinstance(step, Exit):
-            layers.append(last)
-            depths.append(depth)
-        else:
-            depth += layers_run(runs((step,)))
-            last = max(layers_of(step), default=last)
+        match step:
+            case Exit():
+                layers.append(last)
+                depths.append(depth)
+            case Run() | Map() | Parallel():
+                depth += layers_run(runs((step,)))
+                last = max(layers_of(step), default=last)
+            case _:
+                assert_never(step)
     return tuple(layers), (*depths, depth)
 
 

@@ -14,8 +14,9 @@ from shoal.evaluation.scoring import Progress
 from shoal.evaluation.speed import Speed, speed
 from shoal.executing.bind import BoundPlan, bind
 from shoal.models.opened import open_model
-from shoal.plan import Map, Plan, Spec, check, drop
+from shoal.plan import Plan, Spec, check, drop
 from shoal.plan.cost import map_size
+from shoal.plan.select import maps
 from shoal.plan.spec import LayerSpec
 from shoal.plan.steps import PartName, runs
 from shoal.plan.tensors import Shapes
@@ -125,12 +126,11 @@ def counts(plan: Plan, spec: Spec, weights: Shapes | None = None) -> dict[str, f
         for run in runs(plan.steps(stack.name)):
             for name in part_names(stack.layers[run.layer], run.part):
                 found[name] = found.get(name, 0.0) + 1
-        for step in plan.steps(stack.name):
-            if isinstance(step, Map):
-                layer = stack.layers[step.first]
-                share = map_size(step, stack.hidden, weights).flops / max(1, layer.flops)
-                if share:
-                    found |= {name: found.get(name, 0.0) + share for name in part_names(layer, "layer")}
+        for step in maps(plan.steps(stack.name)):
+            layer = stack.layers[step.first]
+            share = map_size(step, stack.hidden, weights).flops / max(1, layer.flops)
+            if share:
+                found |= {name: found.get(name, 0.0) + share for name in part_names(layer, "layer")}
     return found
 
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import re
 
 from shoal.errors import NotationError
+from shoal.examples import FormatExamples
 from shoal.exchange._drops import Drops, apply_drops, drops_of
 from shoal.exchange._format import Format, decoded, layer_numbers, shown
 from shoal.plan import Plan, Spec
 
 NAME = "llama-quantize"
 _LIST = re.compile(r"\s*(?:--prune-layers[\s=]+)?(\d{1,6}(?:\s*,\s*\d{1,6})*)\s*", re.ASCII)
+EXAMPLES = FormatExamples(says="removed layers", whole=False)
 
 
 def llama_quantize() -> Format:
     """The layers to remove with commas between them, counted from 0.
 
+    A text that begins with the option's name is read too.
+
     Source: `parse_layer_prune` of llama.cpp (tools/quantize/quantize.cpp at 03161a4), the value of the option
-    --prune-layers; a text that begins with the option's name is read too. Says: whole layers removed, at least one.
-    Files of families with per-layer metadata do not load after llama.cpp's own pruning (its issue 27976).
+    --prune-layers.
+
+    Says: whole layers removed, at least one. Files of families with per-layer metadata do not load after llama.cpp's
+    own pruning (its issue 27976).
     """
     return Format(_read, _write)
 

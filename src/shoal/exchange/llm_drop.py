@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 
 from shoal.errors import NotationError
+from shoal.examples import FormatExamples
 from shoal.exchange._drops import Drops, apply_drops, drops_of
 from shoal.exchange._format import Format, from_json, layer_numbers, shown
 from shoal.plan import Plan, Spec
 
 NAME = "llm-drop"
 ATTENTION, MLP, DEPTH = "drop_attn_list", "drop_mlp_list", "num_hidden_layers"
+EXAMPLES = FormatExamples(says="removed parts")
 
 
 def llm_drop() -> Format:
     """The config fields drop_attn_list and drop_mlp_list, counted from 0.
 
+    A whole config.json is read as well as the two fields alone; a layer in both lists is removed. A list may also hold
+    true or false for each layer, as its config class saves it, or be null.
+
     Source: configuration_dropped_llama.py of github.com/CASE-Lab-UMD/LLM-Drop at 4d60422 (He et al. 2024, arXiv
-    2406.15786). A whole config.json is read as well as the two fields alone; a layer in both lists is removed. A list
-    may also hold true or false for each layer, as its config class saves it, or be null. Says: layers, attentions and
-    mlps removed.
+    2406.15786).
+
+    Says: layers, attentions and mlps removed.
     """
     return Format(_read, _write)
 

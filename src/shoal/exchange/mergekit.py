@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from shoal.errors import NotationError
+from shoal.examples import FormatExamples
 from shoal.exchange._format import Format, refuse_unless_said, shown
 from shoal.exchange._yaml import from_yaml, to_yaml
 from shoal.plan import Plan, Run, Spec, Step
@@ -19,15 +20,19 @@ _NO_LAYERS = frozenset(
     {"dtype", "out_dtype", "name", "tokenizer", "tokenizer_source", "chat_template", "base_model", "merge_method"}
 )
 """Keys that say nothing about layers; `base_model` must be the model itself."""
+EXAMPLES = FormatExamples(says="layers in any order")
 
 
 def mergekit() -> Format:
     """Slices of one model in YAML, counted from 0 with the end left out: [0, 12] is layers 0 to 11.
 
+    Ranges may repeat and overlap, which copies layers; the model's name becomes the plan's source.
+
     Source: github.com/arcee-ai/mergekit, merge method passthrough; files written here were read by the configuration
-    parser of mergekit 0.1.5. Ranges may repeat and overlap, which copies layers;
-    the model's name becomes the plan's source. Says: whole layers removed, repeated, reordered. Refused when read:
-    several models, several sources in a slice, parameters such as scale, other merge methods (all N103).
+    parser of mergekit 0.1.5.
+
+    Says: whole layers removed, repeated, reordered. Refused when read: several models, several sources in a slice,
+    parameters such as scale, other merge methods (all N103).
     """
     return Format(_read, _write)
 

@@ -6,6 +6,7 @@ import json
 from typing import Any, NoReturn
 
 from shoal.errors import NotationError
+from shoal.examples import FormatExamples
 from shoal.exchange._drops import Drops, apply_drops, drops_of
 from shoal.exchange._format import Format, from_json, shown
 from shoal.plan import LayerSpec, Plan, Spec, StackSpec, require
@@ -21,14 +22,17 @@ SAME = {
 """What the parts that run may say about themselves, if all say the same."""
 ROUND = 256
 """nemotron-nas rounds 2/3 x ffn_mult x hidden up to a multiple of this."""
+EXAMPLES = FormatExamples(says="removed parts")
 
 
 def nemotron_nas() -> Format:
     """The config field block_configs, one entry for each layer of the base model, from 0.
 
+    `no_op` leaves a part out; a whole config.json or the bare list is read.
+
     Source: the config of DeciLM / Llama-Nemotron checkpoints (Bercovich et al. 2024, arXiv 2411.19146), as read by
-    vLLM's nemotron_nas.py at 00bd149, which takes newer configs with intermediate_size for ffn_mult too. `no_op` leaves
-    a part out; a whole config.json or the bare list is read.
+    vLLM's nemotron_nas.py at 00bd149, which takes newer configs with intermediate_size for ffn_mult too.
+
     Says: layers, attentions and mlps removed, of a Llama-like model. intermediate = ceil256(2/3 ffn_mult hidden).
     Refused when read: linear replacements, widths that differ between layers, windows and sinks (N103).
     """

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from shoal.examples import FormatExamples
 from shoal.exchange._format import Format, decoded
 from shoal.plan import Plan, Spec, format_plan, parse_plan
 
 NAME = "notation"
+EXAMPLES = FormatExamples(says="everything")
 
 
 def notation() -> Format:
     """Depth notation as a person types it, base layers counted from 0, both ends of a range included.
 
-    Source: docs/plans.md. Says: everything.
+    Source: docs/plans.md.
+
+    Says: everything.
     """
     return Format(_read, _write)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from shoal.errors import NotationError
+from shoal.examples import FormatExamples
 from shoal.exchange._format import Format
 from shoal.plan import Plan, Spec, plan_from_json, plan_to_json
 
 NAME = "plan-json"
+EXAMPLES = FormatExamples(says="everything")
 
 
 def plan_json() -> Format:
     """Shoal's own plan file, base layers counted from 0, both ends of a range included.
 
-    Source: shoal-plan/1, see docs/plans.md. Says: everything.
+    Source: shoal-plan/1, see docs/plans.md.
+
+    Says: everything.
     """
     return Format(_read, _write)
 

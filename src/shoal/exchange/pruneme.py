@@ -7,6 +7,7 @@ import json
 import math
 
 from shoal.errors import NotationError
+from shoal.examples import FormatExamples
 from shoal.exchange._drops import Drops, apply_drops, drops_of
 from shoal.exchange._format import Format, decoded, from_json, layer_numbers, shown
 from shoal.plan import Plan, Spec
@@ -14,13 +15,16 @@ from shoal.plan import Plan, Spec
 NAME = "pruneme"
 FIRST = 1
 START, END, DISTANCE = "block_start", "block_end", "average_distance"
+EXAMPLES = FormatExamples(says="removed layers")
 
 
 def pruneme() -> Format:
     """A layer_distances.csv of PruneMe, or a JSON list of the layers to remove, in any order, counted from 1.
 
     Source: compute_block_similarity/layer_similarity.py of github.com/arcee-ai/PruneMe at 279c6b1 (after Gromov et al.
-    2024, arXiv 2403.17887). A row compares what goes out of its block_start with what goes out of its block_end, both
+    2024, arXiv 2403.17887).
+
+    A row compares what goes out of its block_start with what goes out of its block_end, both
     counted from 1, so the layers behind block_start up to block_end are removed; its own slice.yaml does the same. The
     row with the smallest distance is read, the first of equals. Says: whole layers removed, written as the list.
     """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+from shoal.examples import FormatExamples
 from shoal.exchange._drops import Drops, apply_drops, drops_of
 from shoal.exchange._format import Format, from_json, layer_numbers
 from shoal.plan import Plan, Spec
 
 NAME = "shortgpt"
+EXAMPLES = FormatExamples(says="removed layers")
 
 
 def shortgpt() -> Format:
@@ -16,6 +18,7 @@ def shortgpt() -> Format:
 
     Source: `layers_to_remove` of github.com/sramshetty/ShortGPT, which deletes them from the list of layers
     (short_gpt/short_hf.py at 6003ec3).
+
     Says: whole layers removed.
     """
     return Format(_read, _write)

@@ -6,21 +6,28 @@ import json
 from typing import Any
 
 from shoal.errors import NotationError
+from shoal.examples import FormatExamples
 from shoal.exchange._drops import Drops, apply_drops, drops_of
 from shoal.exchange._format import Format, from_json, layer_numbers, shown
 from shoal.plan import Plan, Spec
 
 NAME = "swift"
 PARTS = ("attention", "mlp")
+EXAMPLES = FormatExamples(says="removed parts")
 
 
 def swift() -> Format:
     """A JSON mapping from MODEL_TASK to the lists attention and mlp of what SWIFT's draft skips, counted from 0.
 
-    Source: skip_layers.json of github.com/hemingkx/SWIFT at 312a2a0 (Xia et al. 2024, arXiv 2410.06916), which looks
-    it up by model and task. Written under the model's name: add the task to it. When read, the mapping may lie inside
-    others or in none, as long as there is one; a missing list is empty. Says: layers, attentions and
-    mlps removed. How we differ: the plan is the draft's, SWIFT verifies with the whole model.
+    Written under the model's name: add the task to it. When read, the mapping may lie inside others or in none, as long
+    as there is one; a missing list is empty.
+
+    Source: skip_layers.json of github.com/hemingkx/SWIFT at 312a2a0 (Xia et al. 2024, arXiv 2410.06916), which looks it
+    up by model and task.
+
+    Says: layers, attentions and mlps removed.
+
+    How we differ: the plan is the draft's, SWIFT verifies with the whole model.
     """
     return Format(_read, _write)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -16,8 +16,9 @@ from shoal.executing.inputs import forward_without_head
 from shoal.fitting.merge import combined
 from shoal.fitting.result import Job, Transformed
 from shoal.models.evaluating import evaluating
-from shoal.plan import Run
+from shoal.plan import Step
 from shoal.plan import drop as drop_layers
+from shoal.plan.select import whole_run
 
 Shares = Mapping[int, float]
 """A layer's matrices as a sum over layers of the base: theta = sum_j shares[j] theta_j."""
@@ -48,13 +49,12 @@ class Collapsed:
         for layer, shares in self.shares.items():
             weights |= combined(job.model, name, layer, shares, job.stack)
         plan = drop_layers(job.plan, self.gone, stack=job.stack) if self.gone else job.plan
-        steps = tuple(
-            Run(step.layer, weights=f"{name}-{step.layer}")
-            if isinstance(step, Run) and step.layer in self.shares
-            else step
-            for step in plan.steps(job.stack)
-        )
-        return Transformed(plan.with_steps(steps, job.stack), weights)
+        steps: list[Step] = []
+        for step in plan.steps(job.stack):
+            run = whole_run(step)
+            merged = run is not None and run.layer in self.shares
+            steps.append(replace(run, weights=f"{name}-{run.layer}") if run is not None and merged else step)
+        return Transformed(plan.with_steps(tuple(steps), job.stack), weights)
 
 
 class Likeness:

@@ -65,12 +65,13 @@ def fit_adainfer(
     for ids, mask in data.batches(batch):
         recorder.seen = []
         with running(model, Plan.identity(spec), policy=recorder), evaluating(model):
-            final = logits_of(model, ids, mask).argmax(-1)
-        real = torch.ones_like(final, dtype=torch.bool) if mask is None else mask.bool().to(final.device)
+            final = logits_of(model, ids, mask).argmax(-1).cpu()
+        real = torch.ones_like(final, dtype=torch.bool) if mask is None else mask.bool().cpu()
         real &= real.cumsum(-1) > skip_first
         for margin, top, choice in recorder.seen:
-            features.append(torch.stack([margin[real], top[real]], -1).cpu().double())
-            labels.append((choice == final)[real].cpu().double())
+            # an exit may be on another device than the end of the model
+            features.append(torch.stack([margin.cpu()[real], top.cpu()[real]], -1).cpu().double())
+            labels.append((choice.cpu() == final)[real].cpu().double())
     x, y = torch.cat(features), torch.cat(labels)
     if y.min() == y.max():
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from shoal.fitting.writers import Prober, Writer, output_module
 from shoal.models.evaluating import evaluating
 from shoal.models.precision import in_float64
 from shoal.plan import Run, Step
+from shoal.plan.select import run_of
 from shoal.plan.steps import PartName
 
 
@@ -89,8 +90,8 @@ def rewritten(job: Job, holes: tuple[Hole, ...], name: str, rewrite: Rewrite, *,
     notes: list[str] = []
     for number, hole in enumerate(holes):
         before = hole.position - 1
-        run = steps[before] if before >= 0 else None
-        if not isinstance(run, Run) or run.weights is not None:
+        run = run_of(steps[before]) if before >= 0 else None
+        if run is None or run.weights is not None:
             notes.append(f"no layer before {hole} that could stand in for it; nothing is put in its place")
             continue
         pair.prune_to(before)
@@ -107,7 +108,7 @@ def rewritten(job: Job, holes: tuple[Hole, ...], name: str, rewrite: Rewrite, *,
         else:
             fits.append(fit)
             weights_id = f"{name}-{run.layer}"
-            steps[before] = Run(run.layer, run.part, weights_id, run.kv, run.gate)
+            steps[before] = replace(run, weights=weights_id)
             new = {f"{weights_id}.{key}": tensor for key, tensor in own.items()}
             weights |= new
             pair.pruned.advance(steps[before], new)

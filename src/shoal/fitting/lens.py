@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 
@@ -22,7 +22,8 @@ from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.precision import in_float64
-from shoal.plan import Exit, Plan
+from shoal.plan import Exit, Map, Parallel, Plan, Run, Step
+from shoal.plan.select import exits
 
 HELD = 4
 """Every so many sequences one is not fitted on, but chooses the ridge."""
@@ -53,10 +54,9 @@ def fit_lenses(
     float64. Raises U622 for several residual streams, U554 when no token counts, P13x for exits that cannot be decided.
     """
     hidden = open_model(model).spec.stack("decoder").hidden
-    heads = {step.name: step.head for step in plan.steps() if isinstance(step, Exit)}
+    heads = {step.name: step.head for step in exits(plan.steps())}
     # the heads have no tensors yet, and the last state is read at an exit, too
-    bare = [replace(step, head="base") if isinstance(step, Exit) else step for step in plan.steps()]
-    plan = plan.with_steps((*bare, Exit(END, gate=EXIT)))
+    plan = plan.with_steps((*_with_base_heads(plan.steps()), Exit(END, gate=EXIT)))
     seen, sums, done = _Seen(plan), dict[str, tuple[Normal, Normal]](), 0
     for ids, mask in data.batches(batch):
         seen.states.clear()
@@ -74,7 +74,7 @@ def fit_lenses(
             pair = sums.setdefault(heads[name], (_normal(state), _normal(state)))
             for row in range(len(keep)):
                 held = len(data) >= HELD and (done + row) % HELD == HELD - 1
-                _add(pair[held], state[row][keep[row]], final[row][keep[row]])
+                _add(pair[held], state[row][keep[row].to(state.device)], final[row][keep[row]])
         done += len(keep)
         if progress is not None:
             progress(done, len(data), "fitting lenses")
@@ -85,6 +85,17 @@ def fit_lenses(
         found[f"{head}.lens"] = solved[:, :-1].float().cpu().contiguous()
         found[f"{head}.lens_bias"] = solved[:, -1].float().cpu().contiguous()
     return found
+
+
+def _with_base_heads(steps: tuple[Step, ...]) -> Iterator[Step]:
+    for step in steps:
+        match step:
+            case Exit():
+                yield replace(step, head="base")
+            case Run() | Map() | Parallel():
+                yield step
+            case _:
+                assert_never(step)
 
 
 class _Seen(Policy):
@@ -113,5 +124,6 @@ def _normal(like: torch.Tensor) -> Normal:
 
 def _add(sums: Normal, x: torch.Tensor, y: torch.Tensor) -> None:
     x, y = in_float64(x), in_float64(y)
+    y = y.to(x.device)  # the layers of one model may be on several devices
     scale = 1 / y.norm(dim=-1, keepdim=True)
     sums.add(torch.cat([x, torch.ones_like(scale)], -1) * scale, y * scale)

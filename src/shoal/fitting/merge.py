@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,8 @@ from shoal.fitting.holes import Hole, find_holes
 from shoal.fitting.result import Job, Transformed
 from shoal.models.opened import open_model
 from shoal.models.stacks import Stack
-from shoal.plan import Run, Step
+from shoal.plan import Step
+from shoal.plan.select import whole_run
 
 Rule = Callable[[str, Sequence[torch.Tensor], Hole], torch.Tensor]
 """(name, the tensor of the kept layer and then of each removed one in float32, hole) -> the merged tensor."""
@@ -27,8 +29,8 @@ def merged(job: Job, name: str, rule: Rule, *, norms: bool = False) -> Transform
     steps: list[Step] = list(job.plan.steps(job.stack))
     weights = dict(job.weights)
     for hole in find_holes(job.plan, name, job.stack):
-        run = steps[hole.position - 1] if hole.position else None
-        if hole.part != "layer" or not isinstance(run, Run) or run.part != "layer" or run.weights is not None:
+        run = whole_run(steps[hole.position - 1] if hole.position else None)
+        if hole.part != "layer" or run is None:
             raise UsageError(
                 f"{name} merges {hole} into the layer before it, and no whole layer with its own weights runs there; "
                 "keep one",
@@ -38,7 +40,7 @@ def merged(job: Job, name: str, rule: Rule, *, norms: bool = False) -> Transform
         weights_id = f"{name}-{run.layer}"
         for key, tensor, parts in _parts(stack, name, run.layer, removed, norms):
             weights[f"{weights_id}.{key}"] = rule(key, parts, hole).to(tensor.dtype).contiguous()
-        steps[hole.position - 1] = Run(run.layer, weights=weights_id, kv=run.kv, gate=run.gate)
+        steps[hole.position - 1] = replace(run, weights=weights_id)
     return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights)
 
 

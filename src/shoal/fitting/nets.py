@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 
@@ -14,6 +14,7 @@ from shoal.fitting.maps import limit_tensor
 from shoal.fitting.result import Fit
 from shoal.fitting.train import Learned, Trained, train
 from shoal.plan import Map, Plan, Run, Step
+from shoal.plan.select import whole_run
 
 Kind = Literal["layer", "ffn", "swiglu"]
 
@@ -29,10 +30,25 @@ class Site:
 
     def targets(self, pair: Pair) -> list[torch.Tensor]:
         """The dense states that it should make, [batch, length, hidden] each."""
-        if isinstance(self.step, Map):
-            return list(pair.targets(self.holes[0]))
-        pair.dense_to(max(self.step.layer, self.holes[-1].last) + 1)
-        return list(pair.dense.states)
+        match self.step:
+            case Map():
+                return list(pair.targets(self.holes[0]))
+            case Run():
+                pair.dense_to(max(self.step.layer, self.holes[-1].last) + 1)
+                return list(pair.dense.states)
+            case _:
+                assert_never(self.step)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it stands in the place of the plan's step, and not before it."""
+        match self.step:
+            case Run():
+                return True
+            case Map():
+                return False
+            case _:
+                assert_never(self.step)
 
 
 def map_sites(holes: Sequence[Hole]) -> list[Site]:
@@ -46,8 +62,8 @@ def layer_sites(plan: Plan, holes: Sequence[Hole], name: str, stack: str | None)
     found: dict[int, Site] = {}
     for hole in holes:
         place = max(0, hole.position - 1)
-        run = steps[place]
-        if hole.part != "layer" or not isinstance(run, Run) or run.part != "layer" or run.weights is not None:
+        run = whole_run(steps[place])
+        if hole.part != "layer" or run is None:
             raise UsageError(
                 f"{name} trains the layer beside {hole}, and no whole layer with its own weights runs there; keep one",
                 code="U557",
@@ -61,20 +77,19 @@ def with_sites(plan: Plan, sites: Sequence[Site], stack: str | None) -> Plan:
     """The plan with these nets in it."""
     steps: list[Step] = list(plan.steps(stack))
     for site in reversed(sites):  # from behind, so that places stay right
-        steps[site.place : site.place + isinstance(site.step, Run)] = [site.step]
+        steps[site.place : site.place + site.replaces] = [site.step]
     return plan.with_steps(tuple(steps), stack)
 
 
-def layer_net(pair: Pair, site: Site) -> Learned:
-    """The tensors of the site's layer as they are. Raises U556 when they are not in memory, or quantised."""
-    assert isinstance(site.step, Run)
-    own = dict(pair.inputs.stack.layer(site.step.layer).named_parameters())
+def layer_net(pair: Pair, run: Run) -> Learned:
+    """The tensors of the run's layer as they are. Raises U556 when they are not in memory, or quantised."""
+    own = dict(pair.inputs.stack.layer(run.layer).named_parameters())
     if any(p.is_meta or not p.is_floating_point() for p in own.values()):
         raise UsageError(
-            f"training needs the weights of layer {site.step.layer} in memory and not quantised; load the model so",
+            f"training needs the weights of layer {run.layer} in memory and not quantised; load the model so",
             code="U556",
         )
-    named = {f"{site.step.weights}.{name}": tensor for name, tensor in own.items()}
+    named = {f"{run.weights}.{name}": tensor for name, tensor in own.items()}
     return Learned(named, {name: tensor.dtype for name, tensor in named.items()}, {})
 
 
@@ -107,11 +122,14 @@ def fit_site(
     kept = pair.counted(limit)
     size = targets[0].shape[-1]
     fixed: dict[str, torch.Tensor] = {}
-    if isinstance(site.step, Map):
-        fixed = limit_tensor(site.holes[0], limit)
-        net = map_net(pair, site, targets, kept, kind, inner or max(1, size // (2 if kind == "ffn" else 3)))
-    else:
-        net = layer_net(pair, site)
+    match site.step:
+        case Map():
+            fixed = limit_tensor(site.holes[0], limit)
+            net = map_net(pair, site, targets, kept, kind, inner or max(1, size // (2 if kind == "ffn" else 3)))
+        case Run():
+            net = layer_net(pair, site.step)
+        case _:
+            assert_never(site.step)
 
     def loss(number: int) -> torch.Tensor:
         keep = kept[number]
@@ -126,7 +144,7 @@ def fit_site(
         raise UsageError("no token is left to train on; give more or longer calibration sequences", code="U554")
     done = train(list(net.leaves.values()), loss, fitted, held, epochs=epochs, rate=rate, seed=pair.job.seed)
     pair.pruned.advance(site.step, fixed | net.finished())
-    if isinstance(site.step, Run):
+    if site.replaces:
         pair.skip_step()
     return net, fixed, _fit(site, done, epochs)
 

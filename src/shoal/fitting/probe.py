@@ -52,11 +52,11 @@ def fit_probes(
     for ids, mask in data.batches(batch):
         seen.now = []
         with running(model, plan, weights, policy=seen), evaluating(model):
-            final = logits_of(model, ids, mask).argmax(-1)
-        real = torch.ones_like(final, dtype=torch.bool) if mask is None else mask.bool().to(final.device)
+            final = logits_of(model, ids, mask).argmax(-1).cpu()
+        real = torch.ones_like(final, dtype=torch.bool) if mask is None else mask.bool().cpu()
         real &= real.cumsum(-1) > 1
         for head, state, choice in seen.now:
-            own, right = state[real], (choice == final)[real]
+            own, right = state[real.to(state.device)], (choice.cpu() == final)[real]  # each layer has its own device
             # counted over the whole text, so that every place of a sequence has its turn
             part = slice(-counted % stride, None, stride)
             seen.kept.setdefault(head, []).append((own[part].cpu(), right[part].cpu().double()))

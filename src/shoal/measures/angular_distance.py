@@ -32,10 +32,12 @@ def angular_distance(
 
     d(l, n) = arccos( x_l . x_l+n / (|x_l| |x_l+n|) ) / pi in [0, 1], x_l [batch, length, hidden] the input of layer l;
     mean over sequences at the last token, or over all tokens. For one token block influence is 1 - cos(pi d(l, 1)).
+
     Source: Gromov et al. 2024 (arXiv 2403.17887), equation 7.
+
     How we differ: `tokens="all"` is offered, padding is left out, only `span` inputs are held at a time instead of all,
-    and the end of the last layer is taken before the final norm. In float32 from unit vectors u and v the angle is
-    2 atan2(|u - v|, |u + v|), since arccos loses half its digits near 0; it is exactly 0 for a span that adds nothing.
+    and the end of the last layer is taken before the final norm. In float32 from unit vectors u and v the angle is 2
+    atan2(|u - v|, |u + v|), since arccos loses half its digits near 0; it is exactly 0 for a span that adds nothing.
     Raises U503 when the span does not fit, U507 while a plan is running, as spans are the base model's own.
     """
     require_whole(model, "angular distance", stack)

@@ -37,7 +37,9 @@ def attention_similarity(
     best copy the map below it instead of computing its own; the first layer has none below and gets NaN. With
     `pairs="all"` the detail holds `matrix`, the divergence of every two layers. A diagnostic: a layer that could share
     its map cannot therefore be left out.
+
     Source: EchoAtt (2024, arXiv 2409.14595), which compares maps by their cosine.
+
     How we differ: the divergence is that of distributions and bounded; heads are averaged, since nothing pairs the
     heads of two layers; layers without attention are passed over. Memory: one layer's maps and the means of one batch,
     of all layers with `pairs="all"`. Raises U537 for a model that hands out no attention maps, U507 while a plan is

@@ -29,7 +29,9 @@ def block_influence(
     BI_i = 1 - E_t[ x_i,t . y_i,t / (|x_i,t| |y_i,t|) ], x_i and y_i [batch, length, hidden] the input and output of
     layer i, in float32; of its attention: the input and the state with the attention added; of its mlp: that state and
     the output.
+
     Source: ShortGPT (Men et al. 2024, arXiv 2403.03853), equation 1; for parts He et al. 2024 (arXiv 2406.15786).
+
     How we differ: padding is left out; the first `skip_first` tokens of each sequence can be (attention sinks: their
     states are a hundred times longer and hardly turn), and a note says whether that changes the order; each layer has a
     standard error over sequences; 1 - cos is computed as |x/|x| - y/|y||^2 / 2, which keeps its digits when it is small

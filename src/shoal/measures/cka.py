@@ -41,7 +41,9 @@ def cka(
     block influence), H the unbiased Hilbert-Schmidt independence criterion. 0 for a layer that adds nothing, but also
     for one that only rotates: what is alike here may be replaced by a linear map rather than left out. With
     `pairs="all"` the detail holds `matrix`, the CKA of every two of the layers' inputs and the last output.
+
     Source: Kornblith et al. 2019 (arXiv 1905.00414), summed over batches as by Nguyen et al. 2021 (arXiv 2010.15327).
+
     How we differ: a sequence is a batch; padding and the first `skip_first` tokens, one of which can be the whole
     alignment, are left out; float64; standard errors by bootstrap over sequences. Raises U536 for sequences of fewer
     than four tokens, U531 for missing parts, U507 while a plan is running.

@@ -28,7 +28,9 @@ def cosine_span(
 
     s(l, n) = 1 - E_t[ x_l,t . x_l+n,t / (|x_l,t| |x_l+n,t|) ], x_l [batch, length, hidden] the input of layer l, in
     float32. The span that starts at the lowest l is the one to remove or to replace; for n = 1 it is block influence.
+
     Source: LLM-Streamline (Chen et al. 2024, arXiv 2403.19135), where the highest cosine wins.
+
     How we differ: the score is 1 - cosine, so that the lowest goes first as everywhere; the released code maps the
     cosine to 0.5 + 0.5 cos (the same order) and takes spans of n + 1 layers, since one of them becomes the stand-in;
     padding is left out, the first `skip_first` tokens can be; standard errors are over sequences; only `span` inputs

@@ -31,8 +31,10 @@ def kl_removed(
     KL_i = E_t[ sum over v of p_t(v) (log p_t(v) - log q_i,t(v)) ], p_t and q_i,t [vocab] the distributions after token
     t with and without layer i (or its attention or mlp). It cannot be negative, needs no right answer and has a smaller
     error than the loss, since the text's own noise is not in it.
-    Source: the output criterion of Minitron (Muralidharan et al. 2024, arXiv 2407.14679) and, as a curve, of
-    Lad et al. 2024 (arXiv 2406.19384).
+
+    Source: the output criterion of Minitron (Muralidharan et al. 2024, arXiv 2407.14679) and, as a curve, of Lad et al.
+    2024 (arXiv 2406.19384).
+
     How we differ: single removals from the whole model; float32 whatever the dtype; a layer whose removal is not legal
     gets NaN and a note. Cost: one full pass per layer. Raises U507 while a plan is running.
     """

@@ -39,7 +39,9 @@ def kv_freeze(
     output of layer i. 0 for the last two layers, above which all is as always. The detail holds `top1`, the share of
     tokens whose first choice stays. A diagnostic: where the curve is low, the KV of the layers above could be shared,
     or computed without running these layers on the prompt.
+
     Source: Attend First, Consolidate Later (2024, arXiv 2409.03621), the freezing experiment.
+
     How we differ: a prompt of many tokens and a tail of several are judged instead of a single current token, by KL
     instead of answers; standard errors are over sequences. Cost: one cached pass per layer. Raises U538 for a tail that
     does not fit or padded sequences, U537 for a model without a KV cache, U507 while a plan is running.

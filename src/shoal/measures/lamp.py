@@ -36,7 +36,9 @@ def lamp(
     largest weight of every matrix scores 1 and none is emptied; the highest 1 - `sparsity` of all scores are kept, and
     K_i is the kept share of layer i. It says how much of a budget of weights or bits a layer wants; a layer of which
     little is kept is the next to go as a whole. A matrix of zeros scores 0.
+
     Source: Lee et al. 2021 (arXiv 2010.07611).
+
     How we differ: the paper prunes single weights by the scores, we report the allocation; experts are matrices of
     their own. The threshold is exact, found by counting the scores' float32 bits in two halves, with one matrix of
     scores held at a time; equal scores at the threshold are all kept. No text, so `data` and `batch` are not used and

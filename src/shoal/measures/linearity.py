@@ -42,7 +42,9 @@ def linearity(
     i (or of its attention or mlp, as in block influence), A [hidden, hidden] and b [hidden] fitted by least squares to
     the other sequences; 1 - e_i is the linearity score. `of="change"` divides by the spread of y - x instead, which
     shows what the residual connection hides. The detail holds `with_first`, the same with all tokens fitted and scored.
+
     Source: Secretly Linear (Razzhigaev et al. 2024, arXiv 2405.12250), whose score is a generalised Procrustes one.
+
     How we differ: the paper fits and scores the same tokens, which is trivially perfect for few of them: here every
     third sequence is held out and the standard error is over these, for the fitted map as it is. The first `skip_first`
     tokens, whose huge states would be all that is fitted, and padding are left out. A is fitted as I plus a map of the

@@ -35,7 +35,9 @@ def logit_lens(
     in nats per token by layer, `saturation`, the share of tokens whose first choice stays the same from that layer on
     and not from the one before, and `depth`, the mean of that layer with its standard error. A diagnostic: it says
     where a model may leave early, not which layer may go.
+
     Source: nostalgebraist 2020 (the logit lens); saturation: Geva et al. 2022 (arXiv 2203.14680).
+
     How we differ: whatever the family puts behind its last layer (a scale, a soft cap) is what is put behind layer i,
     as the stock forward runs it; standard errors are over sequences. Cost: one pass, and the head and one layer more
     per layer; memory: the layers' outputs of one batch. Raises U507 while a plan is running.

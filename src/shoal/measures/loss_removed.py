@@ -30,8 +30,10 @@ def loss_removed(
 
     delta_i = NLL(model without i) - NLL(model), token-weighted mean over sequences, paired sequence by sequence; the
     standard error is that of the paired differences.
+
     Source: the one-shot form of SLEB's metric (Song et al. 2024, arXiv 2402.09025, section 3) and of Shortened LLaMA's
     perplexity criterion (Kim et al. 2024, arXiv 2402.02834).
+
     How we differ: nothing is rebuilt, the layer is left out of the running model; a layer whose removal is not legal
     gets NaN and a note. Cost: one full pass per layer. Raises U507 while a plan is running.
     """

@@ -30,7 +30,9 @@ def macro_influence(
 
     MI_i = 1 - E_t[ h_t . h_i,t / (|h_t| |h_i,t|) ], h and h_i [batch, length, hidden] what the head is given (behind
     the final norm) with and without layer i (or its attention or mlp), in float32.
+
     Source: FuseGPT (2024, arXiv 2411.14507).
+
     How we differ: nothing is rebuilt; padding, and the last token of each sequence, which predicts nothing that is
     known, are left out; standard errors are over sequences. Cost: one pass without the head per layer. Raises U507
     while a plan is running.

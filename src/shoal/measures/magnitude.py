@@ -29,8 +29,10 @@ def magnitude(
     """The sum of the absolute weights of a layer's matrices (or of its attention or mlp), or of their squares.
 
     M_i = sum over the matrices W of layer i and their entries of |W_jk|^power; norms and biases do not count.
+
     Source: the magnitude criterion of Shortened LLaMA (Kim et al. 2024, arXiv 2402.02834), after Li et al. 2017 (arXiv
     1608.08710).
+
     How we differ: nothing known. It looks at no text, so `data` and `batch` are not used and there is no error; a
     larger layer scores more for its size alone; weights behind a norm may be large and do little: it is here to be
     compared with, not to be trusted. Raises U534 for offloaded or quantised weights, U531 for parts that no layer has.

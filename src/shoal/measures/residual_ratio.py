@@ -29,7 +29,9 @@ def residual_ratio(
 
     r_i = E_t[ |y_i,t - x_i,t| / |y_i,t| ], x_i and y_i [batch, length, hidden] the input and output of layer i (or of
     its attention or mlp, as in block influence), in float32. It also sees what only stretches the state.
+
     Source: Radial Networks (Dotzel et al. 2024, arXiv 2404.04900), and Dotzel et al. (CVPR workshop 2024).
+
     How we differ: the papers show medians, we order by the mean, whose standard error is that of a ratio over
     sequences; the middle value over sequences of the sequences' means stands in the detail as `median`. Padding is left
     out, the first `skip_first` tokens can be. Raises U508, U531 and U507 as block influence does.

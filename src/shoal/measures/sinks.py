@@ -35,8 +35,10 @@ def sinks(
     the first. The detail holds `sink`, E_q[ P_i,h(q, first) ] by layer and head, and `dormant`, the [layer, head] pairs
     whose sink is at least `dormant`: heads that are switched off on this text. A diagnostic: a layer whose heads rest
     may do without its attention, which a removal has to show; the first token's key and value must then stay.
+
     Source: attention sinks (Xiao et al. 2023, arXiv 2309.17453), active and dormant heads (Guo et al. 2024, arXiv
     2410.13835).
+
     How we differ: the first real token counts as the first, padding is left out; standard errors are over sequences.
     Layers without attention, or whose window has lost the first token, score as what is seen. Memory: one layer's map
     at a time. Raises U537 for a model that hands out no attention maps, U507 while a plan is running.

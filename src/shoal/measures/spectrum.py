@@ -41,8 +41,10 @@ def spectrum(
     chosen so that the Kolmogorov-Smirnov distance between tail and power law is least (Clauset et al. 2009, arXiv
     0706.1062, equations 3.1 and 3.9). Heavy tails (a large index, alpha near 2) are taken as a sign of training, light
     ones (a small index) as a sign that the layer may go. The detail holds `alpha` by layer: one number for each matrix.
+
     Source: heavy-tailed self-regularisation (Martin and Mahoney 2021, arXiv 1810.01075), used to order layers by
     AEIUOrder (2023, arXiv 2302.02123), whose authors report an error in their implementation.
+
     How we differ: removal instead of order, the index instead of alpha so that the lowest goes first, all matrices of a
     layer weigh the same. A matrix of zeros has index 0. No text, so `data` and `batch` are not used and there is no
     error. Raises U534 for offloaded or quantised weights, U531 for parts that no layer has.

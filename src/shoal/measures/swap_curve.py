@@ -34,7 +34,9 @@ def swap_curve(
     model's own order and in the swapped one. The detail holds `top1`, the share of tokens whose first choice stays. 0
     where one of the two adds nothing, or where both are one layer twice. A diagnostic: layers that may change places
     form a stage of the model, but that they commute does not say that either may go.
+
     Source: Lad et al. 2024 (arXiv 2406.19384).
+
     How we differ: KL orders the curve, top-1 agreement stands beside it; a swap that is not legal or that the family's
     loop cannot run gets NaN and a note. Cost: one full pass per pair. Raises U507 while a plan is running.
     """

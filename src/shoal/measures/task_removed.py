@@ -48,7 +48,9 @@ def task_removed(
     mean log-probability, `logprob`) of the right answer over the first `limit` items, with lines of `context` and
     `continuation` (the last word, as in LAMBADA) or of `query`, `choices` and `gold`; without both the share of next
     tokens of `data` that the model foretells. Below 0 where the task gains by the removal.
+
     Source: the criterion of CULL-MT (Rostami and Dousti 2024, arXiv 2411.06506), which repeats it greedily.
+
     How we differ: any metric instead of a translation score; with one number for each item, differences are paired and
     have a standard error over items. Cost: the metric once per layer. Raises U533 when the metric fails or is not
     finite, D450 or D451 for a file that holds no items, U532 for a missing tokenizer, U507 while a plan is running.

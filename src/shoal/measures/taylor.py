@@ -43,8 +43,9 @@ def taylor(
     T_i = sum over the matrices W of layer i and their entries of |dL/dW_jk W_jk|, L the mean cross-entropy in nats per
     token over the whole text; with `over="sequence"` the mean over sequences of the same with L of one sequence, which
     has a standard error and cannot cancel between sequences. 0 for a layer whose output is multiplied by zero weights.
-    Source: Shortened LLaMA (Kim et al. 2024, arXiv 2402.02834), after Molchanov et al. 2019 (arXiv
-    1906.10771).
+
+    Source: Shortened LLaMA (Kim et al. 2024, arXiv 2402.02834), after Molchanov et al. 2019 (arXiv 1906.10771).
+
     How we differ: the first four and last two layers are not protected here (the paper's Taylor+ keeps them; a search
     can); padding is left out. Memory: activations of one batch and float32 gradients of `at_once` layers, for each of
     which groups the text is run once; with `over="sequence"` of one matrix in a single run. Raises U534 for offloaded

@@ -33,7 +33,9 @@ def top1_removed(
     c_i = E_t[ argmax_v p_t(v) != argmax_v q_i,t(v) ], p_t and q_i,t [vocab] the distributions after token t with and
     without layer i; 1 - c_i is the agreement of the paper's curve. The detail holds `kl`, KL(p || q_i) in nats per
     token, by layer.
+
     Source: Lad et al. 2024 (arXiv 2406.19384).
+
     How we differ: every layer of the whole model is judged, the first and the last too; a layer whose removal is not
     legal gets NaN and a note; standard errors are over sequences. Cost: one full pass per layer. Raises U507 while a
     plan is running.

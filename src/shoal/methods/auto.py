@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from shoal.data.split import hold_out
 from shoal.errors import UsageError
 from shoal.evaluation.perplexity import perplexity
+from shoal.examples import MethodExamples
 from shoal.live import running
 from shoal.methods._job import PruningJob
 from shoal.plan.price import CountedPrice
@@ -22,13 +23,17 @@ if TYPE_CHECKING:
     from shoal.search._candidates import Grain
 
 SEARCHES = True
+EXAMPLES = MethodExamples(chooses_by="loss", exact=False, nested=False, writable=False, best_first=True)
 
 
 def auto(job: PruningJob, *, drop: int | None = None) -> Found:
     """Remove greedily layers, or attentions and mlps apart, fit the mlps before the holes anew, and keep the best.
 
     Source: the parts are FinerCut's (arXiv 2405.18218) and SLEB's (arXiv 2402.09025) greedy removal, and the refit of
-    ReplaceMe (arXiv 2505.02819) without its constraint. How we differ: held-out text chooses among them.
+    ReplaceMe (arXiv 2505.02819) without its constraint.
+
+    How we differ: held-out text chooses among them.
+
     Searches: by the cross-entropy over whole layers; over parts by its rise per saved share of the budget. Each result
     is tried as it is and after the transform `refit`; a quarter of the calibration sequences, seen by no search and no
     fit, decides (the trace tells how), and a refit that wins is made anew on all of them. `drop` counts layers.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from shoal.examples import MethodExamples
 from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.greedy import greedy
 
 SEARCHES = True
+EXAMPLES = MethodExamples(chooses_by="loss", counts="parts", writable=False)
 
 
 def block_pruner(
@@ -17,9 +19,12 @@ def block_pruner(
     """In each round remove the attention or the mlp without which the cross-entropy is lowest.
 
     `drop` counts parts; with a budget, as many go as it takes, and `rank=saving` takes the lowest rise per saved share.
+
     Source: Zhong et al. 2024 (BlockPruner, arXiv 2406.10594), which ranks by perplexity as here; Zhang et al. 2024
-    (FinerCut, arXiv 2405.18218) does the same by the distance of the output. How we differ: candidates race on shared
-    hidden states (`exhaustive` evaluates all of them in full), and the price of a part can count.
+    (FinerCut, arXiv 2405.18218) does the same by the distance of the output.
+
+    How we differ: candidates race on shared hidden states (`exhaustive` evaluates all of them in full), and the price
+    of a part can count.
     """
     return greedy(
         job.plan,

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 
 from shoal.errors import UsageError
+from shoal.examples import MethodExamples
 from shoal.fitting.result import Job
 from shoal.methods._job import PruningJob
 from shoal.plan import Plan
 from shoal.scores import Candidate, Found
 from shoal.transforms.parallel_pairs import parallel_pairs
+
+EXAMPLES = MethodExamples(
+    chooses_by="place", counts="steps", nested=False, most=2, budget=None, writable=False, best_first=True
+)
 
 
 def cqil(job: PruningJob, *, drop: int, group: int = 2, bypass: bool = True) -> Found:
@@ -19,9 +24,11 @@ def cqil(job: PruningJob, *, drop: int, group: int = 2, bypass: bool = True) -> 
     whole groups are made as that takes, all in one range. `bypass`: the group's mlps see what its attentions wrote (see
     the transform `parallel-pairs`). Such a plan is faster where the branches have a device each; on one device it costs
     what the model costs, so a budget is refused. It runs live only.
-    Source: Zou et al. 2024 (CQIL, arXiv 2404.06709). How we differ: the range is chosen by the loss; the paper names
-    one for each model, and heals it by distillation, which is a step of its own. Raises U504 when no such range fits,
-    U523 for a budget.
+
+    Source: Zou et al. 2024 (CQIL, arXiv 2404.06709).
+
+    How we differ: the range is chosen by the loss; the paper names one for each model, and heals it by distillation,
+    which is a step of its own. Raises U504 when no such range fits, U523 for a budget.
     """
     if job.budget is not None:
         raise UsageError(

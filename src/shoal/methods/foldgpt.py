@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from shoal.examples import MethodExamples
 from shoal.methods._job import PruningJob
 from shoal.scores import Found
 from shoal.search.greedy import greedy
 from shoal.transforms.fold_groups import fold_groups
 
 SEARCHES = True
+EXAMPLES = MethodExamples(chooses_by="loss")
 
 
 def foldgpt(job: PruningJob, *, drop: int, group: int = 2, exhaustive: bool = False) -> Found:
@@ -16,9 +18,12 @@ def foldgpt(job: PruningJob, *, drop: int, group: int = 2, exhaustive: bool = Fa
     `group` layers share one's matrices, and keep their norms and one scale for each part (the transform `fold-groups`);
     1 shares nothing, and so does a middle half of fewer layers. Sharing saves stored parameters, not time; a stock
     checkpoint holds copies, so a budget counts what was removed.
-    Source: Liu et al. 2024 (FoldGPT, arXiv 2407.00928). How we differ: the paper learns a gate for each layer with the
-    weights frozen; here a search with re-evaluation decides, which like gates knows what is gone already. Scales are
-    found in closed form, and the fine-tuning that follows in the paper is a step of its own.
+
+    Source: Liu et al. 2024 (FoldGPT, arXiv 2407.00928).
+
+    How we differ: the paper learns a gate for each layer with the weights frozen; here a search with re-evaluation
+    decides, which like gates knows what is gone already. Scales are found in closed form, and the fine-tuning that
+    follows in the paper is a step of its own.
     """
     found = greedy(
         job.plan,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 from shoal.errors import UsageError
+from shoal.examples import MethodExamples
 from shoal.methods._job import PruningJob
 from shoal.plan import drop as drop_layers
 from shoal.scores import Candidate, Found
 
 READS_DATA = False
+EXAMPLES = MethodExamples(chooses_by="place", most=2, without_data="0,3")
 
 
 def hsd(job: PruningJob, *, drop: int) -> Found:
@@ -18,9 +20,11 @@ def hsd(job: PruningJob, *, drop: int) -> Found:
     A level takes every second of the layers that are left between them, the deepest first, and the next level begins
     when it is done. So a plan with more removed lacks all that one with fewer lacks, and a text that begins with the
     one may go on with the other: no layer runs whose keys and values of earlier tokens were never stored.
+
     Source: Zhu et al. 2024 (HSD, arXiv 2403.14919), unverified: the formula from position to layers is not known to us,
-    only that it is a hierarchy over the length of the text. How we differ: one plan for all positions. Raises U504 when
-    fewer than 2 layers would be left.
+    only that it is a hierarchy over the length of the text.
+
+    How we differ: one plan for all positions. Raises U504 when fewer than 2 layers would be left.
     """
     layers = sorted(set(job.plan.layers(job.stack)))
     if not 1 <= drop <= len(layers) - 2:

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from functools import partial
 
 from shoal.errors import UsageError
+from shoal.examples import MethodExamples
 from shoal.fitting.collapse import Collapsed, Likeness
 from shoal.fitting.result import Job
 from shoal.ledger import Ledger
 from shoal.methods._job import PruningJob
 from shoal.plan import drop as drop_layers
 from shoal.scores import Candidate, Found, too_few
+
+EXAMPLES = MethodExamples(chooses_by="place", nested=False, most=2)
 
 
 def laco(
@@ -33,9 +36,12 @@ def laco(
     the window goes down by `interval`, else by one, as far as layer `low`. `sequences` of the calibration text are
     compared. The last window takes in no more layers than are still to go. Without a threshold it is the highest that
     gets there: after each pass it falls to the best s refused, and by 0.01 at least.
-    Source: Yang et al. 2024 (LaCo, arXiv 2402.11187). How we differ: the paper's formula, where the released notebooks
-    put the window's last layer in its place (the transform `laco-notebook`); the threshold is found from the number of
-    layers. Raises U504 when not enough windows may go, U558 for windows that cannot be.
+
+    Source: Yang et al. 2024 (LaCo, arXiv 2402.11187).
+
+    How we differ: the paper's formula, where the released notebooks put the window's last layer in its place (the
+    transform `laco-notebook`); the threshold is found from the number of layers. Raises U504 when not enough windows
+    may go, U558 for windows that cannot be.
     """
     if group < 2 or interval < 1 or low < 0 or sequences < 1:
         raise UsageError(

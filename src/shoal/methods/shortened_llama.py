@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+from shoal.examples import MethodExamples
 from shoal.measures.loss_removed import loss_removed
 from shoal.measures.taylor import taylor
 from shoal.methods._job import PruningJob
 from shoal.plan import Plan
 from shoal.scores import Found
 from shoal.search.one_shot import one_shot
+
+EXAMPLES = MethodExamples(chooses_by="loss")
 
 
 def shortened_llama(
@@ -18,7 +21,10 @@ def shortened_llama(
     """Remove the layers with the lowest Taylor score, or without which perplexity is lowest, all at once.
 
     By `taylor` the `first` and the `last` so many layers stay (the paper's Taylor+), unless too few others are left.
-    Source: Kim et al. 2024 (arXiv 2402.02834). How we differ: no retraining follows here.
+
+    Source: Kim et al. 2024 (arXiv 2402.02834).
+
+    How we differ: no retraining follows here.
     """
     if by == "perplexity":
         scores = loss_removed(job.model, job.data, stack=job.stack, batch=job.batch, progress=job.progress)

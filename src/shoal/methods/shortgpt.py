@@ -11,7 +11,9 @@ from shoal.search.one_shot import one_shot
 def shortgpt(job: PruningJob, *, drop: int, skip_first: int = 0) -> Found:
     """Remove the layers that turn the hidden state least (block influence), all at once.
 
-    Source: Men et al. 2024 (arXiv 2403.03853). How we differ: see `block-influence`; the paper calibrates on PG19.
+    Source: Men et al. 2024 (arXiv 2403.03853).
+
+    How we differ: see `block-influence`; the paper calibrates on PG19.
     """
     scores = block_influence(
         job.model, job.data, skip_first=skip_first, stack=job.stack, batch=job.batch, progress=job.progress

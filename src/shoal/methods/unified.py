@@ -6,11 +6,13 @@ import math
 from typing import Literal
 
 from shoal.errors import UsageError
+from shoal.examples import MethodExamples
 from shoal.methods._job import PruningJob
 from shoal.plan import keep as keep_layers
 from shoal.scores import Candidate, Found
 
 READS_DATA = False
+EXAMPLES = MethodExamples(chooses_by="place", nested=False, most=2, without_data="0,3")
 
 
 def unified(job: PruningJob, *, drop: int, spacing: Literal["even", "released"] = "even") -> Found:
@@ -18,8 +20,11 @@ def unified(job: PruningJob, *, drop: int, spacing: Literal["even", "released"] 
 
     even: round(linspace(0, L-1, n)) for n layers to keep. released: every layer whose index is a multiple of
     int(L / (n - 1)), from below until n - 1 are kept, and the last; for n near L that keeps a solid prefix.
-    Source: Liu et al. 2024 (arXiv 2404.06954); "released" is the rule of its published code. How we differ: removed
-    statically, where the paper runs all layers in prefill. Raises U504 when fewer than 2 layers would be left.
+
+    Source: Liu et al. 2024 (arXiv 2404.06954); "released" is the rule of its published code.
+
+    How we differ: removed statically, where the paper runs all layers in prefill. Raises U504 when fewer than 2 layers
+    would be left.
     """
     layers = sorted(set(job.plan.layers(job.stack)))
     depth, count = len(layers), len(layers) - drop

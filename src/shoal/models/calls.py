@@ -23,13 +23,27 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return dict(zip(_positional(module.forward), args, strict=False)) | kwargs
 
 
+def class_function(forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function of a class behind a module's `forward`, also behind what accelerate wraps around it; None where
+    there is none. It may be remembered for good, while a function of the instance's own would hold the module, and so
+    the model, for as long."""
+    found = getattr(forward, "__func__", None) or getattr(inspect.unwrap(forward), "__func__", None)
+    return found if callable(found) else None
+
+
 def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
-    key = getattr(forward, "__func__", forward)
+    key = class_function(forward)
+    if key is None:
+        return _named(forward)
     if key not in _NAMES:
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        # `inspect.signature` follows `__wrapped__`; a bound method has no `self` left
-        _NAMES[key] = tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds)
+        _NAMES[key] = _named(forward)
     return _NAMES[key]
+
+
+def _named(forward: Callable[..., Any]) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    # `inspect.signature` follows `__wrapped__`; a bound method has no `self` left
+    return tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds)
 
 
 def logits_in(out: Any) -> torch.Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shoal.models.calls import class_function
+
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 """What families call the attribute by which an attention module knows its place."""
 
@@ -73,7 +75,7 @@ class _Stub(nn.Module):
     def __init__(self, child: nn.Module | None, extra: int, passes: bool) -> None:
         super().__init__()
         assert child is not None
-        self._residual = _residual(getattr(child.forward, "__func__", child.forward))
+        self._residual = _residual(child.forward)
         self._extra, self._passes = extra, passes
         self.__dict__["_child"] = child  # not registered: its parameters must not appear twice
 
@@ -99,7 +101,14 @@ _PLACES: dict[Callable[..., Any], int | None] = {}
 
 def _residual(forward: Callable[..., Any]) -> int | None:
     """The place of the residual among the arguments after `self`; asked for in every pass, so it is remembered."""
-    if forward not in _PLACES:
-        parameters = [name for name in inspect.signature(forward).parameters if name != "self"]
-        _PLACES[forward] = parameters.index("residual") if "residual" in parameters else None
-    return _PLACES[forward]
+    key = class_function(forward)
+    if key is None:
+        return _place_in(forward)
+    if key not in _PLACES:
+        _PLACES[key] = _place_in(forward)
+    return _PLACES[key]
+
+
+def _place_in(forward: Callable[..., Any]) -> int | None:
+    parameters = [name for name in inspect.signature(forward).parameters if name != "self"]
+    return parameters.index("residual") if "residual" in parameters else None

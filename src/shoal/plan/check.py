@@ -15,15 +15,16 @@ P102, P104 and P117 come from `Plan` and the steps themselves, P120 from `shoal.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never
 
 from shoal.errors import PlanError
 from shoal.plan.answers import NO_PARTS
 from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
+from shoal.plan.select import exits, groups, maps, run_of
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, Parallel, Run, Step, map_source, runs, writes_kv
+from shoal.plan.steps import AttentionMap, LayerKV, LayerSource, Run, Step, map_source, runs, writes_kv
 from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
 
 
@@ -91,15 +92,15 @@ def _counts(depths: tuple[tuple[str, int], ...]) -> str:
 def _range(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     named = [(run.layer, "layer") for run in runs(steps)]
     named += [(source.layer, source.noun) for run in runs(steps) for source in run.layer_sources]
-    named += [(end, "end of a map") for step in steps if isinstance(step, Map) for end in (step.first, step.last)]
+    named += [(end, "end of a map") for one in maps(steps) for end in (one.first, one.last)]
     for layer, what in named:
         if not 0 <= layer < stack.depth:
             there = f"{stack.name} layers are 0 to {stack.depth - 1} (0-based, {stack.path})"
             yield "P103", layer, f"{what} {layer} does not exist; {there}"
-    for step in steps:
-        if isinstance(step, Map) and step.first > step.last:
-            right = f"~{step.last}-{step.first}"
-            yield "P114", step.first, f"the map ~{step.first}-{step.last} must go upwards; write {right}"
+    for one in maps(steps):
+        if one.first > one.last:
+            right = f"~{one.last}-{one.first}"
+            yield "P114", one.first, f"the map ~{one.first}-{one.last} must go upwards; write {right}"
 
 
 def _parts(steps: tuple[Step, ...], stack: StackSpec, note: str | None) -> Iterator[Finding]:
@@ -126,56 +127,53 @@ def _counting(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
 
 def _sources(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     """Whether what a run takes from another layer is there and fits."""
-    stored: set[int] = set()
-    maps: dict[int, bool] = {}
+    before = _Before()
     for step in steps:
         group = list(runs((step,)))
         for run in group:
             for source in run.layer_sources:
-                match source:
-                    case LayerKV():
-                        yield from _kv_source(run, stack.layers[run.layer], stack.layers[source.layer], stored)
-                    case AttentionMap():
-                        yield from _map_source(run, stack.layers[run.layer], stack.layers[source.layer], maps)
-                    case _:
-                        assert_never(source)
-        stored |= {run.layer for run in group if writes_kv(run)}
-        maps |= {run.layer: map_source(run) is None for run in group if run.part != "mlp"}
+                yield from _source(run, source, stack, before)
+        before.stored |= {run.layer for run in group if writes_kv(run)}
+        before.maps |= {run.layer: map_source(run) is None for run in group if run.part != "mlp"}
 
 
-def _map_source(run: Run, layer: LayerSpec, source: LayerSpec, maps: dict[int, bool]) -> Iterator[Finding]:
-    """`maps`: the layers whose attention ran before, and whether it made its map itself."""
-    here = f"layer {run.layer} takes over the attention map of layer {source.index}"
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What has run when a step begins."""
+
+    stored: set[int] = field(default_factory=set)
+    """The layers that have stored keys and values of their own."""
+    maps: dict[int, bool] = field(default_factory=dict)
+    """The layers whose attention has run, and whether it made its map itself."""
+
+
+def _source(run: Run, source: LayerSource, stack: StackSpec, before: _Before) -> Iterator[Finding]:
+    both = layer, other = stack.layers[run.layer], stack.layers[source.layer]
+    here = f"layer {run.layer} {source}"
+    taken_over = False
+    facts: list[tuple[object, ...]]
+    match source:
+        case LayerKV():
+            mark, lacks, absent = "@", "has no KV to share", "which stores no KV of its own before it"
+            there, facts = source.layer in before.stored, [(one.kv, one.kind) for one in both]
+        case AttentionMap():
+            mark, lacks, absent = "@a", "makes no map", "whose attention does not run before it"
+            there, facts = source.layer in before.maps, [(one.kv, one.kind, one.width) for one in both]
+            taken_over = not before.maps.get(source.layer, True)
+        case _:
+            assert_never(source)
     if run.part == "mlp":
-        yield "P109", run.layer, f"{here}, but runs only its mlp; write {run.layer}m without @a"
-        return
-    for one in (layer, source):
-        if one.kv.kind not in ("full", "sliding"):
-            yield "P109", one.index, f"{here}, but layer {one.index} ({one.kind}) makes no map; drop the @a"
-            return
-    if source.index not in maps:
-        yield "P107", run.layer, f"{here}, whose attention does not run before it; choose an earlier layer that does"
-    elif not maps[source.index]:
-        yield "P128", run.layer, f"{here}, which takes over a map itself; name the layer that makes it"
-    if (layer.kv, layer.kind, layer.width) != (source.kv, source.kind, source.width):
-        differ = f"{_kv_words(layer)} and {_kv_words(source)}"
-        yield "P108", run.layer, f"{here}, but the two differ: {differ}; choose a source of the same kind"
-
-
-def _kv_source(run: Run, layer: LayerSpec, source: LayerSpec, stored: set[int]) -> Iterator[Finding]:
-    here = f"layer {run.layer} reads the KV of layer {source.index}"
-    if run.part == "mlp":
-        yield "P109", run.layer, f"{here}, but runs only its mlp; write {run.layer}m without @"
-        return
-    for one in (layer, source):
-        if one.kv.kind not in ("full", "sliding"):
-            yield "P109", one.index, f"{here}, but layer {one.index} ({one.kind}) has no KV to share; drop the @"
-            return
-    if source.index not in stored:
-        yield "P107", run.layer, f"{here}, which stores no KV of its own before it; choose an earlier layer that does"
-    if (layer.kv, layer.kind) != (source.kv, source.kind):
-        differ = f"{_kv_words(layer)} and {_kv_words(source)}"
-        yield "P108", run.layer, f"{here}, but the two differ: {differ}; choose a source of the same kind"
+        yield "P109", run.layer, f"{here}, but runs only its mlp; write {run.layer}m without {mark}"
+    elif none := next((one for one in both if one.kv.kind not in ("full", "sliding")), None):
+        yield "P109", none.index, f"{here}, but layer {none.index} ({none.kind}) {lacks}; drop the {mark}"
+    else:
+        if not there:
+            yield "P107", run.layer, f"{here}, {absent}; choose an earlier layer that does"
+        if taken_over:
+            yield "P128", run.layer, f"{here}, which takes over a map itself; name the layer that makes it"
+        if facts[0] != facts[1]:
+            differ = f"{_kv_words(layer)} and {_kv_words(other)}"
+            yield "P108", run.layer, f"{here}, but the two differ: {differ}; choose a source of the same kind"
 
 
 def _kv_words(layer: LayerSpec) -> str:
@@ -185,8 +183,8 @@ def _kv_words(layer: LayerSpec) -> str:
 
 
 def _pinned(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
-    first = steps[0]
-    leader = first.layer if isinstance(first, Run) and first.part != "mlp" and first.gate is None else None
+    first = run_of(steps[0])
+    leader = first.layer if first is not None and first.part != "mlp" and first.gate is None else None
     for layer in stack.layers:
         if layer.pinned is not None and leader != layer.index:
             yield (
@@ -216,18 +214,14 @@ def _native_sharing(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Findi
 def _exits(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     names: set[str] = set()
     for position, step in enumerate(steps):
-        if not isinstance(step, Exit):
-            continue
-        if step.name in names:
-            yield "P115", None, f"two {stack.name} exits are called {step.name!r}; rename one"
-        names.add(step.name)
-        if step.gate is None and position < len(steps) - 1:
-            hidden = format_steps(steps[position + 1 :])
-            yield (
-                "P115",
-                None,
-                f"exit {step.name!r} has no gate, so {hidden:.60} behind it never runs; remove one of them",
-            )
+        for one in exits((step,)):
+            if one.name in names:
+                yield "P115", None, f"two {stack.name} exits are called {one.name!r}; rename one"
+            names.add(one.name)
+            if one.gate is None and position < len(steps) - 1:
+                hidden = format_steps(steps[position + 1 :])
+                why = f"exit {one.name!r} has no gate, so {hidden:.60} behind it never runs; remove one of them"
+                yield "P115", None, why
 
 
 def _fills(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
@@ -251,15 +245,15 @@ def _skippable(steps: tuple[Step, ...]) -> Iterator[tuple[Run, bool]]:
     """Every run, and whether a gate of its own or an exit before it may keep tokens from it."""
     behind = False
     for step in steps:
-        behind = behind or (isinstance(step, Exit) and step.gate is not None)
+        behind = behind or any(one.gate is not None for one in exits((step,)))
         for run in runs((step,)):
             yield run, behind or run.gate is not None
 
 
 def _groups(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
-    for step in steps:
-        if isinstance(step, Parallel) and len(step.branches) < 2:
-            group = format_steps((step,))
+    for one in groups(steps):
+        if len(one.branches) < 2:
+            group = format_steps((one,))
             yield "P118", None, f"the parallel group {group} in {stack.name} needs two branches or more, as in (7|8)"
 
 

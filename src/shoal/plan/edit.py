@@ -9,6 +9,7 @@ from typing import assert_never
 from shoal.errors import PlanError
 from shoal.plan.notation import format_steps, map_weights
 from shoal.plan.plan import Plan
+from shoal.plan.select import run_of
 from shoal.plan.steps import (
     KV,
     Exit,
@@ -48,9 +49,15 @@ def repeat(plan: Plan, layers: Iterable[int], times: int = 2, *, stack: str | No
     again = _existing(plan, layers, stack)
     steps: list[Step] = []
     for step in plan.steps(stack):
-        if isinstance(step, Parallel) and not again.isdisjoint(layers_of(step)):
-            raise PlanError(f"cannot repeat a part of the group {_text(step)}; repeat before grouping", code="P120")
-        steps += [step] * (times if isinstance(step, Run) and step.layer in again else 1)
+        match step:
+            case Run():
+                steps += [step] * (times if step.layer in again else 1)
+            case Parallel() if not again.isdisjoint(layers_of(step)):
+                raise PlanError(f"cannot repeat a part of the group {_text(step)}; repeat before grouping", code="P120")
+            case Parallel() | Map() | Exit():
+                steps.append(step)
+            case _:
+                assert_never(step)
     return plan.with_steps(tuple(steps), stack)
 
 
@@ -63,9 +70,10 @@ def reorder(plan: Plan, order: Iterable[int], *, stack: str | None = None) -> Pl
     _existing(plan, wanted, stack)
     by_layer: dict[int, list[Run]] = {}
     for step in plan.steps(stack):
-        if not isinstance(step, Run):
+        run = run_of(step)
+        if run is None:
             raise PlanError(f"cannot reorder a plan with {_text(step)}; reorder first, then add it", code="P120")
-        by_layer.setdefault(step.layer, []).append(step)
+        by_layer.setdefault(run.layer, []).append(run)
     return plan.with_steps(tuple(run for i in wanted for run in by_layer[i]), stack)
 
 
@@ -94,7 +102,7 @@ def parallel(plan: Plan, layers: Iterable[int], *, join: Join = "sum", stack: st
     """Let neighbouring layers read one input and add up their changes. Raises P118 when they are not neighbours."""
     members = _existing(plan, layers, stack)
     steps = plan.steps(stack)
-    group = tuple(step for step in steps if isinstance(step, Run) and step.layer in members)
+    group = tuple(run for run in map(run_of, steps) if run is not None and run.layer in members)
     start = steps.index(group[0]) if group else 0
     after = start + len(group)
     if len(group) < 2 or {run.layer for run in group} != members or steps[start:after] != group:

@@ -10,7 +10,8 @@ from shoal.atomic import replacing
 from shoal.errors import NotationError, WriteError
 from shoal.plan.notation import format_steps, parse_steps
 from shoal.plan.plan import STACK_NAME, Base, Plan
-from shoal.plan.steps import Map, Step, layers_read, runs
+from shoal.plan.select import maps
+from shoal.plan.steps import Step, layers_read, runs
 
 FORMAT = "shoal-plan/1"
 MAX_BYTES = 4_000_000
@@ -134,7 +135,7 @@ def _steps(pieces: object, stack: str, depth: int, where: str) -> tuple[Step, ..
         raise NotationError(f"{where}: stack {stack!r} must be a list of pieces such as '0-11'")
     steps = parse_steps(",".join(pieces))
     named = [run.layer for run in runs(steps)] + [*layers_read(steps)]
-    named += [step.last for step in steps if isinstance(step, Map)]
+    named += [one.last for one in maps(steps)]
     if max(named, default=0) >= depth:
         raise NotationError(f"{where}: stack {stack!r} names layer {max(named)}; its layers are 0 to {depth - 1}")
     return steps

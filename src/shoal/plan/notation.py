@@ -18,6 +18,7 @@ import re
 from typing import NoReturn, assert_never
 
 from shoal.errors import NotationError
+from shoal.plan.select import run_of
 from shoal.plan.steps import (
     FILLS,
     JOINS,
@@ -35,6 +36,8 @@ from shoal.plan.steps import (
     Run,
     Source,
     Step,
+    layers_of,
+    runs,
 )
 
 MAX_STEPS = 10_000
@@ -64,7 +67,7 @@ def parse_steps(text: str) -> tuple[Step, ...]:
     for piece in _split(text):
         new = _parse_piece(piece)
         steps.extend(new)
-        called += sum(len(step.branches) if isinstance(step, Parallel) else 1 for step in new)
+        called += sum(max(1, sum(1 for _ in runs((step,)))) for step in new)
         if called > MAX_STEPS:
             _fail(piece, f"the plan has more than {MAX_STEPS} steps")
     if not steps:
@@ -83,9 +86,8 @@ def format_steps(steps: tuple[Step, ...]) -> str:
             case Run() if length > 1 and steps[position + 1] == step:
                 pieces.append(_format_run(step, f"x{length}"))
             case Run() if length > 1:
-                last = steps[position + length - 1]
-                assert isinstance(last, Run)
-                pieces.append(f"{step.layer}-{last.layer}{_LETTER[step.part]}")
+                (last,) = layers_of(steps[position + length - 1])
+                pieces.append(f"{step.layer}-{last}{_LETTER[step.part]}")
             case Run():
                 pieces.append(_format_run(step))
             case Map():
@@ -204,16 +206,16 @@ def _gate(name: str | None) -> str:
 
 def _fold(steps: tuple[Step, ...], start: int) -> int:
     """How many steps from `start` on are written as one piece: equal runs, or plain runs up or down by one."""
-    step = steps[start]
-    if not isinstance(step, Run):
+    step = run_of(steps[start])
+    if step is None:
         return 1
     length = 1
     while start + length < len(steps) and steps[start + length] == step:
         length += 1
     if length > 1 or step != Run(step.layer, step.part):
         return length
-    following = steps[start + 1] if start + 1 < len(steps) else None
-    direction = following.layer - step.layer if isinstance(following, Run) else 0
+    following = run_of(steps[start + 1]) if start + 1 < len(steps) else None
+    direction = 0 if following is None else following.layer - step.layer
     if direction not in (1, -1):
         return 1
     while start + length < len(steps) and steps[start + length] == Run(step.layer + direction * length, step.part):

@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, assert_never
+from typing import ClassVar, Literal, assert_never
 
 from shoal.errors import PlanError
-
-if TYPE_CHECKING:
-    pass
 
 PartName = Literal["layer", "attention", "mlp"]
 Fill = Literal["project", "copy", "defer", "mask"]
@@ -86,7 +83,7 @@ class AttentionMap:
     summary: ClassVar[str] = "Attention map shared"
 
     def __str__(self) -> str:
-        return f"takes the attention map of layer {self.layer}"
+        return f"takes over the attention map of layer {self.layer}"
 
 
 LayerSource = LayerKV | AttentionMap
@@ -187,14 +184,28 @@ def kv_source(run: Run) -> int | None:
 
 def gate_of(step: Step) -> str | None:
     """The gate at which it is decided whether a step, or a branch of it, happens."""
-    if isinstance(step, Parallel):
-        return next((run.gate for run in step.branches if run.gate is not None), None)
-    return step.gate
+    match step:
+        case Parallel():
+            return next((run.gate for run in step.branches if run.gate is not None), None)
+        case Run() | Map() | Exit():
+            return step.gate
+        case _:
+            assert_never(step)
 
 
 def decides(steps: tuple[Step, ...]) -> bool:
     """Whether anything is decided at run time."""
-    return any(isinstance(step, Exit) or gate_of(step) is not None for step in steps)
+    return any(_is_exit(step) or gate_of(step) is not None for step in steps)
+
+
+def _is_exit(step: Step) -> bool:
+    match step:
+        case Exit():
+            return True
+        case Run() | Map() | Parallel():
+            return False
+        case _:
+            assert_never(step)
 
 
 def undecided(steps: tuple[Step, ...]) -> tuple[Step, ...]:

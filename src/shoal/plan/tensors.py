@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from shoal.plan.select import exits, maps
 from shoal.plan.spec import StackSpec
-from shoal.plan.steps import Exit, Map, Run, Step, runs
+from shoal.plan.steps import Run, Step, runs
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -41,9 +42,7 @@ def map_tensors(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> It
     above which a token is handed on as it is.
     """
     size = stack.hidden
-    for step in steps:
-        if not isinstance(step, Map):
-            continue
+    for step in maps(steps):
         weight, down, up, bias = (shapes.get(f"{step.weights}.{name}") for name in ("weight", "down", "up", "bias"))
         here = f"the map for {stack.name} layers {step.first}-{step.last}"
         scale, limit, gate = (shapes.get(f"{step.weights}.{name}") for name in ("scale", "limit", "gate"))
@@ -78,8 +77,8 @@ def missing_tensors(steps: tuple[Step, ...], shapes: Shapes) -> Iterator[Finding
         if run.weights is not None and not _given(run.weights, shapes):
             missing = f"the weights {run.weights!r}, which are not given; remove :{run.weights}"
             yield "P112", run.layer, f"layer {run.layer} should run with {missing}"
-    for step in steps:
-        if isinstance(step, Exit) and step.head != "base" and not _given(step.head, shapes):
+    for step in exits(steps):
+        if step.head != "base" and not _given(step.head, shapes):
             missing = f"the weights {step.head!r}, which are not given; remove ={step.head}"
             yield "P112", None, f"exit {step.name!r} should read its head from {missing}"
 

@@ -9,6 +9,8 @@ from typing import Any, assert_never
 from shoal.errors import PlanError
 from shoal.plan import Exit, Map, Parallel, Run, Step, parse_steps
 from shoal.plan.price import layers_run
+from shoal.plan.select import exits, groups, maps
+from shoal.plan.steps import runs
 from shoal.report.formatting import TIMES, esc, ranges
 
 
@@ -23,22 +25,11 @@ class StackFacts:
     @property
     def runs(self) -> tuple[Run, ...]:
         """Every call of a layer, branches of parallel groups included."""
-        found: list[Run] = []
-        for step in self.steps:
-            match step:
-                case Run():
-                    found.append(step)
-                case Parallel():
-                    found.extend(step.branches)
-                case Map() | Exit():
-                    pass
-                case _:
-                    assert_never(step)
-        return tuple(found)
+        return tuple(runs(self.steps))
 
     @property
     def maps(self) -> tuple[Map, ...]:
-        return tuple(step for step in self.steps if isinstance(step, Map))
+        return maps(self.steps)
 
     @property
     def mapped(self) -> frozenset[int]:
@@ -98,18 +89,19 @@ def sentences(stack: StackFacts) -> list[str]:
     whole = {run.layer for run in stack.runs if run.part == "layer"}
     all_whole = all(run.part == "layer" for run in stack.runs)
     said = [f"{len(whole)} of {stack.depth} {esc(stack.name)} layers run{'' if all_whole else ' whole'}."]
-    groups = [step for step in stack.steps if isinstance(step, Parallel)]
     facts = {
         "Removed": ranges(stack.dropped),
         "Attention only": ranges(_only(stack, "attention", whole)),
         "Mlp only": ranges(_only(stack, "mlp", whole)),
         "Replaced by a fitted map": ", ".join(ranges(range(step.first, step.last + 1)) for step in stack.maps),
-        "In parallel": ", ".join(" with ".join(str(run.layer) for run in group.branches) for group in groups),
+        "In parallel": ", ".join(
+            " with ".join(str(run.layer) for run in group.branches) for group in groups(stack.steps)
+        ),
         "Repeated": ", ".join(f"{layer} ({n}{TIMES})" for layer, n in repeated(stack).items()),
         **_shared(stack),
         "Own weights": ranges(sorted({run.layer for run in stack.runs if run.weights is not None})),
         "Behind a gate": ranges(sorted({run.layer for run in stack.runs if run.gate is not None})),
-        "Exits": ", ".join(esc(step.name) for step in stack.steps if isinstance(step, Exit)),
+        "Exits": ", ".join(esc(step.name) for step in exits(stack.steps)),
     }
     said += [f"{what}: {which}." for what, which in facts.items() if which]
     return said if stack.ascending else [*said, "The layers run in another order than in the base model."]

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import assert_never
 
 from shoal.plan import Exit, Map, Parallel, Run, Step, format_steps
+from shoal.plan.select import groups
 from shoal.report import svg_shapes
 from shoal.report.facts import StackFacts, repeated
 from shoal.report.formatting import esc
@@ -63,21 +64,21 @@ def _svg(kind: str, title: str, width: float, height: float, pieces: list[str]) 
 
 def _base_row(stack: StackFacts, layers: range, y: float) -> tuple[list[str], float, bool]:
     """The boxes of some base layers from `y` on, their height, and whether every parallel group of theirs fits here."""
-    groups, fits = _groups(stack, layers)
-    own = set(layers) - {run.layer for group in groups for run in group.branches}
+    fitting, fits = _groups(stack, layers)
+    own = set(layers) - {run.layer for group in fitting for run in group.branches}
     readers = [run for run in stack.runs if run.layer_sources and run.layer in own]
     times = {layer: n for layer, n in repeated(stack).items() if layer in layers}
     exits = _exits(stack, layers)
     near = any(source.layer in layers for run in readers for source in run.layer_sources)
     top = y + (ARC if near else LINE if readers else 5)
-    box = max([HIGH, *map(svg_shapes.group_height, groups)])
+    box = max([HIGH, *map(svg_shapes.group_height, fitting)])
 
     def x(layer: int) -> float:
         return (layer - layers.start) * PITCH
 
     pieces = [piece for layer in sorted(own) for piece in _layer(stack, layer, x(layer), top)]
     pieces += _map_bars(stack, layers, x, top)
-    for group in groups:
+    for group in fitting:
         first = min(run.layer for run in group.branches)
         pieces.append(svg_shapes.group_box(x(first), top, len(group.branches) * PITCH - GAP, group))
     pieces += [_reading(run, layers, x, top) for run in readers]
@@ -103,7 +104,7 @@ def _layer(stack: StackFacts, layer: int, x: float, y: float) -> list[str]:
 
 def _groups(stack: StackFacts, layers: range) -> tuple[list[Parallel], bool]:
     """Parallel groups of neighbours that can be stacked in this row, and whether none was left out."""
-    touching = [s for s in stack.steps if isinstance(s, Parallel) and any(run.layer in layers for run in s.branches)]
+    touching = [group for group in groups(stack.steps) if any(run.layer in layers for run in group.branches)]
     fitting, seen = [], set[int]()
     for group in touching:
         own = sorted(run.layer for run in group.branches)
@@ -161,11 +162,31 @@ def _executed(stack: StackFacts, width: float) -> tuple[list[str], float]:
         if x and x + wide > width:
             x, y, high = 0.0, y + high + 9, 0.0
         pieces += _step(step, x, y, times)
-        low = svg_shapes.group_height(step) if isinstance(step, Parallel) else HIGH
-        noted = times > 1 or isinstance(step, Exit) or (isinstance(step, Run) and bool(step.layer_sources))
-        high = max(high, low + LINE * noted)
+        high = max(high, _step_height(step) + LINE * (times > 1 or _has_note(step)))
         x += wide + GAP
     return pieces, y + high + 3
+
+
+def _step_height(step: Step) -> float:
+    match step:
+        case Parallel():
+            return svg_shapes.group_height(step)
+        case Run() | Map() | Exit():
+            return HIGH
+        case _:
+            assert_never(step)
+
+
+def _has_note(step: Step) -> bool:
+    match step:
+        case Run():
+            return bool(step.layer_sources)
+        case Exit():
+            return True
+        case Map() | Parallel():
+            return False
+        case _:
+            assert_never(step)
 
 
 def _step_width(step: Step) -> float:
@@ -181,7 +202,7 @@ def _step_width(step: Step) -> float:
 
 
 def _step(step: Step, x: float, y: float, times: int) -> list[str]:
-    below = y + (svg_shapes.group_height(step) if isinstance(step, Parallel) else HIGH) + LINE - 3
+    below = y + _step_height(step) + LINE - 3
     note = svg_shapes.count(x + _step_width(step) / 2, below, times) if times > 1 else ""
     match step:
         case Run():

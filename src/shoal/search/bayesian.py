@@ -31,8 +31,11 @@ def bayesian(
     """Try `trials` plans, the `first` ones at random, the others where good plans are denser than bad ones.
 
     A plan is the order in which pieces go, a number per piece (random keys, Bean 1994), so that every proposal is legal
-    and within the budget. `scores` give the first plan. The same seed tries the same plans. Source: the tree-structured
-    Parzen estimator (Bergstra et al. 2011), as optuna has it. Raises U502, U504, U505, U540-U547.
+    and within the budget. `scores` give the first plan. The same seed tries the same plans.
+
+    Source: the tree-structured Parzen estimator (Bergstra et al. 2011), as optuna has it.
+
+    Raises U502, U504, U505, U540-U547.
     """
     aim = goal(plan, drop, budget, grain, stack)
     sampler = samplers().TPESampler(n_startup_trials=max(0, first), seed=seed)

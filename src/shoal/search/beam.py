@@ -33,6 +33,9 @@ def beam(
     `width=1` is `greedy`. Plans that two ways lead to are evaluated once; ties go to the plan found first. A plan that
     is within the budget leaves the beam and is kept; the search ends when all have. Candidates race where the objective
     can, for the best `width` places, unless `exhaustive`. Cost: at most `width` times that of greedy.
+
+    Source: beam search (Lowerre 1976), over what `greedy` removes.
+
     Raises U502 for a width below 1, U504, U540-U545.
     """
     if width < 1:

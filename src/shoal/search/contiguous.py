@@ -14,8 +14,12 @@ def contiguous(plan: Plan, *, scores: Scores, drop: int, legal: Legal, stack: st
     """Remove the `drop` neighbouring layers with the lowest score over a span; ties go to the lower layers.
 
     `scores` judges spans of exactly `drop` layers (by their first layer), or single layers, whose sum then judges a
-    span. A span that was not judged (NaN) or does not run whole stays. Raises U505 for scores of other spans or of
-    another model, U504 when no span may go.
+    span. A span that was not judged (NaN) or does not run whole stays.
+
+    Source: the choice of Gromov et al. 2024 (arXiv 2403.17887) and of LLM-Streamline (Chen et al. 2024, arXiv
+    2403.19135).
+
+    Raises U505 for scores of other spans or of another model, U504 when no span may go.
     """
     there = set(removable(plan, drop, stack))
     scores.require(plan, (1, drop), stack)

@@ -36,8 +36,11 @@ def dynamic_programming(
     layer i alone becomes c; pair(i, c, c') what removing the same kind of piece from two neighbours costs beyond both
     (`neighbours=False`: nothing, which is a knapsack). The solution is measured end to end; the trace gives the
     additivity error. Exact, up to the rounding, for losses that interact between such neighbours only.
+
     Source: Bellman 1957; the knapsack over layers as in MIP- and DP-based depth pruning (for example Kim et al. 2023,
-    arXiv 2301.12187). Raises U502, U542-U546.
+    arXiv 2301.12187).
+
+    Raises U502, U542-U546.
     """
     if resolution < 10:
         raise UsageError(f"a resolution of {resolution} steps is too coarse; use resolution=10 or more", code="U502")

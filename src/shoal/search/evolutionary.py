@@ -31,8 +31,11 @@ def evolutionary(
     """Breed `trials` plans by crossover and mutation of random keys, the better half of each population surviving.
 
     A plan is the order in which pieces go, a number per piece (random keys, Bean 1994), so that every child is legal
-    and within the budget. `scores` give the first plan. The same seed breeds the same plans. Source: NSGA-II (Deb et
-    al. 2002) with one objective, as optuna has it. Raises U502, U504, U505, U540-U547.
+    and within the budget. `scores` give the first plan. The same seed breeds the same plans.
+
+    Source: NSGA-II (Deb et al. 2002) with one objective, as optuna has it.
+
+    Raises U502, U504, U505, U540-U547.
     """
     aim, sampler = goal(plan, drop, budget, grain, stack), breeder(population, seed)
     stage = "evolution"

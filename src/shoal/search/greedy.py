@@ -35,8 +35,12 @@ def greedy(
     where pieces differ in price. Ties go to the lower layer. The result for a smaller number is a prefix of that for a
     larger one. Candidates race where the objective can (see `docs/searching.md`); `exhaustive` evaluates every one in
     full, as SLEB's released code does: the sum over rounds of the pieces left. A candidate whose objective is NaN is
-    never chosen. Source: SLEB (Song et al. 2024, arXiv 2402.09025); for parts FinerCut (arXiv 2405.18218) and
-    BlockPruner (arXiv 2406.10594). Raises U504, U540-U545.
+    never chosen.
+
+    Source: SLEB (Song et al. 2024, arXiv 2402.09025); for parts FinerCut (arXiv 2405.18218) and BlockPruner (arXiv
+    2406.10594).
+
+    Raises U504, U540-U545.
     """
     aim = goal(plan, drop, budget, grain, stack)
     if rank == "saving" and budget is None:

@@ -11,6 +11,8 @@ from shoal.scores import Found, Legal
 def listed(plan: Plan, *, layers: tuple[int, ...], legal: Legal, stack: str | None = None) -> Found:
     """Remove exactly these layers (base indices, 0-based).
 
+    Source: none; the layers are the user's.
+
     Raises P103 for a layer that does not run, P104 when none would be left, U506 when the rest is not legal.
     """
     smaller = drop_layers(plan, layers, stack=stack)

@@ -41,8 +41,11 @@ def milp(
     single change *from the best solution so far* and solves again for at most `reach` layers changed. The best measured
     plan within the budget is returned; the trace gives for each solution what was predicted, what was measured, and the
     additivity error (measured - predicted). `maps`: layer -> name of fitted weights that may stand for it.
+
     Source: HiGHS through `scipy.optimize.milp`; the additive form as in Puzzle (Bercovich et al. 2024, arXiv
-    2411.19146). How we differ: no replacement blocks are trained, and additivity is corrected. Raises U502, U542-U546.
+    2411.19146).
+
+    How we differ: no replacement blocks are trained, and additivity is corrected. Raises U502, U542-U546.
     """
     if min(rounds, tries, reach) < 1:
         raise UsageError(

@@ -25,8 +25,12 @@ def one_shot(
 
     The scores are not computed anew in between. `grain`: what goes of a layer; the scores must judge that. A layer
     whose removal would make the plan illegal, given what is gone already, is passed over (the trace says so) until
-    another has gone. Layers that were not judged (NaN) stay. Raises U504 when fewer than `drop` may go, naming how many
-    do, U543 when the budget cannot be met, U505 for scores of spans or of another model.
+    another has gone. Layers that were not judged (NaN) stay.
+
+    Source: the choice of ShortGPT (Men et al. 2024, arXiv 2403.03853) and of most published criteria.
+
+    Raises U504 when fewer than `drop` may go, naming how many do, U543 when the budget cannot be met, U505 for scores
+    of spans or of another model.
     """
     aim = goal(plan, drop, budget, grain, stack)
     there = {layer for layer, _ in pieces(plan, grain, stack)}

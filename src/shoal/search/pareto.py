@@ -31,9 +31,11 @@ def pareto(
 
     Each trial draws how much to remove and in which order (random keys). The trace holds the non-dominated plans from
     the cheapest to the dearest, after the plan that is returned: the one of lowest loss within `budget`.
+
     Source: NAS-Prune (Klein et al. 2024, arXiv 2405.02267), whose search is over sub-networks of a fine-tuned
-    super-network; NSGA-II (Deb et al. 2002) as optuna has it. How we differ: no super-network is trained, and heads and
-    neurons stay. Raises U502, U504, U540-U547.
+    super-network; NSGA-II (Deb et al. 2002) as optuna has it.
+
+    How we differ: no super-network is trained, and heads and neurons stay. Raises U502, U504, U540-U547.
     """
     require_trials(trials)
     sampler = breeder(population, seed)

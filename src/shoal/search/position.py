@@ -25,11 +25,14 @@ def position(
 ) -> Found:
     """Remove the first, the last, the middle, every other (from the end) or randomly chosen layers.
 
-    The baselines of Poor Man's BERT (Sajjad et al. 2020, arXiv 2004.03844: bottom, top, symmetric, alternate). "first"
-    and "last" are meant literally: 0.. and ..L-1. "middle" leaves as many before as behind, or one more behind.
+    "first" and "last" are meant literally: 0.. and ..L-1. "middle" leaves as many before as behind, or one more behind.
     "alternate" takes every other layer from the last but one downwards (of 12 layers 10, 8, 6, ...), and when these are
     used up the others from the last one downwards (11, 9, ...). "random" draws with `seed`; a larger draw holds the
-    smaller ones. Raises U504 when the preset is not legal for the model, U502 for a preset that does not exist.
+    smaller ones.
+
+    Source: the baselines of Poor Man's BERT (Sajjad et al. 2020, arXiv 2004.03844): bottom, top, symmetric, alternate.
+
+    Raises U504 when the preset is not legal for the model, U502 for a preset that does not exist.
     """
     layers = _order(removable(plan, drop, stack), which, seed, drop)[:drop]
     smaller = drop_layers(plan, layers, stack=stack)

@@ -31,7 +31,11 @@ def random_search(
     """Draw `trials` plans with `seed`, removing pieces in a random order until it is enough, and take the best.
 
     Plans drawn twice are evaluated once. They race where the objective can, unless `exhaustive`; the trace holds those
-    that were evaluated in full, the best first. Source: Bergstra and Bengio 2012. Raises U502, U504, U540-U546.
+    that were evaluated in full, the best first.
+
+    Source: Bergstra and Bengio 2012.
+
+    Raises U502, U504, U540-U546.
     """
     require_trials(trials)
     own = decoder(goal(plan, drop, budget, grain, stack), legal)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from shoal.errors import ShoalError
 from shoal.plan import Run, format_steps
+from shoal.plan.select import run_of
 from shoal.speculating.drafts.clasp import clasp
 from shoal.speculating.drafts.lookup import lookup
 from shoal.speculating.forecast import DraftSetting, Forecast, Hits, Times, predict_speed
@@ -51,7 +52,7 @@ def _skips(forecast: Forecast, few: bool) -> Iterator[tuple[Run, ...]]:
                 chosen = clasp(spec=runner.spec, skip=skip, first=first).again(context)
             except ShoalError:
                 return  # a family whose layers cannot be tried alone
-            yield tuple(step for step in chosen or () if isinstance(step, Run))
+            yield tuple(run for run in map(run_of, chosen or ()) if run is not None)
 
 
 def _attention_only(depth: int) -> Iterator[tuple[Run, ...]]:

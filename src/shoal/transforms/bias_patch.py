@@ -20,6 +20,8 @@ def bias_patch(job: Job, *, skip_first: int = 1, outlier: float = 8.0) -> Transf
     hidden additions; runs live only, as stock layers have no bias there. The mean makes the squared error smallest, so
     it is never worse than dropping. Tokens longer than `outlier` medians (attention sinks) and the first `skip_first`
     are not fitted; the longer ones are not patched either.
+
+    Source: our own; it is `linear-map` with W = I.
     """
     holes = find_holes(job.plan, "bias-patch", job.stack)
     pair = Pair(job, skip_first=skip_first, outlier=outlier)

@@ -21,6 +21,8 @@ def channel_scale(job: Job, *, ridge: float = 1e-3, skip_first: int = 0) -> Tran
     what it should write for the dense model's state y behind the span, w = 1 / |y|^2, and k = ridge * sum w m_c^2 as a
     mean over the channels: a ridge towards s = 1, which is dropping, so the fit is never worse than that. Folded into
     the rows of the mlp's output matrix (every expert's, and its bias): exact.
+
+    Source: our own; it is `replaceme` (Shopkhoev et al. 2025, arXiv 2505.02819) with a diagonal T.
     """
 
     def rewrite(site: Site) -> tuple[dict[str, torch.Tensor], Fit]:

@@ -9,7 +9,8 @@ from shoal.fitting.holes import Hole, Pair, find_holes
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, folded_scale, renamed
 from shoal.models.precision import in_float64
-from shoal.plan import Map, Run, Step
+from shoal.plan import Map, Step
+from shoal.plan.select import run_of
 
 EXAMPLES = TransformExamples(role="corrected")
 
@@ -24,7 +25,9 @@ def compensate(job: Job, *, fold: bool = True, skip_first: int = 1, outlier: flo
     tied to the head, alone. Without `fold`, or where a later layer's outputs cannot be rewritten exactly, it is a step
     y = a x of its own, which runs live only.
 
-    Source: Prune&Comp, 2025 (arXiv 2507.18212). How we differ: the paper scales the weights before the hole.
+    Source: Prune&Comp, 2025 (arXiv 2507.18212).
+
+    How we differ: the paper scales the weights before the hole.
     """
     holes = find_holes(job.plan, "compensate", job.stack)
     pair = Pair(job, skip_first=skip_first, outlier=outlier)
@@ -76,18 +79,19 @@ def _folded(pair: Pair, scales: dict[int, float]) -> tuple[list[Step], dict[str,
         if total == 1.0:
             steps.append(step)
             continue
-        if not isinstance(step, Run) or step.weights is not None:
+        run = run_of(step)
+        if run is None or run.weights is not None:
             return None
-        layer = pair.inputs.stack.layer(step.layer)
+        layer = pair.inputs.stack.layer(run.layer)
         own: dict[str, torch.Tensor] = {}
         for part in ("attention", "mlp"):
-            if step.part in ("layer", part):
-                writers = prober.writers(step.layer, part)
+            if run.part in ("layer", part):
+                writers = prober.writers(run.layer, part)
                 if not writers:
                     return None
                 size = pair.pruned.states[0].shape[-1]
                 own |= folded_scale(layer, writers, torch.full((size,), 1 / total))
-        run, new = renamed(step, f"compensate-{step.layer}", own)
-        steps.append(run)
+        scaled, new = renamed(run, f"compensate-{run.layer}", own)
+        steps.append(scaled)
         weights |= new
     return steps, weights

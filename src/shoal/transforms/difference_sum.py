@@ -14,8 +14,9 @@ def difference_sum(job: Job, *, scale: float = 1.0, norms: bool = False) -> Tran
 
     theta are the layer's matrices; with `norms` also its vectors. `scale` 0 is dropping, bit for bit.
 
-    Source: Yang et al. 2024 (LaCo, arXiv 2402.11187). How we differ: the paper's formula; for what its released
-    notebooks compute see `laco-notebook`.
+    Source: Yang et al. 2024 (LaCo, arXiv 2402.11187).
+
+    How we differ: the paper's formula; for what its released notebooks compute see `laco-notebook`.
     """
     return merged(
         job,

@@ -30,8 +30,9 @@ def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, 
     changes nothing. Raises U559 for a range or a group that holds no two layers, and where something else runs among
     them than whole layers, upwards, with their own weights and KV.
 
-    Source: Liu et al. 2024 (FoldGPT, arXiv 2407.00928). How we differ: scales in closed form instead of training, no
-    gates (drop layers by any method first).
+    Source: Liu et al. 2024 (FoldGPT, arXiv 2407.00928).
+
+    How we differ: scales in closed form instead of training, no gates (drop layers by any method first).
     """
     first, last = middle(job, first, last)
     steps = list(job.plan.steps(job.stack))

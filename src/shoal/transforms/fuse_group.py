@@ -13,6 +13,7 @@ from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.train import frozen, train
 from shoal.models.opened import open_model
 from shoal.plan import Run, Step
+from shoal.plan.select import whole_run
 
 Tensors = dict[str, torch.Tensor]
 
@@ -33,9 +34,10 @@ def fuse_group(
     `epochs` 0 is dropping, bit for bit. Raises U556 when a neighbour has other matrices than a removed layer, U557 when
     the span has no neighbour that runs whole.
 
-    Source: Pei et al. 2024 (FuseGPT, arXiv 2411.14507). How we differ: squared error relative to each token's length
-    instead of a KL divergence (the released code's is over the batch axis), one rate; choose what to remove by any
-    method.
+    Source: Pei et al. 2024 (FuseGPT, arXiv 2411.14507).
+
+    How we differ: squared error relative to each token's length instead of a KL divergence (the released code's is over
+    the batch axis), one rate; choose what to remove by any method.
     """
     holes = find_holes(job.plan, "fuse-group", job.stack)
     pair = Pair(job, skip_first=skip_first)
@@ -66,8 +68,8 @@ def fuse_group(
 
 
 def _whole(step: Step, hole: Hole) -> Run:
-    if isinstance(step, Run) and step.part == "layer" and step.weights is None:
-        return step
+    if run := whole_run(step):
+        return run
     raise UsageError(f"a step beside {hole} is no whole layer with its own weights; keep one there", code="U557")
 
 

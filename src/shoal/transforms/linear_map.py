@@ -27,8 +27,9 @@ def linear_map(
     are not fitted; the latter are not mapped either (the tensor `limit`): a map applied to an attention sink destroys
     the model. Runs live only; see `replaceme` and `refit` for stand-ins that a stock checkpoint can hold.
 
-    Source: Razzhigaev et al. 2024 (Your Transformer is Secretly Linear, arXiv 2405.12250). How we differ: fitted on the
-    pruned stream, regularised towards the identity, sinks protected.
+    Source: Razzhigaev et al. 2024 (Your Transformer is Secretly Linear, arXiv 2405.12250).
+
+    How we differ: fitted on the pruned stream, regularised towards the identity, sinks protected.
     """
     holes = find_holes(job.plan, "linear-map", job.stack)
     pair = Pair(job, skip_first=skip_first, outlier=outlier)

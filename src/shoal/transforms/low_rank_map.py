@@ -23,7 +23,11 @@ def low_rank_map(
     Reduced-rank regression: of W - I of the full map (see `linear-map`) the part of the given rank that explains most
     of the change on the calibration tokens: U = the leading left singular vectors of (W - I) C^(1/2), C the covariance
     of the inputs, and D = U^T (W - I); the bias is that of the smaller map. Costs 2 * rank * hidden weights instead of
-    hidden^2. Raises U555 for a rank that is not between 1 and the hidden size. Runs live only.
+    hidden^2.
+
+    Source: reduced-rank regression (Izenman 1975).
+
+    Raises U555 for a rank that is not between 1 and the hidden size. Runs live only.
     """
     holes = find_holes(job.plan, "low-rank-map", job.stack)
     pair = Pair(job, skip_first=skip_first, outlier=outlier)

@@ -29,9 +29,11 @@ def mka(job: Job, *, sigma: float = 1.0, alpha: float = 0.5, dims: int = 2, shar
     the ranks, in sqrt(sequences) bins. `share` fixes 1 - a instead: 0 is dropping, bit for bit.
     Raises U554 for fewer than 4 sequences, U558 for a share outside 0 to 1.
 
-    Source: Liu et al. 2024 (MKA, arXiv 2406.16330). How we differ: entropies from binned ranks instead of nearest
-    neighbours; sigma is a multiple of the median distance. The released code assigns into a fresh state dict, so there
-    no weight ever changes and its result is dropping; its kernel is over the first tokens of one sequence.
+    Source: Liu et al. 2024 (MKA, arXiv 2406.16330).
+
+    How we differ: entropies from binned ranks instead of nearest neighbours; sigma is a multiple of the median
+    distance. The released code assigns into a fresh state dict, so there no weight ever changes and its result is
+    dropping; its kernel is over the first tokens of one sequence.
     """
     if share is not None and not 0 <= share <= 1:
         raise UsageError(f"mka takes a share from 0 (the kept layer alone) to 1, not {share:g}", code="U558")

@@ -9,6 +9,7 @@ from shoal.examples import TransformExamples
 from shoal.fitting.merge import middle
 from shoal.fitting.result import Job, Transformed
 from shoal.plan import Parallel, Run, Step
+from shoal.plan.select import run_of
 from shoal.plan.steps import PartName
 
 EXAMPLES = TransformExamples(refused=(((), {"first": 2, "last": 2}, "U559"),))
@@ -26,9 +27,11 @@ def parallel_pairs(
     shrinks is the number of steps one after the other. `group` 1 changes nothing. Raises U559 for a range in which no
     group fits.
 
-    Source: Zou et al. 2024 (CQIL, arXiv 2404.06709). How we differ: the paper's bypass hands layer j's mlp the
-    attention outputs of the layers before it in the group, here of all layers in it, as a step of a plan has one input;
-    the released code adds bypassed states in place, counting them twice.
+    Source: Zou et al. 2024 (CQIL, arXiv 2404.06709).
+
+    How we differ: the paper's bypass hands layer j's mlp the attention outputs of the layers before it in the group,
+    here of all layers in it, as a step of a plan has one input; the released code adds bypassed states in place,
+    counting them twice.
     """
     first, last = middle(job, first, last)
     if group < 1 or first > last or group > last - first + 1:
@@ -39,9 +42,9 @@ def parallel_pairs(
     steps: list[Step] = []
     waiting: list[Run] = []
     for step in job.plan.steps(job.stack):
-        fits = isinstance(step, Run) and first <= step.layer <= last and step.part == "layer" and not step.layer_sources
-        if fits and isinstance(step, Run):
-            waiting.append(step)
+        run = run_of(step)
+        if run is not None and first <= run.layer <= last and run.part == "layer" and not run.layer_sources:
+            waiting.append(run)
             if len(waiting) == group:
                 steps += _together(waiting, bypass)
                 waiting = []

@@ -23,6 +23,8 @@ def refit(job: Job, *, ridge: float | None = None, skip_first: int = 0) -> Trans
     exact, of the same size and held by a stock checkpoint. An existing bias stays as it is. W' = W is dropping, so the
     fit is never worse than that. `ridge` None: chosen on held-out sequences. Where several matrices write (experts),
     nothing is fitted and the notes say so.
+
+    Source: our own; it is `replaceme` (Shopkhoev et al. 2025, arXiv 2505.02819) without its constraint.
     """
 
     def rewrite(site: Site) -> tuple[dict[str, torch.Tensor], Fit | None]:

@@ -23,8 +23,9 @@ def replaceme(job: Job, *, ridge: float | None = None, skip_first: int = 0) -> T
     checkpoint holds it. Attention sinks are in the fit like any other token, since the mlp writes them. T = I is
     dropping, so the fit is never worse than that. `ridge` None: chosen on held-out sequences.
 
-    Source: Shopkhoev et al. 2025 (ReplaceMe, arXiv 2505.02819), the least-squares variant. How we differ: tokens are
-    weighted by their length, the regularisation pulls towards the identity.
+    Source: Shopkhoev et al. 2025 (ReplaceMe, arXiv 2505.02819), the least-squares variant.
+
+    How we differ: tokens are weighted by their length, the regularisation pulls towards the identity.
     """
 
     def rewrite(site: Site) -> tuple[dict[str, torch.Tensor], Fit]:

@@ -41,8 +41,10 @@ def streamline(
     1e-3 for a net unless given, a third of it for the language loss. Raises U557 where no whole layer stands beside a
     span, M322 for a model without next-token scores unless `loss_epochs` is 0.
 
-    Source: Chen et al. 2024 (LLM-Streamline, arXiv 2403.19135). How we differ: the layer before the span is trained
-    instead of the span's first; errors are relative to each token's length, as attention sinks would drown the others.
+    Source: Chen et al. 2024 (LLM-Streamline, arXiv 2403.19135).
+
+    How we differ: the layer before the span is trained instead of the span's first; errors are relative to each token's
+    length, as attention sinks would drown the others.
     """
     if loss_epochs:
         require_causal(job.model, "the language loss of streamline")

@@ -18,6 +18,9 @@ def weighted_average(job: Job, *, t: float = 0.5, norms: bool = True) -> Transfo
     """Merge each removed span into the layer before it: (1 - t) theta_l + t * mean_k theta_(l+k).
 
     `t` 0 is dropping, bit for bit, `t` 1 the mean of the removed layers alone; equal layers stay as they are for any t.
+
+    Source: the averaging of weights (model soups, Wortsman et al. 2022, arXiv 2203.05482), of layers of one model here.
+
     Raises U558 for a t outside 0 to 1.
     """
     share_in(t, "weighted-average")

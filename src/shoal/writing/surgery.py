@@ -109,7 +109,7 @@ def rewrite(
         tensors |= resized_tensors(base, stack, own.slots)
     made = assembled(inner, plans.config, tensors)
     if hasattr(inner, "generation_config"):  # encoders have none
-        made.generation_config = inner.generation_config
+        made.generation_config = copy.deepcopy(inner.generation_config)  # or a change of one would be one of both
     return made
 
 

@@ -37,7 +37,9 @@ def adainfer(
     are fitted on recorded exits by `shoal.fitting.exits.fit_adainfer` (the label: is the exit's likeliest token
     the one that the whole model writes?); the defaults stand for "both about 0.75". Exits as for `exit`; prompts run
     whole unless prefill=true.
+
     Source: Fan et al. 2024 (AdaInfer, arXiv 2403.02181).
+
     How we differ: the paper trains a support vector machine or CRF for each model and leaves once per request; this is
     logistic regression on the same two features, for each token, with a KV fill, which the paper does not treat.
     """

@@ -30,8 +30,10 @@ def apart(
     x_{l+1} = layer_l(x_l) for l in K and x_l elsewhere, with K = `prefill` (0-29) while the prompt is read and `decode`
     (0-9,20-29) behind it; a list that is left out keeps all layers of the plan. When every layer that decodes has read
     the prompt, no KV fill is needed; otherwise fill=auto projects.
+
     Source: skipping in decoding alone: Liu et al. 2024 (unified layer skipping, arXiv 2404.06954); shares for the two
     phases apart: He et al. 2025 (AdaSkip, arXiv 2501.02336).
+
     How we differ: which layers run is given, not found. Raises U584 for a list that is none of the plan's layers.
     """
     layers = plan.layers()

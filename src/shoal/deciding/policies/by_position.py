@@ -40,11 +40,14 @@ def by_position(
     every second of what is left, never the first and the last (hierarchical); even spreads n over the depth anew.
     lower and nested only ever take layers away, so no KV fill is needed (proved column by column); even needs one.
     Columns count padding, so that a batch decides as one: real time is saved. The prompt runs whole unless
-    prefill=true. Source: Del Corro et al. 2023 (SkipDecode, arXiv 2307.02628) for lower; Zhu et al. 2024 (hierarchical
-    skip decoding, arXiv 2403.14919) for nested with levels.
+    prefill=true.
+
+    Source: Del Corro et al. 2023 (SkipDecode, arXiv 2307.02628) for lower; Zhu et al. 2024 (hierarchical skip decoding,
+    arXiv 2403.14919) for nested with levels.
+
     How we differ: the second paper's own formula for levels was not to be had, so levels are equal steps and unverified
-    against it; SkipDecode's models are fine-tuned and its first layers are warm-up layers, of which we keep one.
-    Raises U587 for numbers that make no schedule.
+    against it; SkipDecode's models are fine-tuned and its first layers are warm-up layers, of which we keep one. Raises
+    U587 for numbers that make no schedule.
     """
     layers = plan.layers()
     least = last or len(layers) // 2

@@ -39,8 +39,10 @@ def calibrated(
     brings the thresholds, the signal, the head, the fill and whether prompts run whole, and refuses another model or
     plan; `level` chooses among its levels (default: the first), and `policy.use(level)` switches while the model runs.
     With `at` the thresholds are typed in, LAYER:THRESHOLD joined by +, and nothing is promised.
+
     Source: thresholds chosen for a promised risk: Schuster et al. 2022 (CALM, arXiv 2207.07061); one for each exit, as
     a table to switch by: Wang et al. 2024 (DyCE, arXiv 2403.01695).
+
     How we differ: CALM has one threshold for all exits; DyCE promises nothing. Raises U604 for thresholds that cannot
     be read, U605 for a file of another model or plan, U606 for a level that is not there.
     """

@@ -69,8 +69,10 @@ def exit(  # noqa: A001 - the file's name is the policy's
     that `shoal fit-exits` makes. The last two need no head. Exits are behind every `every`-th layer from `first` on
     (default: the middle), or behind `layers` (8,12,20-24). Prompts run whole unless prefill=true. `fill`: what the
     layers that were left out store (docs/dynamic.md).
+
     Source: confidence: Schuster et al. 2022 (CALM, arXiv 2207.07061), entropy: Xin et al. 2020 (DeeBERT, arXiv
     2004.12993), fixed exits: Elhoushi et al. 2024 (LayerSkip, arXiv 2404.16710).
+
     How we differ: the threshold does not fall with the position; models need not be trained for it; entropy is divided
     by its maximum, so that more is surer for every signal. Raises U585 unless exactly one of after and confidence is
     given, U586 for a threshold outside [0, 1].

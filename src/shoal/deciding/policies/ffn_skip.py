@@ -49,7 +49,9 @@ def ffn_skip(
     When cos(x_l, x_{l+1}) >= `threshold` in the middle region, the next `ahead` layers (0: all that follow in it) run
     their attention alone, x_{l+1} = x_l + attention(x_l). The first `cold_first` and last `cold_last` layers and the
     first `warm_up` columns run whole, and so do prompts unless prefill=true.
+
     Source: Jaiswal et al. 2024 (FFN-SkipLLM, arXiv 2404.03865).
+
     How we differ: the cosine is that of the whole layer, which is seen in any family without touching its insides, not
     that of the mlp's own input and output; cold regions are given, not calibrated. With several tokens or rows that
     decide differently the mlp runs for all of them (simulated). Raises U586 for a threshold outside [0, 1], U587 for

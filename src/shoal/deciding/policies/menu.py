@@ -40,8 +40,10 @@ def menu(
     the first. choose=confidence: the next one after a token whose probability was at least `confidence` in every row,
     the first again after any other; choose=turn: one after the other by column, which a test can replay. A call takes
     one of finitely many paths, so nothing is simulated, and each path can be compiled by itself.
+
     Source: a finite menu instead of free gates: DyCE (Wang et al. 2024, arXiv 2403.01695) switches whole configurations
     at run time.
+
     How we differ: DyCE switches by load; this looks at the last token. Raises U584 for fewer than two lists.
     """
     pieces = [piece for piece in plans.split("+") if piece]

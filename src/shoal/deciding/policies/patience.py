@@ -39,7 +39,9 @@ def patience(
     a_i = argmax_v p_i(v) at exit i; a token leaves at the first i with a_i = a_{i-1} = ... = a_{i-agree+1}. Exits are
     behind every `every`-th layer from `first` on (default: the middle), or behind `layers`. Prompts run whole unless
     prefill=true.
+
     Source: Zhou et al. 2020 (PABEE, arXiv 2006.04152).
+
     How we differ: the shared head of the language model reads every exit, so that no classifier is trained; each token
     is counted for itself. Raises U587 for agree under 2.
     """

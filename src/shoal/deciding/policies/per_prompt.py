@@ -26,8 +26,10 @@ def per_prompt(plan: Plan, spec: Spec, *, skip: int = 4, keep_first: int = 1, ke
     largest s_l are skipped for every token after the prompt, row by row, but never the first `keep_first` and the last
     `keep_last`. A layer is complete in the KV cache or never read again, so no fill is needed. Rows of a batch that
     choose differently are simulated: the layer runs for all of them.
+
     Source: one decision for each prompt: Jain et al. 2024 (FiRST, arXiv 2410.12513); cosine in prefill instead of a
     router: He et al. 2025 (AdaSkip, arXiv 2501.02336).
+
     How we differ: no router is trained and whole layers are left out; the number that is left out is given. In a pass
     without a cache nothing has been chosen yet, so all layers run. Raises U587 for more than can be left out.
     """

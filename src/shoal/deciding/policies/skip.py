@@ -60,8 +60,10 @@ def skip(
     for each column from `random_seed` (so that a cached and an uncached pass draw the same). Exactly one of them is
     given. A set that is fixed, or left out of generated tokens alone, needs no KV fill: nobody reads what was not
     written (fill=auto proves it for every column and otherwise takes project). phase=prefill does need one.
+
     Source: the kinds of skipping that surveys of dynamic depth list (skip the rest, early, middle, every n-th, random,
     listed); layer drop at random: Fan et al. 2020 (arXiv 1909.11556).
+
     How we differ: none of them is trained for here. Raises U583 when not exactly one set is named.
     """
     layers = plan.layers()

@@ -23,7 +23,10 @@ def unified(plan: Plan, spec: Spec, *, speedup: float = 2.0, layout: Literal["ev
     K, the layers that run: layout=even: round(i (L-1) / (n-1)) for i = 0..n-1 with n = floor(L / speedup).
     layout=released: {0, L-1} and from 1 on every layer whose place is a multiple of floor(L / (n-1)) until n are kept.
     Every layer that decodes has read the prompt, so no KV fill is needed, and a batch decides as one: this is real
-    time saved. Source: Liu et al. 2024 (arXiv 2404.06954).
+    time saved.
+
+    Source: Liu et al. 2024 (arXiv 2404.06954).
+
     How we differ: the released rule leaves most layers at one end when the speed-up is small (1.5 of 30 layers keeps
     0-18 and 29), so even is the default; no fine-tuning here. Raises U587 for a speed-up that leaves under two layers.
     """

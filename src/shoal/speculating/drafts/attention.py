@@ -17,8 +17,10 @@ def attention(*, spec: Spec, layers: str = "") -> Chooser:
     Left out, the middle half of the layers. Their mlps are skipped while drafting: attention writes the KV that later
     tokens read, and an mlp holds most of a layer's weights.
 
-    FFN-SkipLLM found that mlps of the middle layers can be skipped where attention cannot (Jaiswal et al., EMNLP 2024,
-    2404.03865); as a draft it is lossless.
+    Source: FFN-SkipLLM (Jaiswal et al., EMNLP 2024, arXiv 2404.03865), which finds that mlps of the middle layers can
+    be skipped where attention cannot.
+
+    How we differ: here it drafts, so it is lossless.
     """
     depth = spec.stack("decoder").depth
     named = (

@@ -23,7 +23,9 @@ def clasp(*, spec: Spec, skip: int | None = None, every: int = 8, first: int = 1
     the true state is one more row of it. Chosen anew when `every` tokens were written. Layers before
     `first` stay; the verification shares them.
 
-    CLaSp (Chen et al., ACL 2025, 2505.24196): there after every verification; `every=1` does so.
+    Source: CLaSp (Chen et al., ACL 2025, arXiv 2505.24196).
+
+    How we differ: the paper chooses anew after every verification; `every=1` does so.
     """
     depth = spec.stack("decoder").depth
     skip = max(1, depth // 3) if skip is None else skip

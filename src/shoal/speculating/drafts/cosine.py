@@ -21,8 +21,10 @@ def cosine(*, spec: Spec, threshold: float = 0.95, every: int = 32) -> Chooser:
     x [hidden] is what enters the layer at the last token. Looked at anew when the text has grown by `every` tokens.
     Layer 0 stays whole; mlps all stay.
 
-    DraftOnTheFly (Metel et al., EMNLP 2024 findings, 2410.01028). We differ: the states are those of the last token,
-    not of all tokens seen, and its two structural rules, which the paper's abstract does not give, are left out.
+    Source: DraftOnTheFly (Metel et al., EMNLP 2024 findings, arXiv 2410.01028).
+
+    How we differ: the states are those of the last token, not of all tokens seen, and its two structural rules, which
+    the paper's abstract does not give, are left out.
     """
     if not -1 <= threshold <= 1 or every < 1:
         raise UsageError(

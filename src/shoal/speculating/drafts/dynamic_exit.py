@@ -26,8 +26,10 @@ def dynamic_exit(*, spec: Spec, places: int = 8, decay: float = 0.95, length: in
     for it. E: every `places`-th part of the depth; d: 0 to `length`, 0 meaning plain decoding until the next look, 8
     tokens on, then 16, up to 64; a look sees the last 8 tokens.
 
-    DEL (Zarch et al., COLM 2025, 2504.05598), rule and decay from its abstract and memory. We differ: the head counts
-    (there layers alone do), not drafting is a choice, and drafts end by the `confidence` of every other draft.
+    Source: DEL (Zarch et al., COLM 2025, arXiv 2504.05598), rule and decay from its abstract and memory.
+
+    How we differ: the head counts (there layers alone do), not drafting is a choice, and drafts end by the `confidence`
+    of every other draft.
     """
     depth = spec.stack("decoder").depth
     if not 2 <= places <= depth or not 0 < decay <= 1 or length < 1:

@@ -16,9 +16,11 @@ def exit(*, spec: Spec, layer: int | None = None) -> Chooser:  # noqa: A001
     `layer`: how many layers draft; left out, a third of them. KV rows and hidden states of the drafting layers are
     kept, so every layer sees each token once: with every draft accepted, layer counts equal plain decoding.
 
-    LayerSkip, self-speculative decoding with a KVQ cache (Elhoushi et al., ACL 2024, 2404.16710), without its training
-    recipe: on a model that was not trained to exit early few drafts are accepted. Differs from `assistant_early_exit`
-    of transformers, which shares nothing: its draft has a cache of its own and its verification runs all layers.
+    Source: LayerSkip, self-speculative decoding with a KVQ cache (Elhoushi et al., ACL 2024, arXiv 2404.16710).
+
+    How we differ: without its training recipe, so on a model that was not trained to exit early few drafts are
+    accepted. `assistant_early_exit` of transformers shares nothing: its draft has a cache of its own and its
+    verification runs all layers.
     """
     depth = spec.stack("decoder").depth
     layer = max(1, depth // 3) if layer is None else layer

@@ -31,8 +31,10 @@ def knapsack(*, spec: Spec, every: int = 24, length: int = 4) -> Chooser:
     as shares of a whole pass. Parts are timed again when the text is half as long again: attention grows with it.
     Chosen anew when `every` tokens were written. Layer 0 stays whole; a layer without parts counts as one.
 
-    KnapSpec (2602.20217), which shows that cosine stands for acceptance. We differ: times are those of single parts on
-    this machine, batched states are tried by the buckets, and the drafted length is given.
+    Source: KnapSpec (arXiv 2602.20217), which shows that cosine stands for acceptance.
+
+    How we differ: times are those of single parts on this machine, batched states are tried by the buckets, and the
+    drafted length is given.
     """
     if every < 1 or length < 1:
         raise UsageError(f"knapsack cannot draft {length} tokens every {every}; use 1 or more of each", code="U610")

@@ -21,7 +21,7 @@ def lookup(*, spec: Spec, ngram: int = 2) -> Finder:
     `ngram`: the longest run of tokens that is looked up; shorter ones follow when it is not found. Good where the text
     repeats its prompt (summaries, edits of code). In lookup+exit:8 the layers draft where nothing is found.
 
-    Prompt lookup decoding (Saxena 2023), found by transformers' own generator.
+    Source: prompt lookup decoding (Saxena 2023), found by transformers' own generator.
     """
     if ngram < 1:
         raise UsageError(f"a lookup of {ngram} tokens finds nothing; use ngram=1 or more", code="U610")

@@ -16,8 +16,10 @@ def skip(*, spec: Spec, keep: str = "") -> Chooser:
     The draft reads the base model's own KV rows and writes to copies that are dropped after the verification. Layers
     from 0 on that it keeps without a gap are shared with the verification, as an exit draft's are.
 
-    Draft & Verify (Zhang et al., ACL 2024, 2309.08168). We differ: the paper searches the set by Bayesian optimisation
-    beforehand (here it is given, or chosen by `swift`, `clasp`, `knapsack`), and its code verifies through all layers.
+    Source: Draft & Verify (Zhang et al., ACL 2024, arXiv 2309.08168).
+
+    How we differ: the paper searches the set by Bayesian optimisation beforehand (here it is given, or chosen by
+    `swift`, `clasp`, `knapsack`), and its code verifies through all layers.
     """
     if not keep.strip():
         raise UsageError(

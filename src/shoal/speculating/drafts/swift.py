@@ -26,8 +26,10 @@ def swift(
     for a kept one (every fifth is drawn anew); the search ends after `tries`, or at a score of `enough`. The first and
     the last layer stay whole.
 
-    SWIFT (Xia et al., ICLR 2025, 2410.06916). We differ: it mixes random search with Bayesian optimisation, here every
-    step but each fifth is local; its code skips by layer list files, here it is a plan.
+    Source: SWIFT (Xia et al., ICLR 2025, arXiv 2410.06916).
+
+    How we differ: it mixes random search with Bayesian optimisation, here every step but each fifth is local; its code
+    skips by layer list files, here it is a plan.
     """
     if not 0 < fraction < 1 or window < 2:
         raise UsageError(
@@ -54,7 +56,8 @@ class _Swift(Chooser):
     random: random.Random = field(default_factory=random.Random)
 
     def begin(self, spec: Spec) -> tuple[Run, ...]:
-        """A skip set spread evenly over the layers; what was found for another text does not count."""
+        """A skip set spread evenly over the layers; what was found for another text or model does not count."""
+        self.spec = spec
         self.random = random.Random(self.seed)
         self.tried, self.score, self.before = 0, -1.0, None
         parts = self._parts()

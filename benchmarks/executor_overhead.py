@@ -1,8 +1,8 @@
-"""What the conductor costs while decoding: the identity plan run live against the stock model, token by token.
+"""What the executor costs while decoding: the identity plan run live against the stock model, token by token.
 
 Target: the identity plan costs at most 2 % of the decode time of the stock model, by the wall clock.
 Reported without a target: a 24-layer plan live against the stock model rewritten from it; the same two in a model
-so narrow that the conductor's microseconds per layer stand out; what entering and leaving a plan costs.
+so narrow that the executor's microseconds per layer stand out; what entering and leaving a plan costs.
 Each pair decodes the same tokens from the same cache length, one token unmeasured and then a few measured.
 """
 
@@ -86,7 +86,7 @@ def main() -> int:
         "entering_and_leaving_ms": entry(model, pruned),
     }
     value = {"identity_overhead": whole["ratio"]["wall"]["median"] - 1}
-    return finish("conductor_overhead", args, target=TARGET, value=value, figures=figures, device=model.device)
+    return finish("executor_overhead", args, target=TARGET, value=value, figures=figures, device=model.device)
 
 
 def _arguments() -> argparse.Namespace:
