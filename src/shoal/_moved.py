@@ -56,6 +56,8 @@ MOVED = {
     "speculating.account": "speculating.stats",
     "speculating.stage": "speculating.draft_runner",
     "speculating.part": "speculating.layer_subset",
+    "speculating.feed": "speculating.forward_inputs",
+    "serve.exchange": "serve.running_request",
     "recording.walk": "recording.layer_inputs",
     "recording.states": "recording.state_store",
     "models.agree": "models.matching_tensors",
@@ -92,6 +94,8 @@ RENAMED = {
     "Stream": "ResidualStream",
     "States": "StateStore",
     "Filling": "CacheContents",
+    "Feed": "ForwardInputs",
+    "Exchange": "RunningRequest",
     "fit_rows": "prepare_rows",
     "now": "synchronized_time",
 }

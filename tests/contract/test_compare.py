@@ -17,7 +17,7 @@ from shoal.api import compare as compare_module
 from shoal.api import harness as harness_module
 from shoal.api.compare import Compared, compare, publish
 from shoal.api.distribute import distribute
-from shoal.api.study import Expected, Protocol, cells
+from shoal.api.study import ExpectedSeconds, Protocol, cells
 from shoal.cli import app
 from shoal.errors import DataError, UsageError
 from shoal.models.load import Loaded, load
@@ -266,7 +266,9 @@ def test_the_seconds_of_a_search_hold_no_timing_of_its_result(
 
 def test_the_longest_cells_go_first() -> None:
     asked = cells(["position", "sleb", "shortgpt"], ["layers=0.9,0.5"], [0])
-    known = Expected([{"method": "shortgpt", "measured": {"seconds": 2.0}}, {"method": "position", "error": "U5"}])
+    known = ExpectedSeconds(
+        [{"method": "shortgpt", "measured": {"seconds": 2.0}}, {"method": "position", "error": "U5"}]
+    )
     order = [cell.key[:-7] if cell else "dense" for cell in sorted([None, *asked], key=known, reverse=True)]
     wanted = [f"{name} layers={share}" for name in ("sleb", "shortgpt", "position") for share in ("0.5", "0.9")]
     assert order == ["dense", *wanted]
@@ -286,7 +288,7 @@ def test_cells_whose_searches_begin_alike_run_in_one_process(monkeypatch: pytest
 
     monkeypatch.setattr("shoal.api.distribute.machines", lambda *_: contextlib.nullcontext(Pool()))
     asked = cells(["sleb", "position"], ["layers=0.9,0.5"], [0])
-    rows = list(distribute(None, asked, ray="local", workers=2, expected=Expected()))
+    rows = list(distribute(None, asked, ray="local", workers=2, expected=ExpectedSeconds()))
     assert len(rows) == 4
     assert ran == {0: ["sleb layers=0.5", "sleb layers=0.9"], 1: ["position layers=0.5", "position layers=0.9"]}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.api.fit_exits import Lensed, fit_exits
+from shoal.api.fit_exits import FittedExits, fit_exits
 from shoal.data import Data, DataInfo
 from shoal.deciding.gating import exits_of
 from shoal.deciding.policy_text import make_policy
@@ -126,7 +126,7 @@ def test_exits_with_lenses_travel_in_a_plan_folder(tmp_path: Path) -> None:
     found, data = tiny("llama"), _data(rows=10)
     spec = inspect(found)
     made = fit_exits(Loaded(found, None, "own"), "exit:layers=0-2,fill=defer", data=data)
-    assert isinstance(made, Lensed)
+    assert isinstance(made, FittedExits)
     assert made.sequences == 2
     assert [row["layer"] for row in made.rows] == [0, 1, 2]
     assert set(exits_of(made.plan).values()) == {0, 1, 2}

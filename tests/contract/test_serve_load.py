@@ -20,10 +20,10 @@ from shoal.decoding.listening import OnTokens
 from shoal.errors import PlanError
 from shoal.models.load import Loaded, load
 from shoal.serve.engine import ClosedError, Engine, FullError, QueuedRequest
-from shoal.serve.exchange import Events, Exchange
 from shoal.serve.generating import GenerationCounts, GenerationRequest, under_plan
 from shoal.serve.limits import Limits
 from shoal.serve.prompts import Prompts
+from shoal.serve.running_request import Events, RunningRequest
 
 from .serving import Script, events, ids_of, instead, new_threads, serving, streamed, until
 from .test_api import folder  # noqa: F401
@@ -202,15 +202,15 @@ def test_nothing_is_left_behind(loaded: Loaded) -> None:
                 posted(client, LONG).close()
 
         some(4)
-        assert gone(QueuedRequest, Exchange, Events)
+        assert gone(QueuedRequest, RunningRequest, Events)
         here = len(threading.enumerate())
         tracemalloc.start()
         try:
             some(2)
-            assert gone(QueuedRequest, Exchange, Events)
+            assert gone(QueuedRequest, RunningRequest, Events)
             before = tracemalloc.get_traced_memory()[0]
             some(10)
-            assert gone(QueuedRequest, Exchange, Events)
+            assert gone(QueuedRequest, RunningRequest, Events)
             grown = tracemalloc.get_traced_memory()[0] - before
         finally:
             tracemalloc.stop()

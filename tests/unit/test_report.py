@@ -12,7 +12,7 @@ import pytest
 
 from shoal.errors import NotationError, PlanError, UsageError
 from shoal.report import render
-from shoal.report.facts import StackFacts, stacks
+from shoal.report.facts import PlannedStack, stacks
 from shoal.report.formatting import TIMES, amount, esc, number, pair, percent, ranges
 from shoal.report.plan_diagram import plan_diagram
 from shoal.report.plots import ratios_svg, scores_svg
@@ -277,7 +277,7 @@ def test_executed_order_is_shown_only_where_it_says_more(notation: str, order: b
 def test_layer_runs_and_dropped() -> None:
     (facts,) = stacks({"stacks": {"decoder": {"depth": 8, "notation": "0,1a,2m,3x2,~4-5,7"}}})
     assert (facts.layer_runs, facts.dropped, facts.mapped) == (5.0, (6,), {4, 5})
-    assert StackFacts("d", 2, facts.steps[:1]).dropped == (1,)
+    assert PlannedStack("d", 2, facts.steps[:1]).dropped == (1,)
 
 
 def test_plots_mark_removed_layers_and_keep_to_themselves() -> None:

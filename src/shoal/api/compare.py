@@ -13,7 +13,7 @@ from shoal.api.assess import opened
 from shoal.api.comparison_file import ComparisonFile
 from shoal.api.distribute import distribute
 from shoal.api.harness import DENSE, Harness
-from shoal.api.study import Cell, Expected, Protocol, cells
+from shoal.api.study import Cell, ExpectedSeconds, Protocol, cells
 from shoal.atomic import write_atomically
 from shoal.evaluation import Progress
 from shoal.plan import Plan, parse_plan, strip
@@ -80,7 +80,7 @@ def compare(
     harness.learn(store.done.values())
     if progress is not None:
         progress(done, len(wanted), "cells")
-    for row in distribute(harness, left, ray=ray, workers=workers, expected=Expected(store.done.values())):
+    for row in distribute(harness, left, ray=ray, workers=workers, expected=ExpectedSeconds(store.done.values())):
         weights = row.pop("weights", {})
         if ray is None:
             store.add(harness.timed(row, weights))

@@ -20,7 +20,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenToken:
     """One token as it was written."""
 
     id: int
@@ -44,12 +44,12 @@ class DepthStreamer:
         tokenizer: Any,
         handle: Running,
         *,
-        on_token: Callable[[Written], None] | None = None,
+        on_token: Callable[[WrittenToken], None] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> None:
         self.tokenizer, self.handle = tokenizer, handle
         self.on_token, self.on_text = on_token, on_text
-        self.written: list[Written] = []
+        self.written: list[WrittenToken] = []
         self.sure: float | None = None
         """Of the pass that was run last; `watching` sets it."""
         self._prompt = True
@@ -64,7 +64,7 @@ class DepthStreamer:
         ids = value.flatten().tolist()
         depths = self.handle.trace.depths[0][-len(ids) :]
         for token, layers in zip(ids, depths, strict=True):
-            one = Written(token, self._text(token), float(layers), self.sure)
+            one = WrittenToken(token, self._text(token), float(layers), self.sure)
             self.written.append(one)
             if self.on_token is not None:
                 self.on_token(one)

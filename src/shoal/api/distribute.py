@@ -18,7 +18,7 @@ class Worker(Protocol):
         """Take note of what others found, so that it need not be found again."""
 
 
-class Order(Protocol):
+class WorkOrder(Protocol):
     """How long a piece will take, as far as is known from those that are done, and which pieces have work in common."""
 
     def __call__(self, item: Any, /) -> Any:
@@ -32,7 +32,7 @@ class Order(Protocol):
 
 
 def distribute(
-    worker: Worker, items: Sequence[Any], *, ray: str | None, workers: int, expected: Order
+    worker: Worker, items: Sequence[Any], *, ray: str | None, workers: int, expected: WorkOrder
 ) -> Iterator[dict[str, Any]]:
     """The results as they are done: in the order of `items` without Ray, with it the `expected` longest first,
     and those of a group in one process, one after the other.

@@ -35,7 +35,7 @@ FIRST = 1
 
 
 @dataclass(frozen=True)
-class Lensed:
+class FittedExits:
     """A plan with exits, their lenses, and what held-out text says of them."""
 
     plan: Plan
@@ -70,7 +70,7 @@ def fit_exits(
     seed: int = 0,
     progress: Progress | None = None,
     **options: Any,
-) -> Lensed | ExitFit:
+) -> FittedExits | ExitFit:
     """Fit lenses (`fit_lenses`) and probes (`fit_probes`) for the exits of `policy` (exit with its options but after
     and confidence), or the classifier of the policy adainfer (`fit_adainfer`) for exits behind these layers.
 
@@ -114,7 +114,7 @@ def _lensed(
     weights: Tensors,
     batch: int,
     progress: Progress | None,
-) -> Lensed:
+) -> FittedExits:
     held = max(1, len(text) // 5)
     fitted, judged = text.only(range(len(text) - held)), text.only(range(len(text) - held, len(text)))
     plans = [make_policy(str(read(policy).having(head=head)), base, spec).plan for head in ("base", NAME)]
@@ -125,7 +125,7 @@ def _lensed(
         for one in plans
     )
     rows = tuple(_row(at, own, through) for at in range(len(own.layers)))
-    return Lensed(plans[1], tensors, rows, held)
+    return FittedExits(plans[1], tensors, rows, held)
 
 
 def _row(at: int, own: Features, through: Features) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shoal.api.assess import tokenizer_of
-from shoal.api.depths import DepthStreamer, Written
+from shoal.api.depths import DepthStreamer, WrittenToken
 from shoal.api.prompts import encoded
 from shoal.decoding.arguments import sampling
 from shoal.decoding.decoder import Decoder
@@ -35,7 +35,7 @@ class Answer:
     policy: str | None = None
     trace: dict[str, Any] | None = None
     """With a policy: how deep each token went and what ran (`shoal.deciding.trace.Trace.to_dict`), and `written`: text,
-    layers and confidence of each token that was written (`Written`)."""
+    layers and confidence of each token that was written (`WrittenToken`)."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,7 +55,7 @@ def generate(
     seed: int = 0,
     fast: bool = False,
     on_text: Callable[[str], None] | None = None,
-    on_token: Callable[[Written], None] | None = None,
+    on_token: Callable[[WrittenToken], None] | None = None,
 ) -> Answer:
     """Generate from `prompt` with the model's own `generate`, under `plan` (with its `weights`) when one is
     given, and under `policy`, as `exit:confidence=0.9` or the policy.json of `shoal calibrate`; `on_text` is called

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from shoal.api.journal_file import Lost, open_journal, spent_in
+from shoal.api.journal_file import DroppedPlan, open_journal, spent_in
 from shoal.data import Data
 from shoal.evaluation.cluster import Machines
 from shoal.evaluation.distributed_loss import DistributedLoss
@@ -129,12 +129,14 @@ class Journaled:
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         known = self.ledger
         open_ = [
-            plan for plan, key in zip(plans, keys, strict=True) if key not in known and Lost(name, key) not in known
+            plan
+            for plan, key in zip(plans, keys, strict=True)
+            if key not in known and DroppedPlan(name, key) not in known
         ]
         decided = len(plans) - len(open_)
 
         def dropped(plan: Plan, seen: int) -> None:
-            known.add(Lost(name, str(plan)), seen)
+            known.add(DroppedPlan(name, str(plan)), seen)
 
         with self._working():
             values = race(
@@ -148,7 +150,7 @@ class Journaled:
             for plan, value in zip(open_, values, strict=True):
                 if value is not None:
                     known.add(str(plan), value)
-        return [None if Lost(name, key) in known else known[key] for key in keys]
+        return [None if DroppedPlan(name, key) in known else known[key] for key in keys]
 
     def _layer_by_layer(
         self, plans: Sequence[Plan], keys: Sequence[str], report: Callable[[int], None] | None

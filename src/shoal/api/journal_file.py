@@ -12,7 +12,7 @@ from shoal.ledger import Found, Key, Ledger, Store, number
 FORMAT = "shoal-journal/1"
 
 
-class Lost(NamedTuple):
+class DroppedPlan(NamedTuple):
     """The key of a plan that was dropped in a race; its value is the number of batches that it saw. The key of a plan
     that was evaluated is its text."""
 
@@ -53,7 +53,7 @@ def _entry(line: Mapping[str, Any]) -> Found[float] | None:
     spent = line.get("spent")
     seconds = float(spent) if isinstance(spent, int | float) else 0.0
     if {"lost", "race"} <= line.keys():
-        return Found(Lost(str(line["race"]), str(line["lost"])), number(line.get("batches")), seconds)
+        return Found(DroppedPlan(str(line["race"]), str(line["lost"])), number(line.get("batches")), seconds)
     if {"plan", "nll"} <= line.keys():
         return Found(str(line["plan"]), number(line["nll"]), seconds)
     return None
@@ -61,6 +61,6 @@ def _entry(line: Mapping[str, Any]) -> Found[float] | None:
 
 def _line(key: Key, value: float, spent: float) -> dict[str, Any]:
     seconds = round(spent, 3)
-    if isinstance(key, Lost):
+    if isinstance(key, DroppedPlan):
         return {"lost": key.plan, "race": key.race, "batches": int(value), "spent": seconds}
     return {"plan": str(key), "nll": value, "spent": seconds}

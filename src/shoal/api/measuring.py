@@ -10,7 +10,7 @@ from typing import Any
 
 from shoal.api.assess import Source, opened, text_of
 from shoal.errors import UsageError
-from shoal.evaluation import Enough, Progress, RankAgreement, agreement_table, enough
+from shoal.evaluation import Progress, RankAgreement, SubsampleAgreement, agreement_table, enough
 from shoal.models.kinds import require_text
 from shoal.record import plain
 from shoal.registry import Entry, get
@@ -62,7 +62,7 @@ class Measured:
     scores: dict[str, Scores]
     agreement: dict[tuple[str, str], RankAgreement]
     """Of every two that judge the same layers or spans."""
-    enough: dict[str, Enough | str]
+    enough: dict[str, SubsampleAgreement | str]
     """Empty unless asked for; a sentence where it cannot be said."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,8 +141,8 @@ def _option(pair: str) -> str:
     return pair.partition("=")[0].strip().replace("-", "_")
 
 
-def _stability(scores: Mapping[str, Scores], k: int) -> dict[str, Enough | str]:
-    found: dict[str, Enough | str] = {}
+def _stability(scores: Mapping[str, Scores], k: int) -> dict[str, SubsampleAgreement | str]:
+    found: dict[str, SubsampleAgreement | str] = {}
     for name, own in scores.items():
         try:
             found[name] = enough(own, k=k)

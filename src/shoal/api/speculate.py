@@ -29,7 +29,7 @@ WORTH = 1.03
 
 
 @dataclass(frozen=True)
-class Verified:
+class TimedSetting:
     """One setting, generated with in turn with plain `generate`."""
 
     draft: str
@@ -61,7 +61,7 @@ class Tuned:
     threads: int
     plain_tokens_per_second: float
     foreseen: list[dict[str, Any]]
-    verified: list[Verified]
+    verified: list[TimedSetting]
     draft: str | None
     """The draft to use; None: plain decoding is faster."""
     length: int = 0
@@ -157,7 +157,7 @@ def _written(
 
 def _verified(
     model: Any, tasks: list[dict[str, torch.Tensor]], new: int, pairs: int, setting: tuple[Any, ...]
-) -> Verified:
+) -> TimedSetting:
     draft, length, confidence, foreseen = setting
     speculator = Speculator(model, draft, length=length, confidence=confidence)
     ratios, different, totals = [], 0, [0, 0, 0, 0, 0]
@@ -177,7 +177,7 @@ def _verified(
                 ran += (s.layers_per_token or 0) * (s.tokens - 1)
         ratios.append(plain / ours)
     drafted, accepted, rounds, tokens, close = totals
-    return Verified(
+    return TimedSetting(
         draft, length, confidence, foreseen, statistics.median(ratios), min(ratios), max(ratios),
         accepted / drafted if drafted else None, tokens / max(1, rounds), ran / max(1, tokens), different, close,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def _tuned(
     new: int,
     plain: float,
     rows: list[dict[str, Any]],
-    verified: list[Verified],
+    verified: list[TimedSetting],
     seconds: float,
 ) -> Tuned:
     best = max(verified, key=lambda v: v.speedup)

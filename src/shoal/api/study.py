@@ -72,7 +72,7 @@ class Protocol:
         return asdict(self)
 
 
-class Expected:
+class ExpectedSeconds:
     """Cell -> what is known of how long it will take, the largest first: longest first keeps all workers busy."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:

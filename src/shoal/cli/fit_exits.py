@@ -47,7 +47,7 @@ def fit_exits(
             "the classifier of adainfer is one line, which is printed and given to --policy; leave out --output",
             code="U626",
         )
-    from shoal.api.fit_exits import Lensed
+    from shoal.api.fit_exits import FittedExits
     from shoal.api.fit_exits import fit_exits as run
     from shoal.executing.weights import save_planned
 
@@ -66,7 +66,7 @@ def fit_exits(
             seed=seed,
             progress=progress,
         )
-    if not isinstance(found, Lensed):
+    if not isinstance(found, FittedExits):
         emit(found.to_dict(), _classifier(found), as_json=json_)
         return
     if output is not None:

@@ -20,7 +20,7 @@ from shoal.executing.slots import KeysValues, Store, Take
 
 
 @dataclass
-class Block:
+class WaitingTokens:
     """The tokens of one forward that all left."""
 
     start: int
@@ -37,7 +37,7 @@ class Block:
     def tokens(self) -> int:
         return int(self.state.shape[-2])
 
-    def cropped(self, length: int) -> Block | None:
+    def cropped(self, length: int) -> WaitingTokens | None:
         """What is left when the cache is cropped to `length` columns."""
         kept = min(self.tokens, length - self.start)
         if kept <= 0:
@@ -51,7 +51,7 @@ def wait(forward: GatedForward, position: int, layer: int, hidden: torch.Tensor,
     waiting, past = forward.kv_state.waiting, forward.view.past
     block = waiting[-1] if waiting else None
     if block is None or block.start != past:
-        block = Block(past, hidden, position, known)
+        block = WaitingTokens(past, hidden, position, known)
         waiting.append(block)
     args, kwargs = call
     block.calls[layer] = (
@@ -61,10 +61,10 @@ def wait(forward: GatedForward, position: int, layer: int, hidden: torch.Tensor,
 
 
 @dataclass
-class CatchUp:
+class DeferredRun:
     """One run over those who wait for it and the tokens of this forward."""
 
-    blocks: list[Block]
+    blocks: list[WaitingTokens]
     hidden: torch.Tensor
     call: Call
     take: Take
@@ -86,7 +86,7 @@ class CatchUp:
 
 def catch_up(
     position: int, slot: int, layer: int, forward: GatedForward, known: Arguments, call: Call, hidden: torch.Tensor
-) -> CatchUp | None:
+) -> DeferredRun | None:
     """How to run the step at `position` so that all who wait there run it too; None when nobody does.
 
     Raises P137 for a cache whose entries cannot be replaced.
@@ -118,7 +118,7 @@ def catch_up(
         return store(keys[:, :, late:], values[:, :, late:])
 
     states = torch.cat([*(block.state for block in blocks), hidden], -2)
-    return CatchUp(blocks, states, with_argument(joined, at, mask), take)
+    return DeferredRun(blocks, states, with_argument(joined, at, mask), take)
 
 
 def _like(old: Call, new: Call) -> Call:

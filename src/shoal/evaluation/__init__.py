@@ -4,7 +4,7 @@ from shoal.evaluation.agreement import Agreement, Comparison, compare, compare_b
 from shoal.evaluation.generation import PROMPTS, Generation, GenerationCheck, generation_check
 from shoal.evaluation.memory import Memory, memory
 from shoal.evaluation.perplexity import Perplexity, perplexity
-from shoal.evaluation.ranking import Enough, RankAgreement, agreement_table, enough, rank_agreement
+from shoal.evaluation.ranking import RankAgreement, SubsampleAgreement, agreement_table, enough, rank_agreement
 from shoal.evaluation.scoring import Progress, sequence_nll
 from shoal.evaluation.speed import Speed, VariantSpeed, speed
 from shoal.evaluation.stats import Spread
@@ -13,7 +13,6 @@ __all__ = [
     "PROMPTS",
     "Agreement",
     "Comparison",
-    "Enough",
     "Generation",
     "GenerationCheck",
     "Memory",
@@ -22,6 +21,7 @@ __all__ = [
     "RankAgreement",
     "Speed",
     "Spread",
+    "SubsampleAgreement",
     "VariantSpeed",
     "agreement_table",
     "compare",

@@ -9,7 +9,7 @@ from typing import Any
 from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation.cluster import Machines, machines
-from shoal.evaluation.plan_loss import Part, PlanLoss
+from shoal.evaluation.plan_loss import BatchLoss, PlanLoss
 from shoal.models.opened import open_model
 from shoal.models.streamed import is_streamed
 from shoal.plan import Plan
@@ -18,7 +18,7 @@ from shoal.plan.prefix import Prefix
 CHUNKS = 4
 """Pieces of work for each process, where plans and not batches are handed out: suffixes differ in length."""
 
-Results = list[tuple[int, int, Part, float]]
+Results = list[tuple[int, int, BatchLoss, float]]
 """Number of the plan, number of the batch, sums, seconds."""
 
 
@@ -38,7 +38,7 @@ class DistributedLoss(PlanLoss):
 
     def computed(
         self, wanted: Mapping[Plan, Sequence[int]], among: Collection[Prefix] | None
-    ) -> Iterator[tuple[Plan, int, Part, float]]:
+    ) -> Iterator[tuple[Plan, int, BatchLoss, float]]:
         plans = list(wanted)
         answers = (
             self.pool.at(self._by_batch(wanted, among))

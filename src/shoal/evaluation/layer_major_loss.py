@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shoal.evaluation.plan_loss import Part, PlanLoss, mean_of, part_of
+from shoal.evaluation.plan_loss import BatchLoss, PlanLoss, mean_of, part_of
 from shoal.evaluation.scoring import batch_tokens
 from shoal.executing.bind import bind
 from shoal.executing.executor import Executor
@@ -66,7 +66,9 @@ class LayerMajorLoss:
             finally:
                 layer_major.close()
 
-    def _ends(self, layer_major: LayerMajor, path: Path, windows: Sequence[Window], executor: Executor) -> list[Part]:
+    def _ends(
+        self, layer_major: LayerMajor, path: Path, windows: Sequence[Window], executor: Executor
+    ) -> list[BatchLoss]:
         steps = tuple(step for at in path for step in at)
         found = []
         for number, (ids, mask, keep) in enumerate(windows):

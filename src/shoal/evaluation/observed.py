@@ -22,7 +22,7 @@ Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerStatistics:
     """Means over a layer's runs (one, unless a plan repeats it); NaN where a layer did not run."""
 
     stack: str
@@ -47,7 +47,7 @@ def observe_tokens(
     stack: str | None = None,
     batch: int = 1,
     progress: Progress | None = None,
-) -> Seen:
+) -> LayerStatistics:
     """Sum `statistic` over the tokens of each sequence, without padding and the first `skip_first`, or the `last` only.
 
     `what` names the measure in progress and errors. Only `span` inputs are held at a time (of all
@@ -106,7 +106,7 @@ def observe_tokens(
         part=part,
     )
     whole, first = (sums / passes[:, None]).unbind(1)  # 0 / 0 where a layer did not run
-    return Seen(found.name, whole.tolist(), first.tolist(), counts.tolist())
+    return LayerStatistics(found.name, whole.tolist(), first.tolist(), counts.tolist())
 
 
 def _require(data: Data, depth: int, span: int, skip_first: int) -> None:
@@ -120,7 +120,7 @@ def _require(data: Data, depth: int, span: int, skip_first: int) -> None:
         )
 
 
-def first_token_note(seen: Seen, skip_first: int) -> str:
+def first_token_note(seen: LayerStatistics, skip_first: int) -> str:
     """Whether the first counted token, often an outlier a hundred times as long as the others, decides the order."""
     total = sum(seen.counts)
     rest = total - sum(1 for count in seen.counts if count)
@@ -137,7 +137,7 @@ def first_token_note(seen: Seen, skip_first: int) -> str:
     return f"{counted}; leaving {one} out keeps the {same} lowest ranks"
 
 
-def without_part_note(seen: Seen, part: PartName) -> tuple[str, ...]:
+def without_part_note(seen: LayerStatistics, part: PartName) -> tuple[str, ...]:
     """Which layers have no such part and were therefore not judged."""
     missing = [i for i, own in enumerate(seen.sums) if any(map(math.isnan, own))]
     if part == "layer" or not missing:

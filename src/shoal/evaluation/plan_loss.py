@@ -35,7 +35,7 @@ TRIAL_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BatchLoss:
     """What one plan scored on one batch, in nats."""
 
     sums: tuple[float, ...]
@@ -54,8 +54,9 @@ class PlanLoss:
     already computes only what follows. A model in which something besides the hidden state travels from layer to layer
     is found by trying (a few tokens, every cut, before it is used) and runs in full. `share=False` runs all in full.
     `memo`: what other searches on this very model have found: by the data's hash with the batch size, the plan and the
-    number of the batch a `Part` (by the name of any other objective and the plan its value, see `shoal.api.journal`).
-    Raises `UsageError` U510 for windows longer than the context, `DataError` D420 if no token is scored.
+    number of the batch a `BatchLoss` (by the name of any other objective and the plan its value, see
+    `shoal.api.journal`). Raises `UsageError` U510 for windows longer than the context, `DataError` D420 if no token is
+    scored.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class PlanLoss:
 
     def parts(
         self, plans: Sequence[Plan], numbers: Iterable[int], *, among: Collection[Prefix] | None = None
-    ) -> list[list[Part]]:
+    ) -> list[list[BatchLoss]]:
         """The sums of these batches, by their number, for each plan. `among`: the only prefixes whose states are worth
         keeping."""
         wanted, known, missing = list(numbers), self._memo, dict[Plan, list[int]]()
@@ -105,7 +106,7 @@ class PlanLoss:
 
     def computed(
         self, wanted: Mapping[Plan, Sequence[int]], among: Collection[Prefix] | None
-    ) -> Iterator[tuple[Plan, int, Part, float]]:
+    ) -> Iterator[tuple[Plan, int, BatchLoss, float]]:
         """Plan, number, sums and seconds of these batches of these plans, whether they are known or not."""
         for plan, numbers in wanted.items():
             starts = {number: self._start(plan, number) for number in numbers}
@@ -138,7 +139,7 @@ class PlanLoss:
         known = (cut for cut, prefix in self._of(plan).items() if (number, prefix) in self.states)
         return next((cut for cut in sorted(known, reverse=True) if self.resumable(cut)), 0)
 
-    def _part(self, bound: BoundPlan, plan: Plan, number: int, cut: int, among: Collection[Prefix] | None) -> Part:
+    def _part(self, bound: BoundPlan, plan: Plan, number: int, cut: int, among: Collection[Prefix] | None) -> BatchLoss:
         ids, mask, keep = self.batches[number]
         own = self._of(plan) if self._share else {}
         state = self.states.get((number, own[cut])) if cut else None
@@ -192,19 +193,19 @@ class _Entering(Recorder):
         self._enters(layer, hidden)
 
 
-def mean_of(parts: Iterable[Part]) -> float:
+def mean_of(parts: Iterable[BatchLoss]) -> float:
     """Nats per token of all parts together."""
     parts = list(parts)
     return math.fsum(total for part in parts for total in part.sums) / sum(n for part in parts for n in part.counts)
 
 
-def part_of(nll: torch.Tensor, keep: torch.Tensor) -> Part:
+def part_of(nll: torch.Tensor, keep: torch.Tensor) -> BatchLoss:
     """What the losses of one batch, float64 [batch, length - 1], add up to; `keep` says which tokens are scored."""
     short = -nll.shape[1] % BLOCK
     blocks = torch.nn.functional.pad(nll, (0, short)).reshape(-1, BLOCK).sum(-1)
     sizes = torch.nn.functional.pad(keep, (0, short)).reshape(-1, BLOCK).sum(-1)
     scored = sizes > 0
-    return Part(
+    return BatchLoss(
         tuple(nll.sum(-1).tolist()),
         tuple(keep.sum(-1).tolist()),
         tuple(blocks[scored].tolist()),

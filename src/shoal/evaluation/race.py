@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from shoal.evaluation.plan_loss import Part, PlanLoss, mean_of
+from shoal.evaluation.plan_loss import BatchLoss, PlanLoss, mean_of
 from shoal.evaluation.stats import ratio
 from shoal.plan import Plan
 
@@ -23,7 +23,7 @@ GROWTH = 1.3
 class _Runner:
     place: int
     plan: Plan
-    parts: list[Part] = field(default_factory=list)
+    parts: list[BatchLoss] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
@@ -89,7 +89,7 @@ def _worse(runners: list[_Runner], keep: int, level: float, share: float) -> lis
     return [one for one in runners if one.mean > best.mean and _behind(one.parts, best.parts, level, share)]
 
 
-def _behind(own: list[Part], other: list[Part], level: float, share: float) -> bool:
+def _behind(own: list[BatchLoss], other: list[BatchLoss], level: float, share: float) -> bool:
     from scipy.special import stdtrit
 
     sizes = [n for part in own for n in part.sizes]

@@ -33,7 +33,7 @@ class RankAgreement:
 
 
 @dataclass(frozen=True, slots=True)
-class Enough:
+class SubsampleAgreement:
     """How alike the k lowest layers of two disjoint draws of so many sequences are."""
 
     k: int
@@ -101,7 +101,7 @@ def agreement_table(
     return table
 
 
-def enough(scores: Scores, *, k: int = 8, share: float = 0.9, draws: int = 200, seed: int = 0) -> Enough:
+def enough(scores: Scores, *, k: int = 8, share: float = 0.9, draws: int = 200, seed: int = 0) -> SubsampleAgreement:
     """Whether the `k` lowest layers would be the same on other text: two disjoint draws of 1, 2, 4, ... sequences, up
     to half of those that were measured, and the share of the k lowest on which they agree, mean over `draws`.
 
@@ -130,7 +130,7 @@ def enough(scores: Scores, *, k: int = 8, share: float = 0.9, draws: int = 200, 
         if overlap < share:
             break
         reached = size
-    return Enough(k, tuple(sizes), tuple(overlaps), share, reached)
+    return SubsampleAgreement(k, tuple(sizes), tuple(overlaps), share, reached)
 
 
 def _sizes(half: int) -> list[int]:

@@ -57,7 +57,7 @@ class Collapsed:
         return Transformed(plan.with_steps(tuple(steps), job.stack), weights)
 
 
-class Likeness:
+class StateSimilarity:
     """How like the dense model's final hidden states those of another plan are, on the first `sequences` of a job's
     text: the mean over sequences of the cosine of [length * hidden], padding left out."""
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from shoal.errors import UsageError
 from shoal.examples import MethodExamples
-from shoal.fitting.collapse import Collapsed, Likeness
+from shoal.fitting.collapse import Collapsed, StateSimilarity
 from shoal.fitting.result import Job
 from shoal.ledger import Ledger
 from shoal.methods._job import PruningJob
@@ -51,7 +51,7 @@ def laco(
         )
     merging = Job(job.model, job.data, job.plan, stack=job.stack, batch=job.batch)
     trace: list[Candidate] = []
-    alike = _judge(job, Likeness(merging, sequences), drop, trace)
+    alike = _judge(job, StateSimilarity(merging, sequences), drop, trace)
     limit = math.inf if threshold is None else threshold
     while True:
         state, refused = _collapse(job, alike, drop, group, interval, low, limit)
@@ -82,7 +82,9 @@ def _collapse(
     return state, refused
 
 
-def _judge(job: PruningJob, likeness: Likeness, drop: int, trace: list[Candidate]) -> Callable[[Collapsed], float]:
+def _judge(
+    job: PruningJob, likeness: StateSimilarity, drop: int, trace: list[Candidate]
+) -> Callable[[Collapsed], float]:
     """The similarity of a state, computed once, -inf where its plan is not legal."""
     known: Ledger[float] = Ledger()
 

@@ -15,7 +15,7 @@ from shoal.report.formatting import TIMES, esc, ranges
 
 
 @dataclass(frozen=True, slots=True)
-class StackFacts:
+class PlannedStack:
     """One stack of the plan: its base depth and its steps, in the order in which they run."""
 
     name: str
@@ -57,13 +57,13 @@ class StackFacts:
         return self.steps == tuple(Run(layer) for layer in range(self.depth))
 
 
-def stacks(plan: Mapping[str, Any]) -> list[StackFacts]:
+def stacks(plan: Mapping[str, Any]) -> list[PlannedStack]:
     """The stacks of `data["plan"]`. Raises `NotationError` for a notation that cannot be read and `PlanError` for a
     layer that the stack does not have."""
     found = []
     for name, stack in plan["stacks"].items():
         text = stack.get("notation") or ",".join(stack["steps"])
-        facts = StackFacts(str(name), int(stack["depth"]), parse_steps(text))
+        facts = PlannedStack(str(name), int(stack["depth"]), parse_steps(text))
         named = [run.layer for run in facts.runs]
         named += [source.layer for run in facts.runs for source in run.layer_sources]
         named += facts.mapped
@@ -77,12 +77,12 @@ def stacks(plan: Mapping[str, Any]) -> list[StackFacts]:
     return found
 
 
-def main_stack(found: list[StackFacts]) -> StackFacts:
+def main_stack(found: list[PlannedStack]) -> PlannedStack:
     """The stack that the first screen speaks of: the first one that the plan changes, else the first."""
     return next((stack for stack in found if not stack.identity), found[0])
 
 
-def sentences(stack: StackFacts) -> list[str]:
+def sentences(stack: PlannedStack) -> list[str]:
     """What happens to the stack, as short HTML-safe sentences."""
     if stack.identity:
         return [f"All {stack.depth} {esc(stack.name)} layers run once, in order: the base model itself."]
@@ -107,7 +107,7 @@ def sentences(stack: StackFacts) -> list[str]:
     return said if stack.ascending else [*said, "The layers run in another order than in the base model."]
 
 
-def _shared(stack: StackFacts) -> dict[str, str]:
+def _shared(stack: PlannedStack) -> dict[str, str]:
     """What runs take from other layers, by what it is."""
     found: dict[str, list[str]] = {}
     for run in stack.runs:
@@ -116,7 +116,7 @@ def _shared(stack: StackFacts) -> dict[str, str]:
     return {summary: ", ".join(pairs) for summary, pairs in found.items()}
 
 
-def repeated(stack: StackFacts) -> dict[int, int]:
+def repeated(stack: PlannedStack) -> dict[int, int]:
     """Layers that run more than once, with how often; an attention and an mlp apart are one run."""
     counts: dict[int, int] = {}
     for layer in sorted({run.layer for run in stack.runs}):
@@ -127,7 +127,7 @@ def repeated(stack: StackFacts) -> dict[int, int]:
     return counts
 
 
-def _only(stack: StackFacts, part: str, whole: set[int]) -> list[int]:
+def _only(stack: PlannedStack, part: str, whole: set[int]) -> list[int]:
     parts: dict[int, set[str]] = {}
     for run in stack.runs:
         parts.setdefault(run.layer, set()).add(run.part)

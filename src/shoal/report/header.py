@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal.report.facts import StackFacts, main_stack, sentences
+from shoal.report.facts import PlannedStack, main_stack, sentences
 from shoal.report.formatting import amount, esc, finite, interval, pair, percent, plural, ratio
 from shoal.report.tables import from_to, verdict
 
 Data = Mapping[str, Any]
 
 
-def header(data: Data, found: list[StackFacts]) -> str:
+def header(data: Data, found: list[PlannedStack]) -> str:
     """The page's head: title, one paragraph of what was done, and a tile for each question that the data answers."""
     made = " · ".join(esc(part) for part in ("Shoal report", data.get("created")) if part)
     subtitle = f'<p class="subtitle">{esc(data["subtitle"])}</p>' if data.get("subtitle") else ""
@@ -23,7 +23,7 @@ def header(data: Data, found: list[StackFacts]) -> str:
     )
 
 
-def _lede(data: Data, found: list[StackFacts]) -> str:
+def _lede(data: Data, found: list[PlannedStack]) -> str:
     source, method = data["model"].get("source"), data["plan"].get("method")
     said = [f"<strong>{esc(source)}</strong>:"] if source else []
     changed = [stack for stack in found if not stack.identity] or found
@@ -31,7 +31,7 @@ def _lede(data: Data, found: list[StackFacts]) -> str:
     return " ".join([*said, f"Chosen by <strong>{esc(method)}</strong>." if method else ""])
 
 
-def _tiles(data: Data, found: list[StackFacts]) -> list[str]:
+def _tiles(data: Data, found: list[PlannedStack]) -> list[str]:
     tiles = [_depth(main_stack(found))]
     if costs := data.get("cost"):
         tiles.append(_size(costs))
@@ -50,7 +50,7 @@ def _tile(label: str, big: str, lines: Sequence[str], kind: str = "") -> str:
     return f'<div class="tile {kind}"><dt>{label}</dt><dd class="big">{big}</dd>{rest}</div>'
 
 
-def _depth(stack: StackFacts) -> str:
+def _depth(stack: PlannedStack) -> str:
     parts = {
         "removed": len(stack.dropped),
         "replaced by a map": len(stack.mapped - {run.layer for run in stack.runs}),

@@ -10,7 +10,7 @@ from typing import assert_never
 from shoal.plan import Exit, Map, Parallel, Run, Step, format_steps
 from shoal.plan.select import groups
 from shoal.report import svg_shapes
-from shoal.report.facts import StackFacts, repeated
+from shoal.report.facts import PlannedStack, repeated
 from shoal.report.formatting import esc
 from shoal.report.svg_shapes import ARC, GAP, HIGH, LINE, PITCH, WIDE
 
@@ -30,13 +30,13 @@ _LEGEND = {
 }
 
 
-def plan_diagram(stack: StackFacts) -> str:
+def plan_diagram(stack: PlannedStack) -> str:
     """HTML of one stack's picture: a wide and a narrow drawing (the style sheet shows one of them) and a legend."""
     drawings = "".join(_drawing(stack, size, per_row) for size, per_row in _PER_ROW.items())
     return f'<div class="picture">{drawings}{_legend(stack)}</div>'
 
 
-def _drawing(stack: StackFacts, size: str, per_row: int) -> str:
+def _drawing(stack: PlannedStack, size: str, per_row: int) -> str:
     rows = math.ceil(stack.depth / per_row)
     columns = math.ceil(stack.depth / rows)
     pieces, y, all_in_place = [], 0.0, stack.ascending
@@ -62,7 +62,7 @@ def _svg(kind: str, title: str, width: float, height: float, pieces: list[str]) 
     )
 
 
-def _base_row(stack: StackFacts, layers: range, y: float) -> tuple[list[str], float, bool]:
+def _base_row(stack: PlannedStack, layers: range, y: float) -> tuple[list[str], float, bool]:
     """The boxes of some base layers from `y` on, their height, and whether every parallel group of theirs fits here."""
     fitting, fits = _groups(stack, layers)
     own = set(layers) - {run.layer for group in fitting for run in group.branches}
@@ -90,7 +90,7 @@ def _base_row(stack: StackFacts, layers: range, y: float) -> tuple[list[str], fl
     return pieces, top - y + box + LINE * (bool(times) + bool(exits)) + 2, fits
 
 
-def _layer(stack: StackFacts, layer: int, x: float, y: float) -> list[str]:
+def _layer(stack: PlannedStack, layer: int, x: float, y: float) -> list[str]:
     """The boxes of one base layer: removed, whole, or each half that runs; none for a layer that a map stands for."""
     here = [run for run in stack.runs if run.layer == layer]
     if not here:
@@ -102,7 +102,7 @@ def _layer(stack: StackFacts, layer: int, x: float, y: float) -> list[str]:
     return [svg_shapes.run_box(x, y, run) for run in halves.values()]
 
 
-def _groups(stack: StackFacts, layers: range) -> tuple[list[Parallel], bool]:
+def _groups(stack: PlannedStack, layers: range) -> tuple[list[Parallel], bool]:
     """Parallel groups of neighbours that can be stacked in this row, and whether none was left out."""
     touching = [group for group in groups(stack.steps) if any(run.layer in layers for run in group.branches)]
     fitting, seen = [], set[int]()
@@ -115,7 +115,7 @@ def _groups(stack: StackFacts, layers: range) -> tuple[list[Parallel], bool]:
     return fitting, len(fitting) == len(touching)
 
 
-def _map_bars(stack: StackFacts, layers: range, x: Callable[[int], float], y: float) -> list[str]:
+def _map_bars(stack: PlannedStack, layers: range, x: Callable[[int], float], y: float) -> list[str]:
     running = {run.layer for run in stack.runs}
     bars = []
     for step in stack.maps:
@@ -127,7 +127,7 @@ def _map_bars(stack: StackFacts, layers: range, x: Callable[[int], float], y: fl
     return bars
 
 
-def _exits(stack: StackFacts, layers: range) -> list[tuple[int, Exit]]:
+def _exits(stack: PlannedStack, layers: range) -> list[tuple[int, Exit]]:
     """Exits with the layer after which they stand; only the executed order can show them when it is another one."""
     found, last = [], 0
     for step in stack.steps if stack.ascending else ():
@@ -152,7 +152,7 @@ def _reading(run: Run, layers: range, x: Callable[[int], float], y: float) -> st
     return svg_shapes.text(x(run.layer) + WIDE / 2, y - 3, svg_shapes.reads(run), "note")
 
 
-def _executed(stack: StackFacts, width: float) -> tuple[list[str], float]:
+def _executed(stack: PlannedStack, width: float) -> tuple[list[str], float]:
     """The steps in the order in which they run, equal neighbours folded, wrapped at `width`; and their height."""
     pieces: list[str] = []
     x, y, high = 0.0, 5.0, 0.0
@@ -222,7 +222,7 @@ def _step(step: Step, x: float, y: float, times: int) -> list[str]:
             assert_never(step)
 
 
-def _legend(stack: StackFacts) -> str:
+def _legend(stack: PlannedStack) -> str:
     present = svg_shapes.kinds(stack.steps)
     present |= {"drop"} if stack.dropped else set()
     present |= {"repeat"} if repeated(stack) else set()

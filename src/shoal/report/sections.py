@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal.report.facts import StackFacts, sentences
+from shoal.report.facts import PlannedStack, sentences
 from shoal.report.formatting import amount, esc, finite, interval, number, pair, percent, ratio
 from shoal.report.plan_diagram import plan_diagram
 from shoal.report.plots import ratios_svg, scores_svg
@@ -17,7 +17,7 @@ _LONG = 10
 """Longer tables are folded."""
 
 
-def plan(part: Data, found: list[StackFacts]) -> str:
+def plan(part: Data, found: list[PlannedStack]) -> str:
     """The picture of every stack, the notation and the hash."""
     shown = []
     for stack in found:
@@ -27,7 +27,7 @@ def plan(part: Data, found: list[StackFacts]) -> str:
     return section("The plan", "".join(shown) + facts_list({k: f"<code>{esc(v)}</code>" for k, v in rows.items() if v}))
 
 
-def scores(part: Data, found: list[StackFacts]) -> str:
+def scores(part: Data, found: list[PlannedStack]) -> str:
     """The score of each layer as a plot, with all values in a folded table."""
     values, errors, span = part["values"], part.get("errors"), int(part.get("span") or 1)
     name = str(part.get("stack") or found[0].name)

@@ -20,7 +20,7 @@ Piece = tuple[int, PartName]
 
 
 @dataclass(frozen=True, slots=True)
-class Decoder:
+class KeyDecoder:
     """Keys -> plan, after Bean 1994 (random keys for sequencing): feasible by construction."""
 
     goal: Goal
@@ -52,12 +52,12 @@ class Decoder:
             return None
 
 
-def decoder(goal: Goal, legal: Legal) -> Decoder:
+def decoder(goal: Goal, legal: Legal) -> KeyDecoder:
     """The decoder of a search towards `goal`."""
-    return Decoder(goal, legal, tuple(pieces(goal.start, goal.grain, goal.stack)))
+    return KeyDecoder(goal, legal, tuple(pieces(goal.start, goal.grain, goal.stack)))
 
 
-def start_keys(own: Decoder, scores: Scores) -> dict[str, float]:
+def start_keys(own: KeyDecoder, scores: Scores) -> dict[str, float]:
     """Keys between 0 and 1 that remove what the scores put last; parts of a layer share its place.
 
     Raises U505 for scores of spans or of another model.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from shoal.plan import Plan
 from shoal.scores import Budget, Candidate, Found, Legal, Objective
 from shoal.search._candidates import Goal, Grain, goal, named, no_value, unmet, value_of
-from shoal.search._keys import Decoder, breeder, decoder, quiet_study, require_trials
+from shoal.search._keys import KeyDecoder, breeder, decoder, quiet_study, require_trials
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -56,9 +56,9 @@ def pareto(
     return _front(budget, list(tried.values()))
 
 
-def _towards(own: Decoder, budget: Budget, share: float) -> Decoder:
+def _towards(own: KeyDecoder, budget: Budget, share: float) -> KeyDecoder:
     nearer = Goal(own.goal.start, None, Budget(budget.unit, share, budget.price), own.goal.grain, own.goal.stack)
-    return Decoder(nearer, own.legal, own.pieces)
+    return KeyDecoder(nearer, own.legal, own.pieces)
 
 
 def _front(budget: Budget, tried: list[tuple[float, float, Plan]]) -> Found:

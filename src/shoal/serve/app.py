@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.serve.answers import Answer
 from shoal.serve.engine import ClosedError, Engine, FullError
-from shoal.serve.exchange import CLIENT_LEFT, Events, Exchange, Text, stopping
 from shoal.serve.generating import GenerationRequest
 from shoal.serve.limits import Limits, RefusedError, is_loopback, read_body, require_key, require_local_name
 from shoal.serve.metrics import Metrics
 from shoal.serve.prompts import Prompts
+from shoal.serve.running_request import CLIENT_LEFT, Events, RunningRequest, Text, stopping
 from shoal.serve.schemas import Asked, Chat, Completion, parse
 
 OnRequest = Callable[[dict[str, Any]], None]
@@ -96,13 +96,13 @@ class Service:
         self._metrics.requests.labels(known, str(status)).inc()
         self._on_request({"method": request.method, "path": path, "status": status, "seconds": round(seconds, 4)})
 
-    async def _completions(self, request: Request) -> Response | Exchange:
+    async def _completions(self, request: Request) -> Response | RunningRequest:
         return await self._write(request, Completion)
 
-    async def _chat(self, request: Request) -> Response | Exchange:
+    async def _chat(self, request: Request) -> Response | RunningRequest:
         return await self._write(request, Chat)
 
-    async def _write(self, request: Request, kind: type[Asked]) -> Response | Exchange:
+    async def _write(self, request: Request, kind: type[Asked]) -> Response | RunningRequest:
         deadline = asyncio.get_running_loop().time() + self._limits.timeout
         asked = parse(kind, await read_body(request, self._limits))
         self._require_name(asked.model)
@@ -118,7 +118,7 @@ class Service:
         except ClosedError:
             raise stopping() from None
         answer = Answer(self.name, chat=kind is Chat, with_usage=asked.with_usage)
-        exchange = Exchange(self._engine, job, events, answer, deadline, self._limits.timeout)
+        exchange = RunningRequest(self._engine, job, events, answer, deadline, self._limits.timeout)
         return exchange if asked.stream else await exchange.whole(request)
 
     async def _encoded(self, asked: Completion | Chat) -> tuple[tuple[int, ...], int]:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from shoal.plan.steps import Run
 from shoal.speculating.draft_runner import DraftRunner
-from shoal.speculating.feed import Feed
+from shoal.speculating.forward_inputs import ForwardInputs
 from shoal.speculating.layer_outputs import LayerOutputs
 from shoal.speculating.layer_trial import LayerTrial
 from shoal.speculating.rows import select_rows
@@ -25,7 +25,7 @@ class DraftContext:
     """What is known before a round of speculation. The last token of `ids`, [1, length], is not in the cache yet."""
 
     runner: DraftRunner
-    feed: Feed
+    feed: ForwardInputs
     cache: Cache
     ids: torch.Tensor
     stats: Stats

@@ -26,7 +26,7 @@ from shoal.models.order import refuse_order
 from shoal.plan import Plan, Run, Spec, check, require
 from shoal.plan.capabilities import refusal
 from shoal.plan.steps import Step, runs
-from shoal.speculating.feed import Feed
+from shoal.speculating.forward_inputs import ForwardInputs
 from shoal.speculating.layer_subset import LayerSubset
 from shoal.speculating.rows import select_rows
 
@@ -126,27 +126,29 @@ class DraftRunner:
             return 0
         return 0 if check(self._plan(rest), self.spec) else common
 
-    def full(self, feed: Feed, ids: torch.Tensor, new: int, cache: Cache) -> torch.Tensor:
+    def full(self, feed: ForwardInputs, ids: torch.Tensor, new: int, cache: Cache) -> torch.Tensor:
         """Logits of the base model at the last `new` tokens, [new, vocabulary], float32."""
         return _scores(self.model(**feed(ids, new, cache), return_dict=True), new)
 
-    def logits(self, subset: LayerSubset, feed: Feed, ids: torch.Tensor, new: int, cache: Cache) -> torch.Tensor:
+    def logits(
+        self, subset: LayerSubset, feed: ForwardInputs, ids: torch.Tensor, new: int, cache: Cache
+    ) -> torch.Tensor:
         """The same with `subset` in place of the layers; `cache` is made of the rows of `subset`."""
         inputs = feed(ids, new, cache)
         with subset.running():
             return _scores(self.model(**inputs, return_dict=True), new)
 
-    def run_layers(self, subset: LayerSubset, feed: Feed, ids: torch.Tensor, cache: Cache) -> None:
+    def run_layers(self, subset: LayerSubset, feed: ForwardInputs, ids: torch.Tensor, cache: Cache) -> None:
         """Run the last token through `subset` without the head."""
         with subset.running():
             self._without_head(feed, ids, cache)
 
-    def layer_calls(self, feed: Feed, ids: torch.Tensor, cache: Cache) -> Forward:
+    def layer_calls(self, feed: ForwardInputs, ids: torch.Tensor, cache: Cache) -> Forward:
         """What the layers are called with for the last token."""
         with self.whole.running():
             return self.whole.executor().prepared(lambda: self._without_head(feed, ids, cache))
 
-    def _without_head(self, feed: Feed, ids: torch.Tensor, cache: Cache) -> None:
+    def _without_head(self, feed: ForwardInputs, ids: torch.Tensor, cache: Cache) -> None:
         inputs = feed(ids, 1, cache)
         inputs.pop("logits_to_keep", None)
         self.model.base_model(**inputs)
@@ -155,7 +157,7 @@ class DraftRunner:
 class Draft:
     """One round: tokens are drafted one by one over `cache`, then verified by the base model."""
 
-    def __init__(self, runner: DraftRunner, prepared: PreparedDraft, feed: Feed, cache: Cache) -> None:
+    def __init__(self, runner: DraftRunner, prepared: PreparedDraft, feed: ForwardInputs, cache: Cache) -> None:
         self.runner, self.prepared, self.feed, self.cache = runner, prepared, feed, cache
         self.rows = select_rows(cache, prepared.draft.rows, prepared.shared)
         for subset in (prepared.draft, prepared.shared_subset):

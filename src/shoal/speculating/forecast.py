@@ -19,7 +19,7 @@ from shoal.plan.steps import Run
 from shoal.speculating.chooser import Finder
 from shoal.speculating.draft_context import DraftContext
 from shoal.speculating.draft_runner import DraftRunner, PreparedDraft
-from shoal.speculating.feed import Feed
+from shoal.speculating.forward_inputs import ForwardInputs
 from shoal.speculating.rows import select_rows
 from shoal.speculating.stats import Stats
 
@@ -183,7 +183,7 @@ def _context(runner: DraftRunner, sample: SampleText) -> DraftContext:
     kept = {"use_cache": True, "position_ids": torch.arange(sample.prompt - 1, device=prompt.device)[None]}
     if "position_ids" not in runner.takes:
         del kept["position_ids"]
-    return DraftContext(runner, Feed(runner.model, prompt, kept), cache, sample.ids, Stats())
+    return DraftContext(runner, ForwardInputs(runner.model, prompt, kept), cache, sample.ids, Stats())
 
 
 def _at(known: dict[int, float], new: int) -> float:

@@ -12,14 +12,14 @@ from shoal.executing.calls import hidden_of
 from shoal.executing.forward import Forward
 from shoal.plan.steps import Run
 from shoal.speculating.draft_runner import DraftRunner
-from shoal.speculating.feed import Feed
+from shoal.speculating.forward_inputs import ForwardInputs
 from shoal.speculating.rows import select_rows
 
 
 class LayerTrial:
     """Runs single layers at the position of the last token; they read the base model's KV rows and write to none."""
 
-    def __init__(self, runner: DraftRunner, feed: Feed, cache: Cache, ids: torch.Tensor) -> None:
+    def __init__(self, runner: DraftRunner, feed: ForwardInputs, cache: Cache, ids: torch.Tensor) -> None:
         """Raises U618 for a model whose layers hand more than the hidden state to each other."""
         require_separable(runner)
         self.runner, self.cache = runner, cache

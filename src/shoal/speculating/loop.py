@@ -15,7 +15,7 @@ from shoal.speculating.accept import Proposal, accept_or_resample, pick
 from shoal.speculating.chooser import Chooser, Finder
 from shoal.speculating.draft_context import DraftContext
 from shoal.speculating.draft_runner import Draft, DraftRunner, PreparedDraft
-from shoal.speculating.feed import Feed
+from shoal.speculating.forward_inputs import ForwardInputs
 from shoal.speculating.layer_outputs import LayerOutputs
 from shoal.speculating.lengths import Length
 from shoal.speculating.rows import drop_last_tokens, forget_past, keep_past, require_croppable, require_dynamic
@@ -23,7 +23,7 @@ from shoal.speculating.stats import CLOSE, PhaseProfiler, Stats
 
 
 @dataclass
-class Rules:
+class GenerationSettings:
     """How tokens are chosen and when to stop: what `generate` prepared."""
 
     processors: Any
@@ -49,7 +49,7 @@ class Loop:
         chooser: Chooser | None,
         finder: Finder | None,
         length: Length,
-        rules: Rules,
+        rules: GenerationSettings,
         profiler: PhaseProfiler,
     ) -> None:
         self.runner, self.chooser, self.finder = runner, chooser, finder
@@ -73,7 +73,7 @@ class Loop:
         cache: Cache = out.past_key_values
         require_dynamic(cache)
         require_croppable(cache)
-        self.feed, self.cache = Feed(self.runner.model, ids, kwargs), cache
+        self.feed, self.cache = ForwardInputs(self.runner.model, ids, kwargs), cache
         self.text = GrowingText(ids, self.rules.criteria, self.rules.streamer)
         self._commit(out.logits[:, -1].to(dtype=torch.float32, copy=True), None, None)
         del out
@@ -179,7 +179,7 @@ def _largest(scores: torch.Tensor, probabilities: torch.Tensor | None) -> float:
     return float((scores.max() - scores.logsumexp(-1)).exp())
 
 
-def answer(ids: torch.Tensor, cache: Cache, rules: Rules, as_dict: bool) -> Any:
+def answer(ids: torch.Tensor, cache: Cache, rules: GenerationSettings, as_dict: bool) -> Any:
     """What `generate` returns."""
     if not as_dict:
         return ids

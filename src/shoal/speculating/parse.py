@@ -12,7 +12,7 @@ from shoal.spelling import chosen
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ParsedDraft:
     """What drafts: layers, a look into the text, or the second before the first."""
 
     text: str
@@ -24,7 +24,7 @@ class Recipe:
         return "+".join([*(["lookup"] if self.finder is not None else []), *([format_steps(steps)] if steps else [])])
 
 
-def parse_draft(text: str, spec: Spec) -> Recipe:
+def parse_draft(text: str, spec: Spec) -> ParsedDraft:
     """KIND, KIND:FIRST-OPTION or KIND:name=value,name=value, joined by + to one of layers and one of lookup.
 
     Raises U501 for an unknown kind, U502 for a bad option, U617 for two of one sort, P1xx for a plan that the model
@@ -40,9 +40,13 @@ def parse_draft(text: str, spec: Spec) -> Recipe:
             chooser = made
         else:
             finder = made
-    return Recipe(text, chooser, finder)
+    return ParsedDraft(text, chooser, finder)
 
 
 def _made(piece: str, spec: Spec) -> Chooser | Finder:
     entry, options = chosen("drafts", piece, lone=True)
     return entry.load()(spec=spec, **options)
+
+
+Recipe = ParsedDraft
+"""The former name, which files of users may import."""

@@ -16,8 +16,8 @@ from shoal.models.kinds import require_causal
 from shoal.models.stacks import unwrap
 from shoal.speculating.draft_runner import DraftRunner
 from shoal.speculating.lengths import Confidence, Length
-from shoal.speculating.loop import Loop, Rules, answer
-from shoal.speculating.parse import Recipe, parse_draft
+from shoal.speculating.loop import GenerationSettings, Loop, answer
+from shoal.speculating.parse import ParsedDraft, parse_draft
 from shoal.speculating.rows import require_dynamic
 from shoal.speculating.stats import PhaseProfiler, Stats
 
@@ -39,7 +39,7 @@ class Speculator:
     def __init__(
         self,
         model: nn.Module,
-        draft: str | Recipe = "exit",
+        draft: str | ParsedDraft = "exit",
         *,
         length: int = 4,
         confidence: Confidence = "auto",
@@ -99,7 +99,7 @@ class Speculator:
         self.stats = Stats()
         profiler = PhaseProfiler(self.stats, input_ids.device)
         as_dict = generation_config.return_dict_in_generate
-        rules = Rules(
+        rules = GenerationSettings(
             logits_processor,
             stopping_criteria,
             bool(generation_config.do_sample),

@@ -36,7 +36,7 @@ class Events:
 
 
 @dataclass
-class Exchange:
+class RunningRequest:
     """One request. `deadline`: in the loop's time; `timeout`: the seconds that were allowed, for the message."""
 
     engine: Engine

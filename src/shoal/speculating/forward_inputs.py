@@ -14,7 +14,7 @@ from transformers.generation.candidate_generator import (
 )
 
 
-class Feed:
+class ForwardInputs:
     """Arguments of one forward over the last tokens of a growing text."""
 
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
