@@ -17,8 +17,8 @@ from _common import Timed, finish, opened, options, say, timed
 
 from shoal.api.journal import Journaled, journaled, mean_nll
 from shoal.data import load_data
-from shoal.evaluation.scoring import device_of
 from shoal.live import running
+from shoal.models.calls import device_of
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, check
 from shoal.scores import Objective

@@ -22,8 +22,8 @@ import torch
 from _common import Timed, compared, finish, opened, options, paired, say, timed, times
 
 from shoal.data import Data, load_data
-from shoal.evaluation.scoring import device_of
 from shoal.measures.block_influence import block_influence
+from shoal.models.calls import device_of
 
 TARGET = {"time_ratio": 1.25, "memory_ratio": 1.15}
 SIDES = ("forward", "backbone", "measure")

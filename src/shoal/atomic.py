@@ -132,7 +132,7 @@ def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
     try:
         if not (overwrite and final.exists()):
             partial.rename(final)
-        elif not exchange(partial, final):
+        elif not swap_paths(partial, final):
             _by_two_renames(partial, final)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -141,7 +141,7 @@ def publish(partial: Path, final: Path, *, overwrite: bool) -> None:
     sync_path(final.parent)
 
 
-def exchange(one: Path, other: Path) -> bool:
+def swap_paths(one: Path, other: Path) -> bool:
     """Let two paths change names in one step (Linux, most file systems); False where that cannot be done."""
     import ctypes  # loaded for a folder that is replaced, not for every start of the command line
 

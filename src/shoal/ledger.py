@@ -93,7 +93,7 @@ class Ledger(Mapping[Key, Value], Generic[Value]):
         return took
 
 
-class Found(NamedTuple, Generic[Value]):
+class StoredEntry(NamedTuple, Generic[Value]):
     """One entry of a file."""
 
     key: Key
@@ -112,7 +112,7 @@ class Store(Generic[Value]):
     def __init__(
         self,
         path: Path,
-        read: Callable[[Mapping[str, Any]], Found[Value] | None],
+        read: Callable[[Mapping[str, Any]], StoredEntry[Value] | None],
         write: Callable[[Key, Value, float], dict[str, Any]],
     ) -> None:
         self.path, self._read, self._write = path, read, write
@@ -132,7 +132,7 @@ class Store(Generic[Value]):
         wanted, there = json.loads(json.dumps(facts)), self.header
         return next((name for name in wanted if not _same(there.get(name), wanted[name], tolerance)), None)
 
-    def entries(self) -> Iterator[Found[Value]]:
+    def entries(self) -> Iterator[StoredEntry[Value]]:
         """What the lines of the file hold, in their order."""
         for line in self._lines:
             found = self._read(line)

@@ -97,7 +97,11 @@ def apply(
         handle = Running(bind(opened, plan, weights))
     else:
         handle = _decided(opened, plan, weights or {}, policy)
-    handle.bound.enter()
+    try:
+        handle.bound.enter()
+    except BaseException:
+        handle.restore()
+        raise
     return handle
 
 

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from hypothesis import given, settings
@@ -244,6 +245,18 @@ def test_the_same_seed_finds_the_same_plan_and_many_trials_the_best(name: str) -
     assert found(3, 12) == found(3, 12)
     assert len({found(seed, 4).plan for seed in range(6)}) > 1
     assert found(0, 100).plan.dropped() == (3, 5)
+
+
+@pytest.mark.parametrize("name", searches("objective", "trials"))
+def test_a_search_is_silent_and_leaves_optuna_as_loud_as_it_was(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.DEBUG)
+    try:
+        BUDGETED[name](WHOLE, objective=weighted([1] * 16), budget=budget(0.7), legal=anything, trials=8)
+        assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
+    finally:
+        optuna.logging.set_verbosity(level)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", searches("objective", "drop", "scores"))

@@ -94,7 +94,7 @@ def test_small_angles_keep_their_digits(size: float) -> None:
     assert one_minus_cosine(x.bfloat16(), y.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("near", [clasp._near, knapsack._near])
+@pytest.mark.parametrize("near", [clasp.similarity, knapsack.similarity])
 def test_a_draft_tells_near_states_of_bfloat16_apart(near: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
     """A cosine in bfloat16 has steps of 0.004 below 1, and would call both equally near."""
     true = drawn(1, 1, 576)

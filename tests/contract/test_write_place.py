@@ -150,7 +150,7 @@ def test_the_fresh_process_has_no_search_path(monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(params=["in one step", "by two renames"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "by two renames":
-        monkeypatch.setattr(atomic, "exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "swap_paths", lambda *_: False)
     elif sys.platform != "linux":
         pytest.skip("only Linux exchanges two names; runs there")
     return request.param
@@ -171,7 +171,7 @@ def test_the_old_folder_comes_back_when_the_second_rename_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick(tmp_path / "out", "0-2")
-    monkeypatch.setattr(atomic, "exchange", lambda *_: False)
+    monkeypatch.setattr(atomic, "swap_paths", lambda *_: False)
     rename = Path.rename
 
     def fails(self: Path, target: Path) -> Path:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shoal.plan import Cost, KVSpec, Plan, Shape, Spec, cost
 from shoal.plan.price import FIGURES, head_in_layers, layers_run
 from shoal.plan.steps import runs
-from shoal.report.facts import StackFacts
+from shoal.report.facts import PlannedStack
 from unit.specs import (
     HEAD_FLOPS,
     LAYER_FLOPS,
@@ -232,6 +232,6 @@ def test_layers_run_and_the_head_have_one_measure() -> None:
         assert (
             layers_run(runs(plan.steps()))
             == FIGURES["layers"](found)
-            == StackFacts("decoder", 8, plan.steps()).layer_runs
+            == PlannedStack("decoder", 8, plan.steps()).layer_runs
         )
     assert head_in_layers(llama()) == HEAD_FLOPS / LAYER_FLOPS

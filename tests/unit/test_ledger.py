@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from shoal.ledger import Found, Key, Ledger, Store, number
+from shoal.ledger import Key, Ledger, Store, StoredEntry, number
 
 FACTS = {"format": "test/1", "of": "a model", "value": 1.5}
 
 
-def read(line: Mapping[str, Any]) -> Found[float] | None:
-    return Found(str(line["key"]), number(line["value"]), float(line["spent"])) if "key" in line else None
+def read(line: Mapping[str, Any]) -> StoredEntry[float] | None:
+    return StoredEntry(str(line["key"]), number(line["value"]), float(line["spent"])) if "key" in line else None
 
 
 def write(key: Key, value: float, spent: float) -> dict[str, Any]:

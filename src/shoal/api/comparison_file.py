@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from shoal.api.study import file_name
 from shoal.errors import DataError
 from shoal.executing.weights import Tensors
-from shoal.ledger import Found, Ledger, Store
+from shoal.ledger import Ledger, Store, StoredEntry
 
 FORMAT = "shoal-compare/1"
 
@@ -62,5 +62,5 @@ class ComparisonFile:
         return self._folder / f"{file_name(key)}.safetensors"
 
 
-def _entry(line: Mapping[str, Any]) -> Found[dict[str, Any]] | None:
-    return Found(str(line["key"]), dict(line), 0.0) if "key" in line else None
+def _entry(line: Mapping[str, Any]) -> StoredEntry[dict[str, Any]] | None:
+    return StoredEntry(str(line["key"]), dict(line), 0.0) if "key" in line else None

@@ -23,10 +23,10 @@ from shoal.errors import ShoalError
 from shoal.evaluation import compare as agree
 from shoal.evaluation import generation_check, perplexity, speed
 from shoal.evaluation.peak_memory import peak_memory
-from shoal.evaluation.scoring import device_of
 from shoal.evaluation.time_model import Phase, TimeModel, fitted_time_model, time_model_of
 from shoal.executing.weights import Tensors
 from shoal.ledger import Ledger
+from shoal.models.calls import device_of
 from shoal.models.checkpoint import read_json
 from shoal.models.load import Loaded
 from shoal.plan import Plan, Spec, parse_plan

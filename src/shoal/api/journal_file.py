@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shoal.errors import DataError
-from shoal.ledger import Found, Key, Ledger, Store, number
+from shoal.ledger import Key, Ledger, Store, StoredEntry, number
 
 FORMAT = "shoal-journal/1"
 
@@ -49,13 +49,13 @@ def _store(path: Path) -> Store[float]:
         raise DataError(f"cannot keep a journal at {path} ({error.strerror}); name another file", code="D430") from None
 
 
-def _entry(line: Mapping[str, Any]) -> Found[float] | None:
+def _entry(line: Mapping[str, Any]) -> StoredEntry[float] | None:
     spent = line.get("spent")
     seconds = float(spent) if isinstance(spent, int | float) else 0.0
     if {"lost", "race"} <= line.keys():
-        return Found(DroppedPlan(str(line["race"]), str(line["lost"])), number(line.get("batches")), seconds)
+        return StoredEntry(DroppedPlan(str(line["race"]), str(line["lost"])), number(line.get("batches")), seconds)
     if {"plan", "nll"} <= line.keys():
-        return Found(str(line["plan"]), number(line["nll"]), seconds)
+        return StoredEntry(str(line["plan"]), number(line["nll"]), seconds)
     return None
 
 

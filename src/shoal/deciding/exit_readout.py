@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.executing.inputs import input_device
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import OpenedModel
 from shoal.models.stacks import Stack
@@ -59,7 +59,7 @@ def _chain(model: Any, stack: Stack) -> list[nn.Module] | None:
     handles = [module.register_forward_hook(note) for module in around]
     handles.append(stack.layer(stack.depth - 1).register_forward_hook(begin))
     try:
-        ids = torch.zeros((1, 1), dtype=torch.long, device=input_device(model))
+        ids = torch.zeros((1, 1), dtype=torch.long, device=device_of(model))
         with evaluating(model):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from shoal.executing.calls import Call, hidden_of, with_argument
 from shoal.executing.slots import KeysValues, PassingCache, Store, slot_view
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.examine import LayerFacts
 from shoal.models.opened import OpenedModel
@@ -198,8 +199,7 @@ def _find_all(model: Any, layers: list[nn.Module], facts: list[LayerFacts]) -> l
         return hook
 
     handles = [layer.register_forward_pre_hook(look(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    ids = torch.zeros((1, _TOKENS), dtype=torch.long, device=device)
+    ids = torch.zeros((1, _TOKENS), dtype=torch.long, device=device_of(model))
     try:
         with evaluating(model):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)

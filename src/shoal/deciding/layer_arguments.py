@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from shoal.executing.calls import Call, Place, argument, with_argument
-from shoal.executing.inputs import input_device
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.stacks import Stack
 
@@ -100,7 +100,7 @@ def _watch(model: Any, stack: Stack, queries: int) -> list[Call]:
     handles = [
         stack.layer(i).register_forward_pre_hook(_noting(calls, i), with_kwargs=True) for i in range(stack.depth)
     ]
-    ids = torch.zeros((2, _PAST + queries), dtype=torch.long, device=input_device(model))
+    ids = torch.zeros((2, _PAST + queries), dtype=torch.long, device=device_of(model))
     mask = torch.ones_like(ids)
     mask[1, 0] = 0
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from shoal.models.parts import residual_place
 
 
 @contextmanager
@@ -34,8 +35,7 @@ class _Partly(nn.Module):
     def __init__(self, child: nn.Module | None, active: torch.Tensor) -> None:
         super().__init__()
         assert child is not None
-        parameters = list(inspect.signature(child.forward).parameters)
-        place = parameters.index("residual") if "residual" in parameters else None
+        place = residual_place(child.forward)
         # past __setattr__, which would register the child: its parameters must not appear twice
         self.__dict__.update(_child=child, _active=active, _residual=place)
 

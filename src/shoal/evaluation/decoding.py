@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from shoal.errors import UsageError
-from shoal.evaluation.scoring import accepts, device_of, require_context
+from shoal.evaluation.scoring import accepts, require_context
+from shoal.models.calls import device_of
 
 # Attention models return the first; state space models the second.
 CACHE_NAMES = ("past_key_values", "cache_params")

@@ -11,8 +11,9 @@ import torch
 from shoal.decoding.arguments import GREEDY_ALONE
 from shoal.decoding.decoder import Decoder
 from shoal.errors import UsageError
-from shoal.evaluation.scoring import Progress, device_of, require_context
+from shoal.evaluation.scoring import Progress, require_context
 from shoal.evaluation.stats import ratio
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 
 PROMPTS = (

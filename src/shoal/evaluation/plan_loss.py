@@ -13,7 +13,6 @@ import torch
 from shoal.data import Data
 from shoal.evaluation.scoring import (
     batch_tokens,
-    device_of,
     logits_of,
     require_context,
     require_scored,
@@ -22,6 +21,7 @@ from shoal.evaluation.scoring import (
 from shoal.executing.bind import BoundPlan, bind
 from shoal.executing.recorder import Recorder
 from shoal.ledger import Ledger
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.plan import Plan
@@ -75,7 +75,7 @@ class PlanLoss:
         self.batches = tuple(windows(data, batch, None, ""))
         require_scored(sum(int(keep.sum()) for _, _, keep in self.batches), data)
         self.layers_run = 0
-        """Taps passed with computation so far, over all batches; what sharing saved shows here."""
+        """Layers that were run so far, over all batches; what sharing saved shows here."""
         self.states = StateStore(device_of(model), memory=memory, disk=disk)
         self._memo = Ledger[Any]() if memo is None else memo
         self._name = f"{data.info.sha256} {batch}"

@@ -11,18 +11,13 @@ import torch
 from shoal.data import Data, DataInfo
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.distances import at_least_float32
+from shoal.executing.inputs import inputs_of
 from shoal.models.evaluating import evaluating
 
 Progress = Callable[[int, int, str], None]
 """Called with units done, units in all, and the stage."""
 
 CHUNK_ELEMENTS = 1 << 23
-
-
-def device_of(model: Any) -> torch.device:
-    """Where inputs go; an offloaded model, whose weights are on `meta`, moves them itself."""
-    device = torch.device(model.device)
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def accepts(model: Any, argument: str) -> bool:
@@ -39,14 +34,7 @@ def require_context(model: Any, tokens: int) -> None:
 
 def logits_of(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Logits [batch, length, vocab] in the model's dtype for `ids` [batch, length], uncached."""
-    device = device_of(model)
-    inputs = {"input_ids": ids.to(device)}
-    if mask is not None:
-        inputs["attention_mask"] = mask.to(device)
-        if not bool(mask[:, 0].all()) and accepts(model, "position_ids"):
-            # Most models count positions from the first column, padding or not.
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
-    logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    logits: torch.Tensor = model(**inputs_of(model, ids, mask), use_cache=False).logits
     return logits
 
 

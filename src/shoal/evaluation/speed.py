@@ -11,9 +11,10 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.evaluation.decoding import Stepper, random_tokens
-from shoal.evaluation.scoring import Progress, device_of
+from shoal.evaluation.scoring import Progress
 from shoal.evaluation.stats import Spread
 from shoal.executing.timing import synchronized_time
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 
 Variant = Callable[[], AbstractContextManager[Any]]

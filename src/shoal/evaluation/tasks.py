@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from shoal.errors import DataError
-from shoal.evaluation.scoring import Progress, device_of
+from shoal.evaluation.scoring import Progress
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 
 CONTEXTS = ("context", "query", "question", "prompt")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, UsageError
 from shoal.executing.layer_list import LayerProxyList
+from shoal.models.calls import device_of
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.stacks import Stack
 
@@ -51,15 +52,9 @@ def require_whole(model: nn.Module | OpenedModel, what: str, stack: str | None =
         raise UsageError(f"{what} needs the whole model, but a plan is running on it; restore it first", code="U507")
 
 
-def input_device(model: Any) -> torch.device:
-    """Where a model reads its inputs; an offloaded one moves them itself."""
-    device = torch.device(model.device)
-    return torch.device("cpu") if device.type == "meta" else device
-
-
 def inputs_of(backbone: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """The keyword arguments of a pass over ids and mask [batch, length], on the backbone's device."""
-    device = input_device(backbone)
+    device = device_of(backbone)
     inputs = {"input_ids": ids.to(device)}
     if "decoder_input_ids" in inspect.signature(backbone.forward).parameters:
         inputs["decoder_input_ids"] = inputs["input_ids"]

@@ -13,6 +13,12 @@ _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {}
 """By forward function: its parameters that can be given by position, without `self`."""
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model reads its inputs; an offloaded one, whose weights are on `meta`, moves them itself."""
+    device = torch.device(model.device)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of one call of `module` by name, whether they were given by position or by keyword.
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import ModelError
+from shoal.models.calls import device_of
 from shoal.models.describe import describe
 from shoal.models.examine import StackFacts, examine
 from shoal.models.stacks import Stack, find_stacks, unwrap
@@ -72,8 +73,7 @@ class OpenedModel:
     @property
     def device(self) -> torch.device:
         """Where the model reads its inputs; an offloaded one moves them itself."""
-        device = torch.device(self.model.device)
-        return torch.device("cpu") if device.type == "meta" else device
+        return device_of(self.model)
 
     def is_current(self) -> bool:
         """Whether modules, shapes and settings of the model are those that were seen. Not to be asked under a plan."""

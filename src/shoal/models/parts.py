@@ -75,7 +75,7 @@ class _Stub(nn.Module):
     def __init__(self, child: nn.Module | None, extra: int, passes: bool) -> None:
         super().__init__()
         assert child is not None
-        self._residual = _residual(child.forward)
+        self._residual = residual_place(child.forward)
         self._extra, self._passes = extra, passes
         self.__dict__["_child"] = child  # not registered: its parameters must not appear twice
 
@@ -99,7 +99,7 @@ _PLACES: dict[Callable[..., Any], int | None] = {}
 """A plain dictionary, since torch.compile looks through `functools.cache` and warns of it."""
 
 
-def _residual(forward: Callable[..., Any]) -> int | None:
+def residual_place(forward: Callable[..., Any]) -> int | None:
     """The place of the residual among the arguments after `self`; asked for in every pass, so it is remembered."""
     key = class_function(forward)
     if key is None:

@@ -133,8 +133,8 @@ def _sources(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
         for run in group:
             for source in run.layer_sources:
                 yield from _source(run, source, stack, before)
-        before.stored |= {run.layer for run in group if writes_kv(run)}
-        before.maps |= {run.layer: map_source(run) is None for run in group if run.part != "mlp"}
+        before.stored.update(run.layer for run in group if writes_kv(run))
+        before.maps.update({run.layer: map_source(run) is None for run in group if run.part != "mlp"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from shoal.plan.schedule import schedule
 from shoal.plan.steps import Step, runs
 
 Prefix = tuple[int, tuple[Step, ...]]
-"""A cut, as the base layer at whose tap the state is read, and the steps that ran before it."""
+"""A cut, as the base layer at whose proxy call the state is read, and the steps that ran before it."""
 
 
 def prefixes(plan: Plan, stack: str | None = None) -> dict[int, Prefix]:
@@ -22,7 +22,7 @@ def prefixes(plan: Plan, stack: str | None = None) -> dict[int, Prefix]:
         for run in runs(tuple(step for _, step in due[cut])):
             needs = min(needs, run.layer, *(source.layer for source in run.layer_sources))
         if needs >= cut:
-            found[cut] = (cut, tuple(step for tap in due[:cut] for _, step in tap))
+            found[cut] = (cut, tuple(step for together in due[:cut] for _, step in together))
     return found
 
 

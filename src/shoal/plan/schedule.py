@@ -12,12 +12,12 @@ def schedule(steps: tuple[Step, ...], depth: int) -> tuple[list[list[tuple[int, 
     """
     due: list[list[tuple[int, Step]]] = [[] for _ in range(depth)]
     kept: set[int] = set()
-    tap = 0
+    offered = 0
     for position, step in enumerate(steps):
         layers = [run.layer for run in runs((step,))]
-        tap = max([tap, *layers])
-        due[tap].append((position, step))
-        kept |= {layer for layer in layers if layer < tap}
+        offered = max([offered, *layers])
+        due[offered].append((position, step))
+        kept |= {layer for layer in layers if layer < offered}
     return due, kept
 
 

@@ -114,14 +114,13 @@ def require_trials(trials: int) -> None:
 
 
 def samplers() -> Any:
-    """The module `optuna.samplers`, silent. Raises U547 when optuna is not installed."""
+    """The module `optuna.samplers`. Raises U547 when optuna is not installed."""
     try:
         import optuna
     except ImportError:
         raise UsageError(
             "this search needs optuna, which is not installed; run: pip install 'shoal[search]'", code="U547"
         ) from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.samplers
 
 
@@ -133,7 +132,12 @@ def breeder(population: int, seed: int) -> Any:
 
 
 def quiet_study(sampler: Any, directions: list[Any]) -> Any:
-    """A study in memory."""
+    """A study in memory, made without a word; the user's own studies are as loud as they were."""
     import optuna
 
-    return optuna.create_study(sampler=sampler, directions=directions)
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(sampler=sampler, directions=directions)
+    finally:
+        optuna.logging.set_verbosity(level)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from shoal.decoding.decoder import Decoder
-from shoal.evaluation.scoring import device_of
 from shoal.executing.weights import Tensors
 from shoal.live import running
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan

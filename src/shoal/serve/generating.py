@@ -18,8 +18,8 @@ from shoal.api.assess import planned
 from shoal.decoding.arguments import sampling
 from shoal.decoding.decoder import Decoder
 from shoal.decoding.listening import NewTokens, OnTokens
-from shoal.evaluation.scoring import device_of
 from shoal.executing.weights import Tensors
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan

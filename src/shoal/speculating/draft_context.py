@@ -50,9 +50,11 @@ class DraftContext:
         states = None if self.outputs is None else self.outputs.take()
         if states is None:
             return None
-        said = self.runner.readout(torch.cat(states, -2)).argmax(-1)[0]
+        # the layers of one model may be on several devices
+        together = torch.cat([state.to(states[-1].device) for state in states], -2)
+        said = self.runner.readout(together).argmax(-1)[0]
         wrote = self.ids[0, -states[0].shape[-2] :]
-        return said.view(len(states), -1) == wrote
+        return said.view(len(states), -1) == wrote.to(said.device)
 
     def __getattr__(self, name: str) -> Any:
         """Former names, which drafts in files of users may use, with a note."""

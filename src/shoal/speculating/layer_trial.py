@@ -67,6 +67,11 @@ def require_separable(runner: DraftRunner) -> None:
         )
 
 
+def similarity(state: torch.Tensor, true: torch.Tensor) -> float:
+    """The cosine between two states of one token."""
+    return float(torch.cosine_similarity(state.flatten().float(), true.flatten().float(), dim=0))
+
+
 def _spread(cache: Cache, row: int, times: int) -> Cache:
     """A cache whose row `row` is a copy with the same past for `times` states."""
     out = copy.copy(cache)

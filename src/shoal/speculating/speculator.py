@@ -56,8 +56,7 @@ class Speculator:
             )
         self.model: PreTrainedModel = inner
         self.runner = DraftRunner(inner, share=share)
-        # what a draft learns is of one model, so an object that was given is copied
-        self.recipe = parse_draft(draft, self.runner.spec) if isinstance(draft, str) else copy.deepcopy(draft)
+        self.recipe = parse_draft(draft, self.runner.spec) if isinstance(draft, str) else draft
         self.length = Length(length, confidence)
         self.count = count
         self.stats = Stats()

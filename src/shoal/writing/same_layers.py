@@ -27,8 +27,8 @@ def require_same_layers(
     """
     for stack in stacks:
         _same_numbers(stack, slots[stack.name])
-    twin = meta_model(config, like=model)
-    targets = {target.name: target for target in find_stacks(twin)}
+    stock = meta_model(config, like=model)
+    targets = {target.name: target for target in find_stacks(stock)}
     outside = _shapes_outside(model, stacks)
     for stack in stacks:
         for name, shape in outside.items():
@@ -36,7 +36,7 @@ def require_same_layers(
             if dim is not None:
                 size = shape[dim] // stack.depth * len(slots[stack.name])
                 outside[name] = (*shape[:dim], size, *shape[dim + 1 :])
-    for name, shape in _shapes_outside(twin, tuple(targets.values())).items():
+    for name, shape in _shapes_outside(stock, tuple(targets.values())).items():
         if outside.get(name) != shape:
             raise WriteError(
                 f"{name} is {list(outside.get(name, ()))} in the base and would be {list(shape)}: its size follows the "

@@ -11,6 +11,7 @@ from shoal.examples import DraftExamples
 from shoal.plan import Run, Spec
 from shoal.speculating.chooser import Chooser, PeriodicChooser
 from shoal.speculating.draft_context import DraftContext
+from shoal.speculating.layer_trial import similarity
 
 EXAMPLES = DraftExamples(("clasp:skip=1;every=1",))
 
@@ -58,11 +59,7 @@ class _Clasp(PeriodicChooser):
             options = [(j, ran[n + 1 : n + 2], (*best[j][1], layer)) for n, j in enumerate(counts)]
             options += [(j + 1, *best[j]) for j in counts if layer >= self.first and j < self.skip]
             for j, state, kept in options:
-                if j not in after or _near(state, true) > _near(after[j][0], true):
+                if j not in after or similarity(state, true) > similarity(after[j][0], true):
                     after[j] = (state, kept)
             best = after
         return tuple(Run(layer) for layer in best[max(best)][1])
-
-
-def _near(state: torch.Tensor, true: torch.Tensor) -> float:
-    return float(torch.cosine_similarity(state.flatten().float(), true.flatten().float(), dim=0))

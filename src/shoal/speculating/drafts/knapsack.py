@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +16,7 @@ from shoal.plan import Run, Spec
 from shoal.plan.steps import PartName
 from shoal.speculating.chooser import Chooser, PeriodicChooser
 from shoal.speculating.draft_context import DraftContext
-from shoal.speculating.layer_trial import LayerTrial
+from shoal.speculating.layer_trial import LayerTrial, similarity
 
 BUCKETS = 12
 """Steps in which a draft's time is counted."""
@@ -46,13 +48,17 @@ class _Knapsack(PeriodicChooser):
     every: int
     length: int
     timed_at: int = 0
+    timed_model: Callable[[], object] = lambda: None
+    """The model whose parts were timed, while it lives: one draft may serve several."""
     costs: dict[tuple[int, PartName], float] = field(default_factory=dict)
 
     def chosen(self, context: DraftContext) -> tuple[Run, ...]:
         """Choose by the last token and the clock."""
         trial, items = context.layer_trial(), _items(context.runner.spec)
-        if not self.costs or context.length > 1.5 * self.timed_at:
+        model = context.runner.model
+        if self.timed_model() is not model or context.length > 1.5 * self.timed_at:
             self.costs, self.timed_at = _timed(trial, items), context.length
+            self.timed_model = weakref.ref(model)
         kept = self._fill(trial, items)
         return _steps(context.runner.depth, kept, items)
 
@@ -69,7 +75,7 @@ class _Knapsack(PeriodicChooser):
             options += [(t, *best[t]) for t in spent] if layer else []
             best = _thin(options, true, BUCKETS)
         scale = sum(buckets)
-        found = max(best, key=lambda t: self._worth(_near(best[t][0], true), t / scale))
+        found = max(best, key=lambda t: self._worth(similarity(best[t][0], true), t / scale))
         return best[found][1]
 
     def _worth(self, near: float, share: float) -> float:
@@ -83,7 +89,7 @@ def _thin(
     """The nearest state for each time spent, and of all times at most `most`, evenly spread."""
     after: dict[int, tuple[float, torch.Tensor, frozenset[int]]] = {}
     for spent, state, kept in options:
-        near = _near(state, true)
+        near = similarity(state, true)
         if spent not in after or near > after[spent][0]:
             after[spent] = (near, state, kept)
     low, high = min(after), max(after)
@@ -122,7 +128,3 @@ def _steps(depth: int, kept: frozenset[int], items: list[tuple[int, PartName]]) 
         layer: [part for n, (one, part) in enumerate(items) if one == layer and n in kept] for layer in range(depth)
     }
     return tuple(Run(layer, part="layer" if len(found) == 2 else found[0]) for layer, found in parts.items() if found)
-
-
-def _near(state: torch.Tensor, true: torch.Tensor) -> float:
-    return float(torch.cosine_similarity(state.flatten().float(), true.flatten().float(), dim=0))
