@@ -1,6 +1,6 @@
 """A draft in a file of your own: the first and the last layers guess, all of them verify.
 
-    shoal generate MODEL "Once" --speculate examples/ends.py:first=8;last=4
+    shoal generate MODEL "Once" --speculate 'examples/ends.py:first=8;last=4'
 
 A draft is called with the model's `Spec` and answers with a `Chooser`, which names the steps that draft. Whatever it
 chooses, the text is that of plain decoding; it only decides how many guesses are right, and what they cost.

@@ -16,6 +16,7 @@ from shoal.api.harness import DENSE, Harness
 from shoal.api.study import Cell, ExpectedSeconds, Protocol, cells
 from shoal.atomic import write_atomically
 from shoal.evaluation import Progress
+from shoal.models.kinds import require_causal
 from shoal.plan import Plan, parse_plan, strip
 from shoal.record import command_line, environment
 from shoal.report import render_comparison
@@ -68,6 +69,7 @@ def compare(
     protocol, place = protocol or Protocol(), Path(folder).expanduser()
     asked = cells(methods, budgets, seeds)
     loaded = opened(source, **options)
+    require_causal(loaded.model, "compare")
     harness = Harness.of(loaded, protocol, place)
     for budget in dict.fromkeys(cell.budget for cell in asked):
         harness.budget(budget)

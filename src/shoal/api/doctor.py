@@ -14,7 +14,7 @@ from shoal.models.diagnosis import Diagnosis, diagnose, read_metadata
 from shoal.models.load import structure
 from shoal.models.opened import open_model
 from shoal.models.own_code import own_code_known
-from shoal.plan import Plan, Spec, load_plan, parse_plan, parse_steps, require, shapes_of
+from shoal.plan import Plan, Spec, is_plan_file, load_plan, parse_plan, parse_steps, require, shapes_of
 from shoal.plan.select import plain_layers
 from shoal.writing.reference import quiet
 
@@ -94,6 +94,6 @@ def _plan(text: str | None, spec: Spec, source: str) -> tuple[Plan, Tensors]:
     """The plan that is to be judged, with the tensors that lie beside its file. Raises U550 or U551."""
     if text is None:
         return Plan.identity(spec), {}
-    if text.endswith(".json") or Path(text).is_dir():
+    if is_plan_file(text):
         return load_plan(text), load_weights(text)
     return parse_plan(text, Plan.identity(spec, source=source)), {}

@@ -138,12 +138,14 @@ def prune(
         plan = parse_plan(plan, identity) if isinstance(plan, str) else plan
         found, method = _given(plan, weights or {}, spec, loaded), "listed"
         if after:
+            require_text(loaded.model, f"the transform {after[0].text}")
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
     else:
         budget = _measured(loaded, budget, _prompt(loaded, length), seed, progress)
         count, most = amount_of(spec, stack, drop, keep, budget)
-        if entry.reads_data or is_causal(loaded.model):  # the records of causal models name the data in any case
-            require_text(loaded.model, f"the method {method}")
+        if entry.reads_data or after or is_causal(loaded.model):  # the records of causal models name it in any case
+            reader = f"the transform {after[0].text}" if after and not entry.reads_data else f"the method {method}"
+            require_text(loaded.model, reader)
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
         with _pool(entry, loaded, ray, workers) as pool:
             found = _found(

@@ -9,7 +9,7 @@ from shoal._version import __version__
 from shoal.api.prune import Pruned
 from shoal.evaluation import Progress, Spread
 from shoal.models.streamed import is_streamed
-from shoal.plan import Plan
+from shoal.plan import Plan, format_steps
 from shoal.plan.price import FIGURES
 from shoal.record import Record, command_line, environment
 from shoal.report import render
@@ -91,11 +91,7 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
             "method": pruned.method,
             "dropped": {name: list(plan.dropped(name)) for name, _ in plan.stacks},
             "stacks": {
-                name: {
-                    "depth": plan.depth(name),
-                    "notation": str(plan.with_steps(steps, name)) if len(plan.stacks) == 1 else "",
-                }
-                for name, steps in plan.stacks
+                name: {"depth": plan.depth(name), "notation": format_steps(steps)} for name, steps in plan.stacks
             },
         },
         "scores": _scores(pruned),

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shoal.data import Data
+from shoal.errors import UsageError
 from shoal.evaluation import Progress
-from shoal.executing.weights import used_by
+from shoal.executing.weights import ids_of, used_by
 from shoal.fitting.result import Job, Transformed
 from shoal.models.load import Loaded
-from shoal.plan import Spec, require, shapes_of
+from shoal.plan import Plan, Spec, require, shapes_of
 from shoal.registry import Entry
 from shoal.scores import Found
 from shoal.spelling import chosen
@@ -44,14 +45,42 @@ def transformed(
     progress: Progress | None = None,
 ) -> tuple[Found, tuple[dict[str, Any], ...]]:
     """`found` with the transforms done in order, and for each what it did: name, plan, shapes of tensors, errors.
-    `data` is None only where there is nothing to do."""
+    `data` is None only where there is nothing to do. Without a `stack` they work on the one that the plan changes;
+    raises U653 when it changes several."""
     said = []
+    if then and stack is None:
+        stack = _changed(found.plan)
     for one in then:
         assert data is not None
         job = Job(loaded.model, data, found.plan, found.weights, stack, batch, seed, progress)
         made: Transformed = one.entry.load()(job, **one.options)
+        _refuse_shared(made.plan, one.text)
         weights = used_by(made.plan, made.weights)
         require(made.plan, spec, shapes_of(weights))
         found = replace(found, plan=made.plan, weights=weights)
         said.append({"transform": one.text, **made.to_dict()})
     return found, tuple(said)
+
+
+def _changed(plan: Plan) -> str | None:
+    changed = plan.changed()
+    if len(changed) > 1:
+        raise UsageError(
+            f"the plan changes the stacks {' and '.join(changed)}, and a stand-in is fitted in one; name it (--stack)",
+            code="U653",
+        )
+    return changed[0] if changed else None
+
+
+def _refuse_shared(plan: Plan, transform: str) -> None:
+    """Raise U654 when two stacks name the same tensors: those of the one would run in the other."""
+    taken: dict[str, str] = {}
+    for stack, steps in plan.stacks:
+        for name in sorted(ids_of(steps)):
+            other = taken.setdefault(name, stack)
+            if other != stack:
+                raise UsageError(
+                    f"{transform} makes the weights {name} for {stack}, and {other} has others of that name; write the "
+                    f"plan of the {other} first and fuse the written model",
+                    code="U654",
+                )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from shoal.errors import ShoalError, UsageError, first_line
 
@@ -10,16 +13,28 @@ TRACEBACK = "SHOAL_TRACEBACK"
 """Set to 1, this variable lets errors of Shoal itself through with their traceback."""
 
 
+def refuse_nul(options: Mapping[str, Any]) -> None:
+    """Raise U645 for a value with a NUL character, which no system takes in a name and a config file can hold."""
+    for name, value in options.items():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, str | Path) and "\0" in str(one):
+                option = name.rstrip("_").replace("_", "-")
+                raise UsageError(
+                    f"{option} is {str(one)!r:.200}, with a NUL character, which no name has; leave it out",
+                    code="U645",
+                )
+
+
 def in_words(error: Exception) -> ShoalError | None:
     """The error to print; None for one that should be seen with its traceback.
 
-    U630 the system refuses a file, U631 memory is full, U632 a package cannot be imported, U639 anything else, which is
-    a fault of Shoal.
+    U630 the system refuses a file, U631 memory is full, U632 a package cannot be imported, U646 the home of a user who
+    is not there, U639 anything else, which is a fault of Shoal.
     """
     if isinstance(error, ShoalError):
         return error
     if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
+        place = f"{str(error.filename)[:200]}: " if error.filename else ""
         return UsageError(f"the system says: {place}{error.strerror or first_line(error)}", code="U630")
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return UsageError(
@@ -27,6 +42,8 @@ def in_words(error: Exception) -> ShoalError | None:
             "--dtype or --device, or --stream where there is one",
             code="U631",
         )
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return UsageError("a name begins with ~ and a user who is not known here; give the full path", code="U646")
     if os.environ.get(TRACEBACK) == "1":
         return None
     if isinstance(error, ImportError):

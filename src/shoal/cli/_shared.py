@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from shoal.cli._errors import in_words
+from shoal.cli._errors import in_words, refuse_nul
 from shoal.cli.options import running
 from shoal.errors import ShoalNote, UsageError
 from shoal.user_files import forget_used, used_files
@@ -32,6 +32,7 @@ def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         forget_used()
         try:
+            refuse_nul(kwargs)
             with _notes_in_words():
                 verb(*args, **kwargs)
         except BrokenPipeError:  # the reader of a pipe left; nothing to say
@@ -176,19 +177,20 @@ def loading(
 
 def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -> Any:
     """A Plan from notation, a plan.json or a folder; None for None. With `legal` it must be so for `spec` (P1xx)."""
-    from shoal.plan import Plan, load_plan, parse_plan, require
+    from shoal.plan import Plan, is_plan_file, load_plan, parse_plan, require
 
     if text is None:
         return None
-    from_file = text.endswith(".json") or Path(text).is_dir()
-    plan = load_plan(text) if from_file else parse_plan(text, Plan.identity(spec, source=source))
+    plan = load_plan(text) if is_plan_file(text) else parse_plan(text, Plan.identity(spec, source=source))
     shapes = {name: tuple(tensor.shape) for name, tensor in read_weights(text).items()} if legal else {}
     return require(plan, spec, shapes) if legal else plan
 
 
 def read_weights(text: str | None) -> dict[str, Any]:
     """The tensors that lie beside the plan of a file or folder; none for notation. Raises U550 or U551."""
-    if text is None or not (text.endswith(".json") or Path(text).is_dir()):
+    from shoal.plan import is_plan_file
+
+    if text is None or not is_plan_file(text):
         return {}
     from shoal.executing.weights import load_weights
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from shoal.cli import options
+from shoal.cli._places import require_file_places
 from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
 
 
@@ -60,6 +61,7 @@ def calibrate(
     if dry_run:
         emit_config(as_json=json_)
         return
+    require_file_places(output, report, features)
     from shoal.api.calibrate import calibrate as run
     from shoal.api.calibrate import publish
 

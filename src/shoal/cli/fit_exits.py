@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from shoal.cli import options
+from shoal.cli._places import require_plan_place
 from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
 from shoal.errors import UsageError
 
@@ -47,6 +48,7 @@ def fit_exits(
             "the classifier of adainfer is one line, which is printed and given to --policy; leave out --output",
             code="U626",
         )
+    require_plan_place(output)
     from shoal.api.fit_exits import FittedExits
     from shoal.api.fit_exits import fit_exits as run
     from shoal.executing.weights import save_planned

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
+from shoal.cli._places import require_plan_place
 from shoal.cli._shared import config_text, emit, emit_config, loading, need, open_model, progress_bars, tell_fits
 
 
@@ -25,10 +26,14 @@ def fuse(
     bos: options.Bos = False,
     batch: options.Batch = 1,
     seed: options.Seed = 0,
+    stack: options.StackName = None,
     save_plan: options.SavePlan = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder to write a plain checkpoint to.")] = None,
     overwrite: options.Overwrite = False,
-    assess: Annotated[bool, typer.Option("--assess/--no-assess", help="Evaluate and time dense against fused.")] = True,
+    assess: Annotated[
+        bool | None,
+        typer.Option("--assess/--no-assess", help="Evaluate and time dense against fused (default: causal models)."),
+    ] = None,
     test_data: options.TestData = "builtin",
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -49,8 +54,10 @@ def fuse(
         return
     from shoal.api.prune import prune as run
     from shoal.executing.weights import save_planned
+    from shoal.models.kinds import is_causal
     from shoal.writing.folder import refuse_output
 
+    require_plan_place(save_plan)
     if output is not None:
         refuse_output(output, overwrite=overwrite)
     written: Any = None
@@ -58,8 +65,8 @@ def fuse(
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         fused = run(
             loaded, plan=chosen, weights=weights, then=then or [], data=data, length=length, limit=limit,
-            stride=stride, bos=bos, batch=batch, seed=seed, writable=output is not None, assess=assess,
-            test_data=test_data, progress=progress,
+            stride=stride, bos=bos, batch=batch, seed=seed, stack=stack, writable=output is not None,
+            assess=is_causal(loaded.model) if assess is None else assess, test_data=test_data, progress=progress,
         )  # fmt: skip
         tell_fits(fused.then, quiet)
         if save_plan is not None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
+from shoal.cli._places import require_file_places
 from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars
 from shoal.errors import UsageError
 
@@ -54,6 +55,7 @@ def generate(
     from shoal.cli._trace import Painter, require_policy
 
     require_policy(policy, trace or trace_page is not None)
+    require_file_places(trace_page)
     painter = Painter() if trace and not json_ else None
     with progress_bars(quiet):
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))

@@ -19,11 +19,13 @@ def inspect(
     from shoal.models.load import check_source
     from shoal.models.opened import open_model
     from shoal.models.quantised import described_quantisation, quantisation_settings
-    from shoal.writing.lineage import lineage_of
+    from shoal.plan.lineage import KEY, read_lineages
 
     with progress_bars(quiet):
         checked = check_source(model, trust_remote_code=trust_remote_code)
-        spec, known = open_model(checked.structure).spec, lineage_of(checked.config)
+        spec = open_model(checked.structure).spec
+    depths = {stack.name: stack.depth for stack in spec.stacks}
+    known = read_lineages(getattr(checked.config, KEY, None), depths)
     data, text = spec.to_dict(), _text(spec)
     if (settings := quantisation_settings(checked.config)) is not None:
         data |= {"quantised": described_quantisation(settings)}

@@ -10,6 +10,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._shared import emit, emit_config, loading, progress_bars, table
+from shoal.errors import UsageError
 
 _MEASURE, _DATA = ["block-influence"], ["builtin"]
 
@@ -72,7 +73,8 @@ def measure(
 def _require_svg(plot: Path) -> None:
     """Before hours of work: a plot that could not be written."""
     if plot.suffix.lower() != ".svg" or not plot.parent.is_dir():
-        raise typer.BadParameter(f"{plot}: give a .svg file in a folder that exists", param_hint="--plot")
+        refused = UsageError(f"{plot}: give a .svg file in a folder that exists", code="U650")
+        raise typer.BadParameter(str(refused), param_hint="--plot")
 
 
 def _text(found: Any) -> str:

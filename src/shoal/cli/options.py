@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from shoal.errors import UsageError
+
 running: ContextVar[typer.Context] = ContextVar("running")
 """The verb that runs, with its options."""
 
@@ -24,20 +26,24 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
             found = yaml.safe_load(value.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
             why = (error.strerror or error) if isinstance(error, OSError) else yaml_problem(error)
-            raise typer.BadParameter(f"cannot read {value}: {why}") from None
+            raise _bad(UsageError(f"cannot read {value}: {why}", code="U649")) from None
         if not isinstance(found, dict):
-            raise typer.BadParameter(f"{value} must hold option: value pairs")
+            raise _bad(UsageError(f"{value} must hold option: value pairs", code="U649"))
         known = {parameter.name: parameter for parameter in context.command.params}
         found = {str(key).replace("-", "_"): v for key, v in found.items() if key != "verb"}
         for key in found:
             if key not in known:
-                raise typer.BadParameter(
-                    f"{value}: {context.info_name} has no option {key!r}; it has {', '.join(known)}"
-                )
+                has = f"{context.info_name} has no option {key!r:.60}; it has {', '.join(known)}"
+                raise _bad(UsageError(f"{value}: {has}", code="U649"))
             if getattr(known[key], "multiple", False) and not isinstance(found[key], list):
                 found[key] = [found[key]]
         context.default_map = {**(context.default_map or {}), **found}
     return value
+
+
+def _bad(error: UsageError) -> typer.BadParameter:
+    """A mistake in a config file, found while the command line is read."""
+    return typer.BadParameter(str(error))
 
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2.", show_default=False)]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
+from shoal.cli._places import require_plan_place
 from shoal.cli._shared import config_text, emit, loading, open_model, progress_bars, read_plan, read_weights, tell_fits
 
 
@@ -84,6 +85,7 @@ def prune(
     from shoal.writing.folder import refuse_output
 
     parse_then(then or [])
+    require_plan_place(save_plan)
     if output is not None:
         refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress, _how_to_go_on(journal):

@@ -85,8 +85,13 @@ def save_planned(plan: Plan, folder: str | Path, weights: Tensors | None = None)
 
 def used_by(plan: Plan, weights: Tensors) -> dict[str, torch.Tensor]:
     """Those of `weights` that a step of `plan` names."""
-    ids = {name for _, steps in plan.stacks for step in steps for name in _ids(step)}
+    ids = {name for _, steps in plan.stacks for name in ids_of(steps)}
     return {name: tensor for name, tensor in weights.items() if _owned(name, ids)}
+
+
+def ids_of(steps: Iterable[Step]) -> set[str]:
+    """The ids of new tensors that steps name."""
+    return {name for step in steps for name in _ids(step)}
 
 
 def shapes_in(stacks: Iterable[Stack]) -> Callable[[str, int], dict[str, tuple[int, ...]]]:

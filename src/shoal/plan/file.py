@@ -68,6 +68,14 @@ def save_plan(plan: Plan, path: str | Path, *, weights: str | None = None) -> No
         raise WriteError(f"cannot write the plan {path}: {error.strerror}; choose another place", code="W215") from None
 
 
+def is_plan_file(text: str) -> bool:
+    """Does `text` name a plan.json or a folder with one, rather than being depth notation?"""
+    try:
+        return text.endswith(".json") or (text != "" and Path(text).is_dir())
+    except (OSError, ValueError):  # notation may be longer than a name, or hold what no name does
+        return False
+
+
 def load_plan(path: str | Path) -> Plan:
     """Read plan.json from a file, or from a folder that `shoal write` made. Raises `NotationError`."""
     text, where = _bytes(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,51 @@ class Lineage:
 
     def describe(self) -> str:
         """Two lines for people: the original layers, and the prunings when there were several."""
-        source, depths = self.base.get("source"), _depths(self.base.get("layers"))
-        name = f" of {source[:200]!r}" if isinstance(source, str) else " of its first base"
-        depth = f" ({sum(depths)} layers)" if depths else ""
-        text = f"original layers{name}{depth}: {self.notation}"
-        if len(self.chain) > 1:
-            text += f"\npruned {len(self.chain)} times, each in the numbers before it: {' then '.join(self.chain)}"
-        return text
+        return _described(self.base, self.notation, self.chain)
+
+
+@dataclass(frozen=True, slots=True)
+class LineageByStack:
+    """What is known of the layers of a checkpoint that has several stacks."""
+
+    stacks: dict[str, Lineage]
+    """By stack, in the model's order; the chains of these are empty."""
+    base: dict[str, Any]
+    """The original base, as in `Lineage`."""
+    chain: tuple[str, ...] = ()
+    """The prunings, first one first, each with all stacks."""
+
+    @property
+    def notation(self) -> str:
+        """The layers of all stacks as one plan of the original base."""
+        return "; ".join(f"{name}: {part.notation}" for name, part in self.stacks.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for --json; the layers by stack."""
+        layers = {name: list(part.layers) for name, part in self.stacks.items()}
+        return {"layers": layers, "plan": self.notation, "chain": list(self.chain), "base": self.base}
+
+    def describe(self) -> str:
+        """Two lines for people, as `Lineage.describe`."""
+        return _described(self.base, self.notation, self.chain)
+
+
+def read_lineages(note: object, depths: Mapping[str, int]) -> Lineage | LineageByStack | None:
+    """`read_lineage` for a model of any stacks, `depths` by their names: one stack's lineage, or that of each."""
+    if len(depths) == 1:
+        return read_lineage(note, next(iter(depths.values())))
+    if not isinstance(note, dict) or not isinstance(note.get("base_layers"), dict):
+        return None
+    silent, found = note.get("silent", {}), {}
+    if not isinstance(silent, dict):
+        return None
+    for name, depth in depths.items():
+        one = {"base_layers": note["base_layers"].get(name), "base": note.get("base"), "silent": silent.get(name, [])}
+        known = read_lineage(one, depth)
+        if known is None:
+            return None
+        found[name] = known
+    return LineageByStack(found, note["base"], _chain(note))
 
 
 def read_lineage(note: object, depth: int | None) -> Lineage | None:
@@ -81,17 +119,17 @@ def read_lineage(note: object, depth: int | None) -> Lineage | None:
     return Lineage(tuple(layers), note["base"], _chain(note), frozenset((slot, part) for slot, part in silent))
 
 
-def lineage_of_folder(place: str | Path) -> Lineage | None:
+def lineage_of_folder(place: str | Path) -> Lineage | LineageByStack | None:
     """The lineage of a folder that `shoal write` made, by config.json and plan.json alone; None for others."""
     config = Path(place) / "config.json"
     try:
         if not config.is_file() or config.stat().st_size > MAX_BYTES:
             return None
         data = json.loads(config.read_bytes())
-        depth = len(list(runs(load_plan(place).steps())))
+        depths = {name: len(list(runs(steps))) for name, steps in load_plan(place).stacks}
     except (OSError, ValueError, RecursionError, NotationError):
         return None
-    return read_lineage(data.get(KEY), depth) if isinstance(data, dict) else None
+    return read_lineages(data.get(KEY), depths) if isinstance(data, dict) else None
 
 
 def _chain(note: dict[str, Any]) -> tuple[str, ...]:
@@ -103,10 +141,23 @@ def _chain(note: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _notation(text: object) -> bool:
+    """Is it depth notation, of one stack or of several with their names?"""
+    if not isinstance(text, str) or len(text) > _LONGEST:
+        return False
     try:
-        return isinstance(text, str) and len(text) <= _LONGEST and bool(parse_steps(text))
+        return all(bool(parse_steps(piece.rpartition(":")[2])) for piece in text.split(";"))
     except NotationError:
         return False
+
+
+def _described(base: Mapping[str, Any], notation: str, chain: Sequence[str]) -> str:
+    source, depths = base.get("source"), _depths(base.get("layers"))
+    name = f" of {source[:200]!r}" if isinstance(source, str) else " of its first base"
+    depth = f" ({sum(depths)} layers)" if depths else ""
+    text = f"original layers{name}{depth}: {notation}"
+    if len(chain) > 1:
+        text += f"\npruned {len(chain)} times, each in the numbers before it: {' then '.join(chain)}"
+    return text
 
 
 def _depths(found: object) -> list[int]:

@@ -87,9 +87,13 @@ class Plan:
         """Base indices of the layers of which nothing runs, ascending."""
         return tuple(sorted(set(range(self.depth(stack))) - set(self.layers(stack))))
 
+    def changed(self) -> tuple[str, ...]:
+        """The stacks in which not every layer runs once, whole, in order, with its own weights and KV."""
+        return tuple(name for name, depth in self.base.depths if self.steps(name) != tuple(map(Run, range(depth))))
+
     def is_identity(self) -> bool:
-        """True when every layer runs once, whole, in order, with its own weights and KV."""
-        return all(self.steps(name) == tuple(Run(i) for i in range(depth)) for name, depth in self.base.depths)
+        """True when no stack is changed."""
+        return not self.changed()
 
     @property
     def hash(self) -> str:

@@ -77,9 +77,9 @@ def stacks(plan: Mapping[str, Any]) -> list[PlannedStack]:
     return found
 
 
-def main_stack(found: list[PlannedStack]) -> PlannedStack:
-    """The stack that the first screen speaks of: the first one that the plan changes, else the first."""
-    return next((stack for stack in found if not stack.identity), found[0])
+def changed(found: list[PlannedStack]) -> list[PlannedStack]:
+    """The stacks that the first screen speaks of: those that the plan changes, else all."""
+    return [stack for stack in found if not stack.identity] or found
 
 
 def sentences(stack: PlannedStack) -> list[str]:

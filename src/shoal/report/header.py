@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal.report.facts import PlannedStack, main_stack, sentences
+from shoal.report.facts import PlannedStack, changed, sentences
 from shoal.report.formatting import amount, esc, finite, interval, pair, percent, plural, ratio
 from shoal.report.tables import from_to, verdict
 
@@ -26,13 +26,12 @@ def header(data: Data, found: list[PlannedStack]) -> str:
 def _lede(data: Data, found: list[PlannedStack]) -> str:
     source, method = data["model"].get("source"), data["plan"].get("method")
     said = [f"<strong>{esc(source)}</strong>:"] if source else []
-    changed = [stack for stack in found if not stack.identity] or found
-    said += [sentence for stack in changed for sentence in sentences(stack)]
+    said += [sentence for stack in changed(found) for sentence in sentences(stack)]
     return " ".join([*said, f"Chosen by <strong>{esc(method)}</strong>." if method else ""])
 
 
 def _tiles(data: Data, found: list[PlannedStack]) -> list[str]:
-    tiles = [_depth(main_stack(found))]
+    tiles = [_depth(stack) for stack in changed(found)]
     if costs := data.get("cost"):
         tiles.append(_size(costs))
     if speeds := data.get("speed"):

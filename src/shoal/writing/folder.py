@@ -24,6 +24,7 @@ from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_to_json, require, shapes_of
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.card import model_card, origin
+from shoal.writing.container import parse_size
 from shoal.writing.lineage import config_note, record_lines
 from shoal.writing.output import (
     disk_errors,
@@ -87,11 +88,13 @@ def write(
     file. The model of `loaded` is not changed.
 
     Raises before any work `PlanError`, the `WriteError`s W201-W215 of `blueprint` and `require_writable`, and
-    W220 output exists, W221 output and source overlap, W222 no parent folder, W223 too little disk space,
+    U524 no such size of shards, W220 output exists, W221 output and source overlap, W222 no parent folder, W223 too
+    little disk space,
     W224 no permission, W225 output holds other things than a model. Raises later
     W216 configs that cannot be saved, W223 disk full, W226 another failure of the disk, W227 written twice at once,
     W230 failed proof, W231 no proof possible; nothing that was not there before is left under the output's name then.
     """
+    limit = parse_size(shard_size)
     inner = require_writable(loaded.model)
     weights = weights or {}
     require(plan, open_model(inner).spec, shapes_of(weights))
@@ -105,7 +108,7 @@ def write(
     note = config_note(inner.config, plan, plans)
     with disk_errors(final), staged(final) as staging:
         _tell(progress, "writing")
-        params = _fill(staging, loaded, plans, note, shard_size, weights)
+        params = _fill(staging, loaded, plans, note, limit, weights)
         write_text(staging / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
             write_text(staging / "shoal" / "config.yaml", config)
@@ -140,9 +143,7 @@ def _tell(progress: Progress | None, stage: str) -> None:
         progress(_STAGES.index(stage), len(_STAGES) - 1, "write and prove")
 
 
-def _fill(
-    staging: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], shard_size: str, weights: Tensors
-) -> int:
+def _fill(staging: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any], limit: int, weights: Tensors) -> int:
     """Tensors, configs, tokenizer, side files and plan; the number of parameters. No reference to the rewritten model
     survives, so the proof does not hold it in memory."""
     (staging / "shoal").mkdir()
@@ -150,7 +151,7 @@ def _fill(
         made = rewrite(loaded.model, plans.plan, plans=plans)
         made.config.shoal = note
         with savable():
-            made.save_pretrained(staging, max_shard_size=shard_size)
+            made.save_pretrained(staging, max_shard_size=limit)
         for file in staging.glob("*.safetensors"):  # which are made for their owner alone, unlike the files beside them
             file.chmod((staging / "config.json").stat().st_mode)
         if loaded.tokenizer is not None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from shoal._version import __version__
 from shoal.models.depth import depth_of
 from shoal.plan import Plan, format_steps
-from shoal.plan.lineage import KEY, Lineage, read_lineage
+from shoal.plan.lineage import KEY, Lineage, LineageByStack, read_lineage, read_lineages
 from shoal.writing.blueprint import Blueprint
 
 MAX_RECORDS = 20_000_000
@@ -45,35 +45,24 @@ def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[
 
 
 def _several(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[str, Any]:
-    known = getattr(config, KEY, None)
-    before = {name: _one(known, name, depth) for name, depth in plan.base.depths}
-    if not isinstance(known, dict) or any(part is None for part in before.values()):
-        known = {"base": _base(plan)}
-        before = {name: Lineage(tuple(range(depth)), known["base"]) for name, depth in plan.base.depths}
-    chain = known.get("chain", [])
+    depths = dict(plan.base.depths)
+    known = read_lineages(getattr(config, KEY, None), depths)
+    if not isinstance(known, LineageByStack):
+        base = _base(plan)
+        known = LineageByStack({name: Lineage(tuple(range(depth)), base) for name, depth in depths.items()}, base)
     after = {
         name: part.then(plans.of(name).slots, plans.of(name).zeroed, format_steps(plan.steps(name)))
-        for name, part in before.items()
-        if part is not None
+        for name, part in known.stacks.items()
     }
     note = {
         "base_layers": {name: list(part.layers) for name, part in after.items()},
-        "plan": "; ".join(f"{name}: {part.notation}" for name, part in after.items()),
-        "chain": [*(chain if isinstance(chain, list) else []), str(plan)],
-        "base": known["base"],
+        "plan": LineageByStack(after, known.base).notation,
+        "chain": [*known.chain, str(plan)],
+        "base": known.base,
         "version": __version__,
     }
     silent = {name: sorted([slot, which] for slot, which in part.silent) for name, part in after.items()}
     return note | ({"silent": silent} if any(silent.values()) else {})
-
-
-def _one(note: Any, stack: str, depth: int) -> Lineage | None:
-    """What the note of a model of several stacks says of one of them."""
-    if not isinstance(note, dict) or not isinstance(note.get("base_layers"), dict):
-        return None
-    quiet = note.get("silent", {})
-    one = {"base_layers": note["base_layers"].get(stack), "base": note.get("base")}
-    return read_lineage(one | {"silent": quiet.get(stack, []) if isinstance(quiet, dict) else None}, depth)
 
 
 def original_layers(config: PreTrainedConfig) -> tuple[int, ...]:

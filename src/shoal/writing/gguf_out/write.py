@@ -8,7 +8,7 @@ from shoal.errors import PlanError, WriteError
 from shoal.evaluation import Progress
 from shoal.models.gguf_source import Source, open_source, spec_of
 from shoal.models.load import Loaded, inspect_source, load
-from shoal.plan import Plan, Spec, load_plan, parse_plan, require
+from shoal.plan import Plan, Spec, is_plan_file, load_plan, parse_plan, require
 from shoal.writing.checks import Check
 from shoal.writing.gguf_out.container import TYPES
 from shoal.writing.gguf_out.converted import OUTTYPES, converted
@@ -29,7 +29,7 @@ def plan_for(source: Source, text: str | None, name: str) -> tuple[Plan, Spec]:
     identity = Plan.identity(spec, source=name)
     if text is None:
         return identity, spec
-    if not (text.endswith(".json") or Path(text).is_dir()):
+    if not is_plan_file(text):
         return require(parse_plan(text, identity), spec), spec
     plan = load_plan(text)
     try:
