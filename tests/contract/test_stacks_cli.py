@@ -129,12 +129,12 @@ def test_what_one_stack_alone_can_say_is_refused(base: str, tmp_path: Path) -> N
 def test_a_stand_in_is_fitted_in_the_stack_that_the_plan_changes(base: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog " * 20, encoding="utf-8")
-    fuse = ["fuse", base, "--with", "refit", "--data", str(text), "--length", "16", "--limit", "4", "--plan"]
-    assert data(*fuse, "encoder: 0,3-5")["plan"] == "encoder: 0:refit-0,3-5; decoder: 0-5"
-    both = "encoder: 0,3-5; decoder: 0,5"
+    fuse = ["fuse", base, "--with", "linear-map", "--data", str(text), "--length", "16", "--limit", "4", "--plan"]
+    assert data(*fuse, "encoder: 0,3-5")["plan"] == "encoder: 0,~1-2,3-5; decoder: 0-5"
+    both = "encoder: 0,3-5; decoder: 0,3-5"
     assert "U653" in (said := shoal(*fuse, both, code=1)) and "--stack" in said
     fused = data(*fuse, both, "--stack", "decoder", "--save-plan", str(tmp_path / "plan"))
-    assert fused["plan"] == "encoder: 0,3-5; decoder: 0:refit-0,5"
+    assert fused["plan"] == "encoder: 0,3-5; decoder: 0,~1-2,3-5"
     assert "U654" in shoal(*fuse, str(tmp_path / "plan"), "--stack", "encoder", code=1)
     assert "M322" in shoal(*fuse, "encoder: 0,3-5", "--assess", code=1)
     assert "P102" in shoal(*fuse, "encoder: 0,3-5", "--stack", "vision", code=1)

@@ -150,6 +150,8 @@ def stand_ins(place: Path, own: Path) -> Iterator[None]:
                 shutil.copytree(place / "MODEL", folder) if file.resolve() == known else convert(file, folder)
             ),
         )
+        for name in ("load", "inspect_source"):
+            patch.setattr(f"shoal.models.load.{name}", _once(resolve_name(f"shoal.models.load.{name}"), place))
         patch.setattr("shoal.evaluation.generation.PROMPTS", ("Why?",))
         patch.setattr("shoal.api.prompts.BUILTIN", {"short": ("Why?",)})
         for name, most in LESS.items():
@@ -157,6 +159,25 @@ def stand_ins(place: Path, own: Path) -> Iterator[None]:
         patch.setattr("shoal.writing.reference.TOKENS", 8)
         with proving_here(greedy=(1, 4)):
             yield
+
+
+KNOWN: dict[str, Any] = {}
+"""The base models that were loaded or looked at: every command has the same, which all give back as they took it."""
+
+
+def _once(function: Callable[..., Any], place: Path) -> Callable[..., Any]:
+    """`function` called once for each base model and options."""
+
+    @functools.wraps(function)
+    def known(source: Any, **options: Any) -> Any:
+        if source not in ("smollm2", "MODEL") or options.get("stream"):
+            return function(source, **options)
+        key = f"{function.__name__} {place} {source} {sorted(options.items())}"
+        if key not in KNOWN:
+            KNOWN[key] = function(source, **options)
+        return KNOWN[key]
+
+    return known
 
 
 def _given_less(function: Callable[..., Any], most: dict[str, int]) -> Callable[..., Any]:

@@ -29,7 +29,12 @@ class Command:
         words = shlex.split(self.text)
         apart = shlex.shlex(self.text, posix=True, punctuation_chars=True)
         apart.whitespace_split = True
-        if list(apart) != words or any(set(word) & set("$*?`~") and word in self.text.split() for word in words):
+        pieces = list(apart)
+        if (
+            pieces != words
+            or any(set(piece) <= set("();<>|&") for piece in pieces)
+            or any(set(word) & set("$*?`~") and word in self.text.split() for word in words)
+        ):
             raise ValueError(f"{self.page}, line {self.line}: a shell reads {self.text!r} as something else; quote it")
         return words
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +20,15 @@ def hide_own_bars() -> None:
 
 @contextmanager
 def hide_offload_note() -> Iterator[None]:
-    """Meanwhile accelerate does not tell that parameters are offloaded: it was asked for."""
+    """Meanwhile accelerate does not tell that parameters are offloaded, which was asked for, nor transformers that a
+    device map names a parameter that stands beside the modules (CLIP's `logit_scale`), which is right."""
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules")
+            yield
     finally:
         logger.setLevel(level)
 

@@ -77,6 +77,7 @@ def _curve(data: Data, kind: str) -> str:
             ha="right",
             color=TEXT,
             fontsize=SIZE,
+            annotation_clip=True,  # a level far outside of what was found would leave the curve no room
         )
         axes.plot([one["layers"]], [_shown(one)], "D", color=REMOVED, markersize=11, zorder=5)
     values = [row[kind] for row in data["table"]]
