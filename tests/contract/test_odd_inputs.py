@@ -88,7 +88,7 @@ def tried(sound: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return outcome
 
 
-@pytest.mark.parametrize(("verb", "odd"), pairs("MODEL", MODELS, 12))
+@pytest.mark.parametrize(("verb", "odd"), pairs("MODEL", MODELS, 24))
 def test_what_is_no_model_is_refused(verb: str, odd: str, tried: Tried) -> None:
     assert tried(verb, "MODEL", MODELS[odd]) == 1
 
@@ -98,12 +98,12 @@ def test_an_unusual_model_works_or_is_refused(verb: str, odd: str, tried: Tried)
     tried(verb, "MODEL", UNUSUAL[odd])
 
 
-@pytest.mark.parametrize(("verb", "odd"), pairs("DATA", DATA, 7))
+@pytest.mark.parametrize(("verb", "odd"), pairs("DATA", DATA, 14))
 def test_what_is_no_text_is_refused(verb: str, odd: str, tried: Tried) -> None:
     assert tried(verb, "DATA", DATA[odd]) == 1
 
 
-@pytest.mark.parametrize(("verb", "odd"), pairs("PLAN", PLANS, 10))
+@pytest.mark.parametrize(("verb", "odd"), pairs("PLAN", PLANS, 15))
 def test_what_is_no_plan_is_refused(verb: str, odd: str, tried: Tried) -> None:
     assert tried(verb, "PLAN", PLANS[odd]) == 1
 

@@ -150,7 +150,7 @@ def stand_ins(place: Path, own: Path) -> Iterator[None]:
                 shutil.copytree(place / "MODEL", folder) if file.resolve() == known else convert(file, folder)
             ),
         )
-        for name in ("load", "inspect_source"):
+        for name in ("load", "check_source", "inspect_source"):
             patch.setattr(f"shoal.models.load.{name}", _once(resolve_name(f"shoal.models.load.{name}"), place))
         patch.setattr("shoal.evaluation.generation.PROMPTS", ("Why?",))
         patch.setattr("shoal.api.prompts.BUILTIN", {"short": ("Why?",)})
