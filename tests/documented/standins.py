@@ -84,6 +84,7 @@ NOT_RUN = {
 BLOCKS = {
     "from openai import OpenAI": "needs the package openai; tests/contract/test_serve_openai.py asks the same",
     "from shoal.decoding.fast import FastDecoder": "compiles: run with -m slow",
+    "import shoal\n\nloaded = shoal.load": "searches greedily among thirty layers: run with -m slow",
 }
 """Blocks of Python, by what they begin with, that are not run or only with -m slow."""
 
@@ -101,6 +102,7 @@ LESS: dict[str, dict[str, int]] = {
     "shoal.api.fit_exits.fit_exits": {"length": 32, "limit": 8},
     "shoal.api.measuring.measure": {"length": 64, "limit": 2},
     "shoal.api.prune.prune": {"length": 64, "limit": 2},
+    "shoal.prune": {"length": 16, "limit": 1},
     "shoal.api.assess.evaluate": {"window": 128, "limit": 2, "task_items": 2},
     "shoal.api.study.Protocol": {"length": 64, "limit": 2, "window": 64, "windows": 2, "new_tokens": 2, "pairs": 1},
     "shoal.api.speculate.tune_draft": {"new": 8, "finalists": 1, "pairs": 1},
