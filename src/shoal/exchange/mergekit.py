@@ -12,10 +12,12 @@ from shoal.exchange._format import Format, refuse_unless_said, shown
 from shoal.exchange._yaml import from_yaml, to_yaml
 from shoal.plan import Plan, Run, Spec, Step
 from shoal.plan.notation import MAX_STEPS
-from shoal.plan.steps import runs
+from shoal.plan.steps import PartName, runs
 
 NAME = "mergekit"
 METHOD = "passthrough"
+ATTENTION_END, MLP_END = "o_proj", "down_proj"
+"""The last matrices of a Llama-like layer's attention and mlp: at 0 the part adds nothing."""
 _NO_LAYERS = frozenset(
     {"dtype", "out_dtype", "name", "tokenizer", "tokenizer_source", "chat_template", "base_model", "merge_method"}
 )
@@ -29,10 +31,12 @@ def mergekit() -> Format:
     Ranges may repeat and overlap, which copies layers; the model's name becomes the plan's source.
 
     Source: github.com/arcee-ai/mergekit, merge method passthrough; files written here were read by the configuration
-    parser of mergekit 0.1.5.
+    parser of mergekit 0.1.5. Block expansion: LLaMA Pro (arXiv 2401.02415).
 
-    Says: whole layers removed, repeated, reordered. Refused when read: several models, several sources in a slice,
-    parameters such as scale, other merge methods (all N103).
+    Says: whole layers removed, repeated, reordered. A slice with `scale` 0 for o_proj alone, or for down_proj alone, is
+    read as its mlps, or its attentions. Refused when read: several models, several sources in a slice, other
+    parameters, both at 0 (block expansion: the layers add nothing until they are trained), other merge methods (all
+    N103).
     """
     return Format(_read, _write)
 
@@ -40,17 +44,26 @@ def mergekit() -> Format:
 def _read(text: str | bytes, identity: Plan) -> Plan:
     data = _mapping(from_yaml(text, NAME), "the file", {"slices", "parameters"} | _NO_LAYERS)
     if data.get("merge_method") != METHOD:
-        _refuse(f"merge_method {shown(data.get('merge_method'))}, which mixes weights", f"merge_method: {METHOD}")
+        _refuse(
+            f"merge_method {shown(data.get('merge_method'))}, which mixes weights",
+            f"merge_method: {METHOD}, or run mergekit and give the model that it makes",
+        )
     steps: list[Step] = []
     models = list[str]()
     for place, piece in enumerate(_list(data.get("slices"), "slices")):
         where = f"slice {place}"
-        sources = _list(_mapping(piece, where, {"sources", "parameters"}).get("sources"), f"{where}: sources")
+        sources = _list(
+            _mapping(_unscaled(piece), where, {"sources", "parameters"}).get("sources"), f"{where}: sources"
+        )
         if len(sources) != 1:
-            _refuse(f"{len(sources)} sources in {where}", "one source in each slice")
-        source = _mapping(sources[0], where, {"model", "layer_range", "parameters"})
+            _refuse(
+                f"{len(sources)} sources in {where}, whose weights are mixed",
+                "one source in each slice, or run mergekit and give the model that it makes",
+            )
+        part = _part(piece, where) or _part(sources[0], where)
+        source = _mapping(_unscaled(sources[0]), where, {"model", "layer_range", "parameters"})
         models.append(_model(source.get("model"), where))
-        steps += [Run(layer) for layer in _range(source.get("layer_range"), where, identity.depth())]
+        steps += [Run(layer, part or "layer") for layer in _range(source.get("layer_range"), where, identity.depth())]
         if len(steps) > MAX_STEPS:
             raise NotationError(f"the {NAME} file has more than {MAX_STEPS} layers; use fewer slices", code="N101")
     if not models:
@@ -58,6 +71,43 @@ def _read(text: str | bytes, identity: Plan) -> Plan:
     _require_one_model(models, data.get("base_model"))
     plan = identity.with_steps(tuple(steps))
     return replace(plan, base=replace(plan.base, source=models[0]))
+
+
+def _part(found: object, where: str) -> PartName | None:
+    """The part that runs of a slice whose `scale` is 0 for what the other part ends in; None without such a scale.
+
+    mergekit multiplies each tensor by the first value whose filter is in its name, and by 1 where none is.
+    """
+    zero = _zeroed(found)
+    if zero == {ATTENTION_END, MLP_END}:
+        _refuse(
+            f"scale 0 for {ATTENTION_END} and {MLP_END} in {where} (block expansion: its layers add nothing until they "
+            "are trained)",
+            "the file without that slice for a plan that computes the same, or run mergekit for layers to train",
+        )
+    return None if not zero else "mlp" if zero == {ATTENTION_END} else "attention"
+
+
+def _zeroed(found: object) -> set[str]:
+    """The names whose scale is 0, where `scale` is the only parameter and says no more than that; else none."""
+    given = found.get("parameters") if isinstance(found, dict) else None
+    scale = given.get("scale") if isinstance(given, dict) and set(given) == {"scale"} else None
+    zero = set[str]()
+    for rule in scale if isinstance(scale, list) else []:
+        name, value = (rule.get("filter"), rule.get("value")) if isinstance(rule, dict) else (None, None)
+        if type(value) not in (int, float) or value not in (0, 1) or not set(rule) <= {"filter", "value"}:
+            return set()
+        if value == 1 and name in (None, "*"):
+            return zero  # what follows is never reached
+        if value != 0 or name not in (ATTENTION_END, MLP_END):
+            return set()
+        zero.add(name)
+    return zero
+
+
+def _unscaled(found: Any) -> Any:
+    """The same mapping without a scale that was understood."""
+    return {key: value for key, value in found.items() if key != "parameters"} if _zeroed(found) else found
 
 
 def _require_one_model(models: list[str], base: object) -> None:
