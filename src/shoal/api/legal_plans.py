@@ -6,6 +6,7 @@ from functools import partial
 
 from shoal.errors import WriteError
 from shoal.ledger import Ledger
+from shoal.models.adapter import is_adapted
 from shoal.models.load import Loaded
 from shoal.models.stacks import unwrap
 from shoal.plan import Plan, Spec, check
@@ -15,7 +16,7 @@ from shoal.writing.surgery import blueprint
 
 def require_writable(loaded: Loaded, identity: Plan) -> None:
     """Raise `WriteError` when not even the whole model can be written, so that no search ends in "no layer may go"."""
-    if unwrap(loaded.model) is not loaded.model:
+    if unwrap(loaded.model) is not loaded.model or is_adapted(loaded.model):
         raise WriteError(
             "the model is wrapped by PEFT and cannot be written; merge the adapter first (model.merge_and_unload()), "
             "or allow plans that only run live",

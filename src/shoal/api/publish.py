@@ -27,6 +27,7 @@ def publish(
     shard_size: str = "5GB",
     config: str | None = None,
     seed: int | None = None,
+    adapter: Path | None = None,
     progress: Progress | None = None,
 ) -> Written | Streamed:
     """Write `pruned` to the folder `output` with its records, model card and page, proved first (see `shoal.write`).
@@ -60,6 +61,7 @@ def publish(
         pruned.plan,
         output,
         weights=pruned.found.weights,
+        adapter=adapter,
         page=lambda proof: render(page_data(pruned, proof, " ".join(command), record.time)),
         **options,
     )

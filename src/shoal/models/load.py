@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from shoal.errors import ModelError, first_line, note
+from shoal.errors import ModelError, UsageError, first_line, note
+from shoal.models.adapter import Adapter, adapter_config, attach
 from shoal.models.checked_source import (
     BUILTIN,
     MAX_DEPTH,
@@ -48,6 +49,8 @@ class Loaded:
     source: str
     folder: Path | None = None
     """The local folder that was read, for its side files; None for a hub id."""
+    adapter: Adapter | None = None
+    """What peft put into the model's modules."""
 
     @property
     def opened(self) -> OpenedModel:
@@ -65,16 +68,20 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     stream: bool = False,
+    adapter: str | Path | None = None,
 ) -> Loaded:
     """Load a model for evaluation, by the Auto class that its config names: a causal language model, an encoder, ...
 
     `source`: "smollm2", a folder with config.json and safetensors, a .gguf file, a hub id, or a live model (returned as
     it is). `device`: cpu, cuda, mps, ... (default: the accelerator torch finds, else the CPU). `dtype`: auto, float32,
     bfloat16, float16 (default: what the checkpoint says). `stream`: leave the layers in their files and read each one
-    when it runs, for a model that does not fit into memory. Raises `ModelError` (M3xx) with the remedy.
+    when it runs, for a model that does not fit into memory. `adapter`: the folder of a LoRA adapter, which peft puts
+    into the model. Raises `ModelError` (M3xx) with the remedy.
     """
     if isinstance(source, nn.Module):
         return Loaded(source, tokenizer, getattr(source, "name_or_path", "") or type(source).__name__)
+    if adapter is not None:
+        _require_adapter(adapter, stream)
     place_for = usable_device(device)
     chosen = "auto" if dtype in (None, "auto") else dtype_of(dtype) if isinstance(dtype, str) else dtype
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
@@ -92,7 +99,17 @@ def load(
     if tokenizer is None:
         tokenizer = load_tokenizer(checked.place, **trust)
     model = model.eval() if stream else _moved(model.eval(), place_for, checked.name)
-    return Loaded(model, tokenizer, checked.name, checked.folder)
+    put = None if adapter is None else attach(model, adapter, checked.name)
+    return Loaded(model, tokenizer, checked.name, checked.folder, put)
+
+
+def _require_adapter(adapter: str | Path, stream: bool) -> None:
+    """Before weights are read: M380 and M381 for a folder that is no adapter, U672 for layers that stay in files."""
+    if stream:
+        raise UsageError(
+            "layers that stay in their files take no adapter; leave --stream or --adapter out", code="U672"
+        )
+    adapter_config(Path(adapter).expanduser())
 
 
 def _require_all(source: str, info: dict[str, Any]) -> None:

@@ -47,6 +47,11 @@ def conclusions(reference: Reference, answer: dict[str, Any]) -> Iterator[Check]
     keys = [f"{kind.removesuffix('_keys')} {key}" for kind, found in answer["keys"].items() for key in found]
     loads = f"missing, unexpected and mismatched tensors of {reference.auto} in a fresh process"
     yield Check("loads", not keys, len(keys), 0, f"{loads}: {', '.join(keys[:3])}" if keys else loads)
+    if reference.adapter is not None:  # the folder alone has a proof of its own
+        yield from _logits(reference, answer)
+        if reference.prompts:
+            yield _greedy(reference, answer["greedy"])
+        return
     yield from _weights(reference, answer["weights"])
     if reference.depths is not None:
         yield from _of_kind(reference, answer)

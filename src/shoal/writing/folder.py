@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from shoal.atomic import publish, staged
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, save_weights
+from shoal.models.adapter import attach
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.own_code import copy_own_code, runs_own_code
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_to_json, require, shapes_of
+from shoal.writing.adapter import PLACE, renumbered, write_adapter
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import parse_size
@@ -36,8 +38,8 @@ from shoal.writing.output import (
     with_source,
     write_text,
 )
-from shoal.writing.proof import FILE, Proof, prove, verify
-from shoal.writing.reference import quiet
+from shoal.writing.proof import FILE, Proof, prove, prove_many, verify
+from shoal.writing.reference import adapter_reference, quiet
 from shoal.writing.side_files import copy_modules, copy_side_files
 from shoal.writing.surgery import blueprint, require_writable, rewrite
 
@@ -77,6 +79,7 @@ def write(
     command: str | None = None,
     config: str | None = None,
     prove: bool = True,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Written:
     """Write the stock model of `plan` with everything that belongs to it, and prove it before it gets its name.
@@ -85,12 +88,13 @@ def write(
     `zero_parts`: let a layer keep a dropped attention or mlp with all tensors zero. `records`: one JSON object a line,
     behind those of a base that Shoal wrote. `page`: report.html, or what makes it from the proof. `card`: rows {name,
     unit, dense, pruned, how} of the model card. `command`, `config`: what the user typed, and the same as a config
-    file. The model of `loaded` is not changed.
+    file. `adapter`: the folder of a LoRA adapter of the base, which is written beside it, in the folder `adapter`, with
+    its layers renumbered, and proved to do there what it does on the live plan. The model of `loaded` is not changed.
 
     Raises before any work `PlanError`, the `WriteError`s W201-W215 of `blueprint` and `require_writable`, and
     U524 no such size of shards, W220 output exists, W221 output and source overlap, W222 no parent folder, W223 too
-    little disk space,
-    W224 no permission, W225 output holds other things than a model. Raises later
+    little disk space, W224 no permission, W225 output holds other things than a model, W295-W299 an adapter that cannot
+    follow the plan. Raises later
     W216 configs that cannot be saved, W223 disk full, W226 another failure of the disk, W227 written twice at once,
     W230 failed proof, W231 no proof possible; nothing that was not there before is left under the output's name then.
     """
@@ -100,8 +104,10 @@ def write(
     require(plan, open_model(inner).spec, shapes_of(weights))
     plan = with_source(plan, loaded.source)
     plans = blueprint(inner, plan, zero_parts=zero_parts, weights=weights)
+    beside = None if adapter is None else Path(adapter).expanduser()
     final = final_path(output)
-    require_apart(final, _sources(loaded))
+    made = None if beside is None else renumbered(beside, inner, plans, str(final))
+    require_apart(final, _sources(loaded) + ([] if beside is None else [beside]))
     refuse_output(final, overwrite=overwrite)
     require_space(final, _bytes(inner, plans))
     lines = record_lines(loaded.folder, records)
@@ -114,6 +120,9 @@ def write(
             write_text(staging / "shoal" / "config.yaml", config)
         _tell(progress, "proving")
         proof = _proved(staging, loaded, plans, weights) if prove else Proof(False, (), against="nothing")
+        if beside is not None and made is not None:
+            write_adapter(staging / PLACE, made, beside)
+            proof = _with_adapter(proof, staging, loaded, plans, beside) if prove else proof
         if prove:
             write_text(staging / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
         text = model_card(
@@ -177,6 +186,26 @@ def _proved(folder: Path, loaded: Loaded, plans: Blueprint, weights: Tensors) ->
             f"the written folder failed its proof, so it was removed: {proof.failures[0]}{more}; {cast}", code="W230"
         )
     return proof
+
+
+def _with_adapter(proof: Proof, folder: Path, loaded: Loaded, plans: Blueprint, adapter: Path) -> Proof:
+    """The proof with that of the adapter: in a fresh process peft and the written pair must compute what the base with
+    its own adapter computes under the plan."""
+    put = attach(loaded.model, adapter, loaded.source)
+    try:
+        place, tokenizer = str((folder / PLACE).resolve()), loaded.tokenizer
+        reference = adapter_reference(loaded.model, plans.plan, place, tokenizer=tokenizer)
+    finally:
+        put.detach()
+    found = prove_many([(folder, reference)])[0]
+    if not found.passed:
+        raise WriteError(
+            f"the renumbered adapter failed its proof, so nothing was written: {found.failures[0]}; merge it first "
+            "(merge_and_unload)",
+            code="W230",
+        )
+    checks = tuple(replace(check, name=f"adapter {check.name}") for check in found.checks)
+    return replace(proof, checks=proof.checks + checks)
 
 
 def _cast(model: nn.Module) -> bool:

@@ -151,6 +151,7 @@ def _ask(jobs: Sequence[tuple[Path, Reference]], scratch: Path) -> list[dict[str
                 "auto": reference.auto,
             }
             | ({} if reference.depths is None else {"depths": reference.depths})
+            | ({} if reference.adapter is None else {"adapter": reference.adapter})
         )
     request, answers = scratch / "request.json", scratch / "answers.json"
     facts = {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}

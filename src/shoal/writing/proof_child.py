@@ -125,7 +125,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Load one folder and measure it. `job`: folder, reference (a safetensors file), device, dtype, options for the
-    load, prompts and tokens for the greedy check."""
+    load, prompts and tokens for the greedy check; adapter, a folder that peft puts into the model."""
     from safetensors.torch import load_file
 
     model, info = getattr(transformers, job["auto"]).from_pretrained(
@@ -136,6 +136,10 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         output_loading_info=True,
         **job["options"],
     )
+    if "adapter" in job:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, job["adapter"]).get_base_model()
     model = model.to(job["device"]).eval()
     tensors = load_file(job["reference"], device=job["device"])
     found: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -72,6 +72,20 @@ class Reference:
     """The Auto class that loads the folder."""
     depths: dict[str, str] | None = None
     """For another kind than a causal model: by stack, the field of its config that holds the depth."""
+    adapter: str | None = None
+    """The folder of an adapter that peft puts into the reloaded model."""
+
+
+class LiveSide(NamedTuple):
+    """What a model computes while a plan runs on it."""
+
+    tensors: dict[str, torch.Tensor]
+    rows: dict[str, Any] | None
+    """What `kv_facts` says of its cache."""
+    prompts: tuple[list[int], ...]
+    tokens: int
+    greedy: tuple[tuple[list[int], list[float]], ...]
+    largest: float
 
 
 def live_reference(
@@ -90,11 +104,61 @@ def live_reference(
     inner = unwrap(model)
     plans = plans or blueprint(inner, plan, zero_parts=True, weights=weights)
     spec = open_model(inner).spec
+    moved, fewer = expected_weights(inner, plans)
+    side = live_side(inner, plan, tokenizer=tokenizer, greedy=greedy, weights=weights)
+    expected = counts(plans, spec, inner, side.tensors["random.ids"].shape[1])
+    whole = not plans.zeroed  # a part that is only silenced still fills its row of the cache
+    return Reference(
+        replace(
+            expected,
+            parameters=expected.parameters - fewer,
+            rows=side.rows["rows"] if side.rows is not None and whole else None,
+            weights=moved,
+        ),
+        side.tensors,
+        prompts=side.prompts,
+        tokens=side.tokens,
+        greedy=side.greedy,
+        largest=side.largest,
+        **load_settings(inner),
+    )
+
+
+def adapter_reference(
+    model: PreTrainedModel,
+    plan: Plan,
+    folder: str,
+    *,
+    tokenizer: Any = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Reference:
+    """What a written folder must compute with the adapter `folder`: what `model`, with the base's adapter in it,
+    computes live."""
+    side = live_side(model, plan, tokenizer=tokenizer, greedy=(2, 16), weights=weights)
+    return Reference(
+        Expected(0, 0, 0, 0),
+        side.tensors,
+        prompts=side.prompts,
+        tokens=side.tokens,
+        greedy=side.greedy,
+        largest=side.largest,
+        adapter=folder,
+        **load_settings(model),
+    )
+
+
+def live_side(
+    inner: PreTrainedModel,
+    plan: Plan,
+    *,
+    tokenizer: Any,
+    greedy: tuple[int, int],
+    weights: Mapping[str, torch.Tensor] | None,
+) -> LiveSide:
+    """The forwards of the proof on a model under a plan."""
     sets = probe_sets(inner, tokenizer)
     prompts = _prompts(sets, tokenizer, greedy[0])
     tokens = min(greedy[1], _context(inner) - max(len(p) for p in prompts)) if prompts else 0
-    moved, fewer = expected_weights(inner, plans)
-    expected = counts(plans, spec, inner, sets["random"][0].shape[1])
     tensors: dict[str, torch.Tensor] = {}
     largest = 0.0
     with quiet(), evaluating(inner), running(inner, plan, weights):
@@ -105,21 +169,7 @@ def live_reference(
             tensors |= {f"{name}.{kind}": t.cpu().contiguous() for kind, t in found.items() if t is not None}
         rows = measure.kv_facts(inner, *sets["random"])
         chosen = tuple(measure.greedy(inner, torch.tensor([p], device=inner.device), tokens) for p in prompts)
-    whole = not plans.zeroed  # a part that is only silenced still fills its row of the cache
-    return Reference(
-        replace(
-            expected,
-            parameters=expected.parameters - fewer,
-            rows=rows["rows"] if rows is not None and whole else None,
-            weights=moved,
-        ),
-        tensors,
-        prompts=tuple(prompts),
-        tokens=tokens,
-        greedy=chosen,
-        largest=largest,
-        **load_settings(inner),
-    )
+    return LiveSide(tensors, rows, tuple(prompts), tokens, chosen, largest)
 
 
 def counted_reference(model: PreTrainedModel, *, device: str, digest: str | None = None) -> Reference:

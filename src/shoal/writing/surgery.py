@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
+from shoal.models.adapter import is_adapted
 from shoal.models.backbone_outputs import renumbered_outputs
 from shoal.models.depth import permuted_config
 from shoal.models.kinds import CAUSAL, auto_of
@@ -117,7 +118,7 @@ def require_writable(model: nn.Module) -> PreTrainedModel:
     """The model itself when its weights can be written as they are: W211 adapters, W212 quantised, W214 not in memory,
     W215 a class that the Auto class would not load."""
     inner = unwrap(model)
-    if inner is not model:
+    if inner is not model or is_adapted(inner):
         raise WriteError(
             "the model is wrapped by PEFT; merge the adapter first (model.merge_and_unload())", code="W211"
         )
