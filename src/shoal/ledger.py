@@ -122,12 +122,14 @@ class Store(Generic[Value]):
         """The first line of the file; None for a new one."""
         self._lines = lines[1:]
 
-    def begin(self, facts: Mapping[str, Any], *, tolerance: float = 0.0) -> str | None:
+    def begin(
+        self, facts: Mapping[str, Any], *, tolerance: float = 0.0, notes: Mapping[str, Any] | None = None
+    ) -> str | None:
         """Write the header of a new file; of one that is there the name of the first fact that differs, if any does.
-        Numbers may differ by `tolerance` of their size."""
+        Numbers may differ by `tolerance` of their size. `notes` are written behind the facts and not compared."""
         if self.header is None:
-            self.header = facts
-            append_line(self.path, dict(facts))
+            self.header = {**facts, **(notes or {})}
+            append_line(self.path, dict(self.header))
             return None
         wanted, there = json.loads(json.dumps(facts)), self.header
         return next((name for name in wanted if not _same(there.get(name), wanted[name], tolerance)), None)

@@ -15,7 +15,7 @@ from shoal.registry import entries
 from ..fuzz.folders import judge
 from ..fuzz.mutate import near
 from ..fuzz.run import Watch
-from ..fuzz.targets import targets
+from ..fuzz.targets import ROWS, targets
 
 SLOW = ("inspect", "doctor:config", "doctor:index", "doctor:header")
 NAMES = (
@@ -27,6 +27,7 @@ NAMES = (
     "notation",
     *SLOW,
     *(f"exchange:{n}" for n in entries("exchange")),
+    *(f"data:{n}" for n in ROWS),
 )
 
 

@@ -61,6 +61,7 @@ def build(place: Path) -> Path:
     _plans(place)
     _texts(place)
     _broken(place)
+    _adapter(place)
     (place / "examples").symlink_to(ROOT / "examples")
     return place
 
@@ -104,15 +105,34 @@ def _plans(place: Path) -> None:
 
 def _texts(place: Path) -> None:
     text = (TEXT + " ") * (LONG // len(TEXT))
-    for name in ("wiki", "valid", "test", "texts", "a", "b"):
+    for name in ("wiki", "valid", "test", "texts", "a", "b", "notes"):
         (place / f"{name}.txt").write_text(f"{name}: {text}", encoding="utf-8")
     (place / "prompts.txt").write_text("Why is the sky blue?\n", encoding="utf-8")
     items = [{"context": "the cat sat on the", "continuation": " mat"}] * 3
     (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    _rows(place, text)
     (place / "mine.py").write_text(
         (ROOT / "examples" / "thin_middle.py").read_text(encoding="utf-8").replace("def thin_middle", "def mine"),
         encoding="utf-8",
     )
+
+
+def _rows(place: Path, text: str) -> None:
+    """The files of docs/data.md."""
+    chat = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+    (place / "chat.jsonl").write_text(json.dumps(chat), encoding="utf-8")
+    (place / "alpaca.json").write_text(json.dumps([{"instruction": text, "output": text}]), encoding="utf-8")
+    (place / "rows.jsonl").write_text(json.dumps({"body": text}), encoding="utf-8")
+    (place / "logs.csv").write_text(f'id,message\n1,"{text}"\n', encoding="utf-8")
+
+
+def _adapter(place: Path) -> None:
+    """The adapter of docs/adapters.md."""
+    import peft
+
+    model = load(place / "MODEL", device="cpu").model
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(model, settings).save_pretrained(str(place / "lora"))
 
 
 def _broken(place: Path) -> None:

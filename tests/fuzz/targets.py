@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gzip
 import json
 import shutil
 import struct
@@ -14,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from shoal.data.chat import Chat
+from shoal.data.files import read_file
 from shoal.deciding.policy_file import Level, PolicyFile, load_policy
 from shoal.errors import ShoalError
 from shoal.models.diagnosis import diagnose, read_metadata
@@ -207,6 +210,37 @@ def _exchanged(name: str) -> Callable[[bytes], object]:
     return run
 
 
+class _Chat:
+    """Writes messages without a template."""
+
+    chat_template = "none"
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        return "".join(f"<{one['role']}>{one['content']}" for one in messages)
+
+
+def _read_rows(name: str) -> Callable[[bytes], object]:
+    def run(data: bytes) -> object:
+        path = _scratch() / name
+        path.write_bytes(data)
+        return [document.text for document in read_file(path, None, Chat(_Chat())).pieces]
+
+    return run
+
+
+ROWS = {
+    "rows.jsonl": (
+        b'{"messages": [{"role": "user", "content": "hi"}, {"from": "gpt", "value": "no"}]}\n',
+        b'{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": "a", "output": "c"}\n',
+        b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "\\u00e9"}\n',
+    ),
+    "rows.json": (b'{"data": [{"text": "a"}, {"text": "b"}]}', b'[{"prompt": "a", "response": "b"}]'),
+    "rows.csv": (b'text,id\n"a,b",1\nc,2\n', b"prompt;response\na;b\n"),
+    "rows.jsonl.gz": (gzip.compress(b'{"text": "a"}\n', mtime=0),),
+}
+"""Files of rows, by name."""
+
+
 @cache
 def targets() -> dict[str, Target]:
     """All of them by name."""
@@ -235,5 +269,6 @@ def targets() -> dict[str, Target]:
         Target("doctor:index", _diagnosed_index, (index,), 3),
         Target("doctor:header", _diagnosed_header, headers, 3),
         *foreign,
+        *(Target(f"data:{name}", _read_rows(name), seeds, 6) for name, seeds in ROWS.items()),
     )
     return {target.name: target for target in found}

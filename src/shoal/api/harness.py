@@ -19,6 +19,7 @@ from shoal.api.study import Cell, Protocol, file_name
 from shoal.api.task_scores import TaskSet, load_task_sets, task_scores
 from shoal.atomic import write_atomically
 from shoal.data import Data
+from shoal.data.spelled import short, templated
 from shoal.errors import ShoalError
 from shoal.evaluation import compare as agree
 from shoal.evaluation import generation_check, perplexity, speed
@@ -60,7 +61,8 @@ class Harness:
     def of(cls, loaded: Loaded, protocol: Protocol, folder: Path) -> Harness:
         """Read all data before anything runs. Raises `DataError`."""
         asked = {"split": "test", "length": protocol.window, "limit": protocol.windows}
-        tests = {Path(name).name: text_of(loaded, name, **asked) for name in protocol.tests}
+        chosen = {short(name): templated(name, protocol.chat_template) for name in protocol.tests}
+        tests = {name: text_of(loaded, text, **asked) for name, text in chosen.items()}
         tasks = load_task_sets(protocol.tasks, limit=protocol.task_items)
         if tasks:
             tokenizer_of(loaded)
@@ -69,7 +71,8 @@ class Harness:
     def calibration(self, seed: int) -> Data:
         """The first windows of the text for seed 0, a random choice of windows for any other."""
         asked = {"split": "calibrate", "length": self.protocol.length, "limit": self.protocol.limit}
-        return text_of(self.loaded, self.protocol.data, **asked, seed=seed or None)
+        text = templated(self.protocol.data, self.protocol.chat_template)
+        return text_of(self.loaded, text, **asked, seed=seed or None)
 
     def identity(self) -> Plan:
         """The plan of the whole model."""

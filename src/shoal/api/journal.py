@@ -59,7 +59,7 @@ def journaled(
     def on(data: Data) -> Objective:
         require_causal(model, "a search by cross-entropy")
         dense = partial(mean_nll, model, data, batch=batch)
-        ledger = open_journal(path, identity.base.fingerprint, data.info.sha256, dense)
+        ledger = open_journal(path, identity.base.fingerprint, data.info.sha256, dense, data.info.describe())
         asked: dict[str, Any] = {"batch": batch, "memory": memory, "share": share, "memo": memo}
         loss = PlanLoss(model, data, **asked) if pool is None else DistributedLoss(model, data, pool, **asked)
         return Journaled(loss, ledger, memo, seed, memory=memory)

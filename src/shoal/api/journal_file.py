@@ -20,9 +20,11 @@ class DroppedPlan(NamedTuple):
     plan: str
 
 
-def open_journal(path: Path | None, base: str, data: str, dense: Callable[[], float]) -> Ledger[float]:
+def open_journal(
+    path: Path | None, base: str, data: str, dense: Callable[[], float], text: str | None = None
+) -> Ledger[float]:
     """The ledger of a journal; without a `path` one in memory. A new file gets its first line: the fingerprint of the
-    model, the hash of the data or the name of the objective, and the `dense` model's value.
+    model, the hash of the data or the name of the objective, the `dense` model's value, and `text`, the data in words.
 
     Raises D430 for a file that cannot be read or written, is no journal, or is one of something else.
     """
@@ -32,7 +34,7 @@ def open_journal(path: Path | None, base: str, data: str, dense: Callable[[], fl
     if store.header is not None and store.header.get("journal") != FORMAT:
         raise DataError(f"{path} is not a journal of Shoal; name another file", code="D430")
     facts = {"journal": FORMAT, "base": base, "data": data, "dense": dense()}
-    if store.begin(facts, tolerance=1e-4) is not None:
+    if store.begin(facts, tolerance=1e-4, notes={} if text is None else {"text": text}) is not None:
         raise DataError(f"the journal {path} belongs to another model or other data; name another file", code="D430")
     return Ledger(store)
 

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 from shoal.api.assess import Source, opened, text_of
+from shoal.data.spelled import TextSource
 from shoal.errors import UsageError
 from shoal.evaluation import Progress, RankAgreement, SubsampleAgreement, agreement_table, enough
 from shoal.models.kinds import require_text
@@ -99,11 +100,12 @@ def measure_several(
     """
     asked = _asked(names, settings or {})
     loaded = opened(source, **(load or {}))
-    texts = list(dict.fromkeys(data)) if all(isinstance(text, str) for text in data) else list(data)
+    named = all(isinstance(text, str | TextSource) for text in data)
+    texts = list(dict.fromkeys(data)) if named else list(data)
     scores: dict[str, Scores] = {}
     for typed, (entry, own) in asked.items():
         for number, text in enumerate(texts):
-            words = text if isinstance(text, str) else f"text {number + 1}"
+            words = str(text) if isinstance(text, str | TextSource) else f"text {number + 1}"
             name = typed if len(texts) == 1 else f"{typed} on {words}"
             scores[name] = measure(
                 loaded, entry.name, data=text, settings=own, progress=_named(progress, name), **options

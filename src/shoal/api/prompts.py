@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shoal.api.assess import tokenizer_of
-from shoal.data.files import value_of
+from shoal.data.chat import messages_of
+from shoal.data.documents import CHATS, PROMPTS, value_of
+from shoal.data.opening import lines_of, opened
+from shoal.data.rows import rows_of
 from shoal.errors import DataError
 from shoal.models.load import Loaded
 
@@ -45,34 +48,37 @@ def texts_of(prompts: Sequence[str] | None) -> list[str]:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a file: one in each line of text, or the `prompt` of each line of a .jsonl file.
+    """Prompts of a file: one in each line of text, or in each row of a .jsonl, .json, .csv or .parquet file: its
+    `prompt`, `instruction` (with its input) or `question`, or the first user's turn of its conversation.
 
-    Raises D401 for a missing file, D404 for one that is not text, D407 or D408 for a bad line, D461 for none.
+    Raises D401 for a missing file, D404 for one that is not text, D407, D408 or D487 for a bad row, D461 for none.
     """
     path = Path(path)
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(
-            f"there is no file of prompts {path}; give one with a prompt in each line", code="D401"
-        ) from None
-    except UnicodeDecodeError:
-        raise DataError(
-            f"{path.name} is not text in UTF-8; give a file with a prompt in each line", code="D404"
-        ) from None
-    if path.suffix.lower() == ".jsonl":
-        lines = [_prompt(line, f"{path.name} line {n}") for n, line in enumerate(lines, 1)]
-    if not lines:
+    if not path.is_file():
+        raise DataError(f"there is no file of prompts {path}; give one with a prompt in each line", code="D401")
+    rows = rows_of(path, None)
+    if rows is None:
+        with opened(path) as file:
+            found = [line.removesuffix("\n") for _, line in lines_of(file, path) if line.strip()]
+    else:
+        found = [_prompt(row, where) for where, row in rows]
+    if not found:
         raise DataError(f"{path.name} holds no prompt; write one in each line", code="D461")
-    return lines
+    return found
 
 
-def _prompt(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise DataError(f"{where} is not JSON; write an object with a key prompt in each line", code="D407") from None
-    return value_of(row if isinstance(row, dict) else {}, "prompt", where)
+def _prompt(row: Mapping[str, Any], where: str) -> str:
+    key = next((name for name in ("prompt", *PROMPTS) if isinstance(row.get(name), str)), None)
+    if key is not None:
+        more = row.get("input") if key == "instruction" else None
+        return f"{row[key]}\n\n{more}" if isinstance(more, str) and more.strip() else str(row[key])
+    chat = next((name for name in CHATS if name in row), None)
+    if chat is None:
+        return value_of(row, "prompt", where, "write each prompt under that key")
+    asked = [one["content"] for one in messages_of(row[chat], where, chat) if one["role"] == "user"]
+    if not asked:
+        raise DataError(f"{where}: {chat!r} holds no turn of the user; mend or remove that row", code="D487")
+    return str(asked[0])
 
 
 def encoded(loaded: Loaded, text: str, chat: bool | None) -> dict[str, torch.Tensor]:

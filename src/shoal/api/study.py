@@ -67,9 +67,12 @@ class Protocol:
     batch: int = 1
     writable: bool = False
     """Only plans that a stock class can express."""
+    chat_template: str | None = None
+    """For conversations in `data` and `tests`, in place of the model's own, see `shoal.load_data`."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; what former versions did not have is left out where it is not used."""
+        return {key: value for key, value in asdict(self).items() if key != "chat_template" or value is not None}
 
 
 class ExpectedSeconds:

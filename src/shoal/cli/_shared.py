@@ -168,11 +168,15 @@ def _cell(value: Any) -> str:
 
 
 def loading(
-    device: str | None, dtype: str | None, trust_remote_code: bool = False, stream: bool = False
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool = False,
+    stream: bool = False,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Options for `shoal.load`."""
     asked = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    return asked | ({"stream": True} if stream else {})
+    return asked | ({"stream": True} if stream else {}) | ({} if adapter is None else {"adapter": adapter})
 
 
 def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -> Any:

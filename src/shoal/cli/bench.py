@@ -33,6 +33,7 @@ def bench(
     pairs: Annotated[int, typer.Option("--pairs", min=1, help="Rounds; in each both sides run once.")] = 5,
     batch: options.Batch = 1,
     seed: options.Seed = 0,
+    adapter: options.AdapterFolder = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
@@ -49,11 +50,11 @@ def bench(
 
     if policy is not None or prompts is not None:
         _with_policy(model, plan, policy, prompts, against, batch, new, pairs, json_, quiet,
-                     loading(device, dtype, trust_remote_code))  # fmt: skip
+                     loading(device, dtype, trust_remote_code, adapter=adapter))  # fmt: skip
         return
     how = loading(device, dtype, trust_remote_code)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **how)
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
         found = run(
             loaded,
             plan=chosen,

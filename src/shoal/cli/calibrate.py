@@ -44,11 +44,14 @@ def calibrate(
         Path | None, typer.Option("--features", help="Recorded exits: read if there, else written (safetensors).")
     ] = None,
     data: options.DataSource = "builtin",
+    text_key: options.TextKey = None,
+    chat_template: options.ChatTemplate = None,
     length: options.Length = 128,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens in front that count as prompt.")] = 32,
     limit: options.Limit = 200,
     batch: options.Batch = 1,
     seed: options.Seed = 0,
+    adapter: options.AdapterFolder = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
@@ -64,9 +67,11 @@ def calibrate(
     require_file_places(output, report, features)
     from shoal.api.calibrate import calibrate as run
     from shoal.api.calibrate import publish
+    from shoal.data.spelled import keyed
 
+    text = keyed(data, text_key, chat_template)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
         found = run(
             loaded,
             policy,
@@ -80,7 +85,7 @@ def calibrate(
             cap=cap,
             count_heads=count_heads,
             features=features,
-            data=data,
+            data=text,
             length=length,
             prompt=prompt,
             limit=limit,

@@ -29,6 +29,8 @@ def compare(
         typer.Option("--seed", help="Once for each repetition; 0 takes the first windows, others a random choice."),
     ] = None,
     data: options.DataSource = "builtin",
+    text_key: options.TextKey = None,
+    chat_template: options.ChatTemplate = None,
     test_data: Annotated[
         list[str] | None, typer.Option("--test-data", help="Text for perplexity; once for each. Default: builtin.")
     ] = None,
@@ -56,6 +58,7 @@ def compare(
 ) -> None:
     """Compare methods at equal budgets: quality, cost and measured speed, as a table and a page with the frontier."""
     from shoal.api.study import Protocol, cells, full_paths
+    from shoal.data.spelled import keyed, located
 
     methods, budgets, seeds = method or [], budget or ["params=0.9,0.8,0.7"], seed or [0]
     asked = cells(methods, budgets, seeds)
@@ -63,9 +66,11 @@ def compare(
         text = "\n".join([f"would run the dense model and {len(asked)} cells:", *(cell.key for cell in asked)])
         emit({"would": [cell.key for cell in asked], "config": config_text()}, text, as_json=json_)
         return
+    keyed(data, text_key, chat_template)
     protocol = Protocol(
-        data=full_paths([data])[0],
-        tests=full_paths(test_data or ["builtin"]),
+        data=located(data, text_key),
+        tests=tuple(located(text) for text in test_data or ["builtin"]),
+        chat_template=chat_template if chat_template in (None, "plain") else full_paths([chat_template])[0],
         tasks=full_paths(tasks or []),
         length=length,
         limit=limit,

@@ -15,6 +15,8 @@ def evaluate(
     plan: options.PlanText = None,
     against: Annotated[str | None, typer.Option("--against", help="A dense model to compare with.")] = None,
     data: options.DataSource = "builtin",
+    text_key: options.TextKey = None,
+    chat_template: options.ChatTemplate = None,
     window: options.Window = 512,
     stride: options.Stride = None,
     limit: options.Limit = 16,
@@ -24,6 +26,7 @@ def evaluate(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate for each prompt.")] = 64,
     tasks: options.Tasks = None,
     task_items: options.TaskItems = 200,
+    adapter: options.AdapterFolder = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
@@ -38,15 +41,17 @@ def evaluate(
         return
     from shoal.api.assess import evaluate as run
     from shoal.api.study import full_paths
+    from shoal.data.spelled import keyed
 
+    text = keyed(data, text_key, chat_template)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
         found = run(
             loaded,
             plan=chosen,
             weights=weights,
             against=against,
-            data=data,
+            data=text,
             window=window,
             stride=stride,
             limit=limit,

@@ -27,10 +27,13 @@ def fit_exits(
     ] = None,
     plan: options.PlanText = None,
     data: options.DataSource = "builtin",
+    text_key: options.TextKey = None,
+    chat_template: options.ChatTemplate = None,
     length: options.Length = 128,
     limit: options.Limit = 256,
     batch: options.Batch = 1,
     seed: options.Seed = 0,
+    adapter: options.AdapterFolder = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
@@ -51,17 +54,19 @@ def fit_exits(
     require_plan_place(output)
     from shoal.api.fit_exits import FittedExits
     from shoal.api.fit_exits import fit_exits as run
+    from shoal.data.spelled import keyed
     from shoal.executing.weights import save_planned
 
+    text = keyed(data, text_key, chat_template)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
         found = run(
             loaded,
             policy,
             what=what,
             plan=chosen,
             weights=weights,
-            data=data,
+            data=text,
             length=length,
             limit=limit,
             batch=batch,

@@ -20,6 +20,8 @@ def fuse(
         typer.Option("--with", help="A transform, as refit or slerp:t=0.3 (shoal ls transforms); again for more."),
     ] = None,
     data: options.DataSource = "builtin",
+    text_key: options.TextKey = None,
+    chat_template: options.ChatTemplate = None,
     length: options.Length = 512,
     limit: options.Limit = 16,
     stride: options.Stride = None,
@@ -53,6 +55,7 @@ def fuse(
         emit_config(as_json=json_)
         return
     from shoal.api.prune import prune as run
+    from shoal.data.spelled import keyed, templated
     from shoal.executing.weights import save_planned
     from shoal.models.kinds import is_causal
     from shoal.writing.folder import refuse_output
@@ -61,12 +64,13 @@ def fuse(
     if output is not None:
         refuse_output(output, overwrite=overwrite)
     written: Any = None
+    text, tests = keyed(data, text_key, chat_template), templated(test_data, chat_template)
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         fused = run(
-            loaded, plan=chosen, weights=weights, then=then or [], data=data, length=length, limit=limit,
+            loaded, plan=chosen, weights=weights, then=then or [], data=text, length=length, limit=limit,
             stride=stride, bos=bos, batch=batch, seed=seed, stack=stack, writable=output is not None,
-            assess=is_causal(loaded.model) if assess is None else assess, test_data=test_data, progress=progress,
+            assess=is_causal(loaded.model) if assess is None else assess, test_data=tests, progress=progress,
         )  # fmt: skip
         tell_fits(fused.then, quiet)
         if save_plan is not None:

@@ -33,6 +33,7 @@ def generate(
     draft_length: Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted at most.")] = 4,
     fast: Annotated[bool, typer.Option("--fast", help="Compile the layers first; for many tokens.")] = False,
     seed: options.Seed = 0,
+    adapter: options.AdapterFolder = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
@@ -58,7 +59,7 @@ def generate(
     require_file_places(trace_page)
     painter = Painter() if trace and not json_ else None
     with progress_bars(quiet):
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
     if speculate is not None:
         from shoal.cli.tune_draft import speak
 

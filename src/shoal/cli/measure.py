@@ -22,8 +22,10 @@ def measure(
     ] = _MEASURE,
     data: Annotated[
         list[str],
-        typer.Option("--data", help="builtin, a .txt/.jsonl/.parquet file, or a hub data set id; again for several."),
+        typer.Option("--data", help=f"{options.DATA_HELP[:-1]}; again for several."),
     ] = _DATA,
+    text_key: options.TextKey = None,
+    chat_template: options.ChatTemplate = None,
     length: options.Length = 512,
     limit: options.Limit = 16,
     stride: options.Stride = None,
@@ -38,6 +40,7 @@ def measure(
         Path | None, typer.Option("--plot", help="Draw the scores with their errors into this .svg file.")
     ] = None,
     stream: options.Stream = False,
+    adapter: options.AdapterFolder = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
@@ -48,6 +51,7 @@ def measure(
 ) -> None:
     """Score every layer: the lowest is the one to remove first. Several measures or texts: how far they agree."""
     from shoal.api.measuring import measure_several, settings_of
+    from shoal.data.spelled import keyed
 
     own = settings_of(measure, settings or [])
     if plot is not None:
@@ -55,11 +59,12 @@ def measure(
     if dry_run:
         emit_config(as_json=json_)
         return
+    texts = [keyed(text, text_key, chat_template) for text in data]
     with progress_bars(quiet) as progress:
         found = measure_several(
-            model, measure, data=data, settings=own, lowest=lowest, stability=enough, progress=progress,
-            load=loading(device, dtype, trust_remote_code, stream), length=length, limit=limit, stride=stride, bos=bos,
-            batch=batch, stack=stack,
+            model, measure, data=texts, settings=own, lowest=lowest, stability=enough, progress=progress,
+            load=loading(device, dtype, trust_remote_code, stream, adapter), length=length, limit=limit,
+            stride=stride, bos=bos, batch=batch, stack=stack,
         )  # fmt: skip
     if plot is not None:
         from shoal.atomic import write_atomically

@@ -50,7 +50,20 @@ Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smoll
 PlanText = Annotated[
     str | None, typer.Option("--plan", help="Depth notation (0-11,14-29) or a plan.json or its folder.")
 ]
-DataSource = Annotated[str, typer.Option("--data", help="builtin, a .txt/.jsonl/.parquet file, or a hub data set id.")]
+DATA_HELP = "builtin, a file (text, .jsonl, .json, .csv, .parquet, .gz), FILE:KEY, a hub id, or a.jsonl=0.7,b.txt=0.3."
+DataSource = Annotated[str, typer.Option("--data", help=DATA_HELP)]
+TextKey = Annotated[
+    str | None, typer.Option("--text-key", help="Key of the rows of --data (default: text, messages, prompt, ...).")
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template", help="File of Jinja for conversations, or plain: contents alone (default: the model's)."
+    ),
+]
+AdapterFolder = Annotated[
+    Path | None, typer.Option("--adapter", help="Folder of a LoRA adapter of the model; it stays in while this runs.")
+]
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a calibration sequence.")]
 Limit = Annotated[int, typer.Option("--limit", min=1, help="Sequences at most.")]
 Window = Annotated[int, typer.Option("--window", min=2, help="Tokens in a test window.")]

@@ -12,6 +12,7 @@ import typer
 from shoal.cli import options
 from shoal.cli._places import require_plan_place
 from shoal.cli._shared import config_text, emit, loading, open_model, progress_bars, read_plan, read_weights, tell_fits
+from shoal.errors import UsageError
 
 
 def prune(
@@ -28,6 +29,8 @@ def prune(
     ] = None,
     plan: options.PlanText = None,
     data: options.DataSource = "builtin",
+    text_key: options.TextKey = None,
+    chat_template: options.ChatTemplate = None,
     length: options.Length = 512,
     limit: options.Limit = 16,
     stride: options.Stride = None,
@@ -61,6 +64,7 @@ def prune(
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that do so, with --ray.")] = 2,
     stream: options.Stream = False,
+    adapter: options.AdapterFolder = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
@@ -80,6 +84,7 @@ def prune(
         return
     from shoal.api.prune import prune as run
     from shoal.api.stand_ins import parse_then
+    from shoal.data.spelled import keyed, templated
     from shoal.executing.weights import save_planned as keep_plan
     from shoal.models.kinds import is_causal
     from shoal.writing.folder import refuse_output
@@ -87,9 +92,16 @@ def prune(
     parse_then(then or [])
     require_plan_place(save_plan)
     if output is not None:
+        if adapter is not None:
+            raise UsageError(
+                "a plan is found with an adapter in the model and written without it; give --save-plan FOLDER in place "
+                f"of --output, then: shoal write {model} --plan FOLDER --adapter {adapter} --output {output}",
+                code="U671",
+            )
         refuse_output(output, overwrite=overwrite)
+    text, tests = keyed(data, text_key, chat_template), templated(test_data, chat_template)
     with progress_bars(quiet) as progress, _how_to_go_on(journal):
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, stream))
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, stream, adapter))
         pruned = run(
             loaded,
             method=method,
@@ -98,7 +110,7 @@ def prune(
             drop=drop,
             keep=keep,
             budget=budget,
-            data=data,
+            data=text,
             length=length,
             limit=limit,
             stride=stride,
@@ -115,7 +127,7 @@ def prune(
             ray=ray,
             workers=workers,
             assess=is_causal(loaded.model) and not stream if assess is None else assess,
-            test_data=test_data,
+            test_data=tests,
             progress=progress,
         )
         tell_fits(pruned.then, quiet)

@@ -33,6 +33,12 @@ def write(
     tokenizer_from: Annotated[
         Path | None, typer.Option("--tokenizer-from", help="A .gguf file whose tokenizer a .gguf output takes.")
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter", help="A LoRA adapter of MODEL: written into OUTPUT/adapter with its layers renumbered."
+        ),
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
@@ -43,6 +49,11 @@ def write(
 ) -> None:
     """Write MODEL under --plan as a checkpoint that plain transformers loads, proved in a fresh process first; or as a
     .gguf file for llama.cpp."""
+    if adapter is not None and (stream or output.suffix == ".gguf"):
+        raise UsageError(
+            "an adapter is written beside a folder whose base is loaded; leave --stream, .gguf or --adapter out",
+            code="U672",
+        )
     if output.suffix == ".gguf":
         wanted = Wanted(
             model, plan, output, outtype, tokenizer_from, zero_parts, overwrite, forward, stream, device, dtype,
@@ -88,9 +99,10 @@ def write(
         pruned = prune(loaded, plan=chosen, weights=weights, zero_parts=zero_parts)
         written = publish(
             pruned, output, overwrite=overwrite, zero_parts=zero_parts, shard_size=shard_size, config=config_text(),
-            progress=progress,
+            adapter=adapter, progress=progress,
         )  # fmt: skip
     text = f"proved and written to {written.folder}: {chosen}, {written.params:,} parameters"
+    text += "" if adapter is None else f"; its adapter: {written.folder / 'adapter'}"
     emit({"output": str(written.folder), "plan": str(chosen), "proof": written.proof.to_dict()}, text, as_json=json_)
 
 

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from shoal.data.builtin import builtin_name, builtin_text
-from shoal.data.files import file_pieces, joined, value_of
+from shoal.data.chat import Chat
+from shoal.data.document import Document, Opened, joined
+from shoal.data.documents import read_documents
+from shoal.data.files import read_file
+from shoal.data.rows import Row
+from shoal.data.spelled import BUILTIN, HUB_ID, Part
 from shoal.errors import DataError
 
-HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.\[\]%-]+))?")
 HUB_SPLITS = {"calibrate": "train", "tune": "validation", "test": "test", "whole": "train"}
-FILE_SUFFIXES = {".txt", ".jsonl", ".parquet", ".json", ".md", ".rst", ".text"}
 
 
-def open_source(source: str | Path | Iterable[str], split: str, text_key: str | None) -> tuple[str, Iterator[str]]:
-    """The recorded name of `source`, and its text in pieces whose concatenation is the whole.
+def open_source(source: Part | Path | Iterable[str], split: str, key: str | None, chat: Chat) -> Opened:
+    """The text of one source. `key`: of its rows, where a part names none.
 
-    A file is recorded by its name without the folders. A hub data set takes the part after the second colon as its
-    split; without one, calibrate, tune and test mean train, validation and test.
-    Raises `DataError` (D401-D411) for what is missing, unreadable or not text.
+    A hub data set takes the part after the second colon as its split; without one, calibrate, tune and test mean
+    train, validation and test. Raises `DataError` for what is missing, unreadable or not text.
     """
-    if isinstance(source, str) and source == "builtin":
-        return builtin_name(), iter((builtin_text(split),))
-    if isinstance(source, str) and ("\n" in source or len(source) > 1024):
-        raise DataError("the data is a text where a name was expected; put the text in a list", code="D406")
-    if isinstance(source, str | Path):
-        match = HUB_ID.fullmatch(str(source)) if isinstance(source, str) and not Path(source).exists() else None
-        if match and Path(source).suffix.lower() not in FILE_SUFFIXES:
-            return _hub(match, split, text_key)
-        return Path(source).name, file_pieces(Path(source), text_key)
-    return "list", joined(_strings(source))
+    if isinstance(source, Path):
+        return read_file(source, key, chat)
+    if not isinstance(source, Part):
+        return Opened("list", joined(Document(text) for text in _strings(source)))
+    if source.name == BUILTIN:
+        return Opened(builtin_name(), iter((Document(builtin_text(split)),)))
+    if (path := source.file) is None:
+        match = HUB_ID.fullmatch(source.name)
+        assert match is not None
+        return _hub(match, split, key, chat)
+    if source.key is not None and path.is_file() and not source.has_rows:
+        raise DataError(f"{path.name} is plain text without keys; leave ':{source.key}' off", code="D408")
+    return read_file(path, source.key or key, chat)
 
 
 def _strings(source: Iterable[str]) -> Iterator[str]:
@@ -46,7 +52,7 @@ def _strings(source: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def _hub(match: re.Match[str], split: str, text_key: str | None) -> tuple[str, Iterator[str]]:
+def _hub(match: re.Match[str], split: str, key: str | None, chat: Chat) -> Opened:
     name, config, part = match["name"], match["config"] or None, match["split"] or HUB_SPLITS[split]
     try:
         from datasets import load_dataset
@@ -54,10 +60,15 @@ def _hub(match: re.Match[str], split: str, text_key: str | None) -> tuple[str, I
         message = f"there is no file {name}, and reading it as a hub data set needs: pip install shoal[eval]"
         raise DataError(message, code="D409") from None
     recorded = f"{name}:{config or ''}:{part}"
+    rows = _hub_rows(lambda: load_dataset(name, config, split=part, streaming=True), recorded)
+    return read_documents(recorded, rows, key, chat)
+
+
+def _hub_rows(load: Callable[[], Iterable[Any]], recorded: str) -> Iterator[Row]:
     try:
-        rows = load_dataset(name, config, split=part, streaming=True)
+        for number, row in enumerate(load(), 1):
+            yield f"{recorded}, row {number}", row
     except Exception as error:  # the package raises a dozen unrelated types for a wrong name, config or split
         reason = str(error).strip().split("\n")[0]
         message = f"cannot open the hub data set {recorded} ({reason}); check owner/name:config:split"
         raise DataError(message, code="D411") from error
-    return recorded, joined(value_of(row, text_key, recorded) for row in rows)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-import torch
-
 from shoal.data.load import Data
 from shoal.errors import DataError
 
@@ -20,8 +18,6 @@ def hold_out(data: Data, *, every: int = 4) -> tuple[Data, Data]:
 
 
 def _only(data: Data, windows: list[int]) -> Data:
-    rows = torch.tensor(windows)
-    ids = data.ids[rows]
+    part = data.only(windows)
     digest = hashlib.sha256(f"{data.info.sha256} {windows}".encode()).hexdigest()
-    info = replace(data.info, count=len(windows), tokens=ids.numel(), sha256=digest)
-    return Data(ids, None if data.mask is None else data.mask[rows], info)
+    return replace(part, info=replace(data.info, count=len(windows), tokens=part.ids.numel(), sha256=digest))
