@@ -29,7 +29,8 @@ def inspect(
     data, text = spec.to_dict(), _text(spec)
     if (settings := quantisation_settings(checked.config)) is not None:
         data |= {"quantised": described_quantisation(settings)}
-        text += f"\nquantised ({data['quantised']}); counted as it was before"
+        first, _, rest = text.partition("\n")
+        text = f"{first}, quantised ({data['quantised']}), counted as it was before\n{rest}"
     if known is not None:
         data |= {"lineage": known.to_dict()}
         text += f"\n{known.describe()}"
