@@ -13,6 +13,8 @@ from typing import assert_never, get_args
 
 from shoal.plan.answers import WAYS, Answer, Otherwise, Refused, Right
 from shoal.plan.capabilities import Trait, answer
+from shoal.plan.generate_ways import WAYS as GENERATE_WAYS
+from shoal.plan.generate_ways import Unchanged
 from shoal.registry import KINDS, entries
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,12 @@ page.
 
 A gate and an exit need a policy in every row but the first. *other part* is the rest of a layer of which a part ran
 before, *repeat* an attention that ran before, *reorder* a layer behind a later one."""
+_GENERATE = """`plan/generate_ways.py` as a table: what transformers' `generate` is given besides a prompt, while a plan
+runs. *Right*: the tokens of the written model, which are those of one pass after the other without a cache. A code is a
+refusal before the first token. `tests/contract/test_generate_ways.py` runs every cell, and looks whether the model is
+whole behind the block: its config, its generation config, its modules and hooks. What a block changes in config and
+generation config is put back at its end. A model under a plan is copied with its plan (`copy.deepcopy`); it is not
+pickled (P147), and `save_pretrained` writes the whole base and says so (P148)."""
 _CODE = re.compile(r"[NPWMDU]\d{3}")
 _AREAS = {
     "N": "notation and plan files",
@@ -163,11 +171,23 @@ def capabilities() -> str:
         what, _, equal = text.partition("; ")
         cells = " | ".join(_cell(answer(trait, way)) for trait in columns)
         lines.append(f"| **{way.replace('_', ' ')}**: {what} | {equal} | {cells} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_generate_ways()]) + "\n"
 
 
-def _cell(found: Answer) -> str:
+def _generate_ways() -> list[str]:
+    lines = ["## What generate can be asked under a plan", "", _GENERATE, ""]
+    lines += ["| | asked with | under a plan | with a policy |", "|---|---|---|---|"]
+    for name, asked in GENERATE_WAYS.items():
+        lines.append(f"| **{name}** | `{asked.typed}` | {_cell(asked.plan)} | {_cell(asked.policy)} |")
+    return lines
+
+
+def _cell(found: Answer | Unchanged) -> str:
     match found:
+        case Unchanged():
+            return f"as without a plan: {found.note}"
+        case Right() if found.note:
+            return f"right, {found.note}"
         case Right():
             return "right"
         case Otherwise():

@@ -69,3 +69,22 @@ def first_line(error: Exception, most: int = 200) -> str:
     said = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
     lines = said.strip().splitlines()
     return lines[0].strip()[:most] if lines else type(error).__name__
+
+
+class ShoalWarning(ShoalNote):
+    """Something that was given or done and has no effect, or another than one might think; nothing is refused."""
+
+    code = "U655"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.code}: {super().__str__()}"
+
+
+def tell_unused(what: str, why: str) -> None:
+    """Warn (U655) that `what`, as `--data` or `data=my.txt`, changes nothing, and why."""
+    warnings.warn(ShoalWarning(f"{what} has no effect here, as {why}; leave it out", code="U655"), stacklevel=3)

@@ -16,10 +16,12 @@ from shoal.errors import PlanError
 from shoal.executing.bind import BoundPlan, bind, refuse_second_plan, require_legal
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
-from shoal.executing.weights import Tensors
+from shoal.executing.weights import Tensors, plan_and_weights
 from shoal.models.lists import Stack
+from shoal.models.load import Loaded
 from shoal.models.opened import OpenedModel, open_model
-from shoal.plan import Plan, parse_plan
+from shoal.models.settings import SettingsBefore
+from shoal.plan import Given, Plan
 from shoal.plan.steps import Step
 
 
@@ -28,6 +30,7 @@ class Running:
 
     def __init__(self, bound: BoundPlan, deciding: BoundPolicy | None = None) -> None:
         self.bound, self.deciding = bound, deciding
+        self._before: SettingsBefore | None = SettingsBefore(bound.model)
 
     @property
     def model(self) -> nn.Module:
@@ -65,23 +68,27 @@ class Running:
             self.deciding.executor.prompt = length
 
     def restore(self) -> None:
-        """Take the plan away."""
+        """Take the plan away, and put back what was changed meanwhile in the model's config and generation config."""
+        before, self._before = self._before, None
         if self.deciding is not None:
             self.deciding.remove()
         self.bound.leave()
+        if before is not None:
+            before.put_back()
 
 
 def apply(
-    model: nn.Module | OpenedModel,
-    plan: Plan | str,
+    model: nn.Module | OpenedModel | Loaded,
+    plan: Given,
     weights: Mapping[str, torch.Tensor] | None = None,
     *,
     policy: Policy | str | None = None,
 ) -> Running:
     """Run `plan` on `model` until `restore()` is called on the result.
 
-    `model`: a transformers model, also under PEFT or with accelerate hooks; only its list of layers is exchanged.
-    `plan`: a Plan, or depth notation. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
+    `model`: a transformers model, also under PEFT or with accelerate hooks, or what `shoal.load` gave; only its list of
+    layers is exchanged. `plan`: a Plan, depth notation, or the place of a plan.json or of a folder that Shoal wrote,
+    whose weights are then taken too. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
     hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are used in the dtype and on the device of what they
     meet. `policy`: who decides at gates and exits, as `exit:confidence=0.9` (`shoal ls policies`) or a `Policy`; it
     puts gates into a plan that has none, and the handle's `trace` says how deep each token went.
@@ -91,12 +98,12 @@ def apply(
     without a policy, P126 for an order in which the family's layers cannot run, P129 for own tensors that their layer
     has no place for, P130 to P138 for what a policy cannot decide on this model.
     """
-    opened = open_model(model)
+    opened = open_model(model.model if isinstance(model, Loaded) else model)
     refuse_second_plan(opened)
     if policy is None:
         handle = Running(bind(opened, plan, weights))
     else:
-        handle = _decided(opened, plan, weights or {}, policy)
+        handle = _decided(opened, *plan_and_weights(plan, Plan.identity(opened.spec), weights), policy)
     try:
         handle.bound.enter()
     except BaseException:
@@ -105,10 +112,8 @@ def apply(
     return handle
 
 
-def _decided(opened: OpenedModel, plan: Plan | str, weights: Tensors, policy: Policy | str) -> Running:
+def _decided(opened: OpenedModel, plan: Plan, weights: Tensors, policy: Policy | str) -> Running:
     spec = opened.spec
-    if isinstance(plan, str):
-        plan = parse_plan(plan, Plan.identity(spec))
     who = policy_for(policy, require_legal(opened, plan, weights), spec)
     require_tensors(who, weights)
     plan = require_legal(opened, who.plan, weights)
@@ -126,8 +131,8 @@ def _decided(opened: OpenedModel, plan: Plan | str, weights: Tensors, policy: Po
 
 @contextmanager
 def running(
-    model: nn.Module | OpenedModel,
-    plan: Plan | str,
+    model: nn.Module | OpenedModel | Loaded,
+    plan: Given,
     weights: Mapping[str, torch.Tensor] | None = None,
     *,
     policy: Policy | str | None = None,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shoal.deciding.asked import OneThread, prompt_length
 from shoal.deciding.decidable import require_decidable, require_heads, require_masks
 from shoal.deciding.exit_heads import Heads, require_probes
 from shoal.deciding.exit_readout import Readout
@@ -16,6 +17,7 @@ from shoal.deciding.kv_projection import projections_of
 from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.policy import Policy
 from shoal.deciding.trace import Trace, count_calls
+from shoal.executing.asked import stand_ins
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.weights import Tensors
 from shoal.models.calls import logits_in, named_arguments
@@ -45,6 +47,7 @@ class BoundPolicy:
         require_probes(policy.plan, weights, policy.by)
         self.known = self._found(policy.plan.steps())
         self.executor: GatedExecutor | None = None
+        self.thread = OneThread()
         self._removes: list[Callable[[], None]] = []
 
     def make_executor(
@@ -58,6 +61,10 @@ class BoundPolicy:
             self._removes.append(self.known.heads.remove)
         listen = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._removes.append(listen.remove)
+        self._removes.append(self.model.register_forward_hook(self._forward_ended, always_call=True).remove)
+        for one in stand_ins(self.model, {"generate": self._generate}):
+            one.put()
+            self._removes.append(one.take_away)
         if self.policy.reads_logits:
             self._removes.append(self.model.register_forward_hook(self._after_forward).remove)
         return executor
@@ -98,11 +105,29 @@ class BoundPolicy:
         assert self.executor is not None
         return self.executor.between(self.executor.depth, state)
 
+    def _generate(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None] | None:
+        """Until `generate` is done, passes without a cache, and those in which prompt and guessed tokens come together,
+        know where the prompt ends. A model that assists itself goes by the first call."""
+        executor = self.executor
+        if executor is None or executor.prompt is not None:
+            return None
+        executor.prompt = prompt_length(args, kwargs)
+        return self._generated
+
+    def _generated(self) -> None:
+        assert self.executor is not None
+        self.executor.prompt = None
+
     def _before_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         executor = self.executor
         if executor is not None and not executor.reading_out:
+            self.thread.enter()
             given = named_arguments(self.model, args, kwargs)
             executor.inputs = given.get("input_ids"), given.get("attention_mask")
+
+    def _forward_ended(self, *_: Any) -> None:
+        if self.executor is not None and not self.executor.reading_out:
+            self.thread.leave()
 
     def _after_forward(self, _: nn.Module, __: Any, out: Any) -> None:
         executor = self.executor

@@ -7,6 +7,7 @@ and saves nothing (the trace calls it simulated).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, assert_never
 import torch
 from transformers.cache_utils import Cache
 
+from shoal.deciding.asked import refuse_asked_of_policy
 from shoal.deciding.decisions import Decision, and_not, collapse_uniform, logical_and, select
 from shoal.deciding.exit_heads import Heads
 from shoal.deciding.exit_readout import Readout
@@ -94,6 +96,10 @@ class GatedExecutor(Executor):
         """Ids and mask that the model was called with."""
         self.last: ForwardView | None = None
         """The forward that is under way, or was last."""
+
+    def refuse_asked(self, settings: Any, given: Mapping[str, Any]) -> None:
+        super().refuse_asked(settings, given)
+        refuse_asked_of_policy(settings)
 
     def _fills(self, wanted: set[Fill | None]) -> dict[Fill | None, KVFill]:
         fills: dict[Fill | None, KVFill] = {None: KVFill(), "project": ProjectFill(self._project), "copy": CopyFill()}

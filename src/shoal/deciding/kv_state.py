@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from shoal.errors import PlanError, UsageError
+from shoal.plan.generate_ways import BEAMS_POLICY, says
 
 COMPUTED, PROJECTED, COPIED, HOLE, PENDING = range(5)
 """The layer ran for the token; its K/V were made from the carried state; they are copied from a lower layer; nothing
@@ -85,11 +86,8 @@ def kv_state_of(cache: Cache | None, owner: object, slots: int, rows: int) -> KV
 
 
 def _refuse_reordering(*_: Any, **__: Any) -> NoReturn:
-    raise UsageError(
-        "beam search reorders the sequences in the KV cache, and what a policy skipped for each could not be told "
-        "apart any more; generate with num_beams=1",
-        code="U580",
-    )
+    sentence, code = says(BEAMS_POLICY)
+    raise UsageError(sentence, code=code)
 
 
 def past_of(cache: Cache | None) -> int:

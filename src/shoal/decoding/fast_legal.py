@@ -12,6 +12,7 @@ from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWind
 from transformers.generation import GenerationMode
 
 from shoal.errors import UsageError
+from shoal.executing.asked import StandIn
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
 from shoal.models.stacks import unwrap
@@ -71,7 +72,7 @@ def why_not_thin(model: Any, arguments: Mapping[str, Any]) -> str | None:
     The thin loop asks the device after each token whether the text has ended, as transformers' own loop does on a CPU;
     elsewhere that one asks while the next step runs, or compiles.
     """
-    if unwrap(model) is not model or "generate" in model.__dict__:
+    if unwrap(model) is not model or not isinstance(model.__dict__.get("generate"), StandIn | None):
         return "it has a generate of its own"
     if model.device.type != "cpu":
         return f"transformers' own loop does not wait for each token on {model.device.type}"

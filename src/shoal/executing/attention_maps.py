@@ -31,8 +31,7 @@ def require_maps(layer: nn.Module, index: int) -> None:
     module = _attention_of(layer)
     if module is None or not hasattr(_home_of(module), "eager_attention_forward"):
         raise PlanError(
-            f"the attention of layer {index} ({type(layer).__name__}) hands out no attention map; write the plan "
-            "without @a",
+            f"no way is known to an attention map of layer {index} ({type(layer).__name__}); write the plan without @a",
             code="P141",
         )
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from shoal.errors import PlanError
+from shoal.executing.asked import stand_ins, warn_saving
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
-from shoal.executing.paged import guard_paged
-from shoal.executing.weights import Tensors, refuse_unlike, shapes_in
+from shoal.executing.paged import PagedGuard
+from shoal.executing.weights import Tensors, plan_and_weights, refuse_unlike, shapes_in
 from shoal.models.kinds import is_causal
 from shoal.models.lists import Stack
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.order import refuse_order
-from shoal.plan import Plan, parse_plan, require
+from shoal.plan import Given, Plan, require
 from shoal.plan.answers import Way
 from shoal.plan.capabilities import refusal, refusals
 from shoal.plan.steps import Step, layers_of, runs, undecided
@@ -37,7 +39,6 @@ class BoundPlan:
         self.opened, self.plan, self.tensors = opened, plan, tensors
         self._lists: list[tuple[Stack, LayerProxyList]] = []
         self._before: list[nn.ModuleList] = []
-        self._unguard: Callable[[], None] = lambda: None
         for stack in opened.stacks:
             planned, steps = LayerProxyList(stack), plan.steps(stack.name)
             executor = (
@@ -47,7 +48,13 @@ class BoundPlan:
             )
             planned.attach(executor)
             self._lists.append((stack, planned))
-        self._unpaged = self.executor().unpaged if is_causal(opened.model) else None
+        self._paged = PagedGuard(self.executor().unpaged if is_causal(opened.model) else None)
+        checks = {
+            "_validate_generation_mode": self._refuse_asked,
+            "init_continuous_batching": self._paged.refuse,
+            "save_pretrained": warn_saving,
+        }
+        self._stand_ins = stand_ins(opened.model, checks)
 
     @property
     def model(self) -> nn.Module:
@@ -73,15 +80,25 @@ class BoundPlan:
         self._before = [stack.layers for stack, _ in self._lists]
         for stack, planned in self._lists:
             stack.owner._modules[stack.attr] = planned
-        self._unguard = guard_paged(self.model, self._unpaged)
+        self._paged.begin(self.model)
+        for one in self._stand_ins:
+            one.put()
 
     def leave(self) -> None:
         """Take the plan away; nothing happens when it is not there."""
         for (stack, _), before in zip(self._lists, self._before, strict=False):
             stack.owner._modules[stack.attr] = before
         if self._before:
-            self._unguard()
+            for one in self._stand_ins:
+                one.take_away()
+            self._paged.end(self.model)
         self._before = []
+
+    def _refuse_asked(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What `generate` calls with (mode, generation config, further arguments) once it has put them together."""
+        named = zip(("generation_mode", "generation_config", "generation_mode_kwargs"), args, strict=False)
+        given = dict(named) | kwargs
+        self.executor().refuse_asked(given.get("generation_config"), given.get("generation_mode_kwargs") or {})
 
     @contextmanager
     def running(self) -> Iterator[BoundPlan]:
@@ -94,17 +111,18 @@ class BoundPlan:
 
 
 def bind(
-    model: nn.Module | OpenedModel, plan: Plan | str | None = None, weights: Mapping[str, torch.Tensor] | None = None
+    model: nn.Module | OpenedModel, plan: Given | None = None, weights: Mapping[str, torch.Tensor] | None = None
 ) -> BoundPlan:
     """Check `plan` for `model` and make all that its runs need; the model is not touched.
 
-    `plan`: a Plan or depth notation; None for the whole model. `weights`: tensors that the plan names, as `running`
-    takes them. Raises `PlanError` (P1xx) when the plan is not legal here, see `shoal.live.apply`.
+    `plan`: a Plan, depth notation or the place of a plan.json; None for the whole model. `weights`: tensors that the
+    plan names, as `running` takes them. Raises `PlanError` (P1xx) when the plan is not legal here, see
+    `shoal.live.apply`.
     """
     opened = open_model(model)
-    if plan is None or isinstance(plan, str):
+    if not isinstance(plan, Plan):
         identity = Plan.identity(opened.spec)
-        plan = identity if plan is None else parse_plan(plan, identity)
+        plan, weights = (identity, weights) if plan is None else plan_and_weights(plan, identity, weights)
     tensors = dict(weights or {})
     require_legal(opened, plan, tensors)
     for _, steps in plan.stacks:

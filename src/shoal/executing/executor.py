@@ -8,7 +8,7 @@ reordered one runs as soon as it can. The hidden state always travels through th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, assert_never
@@ -16,6 +16,7 @@ from typing import Any, assert_never
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from shoal.executing.asked import SaidDepth, refuse_counting
 from shoal.executing.calls import Call, argument, caches_of, first_state, hidden_of, with_hidden
 from shoal.executing.forward import Forward, Segment, with_passing_cache
 from shoal.executing.layer_list import LayerProxyList
@@ -24,6 +25,7 @@ from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
 from shoal.executing.recorder import Recorder, RunRecord, attention_hooks
 from shoal.executing.sharing import Sharing
 from shoal.executing.slots import CacheContents, KeysValues, PassingCache, prepare_rows, prepare_views, slot_view
+from shoal.executing.threads import InForward, exchanges_of
 from shoal.executing.weights import Tensors
 from shoal.models.examine import StackFacts
 from shoal.models.lists import Stack
@@ -32,7 +34,7 @@ from shoal.plan.schedule import schedule, slots_of
 from shoal.plan.steps import LayerKV, kv_source, runs, undecided, writes_kv
 
 
-class Executor:
+class Executor(InForward):
     """Runs the steps of one stack's plan.
 
     Three calls are there for others: `run_step` runs one step on a given state; `between` lets a forward begin at a
@@ -43,6 +45,7 @@ class Executor:
     def __init__(
         self, planned: LayerProxyList, stack: Stack, facts: StackFacts, steps: tuple[Step, ...], weights: Tensors
     ) -> None:
+        super().__init__()
         self.planned, self.stack = planned, stack
         self.facts = facts.layers
         self.steps = steps
@@ -61,7 +64,7 @@ class Executor:
         if self.needed_later:
             self.passthrough[-1] = False  # where what was kept is forgotten
         self.unpaged: Obstacle | None = paging_obstacle(steps)
-        self.now = Forward()
+        self.exchanges, self._said = exchanges_of(stack, steps, self.sharing), SaidDepth(stack)
         self.owner: object | None = None
         """Who decides at run time, if anybody does: nobody else may go on with a cache that was filled so."""
         self.recorder: Recorder | None = None
@@ -72,6 +75,11 @@ class Executor:
         prepare_views(DynamicCache, StaticCache, PassingCache)
 
     # what others call
+
+    def refuse_asked(self, settings: Any, given: Mapping[str, Any]) -> None:
+        """Called by `generate` before anything is computed, with its whole generation config and what else it was
+        given. Raises P142, see `refuse_counting`."""
+        refuse_counting(settings, given)
 
     def use(self, weights: Tensors) -> None:
         """From now on these are the plan's tensors. Whoever binds a plan has checked that they fit."""
@@ -188,6 +196,7 @@ class Executor:
     def _start(self, call: Call) -> None:
         """A forward begins."""
         self.now = Forward()
+        self._said.require()
         refuse_paged(self.unpaged, call[1])
         for cache in caches_of(call):
             prepare_rows(cache, self.cache_contents)
@@ -245,10 +254,11 @@ class Executor:
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
-        with self.sharing.around(run, self.layer(run.layer), self.now):
+        with self.exchanges.during(run.layer), self.sharing.around(run, self.layer(run.layer), self.now):
             out = self.runner.call(run, call, comes_first=self.now.extra is None)
         if self.recorder is not None:
-            self._record_run(run, call, out)
+            behind_attention = partial(self.runner.behind_attention, run.layer, call)
+            self.recorder.ran(RunRecord(run, hidden_of(call), first_state(out), behind_attention))
         if isinstance(out, tuple | list):
             self.now.extra = tuple(out[1:])
             self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
@@ -287,13 +297,3 @@ class Executor:
             self.now.made[LayerKV(run.layer)] = states
         if self.recorder is not None:
             self.recorder.stores(run, *states)
-
-    def _record_run(self, run: Run, call: Call, out: Any) -> None:
-        """Report a run to the recorder, which may ask for a part of the layer on the same input."""
-        recorder = self.recorder
-        assert recorder is not None
-
-        def behind_attention() -> torch.Tensor:
-            return self.runner.behind_attention(run.layer, call)
-
-        recorder.ran(RunRecord(run, hidden_of(call), first_state(out), behind_attention))

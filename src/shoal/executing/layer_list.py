@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import nn
 
+from shoal.errors import PlanError
 from shoal.models.lists import Stack
 
 
@@ -40,6 +42,19 @@ class LayerProxyList(nn.ModuleList):
     def executor(self) -> Any:
         """What runs the layers that the proxies stand for."""
         return self.__dict__["executor"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerProxyList:
+        """A copy of the model runs a copy of the plan."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise PlanError(
+            "a plan is running on this model, and a pickle could not hold it; restore the model first, or save its "
+            "state_dict()",
+            code="P147",
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.__dict__["_proxies"])

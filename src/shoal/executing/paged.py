@@ -7,7 +7,7 @@ sources are right as they are. Two runs of one layer would share a row, and each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -39,33 +39,35 @@ def _refusal(obstacle: Obstacle) -> PlanError:
     return PlanError(no.message, code=no.code)
 
 
-def guard_paged(model: Any, obstacle: Obstacle | None) -> Callable[[], None]:
-    """Let `generate_batch` refuse where it is called what the running plan cannot do; call the result to end this.
+class PagedGuard:
+    """Lets `generate_batch` refuse where it is called what the running plan cannot do.
 
     Transformers runs the batch in a thread of its own and turns what is raised there into a field of its answer, so
-    the refusal must come before. P140: `obstacle`. P123: a manager that was kept from before the plan, whose pages
-    other layers have filled. A manager that is kept while the plan runs goes with the plan.
+    the refusal must come before. A manager that is kept while the plan runs goes with the plan.
     """
-    stock = getattr(model, "init_continuous_batching", None)
-    if stock is None:
-        return lambda: None
-    before = model.__dict__.get(_KEPT)
 
-    def init_continuous_batching(*args: Any, **kwargs: Any) -> Any:
-        if obstacle is not None:
-            raise _refusal(obstacle)
-        if before is not None and model.__dict__.get(_KEPT) is before:
+    def __init__(self, obstacle: Obstacle | None) -> None:
+        self.obstacle = obstacle
+        self.before: Any = None
+
+    def begin(self, model: Any) -> None:
+        """The plan is put on the model."""
+        self.before = model.__dict__.get(_KEPT)
+
+    def refuse(self, model: Any, _: tuple[Any, ...], __: dict[str, Any]) -> None:
+        """Raise P140 for `obstacle`, P123 for a manager that was kept from before the plan, whose pages other layers
+        have filled."""
+        if self.obstacle is not None:
+            raise _refusal(self.obstacle)
+        if self.before is not None and model.__dict__.get(_KEPT) is self.before:
             raise PlanError(
                 "the paged KV cache that this model kept was filled under another plan; call "
                 "model.destroy_cached_continuous_batching_manager() first",
                 code="P123",
             )
-        return stock(*args, **kwargs)
 
-    def end() -> None:
-        model.__dict__.pop("init_continuous_batching", None)
-        if model.__dict__.get(_KEPT, before) is not before:
+    def end(self, model: Any) -> None:
+        """The plan was taken away."""
+        if model.__dict__.get(_KEPT, self.before) is not self.before:
             model.destroy_cached_continuous_batching_manager()
-
-    model.init_continuous_batching = init_continuous_batching
-    return end
+        self.before = None

@@ -15,7 +15,7 @@ from torch import nn
 from shoal.atomic import replacing
 from shoal.errors import PlanError, UsageError, WriteError
 from shoal.models.stacks import Stack
-from shoal.plan import Exit, Map, Parallel, Plan, Run, save_plan, weights_hash
+from shoal.plan import Exit, Given, Map, Parallel, Plan, Run, given_plan, place_of, save_plan, weights_hash
 from shoal.plan.steps import Step, runs
 
 FILE = "weights.safetensors"
@@ -42,6 +42,13 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise UsageError(f"{file} cannot be read as safetensors: {error}; restore it", code="U551") from None
+
+
+def plan_and_weights(given: Given, base: Plan, weights: Tensors | None = None) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """A plan as people give it (`given_plan`), and the tensors that it names: `weights`, or without them those beside a
+    plan.json. Raises what `given_plan` and `load_weights` raise."""
+    place = place_of(given) if weights is None else None
+    return given_plan(given, base), dict(weights or {}) if place is None else load_weights(place)
 
 
 def save_weights(folder: Path, plan: Plan, weights: Tensors) -> str | None:

@@ -5,6 +5,7 @@ from shoal.plan.cost import Cost, Shape, cost
 from shoal.plan.diff import Change, diff
 from shoal.plan.edit import drop, exit_at, gate, keep, parallel, reorder, repeat, replace, share_kv
 from shoal.plan.file import is_plan_file, load_plan, plan_from_json, plan_to_json, save_plan, weights_hash
+from shoal.plan.given import Given, given_plan, place_of
 from shoal.plan.notation import format_steps, parse_steps
 from shoal.plan.plan import Base, Plan, format_plan, parse_plan, strip
 from shoal.plan.spec import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
@@ -17,6 +18,7 @@ __all__ = [
     "Change",
     "Cost",
     "Exit",
+    "Given",
     "KVSpec",
     "LayerSpec",
     "Map",
@@ -37,12 +39,14 @@ __all__ = [
     "format_plan",
     "format_steps",
     "gate",
+    "given_plan",
     "is_plan_file",
     "keep",
     "load_plan",
     "parallel",
     "parse_plan",
     "parse_steps",
+    "place_of",
     "plan_from_json",
     "plan_to_json",
     "reorder",
