@@ -31,8 +31,8 @@ from shoal.evaluation.tasks import TaskScore
 from shoal.executing.weights import Tensors
 from shoal.live import running
 from shoal.models.kinds import require_causal
-from shoal.models.load import Loaded, load
-from shoal.plan import Plan
+from shoal.models.load import Loaded, load, unread_tokenizer
+from shoal.plan import Given
 from shoal.record import plain
 
 Source = str | Path | nn.Module | Loaded
@@ -79,11 +79,21 @@ def opened(source: Source, **options: Any) -> Loaded:
 
 def tokenizer_of(loaded: Loaded) -> Any:
     """The tokenizer. Raises D440 when the model came without one, or with one that cannot be read."""
+    if loaded.tokenizer is None and (why := unread_tokenizer(loaded)) is not None:
+        raise DataError(
+            f"the tokenizer beside {loaded.source} cannot be read ({why}); install what it needs, or pass a tokenizer",
+            code="D440",
+        )
     if loaded.tokenizer is None:
         raise DataError(
             f"{loaded.source} has no tokenizer that can be read; put its tokenizer files beside it", code="D440"
         )
     return loaded.tokenizer
+
+
+def is_given(data: Any) -> bool:
+    """Whether `data`, as public functions take it, names a text: something else than the built-in one."""
+    return data is not None and not (isinstance(data, str) and data == "builtin")
 
 
 def text_of(loaded: Loaded, source: Any, **options: Any) -> Data:
@@ -94,7 +104,7 @@ def text_of(loaded: Loaded, source: Any, **options: Any) -> Data:
 def evaluate(
     source: Source,
     *,
-    plan: Plan | str | None = None,
+    plan: Given | None = None,
     weights: Tensors | None = None,
     against: Source | None = None,
     data: Any = "builtin",
@@ -155,7 +165,7 @@ def evaluate(
 def bench(
     source: Source,
     *,
-    plan: Plan | str | None = None,
+    plan: Given | None = None,
     weights: Tensors | None = None,
     against: Source | None = None,
     prompt: int = 512,
@@ -191,7 +201,7 @@ def bench(
     return Bench(timed, held)
 
 
-def _plan_or_model(plan: Plan | str | None, against: Source | None) -> None:
+def _plan_or_model(plan: Given | None, against: Source | None) -> None:
     if plan is not None and against is not None:
         raise UsageError("give a plan or a model to compare with, not both", code="U520")
 
@@ -207,7 +217,7 @@ def _one_vocabulary(loaded: Loaded, other: Loaded) -> None:
 
 
 def planned(
-    model: Any, plan: Plan | str | None, weights: Tensors | None = None
+    model: Any, plan: Given | None, weights: Tensors | None = None
 ) -> Callable[[], AbstractContextManager[Any]]:
     """A factory of contexts that yield `model` while `plan` runs on it."""
 

@@ -19,12 +19,12 @@ from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress
 from shoal.evaluation.stats import Spread
 from shoal.evaluation.token_clock import TokenClock
-from shoal.executing.weights import Tensors
+from shoal.executing.weights import Tensors, plan_and_weights
 from shoal.live import Running, running
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.opened import open_model
-from shoal.plan import Plan, parse_plan
+from shoal.plan import Given, Plan
 from shoal.record import plain
 
 Side = Callable[[], AbstractContextManager[Any]]
@@ -69,7 +69,7 @@ def bench_policy(
     source: Source,
     policy: str,
     *,
-    plan: Plan | str | None = None,
+    plan: Given | None = None,
     weights: Tensors | None = None,
     prompts: Sequence[str] | None = None,
     new: int = 32,
@@ -90,7 +90,7 @@ def bench_policy(
     model = loaded.model
     require_causal(model, "bench")
     base = Plan.identity(open_model(model).spec)
-    chosen = parse_plan(plan, base) if isinstance(plan, str) else plan or base
+    chosen, weights = plan_and_weights(base if plan is None else plan, base, weights)
     tasks = [encoded(loaded, text, chat) for text in texts_of(prompts)]
     without = ungated(chosen)
     sides: dict[str, Side] = {

@@ -26,10 +26,10 @@ from shoal.evaluation.exit_search import Target, one_threshold, parse_target, se
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits, require_length
 from shoal.evaluation.risk import Bound, Losses, require_confidence, require_sequences
 from shoal.evaluation.scoring import Progress
-from shoal.executing.weights import Tensors, hash_of_used
+from shoal.executing.weights import Tensors, hash_of_used, plan_and_weights
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
-from shoal.plan import Plan, parse_plan
+from shoal.plan import Given, Plan
 from shoal.plan.price import head_in_layers
 from shoal.record import command_line, environment, plain
 from shoal.report.calibration import render_calibration
@@ -70,7 +70,7 @@ def calibrate(
     source: Source,
     policy: str = "exit",
     *,
-    plan: Plan | str | None = None,
+    plan: Given | None = None,
     weights: Tensors | None = None,
     targets: Sequence[str] = ("agreement=0.95",),
     confidence: float = 0.9,
@@ -110,13 +110,8 @@ def calibrate(
     loaded = opened(source, **options)
     require_causal(loaded.model, "calibrate")
     spec = loaded.opened.spec
-    whole = (
-        Plan.identity(spec)
-        if plan is None
-        else parse_plan(plan, Plan.identity(spec))
-        if isinstance(plan, str)
-        else plan
-    )
+    identity = Plan.identity(spec)
+    whole, weights = plan_and_weights(identity if plan is None else plan, identity, weights)
     exits = held_to(exits, whole)
     gated = make_policy(exits.text, whole, spec).plan
     require_probes(gated, weights or {}, exits.by)

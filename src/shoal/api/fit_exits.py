@@ -17,13 +17,13 @@ from shoal.errors import UsageError
 from shoal.evaluation.exits import Features, record_exits, require_length
 from shoal.evaluation.risk import sequence_means
 from shoal.evaluation.scoring import Progress
-from shoal.executing.weights import Tensors
+from shoal.executing.weights import Tensors, plan_and_weights
 from shoal.fitting.exits import ExitFit, fit_adainfer
 from shoal.fitting.lens import fit_lenses
 from shoal.fitting.probe import fit_probes
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
-from shoal.plan import Plan, Spec, format_steps, parse_plan
+from shoal.plan import Given, Plan, Spec, format_steps
 from shoal.plan.steps import decides
 from shoal.record import plain
 from shoal.spelling import read
@@ -60,7 +60,7 @@ def fit_exits(
     policy: str = "exit",
     *,
     what: What = "lens",
-    plan: Plan | str | None = None,
+    plan: Given | None = None,
     weights: Tensors | None = None,
     data: Any = "builtin",
     split: str = "calibrate",
@@ -89,7 +89,7 @@ def fit_exits(
     loaded = opened(source, **options)
     require_causal(loaded.model, "fit-exits")
     spec = loaded.opened.spec
-    base = parse_plan(plan, Plan.identity(spec)) if isinstance(plan, str) else plan or Plan.identity(spec)
+    base, weights = plan_and_weights(Plan.identity(spec) if plan is None else plan, Plan.identity(spec), weights)
     if decides(base.steps()):
         raise UsageError(f"the plan {base} has gates or exits already; give the plan without them", code="U621")
     text = text_of(loaded, data, split=split, length=length, limit=limit, seed=seed)
@@ -102,7 +102,7 @@ def fit_exits(
             )
         layers = sorted(set(exits_of(make_policy(asked.text, base, spec).plan).values()))
         return fit_adainfer(loaded.model, text, layers, batch=batch)
-    return _lensed(loaded, spec, base, asked.text, text, weights or {}, batch, progress)
+    return _lensed(loaded, spec, base, asked.text, text, weights, batch, progress)
 
 
 def _lensed(

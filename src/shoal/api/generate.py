@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shoal.api.assess import tokenizer_of
+from shoal.api.assess import Source, opened, tokenizer_of
 from shoal.api.depths import DepthStreamer, WrittenToken
 from shoal.api.prompts import encoded
 from shoal.decoding.arguments import sampling
@@ -19,9 +19,8 @@ from shoal.executing.weights import Tensors
 from shoal.live import Running, running
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
-from shoal.models.load import Loaded
 from shoal.models.opened import open_model
-from shoal.plan import Plan
+from shoal.plan import Given, Plan
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class Answer:
 
 
 def generate(
-    loaded: Loaded,
+    loaded: Source,
     prompt: str,
     *,
-    plan: Plan | str | None = None,
+    plan: Given | None = None,
     weights: Tensors | None = None,
     policy: str | None = None,
     max_new_tokens: int = 128,
@@ -59,9 +58,11 @@ def generate(
 ) -> Answer:
     """Generate from `prompt` with the model's own `generate`, under `plan` (with its `weights`) when one is
     given, and under `policy`, as `exit:confidence=0.9` or the policy.json of `shoal calibrate`; `on_text` is called
-    with each finished piece of text, with a policy `on_token` with each token and its depth. `fast`: compile the layers
-    first, and raise what `FastDecoder` raises where that cannot be. Raises D440 without a tokenizer, P130 to P138 for a
-    policy that cannot decide on this model, U605 for one calibrated for another."""
+    with each finished piece of text, with a policy `on_token` with each token and its depth. `loaded`: what
+    `shoal.load` gives, or what it takes. `fast`: compile the layers first, and raise what `FastDecoder` raises where
+    that cannot be. Raises D440 without a tokenizer, P130 to P138 for a policy that cannot decide on this model, U605
+    for one calibrated for another."""
+    loaded = opened(loaded)
     require_causal(loaded.model, "generate")
     tokenizer, inputs = tokenizer_of(loaded), encoded(loaded, prompt, chat)
     torch.manual_seed(seed)
@@ -84,7 +85,7 @@ def generate(
 
 
 def _ready(
-    model: Any, plan: Plan | str | None, weights: Tensors | None, policy: str | None
+    model: Any, plan: Given | None, weights: Tensors | None, policy: str | None
 ) -> AbstractContextManager[Running | None]:
     if policy is not None:
         return running(model, Plan.identity(open_model(model).spec) if plan is None else plan, weights, policy=policy)

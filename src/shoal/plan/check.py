@@ -20,6 +20,7 @@ from typing import assert_never
 
 from shoal.errors import PlanError
 from shoal.plan.answers import NO_PARTS
+from shoal.plan.given import Given, given_plan
 from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
 from shoal.plan.select import exits, groups, maps, run_of
@@ -41,13 +42,14 @@ class Problem:
         return f"{self.code}: {self.message}"
 
 
-def check(plan: Plan, spec: Spec, weights: Shapes | None = None, layers: Layers | None = None) -> list[Problem]:
-    """All problems of `plan` on `spec`.
+def check(plan: Given, spec: Spec, weights: Shapes | None = None, layers: Layers | None = None) -> list[Problem]:
+    """All problems of `plan` on `spec`: a Plan, depth notation or the place of a plan.json.
 
     `weights`: the shape of each new tensor by name (`ID.weight`, ...). `layers`: by stack and layer the shapes of what
     that layer holds, by its names there; a Spec knows none, so without them nobody asks whether a run's own tensors
     fit (P129). Who has the model gives `shoal.executing.weights.shapes_in`.
     """
+    plan = plan if isinstance(plan, Plan) else given_plan(plan, Plan.identity(spec))
     if other := _other_model(plan, spec):
         return [Problem("P101", "", None, other)]
     problems: list[Problem] = []

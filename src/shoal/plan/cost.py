@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, NamedTuple, assert_never
 
+from shoal.plan.given import Given, given_plan
 from shoal.plan.plan import Plan
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, Parallel, Run, runs, writes_kv
@@ -56,13 +57,15 @@ class Cost:
         return {name: value for name, value in asdict(self).items() if name != "assumed" or value}
 
 
-def cost(plan: Plan, spec: Spec, shape: Shape | None = None, weights: Shapes | None = None) -> Cost:
-    """What `plan` costs on `spec` for the work `shape`. The plan must have passed `check`.
+def cost(plan: Given, spec: Spec, shape: Shape | None = None, weights: Shapes | None = None) -> Cost:
+    """What `plan`, a Plan, depth notation or the place of a plan.json, costs on `spec` for the work `shape`. It must
+    have passed `check`.
 
     `weights`: the shapes of the new tensors that it names (`shapes_of`). With them a low-rank map costs what it is, and
     a layer of which one tensor is new shares the others with the base. Of an id without any a map is counted as a full
     one with a bias, and a layer as all new; `Cost.assumed` names it.
     """
+    plan = plan if isinstance(plan, Plan) else given_plan(plan, Plan.identity(spec))
     shape = shape or Shape()
     totals = [_stack_cost(plan, stack, shape, weights or {}) for stack in spec.stacks]
     storages = {name: count for total in totals for name, count in total.storages.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoal.errors import PlanError
+from shoal.plan.given import Given, given_plan, place_of
 from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
 from shoal.plan.steps import layers_of
@@ -20,11 +21,16 @@ class Change:
     after: str
 
 
-def diff(before: Plan, after: Plan) -> list[Change]:
+def diff(before: Given, after: Given) -> list[Change]:
     """The layers that the two plans treat differently; empty only for equal plans. Raises P101 for plans of two models.
 
+    Each is a Plan or the place of a plan.json; one of them may be depth notation, for the model of the other.
     What no single layer owns, the order and the exits, is one more change with layer -1 and both texts in full.
     """
+    known = next((given for given in (before, after) if isinstance(given, Plan)), None)
+    if known is None:
+        known = next((given_plan(given, None) for given in (before, after) if place_of(given) is not None), None)
+    before, after = given_plan(before, known), given_plan(after, known)
     if before.base != after.base:
         raise PlanError(
             f"the plans are for different models ({_model(before)} and {_model(after)}); compare plans of one model",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.atomic import replacing
-from shoal.errors import NotationError, WriteError
+from shoal.errors import NotationError, UsageError, WriteError
 from shoal.plan.notation import format_steps, parse_steps
 from shoal.plan.plan import STACK_NAME, Base, Plan
 from shoal.plan.select import maps
@@ -59,8 +59,14 @@ def plan_from_json(text: str | bytes, *, where: str = "the plan") -> Plan:
 def save_plan(plan: Plan, path: str | Path, *, weights: str | None = None) -> None:
     """Write plan.json so that a kill leaves the old file or the new one.
 
-    Raises W215 when the folder does not exist or cannot be written.
+    Raises W215 when the folder does not exist or cannot be written, U656 for notation, which names no model.
     """
+    if not isinstance(plan, Plan):
+        raise UsageError(
+            f"{str(plan)[:60]!r} names no model, which plan.json must; give shoal.parse_plan(text, "
+            "Plan.identity(shoal.inspect(model)))",
+            code="U656",
+        )
     try:
         with replacing(path) as draft:
             draft.write_bytes(plan_to_json(plan, weights=weights).encode())

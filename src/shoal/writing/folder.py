@@ -15,14 +15,15 @@ from transformers import PreTrainedModel
 from shoal.atomic import publish, staged
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
-from shoal.executing.weights import Tensors, save_weights
+from shoal.executing.bind import refuse_second_plan
+from shoal.executing.weights import Tensors, plan_and_weights, save_weights
 from shoal.models.adapter import attach
 from shoal.models.kinds import CAUSAL, auto_of
-from shoal.models.load import Loaded
+from shoal.models.load import Loaded, load
 from shoal.models.opened import open_model
 from shoal.models.own_code import copy_own_code, runs_own_code
 from shoal.models.stacks import find_stacks
-from shoal.plan import Plan, plan_to_json, require, shapes_of
+from shoal.plan import Given, Plan, plan_to_json, require, shapes_of
 from shoal.writing.adapter import PLACE, renumbered, write_adapter
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.card import model_card, origin
@@ -65,8 +66,8 @@ class Written:
 
 
 def write(
-    loaded: Loaded,
-    plan: Plan,
+    loaded: Loaded | str | Path | nn.Module,
+    plan: Given,
     output: str | Path,
     *,
     weights: Mapping[str, torch.Tensor] | None = None,
@@ -84,23 +85,27 @@ def write(
 ) -> Written:
     """Write the stock model of `plan` with everything that belongs to it, and prove it before it gets its name.
 
-    `weights`: the tensors that the plan names, as `running` takes them; they are kept beside plan.json too.
-    `zero_parts`: let a layer keep a dropped attention or mlp with all tensors zero. `records`: one JSON object a line,
-    behind those of a base that Shoal wrote. `page`: report.html, or what makes it from the proof. `card`: rows {name,
-    unit, dense, pruned, how} of the model card. `command`, `config`: what the user typed, and the same as a config
-    file. `adapter`: the folder of a LoRA adapter of the base, which is written beside it, in the folder `adapter`, with
-    its layers renumbered, and proved to do there what it does on the live plan. The model of `loaded` is not changed.
+    `loaded`: what `shoal.load` gives, or what it takes. `plan`: a Plan, depth notation, or the place of a plan.json or
+    of a folder that Shoal wrote. `weights`: the tensors that the plan names, as `running` takes them (default: those
+    beside such a plan.json); they are kept beside plan.json too. `zero_parts`: let a layer keep a dropped attention or
+    mlp with all tensors zero. `records`: one JSON object a line, behind those of a base that Shoal wrote. `page`:
+    report.html, or what makes it from the proof. `card`: rows {name, unit, dense, pruned, how} of the model card.
+    `command`, `config`: what the user typed, and the same as a config file. `adapter`: the folder of a LoRA adapter of
+    the base, which is written beside it, in the folder `adapter`, with its layers renumbered, and proved to do there
+    what it does on the live plan. The model of `loaded` is not changed.
 
-    Raises before any work `PlanError`, the `WriteError`s W201-W215 of `blueprint` and `require_writable`, and
-    U524 no such size of shards, W220 output exists, W221 output and source overlap, W222 no parent folder, W223 too
-    little disk space, W224 no permission, W225 output holds other things than a model, W295-W299 an adapter that cannot
-    follow the plan. Raises later
-    W216 configs that cannot be saved, W223 disk full, W226 another failure of the disk, W227 written twice at once,
-    W230 failed proof, W231 no proof possible; nothing that was not there before is left under the output's name then.
+    Raises before any work `PlanError` (P122 while another plan runs on the model), the `WriteError`s W201-W215 of
+    `blueprint` and `require_writable`, and U524 no such size of shards, W220 output exists, W221 output and source
+    overlap, W222 no parent folder, W223 too little disk space, W224 no permission, W225 output holds other things than
+    a model, W295-W299 an adapter that cannot follow the plan. Raises later W216 configs that cannot be saved, W223 disk
+    full, W226 another failure of the disk, W227 written twice at once, W230 failed proof, W231 no proof possible;
+    nothing that was not there before is left under the output's name then.
     """
     limit = parse_size(shard_size)
+    loaded = loaded if isinstance(loaded, Loaded) else load(loaded)
     inner = require_writable(loaded.model)
-    weights = weights or {}
+    refuse_second_plan(open_model(inner))
+    plan, weights = plan_and_weights(plan, Plan.identity(open_model(inner).spec), weights)
     require(plan, open_model(inner).spec, shapes_of(weights))
     plan = with_source(plan, loaded.source)
     plans = blueprint(inner, plan, zero_parts=zero_parts, weights=weights)

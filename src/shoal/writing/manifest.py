@@ -19,7 +19,7 @@ from shoal.models.opened import open_model
 from shoal.models.quantised import described_quantisation, quantisation_settings
 from shoal.models.shards import Stored
 from shoal.models.stacks import find_stacks
-from shoal.plan import Plan, Run, Spec, cost, require
+from shoal.plan import Given, Plan, Run, Spec, cost, given_plan, require
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.container import Item
 from shoal.writing.lineage import config_note
@@ -57,7 +57,7 @@ class Manifest:
 
 
 def manifest_of(
-    source: str | Path, plan: Plan, *, zero_parts: bool = False, trust_remote_code: bool = False
+    source: str | Path, plan: Given, *, zero_parts: bool = False, trust_remote_code: bool = False
 ) -> Manifest:
     """Read config, index and headers of a local folder, and work out every tensor of the model of `plan`.
 
@@ -75,6 +75,7 @@ def manifest_of(
     stack = open_model(model).stack()
     names = attributed(model, stack, _shapes(stored))
     spec = open_model(model).spec
+    plan = given_plan(plan, Plan.identity(spec, source=str(source)))
     require(plan, spec)
     plan = with_source(plan, str(source))
     plans = blueprint(model, plan, zero_parts=zero_parts)

@@ -22,7 +22,7 @@ from shoal.evaluation import Progress
 from shoal.models.kinds import auto_for
 from shoal.models.load import load, load_tokenizer
 from shoal.models.own_code import copy_own_code
-from shoal.plan import Plan, plan_to_json
+from shoal.plan import Given, plan_to_json
 from shoal.record import environment
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import Tick, parse_size, write_shards
@@ -63,7 +63,7 @@ class Streamed:
 
 def stream(
     source: str | Path,
-    plan: Plan,
+    plan: Given,
     output: str | Path,
     *,
     zero_parts: bool = False,

@@ -12,14 +12,16 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
+from shoal.executing.weights import plan_and_weights
 from shoal.models.adapter import is_adapted
 from shoal.models.backbone_outputs import renumbered_outputs
 from shoal.models.depth import permuted_config
 from shoal.models.kinds import CAUSAL, auto_of
+from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
 from shoal.models.stacks import Stack, find_stacks, unwrap
-from shoal.plan import Plan
+from shoal.plan import Given, Plan
 from shoal.plan.capabilities import refusals
 from shoal.plan.steps import Step, runs
 from shoal.writing.assemble import assembled
@@ -88,20 +90,23 @@ def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, to
 
 
 def rewrite(
-    model: nn.Module,
-    plan: Plan,
+    model: nn.Module | Loaded,
+    plan: Given,
     *,
     zero_parts: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
     plans: Blueprint | None = None,
 ) -> PreTrainedModel:
     """A new stock model that computes what `plan` computes live; tensors are shared with `model` where nothing changes,
-    a layer that runs twice is two layers with equal weights. `weights`: the tensors that the plan names, as `running`
-    takes them. `plans`: the blueprint, when it is known already.
+    a layer that runs twice is two layers with equal weights. `plan`: a Plan, depth notation, or the place of a
+    plan.json. `weights`: the tensors that the plan names, as `running` takes them. `plans`: the blueprint, when it is
+    known already.
 
     Raises `WriteError` before any work: see `require_writable` and `blueprint`."""
-    inner = require_writable(model)
-    plans = plans or blueprint(inner, plan, zero_parts=zero_parts, weights=weights)
+    inner = require_writable(model.model if isinstance(model, Loaded) else model)
+    if plans is None:
+        plan, weights = plan_and_weights(plan, Plan.identity(open_model(inner).spec), weights)
+        plans = blueprint(inner, plan, zero_parts=zero_parts, weights=weights)
     base = inner.state_dict()
     tensors = dict(base)
     for stack in find_stacks(inner):
