@@ -206,7 +206,7 @@ def test_mlps_behind_an_exit_must_be_there() -> None:
     facts.layers[3].parts = None
     plan = parse_plan("0-1,!early?exit,2/project,3?half/project", identity(model))
     nobody = torch.zeros(2, LENGTH, dtype=torch.bool)
-    with pytest.raises(ShoalError, match="P105: layer 3 has no mlp of its own"):
+    with pytest.raises(ShoalError, match="P105: no mlp is known apart from the rest of layer 3"):
         require_decidable(_HalfLayers(plan, nobody, ~nobody), inspect(model), model, facts)
 
 

@@ -31,7 +31,7 @@ from shoal.evaluation.tasks import TaskScore
 from shoal.executing.weights import Tensors
 from shoal.live import running
 from shoal.models.kinds import require_causal
-from shoal.models.load import Loaded, load, unread_tokenizer
+from shoal.models.load import Loaded, load
 from shoal.plan import Given
 from shoal.record import plain
 
@@ -79,11 +79,6 @@ def opened(source: Source, **options: Any) -> Loaded:
 
 def tokenizer_of(loaded: Loaded) -> Any:
     """The tokenizer. Raises D440 when the model came without one, or with one that cannot be read."""
-    if loaded.tokenizer is None and (why := unread_tokenizer(loaded)) is not None:
-        raise DataError(
-            f"the tokenizer beside {loaded.source} cannot be read ({why}); install what it needs, or pass a tokenizer",
-            code="D440",
-        )
     if loaded.tokenizer is None:
         raise DataError(
             f"{loaded.source} has no tokenizer that can be read; put its tokenizer files beside it", code="D440"

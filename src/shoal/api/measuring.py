@@ -8,15 +8,21 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from shoal.api.assess import Source, opened, text_of
+from shoal.api.assess import Source, is_given, opened, text_of
 from shoal.data.spelled import TextSource
-from shoal.errors import UsageError
+from shoal.errors import UsageError, tell_unused
 from shoal.evaluation import Progress, RankAgreement, SubsampleAgreement, agreement_table, enough
 from shoal.models.kinds import require_text
 from shoal.record import plain
 from shoal.registry import Entry, get
 from shoal.scores import Scores, Traits
 from shoal.spelling import chosen, options_of, read
+
+
+def reads_text(name: str) -> bool:
+    """Whether the measure that is spelled so reads text. Raises U501 for a name that does not exist."""
+    traits: Traits = getattr(import_module(get("measures", read(name).name).module), "TRAITS", Traits())
+    return traits.text
 
 
 def measure(
@@ -45,9 +51,10 @@ def measure(
     """
     entry, own = chosen("measures", name, settings)
     loaded, function = opened(source, **options), entry.load()
-    traits: Traits = getattr(import_module(entry.module), "TRAITS", Traits())
     text = None
-    if traits.text:
+    if not reads_text(name) and is_given(data):
+        tell_unused(f"data={data!s:.60}", f"the measure {entry.name} reads no text")
+    if reads_text(name):
         require_text(loaded.model, f"the measure {name}")
         text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos, seed=seed)
     if "tokenizer" in signature(function).parameters:

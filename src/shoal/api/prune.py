@@ -9,23 +9,23 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
-from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, opened, text_of
+from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, is_given, opened, text_of
 from shoal.api.budget import COUNTED, amount_of, measured_budget, parse_budget, priced
 from shoal.api.journal import journaled, kept
 from shoal.api.legal_plans import legal_plans, require_writable
 from shoal.api.stand_ins import Then, parse_then, transformed
 from shoal.data import Data
-from shoal.errors import UsageError
+from shoal.errors import UsageError, tell_unused
 from shoal.evaluation import Progress
 from shoal.evaluation.cluster import Machines
 from shoal.evaluation.distributed_loss import loss_workers
-from shoal.executing.weights import Tensors, shapes_in, used_by
+from shoal.executing.weights import Tensors, plan_and_weights, shapes_in, used_by
 from shoal.ledger import Ledger
 from shoal.methods._job import PruningJob
 from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
-from shoal.plan import Cost, Plan, Shape, Spec, cost, parse_plan, require, shapes_of
+from shoal.plan import Cost, Given, Plan, Shape, Spec, cost, require, shapes_of
 from shoal.record import Record, plain
 from shoal.registry import Entry, entries, get
 from shoal.scores import Budget, Found, Objective
@@ -80,7 +80,7 @@ def prune(
     source: Source,
     *,
     method: str = "shortgpt",
-    plan: Plan | str | None = None,
+    plan: Given | None = None,
     weights: Tensors | None = None,
     drop: int | None = None,
     keep: float | None = None,
@@ -126,6 +126,9 @@ def prune(
         raise UsageError("give a plan or how much to remove, not both", code="U521")
     entry, own = chosen("methods", method, settings)
     after = parse_then(then)
+    if not after and not isinstance(data, Data) and is_given(data) and (plan is not None or not entry.reads_data):
+        why = "a plan is given" if plan is not None else f"the method {entry.name} reads no text"
+        tell_unused(f"data={data!s:.60}", why)
     loaded = opened(source, **options)
     spec = loaded.opened.spec
     identity = Plan.identity(spec, source=loaded.source)
@@ -135,8 +138,7 @@ def prune(
     if writable:
         require_writable(loaded, identity)
     if plan is not None:
-        plan = parse_plan(plan, identity) if isinstance(plan, str) else plan
-        found, method = _given(plan, weights or {}, spec, loaded), "listed"
+        found, method = _given(*plan_and_weights(plan, identity, weights), spec, loaded), "listed"
         if after:
             require_text(loaded.model, f"the transform {after[0].text}")
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)

@@ -17,7 +17,7 @@ import typer
 
 from shoal.cli._errors import in_words, refuse_nul
 from shoal.cli.options import running
-from shoal.errors import ShoalNote, UsageError
+from shoal.errors import ShoalNote, ShoalWarning, UsageError, tell_unused
 from shoal.user_files import forget_used, used_files
 
 Progress = Callable[[int, int, str], None]
@@ -70,6 +70,16 @@ def _notes_in_words() -> Iterator[None]:
         warnings.simplefilter("always", ShoalNote)
         warnings.showwarning = say
         yield
+
+
+def unused(why: str, *names: str) -> None:
+    """Say of those options of the running verb, which must have --config, that were typed or stand in a config file
+    that they have no effect."""
+    context = running.get()
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            tell_unused(f"--{name.rstrip('_').replace('_', '-')}", why)
 
 
 def resolved() -> dict[str, Any]:
@@ -181,11 +191,11 @@ def loading(
 
 def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -> Any:
     """A Plan from notation, a plan.json or a folder; None for None. With `legal` it must be so for `spec` (P1xx)."""
-    from shoal.plan import Plan, is_plan_file, load_plan, parse_plan, require
+    from shoal.plan import Plan, given_plan, is_plan_file, require
 
     if text is None:
         return None
-    plan = load_plan(text) if is_plan_file(text) else parse_plan(text, Plan.identity(spec, source=source))
+    plan = given_plan(Path(text) if is_plan_file(text) else text, Plan.identity(spec, source=source))
     shapes = {name: tuple(tensor.shape) for name, tensor in read_weights(text).items()} if legal else {}
     return require(plan, spec, shapes) if legal else plan
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table, unused
 from shoal.errors import UsageError
 
 
@@ -43,6 +43,8 @@ def bench(
     config: options.Config = None,
 ) -> None:
     """Time prefill and decode apart, paired in one run, with the memory that weights and KV hold."""
+    if policy is not None:
+        unused("a policy is timed on texts, greedily", "prompt", "seed")
     if dry_run:
         emit_config(as_json=json_)
         return

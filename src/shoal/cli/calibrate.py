@@ -9,7 +9,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._places import require_file_places
-from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table, unused
 
 
 def calibrate(
@@ -61,6 +61,10 @@ def calibrate(
     config: options.Config = None,
 ) -> None:
     """Choose exit thresholds that keep a promised agreement or loss, and print what others would cost."""
+    if guarantee == "conformal":
+        unused("--guarantee conformal promises an average", "bound", "confidence")
+    if not any(one.startswith("loss") for one in target or []):
+        unused("no --target is a loss", "cap")
     if dry_run:
         emit_config(as_json=json_)
         return

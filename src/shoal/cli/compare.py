@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli._shared import config_text, emit, loading, progress_bars
+from shoal.cli._shared import config_text, emit, loading, progress_bars, unused
 
 
 def compare(
@@ -62,6 +62,10 @@ def compare(
 
     methods, budgets, seeds = method or [], budget or ["params=0.9,0.8,0.7"], seed or [0]
     asked = cells(methods, budgets, seeds)
+    if not tasks:
+        unused("no --tasks are given", "task_items")
+    if ray is None:
+        unused("no --ray is given", "workers")
     if dry_run:
         text = "\n".join([f"would run the dense model and {len(asked)} cells:", *(cell.key for cell in asked)])
         emit({"would": [cell.key for cell in asked], "config": config_text()}, text, as_json=json_)

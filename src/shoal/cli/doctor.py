@@ -9,6 +9,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._shared import emit, progress_bars, table
+from shoal.errors import tell_unused
 
 
 def doctor(
@@ -27,6 +28,9 @@ def doctor(
     """Say what a checkpoint is, what is wrong with it and what a plan would make of it, without reading a weight."""
     from shoal.api.doctor import doctor as examine
 
+    for name, given in {"--overwrite": overwrite, "--shard-size": shard_size != "5GB"}.items():
+        if given and repair is None:
+            tell_unused(name, "nothing is written without --repair")
     with progress_bars(quiet) as progress:
         seen = examine(model, plan=plan, kept=kept, trust_remote_code=trust_remote_code)
         made = None

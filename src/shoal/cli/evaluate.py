@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table, unused
 
 
 def evaluate(
@@ -36,6 +36,10 @@ def evaluate(
     config: options.Config = None,
 ) -> None:
     """Perplexity and a greedy generation check; with --plan or --against also agreement with the dense model."""
+    if not generation:
+        unused("--no-generation is given", "new_tokens")
+    if not tasks:
+        unused("no --tasks are given", "task_items")
     if dry_run:
         emit_config(as_json=json_)
         return

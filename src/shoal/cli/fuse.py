@@ -9,7 +9,17 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._places import require_plan_place
-from shoal.cli._shared import config_text, emit, emit_config, loading, need, open_model, progress_bars, tell_fits
+from shoal.cli._shared import (
+    config_text,
+    emit,
+    emit_config,
+    loading,
+    need,
+    open_model,
+    progress_bars,
+    tell_fits,
+    unused,
+)
 
 
 def fuse(
@@ -51,6 +61,10 @@ def fuse(
     from shoal.api.stand_ins import parse_then
 
     parse_then(then or [])
+    if not assess:
+        unused("nothing is evaluated with --no-assess", "test_data")
+    if output is None:
+        unused("nothing is written without --output", "overwrite")
     if dry_run:
         emit_config(as_json=json_)
         return

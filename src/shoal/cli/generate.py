@@ -9,7 +9,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._places import require_file_places
-from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars
+from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, unused
 from shoal.errors import UsageError
 
 
@@ -43,6 +43,12 @@ def generate(
     config: options.Config = None,
 ) -> None:
     """Print what the model writes, token by token."""
+    if not sample:
+        unused("the likeliest token is taken without --sample", "temperature")
+    if speculate is None:
+        unused("no --speculate is given", "draft_length")
+    elif speculate == "auto":
+        unused("--speculate auto chooses it", "draft_length")
     if dry_run:
         emit_config(as_json=json_)
         return

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli._shared import emit, emit_config, loading, progress_bars, table
+from shoal.cli._shared import emit, emit_config, loading, progress_bars, table, unused
 from shoal.errors import UsageError
 
 _MEASURE, _DATA = ["block-influence"], ["builtin"]
@@ -50,10 +50,14 @@ def measure(
     config: options.Config = None,
 ) -> None:
     """Score every layer: the lowest is the one to remove first. Several measures or texts: how far they agree."""
-    from shoal.api.measuring import measure_several, settings_of
+    from shoal.api.measuring import measure_several, reads_text, settings_of
     from shoal.data.spelled import keyed
 
     own = settings_of(measure, settings or [])
+    if not any(map(reads_text, measure)):
+        unused("no measure asked for reads text", "length", "limit", "stride", "bos", "batch", "seed")
+    if len(measure) * len(data) == 1 and not enough:
+        unused("one score is compared with nothing", "lowest")
     if plot is not None:
         _require_svg(plot)
     if dry_run:
@@ -64,7 +68,7 @@ def measure(
         found = measure_several(
             model, measure, data=texts, settings=own, lowest=lowest, stability=enough, progress=progress,
             load=loading(device, dtype, trust_remote_code, stream, adapter), length=length, limit=limit,
-            stride=stride, bos=bos, batch=batch, stack=stack,
+            stride=stride, bos=bos, batch=batch, stack=stack, seed=seed or None,
         )  # fmt: skip
     if plot is not None:
         from shoal.atomic import write_atomically

@@ -11,7 +11,17 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._places import require_plan_place
-from shoal.cli._shared import config_text, emit, loading, open_model, progress_bars, read_plan, read_weights, tell_fits
+from shoal.cli._shared import (
+    config_text,
+    emit,
+    loading,
+    open_model,
+    progress_bars,
+    read_plan,
+    read_weights,
+    tell_fits,
+    unused,
+)
 from shoal.errors import UsageError
 
 
@@ -78,7 +88,9 @@ def prune(
     from shoal.spelling import read
 
     asked = read(method)
-    own = get("methods", asked.name).parse([*asked.pairs, *(settings or [])])
+    entry = get("methods", asked.name)
+    own = entry.parse([*asked.pairs, *(settings or [])])
+    _tell_unused(entry, plan is not None, bool(then), assess is not False, output is not None, ray is not None)
     if dry_run:
         emit(*_dry(model, plan, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
         return
@@ -150,6 +162,22 @@ def prune(
         {} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()}
     )
     emit(result, pruned_text(pruned, written), as_json=json_)
+
+
+def _tell_unused(entry: Any, planned: bool, then: bool, assess: bool, written: bool, ray: bool) -> None:
+    """What was typed and changes nothing in a run with these options."""
+    if planned:
+        unused("--plan says what runs", "method", "settings", "journal", "state_memory", *(() if then else ("stack",)))
+    elif not entry.reads_data:
+        unused(f"the method {entry.name} evaluates nothing", "journal", "state_memory")
+    if not then and (planned or not entry.reads_data):
+        unused("nothing here reads calibration text", "stride", *(() if assess else ("length", "limit", "bos")))
+    if not assess:
+        unused("nothing is evaluated with --no-assess", "test_data")
+    if not written:
+        unused("nothing is written without --output", "overwrite", "zero_parts")
+    if not ray:
+        unused("no --ray is given", "workers")
 
 
 @contextmanager

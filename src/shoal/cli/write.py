@@ -9,7 +9,17 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._gguf import Wanted, write_gguf
-from shoal.cli._shared import config_text, emit, loading, need, open_model, progress_bars, read_plan, read_weights
+from shoal.cli._shared import (
+    config_text,
+    emit,
+    loading,
+    need,
+    open_model,
+    progress_bars,
+    read_plan,
+    read_weights,
+    unused,
+)
 from shoal.errors import UsageError, WriteError
 
 
@@ -55,6 +65,7 @@ def write(
             code="U672",
         )
     if output.suffix == ".gguf":
+        unused("a .gguf is one file", "shard_size")
         wanted = Wanted(
             model, plan, output, outtype, tokenizer_from, zero_parts, overwrite, forward, stream, device, dtype,
             trust_remote_code,

@@ -73,7 +73,8 @@ def _require_plain(step: Step, gated: bool) -> None:
 def _require_parts(run: Run, fact: LayerFacts) -> None:
     if fact.parts is None or run.part != "layer":
         raise PlanError(
-            f"layer {run.layer} has no mlp of its own that could be left out; choose a policy that skips whole layers",
+            f"no mlp is known apart from the rest of layer {run.layer}, so none can be left out; choose a policy that "
+            "skips whole layers",
             code="P105",
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from typing import Any
 
 from shoal.errors import NotationError
 from shoal.examples import FormatExamples
@@ -45,7 +46,8 @@ def _span(plain: str, depth: int) -> frozenset[int]:
     """0-based layers of the best row."""
     best: tuple[float, int, int] | None = None
     try:
-        for row in csv.DictReader(plain.strip().splitlines()):
+        for number, row in enumerate(csv.DictReader(plain.strip().splitlines()), 2):
+            _require_columns(number, row)
             found = float(row[DISTANCE]), int(row[START]), int(row[END])
             if not math.isfinite(found[0]) or not FIRST <= found[1] < found[2] <= depth:
                 raise NotationError(
@@ -62,6 +64,18 @@ def _span(plain: str, depth: int) -> frozenset[int]:
     if best is None:
         raise NotationError(f"the {NAME} file has no span; give one with a row for each", code="N101")
     return frozenset(range(best[1], best[2]))
+
+
+def _require_columns(line: int, row: dict[str | None, Any]) -> None:
+    """Raise N101 for a row with more or fewer values than the first line names."""
+    more, names = len(row.get(None) or ()), [name for name in row if name is not None]
+    values = len(names) - sum(row[name] is None for name in names) + more
+    if values != len(names):
+        raise NotationError(
+            f"line {line} of the {NAME} file has {values} values and its first line names {len(names)} columns; mend "
+            "the line",
+            code="N101",
+        )
 
 
 def _write(plan: Plan, spec: Spec | None = None) -> str:

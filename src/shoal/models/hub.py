@@ -52,6 +52,8 @@ def _header(hub_id: str, revision: str | None) -> Tensors:
         api = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT)
         found = api.parse_safetensors_file_metadata(hub_id, SINGLE, revision=revision)
         return {name: tuple(info.shape) for name, info in found.tensors.items()}
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(hub_id, error) from None
     except (EntryNotFoundError, NotASafetensorsRepoError):
         raise ModelError(
             f"{hub_id} has no {SINGLE} and no {INDEX}; convert it to safetensors first", code="M308"
