@@ -201,6 +201,16 @@ def test_a_copy_of_a_model_under_a_plan_is_asked_for_itself(policy: str | None) 
     assert torch.equal(plain(made), expected), "the copy goes on when the first is restored"
 
 
+def test_a_compiled_model_is_the_model_inside() -> None:
+    model = own("llama")
+    compiled = torch.compile(model, backend="eager")
+    with running(compiled, "0-1,3") as handle:
+        assert handle.model is model
+        assert torch.equal(compiled.generate(**PROMPT, **GREEDY), plain(model))
+        with pytest.raises(PlanError, match="P142"):
+            compiled.generate(**PROMPT, **GREEDY, assistant_early_exit=2)
+
+
 def test_a_plan_bound_while_another_runs_asks_the_model_itself() -> None:
     model = own("llama")
     with running(model, "0-2"):

@@ -83,10 +83,10 @@ def prepare_rows(cache: Cache, contents: CacheContents) -> None:
     if known is None:
         if not contents.whole and any(_tokens(row) for row in cache.layers):
             raise _filled_otherwise()
-        if cache.layers and contents.rows and (needed := max(contents.rows)) >= len(cache.layers):
-            sentence, code = says(SHORT_CACHE, rows=len(cache.layers), needed=needed)
-            raise PlanError(sentence, code=code)
         if cache.layers and not contents.whole:  # one made without a config grows as the slots are written
+            if contents.rows and (needed := max(contents.rows)) >= len(cache.layers):
+                sentence, code = says(SHORT_CACHE, rows=len(cache.layers), needed=needed)
+                raise PlanError(sentence, code=code)
             cache.layers[:] = _in_order(cache.layers, contents.rows)
     elif not contents.may_extend(known) and (known.rows != contents.rows or any(_tokens(row) for row in cache.layers)):
         raise _filled_otherwise()

@@ -16,8 +16,10 @@ __all__ = ["Stack", "find_stack", "find_stacks", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself. Raises M301 for anything else."""
+    """The transformers model inside a PEFT wrapper or what torch.compile made of it, or the model itself. Raises M301
+    for anything else."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = getattr(inner, "_orig_mod", inner)
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(
             f"{type(model).__name__} is not a transformers model; load it with shoal.load or an Auto class", code="M301"
