@@ -29,6 +29,7 @@ from shoal.deciding.kv_fills import (
     KVFill,
     MaskFill,
     ProjectFill,
+    next_run,
     take_and_show,
 )
 from shoal.deciding.kv_projection import KVProjection, store_alone
@@ -104,7 +105,7 @@ class GatedExecutor(Executor):
     def _fills(self, wanted: set[Fill | None]) -> dict[Fill | None, KVFill]:
         fills: dict[Fill | None, KVFill] = {None: KVFill(), "project": ProjectFill(self._project), "copy": CopyFill()}
         if self.known.arguments is not None:
-            following = {at: _next_run(self.steps, at) for at in range(len(self.steps))}
+            following = {at: next_run(self.steps, at) for at in range(len(self.steps))}
             fills["mask"] = MaskFill(self.known.arguments)
             fills["defer"] = DeferFill(self.known.arguments, following)
         return {name: fill for name, fill in fills.items() if name in wanted}
@@ -295,8 +296,3 @@ class GatedExecutor(Executor):
 
 def _view(value: Any, slot: int, take: Take) -> Any:
     return slot_view(value, slot, take=take) if isinstance(value, Cache) else value
-
-
-def _next_run(steps: tuple[Step, ...], position: int) -> int:
-    """The position of the run behind `position`; the number of steps when there is none."""
-    return next((at for at in range(position + 1, len(steps)) if isinstance(steps[at], Run)), len(steps))

@@ -23,7 +23,7 @@ from shoal.errors import PlanError
 from shoal.executing.calls import Call, argument, with_argument
 from shoal.executing.slots import KeysValues, Store, Take
 from shoal.models.examine import LayerFacts
-from shoal.plan import Run
+from shoal.plan import Run, Step
 
 
 @dataclass(frozen=True)
@@ -221,3 +221,8 @@ def _store(cache: Cache, slot: int, keys: torch.Tensor, values: torch.Tensor) ->
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     cache.update(keys, values, slot)
+
+
+def next_run(steps: tuple[Step, ...], position: int) -> int:
+    """The position of the run behind `position`; the number of steps when there is none."""
+    return next((at for at in range(position + 1, len(steps)) if isinstance(steps[at], Run)), len(steps))
