@@ -26,7 +26,7 @@ EXAMPLES = PolicyExamples(
             "a layer without an mlp",
             "ffn-skip:cold_first=0,cold_last=0",
             "P105",
-            "no mlp of its own",
+            "no mlp is known",
             family="gemma3n_text",
         ),
     ),
