@@ -87,8 +87,8 @@ def tokenizer_of(loaded: Loaded) -> Any:
 
 
 def is_given(data: Any) -> bool:
-    """Whether `data`, as public functions take it, names a text: something else than the built-in one."""
-    return data is not None and not (isinstance(data, str) and data == "builtin")
+    """Whether `data`, as public functions take it, is a text of the caller's own that has yet to be read."""
+    return data is not None and not isinstance(data, Data) and not (isinstance(data, str) and data == "builtin")
 
 
 def text_of(loaded: Loaded, source: Any, **options: Any) -> Data:

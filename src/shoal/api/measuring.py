@@ -52,7 +52,7 @@ def measure(
     entry, own = chosen("measures", name, settings)
     loaded, function = opened(source, **options), entry.load()
     text = None
-    if not reads_text(name) and is_given(data):
+    if is_given(data) and not reads_text(name):
         tell_unused(f"data={data!s:.60}", f"the measure {entry.name} reads no text")
     if reads_text(name):
         require_text(loaded.model, f"the measure {name}")

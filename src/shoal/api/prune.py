@@ -126,7 +126,7 @@ def prune(
         raise UsageError("give a plan or how much to remove, not both", code="U521")
     entry, own = chosen("methods", method, settings)
     after = parse_then(then)
-    if not after and not isinstance(data, Data) and is_given(data) and (plan is not None or not entry.reads_data):
+    if not after and is_given(data) and (plan is not None or not entry.reads_data):
         why = "a plan is given" if plan is not None else f"the method {entry.name} reads no text"
         tell_unused(f"data={data!s:.60}", why)
     loaded = opened(source, **options)

@@ -55,21 +55,28 @@ def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _notes_in_words() -> Iterator[None]:
-    """Each `ShoalNote` is a line on stderr, once; other warnings are as they were."""
+    """Each `ShoalNote` is a line on stderr, once; one of what had no effect when the verb has done its work, and none
+    beside an error. Other warnings are as they were."""
     with warnings.catch_warnings():
         show = warnings.showwarning
         said: set[str] = set()
+        later: list[str] = []
 
         def say(message: Any, category: Any, *rest: Any, **more: Any) -> None:
             if not issubclass(category, ShoalNote):
                 show(message, category, *rest, **more)
             elif str(message) not in said:
                 said.add(str(message))
-                typer.echo(f"shoal: note: {message}", err=True)
+                if isinstance(message, ShoalWarning):
+                    later.append(str(message))
+                else:
+                    typer.echo(f"shoal: note: {message}", err=True)
 
         warnings.simplefilter("always", ShoalNote)
         warnings.showwarning = say
         yield
+    for text in later:
+        typer.echo(f"shoal: note: {text}", err=True)
 
 
 def unused(why: str, *names: str) -> None:
