@@ -149,7 +149,8 @@ class Executor(InForward):
         if self._cache_contents is None:
             steps = undecided(self.steps)
             whole = steps == tuple(Run(i) for i in range(self.depth))
-            self._cache_contents = CacheContents(self.rows, steps, self.weights, whole, self.owner)
+            stored = max((fact.row for fact in self.facts if fact.keys is not None), default=-1)
+            self._cache_contents = CacheContents(self.rows, steps, self.weights, whole, self.owner, stored)
         return self._cache_contents
 
     def layer(self, index: int) -> Any:

@@ -48,6 +48,9 @@ class CacheContents:
     owner: object | None = None
     """The policy that decided what was stored, if there was one: nobody else knows what is missing."""
 
+    stored: int = -1
+    """The last base row that holds keys and values of a layer of its own."""
+
     def may_extend(self, before: CacheContents) -> bool:
         """Whether a cache that `before` filled may be filled further by this."""
         if self.rows != before.rows or self.steps is None or before.steps is None:
@@ -71,7 +74,7 @@ def prepare_rows(cache: Cache, contents: CacheContents) -> None:
     """Give `cache` one empty row for each slot, and note beside it what fills it.
 
     Called before the first layer of every forward; a cache that was fitted already is left alone. Raises P123 when the
-    cache holds tokens from another plan, or from the same one with other tensors.
+    cache holds tokens from another plan, or from the same one with other tensors, P144 when it lacks a row.
     """
     if isinstance(cache, EncoderDecoderCache):
         prepare_rows(cache.self_attention_cache, contents)
@@ -83,10 +86,11 @@ def prepare_rows(cache: Cache, contents: CacheContents) -> None:
     if known is None:
         if not contents.whole and any(_tokens(row) for row in cache.layers):
             raise _filled_otherwise()
-        if cache.layers and not contents.whole:  # one made without a config grows as the slots are written
-            if contents.rows and (needed := max(contents.rows)) >= len(cache.layers):
-                sentence, code = says(SHORT_CACHE, rows=len(cache.layers), needed=needed)
-                raise PlanError(sentence, code=code)
+        needed = contents.stored if contents.whole else max(contents.rows, default=-1)
+        if cache.layers and needed >= len(cache.layers):  # one made without a config grows as the slots are written
+            sentence, code = says(SHORT_CACHE, rows=len(cache.layers), needed=needed)
+            raise PlanError(sentence, code=code)
+        if cache.layers and not contents.whole:
             cache.layers[:] = _in_order(cache.layers, contents.rows)
     elif not contents.may_extend(known) and (known.rows != contents.rows or any(_tokens(row) for row in cache.layers)):
         raise _filled_otherwise()
