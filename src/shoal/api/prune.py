@@ -126,9 +126,7 @@ def prune(
         raise UsageError("give a plan or how much to remove, not both", code="U521")
     entry, own = chosen("methods", method, settings)
     after = parse_then(then)
-    if not after and is_given(data) and (plan is not None or not entry.reads_data):
-        why = "a plan is given" if plan is not None else f"the method {entry.name} reads no text"
-        tell_unused(f"data={data!s:.60}", why)
+    _tell_unread(entry, data, planned=plan is not None, fitted=bool(after))
     loaded = opened(source, **options)
     spec = loaded.opened.spec
     identity = Plan.identity(spec, source=loaded.source)
@@ -195,6 +193,13 @@ def prune(
         speed = bench(loaded, prompt=prompt, seed=seed, progress=progress, **ran)
         result = replace(result, evaluation=worth, bench=speed)
     return result
+
+
+def _tell_unread(entry: Entry, data: Any, *, planned: bool, fitted: bool) -> None:
+    """Say that a text was given of which nothing is read."""
+    if is_given(data) and not fitted and (planned or not entry.reads_data):
+        why = "a plan is given" if planned else f"the method {entry.name} reads no text"
+        tell_unused(f"data={data!s:.60}", why)
 
 
 def _pool(entry: Entry, loaded: Loaded, ray: str | None, workers: int) -> AbstractContextManager[Machines | None]:

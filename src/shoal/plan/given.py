@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shoal.errors import NotationError, UsageError
-from shoal.plan.file import load_plan
+from shoal.plan.file import is_plan_file, load_plan
 from shoal.plan.notation import parse_steps
 from shoal.plan.plan import Plan, parse_plan
 
@@ -19,11 +19,7 @@ def place_of(given: Given) -> Path | None:
         return given
     if not isinstance(given, str):
         return None
-    try:
-        is_place = given.endswith(".json") or (not _is_notation(given) and Path(given).is_dir())
-    except OSError:  # too long for a name
-        return None
-    return Path(given) if is_place else None
+    return Path(given) if is_plan_file(given) and not _is_notation(given) else None
 
 
 def given_plan(given: Given, base: Plan | None) -> Plan:
