@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from shoal.errors import ModelError, first_line, note
 from shoal.models import gguf
 from shoal.models.depth import depth_of
+from shoal.models.folder_kinds import refuse_other_kind_of_hub
 from shoal.models.hub import fetched
 from shoal.models.matching_tensors import ShapesOrNames, require_matching_tensors
 from shoal.models.meta import meta_model
@@ -132,6 +133,8 @@ def _config_of(place: Path | str, source: str, trust_remote_code: bool, revision
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
         text = config.get_text_config(decoder=True)
     except Exception as error:  # config classes check their fields with errors of their own
+        if isinstance(place, str) and isinstance(error, OSError):
+            refuse_other_kind_of_hub(place)
         raise unreadable(source, error) from None
     if not isinstance(text, PreTrainedConfig):
         raise ModelError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ModelError
+from shoal.models.folder_kinds import pickled_weights, refuse_other_kind
 
 _MAX_JSON = 100_000_000
 
@@ -29,13 +30,14 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         files = sorted(folder.glob("*.safetensors"))
         weight_map = None
     if not files:
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+        pickles = pickled_weights(folder)
         if pickles:
             raise ModelError(
                 f"{folder} has its weights only as pickle ({pickles[0]}), which can run code when it is read; "
                 "convert them to safetensors first",
                 code="M308",
             )
+        refuse_other_kind(folder)
         raise ModelError(f"{folder} has no weights (*.safetensors)", code="M309")
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from shoal.errors import ModelError
 from shoal.models.checkpoint import read_header, read_json
+from shoal.models.folder_kinds import refuse_other_kind_of_hub
 from shoal.models.shards import INDEX, SINGLE, weight_map
 
 Tensors = dict[str, tuple[int, ...] | None]
@@ -24,6 +25,7 @@ def fetched(hub_id: str, revision: str | None = None) -> tuple[dict[str, Any], T
     """
     config = _file(hub_id, "config.json", revision)
     if config is None:
+        refuse_other_kind_of_hub(hub_id)
         raise ModelError(f"{hub_id} has no config.json; give a Hugging Face model", code="M302")
     index = _file(hub_id, INDEX, revision)
     if index is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from shoal.errors import ModelError
 from shoal.models.checkpoint import nameable, read_header, read_json, tensor_headers
+from shoal.models.folder_kinds import refuse_adapter, refuse_other_kind
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -73,9 +74,11 @@ def check_folder(folder: Path) -> dict[str, Stored]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json. Raises `ModelError`: M302 there is none, or it, or the config for generation beside
-    it, is no JSON object; M358 a config that names other files of weights."""
+    it, is no JSON object; M358 a config that names other files of weights; M370-M378 another kind of folder."""
     file, generation = folder / "config.json", folder / "generation_config.json"
+    refuse_adapter(folder)
     if not file.is_file():
+        refuse_other_kind(folder)
         raise ModelError(f"{folder} has no config.json; give the folder of a Hugging Face model", code="M302")
     config = read_json(file)
     if generation.is_file():
