@@ -135,6 +135,9 @@ def test_a_hub_id_fetches_its_papers_alone(folders: Any, hub: type[Hub], tmp_pat
     hub.folder = tmp_path
     with pytest.raises(ModelError, match="M302"):
         doctor("owner/nothing")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}', encoding="utf-8")
+    with pytest.raises(ModelError, match="M370.* of owner/base"):
+        doctor("owner/adapter")
     assert base.exists()
 
 

@@ -44,6 +44,7 @@ class Examined:
             "layers": stacks,
             "dtype": self.dtype,
             "findings": [finding.to_dict() for finding in self.diagnosis.findings],
+            "notes": list(self.diagnosis.notes),
             "changed": {name: list(pair) for name, pair in self.diagnosis.changed.items()},
             **seen["before"],
             "engines": seen["engines"],

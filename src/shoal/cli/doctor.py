@@ -68,14 +68,16 @@ def _text(data: dict[str, Any], seen: Any, made: Any) -> str:
         f"{data['family']}: {depths}, {data['parameters']:,} parameters, {data['dtype']}, "
         f"{data['kv_bytes_per_token']:,} bytes of KV per token"
     ]
+    if data["sound"]:
+        agree = "it loads rightly, all the same" if data["findings"] else "config, index and tensors agree"
+        lines.append(f"sound: {agree}")
     if data["findings"]:
         rows = [
             ["" if f["breaks"] else "(loads)", f["what"], f["found"], f["wanted"], f["mend"] or "cannot be mended"]
             for f in data["findings"]
         ]
         lines += ["", table(rows, ["", "wrong", "is", "should be", "repair"])]
-    else:
-        lines.append("sound: config, index and tensors agree")
+    lines += [f"note: {note}" for note in data["notes"]]
     lines += ["", plan_text(data["plan"]) if data["plan"] else engines_text(data["engines"])]
     if made is not None:
         lines += ["", f"proved and written to {made.folder}: {made.params:,} parameters in {made.files} files"]

@@ -19,6 +19,7 @@ from shoal.models.folder_kinds import refuse_other_kind_of_hub
 from shoal.models.hub import fetched
 from shoal.models.matching_tensors import ShapesOrNames, require_matching_tensors
 from shoal.models.meta import meta_model
+from shoal.models.other_readers import drop_notes
 from shoal.models.shards import Stored, check_folder
 
 BUILTIN = "smollm2"
@@ -51,7 +52,8 @@ def check_source(source: str | Path, *, trust_remote_code: bool = False, revisio
 
     Raises `ModelError`: M302, M306-M309 for what is no model, M307 and M312 for a config, M310, M313 and M336 for
     tensors that do not belong to the model of the config, M353 for a package that its own code needs, and what
-    `converted_folder` raises for a .gguf file. Tensors that no part of the model takes are a `ShoalNote`.
+    `converted_folder` raises for a .gguf file. Tensors that no part of the model takes are a `ShoalNote`, and so are parts that LLM-Drop's
+    code leaves out.
     """
     place, stored = _resolved(str(source))
     config = _config_of(place, str(source), trust_remote_code, revision)
@@ -63,6 +65,8 @@ def check_source(source: str | Path, *, trust_remote_code: bool = False, revisio
     if extra:
         count = f"{len(extra)} tensors" if len(extra) > 1 else "a tensor"
         note(f"{source} holds {count} that no part of {type(model).__name__} takes: {extra[0]}; not read")
+    for sentence in drop_notes(config.get_text_config(decoder=True), str(source)):
+        note(sentence)
     return CheckedSource(str(source), place, config, model, stored)
 
 

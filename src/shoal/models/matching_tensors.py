@@ -10,8 +10,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from shoal.errors import ModelError
-from shoal.models.names import Renamed, renamed, state_shapes
+from shoal.models.beside_layers import announced_by, beside_layers
 from shoal.models.quantised import quantisation_settings
+from shoal.models.renaming import Renamed, renamed, state_shapes
 from shoal.models.stacks import Stack, find_stacks
 
 ShapesOrNames = Mapping[str, tuple[int, ...] | None]
@@ -27,12 +28,12 @@ def require_matching_tensors(folder: str | Path, model: PreTrainedModel, shapes:
 
     What transformers splits when it loads is left to it, and so are tensors that it ignores.
     """
-    for stack in _stacks(model):
-        _require_depth(folder, stack.depth, stack.path, shapes)
-    if quantisation_settings(model.config) is not None:
-        return ()  # packed tensors have shapes of their own
     state = state_shapes(model)
     found = renamed(model, shapes, state)
+    for stack in _stacks(model):
+        _require_depth(folder, model, stack, found)
+    if quantisation_settings(model.config) is not None:
+        return ()  # packed tensors have shapes of their own
     for file, one in found.items():
         shape = shapes[file]
         if one.name is not None and not one.converted and shape is not None and shape != state[one.name]:
@@ -90,12 +91,17 @@ def unprovided(model: PreTrainedModel, state: Mapping[str, object], held: set[st
     return [n for n in state if n not in provided and not any(re.search(pattern, n) for pattern in optional)]
 
 
-def _require_depth(folder: str | Path, depth: int, path: str, shapes: ShapesOrNames) -> None:
-    pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
-    found = {int(m.group(1)) for name in shapes if (m := pattern.search(name))}
-    if found and found != set(range(depth)):
+def _require_depth(folder: str | Path, model: PreTrainedModel, stack: Stack, tensors: Mapping[str, Renamed]) -> None:
+    pattern = re.compile(rf"(?:^|\.){re.escape(stack.path)}\.(\d+)\.")
+    matches = [m for name in tensors if (m := pattern.search(name))]
+    found = {int(m.group(1)) for m in matches}
+    if found and found > set(range(stack.depth)):
+        prefix = matches[0].string[: matches[0].start(1)]
+        count = sum(announced_by(model.config).values())
+        found -= set(beside_layers(model, prefix, tensors, stack.depth, count))
+    if found and found != set(range(stack.depth)):
         raise ModelError(
-            f"{folder}: config.json says {depth} layers, the tensors hold layers {min(found)} to {max(found)}, "
+            f"{folder}: config.json says {stack.depth} layers, the tensors hold layers {min(found)} to {max(found)}, "
             f"{len(found)} of them; `shoal doctor` says more, and can repair it",
             code="M313",
         )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from shoal.errors import ModelError, WriteError
+from shoal.models.beside_layers import announced_by, beside_layers, number_of
+from shoal.models.renaming import Renamed, renamed, state_shapes
 from shoal.models.stacks import Stack
 from shoal.plan.tensors import Shapes
+
+__all__ = ["Name", "Renamed", "attributed", "renamed", "state_shapes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +42,19 @@ class Name:
 def attributed(model: PreTrainedModel, stack: Stack, shapes: Shapes) -> dict[str, Name]:
     """{name in the files: what it is} for the tensors `shapes` of a checkpoint of `model` (which may be on `meta`).
 
-    Names go through the renamings that transformers itself applies when it loads; what the model ignores is left out.
-    Each layer, and what is outside, must have as many elements in the files as in the model, so nothing is forgotten.
+    Names go through the renamings that transformers itself applies when it loads. What has no place outside the layers
+    is left out, as loading leaves it out, and so are layers beside the model's (`beside_layers`). Each layer, and what
+    is outside, must have as many elements in the files as in the model, so nothing is forgotten.
     Raises `WriteError` W217 for a tensor that cannot be attributed, W218 for one of another size, `ModelError` M310
     for one that is missing.
     """
     state = state_shapes(model)
-    known = _known(model, stack, shapes, state)
+    found = renamed(model, shapes, state)
+    known = {file: (one.name, one.converted) for file, one in found.items() if one.name is not None}
     lost: dict[str, int] = {}
     inside = {file: number for file, (name, _) in known.items() if (number := _layer(name, stack)) is not None}
     prefix = _prefix(inside, stack)
+    _refuse_strange(model, stack, prefix, found)
     names = {}
     for file, (name, converted) in known.items():
         if not converted and shapes[file] != state[name]:
@@ -69,55 +73,19 @@ def attributed(model: PreTrainedModel, stack: Stack, shapes: Shapes) -> dict[str
     return names
 
 
-@dataclass(frozen=True, slots=True)
-class Renamed:
-    """Where transformers puts one tensor of a file."""
-
-    name: str | None
-    """In the model; None when it belongs to no part of it."""
-    converted: bool = False
-    """Is it one of several tensors that are put together, or a part of one that is split?"""
-    ignored: bool = False
-    """Does the model's class say that it may be there all the same?"""
-
-
-def state_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """{tensor: shape} of a model, which may be on the meta device."""
-    found: dict[str, torch.Tensor] = model.state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in found.items()}
-
-
-def renamed(model: PreTrainedModel, files: Iterable[str], state: Shapes) -> dict[str, Renamed]:
-    """Each tensor of the files as transformers renames it when it loads `model`, whose tensors are `state`."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    found = {}
-    for file in sorted(files, key=dot_natural_key):  # some renamings remember the names before, in this order
-        name, pattern = rename_source_key(file, renamings, converters, model.base_model_prefix, state)
-        if name not in state and file in state:
-            name, pattern = file, None
-        if name in state:
-            found[file] = Renamed(name, pattern is not None)
-        else:
-            found[file] = Renamed(None, ignored=any(re.search(pattern, file) for pattern in ignored))
-    return found
-
-
-def _known(model: PreTrainedModel, stack: Stack, shapes: Shapes, state: Shapes) -> dict[str, tuple[str, bool]]:
-    """{name in the files: (name in the model, is it converted)}, without ignored ones. Raises W217."""
-    found = {}
-    for file, one in renamed(model, shapes, state).items():
-        if one.name is not None:
-            found[file] = (one.name, one.converted)
-        elif not one.ignored:
+def _refuse_strange(model: PreTrainedModel, stack: Stack, prefix: str, found: Mapping[str, Renamed]) -> None:
+    """Raise W217 for a tensor without a place in a layer of the model."""
+    strange = {f: number_of(f, prefix) for f, one in found.items() if one.name is None and not one.ignored}
+    if any(number is not None for number in strange.values()):
+        count = sum(announced_by(model.config).values())
+        beside = beside_layers(model, prefix, found, stack.depth, count)
+        file = next((f for f, number in strange.items() if number is not None and number not in beside), None)
+        if file is not None:
             raise WriteError(
                 f"the tensor {file} belongs to no part of {type(model).__name__} ({stack.path} holds its layers); "
                 "load the model and write it without streaming",
                 code="W217",
             )
-    return found
 
 
 def _layer(name: str, stack: Stack) -> int | None:

@@ -12,6 +12,7 @@ import yaml
 from shoal._version import __version__
 from shoal.models.kinds import CAUSAL
 from shoal.plan import Plan, format_plan, strip
+from shoal.writing.left_out import listed
 from shoal.writing.proof import Proof
 
 BUILTIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
@@ -54,6 +55,7 @@ def model_card(
     auto: str = CAUSAL,
     rows: Sequence[Mapping[str, Any]] = (),
     changed: Mapping[str, tuple[Any, Any]] | None = None,
+    left_out: tuple[str, ...] = (),
     command: str | None = None,
     proof: Proof | None = None,
 ) -> str:
@@ -61,7 +63,8 @@ def model_card(
 
     `rows`: the before-and-after table, {name, unit, dense, pruned, how} each. `base_layers`: for every layer of the new
     model (by stack, where it has several) the layer of the first base that it is; `chain`: all prunings, the first one
-    first. `auto`: the Auto class that loads it. `changed`: config fields, (old, new).
+    first. `auto`: the Auto class that loads it. `changed`: config fields, (old, new). `left_out`: tensors of the base
+    that are no part of its model.
     """
     parts = [_front_matter(base), f"# {_line(title)}", _summary(plan, base)]
     if rows:
@@ -70,6 +73,10 @@ def model_card(
     if changed:
         fields = "\n".join(f"* `{name}`: {_short(old)} → {_short(new)}" for name, (old, new) in changed.items())
         parts.append(f"## Changed config fields\n\n{fields}")
+    if left_out:
+        parts.append(
+            f"## Left out\n\nTensors of the base that are no part of its model in transformers: {listed(left_out)}."
+        )
     parts.append(_making(command, proof))
     return "\n\n".join(parts) + "\n"
 

@@ -44,7 +44,12 @@ def conclusions(reference: Reference, answer: dict[str, Any]) -> Iterator[Check]
         yield Check("loads", False, str(answer["error"])[:500], "no error", f"{reference.auto} in a fresh process")
         return
     expected = reference.expected
-    keys = [f"{kind.removesuffix('_keys')} {key}" for kind, found in answer["keys"].items() for key in found]
+    keys = [
+        f"{kind.removesuffix('_keys')} {key}"
+        for kind, found in answer["keys"].items()
+        for key in found
+        if kind != "unexpected_keys" or key not in reference.carried
+    ]
     loads = f"missing, unexpected and mismatched tensors of {reference.auto} in a fresh process"
     yield Check("loads", not keys, len(keys), 0, f"{loads}: {', '.join(keys[:3])}" if keys else loads)
     if reference.adapter is not None:  # the folder alone has a proof of its own

@@ -17,6 +17,7 @@ from shoal.models.shards import Stored, stored_tensors
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.checks import Check
 from shoal.writing.container import Item
+from shoal.writing.references_check import references_check
 
 _BUFFER = 256 << 10
 """Bytes compared at once: two of these stay in a core's own cache, where reading them again costs nothing."""
@@ -93,6 +94,7 @@ def _checks(
         return
     count = sum(p.numel() for p in model.parameters())  # a tied one is named once
     yield Check("parameters", count == wanted, count, wanted, "of the written config's model, against the plan's cost")
+    yield references_check(folder)
     slots = len(plans.slots)
     yield Check("depth", stack.depth == slots, stack.depth, slots, "num_hidden_layers, against the layers of the plan")
 

@@ -21,6 +21,7 @@ from shoal.models.adapter import attach
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded, load
 from shoal.models.opened import open_model
+from shoal.models.other_readers import renumbering
 from shoal.models.own_code import copy_own_code, runs_own_code
 from shoal.models.stacks import find_stacks
 from shoal.plan import Given, Plan, plan_to_json, require, shapes_of
@@ -28,6 +29,7 @@ from shoal.writing.adapter import PLACE, renumbered, write_adapter
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import parse_size
+from shoal.writing.left_out import left_out_of
 from shoal.writing.lineage import config_note, record_lines
 from shoal.writing.output import (
     disk_errors,
@@ -39,6 +41,7 @@ from shoal.writing.output import (
     with_source,
     write_text,
 )
+from shoal.writing.papers import settle_papers
 from shoal.writing.proof import FILE, Proof, prove, prove_many, verify
 from shoal.writing.reference import adapter_reference, quiet
 from shoal.writing.side_files import copy_modules, copy_side_files
@@ -63,6 +66,8 @@ class Written:
     """By unique storage."""
     bytes: int
     """Of the safetensors files."""
+    left_out: tuple[str, ...] = ()
+    """The base's tensors that are no part of its model."""
 
 
 def write(
@@ -117,6 +122,7 @@ def write(
     require_space(final, _bytes(inner, plans))
     lines = record_lines(loaded.folder, records)
     note = config_note(inner.config, plan, plans)
+    left_out = left_out_of(loaded.folder, inner)
     with disk_errors(final), staged(final) as staging:
         _tell(progress, "writing")
         params = _fill(staging, loaded, plans, note, limit, weights)
@@ -139,6 +145,7 @@ def write(
             auto=auto_of(inner) or CAUSAL,
             rows=card or (),
             changed=plans.changed,
+            left_out=left_out,
             command=command,
             proof=proof if prove else None,
         )
@@ -149,7 +156,7 @@ def write(
         size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
         publish(staging, final, overwrite=overwrite)
     _tell(progress, "written")
-    return Written(final, proof, plans.changed, params, size)
+    return Written(final, proof, plans.changed, params, size, left_out)
 
 
 def _tell(progress: Progress | None, stage: str) -> None:
@@ -175,6 +182,8 @@ def _fill(staging: Path, loaded: Loaded, plans: Blueprint, note: dict[str, Any],
         copy_modules(loaded.folder, staging)
         if runs_own_code(made, made.config, loaded.tokenizer):
             copy_own_code(loaded.folder, staging)
+        stack = loaded.opened.stack()
+        settle_papers(staging, renumbering(stack, plans.of(stack.name).slots))
     digest = save_weights(staging / "shoal", plans.plan, weights)
     write_text(staging / "shoal" / "plan.json", plan_to_json(plans.plan, weights=digest))
     return sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())

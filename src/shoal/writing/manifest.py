@@ -12,9 +12,11 @@ from transformers.core_model_loading import dot_natural_key
 
 from shoal.errors import WriteError
 from shoal.models.first import first_only
+from shoal.models.layer_references import Renumbering
 from shoal.models.load import check_source, local_folder
 from shoal.models.meta import meta_model
 from shoal.models.names import Name, attributed
+from shoal.models.old_buffers import old_buffers
 from shoal.models.opened import open_model
 from shoal.models.quantised import described_quantisation, quantisation_settings
 from shoal.models.shards import Stored
@@ -43,6 +45,14 @@ class Manifest:
     """For the written config: where its layers come from; empty when nobody knows."""
     trusted: bool = False
     """May code that comes with the base be run, and copied?"""
+    left_out: tuple[str, ...] = ()
+    """The base's tensors that are no part of its model: transformers leaves them out when it loads."""
+
+    @property
+    def places(self) -> Renumbering:
+        """Which layer of the base is in which place."""
+        stack = self.spec.stack()
+        return Renumbering(stack.depth, self.plans.slots, stack.path)
 
     @property
     def bytes(self) -> int:
@@ -73,7 +83,7 @@ def manifest_of(
         )
     _refuse_several(model)
     stack = open_model(model).stack()
-    names = attributed(model, stack, _shapes(stored))
+    names = attributed(model, stack, _shapes(model, stored))
     spec = open_model(model).spec
     plan = given_plan(plan, Plan.identity(spec, source=str(source)))
     require(plan, spec)
@@ -90,7 +100,8 @@ def manifest_of(
             f"the tensor {stray} has no place in the model of the plan; load the model and write it without streaming",
             code="W217",
         )
-    return Manifest(folder, plan, replace(plans, plan=plan), spec, items, note, trust_remote_code)
+    left_out = tuple(name for name in stored if name not in names)
+    return Manifest(folder, plan, replace(plans, plan=plan), spec, items, note, trust_remote_code, left_out)
 
 
 def _refuse_several(model: PreTrainedModel) -> None:
@@ -106,8 +117,11 @@ def _refuse_several(model: PreTrainedModel) -> None:
         )
 
 
-def _shapes(stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
-    return {name: place.shape for name, place in stored.items()}
+def _shapes(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """Of all tensors but buffers that older versions left."""
+    shapes = {name: place.shape for name, place in stored.items()}
+    old = old_buffers(model, shapes, {name: place.dtype for name, place in stored.items()})
+    return {name: shape for name, shape in shapes.items() if name not in old}
 
 
 def _items(

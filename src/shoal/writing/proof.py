@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ from shoal.plan import Plan, load_plan
 from shoal.record import environment
 from shoal.writing import proof_child
 from shoal.writing.checks import Check, conclusions, digest
+from shoal.writing.left_out import carried_tensors
 from shoal.writing.reference import Reference, counted_reference, live_reference, quiet
 from shoal.writing.reference_kinds import counted_kind, kind_reference, proves_as_causal
+from shoal.writing.references_check import references_check
 
 FORMAT = "shoal-proof/1"
 FILE = Path("shoal") / "proof.json"
@@ -128,8 +130,9 @@ def prove_many(jobs: Sequence[tuple[Path, Reference]], *, against: str = "the li
     with tempfile.TemporaryDirectory(prefix="shoal-proof-") as scratch:
         answers = _ask(jobs, Path(scratch))
     proofs = []
-    for (_, reference), answer in zip(jobs, answers, strict=True):
-        checks = tuple(conclusions(reference, answer))
+    for (folder, reference), answer in zip(jobs, answers, strict=True):
+        expected = replace(reference, carried=carried_tensors(folder))
+        checks = (*conclusions(expected, answer), references_check(folder))
         proofs.append(Proof(all(c.passed for c in checks), checks, _environment(reference, answer), against))
     return proofs
 

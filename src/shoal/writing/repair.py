@@ -54,7 +54,7 @@ def repair(
         raise ModelError(f"{source} is a hub id, not a local folder; download it and give its folder", code="M317")
     with quiet(), own_code_known(str(source), metadata.folder, metadata.config, trust=trust_remote_code):
         found = diagnose(metadata, kept)
-        if not found.findings:
+        if not found.findings and not found.carried:
             raise WriteError(f"nothing is wrong with {source}, so there is nothing to repair; use it", code="W251")
         refuse_unrepairable(metadata, found)
         assert found.config is not None

@@ -38,6 +38,7 @@ from shoal.writing.output import (
     savable,
     write_text,
 )
+from shoal.writing.papers import generation_for, settle_papers
 from shoal.writing.proof import FILE, Proof, prove
 from shoal.writing.reference import quiet
 from shoal.writing.side_files import copy_modules, copy_side_files
@@ -59,6 +60,8 @@ class Streamed:
     """Of the tensors."""
     files: int
     """Safetensors files."""
+    left_out: tuple[str, ...] = ()
+    """The base's tensors that are no part of its model."""
 
 
 def stream(
@@ -138,12 +141,15 @@ def write_draft(
             auto=auto_for(manifest.plans.config),
             rows=card or _rows(manifest),
             changed=manifest.plans.changed,
+            left_out=manifest.left_out,
             command=command,
             proof=proof,
         )
         write_text(staging / "README.md", text)
         publish(staging, final, overwrite=overwrite)
-    return Streamed(final, proof, manifest.plans.changed, manifest.params, manifest.bytes, len(files))
+    return Streamed(
+        final, proof, manifest.plans.changed, manifest.params, manifest.bytes, len(files), manifest.left_out
+    )
 
 
 def _ticks(progress: Progress | None, total: int, stage: str) -> Tick:
@@ -183,7 +189,7 @@ def _configs(staging: Path, manifest: Manifest) -> None:
     with quiet(), savable():
         made.save_pretrained(staging)
         if (manifest.folder / _GENERATION).is_file():  # a model without one gets none, as when it is loaded
-            _generation_config(manifest.folder).save_pretrained(staging)
+            generation_for(_generation_config(manifest.folder), manifest.places).save_pretrained(staging)
         tokenizer = load_tokenizer(manifest.folder, trust_remote_code=manifest.trusted)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
@@ -191,6 +197,7 @@ def _configs(staging: Path, manifest: Manifest) -> None:
     copy_modules(manifest.folder, staging)
     if manifest.trusted:
         copy_own_code(manifest.folder, staging)
+    settle_papers(staging, manifest.places)
     write_text(staging / "shoal" / "plan.json", plan_to_json(manifest.plan))
 
 

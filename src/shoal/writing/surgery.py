@@ -20,12 +20,14 @@ from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
+from shoal.models.other_readers import for_other_readers, renumbering
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Given, Plan
 from shoal.plan.capabilities import refusals
 from shoal.plan.steps import Step, runs
 from shoal.writing.assemble import assembled
 from shoal.writing.blueprint import Blueprint, StackSlots, Tensors
+from shoal.writing.papers import generation_for
 from shoal.writing.same_layers import require_same_layers
 from shoal.writing.stack_depths import described, refuse_cache, with_depths
 from shoal.writing.tensors import moved_tensors, resized_tensors
@@ -55,10 +57,13 @@ def blueprint(
         refuse_order(stack, by_stack[stack.name].slots)
         config, fields = _permuted(model, config, stack, by_stack[stack.name].slots)
         changed |= fields if len(stacks) == 1 else {described(model, stack, name): v for name, v in fields.items()}
+    slots = {name: found.slots for name, found in by_stack.items()}
+    config, others = for_other_readers(model, config, stacks, slots)
+    changed |= others
     try:
         read_back = _read_back(config)
         refuse_cache(model.config, read_back, stacks, {name: len(found.slots) for name, found in by_stack.items()})
-        require_same_layers(model, stacks, read_back, {name: found.slots for name, found in by_stack.items()})
+        require_same_layers(model, stacks, read_back, slots)
     except (ValueError, AttributeError) as error:  # its own checks of its fields, and mixed per-layer values
         why = str(error).strip().splitlines()[-1].strip()[:300]
         raise WriteError(
@@ -71,8 +76,8 @@ def blueprint(
         for name, tensor in _fitting(stack, by_stack[stack.name].slots[slot], weights_id, weights or {}).items()
     }
     main = by_stack[plan.stack_name()]
-    others = tuple((name, found) for name, found in by_stack.items() if name != plan.stack_name())
-    return Blueprint(plan, main.slots, main.zeroed, config, changed, main.replaced, own, others)
+    beside = tuple((name, found) for name, found in by_stack.items() if name != plan.stack_name())
+    return Blueprint(plan, main.slots, main.zeroed, config, changed, main.replaced, own, beside)
 
 
 def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
@@ -114,8 +119,9 @@ def rewrite(
         tensors = moved_tensors(tensors, stack, own, open_model(inner).facts(stack.name).layers)
         tensors |= resized_tensors(base, stack, own.slots)
     made = assembled(inner, plans.config, tensors)
-    if hasattr(inner, "generation_config"):  # encoders have none
-        made.generation_config = copy.deepcopy(inner.generation_config)  # or a change of one would be one of both
+    if getattr(inner, "generation_config", None) is not None:  # encoders have none
+        stack = open_model(inner).stack()
+        made.generation_config = generation_for(inner.generation_config, renumbering(stack, plans.of(stack.name).slots))
     return made
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, ShoalError
-from shoal.models.diagnosis.configs import Fields, depth_said, empty, made, with_depth
+from shoal.models.beside_layers import announced
+from shoal.models.diagnosis.beside import carried_layers, notes_of
+from shoal.models.diagnosis.configs import Fields, depth_said, empty, made, text_of, with_depth
 from shoal.models.diagnosis.finding import Diagnosis, Finding
 from shoal.models.diagnosis.layers import Fit, Layers, layers_of
 from shoal.models.diagnosis.metadata import CheckpointMetadata
@@ -17,8 +20,11 @@ from shoal.models.diagnosis.repaired_config import RepairedConfig, all_fit, by_t
 from shoal.models.load import MAX_DEPTH
 from shoal.models.matching_tensors import require_matching_tensors
 from shoal.models.names import attributed
+from shoal.models.old_buffers import old_buffers
 from shoal.models.opened import open_model
+from shoal.models.other_readers import notes_for
 from shoal.models.quantised import described_quantisation, quantisation_said
+from shoal.models.renaming import renamed, state_shapes
 from shoal.models.stacks import find_stacks
 
 
@@ -40,7 +46,7 @@ def diagnose(metadata: CheckpointMetadata, kept: Sequence[int] | None = None) ->
     first = _first(raw, metadata)
     if len(find_stacks(first)) > 1:
         return _several(metadata)
-    layers = layers_of(first, open_model(first).stack(), metadata.tensors, source)
+    layers, left_over, counts = _sorted(first, metadata)
     count = len(layers.numbers)
     if not 0 < count <= MAX_DEPTH:
         raise ModelError(f"{source} holds {count} layers; a model has 1 to {MAX_DEPTH}", code="M332")
@@ -57,7 +63,31 @@ def diagnose(metadata: CheckpointMetadata, kept: Sequence[int] | None = None) ->
     wrong = [slot for slot, n in enumerate(layers.numbers) if not fit.fits(layers.by_number[n], slot)]
     findings += config.findings(raw)
     strange = _layer_findings(fit, layers, () if config.unknown else wrong, findings)
-    return _finished(metadata, config, layers, strange, findings)
+    found = _finished(metadata, config, layers, strange, findings)
+    places = renamed(model, metadata.tensors, state_shapes(model))
+    silent = [file for file, one in places.items() if one.ignored or file in left_over]
+    others = notes_for(model.config.get_text_config(decoder=True), source)
+    return replace(found, notes=(*notes_of(layers, counts, silent), *others))
+
+
+def _sorted(first: PreTrainedModel, metadata: CheckpointMetadata) -> tuple[Layers, set[str], dict[str, int]]:
+    """The tensors by layer; old buffers, which are no part of them; what the config says of layers beside them."""
+    said = depth_said(metadata.config)
+    counts = announced(text_of(metadata.config)) or announced(metadata.config)
+    layers = layers_of(
+        first,
+        open_model(first).stack(),
+        metadata.tensors,
+        metadata.source,
+        depth=MAX_DEPTH if said is None else said,
+        ahead=sum(counts.values()),
+    )
+    dtypes = {name: place.dtype for name, place in metadata.places.items()}
+    left_over = old_buffers(first, metadata.tensors, dtypes)
+    for number, tails in layers.by_number.items():
+        for tail in [tail for tail in tails if f"{layers.prefix}{number}{tail}" in left_over]:
+            del tails[tail]
+    return layers, left_over, counts
 
 
 def _first(raw: Fields, metadata: CheckpointMetadata) -> PreTrainedModel:
@@ -134,15 +164,19 @@ def _finished(
         for tail in layers.by_number[number]:
             if f"{layers.prefix}{number}{tail}" not in strange:
                 names[f"{layers.prefix}{slot}{tail}"] = f"{layers.prefix}{number}{tail}"
-    found = Diagnosis(tuple(findings), whole, config.changed(metadata.config), names, pairs, config.base, config.kept)
-    if found.unrepairable or any(metadata.tensors[name] is None for name in names.values()):
+    carried = carried_layers(layers) if announced(text_of(raw)) or announced(raw) else {}
+    found = Diagnosis(
+        tuple(findings), whole, config.changed(metadata.config), names | carried, pairs, config.base, config.kept,
+        frozenset(carried),
+    )  # fmt: skip
+    if found.unrepairable or any(metadata.tensors[name] is None for name in found.names.values()):
         return found
-    shapes = {new: shape for new, old in names.items() if (shape := metadata.tensors[old]) is not None}
+    shapes = {new: shape for new, old in found.names.items() if (shape := metadata.tensors[old]) is not None}
     try:
         attributed(model, stack, shapes)
     except ShoalError as error:
         last = Finding("the tensors", str(error).partition(": ")[2], "those of the model of the config", None)
-        return Diagnosis((*findings, last), whole, found.changed, names, pairs, config.base, config.kept)
+        return replace(found, findings=(*findings, last))
     return found
 
 

@@ -47,6 +47,10 @@ class Diagnosis:
     """The config before layers were deleted, where it is known which were kept."""
     kept: tuple[int, ...] | None = None
     """Layers of `base` that were kept, where that is known."""
+    carried: frozenset[str] = frozenset()
+    """Tensors of the repaired checkpoint that belong to layers beside the model's, which the config announces."""
+    notes: tuple[str, ...] = ()
+    """What is worth a word and not wrong."""
 
     @property
     def broken(self) -> tuple[Finding, ...]:

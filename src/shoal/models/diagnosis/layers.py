@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from transformers import PreTrainedModel
 
 from shoal.errors import ModelError
+from shoal.models.beside_layers import beside_layers, number_of
 from shoal.models.diagnosis.metadata import MaybeShape
+from shoal.models.load import MAX_DEPTH
 from shoal.models.matching_tensors import unprovided
 from shoal.models.names import renamed, state_shapes
 from shoal.models.stacks import Stack
@@ -27,6 +29,8 @@ class Layers:
     by_number: dict[int, dict[str, MaybeShape]]
     """{the number in the files: {what stands behind it, from the dot on: shape}}."""
     outside: dict[str, MaybeShape]
+    beside: dict[int, dict[str, MaybeShape]] = field(default_factory=dict)
+    """As `by_number`, of layers that are none of the model's: they predict tokens further ahead."""
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -34,15 +38,25 @@ class Layers:
         return tuple(sorted(self.by_number))
 
 
-def layers_of(model: PreTrainedModel, stack: Stack, tensors: dict[str, MaybeShape], source: str) -> Layers:
-    """Sort tensors by layer. `model`: any depth of the right family.
+def layers_of(
+    model: PreTrainedModel,
+    stack: Stack,
+    tensors: dict[str, MaybeShape],
+    source: str,
+    *,
+    depth: int = MAX_DEPTH,
+    ahead: int = 0,
+) -> Layers:
+    """Sort tensors by layer. `model`: any depth of the right family; `depth`: what the config says; `ahead`: how many
+    layers more it announces, as in `beside_layers`.
 
     Raises `ModelError` M331 when no tensor belongs to a layer, M337 when those of one layer lie in several places.
     """
     counts: dict[str, int] = defaultdict(int)
     inside: dict[str, str] = {}
     state = state_shapes(model)
-    for file, one in renamed(model, tensors, state).items():
+    found = renamed(model, tensors, state)
+    for file, one in found.items():
         pieces = file.split(".")
         if one.name is None or not one.name.startswith(f"{stack.path}."):
             continue
@@ -70,12 +84,13 @@ def layers_of(model: PreTrainedModel, stack: Stack, tensors: dict[str, MaybeShap
     by_number: dict[int, dict[str, MaybeShape]] = defaultdict(dict)
     outside: dict[str, MaybeShape] = {}
     for name, shape in tensors.items():
-        number, dot, _ = name[len(prefix) :].partition(".") if name.startswith(prefix) else ("", "", "")
-        if dot and number.isascii() and number.isdecimal() and len(number) < 7:
-            by_number[int(number)][name[len(prefix) + len(number) :]] = shape
+        layer = number_of(name, prefix)
+        if layer is not None:
+            by_number[layer][name[len(prefix) + len(str(layer)) :]] = shape
         else:
             outside[name] = shape
-    return Layers(prefix, dict(by_number), outside)
+    beside = {n: by_number.pop(n) for n in beside_layers(model, prefix, found, depth, ahead)}
+    return Layers(prefix, dict(by_number), outside, beside)
 
 
 def _by_ending(path: str, tensors: dict[str, MaybeShape]) -> dict[str, int]:
