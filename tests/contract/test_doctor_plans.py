@@ -136,7 +136,7 @@ def test_a_hub_id_fetches_its_papers_alone(folders: Any, hub: type[Hub], tmp_pat
     with pytest.raises(ModelError, match="M302"):
         doctor("owner/nothing")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}', encoding="utf-8")
-    with pytest.raises(ModelError, match="M370.* of owner/base"):
+    with pytest.raises(ModelError, match=r"M370.* of owner/base"):
         doctor("owner/adapter")
     assert base.exists()
 

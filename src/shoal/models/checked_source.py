@@ -52,8 +52,8 @@ def check_source(source: str | Path, *, trust_remote_code: bool = False, revisio
 
     Raises `ModelError`: M302, M306-M309 for what is no model, M307 and M312 for a config, M310, M313 and M336 for
     tensors that do not belong to the model of the config, M353 for a package that its own code needs, and what
-    `converted_folder` raises for a .gguf file. Tensors that no part of the model takes are a `ShoalNote`, and so are parts that LLM-Drop's
-    code leaves out.
+    `converted_folder` raises for a .gguf file. Tensors that no part of the model takes are a `ShoalNote`, and so are
+    parts that the code of LLM-Drop leaves out.
     """
     place, stored = _resolved(str(source))
     config = _config_of(place, str(source), trust_remote_code, revision)
