@@ -19,8 +19,8 @@ from shoal.models.folder_kinds import refuse_other_kind_of_hub
 from shoal.models.hub import fetched
 from shoal.models.matching_tensors import ShapesOrNames, require_matching_tensors
 from shoal.models.meta import meta_model
-from shoal.models.other_readers import drop_notes
 from shoal.models.shards import Stored, check_folder
+from shoal.models.unread_fields import drop_notes
 
 BUILTIN = "smollm2"
 MAX_DEPTH = 1_000

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from shoal.errors import WriteError
 from shoal.models.checkpoint import read_json, read_json_list
 from shoal.models.layer_references import GONE, Renumbering
-from shoal.models.other_readers import CODE
+from shoal.models.unread_fields import CODE
 
 PAPERS = (
     "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",

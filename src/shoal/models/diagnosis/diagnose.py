@@ -22,10 +22,10 @@ from shoal.models.matching_tensors import require_matching_tensors
 from shoal.models.names import attributed
 from shoal.models.old_buffers import old_buffers
 from shoal.models.opened import open_model
-from shoal.models.other_readers import notes_for
 from shoal.models.quantised import described_quantisation, quantisation_said
 from shoal.models.renaming import renamed, state_shapes
 from shoal.models.stacks import find_stacks
+from shoal.models.unread_fields import notes_for
 
 
 def diagnose(metadata: CheckpointMetadata, kept: Sequence[int] | None = None) -> Diagnosis:
