@@ -97,9 +97,9 @@ def write(
                 forward=forward, trust_remote_code=trust_remote_code, progress=progress,
             )  # fmt: skip
         text = f"proved and written to {streamed.folder}: {streamed.params:,} parameters in {streamed.files} files"
-        text += _dequantised(model) + _left_out(streamed.left_out)
+        text += _dequantised(model)
         data = {"output": str(streamed.folder), "proof": streamed.proof.to_dict()}
-        emit(data | {"left_out": list(streamed.left_out)}, text, as_json=json_)
+        _emit(data, text, streamed.left_out, as_json=json_)
         return
     from shoal.api.prune import prune
     from shoal.api.publish import publish
@@ -115,16 +115,16 @@ def write(
         )  # fmt: skip
     text = f"proved and written to {written.folder}: {chosen}, {written.params:,} parameters"
     text += "" if adapter is None else f"; its adapter: {written.folder / 'adapter'}"
-    text += _left_out(written.left_out)
     data = {"output": str(written.folder), "plan": str(chosen), "proof": written.proof.to_dict()}
-    emit(data | {"left_out": list(written.left_out)}, text, as_json=json_)
+    _emit(data, text, written.left_out, as_json=json_)
 
 
-def _left_out(names: tuple[str, ...]) -> str:
-    """Which tensors of the base are not in the new folder, though no layer is theirs."""
+def _emit(data: dict[str, Any], text: str, left_out: tuple[str, ...], *, as_json: bool) -> None:
+    """The result, and which tensors of the base are not in the new folder, as no layer is theirs."""
     from shoal.writing.left_out import listed
 
-    return f"\nleft out, as no part of the model: {listed(names)}" if names else ""
+    text += f"\nleft out, as no part of the model: {listed(left_out)}" if left_out else ""
+    emit(data | {"left_out": list(left_out)}, text, as_json=as_json)
 
 
 def _refuse_gguf_options(given: dict[str, Any]) -> None:
