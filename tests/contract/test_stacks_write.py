@@ -89,6 +89,7 @@ def test_sound_folders_pass_and_planted_faults_do_not(folders: dict[str, Path], 
     assert [str(check) for proof in found[:5] for check in proof.failures] == []
     assert {check.name for check in found[1].checks} == {
         "loads", "weights", "outputs", "greedy tokens", "parameters", "depth of encoder", "depth of decoder", "KV held",
+        "references",
     }  # fmt: skip
     assert {check.name for check in found[3].checks} >= {"outputs", "depth of vision", "depth of text"}
     assert {check.name for check in found[5].failures} >= {"weights", "outputs"}
