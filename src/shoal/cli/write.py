@@ -98,8 +98,9 @@ def write(
             )  # fmt: skip
         text = f"proved and written to {streamed.folder}: {streamed.params:,} parameters in {streamed.files} files"
         text += _dequantised(model)
-        data = {"output": str(streamed.folder), "proof": streamed.proof.to_dict()}
-        _emit(data, text, streamed.left_out, as_json=json_)
+        _emit(
+            {"output": str(streamed.folder), "proof": streamed.proof.to_dict()}, text, streamed.left_out, as_json=json_
+        )
         return
     from shoal.api.prune import prune
     from shoal.api.publish import publish
