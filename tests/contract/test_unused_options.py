@@ -92,3 +92,18 @@ def test_python_callers_are_warned(folder: Path, tmp_path: Path) -> None:  # noq
         shoal.measure(loaded, "magnitude", data="my.txt")
     with pytest.warns(ShoalWarning, match=r"U655: data=\['words'\]"):
         shoal.prune(loaded, plan="0-2,4", data=["words"], writable=False)
+
+
+@pytest.mark.parametrize(("row", "values"), [("1,3,0.2,9", 4), ("1,3", 2)])
+def test_a_table_with_a_wrong_number_of_columns_is_refused(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    row: str,
+    values: int,
+) -> None:
+    table = tmp_path / "distances.csv"
+    table.write_text(f"block_start,block_end,average_distance\n1,3,0.4\n{row}\n", encoding="utf-8")
+    words = ["convert", str(table), "--from", "pruneme", "--to", "notation", "--model", str(folder)]
+    result = CliRunner().invoke(app, words, prog_name="shoal")
+    assert result.exit_code == 1
+    assert f"N101: line 3 of the pruneme file has {values} values and its first line names 3" in result.stderr

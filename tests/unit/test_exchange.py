@@ -213,12 +213,6 @@ def test_two_models_are_named() -> None:
         ),
         ("pruneme", "block_start,block_end,average_distance\n1,3,nan\n", "N102"),
         ("pruneme", "block_start,block_end,average_distance\n", "N101: the pruneme file has no span"),
-        (
-            "pruneme",
-            "block_start,block_end,average_distance\n1,3,0.4\n1,3,0.2,9\n",
-            "N101: line 3 of the pruneme file has 4 values and its first line names 3",
-        ),
-        ("pruneme", "block_start,block_end,average_distance\n1,3\n", "N101: line 2 of the pruneme file has 2 values"),
         ("pruneme", "block_start,block_end\n1,2\n", "N101: cannot read the pruneme file (KeyError)"),
         ("llm-drop", '{"drop_attn_list": [true, false]}', "N106: drop_attn_list says true or false for 2 layers"),
         ("llm-drop", "{}", "has neither drop_attn_list nor drop_mlp_list"),
