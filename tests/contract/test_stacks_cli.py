@@ -140,18 +140,8 @@ def test_a_stand_in_is_fitted_in_the_stack_that_the_plan_changes(base: str, tmp_
     assert "P102" in shoal(*fuse, "encoder: 0,3-5", "--stack", "vision", code=1)
 
 
-NO_WORD_YET = {
-    "attention-similarity": "the state in front of T5's head is not handed on",
-    "macro-influence": "the state in front of T5's head is not handed on",
-    "sinks": "the state in front of T5's head is not handed on",
-    "fusegpt": "the state in front of T5's head is not handed on",
-    "laco": "the state in front of T5's head is not handed on",
-    "kv-freeze": "T5 is called without the tokens of its decoder",
-    "fold-groups": "layers with cross-attention have no parts to scale",
-}
-"""Entries that end with an exception in a model of several stacks where a refusal by code is due."""
 ENTRIES = [
-    pytest.param(verb, name, marks=pytest.mark.xfail(reason=NO_WORD_YET[name]) if name in NO_WORD_YET else ())
+    (verb, name)
     for verb, kind_of in (("measure", "measures"), ("prune", "methods"), ("fuse", "transforms"))
     for name in entries(kind_of)
 ]

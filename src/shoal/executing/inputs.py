@@ -18,9 +18,15 @@ from shoal.models.stacks import Stack
 
 def forward_without_head(model: nn.Module | OpenedModel, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """What the head is given, [batch, length, hidden], for `ids` and `mask` [batch, length]; the caller chooses the
-    modes and whether gradients are kept."""
+    modes and whether gradients are kept. Raises M322 for a model that does not say it."""
     opened = open_model(model)
-    state: torch.Tensor = run_stack(opened.model, opened.stack(), ids, mask).last_hidden_state
+    state: torch.Tensor | None = getattr(run_stack(opened.model, opened.stack(), ids, mask), "last_hidden_state", None)
+    if state is None:
+        raise ModelError(
+            f"{type(opened.model).__name__} does not hand on the state in front of its head, which is needed here; use "
+            "a measure or method that compares the states of layers",
+            code="M322",
+        )
     return state
 
 

@@ -11,6 +11,7 @@ from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import require_context
 from shoal.executing.inputs import require_whole
 from shoal.models.evaluating import evaluating
+from shoal.models.kinds import require_causal
 from shoal.models.opened import open_model
 from shoal.recording.frozen import continued
 from shoal.scores import Traits
@@ -44,8 +45,10 @@ def kv_freeze(
 
     How we differ: a prompt of many tokens and a tail of several are judged instead of a single current token, by KL
     instead of answers; standard errors are over sequences. Cost: one cached pass per layer. Raises U538 for a tail that
-    does not fit or padded sequences, U537 for a model without a KV cache, U507 while a plan is running.
+    does not fit or padded sequences, U537 for a model without a KV cache, M322 for one that is no causal language model,
+    U507 while a plan is running.
     """
+    require_causal(model, "KV freeze")
     require_whole(model, "KV freeze", stack)
     require_context(model, data.ids.shape[1])
     length = data.ids.shape[1]

@@ -11,7 +11,7 @@ from torch import nn
 
 from shoal.errors import UsageError
 from shoal.executing.bind import bind
-from shoal.executing.inputs import forward_without_head, require_whole
+from shoal.executing.inputs import require_whole, run_stack
 from shoal.executing.recorder import Recorder
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import OpenedModel, open_model
@@ -42,7 +42,7 @@ def observe_maps(
     with evaluating(opened.model), _eager(opened.model), bound.running(), bound.executor(stack).recording(seen):
         for ids, mask in batches:
             before(ids, mask)
-            forward_without_head(opened, ids, mask)
+            run_stack(opened.model, opened.stack(stack), ids, mask)
             if not seen.maps:
                 raise UsageError(
                     f"{what} needs attention maps, and {type(opened.model).__name__} hands out none even under "

@@ -38,6 +38,7 @@ def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, 
     steps = list(job.plan.steps(job.stack))
     start, children = _range(job, first, last, group)
     pair = Pair(job)
+    _require_parts(pair, children)
     prober, weights = Prober(pair), dict(job.weights)
     fits: list[Fit] = []
     pair.prune_to(start)
@@ -68,6 +69,17 @@ def _range(job: Job, first: int, last: int, group: int) -> tuple[int, list[int]]
             code="U559",
         )
     return places[0], children
+
+
+def _require_parts(pair: Pair, children: list[int]) -> None:
+    """Raise U559 for layers that cannot run an attention or an mlp alone, each of which has a scale of its own."""
+    for layer in children:
+        if pair.inputs.facts.layers[layer].parts is None:
+            raise UsageError(
+                f"layer {layer} has no attention and mlp that could be scaled apart, so its group cannot be folded; "
+                "merge the layers (slerp, weighted-average) instead",
+                code="U559",
+            )
 
 
 def _child(pair: Pair, prober: Prober, parent: int, child: int) -> tuple[dict[str, torch.Tensor], Fit]:
