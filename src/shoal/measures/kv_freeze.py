@@ -45,8 +45,8 @@ def kv_freeze(
 
     How we differ: a prompt of many tokens and a tail of several are judged instead of a single current token, by KL
     instead of answers; standard errors are over sequences. Cost: one cached pass per layer. Raises U538 for a tail that
-    does not fit or padded sequences, U537 for a model without a KV cache, M322 for one that is no causal language model,
-    U507 while a plan is running.
+    does not fit or padded sequences, U537 for a model without a KV cache, M322 for one without next-token scores, U507
+    while a plan is running.
     """
     require_causal(model, "KV freeze")
     require_whole(model, "KV freeze", stack)
