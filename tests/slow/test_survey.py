@@ -47,3 +47,22 @@ def test_no_other_kind_is_wrong() -> None:
     assert done.returncode == 0, red
     right = {line.split()[0] for line in done.stderr.splitlines() if line.count(" right") == 5}
     assert len(right) >= 15
+
+
+@pytest.mark.timeout(1800)
+def test_no_model_that_reads_pictures_is_wrong() -> None:
+    """In a process of its own too."""
+    from ..survey.pictures import types
+
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.survey.pictures", *types()],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    red = [line for line in done.stderr.splitlines() if "wrong:" in line]
+    assert done.returncode == 0, red
+    assert sum(" right" in line and "picture: yes" in line for line in done.stderr.splitlines()) >= 20

@@ -44,6 +44,20 @@ passes too, is within {limit:g} of the live plan's. {right} types are right for 
 a refusal; {wrong} verdicts are wrong.
 
 """
+PICTURE_TITLE = "## Models that read pictures and text"
+PICTURE_HEAD = """{title}
+
+Written by `python -m tests.survey.pictures`. {versions}, float32 on the CPU, {date}, {seconds:.0f} s.
+
+The types of `AutoModelForImageTextToText`, each with a decoder of 6 random layers, which the plans above are laid on;
+whatever makes tokens of a picture is carried along. **right**: the written folder, loaded by plain transformers in
+another process, gives the live plan's logits within {limit:g}, in one pass, in passes over a cache and by `generate`:
+after a text and, where *picture* says yes, after a prompt with a picture too.
+
+{built} of {types} types were built so far. {right} are right for one plan or more, {pictures} of them with a picture;
+{refused} are refused; {wrong} are wrong.
+
+"""
 ALIKE = "two layers of one kind change places"
 
 
@@ -113,15 +127,52 @@ def _release(module: Any) -> str:
 
 
 def write_kinds(rows: list[Any], seconds: float) -> None:
-    """Put the section of the second survey at the end of the page, in place of an older one."""
-    first = PAGE.read_text(encoding="utf-8").partition(f"\n{KIND_TITLE}")[0]
-    PAGE.write_text(f"{first.rstrip()}\n\n{kinds_section(rows, seconds)}", encoding="utf-8")
+    """Put the section of the second survey in place of an older one."""
+    page = PAGE.read_text(encoding="utf-8")
+    first = page.partition(f"\n{KIND_TITLE}")[0]
+    _, title, rest = page.partition(f"\n{PICTURE_TITLE}")
+    PAGE.write_text(f"{first.rstrip()}\n\n{kinds_section(rows, seconds)}{title}{rest}", encoding="utf-8")
 
 
 def kept_kinds() -> str:
-    """The section of the second survey as it stands on the page, for a page that is written anew."""
+    """The sections of the other surveys as they stand on the page, for a page that is written anew."""
     _, title, rest = PAGE.read_text(encoding="utf-8").partition(f"\n{KIND_TITLE}")
     return title + rest
+
+
+def write_pictures(rows: list[Any], seconds: float) -> None:
+    """Put the section of the third survey at the end of the page, in place of an older one."""
+    page = PAGE.read_text(encoding="utf-8").partition(f"\n{PICTURE_TITLE}")[0]
+    PAGE.write_text(f"{page.rstrip()}\n\n{pictures_section(rows, seconds)}", encoding="utf-8")
+
+
+def pictures_section(rows: list[Any], seconds: float) -> str:
+    """A row for every type of which there is a tiny model, and why there is none of the others."""
+    built = [row for row in rows if row.missing is None]
+    right = [row for row in built if any(verdict == "right" for verdict in row.verdicts.values())]
+    head = PICTURE_HEAD.format(
+        title=PICTURE_TITLE,
+        versions=f"Python {platform.python_version()}, torch {_release(torch)}, transformers {_release(transformers)}",
+        date=dt.datetime.now(tz=dt.UTC).date(),
+        seconds=seconds,
+        limit=LIMIT,
+        types=len(rows),
+        built=len(built),
+        right=len(right),
+        pictures=sum(row.picture == "yes" for row in right),
+        refused=len(built) - len(right),
+        wrong=sum(row.wrong for row in built),
+    )
+    lines = [f"| type | {' | '.join(KINDS)} | picture | notes |", "|---" * (len(KINDS) + 3) + "|"]
+    for row in built:
+        said = [f"{code}: {why}" for code, why in row.reasons.items()] + ([row.note] if row.note else [])
+        said += [] if row.picture == "yes" else [f"no picture: {row.picture}"]
+        verdicts = " | ".join(_cell(row.verdicts[kind]) for kind in KINDS)
+        seen = "yes" if row.picture == "yes" else "no"
+        lines.append(f"| {row.model_type} | {verdicts} | {seen} | {_cell('; '.join(said))} |")
+    lines += ["", "Not surveyed:", "", "| type | why not |", "|---|---|"]
+    lines += [f"| {row.model_type} | {_cell(row.missing)} |" for row in rows if row.missing is not None]
+    return head + "\n".join(lines) + "\n"
 
 
 def kinds_section(rows: list[Any], seconds: float) -> str:

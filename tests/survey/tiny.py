@@ -24,7 +24,12 @@ def tiny(model_type: str) -> PreTrainedModel:
     if size > LARGEST:
         raise ValueError(f"the shrunk config still has {size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).float().eval()
+    return filled(AutoModelForCausalLM.from_config(tiny_config(model_type)))
+
+
+def filled(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with random weights large enough that every layer matters, in float32 and for evaluation."""
+    model = model.float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "A_log" not in name and parameter.is_floating_point():

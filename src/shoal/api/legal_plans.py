@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from shoal.errors import WriteError
+from shoal.errors import PlanError, WriteError
 from shoal.ledger import Ledger
 from shoal.models.adapter import is_adapted
 from shoal.models.load import Loaded
@@ -42,6 +42,6 @@ def _allowed(loaded: Loaded, spec: Spec, plan: Plan, *, writable: bool, zero_par
         return True
     try:
         blueprint(loaded.model, plan, zero_parts=zero_parts)
-    except WriteError:
+    except (WriteError, PlanError):
         return False
     return True

@@ -35,6 +35,7 @@ INDEX_LISTS = (
     "local_layer_ids",
     "moe_layers",
     "ple_layer_ids",
+    "rope_scaling_layers",
 )
 """Fields that list the layers with a property, by index."""
 

@@ -71,11 +71,21 @@ def examine(model: PreTrainedModel, stack: Stack) -> StackFacts:
             forward = True
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         if place.type != "meta":
-            raise ModelError(f"{type(model).__name__} cannot be probed: {error}", code="M305") from error
+            raise ModelError(_not_probed(model, error), code="M305") from error
         known = [None if watcher.by_name else find_parts(layer) for layer in layers]
         watcher.facts = [LayerFacts(_own_row(layer, i), -1, None, parts=known[i]) for i, layer in enumerate(layers)]
         note, forward = None, False
     return StackFacts(watcher.facts, forward, note)
+
+
+def _not_probed(model: PreTrainedModel, error: Exception) -> str:
+    """That a family is not supported: what its forward said of a sample is no fault of the user's."""
+    given = "a token of text alone" if is_causal(model) else "the sample that Shoal makes"
+    why = " ".join(str(error).split())[:200]
+    return (
+        f"{type(model).__name__} does not run on {given} ({why}), so what its layers do cannot be found out; models of "
+        "this class cannot be planned yet"
+    )
 
 
 def _place(model: PreTrainedModel) -> torch.device:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import ModelError
+from shoal.models.kinds import is_causal
 
 Inputs = dict[str, torch.Tensor]
 
@@ -18,23 +19,24 @@ def sample_inputs(
 ) -> Inputs:
     """Random inputs of `model.forward` by name, the same for one seed: `input_ids` and `attention_mask`
     [batch, length], `decoder_input_ids` [batch, length], `pixel_values` [batch, channels, height, width],
-    `input_features` [batch, mel bins, frames], `input_values` [batch, samples].
+    `input_features` [batch, mel bins, frames], `input_values` [batch, samples]. A decoder gets text alone, also one
+    that reads pictures or sound beside it.
 
     On the meta device masks are left out, since their values would be read. Raises M321 for a model that reads
-    something else.
+    something else, M385 for pictures of which the config does not say the size.
     """
     names = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     found: Inputs = {}
-    meta = torch.device(place).type == "meta"
+    meta, text_alone = torch.device(place).type == "meta", is_causal(model)
     if "input_ids" in names:
         found["input_ids"] = _ids(_texts(config), batch, length, generator)
         if "attention_mask" in names and not meta:
             found["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
-    if "pixel_values" in names:
-        found["pixel_values"] = _images(config, batch, generator)
-    if "input_features" in names:
+    if "pixel_values" in names and not text_alone:
+        found["pixel_values"] = _images(model, batch, generator)
+    if "input_features" in names and not text_alone:
         found["input_features"] = _features(model, batch, generator)
     if "input_values" in names and not found:
         found["input_values"] = torch.randn(batch, 4000, generator=generator)
@@ -62,14 +64,20 @@ def _ids(config: PreTrainedConfig, batch: int, length: int, generator: torch.Gen
     return torch.where(ids == pad, (ids + 1) % config.vocab_size, ids) if isinstance(pad, int) else ids
 
 
-def _images(config: PreTrainedConfig, batch: int, generator: torch.Generator) -> torch.Tensor:
+def _images(model: PreTrainedModel, batch: int, generator: torch.Generator) -> torch.Tensor:
+    config = model.config
     own = getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
     size: Any = getattr(own, "image_size", None)
     if isinstance(size, dict):
         size = (size.get("height"), size.get("width"))
     height, width = size if isinstance(size, list | tuple) else (size, size)
     if not isinstance(height, int) or not isinstance(width, int):
-        raise ModelError(f"the config of {config.model_type} says no image_size; add it to config.json", code="M321")
+        raise ModelError(
+            f"{type(model).__name__} reads pictures of a size that no config of {config.model_type} says, so no sample "
+            "can be made and its layers cannot be planned; give the model under the class that writes text, if it has "
+            "one (architectures in config.json)",
+            code="M385",
+        )
     return torch.randn(batch, getattr(own, "num_channels", 3), height, width, generator=generator)
 
 

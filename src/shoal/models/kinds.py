@@ -1,4 +1,4 @@
-"""Which Auto class a model belongs to, and whether it is a causal language model: from transformers' own tables."""
+"""Which Auto class a model belongs to, and whether it is a causal decoder: from transformers' own tables."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from transformers import PreTrainedConfig
 from shoal.errors import ModelError
 
 CAUSAL = "AutoModelForCausalLM"
+PICTURES, MEDIA = "AutoModelForImageTextToText", "AutoModelForMultimodalLM"
+DECODERS = (CAUSAL, PICTURES, MEDIA)
+"""The Auto classes of models that give next-token scores after text, and some of them after pictures or sound too."""
 AUTO = (
     CAUSAL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModel", "AutoModelForMaskedLM",
     "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
     "AutoModelForMultipleChoice", "AutoModelForNextSentencePrediction", "AutoModelForImageClassification",
     "AutoModelForMaskedImageModeling", "AutoModelForZeroShotImageClassification", "AutoModelForAudioClassification",
-    "AutoModelForCTC", "AutoModelForTextEncoding", "AutoBackbone", "AutoModelForPreTraining",
+    "AutoModelForCTC", "AutoModelForTextEncoding", "AutoBackbone", PICTURES, MEDIA, "AutoModelForPreTraining",
 )  # fmt: skip
 """The Auto classes that are looked through, in this order: a class that several name belongs to the first."""
 
@@ -46,11 +49,14 @@ def auto_for(config: PreTrainedConfig) -> str:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """True for a causal language model, for its headless or otherwise headed relatives, and for a class that no Auto
-    class names: all of these are one decoder. Encoders that a config can turn into decoders are none until it does."""
+    """True for a causal language model, for its headless or otherwise headed relatives, for one that reads pictures or
+    sound beside text, and for a class that no Auto class names: the decoder of all of these is planned, and what makes
+    pictures into tokens is carried along. Encoders that a config can turn into decoders are none until it does."""
     config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig) or auto_of(model) in (CAUSAL, None):
+    if not isinstance(config, PreTrainedConfig) or (auto := auto_of(model)) in (CAUSAL, None):
         return True
+    if auto in DECODERS:
+        return not config.is_encoder_decoder
     other = config.is_encoder_decoder or (_classes("AutoModelForMaskedLM", type(config)) and not is_decoder(config))
     return bool(_classes(CAUSAL, type(config))) and not other
 
@@ -60,10 +66,16 @@ def is_decoder(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "is_decoder", False))
 
 
+def scores_text(model: nn.Module) -> bool:
+    """Whether the model is a decoder with next-token scores: what `AutoModelForCausalLM` makes and what reads pictures
+    or sound too."""
+    return is_causal(model) and auto_of(model) in DECODERS
+
+
 def require_causal(model: nn.Module, what: str) -> None:
     """Raise M322 when `what`, which reads a causal model's next-token scores, is asked of another kind of model."""
     name = auto_of(model)
-    if name not in (CAUSAL, None):
+    if name is not None and not scores_text(model):
         raise ModelError(
             f"{what} needs the next-token scores of a causal language model, and {type(model).__name__} ({name}) has "
             "none; judge the written model with the tests of its own task",
@@ -74,7 +86,7 @@ def require_causal(model: nn.Module, what: str) -> None:
 def require_text(model: nn.Module, what: str) -> None:
     """Raise M323 when `what`, which reads text, is asked of a model that reads something else."""
     name = getattr(model, "main_input_name", "input_ids")
-    if auto_of(model) is not None and name != "input_ids":
+    if auto_of(model) is not None and not scores_text(model) and name != "input_ids":
         raise ModelError(
             f"{what} reads text, and {type(model).__name__} reads {name}, of which there is no data; name the layers "
             "(--plan) or remove them by their position (--method position)",

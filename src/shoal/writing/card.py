@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from shoal._version import __version__
-from shoal.models.kinds import CAUSAL
+from shoal.models.kinds import CAUSAL, DECODERS
 from shoal.plan import Plan, format_plan, strip
 from shoal.writing.left_out import listed
 from shoal.writing.proof import Proof
@@ -138,7 +138,13 @@ def _plan(plan: Plan, base_layers: Layers, chain: Sequence[str]) -> str:
 
 
 def _loading(title: str, auto: str) -> str:
-    if auto != CAUSAL:
+    if auto in DECODERS[1:]:
+        code = (
+            f"from transformers import {auto}, AutoProcessor\n\n"
+            f"model = {auto}.from_pretrained({_line(title)!r})\n"
+            f"processor = AutoProcessor.from_pretrained({_line(title)!r})"
+        )
+    elif auto != CAUSAL:
         code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({_line(title)!r})"
     else:
         code = (

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from shoal.live import running
 from shoal.models.evaluating import evaluating
-from shoal.models.kinds import CAUSAL
+from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.opened import open_model
 from shoal.models.own_code import runs_own_code
 from shoal.models.stacks import find_stacks, unwrap
@@ -122,6 +122,7 @@ def live_reference(
         tokens=side.tokens,
         greedy=side.greedy,
         largest=side.largest,
+        auto=auto_of(inner) or CAUSAL,
         **load_settings(inner),
     )
 
@@ -144,6 +145,7 @@ def adapter_reference(
         tokens=side.tokens,
         greedy=side.greedy,
         largest=side.largest,
+        auto=auto_of(model) or CAUSAL,
         adapter=folder,
         **load_settings(model),
     )
@@ -183,7 +185,12 @@ def counted_reference(model: PreTrainedModel, *, device: str, digest: str | None
     slots = tuple(range(spec.stack().depth))
     expected = counts(Blueprint(plan, slots, (), model.config, {}), spec, model, sets["random"][0].shape[1])
     tensors = {f"{n}.{kind}": t for n, pair in sets.items() for kind, t in zip(("ids", "mask"), pair, strict=True)}
-    return Reference(replace(expected, digest=digest), tensors, **load_settings(model) | {"device": device})
+    return Reference(
+        replace(expected, digest=digest),
+        tensors,
+        auto=auto_of(model) or CAUSAL,
+        **load_settings(model) | {"device": device},
+    )
 
 
 def expected_weights(model: PreTrainedModel, plans: Blueprint) -> tuple[dict[str, int], int]:

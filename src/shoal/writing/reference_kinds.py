@@ -14,7 +14,7 @@ from shoal.live import running
 from shoal.models.depth import depth_fields
 from shoal.models.evaluating import evaluating
 from shoal.models.inputs import Inputs, sample_inputs
-from shoal.models.kinds import CAUSAL, auto_of
+from shoal.models.kinds import auto_of, scores_text
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan
@@ -89,7 +89,8 @@ def counted_kind(model: PreTrainedModel, *, device: str, digest: str | None = No
 
 def proves_as_causal(model: nn.Module) -> bool:
     """Is the proof the one of a causal language model?"""
-    return auto_of(unwrap(model)) in (CAUSAL, None)
+    inner = unwrap(model)
+    return auto_of(inner) is None or scores_text(inner)
 
 
 def depth_paths(model: PreTrainedModel) -> dict[str, str]:

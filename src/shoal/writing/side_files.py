@@ -11,6 +11,7 @@ from shoal.models.checkpoint import read_json_list
 PATTERNS = (
     "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "chat_template*", "special_tokens*", "added_tokens*",
     "tokenizer*", "vocab*", "merges*", "*.tiktoken", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "modules.json", "sentence_*_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 MAX_BYTES = 5_000_000

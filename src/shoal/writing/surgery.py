@@ -21,6 +21,7 @@ from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
 from shoal.models.other_readers import for_other_readers, renumbering
+from shoal.models.picture_features import renumbered_features
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Given, Plan
 from shoal.plan.capabilities import refusals
@@ -45,7 +46,8 @@ def blueprint(
     depth, W209 replaced weights that are not given or do not fit the layer, W216 a config that its own class does not
     accept, W241 a decoder deeper than its encoder where transformers sizes the cache by the encoder, W242 a numbered
     output of a layer that is gone.
-    Raises `PlanError` P126 for an order in which the family's layers cannot run.
+    Raises `PlanError` P126 for an order in which the family's layers cannot run, P151 and P152 for layers beside which
+    the model adds what it sees in pictures.
 
     `zero_parts`: let a stock layer keep a dropped attention or mlp with all its tensors zero (exact, saves nothing).
     `model` may be on the meta device.
@@ -156,7 +158,10 @@ def _permuted(
     changed |= renumbered_outputs(stack.config, text, slots)
     if stack.config is model.config:
         return text, changed
-    return _whole_config(whole, model.config, stack.config, text), changed
+    made = _whole_config(whole, model.config, stack.config, text)
+    if stack.name == "decoder":
+        changed |= renumbered_features(model.config, made, stack.depth, slots)
+    return made, changed
 
 
 def _slots(steps: tuple[Step, ...], zero_parts: bool) -> StackSlots:
@@ -180,8 +185,23 @@ def _whole_config(
 ) -> PreTrainedConfig:
     """`whole` with one of its configs exchanged; `old` is that config in `base`, of which `whole` was made."""
     made = copy.deepcopy(whole)
-    setattr(made, next(n for n in base.sub_configs if getattr(base, n, None) is old), new)
+    *outer, name = _path(base, old)
+    owner = made
+    for step in outer:
+        owner = getattr(owner, step)
+    setattr(owner, name, new)
     return made
+
+
+def _path(base: PreTrainedConfig, wanted: PreTrainedConfig) -> tuple[str, ...]:
+    """The names that lead from `base` to a config inside it; empty when it is not there."""
+    for name in base.sub_configs:
+        inner = getattr(base, name, None)
+        if inner is wanted:
+            return (name,)
+        if isinstance(inner, PreTrainedConfig) and (rest := _path(inner, wanted)):
+            return (name, *rest)
+    return ()
 
 
 def _read_back(config: PreTrainedConfig) -> PreTrainedConfig:
