@@ -102,7 +102,7 @@ def savable() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        why = str(error).strip().splitlines()[0][:300]
+        why = " ".join(str(error).split())[:300]  # its first line alone says that something is wrong, not what
         raise WriteError(
             f"transformers will not save the model's configs: {why}; mend them first", code="W216"
         ) from error

@@ -6,6 +6,7 @@ The parent imports the same functions for its live side, so that both sides are 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from typing import Any
@@ -42,18 +43,31 @@ def cached(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | 
 
 def greedy(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[int], list[float]]:
     """`tokens` greedy tokens after prompt [1, t], by `generate`, and at each the gap between the two highest scores."""
-    out = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
+    return _greedy(model, {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}, tokens)
+
+
+def _greedy(model: Any, given: dict[str, torch.Tensor], tokens: int) -> tuple[list[int], list[float]]:
+    """The same for one row of inputs. Of the model's own generation config only the ids of special tokens count: it may
+    ask for drafts, contrasts or sampling, which compare other things than two models."""
+    own = model.generation_config
+    model.generation_config = copy.deepcopy(own)
+    for name in vars(type(own)()):
+        if "token_id" not in name and name not in ("_from_model_config", "transformers_version"):
+            setattr(model.generation_config, name, None)
+    try:
+        out = model.generate(
+            **given,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    finally:
+        model.generation_config = own
     best = [scores[0].float().topk(2).values.tolist() for scores in out.scores]
-    return out.sequences[0, prompt.shape[1] :].tolist(), [first - second for first, second in best]
+    return out.sequences[0, -len(best) :].tolist(), [first - second for first, second in best]
 
 
 def kv_facts(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any] | None:
@@ -228,17 +242,7 @@ def decoded(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, 
 def written(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> tuple[list[int], list[float]]:
     """`tokens` greedy tokens for the first row of the encoder's inputs, by `generate`, and the gaps as in `greedy`."""
     given = {name: value[:1] for name, value in inputs.items() if name != "decoder_input_ids"}
-    out = model.generate(
-        **given,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    best = [scores[0].float().topk(2).values.tolist() for scores in out.scores]
-    return out.sequences[0, -len(best) :].tolist(), [first - second for first, second in best]
+    return _greedy(model, given, tokens)
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

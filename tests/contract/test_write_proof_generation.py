@@ -1,0 +1,52 @@
+"""What a base's generation config asks for is no part of the proof: it compares two models, not two ways to write."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.errors import WriteError
+from shoal.models.inspect import inspect
+from shoal.models.load import Loaded
+from shoal.plan import Plan, parse_plan
+from shoal.writing.folder import write
+
+from .families import tiny
+
+ASKED: list[dict[str, Any]] = [
+    {"dola_layers": "low"},
+    {"assistant_early_exit": 3},
+    {"prompt_lookup_num_tokens": 3},
+    {"do_sample": True, "temperature": 0.5},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.1},
+    {"cache_implementation": "static"},
+    {"stop_strings": ["x"]},
+]
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: next(iter(asked)))
+def test_what_a_base_asks_of_generate_is_left_to_it(asked: dict[str, Any], tmp_path: Path) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    for name, value in asked.items():
+        setattr(model.generation_config, name, value)
+    plan = parse_plan("0,2-3", Plan.identity(inspect(model)))
+    done = write(Loaded(model, None, "x"), plan, tmp_path / "out")
+    assert done.proof is not None and done.proof.passed
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    assert {name: kept.get(name) for name in asked if name != "assistant_early_exit"} == {
+        name: value for name, value in asked.items() if name != "assistant_early_exit"
+    }
+    assert {name: getattr(model.generation_config, name) for name in asked} == asked
+
+
+def test_what_transformers_will_not_save_is_said(tmp_path: Path) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    model.generation_config.temperature = 0.5  # without do_sample
+    plan = parse_plan("0,2-3", Plan.identity(inspect(model)))
+    with pytest.raises(WriteError, match=r"W216: .*temperature"):
+        write(Loaded(model, None, "x"), plan, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
