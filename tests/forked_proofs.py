@@ -28,9 +28,11 @@ proof_child = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(proof_child)
 answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
-    request, scratch, errors = json.loads(line)
+    request, scratch, errors, environment = json.loads(line)
     pid = os.fork()
     if pid == 0:
+        os.environ.clear()
+        os.environ.update(environment)
         os.chdir(scratch)
         nothing, file = os.open(os.devnull, os.O_RDWR), os.open(errors, os.O_WRONLY | os.O_CREAT)
         for number, new in ((0, nothing), (1, nothing), (2, file)):
@@ -51,12 +53,17 @@ for line in sys.stdin:
 """
 
 
+READ_BY_IMPORTS = ("ATEN_", "HF_", "HUGGINGFACE", "LD_", "MKL_", "OMP_", "PYTHON", "TRANSFORMERS_")
+"""Beginnings of the names of variables that libraries look at when they are imported; a proof with other values gets a
+Python of its own. All other variables are set in the fork."""
+
+
 class ForkedProofs:
     """Stands in for `subprocess.run`; every other command goes on to it."""
 
     def __init__(self) -> None:
         self._parent: subprocess.Popen[str] | None = None
-        self._environment: dict[str, str] | None = None
+        self._read: dict[str, str] | None = None
         self.fresh = False
         """Whether the proofs of the test that is running start a Python of their own."""
 
@@ -65,15 +72,15 @@ class ForkedProofs:
         mine = hasattr(os, "fork") and len(command) == 4 and str(command[2]).endswith("proof_child.py")
         if self.fresh or not mine:
             return _run(command, *args, **options)
-        environment = {key: value for key, value in options["env"].items() if key != "PYTEST_CURRENT_TEST"}
-        if self._environment not in (None, environment):
+        read = {key: value for key, value in options["env"].items() if key.startswith(READ_BY_IMPORTS)}
+        if self._read not in (None, read):
             return _run(command, *args, **options)
         script, request = map(str, command[2:])
         if self._parent is None:
-            self._environment = environment
+            self._read = read
             self._parent = subprocess.Popen(
                 [sys.executable, "-P", "-c", PARENT, script],
-                env=self._environment,
+                env=options["env"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -81,7 +88,8 @@ class ForkedProofs:
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
         errors = Path(options["cwd"]) / "stderr.txt"
-        print(json.dumps([request, str(options["cwd"]), str(errors)]), file=self._parent.stdin, flush=True)
+        line = json.dumps([request, str(options["cwd"]), str(errors), options["env"]])
+        print(line, file=self._parent.stdin, flush=True)
         code = int(self._parent.stdout.readline())
         return subprocess.CompletedProcess(command, code, None, errors.read_bytes())
 

@@ -41,7 +41,7 @@ def test_a_header_that_names_another_place_fails_the_proof(
 ) -> None:
     true = copy_check.copy_checks
 
-    def spoiled(folder: Path, *rest: Any) -> Any:
+    def spoiled(folder: Path, *rest: Any, **more: Any) -> Any:
         first, second = (stored_tensors(folder)[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 1))
         data = first.file.read_bytes()
         (length,) = struct.unpack("<Q", data[:8])
@@ -52,7 +52,7 @@ def test_a_header_that_names_another_place_fails_the_proof(
         assert (len(text), first.file) == (length, second.file)
         with first.file.open("r+b") as file:  # the header alone: what was copied is still being compared
             file.write(data[:8] + text)
-        return true(folder, *rest)
+        return true(folder, *rest, **more)
 
     monkeypatch.setattr(stream_module, "copy_checks", spoiled)
     with pytest.raises(WriteError, match=r"W230.*weights: 2.*up_proj"):

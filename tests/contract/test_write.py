@@ -179,7 +179,7 @@ def test_without_a_base_a_folder_is_held_to_its_own_config(proofs: dict[str, Pro
     proof = proofs["its own config"]
     assert proof.passed, [str(check) for check in proof.failures]
     names = [check.name for check in proof.checks]
-    assert names == ["loads", "logits cached", "parameters", "depth", "KV per token", "KV held"]
+    assert names == ["loads", "logits cached", "parameters", "depth", "KV per token", "KV held", "references"]
     assert [check.name for check in proofs["its own config, tensors changed"].failures] == ["weights"]
 
 

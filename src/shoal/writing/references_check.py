@@ -14,6 +14,8 @@ from shoal.writing.checks import Check
 from shoal.writing.papers import MODULES, PAPERS, lost_code, lost_modules
 
 CONFIGS = ("config.json", "generation_config.json")
+WITHOUT_FILES = ("Normalize",)
+"""Classes of sentence-transformers' modules that keep nothing: an empty folder is none on the hub and in a wheel."""
 
 
 def references_check(folder: Path) -> Check:
@@ -29,7 +31,11 @@ def _lost(folder: Path) -> Iterator[str]:
             code = read_json(folder / name).get(CODE)
             yield from (f"{name}: {one}" for one in lost_code(code, folder))
     modules = [one for one in read_json_list(folder / MODULES) if isinstance(one, dict)]
-    paths = [str(one["path"]) for one in modules if one.get("path")]
+    paths = [
+        str(one["path"])
+        for one in modules
+        if one.get("path") and str(one.get("type")).rpartition(".")[2] not in WITHOUT_FILES
+    ]
     yield from (f"{MODULES}: {path}" for path in paths if not (folder / path).is_dir())
     yield from (f"{MODULES}: {kind}" for kind in lost_modules(modules, folder))
     if (folder / INDEX).is_file():
