@@ -5,64 +5,48 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 
-@pytest.mark.timeout(1800)
-def test_no_type_is_wrong() -> None:
-    """In a process of its own, which starts no threads before it forks."""
-    from ..survey.survey import types
-
+def survey(module: str, types: Iterable[str]) -> list[str]:
+    """The lines of the survey `module` over `types`, from a process of its own, which starts no threads before it
+    forks. Fails when one of them is wrong."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.survey.survey", *types()],
+        [sys.executable, "-m", module, *types],
         cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")},
         stderr=subprocess.PIPE,
         text=True,
         check=False,
     )
-    red = [line for line in done.stderr.splitlines() if "wrong:" in line]
-    assert done.returncode == 0, red
-    assert sum(" right" in line for line in done.stderr.splitlines()) >= 150
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0, [line for line in lines if "wrong:" in line]
+    return lines
+
+
+@pytest.mark.timeout(1800)
+def test_no_type_is_wrong() -> None:
+    from ..survey.survey import types
+
+    assert sum(" right" in line for line in survey("tests.survey.survey", types())) >= 150
 
 
 @pytest.mark.timeout(1800)
 def test_no_other_kind_is_wrong() -> None:
-    """Encoders, encoder-decoders and vision models, in a process of their own too."""
+    """Encoders, encoder-decoders and vision models."""
     from ..survey.overrides_kinds import TYPES
 
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.survey.kinds", *TYPES],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")},
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    red = [line for line in done.stderr.splitlines() if "wrong:" in line]
-    assert done.returncode == 0, red
-    right = {line.split()[0] for line in done.stderr.splitlines() if line.count(" right") == 5}
+    right = {line.split()[0] for line in survey("tests.survey.kinds", TYPES) if line.count(" right") == 5}
     assert len(right) >= 15
 
 
 @pytest.mark.timeout(1800)
 def test_no_model_that_reads_pictures_is_wrong() -> None:
-    """In a process of its own too."""
     from ..survey.pictures import types
 
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.survey.pictures", *types()],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root / "src")},
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    red = [line for line in done.stderr.splitlines() if "wrong:" in line]
-    assert done.returncode == 0, red
-    assert sum(" right" in line and "picture: yes" in line for line in done.stderr.splitlines()) >= 20
+    lines = survey("tests.survey.pictures", types())
+    assert sum(" right" in line and "picture: yes" in line for line in lines) >= 20

@@ -15,7 +15,7 @@ from typing import Any
 
 from gguf import TENSOR_NAMES, GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 
-from shoal.errors import ModelError, WriteError
+from shoal.errors import ModelError, WriteError, first_line
 from shoal.models import gguf_rules as rules
 from shoal.plan import KVSpec, LayerSpec, Spec, StackSpec
 
@@ -81,7 +81,7 @@ def read_fields(path: Path) -> GGUFReader:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}", code="M315") from None
     except (ValueError, KeyError, IndexError, OverflowError, TypeError, MemoryError) as error:
-        why = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        why = first_line(error)
         if GGMLQuantizationType.__name__ in why:
             why = f"{why}: damaged, or newer than the installed package gguf"
         raise ModelError(f"{path} is not a sound GGUF file ({why}); copy or download it again", code="M315") from None

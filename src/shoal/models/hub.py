@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
 
-from shoal.errors import ModelError
+from shoal.errors import ModelError, first_line
 from shoal.models.checkpoint import read_header, read_json
 from shoal.models.folder_kinds import refuse_other_kind_of_hub
 from shoal.models.shards import INDEX, SINGLE, weight_map
@@ -67,5 +67,5 @@ def _header(hub_id: str, revision: str | None) -> Tensors:
 
 
 def _unreachable(hub_id: str, error: Exception) -> ModelError:
-    first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    first = first_line(error)
     return ModelError(f"cannot read {hub_id} from the hub: {first}", code="M307")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shoal.errors import first_line
 from shoal.serve.limits import RefusedError
 from shoal.serve.schemas import Chat, Completion
 
@@ -79,7 +80,7 @@ class Prompts:
         try:
             made = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # a template is a program of other people: it raises what it likes
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            why = first_line(error)
             raise RefusedError(
                 400, f"the chat template refuses these messages: {why}", param="messages", code="chat_template"
             ) from None
