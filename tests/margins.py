@@ -55,15 +55,23 @@ def pytest_assertion_pass(item: pytest.Item, lineno: int, expl: str) -> None:
             _note("<", abs(value) / limit, f"{item.path.relative_to(TESTS)}:{lineno}")
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = sorted(((share, place, kind, test) for place, (share, kind, test) in seen.items()), reverse=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Here and not in the summary, which workers of pytest-xdist do not write."""
+    if file := session.config.getoption("--margins"):
+        with Path(file).open("a") as out:
+            out.writelines(json.dumps(row) + "\n" for row in _rows())
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    rows = _rows()
     terminalreporter.section(f"tolerances of which more than {THIN:g} is used, of {len(rows)}")
     for share, place, kind, test in rows:
         if share > THIN:
             terminalreporter.write_line(f"{share:6.3f}  {kind:12}  {place}  {test}")
-    if file := config.getoption("--margins"):
-        with Path(file).open("a") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _rows() -> list[tuple[float, str, str, str]]:
+    return sorted(((share, place, kind, test) for place, (share, kind, test) in seen.items()), reverse=True)
 
 
 def _number(text: str) -> float:
