@@ -67,6 +67,13 @@ class Running:
         if self.deciding is not None and self.deciding.executor is not None:
             self.deciding.executor.prompt = length
 
+    @contextmanager
+    def paused(self) -> Iterator[Running]:
+        """`with handle.paused(): ...` - the model is whole inside and runs the plan again behind it, in microseconds;
+        see `BoundPlan.paused`. A policy hears nothing of what is computed there, and the trace does not count it."""
+        with self.bound.paused():
+            yield self
+
     def restore(self) -> None:
         """Take the plan away, and put back what was changed meanwhile in the model's config and generation config."""
         before, self._before = self._before, None

@@ -56,7 +56,7 @@ class BoundPolicy:
         """The executor for `planned`; from now on the hooks are there."""
         executor = GatedExecutor(planned, stack, facts, steps, weights, self.policy, self.known)
         self.executor = executor
-        self._removes.append(count_calls(self.stack, self.facts.layers, executor.trace.counts))
+        self._removes.append(count_calls(self.stack, self.facts.layers, executor.trace.counts, self._paused))
         if self.known.heads is not None:
             self._removes.append(self.known.heads.remove)
         listen = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -98,18 +98,26 @@ class BoundPolicy:
         if placed:
             known.readout = Readout(self.opened, self._ending)
         if any(step.head != "base" for step in placed):
-            known.heads = Heads(self.model, self.weights)
+            known.heads = Heads(self.model, self.weights, self._paused)
         return known
 
     def _ending(self, state: torch.Tensor) -> Any:
         assert self.executor is not None
         return self.executor.between(self.executor.depth, state)
 
+    def _paused(self) -> bool:
+        return self.executor is not None and self.executor.paused
+
+    def _listening(self) -> GatedExecutor | None:
+        """The executor, if the forward that begins or ends is one of the plan's own."""
+        executor = self.executor
+        return None if executor is None or executor.paused or executor.reading_out else executor
+
     def _generate(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None] | None:
         """Until `generate` is done, passes without a cache, and those in which prompt and guessed tokens come together,
         know where the prompt ends. A model that assists itself goes by the first call."""
         executor = self.executor
-        if executor is None or executor.prompt is not None:
+        if executor is None or executor.paused or executor.prompt is not None:
             return None
         executor.prompt = prompt_length(args, kwargs)
         return self._generated
@@ -119,17 +127,15 @@ class BoundPolicy:
         self.executor.prompt = None
 
     def _before_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        executor = self.executor
-        if executor is not None and not executor.reading_out:
+        if (executor := self._listening()) is not None:
             self.thread.enter()
             given = named_arguments(self.model, args, kwargs)
             executor.inputs = given.get("input_ids"), given.get("attention_mask")
 
     def _forward_ended(self, *_: Any) -> None:
-        if self.executor is not None and not self.executor.reading_out:
+        if self._listening() is not None:
             self.thread.leave()
 
     def _after_forward(self, _: nn.Module, __: Any, out: Any) -> None:
-        executor = self.executor
-        if executor is not None and not executor.reading_out and executor.last is not None:
+        if (executor := self._listening()) is not None and executor.last is not None:
             self.policy.after_forward(executor.last, logits_in(out)[:, -1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,9 @@ class Heads:
     `ID.probe` [hidden] and `ID.probe_bias` [1]: how likely it is that the exit is right, from the state alone.
     """
 
-    def __init__(self, model: Any, weights: Tensors) -> None:
-        self.weights = weights
+    def __init__(self, model: Any, weights: Tensors, paused: Callable[[], bool] = lambda: False) -> None:
+        """While `paused` says so the model's head answers for all tokens."""
+        self.weights, self._paused = weights, paused
         self.now: list[tuple[torch.Tensor | bool, str]] = []
         """(which tokens, whose head) for the tokens that the head is called for next."""
         self._placed: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
@@ -76,6 +77,8 @@ class Heads:
         return tuple(placed.get(f"{head}.{name}") for name in names)
 
     def _own(self, _: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor | None:
+        if self._paused():
+            return None
         for where, head in self.now:
             weight, bias = self._near(args[0], head, "weight", "bias")
             assert weight is not None  # owned

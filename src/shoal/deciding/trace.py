@@ -86,16 +86,19 @@ class Trace:
         self.tokens = [old + new for old, new in zip(self.tokens, read, strict=True)]
 
 
-def count_calls(stack: Stack, facts: list[LayerFacts], counts: Counts) -> Callable[[], None]:
-    """Hooks on every real layer and on its mlp that fill `counts`; the answer takes them away."""
+def count_calls(
+    stack: Stack, facts: list[LayerFacts], counts: Counts, paused: Callable[[], bool]
+) -> Callable[[], None]:
+    """Hooks on every real layer and on its mlp that fill `counts` while nothing is `paused`; the answer takes them
+    away."""
     handles = []
     for index in range(stack.depth):
         layer, parts = stack.layer(index), facts[index].parts
-        handles.append(layer.register_forward_hook(_counting(counts.layers, index), with_kwargs=True))
+        handles.append(layer.register_forward_hook(_counting(counts.layers, index, paused), with_kwargs=True))
         if parts is not None:
             counts.mlps[index] = 0
             child = layer.get_submodule(parts.mlp[0])
-            handles.append(child.register_forward_hook(_counting_mlp(counts, index), with_kwargs=True))
+            handles.append(child.register_forward_hook(_counting_mlp(counts, index, paused), with_kwargs=True))
 
     def remove() -> None:
         for handle in handles:
@@ -104,18 +107,20 @@ def count_calls(stack: Stack, facts: list[LayerFacts], counts: Counts) -> Callab
     return remove
 
 
-def _counting(counts: dict[int, int], index: int) -> Callable[..., None]:
+def _counting(counts: dict[int, int], index: int, paused: Callable[[], bool]) -> Callable[..., None]:
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        if paused():
+            return
         hidden = args[0] if args else kwargs["hidden_states"]
         counts[index] = counts.get(index, 0) + hidden.shape[-3] * hidden.shape[-2]
 
     return count
 
 
-def _counting_mlp(counts: Counts, index: int) -> Callable[..., None]:
+def _counting_mlp(counts: Counts, index: int, paused: Callable[[], bool]) -> Callable[..., None]:
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         state = next((given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor)), None)
-        if state is not None:
+        if state is not None and not paused():
             counts.mlps[index] += state.shape[:-1].numel()
 
     return count

@@ -39,6 +39,7 @@ class BoundPlan:
         self.opened, self.plan, self.tensors = opened, plan, tensors
         self._lists: list[tuple[Stack, LayerProxyList]] = []
         self._before: list[nn.ModuleList] = []
+        self._paused = False
         for stack in opened.stacks:
             planned, steps = LayerProxyList(stack), plan.steps(stack.name)
             executor = (
@@ -77,6 +78,7 @@ class BoundPlan:
     def enter(self) -> None:
         """Put the plan on the model. Raises P122 when another plan is running there."""
         refuse_second_plan(self.opened)
+        self._say(paused=False)
         self._before = [stack.layers for stack, _ in self._lists]
         for stack, planned in self._lists:
             stack.owner._modules[stack.attr] = planned
@@ -85,7 +87,11 @@ class BoundPlan:
             one.put()
 
     def leave(self) -> None:
-        """Take the plan away; nothing happens when it is not there."""
+        """Take the plan away, for good where it is paused; nothing happens when it is not there."""
+        self._say(paused=False)
+        self._take_away()
+
+    def _take_away(self) -> None:
         for (stack, _), before in zip(self._lists, self._before, strict=False):
             stack.owner._modules[stack.attr] = before
         if self._before:
@@ -93,6 +99,32 @@ class BoundPlan:
                 one.take_away()
             self._paged.end(self.model)
         self._before = []
+
+    @contextmanager
+    def paused(self) -> Iterator[BoundPlan]:
+        """`with bound.paused(): ...` - the model is whole inside, as if no plan had been put on it, and runs the plan
+        again behind it, whatever happens. Nothing is checked, probed or hashed.
+
+        A plan that is not on the model, or is paused already, stays as it is. One that is taken away inside stays away.
+        To be entered between forwards, not from within one. Raises P122 at the end where another plan was put on the
+        model inside and is still there.
+        """
+        if not self._before:
+            yield self
+            return
+        self._take_away()
+        self._say(paused=True)
+        try:
+            yield self
+        finally:
+            if self._paused:
+                self.enter()
+
+    def _say(self, *, paused: bool) -> None:
+        """Who listens on the model's own modules hears no forward of the whole model."""
+        self._paused = paused
+        for _, planned in self._lists:
+            planned.executor.paused = paused
 
     def _refuse_asked(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What `generate` calls with (mode, generation config, further arguments) once it has put them together."""
@@ -103,11 +135,13 @@ class BoundPlan:
     @contextmanager
     def running(self) -> Iterator[BoundPlan]:
         """`with bound.running(): ...` - on the model inside, away behind it, whatever happens."""
+        was_paused = self._paused
         self.enter()
         try:
             yield self
         finally:
             self.leave()
+            self._say(paused=was_paused)
 
 
 def bind(

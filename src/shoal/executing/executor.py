@@ -67,6 +67,8 @@ class Executor(InForward):
         self.exchanges, self._said = exchanges_of(stack, steps, self.sharing), SaidDepth(stack)
         self.owner: object | None = None
         """Who decides at run time, if anybody does: nobody else may go on with a cache that was filled so."""
+        self.paused = False
+        """Whether the plan was taken away for a while: what the model computes is not the plan's."""
         self.recorder: Recorder | None = None
         self.segment: Segment | None = None
         self.cache: Cache | None = None
@@ -135,7 +137,7 @@ class Executor(InForward):
         """Until the end of the block `recorder` is called for everything that runs."""
         before, self.recorder = self.recorder, recorder
         layers = [self.layer(index) for index in range(self.depth)]
-        handles = attention_hooks(layers, recorder) if recorder.wants_maps else []
+        handles = attention_hooks(layers, recorder, lambda: self.paused) if recorder.wants_maps else []
         try:
             yield
         finally:
@@ -169,7 +171,8 @@ class Executor(InForward):
     def proxy_call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called by the stock loop in place of layer `index`."""
         if self._preparing is not None:
-            return self._note(self._preparing, index, (args, kwargs))
+            self._preparing.calls[index] = (args, kwargs)
+            return self.as_bare_output(index, hidden_of((args, kwargs)))
         if self.segment is not None:
             return self._proxy_call_in_segment(self.segment, index, (args, kwargs))
         return self._proxy_call(index, args, kwargs)
@@ -201,10 +204,6 @@ class Executor(InForward):
         refuse_paged(self.unpaged, call[1])
         for cache in caches_of(call):
             prepare_rows(cache, self.cache_contents)
-
-    def _note(self, record: Forward, index: int, call: Call) -> Any:
-        record.calls[index] = call
-        return self.as_bare_output(index, hidden_of(call))
 
     def _proxy_call_in_segment(self, segment: Segment, index: int, call: Call) -> Any:
         if segment.begin >= self.depth:

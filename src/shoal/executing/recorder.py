@@ -66,13 +66,15 @@ class Outputs(Recorder):
         self.states[record.run.layer] = record.output
 
 
-def attention_hooks(layers: Sequence[nn.Module], recorder: Recorder) -> list[Any]:
-    """Hooks on the attention of every layer that tell `recorder` of its map; their `remove` takes them away."""
+def attention_hooks(layers: Sequence[nn.Module], recorder: Recorder, paused: Callable[[], bool]) -> list[Any]:
+    """Hooks on the attention of every layer that tell `recorder` of its map, while nothing is `paused`; their `remove`
+    takes them away."""
 
     def hook(index: int) -> Callable[..., None]:
         def made(_: Any, __: Any, out: Any) -> None:
             attended = out[1] if isinstance(out, tuple) and len(out) > 1 else None
-            if isinstance(attended, torch.Tensor) and attended.dim() == 4 and attended.is_floating_point():
+            is_map = isinstance(attended, torch.Tensor) and attended.dim() == 4 and attended.is_floating_point()
+            if is_map and not paused():
                 recorder.attends(index, attended)
 
         return made
