@@ -13,9 +13,10 @@ from shoal.deciding.policy import Policy
 from shoal.deciding.policy_text import policy_for, require_tensors
 from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
-from shoal.executing.bind import BoundPlan, bind, refuse_second_plan, require_legal
+from shoal.executing.bind import BoundPlan, bind, modules_for, refuse_second_plan, require_legal
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
+from shoal.executing.modules import ModuleTensors, take_modules_away
 from shoal.executing.weights import Tensors, plan_and_weights
 from shoal.models.lists import Stack
 from shoal.models.load import Loaded
@@ -28,8 +29,9 @@ from shoal.plan.steps import Step
 class Running:
     """A plan at work on a model. `restore()` puts the model back, bit for bit; a second call does nothing."""
 
-    def __init__(self, bound: BoundPlan, deciding: BoundPolicy | None = None) -> None:
-        self.bound, self.deciding = bound, deciding
+    def __init__(self, bound: BoundPlan, deciding: BoundPolicy | None = None, *, owns_modules: bool = False) -> None:
+        """`owns_modules`: the modules of the plan's tensors go with the plan."""
+        self.bound, self.deciding, self._owns_modules = bound, deciding, owns_modules
         self._before: SettingsBefore | None = SettingsBefore(bound.model)
 
     @property
@@ -74,12 +76,26 @@ class Running:
         with self.bound.paused():
             yield self
 
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors that the plan names, as the next forward will find them."""
+        return self.bound.tensors
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The replaced layers by the id of their tensors, where they are modules of the model; else empty."""
+        return self.tensors.layers if isinstance(self.tensors, ModuleTensors) else {}
+
     def restore(self) -> None:
-        """Take the plan away, and put back what was changed meanwhile in the model's config and generation config."""
+        """Take the plan away with its modules, and put back what was changed meanwhile in the model's config and
+        generation config."""
         before, self._before = self._before, None
         if self.deciding is not None:
             self.deciding.remove()
         self.bound.leave()
+        if self._owns_modules:
+            take_modules_away(self.bound.opened)
+            self._owns_modules = False
         if before is not None:
             before.put_back()
 
@@ -90,27 +106,33 @@ def apply(
     weights: Mapping[str, torch.Tensor] | None = None,
     *,
     policy: Policy | str | None = None,
+    modules: bool = False,
 ) -> Running:
     """Run `plan` on `model` until `restore()` is called on the result.
 
     `model`: a transformers model, also under PEFT or with accelerate hooks, or what `shoal.load` gave; only its list of
     layers is exchanged. `plan`: a Plan, depth notation, or the place of a plan.json or of a folder that Shoal wrote,
-    whose weights are then taken too. `weights`: tensors that the plan names, as `ID.weight`, `ID.bias` (maps, [hidden,
-    hidden] and [hidden]) or `ID.PARAMETER` (replaced layers); they are used in the dtype and on the device of what they
-    meet. `policy`: who decides at gates and exits, as `exit:confidence=0.9` (`shoal ls policies`) or a `Policy`; it
-    puts gates into a plan that has none, and the handle's `trace` says how deep each token went.
+    whose weights are then taken too. `weights`: any mapping that holds the tensors that the plan names, as `ID.weight`,
+    `ID.bias` (maps, [hidden, hidden] and [hidden]) or `ID.PARAMETER` (replaced layers). They are looked up at every
+    use, so that a step of an optimiser is seen by the next forward, and used in the dtype and on the device of what
+    they meet. `policy`: who decides at gates and exits, as `exit:confidence=0.9` (`shoal ls policies`) or a `Policy`;
+    it puts gates into a plan that has none, and the handle's `trace` says how deep each token went.
+    `modules`: make the plan's tensors modules of the model until then, as what learns must be, see
+    `shoal.executing.modules`; `handle.layers` has the replaced layers.
     It is all or nothing: when this raises, the model is as it was.
     Raises `PlanError` (P1xx) when the plan is not legal here, P109 for KV sharing beside an encoder, P122 when another
-    plan is running already, P124 for replaced layers of a model that accelerate offloads, P125 for gates and exits
+    plan is running already, P153 for replaced layers of a model that is sharded already, P154 for modules that two
+    layers would share, P124 for replaced layers of a model that accelerate offloads, P125 for gates and exits
     without a policy, P126 for an order in which the family's layers cannot run, P129 for own tensors that their layer
     has no place for, P130 to P138 for what a policy cannot decide on this model.
     """
     opened = open_model(model.model if isinstance(model, Loaded) else model)
     refuse_second_plan(opened)
+    planned, tensors = plan_and_weights(plan, Plan.identity(opened.spec), weights)
     if policy is None:
-        handle = Running(bind(opened, plan, weights))
+        handle = _undecided(opened, planned, tensors, modules)
     else:
-        handle = _decided(opened, *plan_and_weights(plan, Plan.identity(opened.spec), weights), policy)
+        handle = _decided(opened, planned, tensors, policy, modules)
     try:
         handle.bound.enter()
     except BaseException:
@@ -119,20 +141,36 @@ def apply(
     return handle
 
 
-def _decided(opened: OpenedModel, plan: Plan, weights: Tensors, policy: Policy | str) -> Running:
+def _undecided(opened: OpenedModel, plan: Plan, weights: Tensors, modules: bool) -> Running:
+    tensors = modules_for(opened, plan, weights) if modules else weights
+    try:
+        return Running(bind(opened, plan, tensors), owns_modules=modules)
+    except BaseException:
+        if modules:
+            take_modules_away(opened)
+        raise
+
+
+def _decided(opened: OpenedModel, plan: Plan, weights: Tensors, policy: Policy | str, modules: bool) -> Running:
     spec = opened.spec
     who = policy_for(policy, require_legal(opened, plan, weights), spec)
     require_tensors(who, weights)
     plan = require_legal(opened, who.plan, weights)
-    deciding = BoundPolicy(opened.model, spec, who, weights)
-
-    def make(planned: LayerProxyList, stack: Stack, steps: tuple[Step, ...]) -> Executor:
-        return deciding.make_executor(planned, stack, opened.facts(stack.name), steps, weights)
-
+    tensors = modules_for(opened, plan, weights) if modules else weights
+    deciding: BoundPolicy | None = None
     try:
-        return Running(BoundPlan(opened, plan, weights, make), deciding)
+        deciding = BoundPolicy(opened.model, spec, who, tensors)
+        made = deciding.make_executor
+
+        def make(planned: LayerProxyList, stack: Stack, steps: tuple[Step, ...]) -> Executor:
+            return made(planned, stack, opened.facts(stack.name), steps, tensors)
+
+        return Running(BoundPlan(opened, plan, tensors, make), deciding, owns_modules=modules)
     except BaseException:
-        deciding.remove()
+        if deciding is not None:
+            deciding.remove()
+        if modules:
+            take_modules_away(opened)
         raise
 
 
@@ -143,9 +181,10 @@ def running(
     weights: Mapping[str, torch.Tensor] | None = None,
     *,
     policy: Policy | str | None = None,
+    modules: bool = False,
 ) -> Iterator[Running]:
     """`with running(model, plan): ...` - the same as `apply`, restored at the end whatever happens."""
-    handle = apply(model, plan, weights, policy=policy)
+    handle = apply(model, plan, weights, policy=policy, modules=modules)
     try:
         yield handle
     finally:

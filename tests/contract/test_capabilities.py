@@ -11,6 +11,7 @@ from typing import Any, get_args
 import accelerate
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -38,6 +39,7 @@ from .gguf_contents import tensors
 from .kinds import kind
 from .paged import paged_logits
 from .planted import random_data
+from .processes import one_process
 from .references import by_hand, shared_kv, silenced, with_map_of
 
 PLANS: dict[Trait, str] = {
@@ -229,6 +231,15 @@ def offloaded(trait: Trait, _: Path) -> None:
         assert torch.equal(found, logits(base))
 
 
+def sharded(trait: Trait, _: Path) -> None:
+    base, model = own(), own()
+    with one_process() as mesh:
+        for layer in [*model.model.layers, model]:
+            fully_shard(layer, mesh=mesh)
+        with at_work(model, trait), at_work(base, trait):
+            assert torch.equal(logits(model), logits(base))
+
+
 def beside_encoder(trait: Trait, _: Path) -> None:
     model = copy.deepcopy(kind("bart"))
     weights: dict[str, torch.Tensor] = {}
@@ -312,8 +323,8 @@ def gguf(trait: Trait, folder: Path) -> None:
 
 RUNNERS: dict[str, Callable[[Trait, Path], None]] = {
     "live": live, "uncached": uncached, "cached": cached, "static_cache": static_cache, "padded": padded,
-    "checkpointed": checkpointed, "offloaded": offloaded, "beside_encoder": beside_encoder, "paged": paged,
-    "gated": gated, "drafted": drafted, "fast": fast, "written": written, "gguf": gguf,
+    "checkpointed": checkpointed, "offloaded": offloaded, "sharded": sharded, "beside_encoder": beside_encoder,
+    "paged": paged, "gated": gated, "drafted": drafted, "fast": fast, "written": written, "gguf": gguf,
 }  # fmt: skip
 
 

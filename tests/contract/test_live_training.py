@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import PreTrainedModel
 
 from shoal.errors import PlanError
@@ -72,14 +73,22 @@ def test_checkpointing_changes_no_gradient(family: str, plan: str, silent: tuple
     assert ran == []
 
 
-def test_a_kv_source_and_checkpointing_exclude_each_other() -> None:
+@pytest.mark.parametrize(("plan", "right"), [("0-1,3", True), ("0,1a,2-3", False), ("0-2,3@1", False)])
+def test_a_wrapper_that_would_run_a_layer_again_without_its_plan_is_refused(plan: str, right: bool) -> None:
     model = in_training("llama")
-    with running(model, "0-2,3@1"):
-        assert gradients(model)
-        checkpointing(model)
+    with running(model, plan) as handle:
+        want = gradients(model)
+        with handle.paused():  # as a trainer does that is given the model under a plan
+            for index, layer in enumerate(model.model.layers):
+                model.model.layers[index] = checkpoint_wrapper(layer)
+        if right:
+            assert all(
+                torch.equal(want[n.replace("._checkpoint_wrapped_module", "")], g) for n, g in gradients(model).items()
+            )
+            return
         with pytest.raises(PlanError) as caught:
             gradients(model)
-    assert caught.value.code == "P121"
+        assert caught.value.code == "P121"
 
 
 def adapted(model: PreTrainedModel) -> Any:

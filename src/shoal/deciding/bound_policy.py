@@ -56,7 +56,9 @@ class BoundPolicy:
         """The executor for `planned`; from now on the hooks are there."""
         executor = GatedExecutor(planned, stack, facts, steps, weights, self.policy, self.known)
         self.executor = executor
-        self._removes.append(count_calls(self.stack, self.facts.layers, executor.trace.counts, self._paused))
+        self._removes.append(
+            count_calls(executor.runner.called(steps), self.facts.layers, executor.trace.counts, self._paused)
+        )
         if self.known.heads is not None:
             self._removes.append(self.known.heads.remove)
         listen = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)

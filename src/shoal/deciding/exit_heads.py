@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shoal.errors import UsageError
+from shoal.executing.looked_up import Converted
 from shoal.executing.weights import Tensors
 from shoal.plan import Plan
 from shoal.plan.select import exits
@@ -28,7 +29,7 @@ class Heads:
         self.weights, self._paused = weights, paused
         self.now: list[tuple[torch.Tensor | bool, str]] = []
         """(which tokens, whose head) for the tokens that the head is called for next."""
-        self._placed: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
+        self._converted = Converted()
         self.head = model.get_output_embeddings()
         self.handle = self.head.register_forward_hook(self._own) if self.head is not None else None
 
@@ -65,16 +66,9 @@ class Heads:
 
     def _near(self, state: torch.Tensor, head: str, *names: str) -> tuple[torch.Tensor | None, ...]:
         """Tensors of a head where the state is and in its dtype: the layers of one model, and its head, may be on
-        several devices. They are brought there once."""
-        key = state.device, state.dtype
-        if key not in self._placed:
-            self._placed[key] = {}
-        placed = self._placed[key]
-        for name in names:
-            full = f"{head}.{name}"
-            if full not in placed and full in self.weights:
-                placed[full] = self.weights[full].to(state.device, state.dtype)
-        return tuple(placed.get(f"{head}.{name}") for name in names)
+        several devices."""
+        found = ((full, self.weights.get(full)) for full in (f"{head}.{name}" for name in names))
+        return tuple(None if t is None else self._converted(n, t, state.device, state.dtype) for n, t in found)
 
     def _own(self, _: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor | None:
         if self._paused():

@@ -8,7 +8,6 @@ and saves nothing (the trace calls it simulated).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, assert_never
@@ -23,6 +22,7 @@ from shoal.deciding.exit_readout import Readout
 from shoal.deciding.exit_view import ExitView
 from shoal.deciding.forward import ForwardView, GatedForward, kinds_of
 from shoal.deciding.kv_fills import (
+    CopiedKV,
     CopyFill,
     DeferFill,
     GatedRun,
@@ -30,16 +30,16 @@ from shoal.deciding.kv_fills import (
     MaskFill,
     ProjectFill,
     next_run,
-    take_and_show,
 )
 from shoal.deciding.kv_projection import KVProjection, store_alone
 from shoal.deciding.kv_state import kv_state_of, past_of
 from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.masks import real_columns
-from shoal.deciding.mlp_for_some import mlp_for_some
+from shoal.deciding.mlp_for_some import around_mlp
 from shoal.deciding.policy import Policy
 from shoal.deciding.trace import Trace
 from shoal.executing.calls import Call, cache_of, hidden_of, with_argument
+from shoal.executing.checkpointed import SharedKV
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.slots import PassingCache, Take, slot_view
@@ -219,9 +219,12 @@ class GatedExecutor(Executor):
         # whoever left and is to run later anyway may as well run now: its state goes on, its answer is kept
         called = True if fill.runs_all else active
         run = replace(step, part="attention") if mlp is False else step
-        with self._mlp_for(step, mlp):
-            slot = self.slots.get((position, 0))
+        slot = self.slots.get((position, 0))
+        self.around = around_mlp(self.runner.layer_of(step), self.facts[step.layer].parts, mlp, forward.view.rows)
+        try:
             out = self._called(run, gated, hidden, call, called) if gated else self._with(None, run, slot, hidden, call)
+        finally:
+            self.around = ()
         out = select(called, out, hidden)
         forward.before = hidden
         if policy.watches and active is True:
@@ -235,20 +238,12 @@ class GatedExecutor(Executor):
             return None
         return GatedRun(step, position, slot, fact, self.kinds[step.layer])
 
-    def _mlp_for(self, step: Run, mlp: Decision | None) -> AbstractContextManager[None]:
-        """Meanwhile the mlp of this layer counts for these tokens alone."""
-        if mlp is None or isinstance(mlp, bool):
-            return nullcontext()
-        parts = self.facts[step.layer].parts
-        assert parts is not None  # P105
-        return mlp_for_some(self.layer(step.layer), parts.mlp, mlp.expand(self._forward.view.rows, -1))
-
     def _called(self, run: Run, gated: GatedRun, hidden: torch.Tensor, call: Call, active: Decision) -> torch.Tensor:
         forward = self._forward
         made = self.fills[run.kv.fill].before_run(gated, forward, active, hidden, call)
         take = made.take
         if take is None and gated.kind in self.copied:
-            take = take_and_show(gated, forward)
+            take = CopiedKV(gated, forward)
         size = layers_run((run,))
         self.trace.counts.late += int(size * made.late * forward.view.rows)
         return made.own(self._with(take, run, gated.slot, made.hidden, made.call))
@@ -261,7 +256,7 @@ class GatedExecutor(Executor):
         self.recorder = None
         projection = self.known.projections[run.layer]
         # adapters may have put another layer there since it was looked at
-        alone = projection is not None and projection.layer is self.layer(run.layer)
+        alone = projection is not None and projection.layer is self.runner.layer_of(run)
         try:
             if projection is None or not alone:
                 self._with(None, run, gated.slot, hidden, call)
@@ -282,16 +277,19 @@ class GatedExecutor(Executor):
         at = self.facts[run.layer].cache_at
         if at is not None and cache_of(swapped) is None:
             swapped = with_argument(swapped, at, slot_view(PassingCache(), slot, take=take))
-        self.taken = True
+        self.taken = take
         try:
             return self._run(run, slot, hidden, run.layer, *swapped)
         finally:
-            self.taken = False
+            self.taken = None
 
-    taken = False
+    taken: Take | None = None
 
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
-        return cache if self.taken else super()._cache_for(run, slot, cache)
+        return super()._cache_for(run, slot, cache) if self.taken is None else cache
+
+    def _shared_kv(self, run: Run) -> SharedKV | None:
+        return self.taken.shared() if isinstance(self.taken, CopiedKV) else super()._shared_kv(run)
 
 
 def _view(value: Any, slot: int, take: Take) -> Any:

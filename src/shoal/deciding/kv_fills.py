@@ -21,6 +21,7 @@ from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.masks import holed, seen_columns
 from shoal.errors import PlanError
 from shoal.executing.calls import Call, argument, with_argument
+from shoal.executing.checkpointed import SharedKV
 from shoal.executing.slots import KeysValues, Store, Take
 from shoal.models.examine import LayerFacts
 from shoal.plan import Run, Step
@@ -142,7 +143,7 @@ class CopyFill(KVFill):
     def _prepared(
         self, gated: GatedRun, forward: GatedForward, active: Decision, hidden: torch.Tensor, call: Call
     ) -> Prepared:
-        return Prepared(hidden, call, take_and_show(gated, forward, active))
+        return Prepared(hidden, call, CopiedKV(gated, forward, active))
 
 
 class MaskFill(KVFill):
@@ -204,17 +205,40 @@ class DeferFill(KVFill):
         return Prepared(hidden, call)
 
 
-def take_and_show(gated: GatedRun, forward: GatedForward, active: Decision = True) -> Take:
-    """A run whose keys and values others copy shows them; one that copies for some tokens mixes them in."""
+class CopiedKV:
+    """A run whose keys and values others copy shows them; one that copies for some tokens mixes them in. Called as what
+    its cache does with them."""
 
-    def take(store: Store, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
-        if not isinstance(active, bool):
-            own, old = active[:, None, :, None], [one.to(keys.device) for one in forward.newest_kv[gated.kind]]
-            keys, values = torch.where(own, keys, old[0]), torch.where(own, values, old[1])
-        forward.newest_kv[gated.kind] = keys, values
-        return store(keys, values)
+    def __init__(self, gated: GatedRun, forward: GatedForward, active: Decision = True) -> None:
+        self.gated, self.forward, self.active = gated, forward, active
 
-    return take
+    def __call__(self, store: Store, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
+        states = self.mix((keys, values), self.given)
+        self.show(states)
+        return store(*states)
+
+    @property
+    def given(self) -> tuple[torch.Tensor, ...]:
+        """What is copied, if some tokens copy."""
+        return () if isinstance(self.active, bool) else self.forward.newest_kv[self.gated.kind]
+
+    def mix(self, own: KeysValues, given: tuple[torch.Tensor, ...]) -> KeysValues:
+        """The layer's own keys and values for the tokens that run it, and those `given` for the others."""
+        if not given:
+            return own
+        assert isinstance(self.active, torch.Tensor)
+        runs, (keys, values) = self.active[:, None, :, None], own
+        old_keys, old_values = (one.to(keys.device) for one in given)
+        return torch.where(runs, keys, old_keys), torch.where(runs, values, old_values)
+
+    def show(self, states: KeysValues) -> None:
+        """They are the newest of their kind."""
+        self.forward.newest_kv[self.gated.kind] = states
+
+    def shared(self) -> SharedKV | None:
+        """The same for a call that is checkpointed."""
+        place = self.gated.fact.cache_at
+        return None if place is None else SharedKV(place, self.given, self.mix, self.show)
 
 
 def _store(cache: Cache, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from shoal.models.parts import residual_place
+from shoal.deciding.decisions import Decision
+from shoal.executing.checkpointed import Around
+from shoal.models.parts import Parts, residual_place
 
 
 @contextmanager
@@ -27,6 +30,15 @@ def mlp_for_some(layer: nn.Module, names: tuple[str, ...], active: torch.Tensor)
         yield
     finally:
         children.update(saved)
+
+
+def around_mlp(layer: nn.Module, parts: Parts | None, active: Decision | None, rows: int) -> tuple[Around, ...]:
+    """What stands around a call in which the mlp of `layer` counts for the `active` tokens of so many rows; nothing
+    where it does for all or for none."""
+    if active is None or isinstance(active, bool):
+        return ()
+    assert parts is not None  # P105
+    return (partial(mlp_for_some, layer, parts.mlp, active.expand(rows, -1)),)
 
 
 class _Partly(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from shoal.models.examine import LayerFacts
-from shoal.models.stacks import Stack
 
 
 @dataclass
@@ -87,13 +86,13 @@ class Trace:
 
 
 def count_calls(
-    stack: Stack, facts: list[LayerFacts], counts: Counts, paused: Callable[[], bool]
+    layers: Iterable[tuple[int, nn.Module]], facts: list[LayerFacts], counts: Counts, paused: Callable[[], bool]
 ) -> Callable[[], None]:
-    """Hooks on every real layer and on its mlp that fill `counts` while nothing is `paused`; the answer takes them
-    away."""
+    """Hooks on every layer, given with its base index, and on its mlp that fill `counts` while nothing is `paused`; the
+    answer takes them away."""
     handles = []
-    for index in range(stack.depth):
-        layer, parts = stack.layer(index), facts[index].parts
+    for index, layer in layers:
+        parts = facts[index].parts
         handles.append(layer.register_forward_hook(_counting(counts.layers, index, paused), with_kwargs=True))
         if parts is not None:
             counts.mlps[index] = 0

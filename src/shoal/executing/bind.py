@@ -13,7 +13,9 @@ from shoal.errors import PlanError
 from shoal.executing.asked import stand_ins, warn_saving
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
+from shoal.executing.modules import ModuleTensors, put_modules, refuse_shared
 from shoal.executing.paged import PagedGuard
+from shoal.executing.sharded import refuse_sharded
 from shoal.executing.weights import Tensors, plan_and_weights, refuse_unlike, shapes_in
 from shoal.models.kinds import is_causal
 from shoal.models.lists import Stack
@@ -149,19 +151,32 @@ def bind(
 ) -> BoundPlan:
     """Check `plan` for `model` and make all that its runs need; the model is not touched.
 
-    `plan`: a Plan, depth notation or the place of a plan.json; None for the whole model. `weights`: tensors that the
-    plan names, as `running` takes them. Raises `PlanError` (P1xx) when the plan is not legal here, see
-    `shoal.live.apply`.
+    `plan`: a Plan, depth notation or the place of a plan.json; None for the whole model. `weights`: any mapping that
+    holds the tensors that the plan names, as `running` takes them; they are looked up at every use. Raises `PlanError`
+    (P1xx) when the plan is not legal here, see `shoal.live.apply`.
     """
     opened = open_model(model)
     if not isinstance(plan, Plan):
         identity = Plan.identity(opened.spec)
         plan, weights = (identity, weights) if plan is None else plan_and_weights(plan, identity, weights)
-    tensors = dict(weights or {})
+    tensors: Tensors = {} if weights is None else weights
     require_legal(opened, plan, tensors)
     for _, steps in plan.stacks:
         _refuse(steps, "live")
     return BoundPlan(opened, plan, tensors)
+
+
+def modules_for(opened: OpenedModel, plan: Plan, weights: Tensors) -> ModuleTensors:
+    """The tensors that `plan` names as modules of the model, see `shoal.executing.modules`: what `bind` is given as
+    weights so that replaced layers are called, not lent. A replaced layer of which `weights` has nothing begins as its
+    base layer. Raises what `require_legal` and `put_modules` raise."""
+    seeds = dict(weights)
+    for stack in opened.stacks:
+        for run in runs(plan.steps(stack.name)):
+            if run.weights is not None and not any(name.startswith(f"{run.weights}.") for name in weights):
+                seeds |= {f"{run.weights}.{name}": tensor for name, tensor in stack.layer(run.layer).named_parameters()}
+    require_legal(opened, plan, seeds)
+    return put_modules(opened, plan, weights)
 
 
 def refuse_second_plan(opened: OpenedModel) -> None:
@@ -173,21 +188,30 @@ def refuse_second_plan(opened: OpenedModel) -> None:
 def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
     """The plan itself when it is legal on this model with these tensors. Raises what `check` finds, P129 for tensors of
     another kind than their layer holds, P126 for an order in which the family's layers cannot run, P124 for replaced
-    layers that accelerate offloads, P109 for KV sharing beside an encoder."""
-    require(plan, opened.spec, shapes_of(tensors), shapes_in(opened.stacks))
+    layers that accelerate offloads, P153 for those that are sharded, P154 for modules at another layer than theirs,
+    P109 for KV sharing beside an encoder."""
+    modules = tensors if isinstance(tensors, ModuleTensors) else None
+    shapes = shapes_of(tensors) if modules is None else modules.shapes
+    require(plan, opened.spec, shapes, shapes_in(opened.stacks))
     beside_encoder = not is_causal(opened.model) and opened.model.config.is_encoder_decoder
     for stack in opened.stacks:
         steps = plan.steps(stack.name)
         refuse_order(stack, tuple(run.layer for run in runs(steps)))
-        _refuse_offloaded(stack, steps)
-        refuse_unlike(stack, steps, tensors)
+        if modules is None:
+            _refuse_lent(stack, steps)
+            refuse_unlike(stack, steps, tensors)
+        else:
+            refuse_shared(modules, stack, steps)
         if stack.name == "decoder" and beside_encoder:
             _refuse(undecided(steps), "beside_encoder", stack=stack.name, why=BETWEEN)
     return plan
 
 
-def _refuse_offloaded(stack: Stack, steps: tuple[Step, ...]) -> None:
-    """Raise P124 for what the table refuses of layers whose weights are elsewhere."""
+def _refuse_lent(stack: Stack, steps: tuple[Step, ...]) -> None:
+    """Raise P124 for what the table refuses of layers whose weights are elsewhere, P153 of sharded ones."""
+    for run in runs(steps):
+        if run.weights is not None:
+            refuse_sharded(stack.layer(run.layer), run)
     for no in refusals(steps, "offloaded"):
         if any(p.is_meta for index in layers_of(no.step) for p in stack.layer(index).parameters()):
             raise PlanError(no.message, code=no.code)

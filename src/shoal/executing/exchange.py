@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shoal.executing.looked_up import Converted
 from shoal.models.parts import stubs
 
 Entries = list[tuple[dict[str, Any], str, Any]]
@@ -18,8 +19,9 @@ Entries = list[tuple[dict[str, Any], str, Any]]
 class Exchange:
     """Entries of the layer's dictionaries that are exchanged for the length of a call.
 
-    Prepared once and used for every call. Where the layer has changed meanwhile (PEFT wraps a module, accelerate brings
-    weights in), it is prepared anew. A parameter that has several names in the layer is exchanged under all of them.
+    Prepared once and used for every call; tensors are looked up in each. Where the layer has changed meanwhile (PEFT
+    wraps a module, accelerate brings weights in), it is prepared anew. A parameter that has several names in the layer
+    is exchanged under all of them.
     """
 
     def __init__(
@@ -30,50 +32,49 @@ class Exchange:
         tensors: Mapping[str, torch.Tensor],
     ) -> None:
         """`left_out`: children that contribute nothing; `returns`: for each how many values it returns besides its
-        tensor, see `stubs`. `tensors`: by name in the layer, in the dtype and on the device of what they replace.
+        tensor, see `stubs`. `tensors`: by name in the layer; they are used in the dtype and on the device of what they
+        replace.
         """
         self.layer, self.left_out, self.returns, self.tensors = layer, left_out, dict(returns), tensors
-        self._entries: Entries = []
-        self._expected: list[Any] = []
+        self._converted = Converted()
+        self._stubs: Entries = []
+        self._places: list[tuple[str, torch.Tensor, list[tuple[dict[str, Any], str]]]] = []
+        self._expected: list[tuple[dict[str, Any], str, Any]] = []
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Meanwhile the entries are exchanged; they are put back whatever happens."""
         if not self._is_prepared():
             self._prepare()
-        before = [place[key] for place, key, _ in self._entries]
+        entries = list(self._stubs)
+        for name, old, places in self._places:
+            new = self._converted.like(name, self.tensors[name], old)
+            entries += [(*place, new) for place in places]
+        before = [place[key] for place, key, _ in entries]
         try:
-            for place, key, new in self._entries:
+            for place, key, new in entries:
                 place[key] = new
             yield
         finally:
-            for (place, key, _), old in zip(self._entries, before, strict=True):
+            for (place, key, _), old in zip(entries, before, strict=True):
                 place[key] = old
 
     def _is_prepared(self) -> bool:
-        return bool(self._entries) and all(
-            place.get(key) is old for (place, key, _), old in zip(self._entries, self._expected, strict=True)
-        )
+        return bool(self._expected) and all(place.get(key) is old for place, key, old in self._expected)
 
     def _prepare(self) -> None:
         children: dict[str, Any] = self.layer._modules
-        self._entries = [
-            (children, name, stub) for name, stub in stubs(self.layer, self.left_out, self.returns).items()
-        ]
-        names = _names_of_shared(self.layer) if self.tensors else {}
-        for name, tensor in self.tensors.items():
+        self._stubs = [(children, name, stub) for name, stub in stubs(self.layer, self.left_out, self.returns).items()]
+        self._places = []
+        shared = _names_of_shared(self.layer) if self.tensors else {}
+        for name in self.tensors:
             held, leaf = _held(self.layer, name)
-            new = tensor if tensor.requires_grad else placed_like(tensor, held[leaf])
-            for other in names.get(id(held[leaf]), (name,)):
-                self._entries.append((*_held(self.layer, other), new))
-        self._expected = [place[key] for place, key, _ in self._entries]
-
-
-def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`tensor` on the device of `like`, and in its dtype where that holds fractions: packed weights are integers."""
-    fractions = like.dtype.is_floating_point and tensor.is_floating_point()
-    dtype = like.dtype if fractions else tensor.dtype
-    return tensor.to(device=tensor.device if like.is_meta else like.device, dtype=dtype)
+            old = held[leaf]
+            self._places.append((name, old, [_held(self.layer, other) for other in shared.get(id(old), (name,))]))
+        there = [(place, key) for place, key, _ in self._stubs] + [
+            one for _, _, places in self._places for one in places
+        ]
+        self._expected = [(place, key, place[key]) for place, key in there]
 
 
 def _held(layer: nn.Module, name: str) -> tuple[dict[str, Any], str]:

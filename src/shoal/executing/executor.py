@@ -18,23 +18,25 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from shoal.executing.asked import SaidDepth, refuse_counting
 from shoal.executing.calls import Call, argument, caches_of, first_state, hidden_of, with_hidden
-from shoal.executing.forward import Forward, Segment, with_passing_cache
+from shoal.executing.checkpointed import Around, is_checkpointed
+from shoal.executing.forward import Forward, Segment
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.layer_runner import LayerRunner
 from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
 from shoal.executing.recorder import Recorder, RunRecord, attention_hooks
+from shoal.executing.run_calls import RunCalls
 from shoal.executing.sharing import Sharing
-from shoal.executing.slots import CacheContents, KeysValues, PassingCache, prepare_rows, prepare_views, slot_view
-from shoal.executing.threads import InForward, exchanges_of
+from shoal.executing.slots import CacheContents, PassingCache, prepare_rows, prepare_views
+from shoal.executing.threads import exchanges_of
 from shoal.executing.weights import Tensors
 from shoal.models.examine import StackFacts
 from shoal.models.lists import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.schedule import schedule, slots_of
-from shoal.plan.steps import LayerKV, kv_source, runs, undecided, writes_kv
+from shoal.plan.steps import runs, undecided, writes_kv
 
 
-class Executor(InForward):
+class Executor(RunCalls):
     """Runs the steps of one stack's plan.
 
     Three calls are there for others: `run_step` runs one step on a given state; `between` lets a forward begin at a
@@ -136,8 +138,8 @@ class Executor(InForward):
     def recording(self, recorder: Recorder) -> Iterator[None]:
         """Until the end of the block `recorder` is called for everything that runs."""
         before, self.recorder = self.recorder, recorder
-        layers = [self.layer(index) for index in range(self.depth)]
-        handles = attention_hooks(layers, recorder, lambda: self.paused) if recorder.wants_maps else []
+        called = self.runner.called(self.steps) if recorder.wants_maps else []
+        handles = attention_hooks(called, recorder, lambda: self.paused)
         try:
             yield
         finally:
@@ -167,6 +169,7 @@ class Executor(InForward):
     # the way of a forward
 
     _preparing: Forward | None = None
+    around: tuple[Around, ...] = ()
 
     def proxy_call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called by the stock loop in place of layer `index`."""
@@ -254,46 +257,14 @@ class Executor(InForward):
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
-        with self.exchanges.during(run.layer), self.sharing.around(run, self.layer(run.layer), self.now):
-            out = self.runner.call(run, call, comes_first=self.now.extra is None)
+        layer, comes_first = self.runner.layer_of(run), self.now.extra is None
+        shared = self._shared_kv(run) if is_checkpointed(layer) else None
+        with self.exchanges.during(run.layer), self.sharing.around(run, layer, self.now):
+            out = self.runner.call(run, call, comes_first=comes_first, around=self.around, shared=shared)
         if self.recorder is not None:
-            behind_attention = partial(self.runner.behind_attention, run.layer, call)
+            behind_attention = partial(self.runner.behind_attention, run, call)
             self.recorder.ran(RunRecord(run, hidden_of(call), first_state(out), behind_attention))
         if isinstance(out, tuple | list):
             self.now.extra = tuple(out[1:])
             self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
         return first_state(out)
-
-    def _call_of(self, run: Run, slot: int | None, hidden: torch.Tensor, call: Call) -> Call:
-        """What the layer of `run` is called with: this state, its own row of the cache, what was carried along."""
-        args, kwargs = call
-        if self.carried:
-            args = tuple(self.now.carried.get(at, value) for at, value in enumerate(args))
-            kwargs = {at: self.now.carried.get(at, value) for at, value in kwargs.items()}
-        swap = partial(self._cache_for, run, slot)
-        if args:
-            args = (hidden, *(swap(a) if isinstance(a, Cache) else a for a in args[1:]))
-            kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
-        else:
-            kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
-        if self.sharing.concerns_kv(run) or (self._tells_kv() and run.part != "mlp"):
-            layer, place = self.layer(run.layer), self.facts[run.layer].cache_at
-            return with_passing_cache(run, layer, place, (args, kwargs), self.now, partial(self._cache_for, run, 0))
-        return args, kwargs
-
-    def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
-        keep = partial(self._keep, run) if run.layer in self.sharing.kv or self._tells_kv() else None
-        source = kv_source(run)
-        read = None if source is None else self.now.made[LayerKV(source)]
-        if self.cache is not None:
-            return slot_view(self.cache, self.facts[run.layer].row, read=read, keep=keep)
-        return slot_view(cache, 0 if slot is None else slot, read=read, keep=keep)
-
-    def _tells_kv(self) -> bool:
-        return self.recorder is not None and self.recorder.wants_kv
-
-    def _keep(self, run: Run, states: KeysValues) -> None:
-        if run.layer in self.sharing.kv:
-            self.now.made[LayerKV(run.layer)] = states
-        if self.recorder is not None:
-            self.recorder.stores(run, *states)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from shoal.executing.looked_up import Converted
 from shoal.plan.tensors import MAP_TENSORS
 
 
@@ -20,17 +21,17 @@ class FittedMap:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """`tensors` by their names, see `shoal.plan.tensors`."""
-        self.tensors = {name: tensors.get(name) for name in MAP_TENSORS}
-        self._placed: tuple[torch.dtype, torch.device, dict[str, torch.Tensor | None]] | None = None
+        """`tensors` by their names, see `shoal.plan.tensors`; they are looked up in every call."""
+        self.tensors, self._converted = tensors, Converted()
+        self._names = [name for name in MAP_TENSORS if name in tensors]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        found = self._like(hidden)
-        weight, scale, up, bias, limit = (found[name] for name in ("weight", "scale", "up", "bias", "limit"))
+        found = {name: self._converted(name, self.tensors[name], hidden.device, hidden.dtype) for name in self._names}
+        weight, scale, up, bias, limit = (found.get(name) for name in ("weight", "scale", "up", "bias", "limit"))
         if weight is not None:
             out = nn.functional.linear(hidden, weight, bias)
         elif up is not None:
-            out = hidden + nn.functional.linear(_inner(hidden, found["gate"], found["down"]), up, bias)
+            out = hidden + nn.functional.linear(_inner(hidden, found.get("gate"), found.get("down")), up, bias)
         else:
             assert scale is not None  # check P112
             out = hidden * scale if bias is None else hidden * scale + bias
@@ -38,15 +39,6 @@ class FittedMap:
             return out
         # half precision cannot hold the square of an outlier
         return torch.where(hidden.float().norm(dim=-1, keepdim=True) <= limit.float(), out, hidden)
-
-    def _like(self, hidden: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        if self._placed is not None and self._placed[:2] == (hidden.dtype, hidden.device):
-            return self._placed[2]
-        found = {n: None if t is None else t.to(hidden.device, hidden.dtype) for n, t in self.tensors.items()}
-        # a tensor that learns is brought there anew in each pass, so that its gradient comes back
-        if not any(t is not None and t.requires_grad for t in self.tensors.values()):
-            self._placed = (hidden.dtype, hidden.device, found)
-        return found
 
 
 def _inner(hidden: torch.Tensor, gate: torch.Tensor | None, down: torch.Tensor | None) -> torch.Tensor:

@@ -13,7 +13,6 @@ from shoal.errors import PlanError
 from shoal.executing.calls import Call, Place, cache_of, with_argument
 from shoal.executing.slots import PassingCache
 from shoal.plan import Run
-from shoal.plan.capabilities import refused
 from shoal.plan.steps import LayerSource
 
 
@@ -43,14 +42,10 @@ class Forward:
 
 
 def with_passing_cache(
-    run: Run, layer: Any, place: Place | None, call: Call, forward: Forward, view: Callable[[Cache], Cache]
+    run: Run, place: Place | None, call: Call, forward: Forward, view: Callable[[Cache], Cache]
 ) -> Call:
     """The call of a layer that shares keys and values, which goes through the cache's update: a pass without a cache
-    gets one that stores nothing. Raises P121 under gradient checkpointing, P109 for a layer that takes no cache."""
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
-        no = refused("KV source", "checkpointed", run)
-        assert no is not None
-        raise PlanError(no.message, code=no.code)
+    gets one that stores nothing. Raises P109 for a layer that takes no cache."""
     if cache_of(call) is not None:
         return call
     if place is None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from shoal.executing.calls import Call, first_state
+from shoal.executing.checkpointed import Around, SharedKV, checkpointed, is_checkpointed, refuse_wrapped, within
 from shoal.executing.exchange import Exchange
 from shoal.executing.fitted_map import FittedMap
 from shoal.executing.layer_list import LayerProxyList
+from shoal.executing.looked_up import TensorsOf
+from shoal.executing.modules import ModuleTensors
+from shoal.executing.sharded import refuse_sharded
 from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts
 from shoal.models.first import first_only
 from shoal.models.lists import Stack
-from shoal.plan import Map, Run
-from shoal.plan.tensors import tensors_of
+from shoal.plan import Map, Run, Step
+from shoal.plan.steps import runs
 
 
 class LayerRunner:
@@ -25,6 +29,7 @@ class LayerRunner:
 
     def __init__(self, planned: LayerProxyList, stack: Stack, facts: list[LayerFacts], tensors: Tensors) -> None:
         self.planned, self.facts, self.tensors = planned, facts, tensors
+        self.modules = tensors if isinstance(tensors, ModuleTensors) else None
         self.first = first_only(stack)
         self._maps: dict[str, FittedMap] = {}
         self._exchanges: dict[tuple[int, str, str | None], Exchange] = {}
@@ -33,30 +38,47 @@ class LayerRunner:
         """The real layer, looked up anew: PEFT or accelerate may have exchanged it."""
         return self.planned._modules[str(index)]
 
-    def call(self, run: Run, call: Call, *, comes_first: bool = False) -> Any:
+    def layer_of(self, run: Run) -> Any:
+        """What is called for `run`: the module of its own tensors where they are one, else the base layer."""
+        own = None if self.modules is None else self.modules.layer(run.weights)
+        return self.layer(run.layer) if own is None else own
+
+    def called(self, steps: tuple[Step, ...]) -> list[tuple[int, Any]]:
+        """Every layer that may be called for these steps, with its base index: the real ones and those that are modules
+        of the plan's tensors."""
+        own = {run.weights: (run.layer, self.layer_of(run)) for run in runs(steps) if not self._lends(run)}
+        own.pop(None, None)
+        return [*((int(name), layer) for name, layer in self.planned._modules.items()), *own.values()]
+
+    def call(
+        self,
+        run: Run,
+        call: Call,
+        *,
+        comes_first: bool = False,
+        around: Sequence[Around] = (),
+        shared: SharedKV | None = None,
+    ) -> Any:
         """What the layer of `run` returns. The layer that `comes_first` in a forward makes what all others are handed,
-        with what layer 0 owns for it."""
-        if self.first is None or run.layer == 0 or not comes_first:
-            return self._called(run, call)
-        with self.first.shared_with(self.layer(run.layer)):
-            return self._called(run, call)
-
-    def _called(self, run: Run, call: Call) -> Any:
-        """Gradient checkpointing replays the whole exchange."""
-        layer, (args, kwargs) = self.layer(run.layer), call
-        if run.part == "layer" and run.weights is None:
+        with what layer 0 owns for it. `around`: what else stands around the call. `shared`: keys and values that go
+        into a checkpointed call and come out of it."""
+        layer, (args, kwargs) = self.layer_of(run), call
+        if run.part != "layer" or self._lends(run):
+            around = (*around, lambda: self._exchange(run).in_place())
+        if comes_first and run.layer != 0 and self.first is not None:
+            around = (*around, partial(self.first.shared_with, layer))
+        if not around and shared is None:
             return layer(*args, **kwargs)
-        if layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
-            kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-            return layer._gradient_checkpointing_func(partial(self._replayed, run, **kwargs), *args)
-        with self._exchange(run).in_place():
-            return layer(*args, **kwargs)
+        refuse_wrapped(layer, run)
+        if is_checkpointed(layer) and (shared is not None or torch.is_grad_enabled()):
+            return checkpointed(layer, call, around, shared)
+        return within(around, lambda: layer(*args, **kwargs))
 
-    def behind_attention(self, index: int, call: Call) -> torch.Tensor:
+    def behind_attention(self, run: Run, call: Call) -> torch.Tensor:
         """The state that a layer makes without its mlp, past `__call__`, so that no hook of the user's fires twice."""
-        layer, parts, (args, kwargs) = self.layer(index), self.facts[index].parts, call
-        assert parts is not None
-        with Exchange(layer, parts.mlp, self.facts[index].returns, {}).in_place():
+        layer, fact, (args, kwargs) = self.layer_of(run), self.facts[run.layer], call
+        assert fact.parts is not None
+        with Exchange(layer, fact.parts.mlp, fact.returns, self._lent(run)).in_place():
             found: torch.Tensor = first_state(layer.forward(*args, **kwargs))
         return found
 
@@ -64,22 +86,12 @@ class LayerRunner:
         """What a fitted map makes of the state."""
         found = self._maps.get(step.weights)
         if found is None:
-            found = self._maps[step.weights] = FittedMap(self._tensors_of(step.weights))
+            found = self._maps[step.weights] = FittedMap(TensorsOf(step.weights, self.tensors))
         return found(hidden)
-
-    def _replayed(self, run: Run, *args: Any, **kwargs: Any) -> Any:
-        layer = self.layer(run.layer)
-        had = layer.__dict__.get("gradient_checkpointing")
-        layer.gradient_checkpointing = False
-        try:
-            with self._exchange(run).in_place():
-                return layer(*args, **kwargs)
-        finally:
-            layer.gradient_checkpointing = had
 
     def _exchange(self, run: Run) -> Exchange:
         """What `run` changes in its layer for the length of one call."""
-        key, layer = (run.layer, run.part, run.weights), self.layer(run.layer)
+        key, layer = (run.layer, run.part, run.weights), self.layer_of(run)
         found = self._exchanges.get(key)
         if found is None or found.layer is not layer:
             fact = self.facts[run.layer]
@@ -87,9 +99,15 @@ class LayerRunner:
             if run.part != "layer":
                 assert fact.parts is not None  # check P105
                 left_out = fact.parts.mlp if run.part == "attention" else fact.parts.attention
-            found = self._exchanges[key] = Exchange(layer, left_out, fact.returns, self._tensors_of(run.weights))
+            if self._lends(run):
+                refuse_sharded(layer, run)
+            found = self._exchanges[key] = Exchange(layer, left_out, fact.returns, self._lent(run))
         return found
 
-    def _tensors_of(self, name: str | None) -> dict[str, torch.Tensor]:
-        """The plan's tensors of that name, by their names in the layer."""
-        return {} if name is None else tensors_of(name, self.tensors)
+    def _lends(self, run: Run) -> bool:
+        """Whether tensors of the plan stand in the base layer while it is called for `run`."""
+        return run.weights is not None and (self.modules is None or self.modules.layer(run.weights) is None)
+
+    def _lent(self, run: Run) -> Mapping[str, torch.Tensor]:
+        """These tensors, by their names in the layer."""
+        return TensorsOf(run.weights, self.tensors) if run.weights is not None and self._lends(run) else {}

@@ -66,22 +66,24 @@ class Outputs(Recorder):
         self.states[record.run.layer] = record.output
 
 
-def attention_hooks(layers: Sequence[nn.Module], recorder: Recorder, paused: Callable[[], bool]) -> list[Any]:
-    """Hooks on the attention of every layer that tell `recorder` of its map, while nothing is `paused`; their `remove`
-    takes them away."""
+def attention_hooks(
+    layers: Sequence[tuple[int, nn.Module]], recorder: Recorder, paused: Callable[[], bool]
+) -> list[Any]:
+    """Hooks on the attention of every layer, given with its base index, that tell `recorder` of its map while nothing
+    is `paused`; their `remove` takes them away."""
 
     def hook(index: int) -> Callable[..., None]:
         def made(_: Any, __: Any, out: Any) -> None:
             attended = out[1] if isinstance(out, tuple) and len(out) > 1 else None
-            is_map = isinstance(attended, torch.Tensor) and attended.dim() == 4 and attended.is_floating_point()
-            if is_map and not paused():
+            if paused() or not isinstance(attended, torch.Tensor):
+                return
+            if attended.dim() == 4 and attended.is_floating_point():
                 recorder.attends(index, attended)
 
         return made
 
-    parts = [find_parts(layer) for layer in layers]
     return [
-        layers[index].get_submodule(own.attention[0]).register_forward_hook(hook(index))
-        for index, own in enumerate(parts)
-        if own is not None
+        layer.get_submodule(own.attention[0]).register_forward_hook(hook(index))
+        for index, layer in layers
+        if (own := find_parts(layer)) is not None
     ]

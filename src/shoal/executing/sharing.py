@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, assert_never
 
 from shoal.errors import PlanError
 from shoal.executing.attention_maps import attending, made, require_maps, taken
+from shoal.executing.calls import Place
+from shoal.executing.checkpointed import SharedKV
 from shoal.executing.forward import Forward
+from shoal.executing.slots import KeysValues
 from shoal.plan import Run, Step
 from shoal.plan.capabilities import refused
 from shoal.plan.steps import AttentionMap, LayerKV, kv_source, map_source, runs, sources_read
@@ -50,6 +53,12 @@ class Sharing:
         if source is not None:
             return attending(layer, taken(forward.made[AttentionMap(source)]))
         return attending(layer, made(partial(forward.made.__setitem__, AttentionMap(run.layer))))
+
+    def checkpointed(self, run: Run, place: Place, forward: Forward, keep: Callable[[KeysValues], None]) -> SharedKV:
+        """Keys and values of a run that is checkpointed: those of its source, or its own, which `keep` is given."""
+        if (source := kv_source(run)) is None:
+            return SharedKV(place, (), lambda own, _: own, keep)
+        return SharedKV(place, forward.made[LayerKV(source)], lambda _, given: (given[0], given[1]), lambda _: None)
 
     def concerns_kv(self, run: Run) -> bool:
         """Whether the keys and values of this run are kept for others, or are another layer's."""

@@ -44,11 +44,14 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise UsageError(f"{file} cannot be read as safetensors: {error}; restore it", code="U551") from None
 
 
-def plan_and_weights(given: Given, base: Plan, weights: Tensors | None = None) -> tuple[Plan, dict[str, torch.Tensor]]:
-    """A plan as people give it (`given_plan`), and the tensors that it names: `weights`, or without them those beside a
-    plan.json. Raises what `given_plan` and `load_weights` raise."""
+def plan_and_weights(given: Given, base: Plan, weights: Tensors | None = None) -> tuple[Plan, Tensors]:
+    """A plan as people give it (`given_plan`), and the tensors that it names: `weights` itself, or without them those
+    beside a plan.json. Raises what `given_plan` and `load_weights` raise."""
     place = place_of(given) if weights is None else None
-    return given_plan(given, base), dict(weights or {}) if place is None else load_weights(place)
+    plan = given_plan(given, base)
+    if place is not None:
+        return plan, load_weights(place)
+    return plan, {} if weights is None else weights
 
 
 def save_weights(folder: Path, plan: Plan, weights: Tensors) -> str | None:

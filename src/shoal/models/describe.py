@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shoal.models.examine import LayerFacts, StackFacts
 from shoal.models.families import Family, family_of
 from shoal.models.first import first_only
+from shoal.models.lists import BESIDE
 from shoal.models.meta import meta_model
 from shoal.models.stacks import Stack, find_stacks
 from shoal.plan import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
@@ -62,12 +63,14 @@ def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _storages(module: nn.Module | None) -> dict[object, int]:
-    """Elements by unique storage; adapters that PEFT put in do not belong to the base model."""
+    """Elements by unique storage; adapters that PEFT put in do not belong to the base model, nor does what a plan that
+    learns has put beside its layers."""
     assert module is not None
     return {
         _key(p): p.numel()
         for name, p in module.named_parameters(remove_duplicate=False)
         if not any(piece.startswith(("lora_", "ia3_", "oft_", "boft_", "vera_")) for piece in name.split("."))
+        and not name.startswith(f"{BESIDE}.")
     }
 
 

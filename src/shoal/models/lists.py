@@ -8,6 +8,16 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+BESIDE = "shoal"
+"""Under this name a model holds the modules of a plan that learns (`shoal.executing.modules`): they are none of its
+own, and nothing that is found out about the model looks at them."""
+
+
+def beside(model: nn.Module) -> set[int]:
+    """The identities of the modules that a model holds for a plan."""
+    held = model._modules.get(BESIDE)
+    return set() if held is None else {id(module) for module in held.modules()}
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -44,9 +54,9 @@ def layer_lists(root: nn.Module, depth: int | None, strict: bool) -> list[tuple[
     """(owner, attribute) of every list of `depth` layers; lists inside another hit (experts) are left out. `strict`:
     only lists of `GradientCheckpointingLayer`s."""
     hits: list[tuple[nn.Module, str]] = []
-    inside: set[int] = set()
+    inside = beside(root)
     for module in root.modules():
-        for attr, child in module.named_children():
+        for attr, child in module.named_children() if id(module) not in inside else ():
             if not isinstance(child, nn.ModuleList) or len(child._modules) != depth or id(child) in inside:
                 continue
             members = list(child._modules.values())

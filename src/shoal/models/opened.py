@@ -16,6 +16,7 @@ from shoal.errors import ModelError
 from shoal.models.calls import device_of
 from shoal.models.describe import describe
 from shoal.models.examine import StackFacts, examine
+from shoal.models.lists import beside
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Spec
 
@@ -113,8 +114,11 @@ def _state(model: PreTrainedModel) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _modules(model: nn.Module) -> Iterator[Any]:
-    """Weak references to all modules, and the shapes of their own parameters."""
+    """Weak references to all modules of the model's own, and the shapes of their own parameters."""
+    others = beside(model)
     for module in model.modules():
+        if id(module) in others:
+            continue
         yield weakref.ref(module)
         for parameter in module._parameters.values():
             yield None if parameter is None else parameter.shape

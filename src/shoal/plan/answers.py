@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Way = Literal[
-    "live", "uncached", "cached", "static_cache", "padded", "checkpointed", "offloaded", "beside_encoder", "paged",
-    "gated", "drafted", "fast", "streamed", "written", "gguf",
+    "live", "uncached", "cached", "static_cache", "padded", "checkpointed", "offloaded", "sharded", "beside_encoder",
+    "paged", "gated", "drafted", "fast", "streamed", "written", "gguf",
 ]  # fmt: skip
 """What can be done with a step; `WAYS` says when it is right there."""
 
@@ -19,6 +19,7 @@ WAYS: dict[Way, str] = {
     "padded": "a left-padded batch; each sequence alone",
     "checkpointed": "gradient checkpointing in training; the gradients without it",
     "offloaded": "layers that accelerate brings in for each call; the model in memory",
+    "sharded": "layers that FSDP2 spreads over processes (fully_shard); the model in one piece",
     "beside_encoder": "the decoder of an encoder-decoder; one pass without a cache",
     "paged": "continuous batching (generate_batch); generate",
     "gated": "a policy skips the step by a gate of its own; the plan without the step, or with it",
@@ -67,6 +68,7 @@ class Row:
     padded: Answer
     checkpointed: Answer
     offloaded: Answer
+    sharded: Answer
     beside_encoder: Answer
     paged: Answer
     gated: Answer
@@ -85,14 +87,15 @@ UNDECIDED = Refused(
     "step {step} is decided at run time by a policy, and none is given; name one (shoal ls policies), or write the "
     "plan without gates and exits",
 )
-CHECKPOINTED_KV = Refused(
-    "P121",
-    "layer {layer} shares KV, which gradient checkpointing takes away; switch one of them off",
-)
 OFFLOADED_TENSORS = Refused(
     "P124",
     "layer {layer} is offloaded, and accelerate would put its own weights back over {weights!r}; load the model "
     "without offloading to run replaced layers",
+)
+SHARDED_TENSORS = Refused(
+    "P153",
+    "layer {layer} is spread over processes, and what shards it would put its own tensors back over {weights!r}; make "
+    "them modules of the model before it is sharded (shoal.apply with modules=True)",
 )
 KV_BESIDE_ENCODER = Refused(
     "P109",

@@ -13,7 +13,6 @@ from functools import cache
 from typing import Literal, assert_never
 
 from shoal.plan.answers import (
-    CHECKPOINTED_KV,
     DECIDING,
     GATED_KV,
     KV_BESIDE_ENCODER,
@@ -26,6 +25,7 @@ from shoal.plan.answers import (
     ONE_BY_ONE,
     PAGED_POLICY,
     PAGED_TWICE,
+    SHARDED_TENSORS,
     UNDECIDED,
     UNGATED,
     UNORDERED_DRAFT,
@@ -87,31 +87,32 @@ def row(trait: Trait) -> Row:
     match trait:
         case "layer":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
-                       beside_encoder=OK, paged=OK, gated=OK, drafted=OK, fast=OK, streamed=OK, written=OK, gguf=OK)
+                       sharded=OK, beside_encoder=OK, paged=OK, gated=OK, drafted=OK, fast=OK, streamed=OK, written=OK,
+                       gguf=OK)
         case "part":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
-                       beside_encoder=NO_PARTS, paged=OK, gated=OK, drafted=OK, fast=OK, streamed=OK,
+                       sharded=OK, beside_encoder=NO_PARTS, paged=OK, gated=OK, drafted=OK, fast=OK, streamed=OK,
                        written=WRITTEN_PART, gguf=NO_BLOCK)
         case "new tensors":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
-                       offloaded=OFFLOADED_TENSORS, beside_encoder=OK, paged=OK, gated=OK, drafted=NO_DRAFT, fast=OK,
-                       streamed=ONE_BY_ONE, written=OK, gguf=NO_BLOCK)
+                       offloaded=OFFLOADED_TENSORS, sharded=SHARDED_TENSORS, beside_encoder=OK, paged=OK, gated=OK,
+                       drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=OK, gguf=NO_BLOCK)
         case "KV source":
-            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_KV,
-                       offloaded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=OK, gated=GATED_KV, drafted=NO_DRAFT,
-                       fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
+                       offloaded=OK, sharded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=OK, gated=GATED_KV,
+                       drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
         case "attention map":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_MAP,
-                       offloaded=OK, beside_encoder=MAP_BESIDE_ENCODER, paged=PAGED_MAP, gated=GATED_MAP,
+                       offloaded=OK, sharded=OK, beside_encoder=MAP_BESIDE_ENCODER, paged=PAGED_MAP, gated=GATED_MAP,
                        drafted=NO_DRAFT, fast=FAST_MAP, streamed=ONE_BY_ONE, written=WRITTEN_SHARED_MAP, gguf=NO_BLOCK)
         case "map":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
-                       beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE,
-                       written=WRITTEN_MAP, gguf=NO_BLOCK)
+                       sharded=OK, beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK,
+                       streamed=ONE_BY_ONE, written=WRITTEN_MAP, gguf=NO_BLOCK)
         case "parallel group":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
-                       beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE,
-                       written=WRITTEN_GROUP, gguf=NO_BLOCK)
+                       sharded=OK, beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK,
+                       streamed=ONE_BY_ONE, written=WRITTEN_GROUP, gguf=NO_BLOCK)
         case "gate" | "exit":
             return _decided(trait)
         case "repeat" | "other part" | "reorder":
@@ -126,12 +127,12 @@ def _decided(trait: Literal["gate", "exit"]) -> Row:
     match trait:
         case "gate":
             return Row(live=UNDECIDED, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
-                       offloaded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK, drafted=NO_DRAFT,
-                       fast=DECIDING, streamed=ONE_BY_ONE, written=WRITTEN_GATE, gguf=NO_BLOCK)
+                       offloaded=OK, sharded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK,
+                       drafted=NO_DRAFT, fast=DECIDING, streamed=ONE_BY_ONE, written=WRITTEN_GATE, gguf=NO_BLOCK)
         case "exit":
             return Row(live=UNDECIDED, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
-                       offloaded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK, drafted=NO_DRAFT,
-                       fast=DECIDING, streamed=ONE_BY_ONE, written=WRITTEN_EXIT, gguf=NO_BLOCK)
+                       offloaded=OK, sharded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK,
+                       drafted=NO_DRAFT, fast=DECIDING, streamed=ONE_BY_ONE, written=WRITTEN_EXIT, gguf=NO_BLOCK)
         case _:
             assert_never(trait)
     # fmt: on
@@ -142,16 +143,16 @@ def _placed(trait: Literal["repeat", "other part", "reorder"]) -> Row:
     match trait:
         case "repeat":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
-                       beside_encoder=OK, paged=PAGED_TWICE, gated=OK, drafted=UNORDERED_DRAFT, fast=OK, streamed=OK,
-                       written=OK, gguf=OK)
+                       sharded=OK, beside_encoder=OK, paged=PAGED_TWICE, gated=OK, drafted=UNORDERED_DRAFT, fast=OK,
+                       streamed=OK, written=OK, gguf=OK)
         case "other part":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
-                       beside_encoder=NO_PARTS, paged=OK, gated=OK, drafted=UNORDERED_DRAFT, fast=OK, streamed=OK,
-                       written=OK, gguf=NO_BLOCK)
+                       sharded=OK, beside_encoder=NO_PARTS, paged=OK, gated=OK, drafted=UNORDERED_DRAFT, fast=OK,
+                       streamed=OK, written=OK, gguf=NO_BLOCK)
         case "reorder":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
-                       beside_encoder=OK, paged=OK, gated=OK, drafted=UNORDERED_DRAFT, fast=OK, streamed=ONE_BY_ONE,
-                       written=OK, gguf=OK)
+                       sharded=OK, beside_encoder=OK, paged=OK, gated=OK, drafted=UNORDERED_DRAFT, fast=OK,
+                       streamed=ONE_BY_ONE, written=OK, gguf=OK)
         case _:
             assert_never(trait)
     # fmt: on

@@ -1,0 +1,73 @@
+"""What the layer of a run is called with: its state, its row of the cache, what runs hand to each other."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers.cache_utils import Cache
+
+from shoal.executing.calls import Call
+from shoal.executing.checkpointed import SharedKV
+from shoal.executing.forward import with_passing_cache
+from shoal.executing.recorder import Recorder
+from shoal.executing.sharing import Sharing
+from shoal.executing.slots import KeysValues, slot_view
+from shoal.executing.threads import InForward
+from shoal.models.examine import LayerFacts
+from shoal.plan import Run
+from shoal.plan.steps import LayerKV, kv_source
+
+
+class RunCalls(InForward):
+    """Of an executor: from what the stock forward calls a layer with to what a run calls it with."""
+
+    facts: list[LayerFacts]
+    sharing: Sharing
+    carried: dict[str | int, int]
+    recorder: Recorder | None
+    cache: Cache | None
+
+    def _call_of(self, run: Run, slot: int | None, hidden: torch.Tensor, call: Call) -> Call:
+        """What the layer of `run` is called with: this state, its own row of the cache, what was carried along."""
+        args, kwargs = call
+        if self.carried:
+            args = tuple(self.now.carried.get(at, value) for at, value in enumerate(args))
+            kwargs = {at: self.now.carried.get(at, value) for at, value in kwargs.items()}
+        swap = partial(self._cache_for, run, slot)
+        if args:
+            args = (hidden, *(swap(a) if isinstance(a, Cache) else a for a in args[1:]))
+            kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        else:
+            kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()} | {"hidden_states": hidden}
+        if self._concerns_kv(run):
+            place = self.facts[run.layer].cache_at
+            return with_passing_cache(run, place, (args, kwargs), self.now, partial(self._cache_for, run, 0))
+        return args, kwargs
+
+    def _shared_kv(self, run: Run) -> SharedKV | None:
+        """What a checkpointed run takes and hands on in place of a cache."""
+        place = self.facts[run.layer].cache_at
+        if place is None or not self._concerns_kv(run):
+            return None
+        return self.sharing.checkpointed(run, place, self.now, partial(self._keep, run))
+
+    def _concerns_kv(self, run: Run) -> bool:
+        return self.sharing.concerns_kv(run) or (self._tells_kv() and run.part != "mlp")
+
+    def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
+        keep = partial(self._keep, run) if run.layer in self.sharing.kv or self._tells_kv() else None
+        source = kv_source(run)
+        read = None if source is None else self.now.made[LayerKV(source)]
+        if self.cache is not None:
+            return slot_view(self.cache, self.facts[run.layer].row, read=read, keep=keep)
+        return slot_view(cache, 0 if slot is None else slot, read=read, keep=keep)
+
+    def _tells_kv(self) -> bool:
+        return self.recorder is not None and self.recorder.wants_kv
+
+    def _keep(self, run: Run, states: KeysValues) -> None:
+        if run.layer in self.sharing.kv:
+            self.now.made[LayerKV(run.layer)] = states
+        if self.recorder is not None:
+            self.recorder.stores(run, *states)
