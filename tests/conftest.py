@@ -25,6 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread per worker: workers that each take every core are slower than one worker alone.
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
+import functools
 import importlib.util
 import ipaddress
 import socket
@@ -109,6 +110,16 @@ def _forked_proofs() -> Iterator[None]:
         patch.setattr(subprocess, "run", FORKED.run)
         yield
     FORKED.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_command() -> Iterator[None]:
+    """The command line is put together once and not for every test that types a command."""
+    import typer.testing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", functools.cache(typer.testing._get_command))
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -206,6 +207,11 @@ def _in_file(kind: Kind, name: str) -> Entry:
 
 
 def _docstring(file: Path) -> str:
+    return _read_docstring(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=None)  # of the version with this time: a search asks for its entries again and again
+def _read_docstring(file: Path, changed: int) -> str:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == file.stem]
     return (ast.get_docstring(functions[0]) if functions else None) or ast.get_docstring(tree) or ""

@@ -34,6 +34,7 @@ from shoal.scores import Candidate, Traits
 from .families import tiny
 from .method_tasks import METHODS, TASK, filled
 from .planted import random_data, silence
+from .shares import pairs
 
 SMALL: dict[str, Any] = {"length": 32, "limit": 3}
 PLANTED = 2
@@ -178,8 +179,9 @@ def test_a_preset_has_no_score(loaded: Loaded) -> None:
     assert as_json(prune(loaded, method="position", drop=1, **SMALL))["trace"][0]["score"] is None
 
 
-@pytest.mark.parametrize("unit", ["params", "layers"])
-@pytest.mark.parametrize("name", [name for name in METHODS if counts_layers(name)])
+@pytest.mark.parametrize(
+    ("name", "unit"), pairs(2, [name for name in METHODS if counts_layers(name)], ["params", "layers"])
+)
 def test_a_method_that_counts_layers_meets_a_budget(loaded: Loaded, name: str, unit: str, task_file: Path) -> None:
     settings = filled(METHODS[name].needed, task_file)
     small = SMALL | {"limit": METHODS[name].sequences}

@@ -22,6 +22,7 @@ from shoal.plan import Plan, parse_plan
 from shoal.writing.stream import stream
 
 from .families import tiny
+from .shares import pairs
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -193,12 +194,7 @@ def snapshot(folder: Path) -> list[tuple[str, int]]:
     )
 
 
-PAIRS = [
-    # every fifth pair runs by default, so that each bad input and each verb is seen; all of them with -m slow
-    pytest.param(bad, verb, marks=[] if (i + 2 * j) % 5 == 0 else pytest.mark.slow)
-    for i, bad in enumerate(BAD)
-    for j, verb in enumerate(VERBS)
-]
+PAIRS = pairs(5, BAD, VERBS, step=2)
 
 
 @pytest.mark.parametrize(("bad", "verb"), PAIRS)
@@ -233,14 +229,7 @@ PLANS = {
 READERS = ("show", "write", "write --stream", "verify", "convert", "doctor")
 
 
-@pytest.mark.parametrize(
-    ("name", "verb"),
-    [
-        pytest.param(name, verb, marks=[] if (i + j) % 3 == 0 else pytest.mark.slow)
-        for i, name in enumerate(PLANS)
-        for j, verb in enumerate(READERS)
-    ],
-)
+@pytest.mark.parametrize(("name", "verb"), pairs(3, PLANS, READERS))
 def test_a_bad_plan_is_one_error(name: str, verb: str, sound: Path, tmp_path: Path) -> None:
     folder, plan = tmp_path / "folder", tmp_path / "plan.json"
     shutil.copytree(sound, folder)

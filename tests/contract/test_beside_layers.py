@@ -17,6 +17,7 @@ from shoal.writing.proof import verify
 
 from .broken import Tensors, config_of, saved, set_config, shoal, tensors_of
 from .families import tiny
+from .shares import every
 
 Change = Callable[[Tensors], object]
 
@@ -68,7 +69,7 @@ AHEAD: dict[str, tuple[str, Change, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", AHEAD)
+@pytest.mark.parametrize("name", every(2, AHEAD))
 def test_layers_that_predict_further_ahead_are_no_layers(name: str, bases: Any, tmp_path: Path) -> None:
     family, change, keys = AHEAD[name]
     base = tmp_path / "base"
@@ -134,7 +135,7 @@ LEFT: dict[str, tuple[str, Tensors]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", every(2, LEFT))
 def test_leftovers_are_a_note(name: str, bases: Any, tmp_path: Path) -> None:
     family, more = LEFT[name]
     base = tmp_path / "base"

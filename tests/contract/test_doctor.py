@@ -38,6 +38,7 @@ from .broken import (
     tensors_of,
 )
 from .families import tiny
+from .shares import only
 
 __all__ = ["folders"]
 
@@ -141,10 +142,9 @@ def logits(folder: Path) -> torch.Tensor:
 LONG = {"a depth that is too small", "old numbers, only the depth mended", "a stale list that says one thing only"}
 LONG |= {"two stale lists", "kinds in another order", "an index that names another file", "a tensor left over"}
 LONG |= {"dense layers in the wrong places", "a depth that is too large", "an index with a ghost"}
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else []) for name in BROKEN]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", only(BROKEN.keys() - LONG, BROKEN))
 def test_a_broken_folder_is_named_and_repaired(name: str, folders: Any, tmp_path: Path) -> None:
     family, change, field, kept = BROKEN[name]
     base, sound = folders(family)

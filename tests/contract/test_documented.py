@@ -14,9 +14,13 @@ from ..documented.place import build
 from ..documented.run import run_page
 from ..documented.standins import COMPLETE, NOT_RUN, REFUSED, SLOW
 from ..documented.texts import ROOT, Command, commands, pages, python_blocks
+from .shares import only
 
 WRITTEN = {page: commands(page) for page in pages()}
 SHOWN = [page for page, own in WRITTEN.items() if own or python_blocks(page)]
+
+LONG = ("docs/adapters.md", "docs/calibration.md", "docs/data.md")
+"""Pages that take longer than all others but the README; they run with -m slow."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("documented"))
 
 
-@pytest.mark.parametrize("page", SHOWN)
+@pytest.mark.parametrize("page", only({*SHOWN} - {*LONG}, SHOWN))
 def test_what_a_page_shows_runs(page: str, place: Path) -> None:
     outcomes = list(run_page(page, place))
     print("\n".join(map(str, outcomes)))  # noqa: T201 - the list of what ran, shown by pytest -rA

@@ -18,6 +18,7 @@ from shoal.speculating.parse import Recipe
 from shoal.speculating.speculator import Speculator
 
 from .drafting import FAMILIES, prompt, weak
+from .shares import pairs
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
 
@@ -39,8 +40,7 @@ class Looking(Chooser):
             self.found.append(found)
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("most", [0, 3])
+@pytest.mark.parametrize(("most", "share"), pairs(2, [0, 3], [True, False]))
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3n_text"])
 def test_what_is_watched_is_what_the_first_layers_alone_would_have_written(family: str, most: int, share: bool) -> None:
     model, ids = weak(family), prompt()

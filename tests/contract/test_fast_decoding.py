@@ -22,6 +22,7 @@ from shoal.errors import PlanError, UsageError
 from shoal.live import running
 
 from .families import tiny
+from .shares import every, pairs
 
 PLAIN = ("llama", "gpt2", "phi3", "gpt_neox", "opt", "olmo2", "granite", "smollm3")
 OTHERS = ("qwen2", "gemma2", "mistral", "mixtral", "falcon", "bloom", "mamba2", "jamba")
@@ -63,7 +64,7 @@ class Pieces(BaseStreamer):
         self.ended += 1
 
 
-@pytest.mark.parametrize("family", PLAIN + OTHERS)
+@pytest.mark.parametrize("family", every(2, PLAIN + OTHERS))
 def test_the_thin_loop_gives_the_tokens_of_generate(family: str) -> None:
     model = model_of(family)
     fast = FastDecoder(model, mode="off")
@@ -71,7 +72,7 @@ def test_the_thin_loop_gives_the_tokens_of_generate(family: str) -> None:
     assert torch.equal(fast.generate(**padded(), **greedy()), model.generate(**padded(), **greedy()))
 
 
-@pytest.mark.parametrize("family", [*PLAIN[:3], "qwen2", "gemma2"])
+@pytest.mark.parametrize("family", every(4, [*PLAIN[:3], "qwen2", "gemma2"]))
 def test_captured_layers_give_the_tokens_of_generate(family: str) -> None:
     """The layers go through the compiler's capture, with a cache of one row each; only the code it would make is left
     out. Windows of 6 tokens are left behind."""
@@ -82,8 +83,7 @@ def test_captured_layers_give_the_tokens_of_generate(family: str) -> None:
     assert len(fast.compiled) == 2
 
 
-@pytest.mark.parametrize("mode", ["off", "layers"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("plan", "mode"), pairs(2, PLANS, ["off", "layers"]))
 def test_plans(plan: str, mode: Any) -> None:
     model = model_of("llama")
     fast = FastDecoder(model, plan, mode=mode, backend="eager")

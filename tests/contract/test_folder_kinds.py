@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from .broken import shoal
+from .shares import every
 
 Make = Callable[[Path], object]
 
@@ -57,7 +58,7 @@ KINDS: dict[str, tuple[Make, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", every(2, KINDS))
 def test_a_folder_is_called_what_it_is(name: str, tmp_path: Path) -> None:
     make, code, says = KINDS[name]
     folder = tmp_path / "in"

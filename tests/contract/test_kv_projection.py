@@ -17,6 +17,7 @@ from shoal.models.stacks import find_stack
 
 from .families import DEPTH, FAMILIES, tiny
 from .policy_cells import LENGTH, batch_of
+from .shares import every
 from .test_policies import NO_STATIC, RECURRENT, attention_of
 
 TO_THE_END = {
@@ -44,7 +45,7 @@ def stored(model: Any, rows: int, cache: str, whole: bool) -> tuple[list[tuple[t
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in RECURRENT])
+@pytest.mark.parametrize("family", every(2, [family for family in FAMILIES if family not in RECURRENT]))
 def test_keys_and_values_alone_are_those_of_the_whole_layer(family: str) -> None:
     """Bit for bit, in a prefill, a chunk and single tokens, alone and in a left-padded batch, with both caches."""
     model = tiny(family, attention_of(family))

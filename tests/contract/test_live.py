@@ -190,9 +190,9 @@ def test_a_parallel_group_can_average(family: str) -> None:
     ("family", "plan", "cached"),
     [
         ("llama", "0-1,3", True),
-        ("llama", "0,1x2,2-3", False),
-        ("llama", "0,1a,2-3", False),
-        ("llama", "0-2,3@1", False),
+        pytest.param("llama", "0,1x2,2-3", False, marks=pytest.mark.slow),
+        pytest.param("llama", "0,1a,2-3", False, marks=pytest.mark.slow),
+        pytest.param("llama", "0-2,3@1", False, marks=pytest.mark.slow),
         ("gemma3_text", "0,(1|2),3", False),
         ("gpt2", "0m,2,1,3", False),
     ],

@@ -27,6 +27,7 @@ from shoal.transforms.refit import refit
 from .families import tiny
 from .method_tasks import METHODS, TASK, Untouchable, filled, random_task, task_of
 from .planted import PLANTED, own_text, planted, random_data
+from .shares import pairs
 from .test_tasks import Letters
 
 ALL = [pytest.param(entry, id=entry.name) for entry in entries("methods").values()]
@@ -64,8 +65,7 @@ def _place(run: Run) -> int:
     return int(str(run.weights)[5:]) if folded else run.layer
 
 
-@pytest.mark.parametrize("family", tuple(PLANTED))
-@pytest.mark.parametrize("entry", LOOKING)
+@pytest.mark.parametrize(("entry", "family"), pairs(2, LOOKING, PLANTED))
 def test_a_method_that_looks_removes_the_layer_that_does_nothing_first(
     entry: Entry, family: str, task_file: Path
 ) -> None:

@@ -27,6 +27,7 @@ from shoal.search.dynamic_programming import dynamic_programming
 
 from .families import tiny
 from .method_tasks import METHODS, TASK, filled
+from .shares import every
 from .test_api import model_folder
 
 PROTOCOL = Protocol(length=16, limit=4, window=16, windows=1, new_tokens=0, pairs=0, compared=0)
@@ -44,7 +45,7 @@ def loaded(folder: Path) -> Loaded:
     return load(folder, device="cpu")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", every(3, METHODS))
 def test_prune_and_compare_report_the_same_price_for_the_same_plan(
     name: str, loaded: Loaded, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

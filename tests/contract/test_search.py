@@ -31,6 +31,7 @@ from shoal.writing.surgery import blueprint
 from ..unit.specs import llama, plan_of, two_stacks
 from .families import tiny
 from .planted import PLANTED, own_text, planted
+from .shares import pairs
 
 SEARCHES = [pytest.param(entry, id=entry.name) for entry in entries("search").values()]
 DATA_FREE = {"listed", "position"}
@@ -77,8 +78,7 @@ def writable(model: Any) -> Callable[[Plan], bool]:
     return legal
 
 
-@pytest.mark.parametrize("family", tuple(PLANTED))
-@pytest.mark.parametrize("entry", SEARCHES)
+@pytest.mark.parametrize(("entry", "family"), pairs(2, SEARCHES, PLANTED))
 def test_a_search_that_looks_removes_the_layer_that_does_nothing_first(entry: Entry, family: str) -> None:
     model, data, function = planted(family), own_text(family), entry.load()
     plan, layer = Plan.identity(spec_of(model)), PLANTED[family]

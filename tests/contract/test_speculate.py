@@ -20,6 +20,7 @@ from shoal.speculating.speculator import Speculator
 
 from .drafting import DRAFTS, FAMILIES, prompt, weak
 from .families import tiny
+from .shares import pairs
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
 
@@ -28,8 +29,10 @@ def test_every_kind_of_draft_is_tested() -> None:
     assert {name: text.partition(":")[0] for name, text in DRAFTS.items()} == {name: name for name in entries("drafts")}
 
 
-@pytest.mark.parametrize("draft", [text for entry in entries("drafts").values() for text in entry.examples.texts])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "draft"),
+    pairs(3, FAMILIES, [text for entry in entries("drafts").values() for text in entry.examples.texts]),
+)
 def test_greedy_text_is_that_of_plain_decoding(family: str, draft: str) -> None:
     model, ids = weak(family), prompt()
     speculator = Speculator(model, draft, length=3)

@@ -36,11 +36,12 @@ from shoal.search.greedy import greedy
 
 from .families import FAMILIES, tiny
 from .planted import random_data
+from .shares import only
 from .test_api import model_folder
 from .test_fast import CARRIES_MORE, DATA, candidates
 
 EVERY_DAY = {"bloom", "deepseek_v3", "gemma3n_text", "gpt2", "jamba", "llama"}
-SOME = [pytest.param(name, marks=[] if name in EVERY_DAY else pytest.mark.slow) for name in sorted(FAMILIES)]
+SOME = only(EVERY_DAY, sorted(FAMILIES))
 ASKED: dict[str, Any] = {"length": 24, "limit": 6, "batch": 4}
 IDS = torch.randint(3, 60, (5, 12), generator=torch.Generator().manual_seed(0))
 MEASURES = {

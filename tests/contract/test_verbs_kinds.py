@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ..documented.place import proving_here
 from .families import tiny
 from .kinds import kind
+from .shares import pairs
 from .verbs import COMMANDS, run, typed
 
 PLANS = {
@@ -69,15 +70,7 @@ have no data; the letters of these tests are no tokenizer of GGUF; nothing is wr
 VERBS = [verb for verb in COMMANDS if "MODEL" in COMMANDS[verb] and verb not in ("verify --base", "convert --from")]
 
 
-@pytest.mark.parametrize(
-    ("verb", "name"),
-    [
-        # every fourth pair by default, so that each verb and each kind is seen
-        pytest.param(verb, name, marks=[] if (i + 3 * j) % 4 == 0 else pytest.mark.slow)
-        for i, verb in enumerate(VERBS)
-        for j, name in enumerate(PLANS)
-    ],
-)
+@pytest.mark.parametrize(("verb", "name"), pairs(8, VERBS, PLANS, step=3))
 def test_a_verb_works_or_is_refused(verb: str, name: str, names: dict[str, str], tmp_path: Path) -> None:
     own = {"MODEL": names[name], "PLAN": PLANS[name], "OUT": str(tmp_path / "out")}
     result = run(typed(verb, names | own))

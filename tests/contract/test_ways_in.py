@@ -21,6 +21,8 @@ from shoal.models.load import Loaded, load
 from shoal.plan import Plan
 from shoal.writing.gguf_out.write import convert_model
 
+from .shares import every, pairs
+
 WORDS = ("--length", "16", "--limit", "1")
 VERBS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "IN"),
@@ -120,15 +122,7 @@ GGUF: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("broken", "verb"),
-    [
-        # every seventh pair runs by default, so that each file and each verb is seen; all of them with -m slow
-        pytest.param(broken, verb, marks=[] if (i + 3 * j) % 7 == 0 else pytest.mark.slow)
-        for i, broken in enumerate(GGUF)
-        for j, verb in enumerate(VERBS)
-    ],
-)
+@pytest.mark.parametrize(("broken", "verb"), pairs(7, GGUF, VERBS, step=3))
 def test_a_broken_gguf_file_has_one_code(broken: str, verb: str, whole: Path, cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "bad.gguf"
     GGUF[broken][0](whole, file)
@@ -208,7 +202,7 @@ def copied(folder: Path, place: Path, **fields: Any) -> Path:
     return place
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", every(3, QUANTISED))
 def test_a_quantised_folder_is_refused_before_it_is_read(name: str, folder: Path, tmp_path: Path) -> None:
     settings, code, words = QUANTISED[name]
     bad = copied(folder, tmp_path / "bad", quantization_config=settings)

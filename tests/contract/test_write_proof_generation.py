@@ -16,6 +16,7 @@ from shoal.plan import Plan, parse_plan
 from shoal.writing.folder import write
 
 from .families import tiny
+from .shares import every
 
 ASKED: list[dict[str, Any]] = [
     {"dola_layers": "low"},
@@ -28,7 +29,7 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: next(iter(asked)))
+@pytest.mark.parametrize("asked", every(3, ASKED), ids=lambda asked: next(iter(asked)))
 def test_what_a_base_asks_of_generate_is_left_to_it(asked: dict[str, Any], tmp_path: Path) -> None:
     model = copy.deepcopy(tiny("llama"))
     for name, value in asked.items():

@@ -26,21 +26,21 @@ class Tokens:
 def tokenise(source: Opened, tokenizer: Any, wanted: int | None) -> Tokens:
     """At least the first `wanted` token ids of the whole text (all of them for None), reading no more than needed.
 
-    The text is never tokenised in pieces, because tokenizers without a pre-tokenizer merge across any cut. Raises D404
-    for a source without text.
+    The text is never tokenised in pieces, because tokenizers without a pre-tokenizer merge across any cut: of a longer
+    text a beginning is tokenised, whose last tokens are not used. Raises D404 for a source without text.
     """
-    goal = float("inf") if wanted is None else (wanted + MARGIN) * CHARS_PER_TOKEN
     read = _Read()
+    chars = 0 if wanted is None else (wanted + MARGIN) * CHARS_PER_TOKEN
     for piece in source.pieces:
         read.add(piece)
-        if wanted is not None and read.size >= goal:
-            tokens = _encoded(read, tokenizer)
+        while wanted is not None and read.size >= chars:
+            tokens = _encoded(read.text[:chars], read.spans, tokenizer)
             if len(tokens.ids) >= wanted + MARGIN:
                 return Tokens(tokens.ids[:wanted], None if tokens.answers is None else tokens.answers[:wanted])
-            goal = 2 * read.size
+            chars *= 2
     if not read.text.strip():
         raise DataError(f"{source.name} holds no text; name another source", code="D404")
-    return _encoded(read, tokenizer)
+    return _encoded(read.text, read.spans, tokenizer)
 
 
 class _Read:
@@ -69,13 +69,12 @@ class _Read:
         return self._spans if self._told else None
 
 
-def _encoded(read: _Read, tokenizer: Any) -> Tokens:
+def _encoded(text: str, spans: list[tuple[int, int]] | None, tokenizer: Any) -> Tokens:
     # verbose=False: the text is longer than the model's context on purpose, and no window will be.
     options = {"add_special_tokens": False, "verbose": False}
-    spans = read.spans
     if spans is None or not getattr(tokenizer, "is_fast", False):
-        return Tokens(list(tokenizer(read.text, **options)["input_ids"]), None)
-    found = tokenizer(read.text, return_offsets_mapping=True, **options)
+        return Tokens(list(tokenizer(text, **options)["input_ids"]), None)
+    found = tokenizer(text, return_offsets_mapping=True, **options)
     return Tokens(list(found["input_ids"]), _marked(found["offset_mapping"], spans))
 
 
