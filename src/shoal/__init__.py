@@ -9,6 +9,7 @@ from shoal._version import __version__
 if TYPE_CHECKING:
     from shoal.api.assess import bench, evaluate
     from shoal.api.generate import generate
+    from shoal.api.heal import heal
     from shoal.api.inspection import inspect, ls, show
     from shoal.api.measuring import measure
     from shoal.api.prune import prune
@@ -31,6 +32,7 @@ _HOMES = {
     "diff": "shoal.plan",
     "evaluate": "shoal.api.assess",
     "generate": "shoal.api.generate",
+    "heal": "shoal.api.heal",
     "inspect": "shoal.api.inspection",
     "load": "shoal.models.load",
     "load_data": "shoal.data",
@@ -59,6 +61,7 @@ __all__ = [
     "diff",
     "evaluate",
     "generate",
+    "heal",
     "inspect",
     "load",
     "load_data",

@@ -27,26 +27,39 @@ from typing import Any, Literal
 from shoal.errors import UsageError
 from shoal.user_files import UserFile, docstring, imported, is_file, read_user_file, require_call
 
-Kind = Literal["measures", "search", "methods", "transforms", "policies", "exchange", "drafts"]
-KINDS: tuple[Kind, ...] = ("measures", "search", "methods", "transforms", "policies", "exchange", "drafts")
+Kind = Literal[
+    "measures", "search", "methods", "transforms", "recipes", "terms", "learners", "policies", "exchange", "drafts"
+]
+KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
 _ONE: dict[Kind, str] = {
     "measures": "measure",
     "search": "search",
     "methods": "method",
     "transforms": "transform",
+    "recipes": "recipe",
+    "terms": "term",
+    "learners": "learner",
     "policies": "policy",
     "exchange": "format",
     "drafts": "draft",
 }
 
-_HOMES: dict[Kind, str] = {"policies": "shoal.deciding.policies", "drafts": "shoal.speculating.drafts"}
+_HOMES: dict[Kind, str] = {
+    "policies": "shoal.deciding.policies",
+    "drafts": "shoal.speculating.drafts",
+    "terms": "shoal.healing.terms",
+    "learners": "shoal.healing.learners",
+}
 """Where the files of a kind are, for those that are not in a room of that name."""
 
 _CALLS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "measures": (("model", "data"), ("stack", "batch", "progress")),
     "methods": (("task",), ()),
     "transforms": (("job",), ()),
+    "recipes": ((), ()),
+    "terms": (("seen",), ()),
+    "learners": (("job",), ()),
     "policies": (("plan", "spec"), ()),
     "exchange": ((), ()),
     "drafts": ((), ("spec",)),
@@ -69,7 +82,7 @@ HARNESS = frozenset(
         "seed",
         "spec",
     }
-    | {"job", "stack", "task", "tokenizer"}
+    | {"job", "seen", "stack", "task", "tokenizer"}
 )
 """Parameters that the harness fills and that are therefore no options."""
 

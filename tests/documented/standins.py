@@ -101,6 +101,8 @@ LESS: dict[str, dict[str, int]] = {
     "shoal.api.calibrate.calibrate": {"length": 12, "prompt": 2},
     "shoal.api.fit_exits.fit_exits": {"length": 32, "limit": 8},
     "shoal.api.measuring.measure": {"length": 64, "limit": 2},
+    "shoal.api.heal.heal": {"tokens": 64, "length": 16, "held": 2, "minutes": 0.01},
+    "shoal.heal": {"tokens": 64, "length": 16, "held": 2},
     "shoal.api.prune.prune": {"length": 64, "limit": 2},
     "shoal.prune": {"length": 16, "limit": 1},
     "shoal.api.assess.evaluate": {"window": 128, "limit": 2, "task_items": 2},

@@ -16,6 +16,7 @@ from shoal.cli.evaluate import evaluate
 from shoal.cli.fit_exits import fit_exits
 from shoal.cli.fuse import fuse
 from shoal.cli.generate import generate
+from shoal.cli.heal import heal
 from shoal.cli.inspect import inspect
 from shoal.cli.ls import ls
 from shoal.cli.measure import measure
@@ -27,8 +28,8 @@ from shoal.cli.verify import verify
 from shoal.cli.write import write
 
 VERBS = (
-    inspect, measure, prune, fuse, compare, evaluate, bench, generate, fit_exits, calibrate, tune_draft, serve, write,
-    verify, doctor, show, diff, convert, ls,
+    inspect, measure, prune, fuse, heal, compare, evaluate, bench, generate, fit_exits, calibrate, tune_draft, serve,
+    write, verify, doctor, show, diff, convert, ls,
 )  # fmt: skip
 
 app = typer.Typer(

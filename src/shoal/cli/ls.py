@@ -14,11 +14,13 @@ from shoal.errors import UsageError
 def ls(
     kind: Annotated[
         str | None,
-        typer.Argument(help="measures, search, methods, transforms, policies, exchange or drafts; all if left out."),
+        typer.Argument(
+            help="measures, search, methods, transforms, recipes, terms, learners, policies, exchange, drafts."
+        ),
     ] = None,
     json_: options.Json = False,
 ) -> None:
-    """List measures, searches, methods, transforms, policies, exchange formats and drafts, each with one line."""
+    """List what there is of each kind, from measures to drafts, each with one line."""
     from shoal.registry import KINDS, entries
 
     if kind is not None and kind not in KINDS:

@@ -120,8 +120,8 @@ def load_data(
     rows = [(texts[part], i) for part, i in interleaved(chosen, seed or 0)]
     ids = torch.tensor([start + text.ids[i * step : i * step + body] for text, i in rows], dtype=torch.int64)
     info = DataInfo(
-        _name(parts, opened), split, length, len(ids), step, "each" if bos else "none", ids.numel(), _sha256(ids), seed,
-        _how(opened),
+        _name(parts, opened), split, length, len(ids), step, "each" if bos else "none", ids.numel(), sha256_of(ids),
+        seed, _how(opened),
     )  # fmt: skip
     return Data(ids, None, info, _answers(rows, len(start), body, step))
 
@@ -191,5 +191,6 @@ def _bos(tokenizer: Any) -> list[int]:
     return [int(tokenizer.bos_token_id)]
 
 
-def _sha256(ids: torch.Tensor) -> str:
+def sha256_of(ids: torch.Tensor) -> str:
+    """The hash of `DataInfo`: of the ids as little-endian int64, row by row."""
     return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()

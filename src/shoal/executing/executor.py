@@ -198,6 +198,8 @@ class Executor(RunCalls):
         returned = self.as_layer_output(index, hidden)
         if index == self.depth - 1:
             self.now = Forward()  # nothing of this forward outlives it
+            if recorder is not None:
+                recorder.leaves(hidden)
         return returned
 
     def _start(self, call: Call) -> None:

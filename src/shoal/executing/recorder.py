@@ -37,6 +37,9 @@ class Recorder:
     def ran(self, record: RunRecord) -> None:
         """A layer was run, whole or in part."""
 
+    def leaves(self, hidden: torch.Tensor) -> None:
+        """The stock forward gets this state back from its last layer."""
+
     def stores(self, run: Run, keys: torch.Tensor, values: torch.Tensor) -> None:
         """A run attends to these keys and values, [batch, heads, tokens, dim] each, those of earlier tokens among
         them."""

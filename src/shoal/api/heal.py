@@ -1,0 +1,284 @@
+"""heal: train what a plan left, by a recipe, and judge the result on two texts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.api.assess import Source, _one_vocabulary, opened, text_of
+from shoal.api.heal_stages import HealRun, run_recipe
+from shoal.data import Data
+from shoal.errors import ModelError, UsageError
+from shoal.evaluation import Perplexity, Progress, perplexity
+from shoal.executing.weights import Tensors, plan_and_weights, shapes_in, used_by
+from shoal.healing.run_folder import RunFolder
+from shoal.healing.stage import Fit, Recipe, Stage, selection_of, term_of
+from shoal.healing.train import Run
+from shoal.healing.windows import Texts, part
+from shoal.live import running
+from shoal.models.adapter import is_adapted
+from shoal.models.kinds import is_causal, require_text, scores_text
+from shoal.models.load import Loaded
+from shoal.plan import Given, Plan, require, shapes_of
+from shoal.record import plain
+from shoal.spelling import chosen
+
+HELD, WATCHED = "held out", "watched"
+"""The two texts that say what healing did: windows held out of the training text, and a second text."""
+_TEST_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one text says of the dense model, of the plan before and after healing."""
+
+    dense: Perplexity
+    before: Perplexity
+    after: Perplexity
+
+    @property
+    def back(self) -> float:
+        """The share of the lost nats that came back."""
+        lost = self.before.nll - self.dense.nll
+        return (self.before.nll - self.after.nll) / lost if lost > 0 else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        sides = {name: getattr(self, name) for name in ("dense", "before", "after")}
+        figures = {name: {"perplexity": one.value, "nll": one.nll, "error": one.error} for name, one in sides.items()}
+        return plain({**figures, "back": self.back, "data": self.dense.info.to_dict()})
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What `heal` made. `texts` holds `held out` and `watched`; it is empty for a model without next-token scores."""
+
+    loaded: Loaded
+    start: Plan
+    plan: Plan
+    weights: Mapping[str, Any] = field(repr=False)
+    """The tensors that `plan` names, in the dtypes of the base."""
+    recipe: str
+    stages: tuple[dict[str, Any], ...]
+    """What each stage was told and did: steps, tokens, seconds, curve."""
+    texts: dict[str, Judged]
+    data: dict[str, Any]
+    seconds: float
+    stopped: bool = False
+    """Whether it was told to stop; its checkpoints are kept then."""
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read in training steps."""
+        return sum(stage.get("tokens", 0) for stage in self.stages)
+
+    @property
+    def better(self) -> bool:
+        """Whether held-out text likes the result better than the start; True where nothing was trained."""
+        if not self.tokens and not any("transform" in stage for stage in self.stages):
+            return True
+        if HELD in self.texts:
+            return self.texts[HELD].after.nll < self.texts[HELD].before.nll
+        trained = [stage for stage in self.stages if "held_after" in stage]
+        return not trained or trained[-1]["held_after"] < trained[-1]["held_before"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for --json and the records."""
+        return plain(
+            {
+                "start": str(self.start),
+                "plan": str(self.plan),
+                "hash": self.plan.hash,
+                "recipe": self.recipe,
+                "asked": self.asked,
+                "stages": list(self.stages),
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "data": self.data,
+                "texts": {name: judged.to_dict() for name, judged in self.texts.items()},
+                "weights": {name: list(tensor.shape) for name, tensor in self.weights.items()},
+                "stopped": self.stopped,
+            }
+        )
+
+
+def heal(
+    source: Source,
+    plan: Given,
+    recipe: str = "logit-kd",
+    *,
+    weights: Tensors | None = None,
+    tokens: int | None = None,
+    minutes: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    terms: Sequence[str] = (),
+    learn: Sequence[str] = (),
+    teacher: Source | None = None,
+    data: Any = "builtin",
+    watch: Any = "builtin",
+    length: int = 256,
+    held: int = 8,
+    batch: int = 2,
+    accumulate: int = 1,
+    seed: int = 0,
+    stack: str | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    save_every: float = 60.0,
+    track: Sequence[str] = (),
+    stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Healed:
+    """Train what `plan` left of a model by `recipe` (`shoal ls recipes`; NAME or NAME:key=value,key=value) for so many
+    `tokens`, or `minutes`, which are turned into tokens by timing three steps.
+
+    Nothing of the model is changed and nothing written; what learned is in the result's `weights`, and `shoal.write`
+    takes it with the result's `plan`. `terms` and `learn` in place of a recipe: one stage typed by hand, as
+    `["logit-kd", "hidden-kd:weight=0.1"]` and `["near:width=1"]`. `settings`: options of the recipe. `teacher`: another
+    model of the same vocabulary in place of the whole model itself. `data`: as `load_data` takes it; of conversations
+    and of prompts with responses only what the assistant said counts. `held` windows of it are never trained on and say
+    which tensors are kept; `watch` is a second text, only looked at. A step reads `batch` x `accumulate` windows of
+    `length` tokens. `folder` keeps checkpoints (one each `save_every` seconds), and with `resume` a run goes on from
+    there. `stop` is asked after each step.
+
+    Raises U640 never (writing does), U641 for a plan that removes nothing, U642 and U643 for a folder of another run,
+    U644 for a model with adapters, U673 for an amount that is none, U674 where memory is too small, U675 where nothing
+    learns, D494 where no token counts, U511 for a teacher of another vocabulary.
+    """
+    named, stages = recipe_of(recipe, settings, terms, learn)
+    amount = _amount(tokens, minutes)
+    loaded = opened(source, **options)
+    _require_bare(loaded)
+    require_text(loaded.model, "healing")
+    base = Plan.identity(loaded.opened.spec, source=loaded.source)
+    start, own = plan_and_weights(plan, base, weights)
+    own = used_by(start, own)
+    require(start, loaded.opened.spec, shapes_of(own), shapes_in(loaded.opened.stacks))
+    if start.is_identity():
+        raise UsageError(
+            f"the plan {start} removes nothing, so there is nothing to heal; prune first (shoal prune --save-plan)",
+            code="U641",
+        )
+    other = None if teacher is None else opened(teacher, **options)
+    if other is not None:
+        _one_vocabulary(loaded, other)
+    name = _stack_of(start, stack)
+    if isinstance(data, Data):
+        length = data.info.length
+    began = time.monotonic()
+    causal = is_causal(loaded.model)
+
+    def texts(windows: int) -> Texts:
+        text = text_of(loaded, data, split="calibrate", length=length, limit=windows + held, seed=seed)
+        return part(text, held, causal=causal)
+
+    run = HealRun(
+        loaded=loaded,
+        stack=name,
+        stages=stages,
+        teacher=None if other is None else other.opened,
+        texts=texts,
+        length=length,
+        causal=causal,
+        run=Run(batch=batch, accumulate=accumulate, seed=seed, save_every=save_every, track=tuple(track), stop=stop),
+        say=say,
+        progress=progress,
+    )
+    kept = RunFolder(None if folder is None else Path(folder).expanduser())
+    facts = {
+        "plan": str(start), "base": loaded.opened.spec.fingerprint, "recipe": [one.to_dict() for one in stages],
+        "amount": amount, "data": str(data) if isinstance(data, str | Path) else "given", "length": length,
+        "held": held, "batch": batch, "accumulate": accumulate, "seed": seed, "stack": name,
+        "weights": {key: list(tensor.shape) for key, tensor in sorted(own.items())},
+    }  # fmt: skip
+    kept.begin(facts, resume=resume)
+    with torch.random.fork_rng():  # training draws from torch's generator, which is the caller's
+        made = run_recipe(run, start, own, amount, kept)
+    judged = {}
+    if scores_text(loaded.model) and not made.stopped:
+        watched = text_of(loaded, watch, split="test", length=length, limit=_TEST_WINDOWS)
+        for key, text in ((HELD, made.held), (WATCHED, watched)):
+            judged[key] = _judged(loaded, text, (start, own), (made.plan, made.weights), batch, progress, key)
+    return Healed(
+        loaded, start, made.plan, made.weights, named, made.stages, judged,
+        {"train": made.train.info.to_dict(), "held": made.held.info.to_dict()}, time.monotonic() - began, made.stopped,
+        {**amount, "length": length, "batch": batch, "accumulate": accumulate, "seed": seed},
+    )  # fmt: skip
+
+
+def recipe_of(
+    text: str, settings: Mapping[str, Any] | None, terms: Sequence[str], learn: Sequence[str]
+) -> tuple[str, Recipe]:
+    """What to call it and its stages. Raises U501 and U502 for names and options, of terms and learners too."""
+    if terms or learn:
+        stages: Recipe = (Stage(terms=tuple(terms) or ("logit-kd",), learn=tuple(learn) or ("lora",)),)
+        named = str(stages[0])
+    else:
+        entry, own = chosen("recipes", text, settings)
+        stages, named = entry.load()(**own), text
+    for stage in stages:
+        if isinstance(stage, Fit):
+            chosen("transforms", stage.transform)
+            continue
+        for one in stage.terms:
+            term_of(one)
+        for one in stage.learn:
+            selection_of(one)
+    return named, stages
+
+
+def _amount(tokens: int | None, minutes: float | None) -> dict[str, Any]:
+    if (tokens is None) == (minutes is None):
+        raise UsageError("say how long to train: --tokens 200k or --minutes 10, one of them", code="U673")
+    if (tokens is not None and tokens < 0) or (minutes is not None and not 0 < minutes < math.inf):
+        raise UsageError(
+            f"{tokens if minutes is None else minutes} {'tokens' if minutes is None else 'minutes'} are no amount of "
+            "training; write --tokens 200k or --minutes 10",
+            code="U673",
+        )
+    return {"tokens": tokens} if minutes is None else {"minutes": minutes}
+
+
+def _require_bare(loaded: Loaded) -> None:
+    if is_adapted(loaded.model):
+        raise UsageError(
+            f"{loaded.source} has an adapter in its modules, and healing puts its own there; merge it first "
+            "(merge_and_unload)",
+            code="U644",
+        )
+    if getattr(loaded.model, "hf_quantizer", None) is not None:
+        raise ModelError("the model is quantised; load it dequantised to heal it", code="W212")
+
+
+def _stack_of(plan: Plan, stack: str | None) -> str:
+    changed = plan.changed()
+    if stack is None and len(changed) > 1:
+        raise UsageError(
+            f"the plan changes the stacks {' and '.join(changed)}, and one is healed; name it (--stack)", code="U653"
+        )
+    return plan.stack_name(stack if stack is not None else changed[0])
+
+
+def _judged(
+    loaded: Loaded,
+    text: Data,
+    before: tuple[Plan, Tensors],
+    after: tuple[Plan, Tensors],
+    batch: int,
+    progress: Progress | None,
+    name: str,
+) -> Judged:
+    def worth(plan: Plan, weights: Tensors) -> Perplexity:
+        with running(loaded.model, plan, weights):
+            return perplexity(loaded.model, text, batch=batch, progress=progress)
+
+    return Judged(perplexity(loaded.model, text, batch=batch), worth(*before), worth(*after))

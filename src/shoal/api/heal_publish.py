@@ -1,0 +1,105 @@
+"""From what `heal` made to a folder: a stock checkpoint where a class can hold it, else a plan with its tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shoal.api.heal import HELD, WATCHED, Healed
+from shoal.atomic import publish, staged
+from shoal.errors import UsageError, WriteError
+from shoal.evaluation import Progress
+from shoal.executing.weights import Tensors, load_weights, save_planned
+from shoal.models.load import Loaded
+from shoal.plan import Plan
+from shoal.record import Record, command_line
+from shoal.writing.folder import Written, write
+from shoal.writing.output import disk_errors, final_path, refuse_output
+from shoal.writing.surgery import blueprint, require_writable
+
+
+def why_no_checkpoint(loaded: Loaded, plan: Plan, weights: Tensors) -> str | None:
+    """Why the result of healing will be a plan and no checkpoint; None where it will be one."""
+    try:
+        blueprint(require_writable(loaded.model), plan, weights=dict(weights))
+    except WriteError as error:
+        return str(error)
+    return None
+
+
+def publish_healed(
+    healed: Healed,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    anyway: bool = False,
+    config: str | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Written | Path:
+    """Write the result to the folder `output`: a proved stock checkpoint, or where no stock class can hold the plan,
+    the plan with its tensors, which `--plan` takes.
+
+    Raises U640 for a result that held-out text does not like better than its start, unless `anyway`, and what
+    `shoal.write` raises.
+    """
+    if not healed.better and not anyway:
+        judged = healed.texts.get(HELD)
+        found = (
+            "" if judged is None else f" (perplexity {judged.before.value:.2f} before, {judged.after.value:.2f} after)"
+        )
+        raise UsageError(
+            f"held-out text does not like the healed plan better than its start{found}, so nothing is written; use a "
+            "lower rate (--set rate=1e-4) or more tokens, or write it all the same (--anyway)",
+            code="U640",
+        )
+    command = command_line()
+    record = Record(
+        "heal", healed.to_dict(), plan=healed.plan.hash, base=healed.plan.base.fingerprint, seed=seed, command=command
+    )
+    if why_no_checkpoint(healed.loaded, healed.plan, healed.weights) is not None:
+        return _as_plan(healed, Path(output), record, overwrite=overwrite)
+    return write(
+        healed.loaded,
+        healed.plan,
+        output,
+        weights=healed.weights,
+        overwrite=overwrite,
+        records=[record.to_dict()],
+        card=card_rows(healed),
+        command=" ".join(command),
+        config=config,
+        progress=progress,
+    )
+
+
+def card_rows(healed: Healed) -> list[dict[str, Any]]:
+    """Rows of the model card: both texts, and what the healing read."""
+    rows = []
+    for name in (HELD, WATCHED):
+        judged = healed.texts.get(name)
+        if judged is not None:
+            rows.append(
+                {
+                    "name": f"perplexity, {'held-out training' if name == HELD else 'second'} text",
+                    "unit": "",
+                    "dense": judged.dense.value,
+                    "pruned": judged.after.value,
+                    "how": f"{judged.before.value:.4g} before healing; {judged.dense.info.describe()}",
+                }
+            )
+    said = f"recipe {healed.recipe}, {healed.seconds:.0f} s; {healed.data['train']['source']}"
+    return [*rows, {"name": "healed on tokens", "unit": "", "dense": None, "pruned": healed.tokens, "how": said}]
+
+
+def _as_plan(healed: Healed, output: Path, record: Record, *, overwrite: bool) -> Path:
+    final = final_path(output)
+    refuse_output(final, overwrite=overwrite)
+    with disk_errors(final), staged(final) as staging:
+        save_planned(healed.plan, staging, dict(healed.weights))
+        text = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
+        (staging / "shoal" / "records.jsonl").write_text(text, encoding="utf-8")
+        load_weights(staging)  # reads what was written, and compares the hash
+        publish(staging, final, overwrite=overwrite)
+    return final

@@ -1,0 +1,214 @@
+"""shoal heal: train what a plan left, and write it when it is better."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoal.cli import options
+from shoal.cli._places import require_plan_place
+from shoal.cli._shared import config_text, emit, emit_config, loading, need, open_model, progress_bars, unused
+from shoal.errors import UsageError
+
+
+def heal(
+    model: options.Model,
+    plan: options.PlanText = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="NAME or NAME:key=value,key=value; see shoal ls recipes.")
+    ] = "logit-kd",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", "-o", help="An option of the recipe, as name=value.")
+    ] = None,
+    term: Annotated[
+        list[str] | None,
+        typer.Option("--term", help="In place of a recipe: what is minimised (shoal ls terms); again for a sum."),
+    ] = None,
+    learn: Annotated[
+        list[str] | None, typer.Option("--learn", help="And what moves (shoal ls learners); again for more.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="How long: 200k, 1.5M.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Or about how long on this machine, turned into tokens.")
+    ] = None,
+    data: options.DataSource = "builtin",
+    text_key: options.TextKey = None,
+    chat_template: options.ChatTemplate = None,
+    watch: Annotated[str, typer.Option("--watch", help="A second text, looked at before and after.")] = "builtin",
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")] = 256,
+    held: Annotated[int, typer.Option("--held", min=1, help="Windows of the text that are never trained on.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows in a forward.")] = 2,
+    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Forwards in a step.")] = 1,
+    seed: options.Seed = 0,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Another model of the same vocabulary (default: MODEL whole).")
+    ] = None,
+    stack: options.StackName = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write; its checkpoints are in OUTPUT.healing meanwhile.")
+    ] = None,
+    save_plan: options.SavePlan = None,
+    overwrite: options.Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Write a result that is no better than its start, too.")] = (
+        False
+    ),
+    save_every: Annotated[float, typer.Option("--save-every", min=0, help="Seconds between checkpoints.")] = 60.0,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="Where curves go as well: tensorboard, wandb, mlflow, ...")
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.Trust = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    config: options.Config = None,
+) -> None:
+    """Train what --plan left of MODEL, by distillation from the whole model or on labels, and write the result, proved,
+    when held-out text likes it better."""
+    need(plan, "say what is healed: --plan 0-11,14-29 or --plan plan.json")
+    from shoal.api.heal import recipe_of
+    from shoal.registry import get
+    from shoal.spelling import read
+
+    asked = read(recipe)
+    own = get("recipes", asked.name).typed([*(settings or []), *asked.pairs])
+    recipe_of(asked.name, own, term or [], learn or [])
+    amount = None if tokens is None else tokens_of(tokens)
+    if term or learn:
+        unused("--term and --learn say what is done", "recipe", "settings")
+    if output is None:
+        unused("nothing is written without --output", "overwrite", "anyway", "resume", "save_every")
+    if dry_run:
+        emit_config(as_json=json_)
+        return
+    from shoal.api.heal import heal as run
+    from shoal.data.spelled import keyed, templated
+    from shoal.writing.folder import refuse_output
+
+    require_plan_place(save_plan)
+    if output is not None:
+        refuse_output(output, overwrite=overwrite)
+    text, second = keyed(data, text_key, chat_template), templated(watch, chat_template)
+
+    def say(line: str) -> None:
+        if not quiet:
+            typer.echo(line, err=True)
+
+    with progress_bars(quiet) as progress, _stopping() as stop:
+        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        folder = None if output is None else _folder(output, loaded, chosen, weights, say)
+        healed = run(
+            loaded, chosen, asked.name, settings=own, weights=weights, terms=term or [], learn=learn or [],
+            tokens=amount, minutes=minutes, teacher=teacher, data=text, watch=second, length=length, held=held,
+            batch=batch, accumulate=accumulate, seed=seed, stack=stack, folder=folder, resume=resume,
+            save_every=save_every, track=track or [], stop=stop, say=say, progress=progress,
+        )  # fmt: skip
+        if healed.stopped:
+            _tell_stopped(folder)
+        written = _kept(
+            healed, output, save_plan, overwrite=overwrite, anyway=anyway, config=config_text(), seed=seed,
+            progress=progress,
+        )  # fmt: skip
+    emit(*_said(healed, written), as_json=json_)
+
+
+def _folder(output: Path, loaded: Any, plan: Any, weights: Any, say: Any) -> Path:
+    """Where the checkpoints are; says what the result will be."""
+    from shoal.api.heal_publish import why_no_checkpoint
+    from shoal.healing.run_folder import RunFolder
+
+    why = why_no_checkpoint(loaded, plan, weights)
+    say("the result will be " + ("a stock checkpoint" if why is None else f"a plan with its tensors ({why})"))
+    return RunFolder.beside(output)
+
+
+def _kept(healed: Any, output: Path | None, save_plan: Path | None, **how: Any) -> Any:
+    """What was written; the checkpoints are not needed any more then."""
+    from shoal.api.heal_publish import publish_healed
+    from shoal.executing.weights import save_planned
+    from shoal.healing.run_folder import RunFolder
+
+    if save_plan is not None:
+        save_planned(healed.plan, save_plan, dict(healed.weights))
+    if output is None:
+        return None
+    written = publish_healed(healed, output, **how)
+    RunFolder(RunFolder.beside(output)).remove()
+    return written
+
+
+def tokens_of(text: str) -> int:
+    """200k, 1.5M, 30000 -> a number. Raises U673."""
+    factor = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}.get(text.strip()[-1:].lower(), 1)
+    number = text.strip()[:-1] if factor != 1 else text.strip()
+    try:
+        found = float(number) * factor
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1e15:
+        raise UsageError(f"{text!r:.40} is no number of tokens; write --tokens 200k or --tokens 1.5M", code="U673")
+    return round(found)
+
+
+@contextmanager
+def _stopping() -> Iterator[Any]:
+    """The first Ctrl-C (or SIGTERM) ends the run after the step that it is in, with a checkpoint; a second one at
+    once."""
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        typer.echo("shoal: stopping behind this step; once more stops at once", err=True)
+
+    before: dict[int, Any] = {}
+    for number in map(int, (signal.SIGINT, signal.SIGTERM)):
+        try:
+            before[number] = signal.signal(number, note)
+        except ValueError:  # not in the main thread: whoever runs this stops it otherwise
+            break
+    try:
+        yield lambda: bool(asked)
+        if asked:
+            raise KeyboardInterrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_stopped(folder: Path | None) -> None:
+    kept = "nothing is kept without --output" if folder is None else f"{folder} keeps what was reached; add --resume"
+    typer.echo(f"shoal: {kept}", err=True)
+    raise KeyboardInterrupt
+
+
+def _said(healed: Any, written: Any) -> tuple[dict[str, Any], str]:
+    from shoal.cli._shared import table
+
+    rows = [
+        [name, text.dense.value, text.before.value, text.after.value, round(text.back, 3)]
+        for name, text in healed.texts.items()
+    ]
+    lines = [f"plan {healed.plan}   ({healed.recipe}, {healed.tokens:,} tokens in {healed.seconds:.0f} s)"]
+    if rows:
+        lines.append(table(rows, ["perplexity", "dense", "before", "healed", "back"]))
+    watched = healed.texts.get("watched")
+    if watched is not None and watched.after.nll > watched.before.nll:
+        lines.append("the second text got worse: what was learned is the training text")
+    data = healed.to_dict()
+    if written is None:
+        return data, "\n".join(lines)
+    place = getattr(written, "folder", written)
+    data["output"] = str(place)
+    if hasattr(written, "proof"):
+        data["proof"] = written.proof.to_dict()
+        return data, "\n".join([*lines, f"proved and written to {place}: {written.params:,} parameters"])
+    return data, "\n".join([*lines, f"written to {place}: a plan with its tensors, for --plan {place}"])

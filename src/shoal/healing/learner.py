@@ -1,0 +1,182 @@
+"""The module that is trained: its forward is the whole objective, so that hooks of DDP and FSDP see one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.data import Data
+from shoal.errors import UsageError
+from shoal.executing.bind import BoundPlan, bind
+from shoal.healing.fading import Fading, with_removed
+from shoal.healing.moving import LearnJob, Moving, Tensors, nothing_moves
+from shoal.healing.seen import Seen
+from shoal.healing.shown import Around, Side
+from shoal.healing.stage import Selection, Term
+from shoal.models.evaluating import evaluating
+from shoal.models.opened import OpenedModel
+from shoal.plan import Plan
+
+
+class Learner(nn.Module):
+    """A plan that learns on a model whose own tensors stand still; its teacher is the same model without the plan and
+    without adapters, or another one of the same vocabulary."""
+
+    accepts_loss_kwargs = True
+    """transformers' Trainer hands `num_items_in_batch` to the forward."""
+
+    def __init__(self, student: Side, teacher: Side, movings: Sequence[Moving], terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.model: nn.Module = student.opened.model
+        own = {name: p for moving in movings for name, p in moving.parameters.items()}
+        inside = {id(p) for p in self.model.parameters()}
+        self.own = nn.ParameterList([p for p in own.values() if id(p) not in inside])
+        self.moving_tensors, self.movings, self.terms = own, list(movings), list(terms)
+        self.start: Tensors = {}
+        """The tensors that the plan named before."""
+        self.sides = (student, teacher)
+        self.fading: Fading | None = None
+        self.parts: dict[str, torch.Tensor] = {}
+        """Each term's share of the last loss, weighted."""
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        shift_labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """`loss`: the weighted sum of the terms over the columns of ids [batch, tokens] that count, divided by
+        `num_items_in_batch`, the columns that count in all micro-batches and processes of the step (None: in these).
+
+        `shift_labels` [batch, tokens] holds what each column predicts, -100 where it does not count.
+        """
+        seen = Seen(*self.sides, ids, mask, shift_labels)
+        items = seen.counts.sum() if num_items_in_batch is None else num_items_in_batch
+        with self.precision():
+            sums = {term.text: term.weight * term.function(seen, **term.options) for term in self.terms}
+        self.parts = {name: (value / items).detach() for name, value in sums.items()}
+        total: torch.Tensor = sum(sums.values())
+        return {"loss": total / items}
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """What learns is float32: autocast on an accelerator that has bfloat16, and where the base is smaller."""
+        model, device = self.sides[0].opened.model, self.sides[0].opened.device
+        small = model.dtype in (torch.bfloat16, torch.float16)
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if not small and not fast:
+            return nullcontext()
+        return torch.autocast(device.type, model.dtype if small else torch.bfloat16)
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """What moves, as it is now, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.moving_tensors.items()}
+
+    @torch.no_grad()
+    def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give what moves these values. Raises U643 for other names or shapes."""
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.moving_tensors.items()}:
+            raise UsageError(
+                "the checkpoint holds other tensors than those that learn here; remove its folder, or go on with the "
+                "plan and recipe that it is of",
+                code="U643",
+            )
+        for name, parameter in self.moving_tensors.items():
+            parameter.copy_(tensors[name].to(parameter.device))
+
+    def finished(self) -> tuple[Plan, dict[str, torch.Tensor]]:
+        """The plan with the tensors as they are now, those of all learners."""
+        plan, tensors = self.sides[0].bound.plan, dict(self.start)
+        for moving in self.movings:
+            plan, tensors = moving.finish(tensors)
+        return plan, tensors
+
+
+@contextmanager
+def learning(
+    opened: OpenedModel,
+    plan: Plan,
+    weights: Tensors,
+    selections: Sequence[Selection],
+    terms: Sequence[Term],
+    *,
+    stack: str,
+    data: Data | None = None,
+    teacher: OpenedModel | None = None,
+    batch: int = 1,
+    seed: int = 0,
+    fade: bool = False,
+) -> Iterator[Learner]:
+    """A learner on the opened model, whose parameters, modules and modes are at the end as they were.
+
+    `teacher`: another model in place of the whole student. `fade`: what the plan removes fades out meanwhile.
+    Raises U675 where nothing learns, and what the learners raise.
+    """
+    asked = [parameter for parameter in opened.model.parameters() if parameter.requires_grad]
+    training = [module for module in opened.model.modules() if module.training]
+    with ExitStack() as after:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        after.callback(_put_back, opened.model, asked, training)
+        whole = bind(opened)  # before adapters are put in: they make it another model
+        job = LearnJob(opened, plan, weights, stack, data, batch, seed)
+        movings = _movings(job, selections, after)
+        last = movings[-1]
+        running = with_removed(last.plan, stack) if fade else last.plan
+        student = Side(BoundPlan(opened, running, last.weights), stack)
+        base = whole if teacher is None else bind(teacher)
+        apart: list[Around] = [one.without for one in movings] if teacher is None else []
+        fading = None
+        if fade:
+            fading = Fading([job.layer(index) for index in plan.dropped(stack)])
+            after.enter_context(fading.installed())
+            apart.append(fading.off)
+        side = Side(base, stack, lambda: _several([lambda: evaluating(base.model, gradients=True), *apart]))
+        learner = Learner(student, side, movings, terms)
+        learner.fading, learner.start = fading, weights
+        yield learner
+
+
+def _movings(job: LearnJob, selections: Sequence[Selection], after: ExitStack) -> list[Moving]:
+    """What each learner moves, the plan of one being the start of the next; the last one's plan has all of them."""
+    found: list[Moving] = []
+    for selection in sorted(selections, key=_comes_last):
+        made: Moving = selection.entry.load()(job, **selection.options)
+        after.callback(made.detach)
+        if not made.parameters:
+            raise nothing_moves(selection.text)
+        found.append(replace(made, rate=selection.rate))
+        job = replace(job, plan=made.plan, weights=made.weights)
+    for moving in found:
+        for parameter in moving.parameters.values():
+            parameter.requires_grad_(True)
+    return found
+
+
+def _comes_last(selection: Selection) -> bool:
+    """Whether its file says `COMES_LAST = True`: it adds to what the others move."""
+    return bool(getattr(import_module(selection.entry.module), "COMES_LAST", False))
+
+
+@contextmanager
+def _several(makers: Sequence[Around]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for make in makers:
+            stack.enter_context(make())
+        yield
+
+
+def _put_back(model: nn.Module, asked: list[nn.Parameter], training: list[nn.Module]) -> None:
+    wanted, modes = {id(p) for p in asked}, {id(m) for m in training}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in wanted)
+        parameter.grad = None
+    for module in model.modules():
+        module.training = id(module) in modes

@@ -1,0 +1,1 @@
+"""Which tensors move, one selection a file; found by the file name."""

@@ -1,0 +1,89 @@
+"""What a term may look at in one step: each thing is computed once, and only when a term asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+
+from shoal.errors import UsageError
+from shoal.executing.forward import Forward
+from shoal.healing.shown import Shown, Side
+from shoal.healing.summed import summed
+from shoal.models.kinds import require_causal
+from shoal.plan import Plan
+
+Formula = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+"""(logits of the student [n, vocabulary], of the teacher or None, labels [n]) -> the sum over these tokens, []. Logits
+are float32."""
+
+
+class Seen:
+    """Student and teacher on one batch of tokens."""
+
+    def __init__(
+        self, student: Side, teacher: Side | None, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor
+    ) -> None:
+        """`ids`, `mask` and `labels` are [batch, tokens]; `labels` holds the token that each column predicts, -100
+        where the column does not count."""
+        self.sides = student, teacher
+        self.ids, self.mask, self.labels = ids, mask, labels
+
+    @property
+    def plan(self) -> Plan:
+        """What the student runs."""
+        return self.sides[0].bound.plan
+
+    @property
+    def stack(self) -> str:
+        """The stack that is healed."""
+        return self.sides[0].stack.name
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """Which columns count, bool [batch, tokens]."""
+        return self.labels != -100
+
+    @cached_property
+    def student(self) -> Shown:
+        """What the student's forward shows; gradients flow."""
+        return self.sides[0].show(self.ids, self.mask)
+
+    @cached_property
+    def teacher(self) -> Shown:
+        """What the teacher's forward shows, without gradients. Raises U675 where there is no teacher."""
+        with torch.no_grad():
+            return self._teacher().show(self.ids, self.mask)
+
+    @cached_property
+    def prepared(self) -> Forward:
+        """What the student's layers are called with besides the state, for steps that run alone."""
+        with torch.no_grad():
+            return self.sides[0].prepared(self.ids, self.mask)
+
+    def over_logits(self, formula: Formula, what: str, *, teacher: bool = False) -> torch.Tensor:
+        """The sum of `formula` over the columns that count, a chunk of them at a time: logits of all of them, which
+        are [batch, tokens, vocabulary], are never held. With `teacher` its logits are given too, without gradients.
+
+        Raises M322 for a model without next-token scores; `what` names the term then.
+        """
+        student = self.sides[0]
+        require_causal(student.opened.model, what)
+        told = self.teacher.last[self.counts] if teacher else None  # first: no graph of the student lies beside it
+        states, labels = self.student.last[self.counts], self.labels[self.counts]
+
+        def of(part: slice, chunk: torch.Tensor) -> torch.Tensor:
+            wanted = None
+            if told is not None:
+                with torch.no_grad():
+                    wanted = self._teacher().logits(told[part][None])[0].float()
+            return formula(student.logits(chunk[None])[0].float(), wanted, labels[part])
+
+        vocabulary = student.opened.model.config.get_text_config(decoder=True).vocab_size
+        return summed(states, of, vocabulary, most=self.ids.shape[1])
+
+    def _teacher(self) -> Side:
+        if self.sides[1] is None:
+            raise UsageError("this term needs a teacher and there is none; leave teacher=None out", code="U675")
+        return self.sides[1]

@@ -1,0 +1,89 @@
+"""What one forward shows, and the two sides that are shown the same tokens: the student and its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from shoal.deciding.exit_readout import Readout
+from shoal.executing.bind import BoundPlan
+from shoal.executing.executor import Executor
+from shoal.executing.forward import Forward
+from shoal.executing.inputs import backbone_of, inputs_of, run_stack
+from shoal.executing.recorder import Recorder, RunRecord
+from shoal.models.opened import OpenedModel
+
+Around = Callable[[], AbstractContextManager[object]]
+
+
+class Shown(Recorder):
+    """The hidden states of one forward, [batch, tokens, hidden] each."""
+
+    def __init__(self) -> None:
+        self.behind: dict[int, torch.Tensor] = {}
+        """By base layer what its latest run made."""
+        self.first: torch.Tensor
+        """What enters the first layer."""
+        self.last: torch.Tensor
+        """What norm and head are given."""
+
+    def enters(self, layer: int, hidden: torch.Tensor) -> None:
+        if layer == 0:
+            self.first = hidden
+
+    def ran(self, record: RunRecord) -> None:
+        self.behind[record.run.layer] = record.output
+
+    def leaves(self, hidden: torch.Tensor) -> None:
+        self.last = hidden
+
+    def entering(self, layer: int) -> torch.Tensor:
+        """The state in front of a base layer, of a forward in which every layer runs in order."""
+        return self.first if layer == 0 else self.behind[layer - 1]
+
+
+class Side:
+    """A model under a plan that is put on for the length of a call, and taken away behind it."""
+
+    def __init__(self, bound: BoundPlan, stack: str, around: Around = nullcontext) -> None:
+        """`around` stands around each call: modes, adapters."""
+        self.bound, self.stack, self.around = bound, bound.opened.stack(stack), around
+        self._readout: Readout | None = None
+
+    @property
+    def opened(self) -> OpenedModel:
+        """The model with what is known of it."""
+        return self.bound.opened
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the plan's steps."""
+        return self.bound.executor(self.stack.name)
+
+    def show(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Shown:
+        """What a forward over ids and mask [batch, tokens] shows; the head is not run."""
+        shown = Shown()
+        with self.around(), self.bound.running(), self.executor.recording(shown):
+            run_stack(self.opened.model, self.stack, ids, mask)
+        return shown
+
+    def prepared(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Forward:
+        """What the stock forward calls each layer with."""
+        backbone = backbone_of(self.opened.model, self.stack)
+        more = {"use_cache": False} if self.stack.name == "decoder" else {}
+        with self.around(), self.bound.running():
+            return self.executor.prepared(lambda: backbone(**inputs_of(backbone, ids, mask), **more))
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """What norm and head make of states [batch, tokens, hidden], [batch, tokens, vocabulary]."""
+        if self._readout is None:
+            self._readout = Readout(self.opened, self._ending)
+        with self.around():
+            return self._readout(states)
+
+    @contextmanager
+    def _ending(self, state: torch.Tensor) -> Iterator[None]:
+        with self.bound.running(), self.executor.between(begin=self.stack.depth, state=state):
+            yield

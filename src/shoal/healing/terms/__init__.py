@@ -1,0 +1,1 @@
+"""What training minimises, one formula a file; found by the file name."""
