@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Literal
 
 import torch
 
@@ -18,11 +21,20 @@ from shoal.recording.layer_inputs import LayerInputs
 EXAMPLES = TransformExamples(role="merge", null={"share": 0.0}, refused=(((2,), {"share": -1.0}, "U558"),))
 
 
-def mka(job: Job, *, sigma: float = 1.0, alpha: float = 0.5, dims: int = 2, share: float | None = None) -> Transformed:
+def mka(
+    job: Job,
+    *,
+    sigma: float = 1.0,
+    alpha: float = 0.5,
+    dims: int = 2,
+    share: float | None = None,
+    weight: Literal["similarity", "released"] = "similarity",
+) -> Transformed:
     """Merge each removed span into the layer l before it: theta_l <- a theta_l + (1 - a) theta_m, for m in the span.
 
-    a = 1 - S_lm / 2 from the similarity S of two layers, so that a layer that says the same as l weighs as much as l
-    and one that says something else weighs nothing. Each layer is a set of vectors, the mean output state of each
+    weight=similarity: a = S_lm, the similarity of the two layers: one that says the same as l leaves l as it is, one
+    that says something else takes its place. weight=released: a = 1 / (1 + exp(-s_l / (s_l + s_m))) with s_i the mean
+    of S_ij over all layers j, between 0.5 and 0.73. Each layer is a set of vectors, the mean output state of each
     calibration sequence. Diffusion kernel: K_ij = exp(-sqrt(|x_i - x_j| / (sigma * median))), p = K 1,
     K' = K / (p p^T)^alpha, A = K' / (v v^T) with v = sqrt(K' 1); of its singular vectors the second to the
     (dims + 1)-th, divided by the first, are the embedding. S = mean over coordinates of I(u; v) / sqrt(H(u) H(v)) of
@@ -32,8 +44,8 @@ def mka(job: Job, *, sigma: float = 1.0, alpha: float = 0.5, dims: int = 2, shar
     Source: Liu et al. 2024 (MKA, arXiv 2406.16330).
 
     How we differ: entropies from binned ranks instead of nearest neighbours; sigma is a multiple of the median
-    distance. The released code assigns into a fresh state dict, so there no weight ever changes and its result is
-    dropping; its kernel is over the first tokens of one sequence.
+    distance. The released code computes the second weight, but assigns into a fresh state dict, so that there no tensor
+    ever changes and its result is dropping (`share` 0); its kernel is over the first tokens of one sequence.
     """
     if share is not None and not 0 <= share <= 1:
         raise UsageError(f"mka takes a share from 0 (the kept layer alone) to 1, not {share:g}", code="U558")
@@ -41,14 +53,31 @@ def mka(job: Job, *, sigma: float = 1.0, alpha: float = 0.5, dims: int = 2, shar
         raise UsageError(f"mka compares layers over sequences; give 4 or more, not {len(job.data)}", code="U554")
     vectors = {} if share is not None else _embeddings(job, sigma, alpha, dims)
 
+    @cache
+    def given_up(kept: int, other: int) -> float:
+        """1 - a, what the kept layer gives up to another."""
+        if share is not None:
+            return share
+        if weight == "similarity":
+            return 1 - _similarity(vectors[kept], vectors[other])
+        return 1 - _released(*(_mean_similarity(vectors, layer) for layer in (kept, other)))
+
     def rule(_: str, parts: Sequence[torch.Tensor], hole: Hole) -> torch.Tensor:
-        result, first = parts[0], hole.first
+        result = parts[0]
         for number, other in enumerate(parts[1:]):
-            part = share if share is not None else _similarity(vectors[first - 1], vectors[first + number]) / 2
-            result = result + part * (other - result)
+            result = result + given_up(hole.first - 1, hole.first + number) * (other - result)
         return result
 
     return merged(job, "mka", rule)
+
+
+def _released(own: float, other: float) -> float:
+    """The weight of the kept layer in the released code, from both layers' mean similarities; 0.5 of either sum 0."""
+    return 1 / (1 + math.exp(-own / (own + other))) if own + other else 0.5
+
+
+def _mean_similarity(vectors: Mapping[int, torch.Tensor], layer: int) -> float:
+    return sum(_similarity(vectors[layer], other) for other in vectors.values()) / len(vectors)
 
 
 def _embeddings(job: Job, sigma: float, alpha: float, dims: int) -> dict[int, torch.Tensor]:
