@@ -43,8 +43,9 @@ def streamline(
 
     Source: Chen et al. 2024 (LLM-Streamline, arXiv 2403.19135).
 
-    How we differ: the layer before the span is trained instead of the span's first; errors are relative to each token's
-    length, as attention sinks would drown the others.
+    How we differ: the layer before what was removed is trained (with window=released of the method `llm-streamline` it
+    is the first of the window, as in the released code); errors are relative to each token's length, as attention sinks
+    would drown the others.
     """
     if loss_epochs:
         require_causal(job.model, "the language loss of streamline")
