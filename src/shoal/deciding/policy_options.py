@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from shoal.errors import UsageError
 from shoal.plan import Plan
 from shoal.plan.notation import parse_steps
@@ -54,3 +56,14 @@ def kept_layers(plan: Plan, text: str) -> tuple[int, ...]:
 def spread(depth: int, number: int) -> list[int]:
     """`number` of `depth` places, as even as can be, the first and the last among them when there are two."""
     return sorted({round(place * (depth - 1) / (number - 1)) for place in range(number)}) if number > 1 else [0]
+
+
+def hierarchy(layers: Sequence[int]) -> list[int]:
+    """The inner ones of `layers` in the order in which hierarchical skipping leaves them out: every second one, then
+    every second of those that are left, and so on. The first and the last are never among them."""
+    order: list[int] = []
+    left = list(layers[1:-1])
+    while left:
+        order += left[::2]
+        left = left[1::2]
+    return order

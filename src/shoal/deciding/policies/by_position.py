@@ -6,7 +6,7 @@ from typing import Literal
 
 from shoal.deciding.gating import fill_for, with_gates
 from shoal.deciding.policy import Policy, Schedule
-from shoal.deciding.policy_options import spread
+from shoal.deciding.policy_options import hierarchy, spread
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Spec
@@ -46,8 +46,8 @@ def by_position(
     arXiv 2403.14919) for nested with levels.
 
     How we differ: the second paper's own formula for levels was not to be had, so levels are equal steps and unverified
-    against it; SkipDecode's models are fine-tuned and its first layers are warm-up layers, of which we keep one. Raises
-    U587 for numbers that make no schedule.
+    against it, and the method `hsd` removes the same layers for good; SkipDecode's models are fine-tuned and its first
+    layers are warm-up layers, of which we keep one. Raises U587 for numbers that make no schedule.
     """
     layers = plan.layers()
     least = last or len(layers) // 2
@@ -91,10 +91,4 @@ class _ByPosition(Schedule):
 
 def _order(layers: tuple[int, ...], layout: str) -> list[int]:
     """In which order layers are left out."""
-    if layout == "lower":
-        return list(layers[1:-1])
-    order, left = [], list(layers[1:-1])
-    while left:
-        order += left[::2]
-        left = left[1::2]
-    return order
+    return list(layers[1:-1]) if layout == "lower" else hierarchy(layers)

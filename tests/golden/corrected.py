@@ -1,0 +1,15 @@
+"""What a correction changed against a kept set, which itself stays as it was written: the key, and why.
+
+The golden test holds that these differ and that nothing else does.
+"""
+
+from __future__ import annotations
+
+CORRECTED: dict[str, dict[str, dict[str, str]]] = {
+    "set1": {
+        "figures": {
+            "method hsd": "the order of the policy by-position",
+        },
+    }
+}
+"""By set and file the keys that mean something else now, each with the reason that CHANGELOG.md gives."""
