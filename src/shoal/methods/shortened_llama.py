@@ -20,7 +20,8 @@ def shortened_llama(
 ) -> Found:
     """Remove the layers with the lowest Taylor score, or without which perplexity is lowest, all at once.
 
-    By `taylor` the `first` and the `last` so many layers stay (the paper's Taylor+), unless too few others are left.
+    By `taylor` the `first` and the `last` so many layers stay (the paper's Taylor+), unless fewer than `drop` others
+    are left. By `perplexity` nothing is protected, as in the paper, and the result is that of `loss-one-shot`.
 
     Source: Kim et al. 2024 (arXiv 2402.02834).
 
