@@ -45,12 +45,14 @@ def cosine_apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def test_residual_ratio_is_the_naive_one(family: str) -> None:
     model, data = tiny(family), ragged()
     scores, states = residual_ratio(model, data, batch=3), states_of(model, data)
+    medians = residual_ratio(model, data, batch=3, by="median")
     for layer in range(DEPTH):
         ratios = [(y - x).norm(dim=-1) / y.norm(dim=-1) for x, y in (sequence[layer] for sequence in states)]
         value, error = mean_and_error(ratios)
         assert scores.values[layer] == pytest.approx(value, rel=1e-5)
         assert scores.errors[layer] == pytest.approx(error, rel=1e-4)
-        assert scores.detail["median"][layer] == pytest.approx(np.median([r.mean() for r in ratios]), rel=1e-5)
+        assert scores.detail["median"][layer] == pytest.approx(np.median(torch.cat(ratios)), rel=1e-5)
+        assert medians.values[layer] == scores.detail["median"][layer] and medians.errors[layer] is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "granite"])

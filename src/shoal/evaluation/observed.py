@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from shoal.data import Data
@@ -32,6 +33,8 @@ class LayerStatistics:
     """The share of `sums` that the first counted token of each sequence has."""
     counts: list[int]
     """Tokens counted in each sequence."""
+    medians: list[float] = field(default_factory=list)
+    """The middle value over all tokens that count, by layer or start; empty unless asked for."""
 
 
 def observe_tokens(
@@ -42,13 +45,15 @@ def observe_tokens(
     what: str,
     span: int = 1,
     skip_first: int = 0,
-    last: bool = False,
+    only: Literal["all", "first", "last"] = "all",
+    medians: bool = False,
     part: PartName = "layer",
     stack: str | None = None,
     batch: int = 1,
     progress: Progress | None = None,
 ) -> LayerStatistics:
-    """Sum `statistic` over the tokens of each sequence, without padding and the first `skip_first`, or the `last` only.
+    """Sum `statistic` over the tokens of each sequence, without padding and the first `skip_first`, or at the first or
+    the last of these `only`. `medians`: keep all of them, float32, for their middle value.
 
     `what` names the measure in progress and errors. Only `span` inputs are held at a time (of all
     batches, where layers are read from files one after the other). Raises U503 when the span
@@ -64,21 +69,20 @@ def observe_tokens(
     sums = torch.zeros(starts, 2, len(data), dtype=torch.float64)
     passes = torch.zeros(starts, len(data), dtype=torch.float64)
     counts = torch.zeros(len(data), dtype=torch.int64)
+    each = _Each(starts if medians else 0, len(data), data.ids.shape[1])
     inputs: dict[tuple[int, int], torch.Tensor] = {}
     keep = torch.ones(1, 1, dtype=torch.bool)
     rows = slice(0, 0)
 
     def before_layer(ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> None:
         nonlocal keep, rows
-        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
-        keep = keep & (keep.cumsum(-1) > skip_first)
-        if last:
-            keep = keep & (keep.flip(-1).cumsum(-1).flip(-1) == 1)
+        keep = _counted(ids, mask, skip_first, only)
         rows = slice(first, first + len(ids))
 
     def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         before_layer(ids, mask, rows.stop)
         counts[rows] = keep.sum(-1)
+        each.counted[rows] = keep
         if progress is not None:
             progress(rows.stop, len(data), what)
 
@@ -94,6 +98,7 @@ def observe_tokens(
         first = found.gather(-1, keep.int().argmax(-1, keepdim=True))[:, 0]
         sums[start, :, rows] += torch.stack([found.sum(-1), first])
         passes[start, rows] += 1
+        each.add(start, rows, found)
 
     observe(
         model,
@@ -106,7 +111,39 @@ def observe_tokens(
         part=part,
     )
     whole, first = (sums / passes[:, None]).unbind(1)  # 0 / 0 where a layer did not run
-    return LayerStatistics(found.name, whole.tolist(), first.tolist(), counts.tolist())
+    return LayerStatistics(found.name, whole.tolist(), first.tolist(), counts.tolist(), each.medians(passes))
+
+
+def _counted(
+    ids: torch.Tensor, mask: torch.Tensor | None, skip_first: int, only: Literal["all", "first", "last"]
+) -> torch.Tensor:
+    """Which tokens count, bool [batch, length] on the CPU."""
+    keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
+    keep = keep & (keep.cumsum(-1) > skip_first)
+    if only == "first":
+        keep = keep & (keep.cumsum(-1) == 1)
+    if only == "last":
+        keep = keep & (keep.flip(-1).cumsum(-1).flip(-1) == 1)
+    return keep
+
+
+class _Each:
+    """What every token showed, for the middle value of all."""
+
+    def __init__(self, starts: int, sequences: int, length: int) -> None:
+        """`starts` 0: nothing is kept."""
+        self.counted = torch.zeros(sequences, length, dtype=torch.bool)
+        self.values = torch.zeros(starts, sequences, length)
+
+    def add(self, start: int, rows: slice, found: torch.Tensor) -> None:
+        if len(self.values):
+            self.values[start, rows] += found.float()
+
+    def medians(self, passes: torch.Tensor) -> list[float]:
+        """By layer or start, given in how many `passes` [starts, sequences] each was seen; the mean of both where two
+        are in the middle, NaN for what did not run."""
+        found = [(own / runs[:, None])[self.counted] for own, runs in zip(self.values, passes, strict=False)]
+        return [float(np.median(own.numpy())) if len(own) else math.nan for own in found]
 
 
 def _require(data: Data, depth: int, span: int, skip_first: int) -> None:

@@ -42,7 +42,7 @@ def angular_distance(
     """
     require_whole(model, "angular distance", stack)
     seen = observe_tokens(
-        model, data, _angle, what="angular distance", span=span, last=tokens == "last", stack=stack, batch=batch,
+        model, data, _angle, what="angular distance", span=span, only=tokens, stack=stack, batch=batch,
         progress=progress,
     )  # fmt: skip
     note = "judged at the last token of each sequence" if tokens == "last" else "all tokens counted"
