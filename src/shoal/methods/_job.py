@@ -12,6 +12,7 @@ from shoal.scores import Budget, Found, Legal, Objective
 
 if TYPE_CHECKING:
     from shoal.data import Data
+    from shoal.evaluation import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,13 @@ class PruningJob(Job):
     budget: Budget | None = None
     """What the result may cost, when that was asked for; a method that is given `drop` removes so many layers."""
     tokenizer: Any = None
+
+    def in_round(self, number: int, rounds: int) -> Progress | None:
+        """Progress for one of several equal rounds, counted from 0."""
+        tell = self.progress
+        if tell is None:
+            return None
+        return lambda done, total, what: tell(number * total + done, rounds * total, what)
 
     def then(self, transform: Callable[..., Transformed], found: Found, **options: Any) -> Found:
         """`found` with what the transform puts in the place of what was removed, fitted on the calibration text."""
