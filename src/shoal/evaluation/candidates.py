@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +15,10 @@ from shoal.errors import PlanError
 from shoal.evaluation.scoring import Progress, require_context, require_scored, windows
 from shoal.executing.bind import BoundPlan, bind
 from shoal.executing.inputs import require_whole
+from shoal.executing.weights import used_by
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
-from shoal.plan import Plan, check, drop
+from shoal.plan import Plan, check, drop, shapes_of
 from shoal.plan.steps import PartName
 
 Side = TypeVar("Side")
@@ -30,22 +32,40 @@ class Candidates:
     stack: str
     plans: tuple[Plan | None, ...]
     refused: tuple[str, ...]
+    whole: Plan | None = None
+    """What they are compared with; None: the whole model."""
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors that plans name."""
 
 
-def without_each(model: Any, what: str, *, part: PartName = "layer", stack: str | None = None) -> Candidates:
-    """For each layer the plan without it, or without its attention or mlp. Raises U507 while a plan is running."""
+def without_each(
+    model: Any,
+    what: str,
+    *,
+    part: PartName = "layer",
+    stack: str | None = None,
+    plan: Plan | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Candidates:
+    """For each layer the plan without it, or without its attention or mlp: of the whole model, or of what `plan` with
+    its `weights` leaves of it. Raises U507 while a plan is running."""
     require_whole(model, what, stack)
     spec = open_model(model).spec
-    identity, depth = Plan.identity(spec), spec.stack(stack).depth
+    whole, own = plan or Plan.identity(spec), dict(weights or {})
+    there = set(whole.layers(stack))
     plans: list[Plan | None] = []
     refused: list[str] = []
-    for layer in range(depth):
-        plan = drop(identity, [layer], part=part, stack=stack) if depth > 1 else None
-        problem = "it is the only one" if plan is None else next(iter(map(str, check(plan, spec))), None)
+    for layer in range(spec.stack(stack).depth):
+        smaller = drop(whole, [layer], part=part, stack=stack) if len(there) > 1 and layer in there else None
+        if smaller is None:
+            problem: str | None = "it is the only one" if layer in there else "it does not run"
+        else:
+            shapes = shapes_of(used_by(smaller, own)) if own else None
+            problem = next(iter(map(str, check(smaller, spec, shapes))), None)
         if problem is not None:
             refused.append(f"layer {layer} was not judged: {problem}")
-        plans.append(None if problem is not None else plan)
-    return Candidates(spec.stack(stack).name, tuple(plans), tuple(refused))
+        plans.append(None if problem is not None else smaller)
+    return Candidates(spec.stack(stack).name, tuple(plans), tuple(refused), plan, own)
 
 
 def compare_each(
@@ -70,10 +90,12 @@ def compare_each(
     bound: list[BoundPlan | None] = []
     for place, plan in enumerate(plans):
         try:
-            bound.append(None if plan is None else bind(model, plan))
+            own = None if plan is None else used_by(plan, candidates.weights)
+            bound.append(None if plan is None else bind(model, plan, own))
         except PlanError as error:
             refused.append(f"layer {place} was not judged: {error}")
             bound.append(None)
+    whole = None if candidates.whole is None else bind(model, candidates.whole, candidates.weights)
     parts: list[list[torch.Tensor]] = [[] for _ in plans]
     counts: list[int] = []
     done, total = 0, len(data) * (1 + len(plans))
@@ -85,7 +107,7 @@ def compare_each(
             progress(done, total, what)
 
     for ids, mask, keep in windows(data, batch, None, what):
-        with evaluating(model):
+        with nullcontext() if whole is None else whole.running(), evaluating(model):
             dense = forward(ids, mask)
         counts += keep.sum(-1).tolist()
         report(len(ids))

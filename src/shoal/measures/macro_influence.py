@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from shoal.evaluation.candidates import compare_each, without_each
-from shoal.evaluation.distances import one_minus_cosine
-from shoal.evaluation.mean_scores import mean_scores
-from shoal.executing.inputs import forward_without_head
+from shoal.evaluation.final_states import final_state_change
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -37,17 +32,4 @@ def macro_influence(
     known, are left out; standard errors are over sequences. Cost: one pass without the head per layer. Raises U507
     while a plan is running.
     """
-
-    def states(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return forward_without_head(model, ids, mask)
-
-    def turned(dense: torch.Tensor, without: torch.Tensor) -> list[torch.Tensor]:
-        return [one_minus_cosine(dense, without.to(dense.device))[:, :-1].cpu()]
-
-    plans = without_each(model, "macro influence", part=part, stack=stack)
-    sums, counts, refused = compare_each(
-        model, data, plans, states, turned, what="macro influence", batch=batch, progress=progress
-    )
-    return mean_scores(
-        "macro-influence", "1 - cosine", [own for (own,) in sums], counts, data, stack=plans.stack, notes=refused
-    )
+    return final_state_change(model, data, part=part, stack=stack, batch=batch, progress=progress)
