@@ -8,6 +8,7 @@ from __future__ import annotations
 CORRECTED: dict[str, dict[str, dict[str, str]]] = {
     "set1": {
         "figures": {
+            "method cqil": "no mlp sees a later attention",
             "method fusegpt": "influence is measured anew after every fusion",
             "method hsd": "the order of the policy by-position",
         },

@@ -20,6 +20,7 @@ from shoal.executing.asked import SaidDepth, refuse_counting
 from shoal.executing.calls import Call, argument, caches_of, first_state, hidden_of, with_hidden
 from shoal.executing.checkpointed import Around, is_checkpointed
 from shoal.executing.forward import Forward, Segment
+from shoal.executing.groups import joined
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.layer_runner import LayerRunner
 from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
@@ -236,12 +237,11 @@ class Executor(RunCalls):
             case Run():
                 return self._run(step, self.slots.get((position, 0)), hidden, index, args, kwargs)
             case Parallel():
-                changes = [
-                    self._run(branch, self.slots.get((position, n)), hidden, index, args, kwargs) - hidden
-                    for n, branch in enumerate(step.branches)
-                ]
-                total = torch.stack(changes).sum(0)
-                return hidden + (total / len(changes) if step.join == "mean" else total)
+
+                def call(run: Run, branch: int, state: torch.Tensor) -> torch.Tensor:
+                    return self._run(run, self.slots.get((position, branch)), state, index, args, kwargs)
+
+                return joined(step, hidden, call)
             case Map():
                 return self.runner.map(step, hidden)
             case Exit():

@@ -21,9 +21,9 @@ def cqil(job: PruningJob, *, drop: int, group: int = 2, bypass: bool = True) -> 
     """Let neighbouring layers run side by side in the range where the cross-entropy stays lowest; none is removed.
 
     `drop` counts the steps one after the other that are saved: `group` layers side by side save group - 1, and as many
-    whole groups are made as that takes, all in one range. `bypass`: the group's mlps see what its attentions wrote (see
-    the transform `parallel-pairs`). Such a plan is faster where the branches have a device each; on one device it costs
-    what the model costs, so a budget is refused. It runs live only.
+    whole groups are made as that takes, all in one range. `bypass`: each mlp sees what the attentions of its own layer
+    and of those before it in the group wrote (see the transform `parallel-pairs`). Such a plan is faster where the
+    branches have a device each; on one device it costs what the model costs, so a budget is refused. It runs live only.
 
     Source: Zou et al. 2024 (CQIL, arXiv 2404.06709).
 

@@ -208,6 +208,8 @@ def _own(step: Step) -> Iterator[tuple[Trait, Step]]:
             yield "parallel group", step
             for branch in step.branches:
                 yield from _own(branch)
+                if step.join == "bypass":
+                    yield "part", branch
         case Exit():
             yield "exit", step
         case _:

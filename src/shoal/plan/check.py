@@ -257,6 +257,13 @@ def _groups(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
         if len(one.branches) < 2:
             group = format_steps((one,))
             yield "P118", None, f"the parallel group {group} in {stack.name} needs two branches or more, as in (7|8)"
+        for run in one.branches if one.join == "bypass" else ():
+            if run.part != "layer":
+                group = format_steps((one,))
+                why = f"the group {group} lets mlps see attentions, and {format_steps((run,))} is one of these alone"
+                yield "P149", run.layer, f"{why}; write whole layers, as in (7|8)bypass"
+            else:
+                yield from _parts((Run(run.layer, "attention"),), stack, None)
 
 
 _RULES = (_counting, _sources, _pinned, _native_sharing, _exits, _fills, _groups)

@@ -3,6 +3,7 @@
     0-11,14-29      layers 0 to 11 and 14 to 29 (0-based, both ends included)      29-0   reversed
     12a   12m       only the attention, only the mlp of layer 12                   10x3   layer 10 three times
     (7|8)           layers 7 and 8 in parallel; (7|8)mean averages                 13@12  layer 13 reads layer 12's KV
+    (7|8)bypass     in parallel, and 8's mlp also sees what 7's attention wrote
     ~12-15          a fitted map for layers 12 to 15; ~12-15:ID names its weights
     26@a25          layer 26 takes over layer 25's attention map
     20:ID           layer 20 with the weights ID        20?g  behind gate g        20?g/project  and its KV fill

@@ -11,9 +11,9 @@ from shoal.errors import PlanError
 
 PartName = Literal["layer", "attention", "mlp"]
 Fill = Literal["project", "copy", "defer", "mask"]
-Join = Literal["sum", "mean"]
+Join = Literal["sum", "mean", "bypass"]
 FILLS: tuple[Fill, ...] = ("project", "copy", "defer", "mask")
-JOINS: tuple[Join, ...] = ("sum", "mean")
+JOINS: tuple[Join, ...] = ("sum", "mean", "bypass")
 PARTS: tuple[PartName, ...] = ("layer", "attention", "mlp")
 NAME = re.compile(r"[A-Za-z0-9_.+\-]+")
 
@@ -139,7 +139,11 @@ class Map:
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
-    """Runs that read one input: x + sum (or mean) over branches of (branch(x) - x)."""
+    """Runs that read one input: x + sum (or mean) over branches of (branch(x) - x).
+
+    With the join bypass the mlp of each branch reads the input with what its own attention and those of the branches
+    before it added: x + sum_j A_j(x) + sum_j M_j(x + sum_(i <= j) A_i(x)), every branch a whole layer.
+    """
 
     branches: tuple[Run, ...]
     join: Join = "sum"

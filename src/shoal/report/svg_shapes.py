@@ -82,7 +82,8 @@ def group_box(x: float, y: float, width: float, step: Parallel) -> str:
         bar = [rect(x + 3, top, width - 6, each, "kept"), text(x + width / 2, top + each / 2 + 4, label, "on small")]
         pieces.append(titled(run_title(run), *bar, *_marks(x + 3, top, width - 6, each, run.gate, run.weights)))
     names = " and ".join(str(run.layer) for run in step.branches)
-    return titled(f"layers {names} in parallel, joined by their {step.join}", *pieces)
+    joined = f"joined by their {step.join}" if step.join != "bypass" else "each mlp behind the attentions up to its own"
+    return titled(f"layers {names} in parallel, {joined}", *pieces)
 
 
 def exit_flag(x: float, y: float, step: Exit, anchor: str = "middle") -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
 from shoal.fitting.merge import middle
 from shoal.fitting.result import Job, Transformed
 from shoal.plan import Parallel, Run, Step
 from shoal.plan.select import run_of
-from shoal.plan.steps import PartName
 
 EXAMPLES = TransformExamples(refused=(((), {"first": 2, "last": 2}, "U559"),))
 
@@ -20,18 +17,17 @@ def parallel_pairs(
 ) -> Transformed:
     """Let the layers `first`..`last` that run run in groups on one input: y = x + sum_j (F_j(x) - x).
 
-    With `bypass` the attentions of a group read one input and then its mlps one that holds what all of these wrote,
-    each counted once: h = x + sum_j A_j(x), y = h + sum_j M_j(h). Without `first` and `last` these are the middle half
-    of the stack. Consecutive whole layers are taken `group` at a time, in order; what is left over stays as it is.
-    Every layer keeps its weights and its KV and runs once, so parameters, FLOPs and KV are those of the plan: what
-    shrinks is the number of steps one after the other. `group` 1 changes nothing. Raises U559 for a range in which no
-    group fits.
+    With `bypass` the mlp of each layer also reads what the attentions of the layers before it in the group wrote, which
+    is counted once: y = x + sum_j A_j(x) + sum_j M_j(x + sum_(i <= j) A_i(x)). Without `first` and `last` these are the
+    middle half of the stack. Consecutive whole layers are taken `group` at a time, in order; what is left over stays as
+    it is. Every layer keeps its weights and its KV and runs once, so parameters, FLOPs and KV are those of the plan:
+    what shrinks is the number of steps one after the other. `group` 1 changes nothing. Raises U559 for a range in which
+    no group fits.
 
     Source: Zou et al. 2024 (CQIL, arXiv 2404.06709).
 
-    How we differ: the paper's bypass hands layer j's mlp the attention outputs of the layers before it in the group,
-    here of all layers in it, as a step of a plan has one input; the released code adds bypassed states in place,
-    counting them twice.
+    How we differ: the bypass reaches over the whole group, where the paper limits how many layers back it does; for
+    pairs that is the same. The released code adds bypassed states in place, which counts them twice.
     """
     first, last = middle(job, first, last)
     if group < 1 or first > last or group > last - first + 1:
@@ -57,7 +53,4 @@ def parallel_pairs(
 def _together(waiting: list[Run], bypass: bool) -> list[Step]:
     if len(waiting) == 1:
         return [*waiting]
-    if not bypass:
-        return [Parallel(tuple(waiting))]
-    parts: tuple[PartName, ...] = ("attention", "mlp")
-    return [Parallel(tuple(replace(run, part=part) for run in waiting)) for part in parts]
+    return [Parallel(tuple(waiting), "bypass" if bypass else "sum")]
