@@ -12,6 +12,9 @@ CORRECTED: dict[str, dict[str, dict[str, str]]] = {
             "method fusegpt": "influence is measured anew after every fusion",
             "method hsd": "the order of the policy by-position",
         },
+        "policies": {
+            "ffn-skip:cold_first=1,cold_last=0,threshold=0.5": "the cosine is that of the mlp's own input and output",
+        },
     }
 }
 """By set and file the keys that mean something else now, each with the reason that CHANGELOG.md gives."""

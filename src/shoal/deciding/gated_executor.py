@@ -36,6 +36,7 @@ from shoal.deciding.kv_state import kv_state_of, past_of
 from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.masks import real_columns
 from shoal.deciding.mlp_for_some import around_mlp
+from shoal.deciding.mlp_input import MlpInput
 from shoal.deciding.policy import Policy
 from shoal.deciding.trace import Trace
 from shoal.executing.calls import Call, cache_of, hidden_of, with_argument
@@ -207,8 +208,7 @@ class GatedExecutor(Executor):
         active = collapse_uniform(and_not(asked if mlp is None else True, forward.left))
         if isinstance(active, torch.Tensor):
             active = active.to(hidden.device)  # the layers of one model may be on several devices
-        size = self.sizes[position]
-        forward.ran(size if mlp is None else size - 0.5, active)
+        forward.ran(self.sizes[position] - (0.0 if mlp is None else 0.5), active)
         if mlp is not None:
             forward.ran(0.5, logical_and(mlp, active))
         gated, fill = self.gated[position], self.fills[step.kv.fill]
@@ -220,15 +220,18 @@ class GatedExecutor(Executor):
         called = True if fill.runs_all else active
         run = replace(step, part="attention") if mlp is False else step
         slot = self.slots.get((position, 0))
+        watched = policy.watches and active is True
+        seen = MlpInput(self.runner, step) if watched and policy.watched == "mlp" and mlp is not None else None
         self.around = around_mlp(self.runner.layer_of(step), self.facts[step.layer].parts, mlp, forward.view.rows)
+        self.around += (seen.noted,) if seen is not None and mlp is not False else ()
         try:
             out = self._called(run, gated, hidden, call, called) if gated else self._with(None, run, slot, hidden, call)
         finally:
             self.around = ()
         out = select(called, out, hidden)
         forward.before = hidden
-        if policy.watches and active is True:
-            policy.after_run(step, forward.view, hidden, out)
+        if watched:
+            policy.after_run(step, forward.view, hidden if seen is None else seen.of(run, hidden, out, call), out)
         return out
 
     def _gated(self, position: int, step: Run) -> GatedRun | None:

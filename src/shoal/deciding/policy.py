@@ -36,6 +36,9 @@ class Policy:
     """What a gated run is spared: all of it, or "mlp", its second half (then the KV is complete)."""
     watches: ClassVar[bool] = False
     """Whether `after_run` is to be called."""
+    watched: ClassVar[PartName] = "layer"
+    """Of what `after_run` is told: of the run, or of its mlp alone (`before` is then the state that its attention
+    leaves)."""
     reads_logits: ClassVar[bool] = False
     """Whether `after_forward` is to be called."""
     by: str = ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,37 @@ from shoal.models.first import first_only
 from shoal.models.lists import Stack
 from shoal.plan import Map, Run, Step
 from shoal.plan.steps import runs
+
+
+def _note(made: dict[str, Any], name: str, _: Any, __: Any, out: Any) -> None:
+    made[name] = out
+
+
+@contextmanager
+def replayed(layer: torch.nn.Module, made: Mapping[str, Any]) -> Iterator[None]:
+    """Meanwhile the children of `layer` that are named in `made` return that, whatever they are called with."""
+    children: dict[str, Any] = layer._modules
+    saved = {name: children[name] for name in made}
+    try:
+        for name, out in made.items():
+            children[name] = _Replay(saved[name], out)
+        yield
+    finally:
+        children.update(saved)
+
+
+class _Replay(torch.nn.Module):
+    """Stands for a child that has been called already."""
+
+    def __init__(self, child: Any, out: Any) -> None:
+        super().__init__()
+        self.__dict__.update(_child=child, _out=out)  # not registered: its parameters must not appear twice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_child"], name)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.__dict__["_out"]
 
 
 class LayerRunner:
@@ -74,13 +106,31 @@ class LayerRunner:
             return checkpointed(layer, call, around, shared)
         return within(around, lambda: layer(*args, **kwargs))
 
-    def behind_attention(self, run: Run, call: Call) -> torch.Tensor:
-        """The state that a layer makes without its mlp, past `__call__`, so that no hook of the user's fires twice."""
+    def behind_attention(self, run: Run, call: Call, *, made: Mapping[str, Any] | None = None) -> torch.Tensor:
+        """The state that a layer makes without its mlp, past `__call__`, so that no hook of the user's fires twice.
+
+        `made`: what its attention returned in this very call (`attention_noted`), which is then not computed again.
+        """
         layer, fact, (args, kwargs) = self.layer_of(run), self.facts[run.layer], call
         assert fact.parts is not None
-        with Exchange(layer, fact.parts.mlp, fact.returns, self._lent(run)).in_place():
+        left_out = Exchange(layer, fact.parts.mlp, fact.returns, self._lent(run))
+        with left_out.in_place(), replayed(layer, made or {}):
             found: torch.Tensor = first_state(layer.forward(*args, **kwargs))
         return found
+
+    @contextmanager
+    def attention_noted(self, run: Run, made: dict[str, Any]) -> Iterator[None]:
+        """Meanwhile what the attention of the layer returns is put into `made`, by the child's name."""
+        layer, parts = self.layer_of(run), self.facts[run.layer].parts
+        assert parts is not None
+        handles = [
+            layer.get_submodule(name).register_forward_hook(partial(_note, made, name)) for name in parts.attention
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def map(self, step: Map, hidden: torch.Tensor) -> torch.Tensor:
         """What a fitted map makes of the state."""
