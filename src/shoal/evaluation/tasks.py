@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from shoal.errors import DataError
+from shoal.evaluation.pairs import is_paired, paired_scores, paired_tokens
 from shoal.evaluation.scoring import Progress
 from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
+from shoal.models.kinds import require_answers
 
 CONTEXTS = ("context", "query", "question", "prompt")
 GOLDS = ("gold", "label", "answer")
@@ -76,6 +78,13 @@ def load_tasks(path: str | Path, *, limit: int | None = None) -> Tasks:
 
     Raises `DataError` D450 for a file or a line that is no such item, naming the line, D451 for a file without items.
     """
+    name, rows, sha256 = rows_of(path, limit=limit)
+    return Tasks(name, tuple(_item(row, where) for row, where in rows), sha256)
+
+
+def rows_of(path: str | Path, *, limit: int | None = None) -> tuple[str, list[tuple[dict[str, Any], str]], str]:
+    """The name of a .jsonl file, its first `limit` objects with the words for where each stands (an empty one for what
+    is none), and the sha256 of what was read. Raises D450 and D451 as `load_tasks` does."""
     file = Path(path).expanduser()
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -83,18 +92,21 @@ def load_tasks(path: str | Path, *, limit: int | None = None) -> Tasks:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"cannot read the tasks {file} ({why}); name a .jsonl file", code="D450") from None
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()][:limit]
-    items = tuple(_item(line, f"{file.name}, line {number}") for number, line in lines)
-    if not items:
+    rows = [(_row(line, where), where) for line, where in ((own, f"{file.name}, line {n}") for n, own in lines)]
+    if not rows:
         raise DataError(f"{file} holds no items; name another file or raise the limit", code="D451")
-    return Tasks(file.stem, items, hashlib.sha256("\n".join(line for _, line in lines).encode()).hexdigest())
+    return file.stem, rows, hashlib.sha256("\n".join(line for _, line in lines).encode()).hexdigest()
 
 
-def _item(line: str, where: str) -> Item:
+def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         raise DataError(f"{where} is not JSON; mend or remove that line", code="D450") from None
-    row = row if isinstance(row, dict) else {}
+    return row if isinstance(row, dict) else {}
+
+
+def _item(row: dict[str, Any], where: str) -> Item:
     context = next((row[key] for key in CONTEXTS if isinstance(row.get(key), str)), None)
     if context is not None and isinstance(row.get("continuation"), str) and row["continuation"].strip():
         return Item(context, (row["continuation"],))
@@ -121,7 +133,8 @@ def score_tasks(
 
     As lm-eval does it: context and option are tokenised together and parted where the context's own tokens end, white
     space between them belongs to the option, and an option's tokens are all predicted from the left. A context that
-    is too long for the model loses its beginning.
+    is too long for the model loses its beginning. An encoder-decoder reads the context in its encoder, and its decoder
+    scores the option with the end of the text behind it. Raises M322 for a model that does neither.
     """
     return _summary(tasks, option_scores(model, tokenizer, tasks, batch=batch, progress=progress))
 
@@ -130,14 +143,20 @@ def option_scores(
     model: Any, tokenizer: Any, tasks: Tasks, *, batch: int = 8, progress: Progress | None = None
 ) -> list[tuple[Option, ...]]:
     """For each item the scores of its options, as `score_tasks` computes them."""
-    asked = [_tokens(model, tokenizer, item.context, option) for item in tasks.items for option in item.options]
+    require_answers(model, "scoring the items of a task")
+    asked: list[Any]
+    if is_paired(model):
+        asked = [paired_tokens(model, tokenizer, one.context, option) for one in tasks.items for option in one.options]
+    else:
+        asked = [_tokens(model, tokenizer, one.context, option) for one in tasks.items for option in one.options]
+    scored = paired_scores if is_paired(model) else _scored
     found = [Option(math.nan, False)] * len(asked)
     order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))  # alike lengths together: less padding
     with evaluating(model):
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            for row, result in zip(rows, _scored(model, [asked[row] for row in rows]), strict=True):
-                found[row] = result
+            for row, result in zip(rows, scored(model, [asked[row] for row in rows]), strict=True):
+                found[row] = Option(*result)
             if progress is not None:
                 progress(min(start + batch, len(order)), len(order), tasks.name)
     each = iter(found)
@@ -159,7 +178,7 @@ def _tokens(model: Any, tokenizer: Any, context: str, option: str) -> tuple[list
     return kept, min(answer, len(kept) - 1)
 
 
-def _scored(model: Any, asked: Sequence[tuple[list[int], int]]) -> Iterator[Option]:
+def _scored(model: Any, asked: Sequence[tuple[list[int], int]]) -> Iterator[tuple[float, bool]]:
     longest = max(len(ids) for ids, _ in asked)
     device = device_of(model)
     padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in asked], device=device)
@@ -169,8 +188,7 @@ def _scored(model: Any, asked: Sequence[tuple[list[int], int]]) -> Iterator[Opti
         end = len(ids)
         scores = logits[row, end - answer - 1 : end - 1].float().log_softmax(-1)
         wanted = padded[row, end - answer : end].to(scores.device)
-        total = scores.gather(-1, wanted[:, None]).sum()
-        yield Option(float(total), bool((scores.argmax(-1) == wanted).all()))
+        yield float(scores.gather(-1, wanted[:, None]).sum()), bool((scores.argmax(-1) == wanted).all())
 
 
 def _summary(tasks: Tasks, found: Sequence[tuple[Option, ...]]) -> TaskScore:

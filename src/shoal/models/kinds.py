@@ -11,11 +11,12 @@ from transformers import PreTrainedConfig
 from shoal.errors import ModelError
 
 CAUSAL = "AutoModelForCausalLM"
+SEQ2SEQ = "AutoModelForSeq2SeqLM"
 PICTURES, MEDIA = "AutoModelForImageTextToText", "AutoModelForMultimodalLM"
 DECODERS = (CAUSAL, PICTURES, MEDIA)
 """The Auto classes of models that give next-token scores after text, and some of them after pictures or sound too."""
 AUTO = (
-    CAUSAL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModel", "AutoModelForMaskedLM",
+    CAUSAL, SEQ2SEQ, "AutoModelForSpeechSeq2Seq", "AutoModel", "AutoModelForMaskedLM",
     "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
     "AutoModelForMultipleChoice", "AutoModelForNextSentencePrediction", "AutoModelForImageClassification",
     "AutoModelForMaskedImageModeling", "AutoModelForZeroShotImageClassification", "AutoModelForAudioClassification",
@@ -81,6 +82,13 @@ def require_causal(model: nn.Module, what: str) -> None:
             "none; judge the written model with the tests of its own task",
             code="M322",
         )
+
+
+def require_answers(model: nn.Module, what: str) -> None:
+    """Raise M322 when `what`, which reads or writes a text token by token after another one, is asked of a model that
+    is neither a causal language model nor an encoder-decoder with a head."""
+    if auto_of(model) != SEQ2SEQ:
+        require_causal(model, what)
 
 
 def require_text(model: nn.Module, what: str) -> None:

@@ -32,15 +32,27 @@ class Move:
     part: PartName
     plan: Plan
     """What is left."""
+    stack: str | None = None
+    """Named where the layers of several may go."""
 
     @property
     def note(self) -> str:
-        return f"{named(self.layer, self.part)} removed"
+        where = "" if self.stack is None else f" of the {self.stack}"
+        return f"{named(self.layer, self.part)}{where} removed"
 
 
 def named(layer: int, part: PartName) -> str:
     """`layer 3`, `attention of layer 3`."""
     return f"layer {layer}" if part == "layer" else f"{part} of layer {layer}"
+
+
+Stacks = str | Sequence[str] | None
+"""One stack (None: the decoder, or the first), or several whose layers may go."""
+
+
+def each_stack(stacks: Stacks) -> tuple[str | None, ...]:
+    """The stacks one by one."""
+    return (stacks,) if stacks is None or isinstance(stacks, str) else tuple(stacks)
 
 
 def pieces(plan: Plan, grain: Grain, stack: str | None = None) -> list[tuple[int, PartName]]:
@@ -57,16 +69,17 @@ def pieces(plan: Plan, grain: Grain, stack: str | None = None) -> list[tuple[int
     ]
 
 
-def moves(plan: Plan, grain: Grain, legal: Legal, stack: str | None = None) -> list[Move]:
-    """Every legal plan one removal away, by layer."""
-    found = []
-    for layer, part in pieces(plan, grain, stack):
-        try:
-            smaller = drop(plan, [layer], part=part, stack=stack)
-        except PlanError:  # nothing would be left
-            continue
-        if legal(smaller):
-            found.append(Move(layer, part, smaller))
+def moves(plan: Plan, grain: Grain, legal: Legal, stacks: Stacks = None) -> list[Move]:
+    """Every legal plan one removal away, by stack and layer."""
+    found, several = [], len(each_stack(stacks)) > 1
+    for stack in each_stack(stacks):
+        for layer, part in pieces(plan, grain, stack):
+            try:
+                smaller = drop(plan, [layer], part=part, stack=stack)
+            except PlanError:  # nothing would be left
+                continue
+            if legal(smaller):
+                found.append(Move(layer, part, smaller, stack if several else None))
     return found
 
 
@@ -120,6 +133,17 @@ def goal(plan: Plan, drop: int | None, budget: Budget | None, grain: Grain = "la
     if drop is not None and not 1 <= drop <= len(there):
         raise UsageError(f"cannot remove {drop} of {len(there)} parts; remove 1 or more and leave one", code="U504")
     return Goal(plan, drop, budget, grain, stack)
+
+
+def goal_of_several(plan: Plan, drop: int, stacks: Sequence[str]) -> Goal:
+    """The goal of removing `drop` layers of several stacks, each of which keeps one. Raises U504."""
+    most = sum(len(pieces(plan, "layer", stack)) - 1 for stack in stacks)
+    if not 1 <= drop <= most:
+        raise UsageError(
+            f"cannot remove {drop} layers of the stacks {', '.join(stacks)}, each of which keeps one; give 1 to {most}",
+            code="U504",
+        )
+    return Goal(plan, drop, None)
 
 
 def no_value(tried: int) -> UsageError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shoal.plan import Plan
 from shoal.scores import Budget, Candidate, Found, Legal, Objective
-from shoal.search._candidates import Goal, Grain, Move, best, goal, judge, moves, value_of
+from shoal.search._candidates import Goal, Grain, Move, Stacks, best, goal, goal_of_several, judge, moves, value_of
 
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
@@ -25,7 +25,7 @@ def greedy(
     grain: Grain = "layer",
     rank: Literal["loss", "saving"] = "loss",
     exhaustive: bool = False,
-    stack: str | None = None,
+    stack: Stacks = None,
     progress: Progress | None = None,
 ) -> Found:
     """Remove the piece without which the objective is lowest, look at what is left, and go on until it is enough.
@@ -35,14 +35,17 @@ def greedy(
     where pieces differ in price. Ties go to the lower layer. The result for a smaller number is a prefix of that for a
     larger one. Candidates race where the objective can (see `docs/searching.md`); `exhaustive` evaluates every one in
     full, as SLEB's released code does: the sum over rounds of the pieces left. A candidate whose objective is NaN is
-    never chosen.
+    never chosen. Several names for `stack`: `drop` layers go, each of whichever of these stacks it is best for.
 
     Source: SLEB (Song et al. 2024, arXiv 2402.09025); for parts FinerCut (arXiv 2405.18218) and BlockPruner (arXiv
     2406.10594).
 
     Raises U504, U540-U545.
     """
-    aim = goal(plan, drop, budget, grain, stack)
+    if stack is None or isinstance(stack, str):
+        aim = goal(plan, drop, budget, grain, stack)
+    else:
+        aim = goal_of_several(plan, drop or 0, stack)
     if rank == "saving" and budget is None:
         rank = "loss"
     trace: list[Candidate] = []
