@@ -236,6 +236,15 @@ def _loss_without(task: PruningJob, gone: tuple[int, ...]) -> float:
     return mean_nll(rewrite(task.model, plan), task.data, batch=16)
 
 
+def test_sleb_keeps_one_layer_at_each_end_as_its_code_does() -> None:
+    task = random_task()
+    losses = {layer: _loss_without(task, (layer,)) for layer in (1, 2)}
+    assert sleb(task, drop=1, ends=1).plan.dropped() == (min(losses, key=losses.__getitem__),)
+    assert sleb(task, drop=2, ends=1).plan.dropped() == (1, 2)
+    with pytest.raises(UsageError, match="U504: only 2 layers may go, not 3"):
+        sleb(task, drop=3, ends=1)
+
+
 def test_sleb_evaluates_no_plan_twice() -> None:
     task = random_task()
     evaluated: list[str] = []
