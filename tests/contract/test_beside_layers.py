@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+from shoal.errors import ShoalNote
 from shoal.models.beside_layers import announced
 from shoal.writing.proof import verify
 
@@ -102,7 +103,8 @@ def test_a_repair_carries_what_a_key_announces(bases: Any, tmp_path: Path) -> No
     shoal("doctor", str(base), "--repair", str(tmp_path / "same"))
     assert tensors_of(tmp_path / "same").keys() == tensors_of(base).keys()
     assert torch.equal(logits(tmp_path / "same"), logits(base))
-    assert verify(tmp_path / "same").passed
+    with pytest.warns(ShoalNote, match="holds 28 tensors that no part"):
+        assert verify(tmp_path / "same").passed
     saved(base, lambda t: {n: v for n, v in t.items() if ".layers.1." not in n})
     assert "the numbering of the layers" in shoal("doctor", str(base), code=1)
     shoal("doctor", str(base), "--repair", str(tmp_path / "out"))

@@ -174,7 +174,7 @@ def test_what_llama_cpp_cannot_be_told_is_refused(loaded: Callable[..., Loaded],
     wrong("W263", "gemma2", query_pre_attn_scalar=16)
     base = loaded("llama")
     no_words = Loaded(base.model, None, "x")
-    refused("W266", lambda: converted(no_words, plan_of(base, "0-3")))
+    assert "no tokenizer that can be read" in refused("W266", lambda: converted(no_words, plan_of(base, "0-3")))
     refused("W266", lambda: vocab.add_vocab(GGUFWriter(None, "llama"), base.tokenizer, 200))
     refused("W264", lambda: convert_model(base, plan_of(base, "0-3"), tmp_path / "x.gguf", outtype="q2_k"))
     other = loaded("mistral")

@@ -16,7 +16,7 @@ from shoal.api.prompts import read_prompts
 from shoal.cli import app
 from shoal.data import Data, load_data
 from shoal.data.mixture import apportion, fitting
-from shoal.data.spelled import Part, keyed, located, read, short, templated
+from shoal.data.spelled import Part, keyed, located, read, short, templated, told_apart
 from shoal.errors import DataError, ShoalError, UsageError
 
 from .test_api import byte_tokenizer, folder  # noqa: F401
@@ -242,6 +242,23 @@ def test_names_are_read_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.Mo
             read(text)
 
 
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (["/x/a.txt", "/y/b.txt"], ["a.txt", "b.txt"]),
+        (["/x/a.txt", "/y/a.txt", "/y/b.txt"], ["x/a.txt", "y/a.txt", "b.txt"]),
+        (["/x/1/a.txt", "/y/1/a.txt", "a.txt"], ["x/1/a.txt", "y/1/a.txt", "a.txt"]),
+        (["/x/a.jsonl:p", "/x/a.jsonl:q"], ["a.jsonl:p", "a.jsonl:q"]),
+        (["/x/a.jsonl:p", "/y/a.jsonl:p"], ["x/a.jsonl:p", "y/a.jsonl:p"]),
+        (["/x/a.txt=1,builtin=2", "/y/a.txt=1,builtin=2"], ["x/a.txt=1,builtin=2", "y/a.txt=1,builtin=2"]),
+        (["one/text", "two/text"], ["one/text", "two/text"]),
+        (["builtin", "builtin"], ["builtin"]),
+    ],
+)
+def test_texts_of_one_file_name_are_told_apart_by_their_folders(texts: list[str], names: list[str]) -> None:
+    assert list(told_apart(texts).values()) == names
+
+
 def test_a_mixture_has_its_shares_in_an_order_drawn_with_the_seed(tmp_path: Path) -> None:
     a, b = file(tmp_path, "a.jsonl", lines({"k": "a" * 200})), file(tmp_path, "b.txt", "b" * 200)
     text = f"{a}:k=0.7,{b}=0.3"
@@ -325,9 +342,13 @@ def test_a_comparison_and_a_journal_name_their_text(folder: Path, tmp_path: Path
         "--data",
         data,
     ]
+    (tmp_path / "b").mkdir()
+    file(tmp_path, "b/a.jsonl", lines({"prompt": "ho " * 50, "response": "yes " * 50}))
     words += [
         "--test-data",
         f"{tmp_path / 'a.jsonl'}:response",
+        "--test-data",
+        f"{tmp_path / 'b' / 'a.jsonl'}:response",
         "--chat-template",
         "plain",
         "--pairs",
@@ -341,7 +362,9 @@ def test_a_comparison_and_a_journal_name_their_text(folder: Path, tmp_path: Path
     facts = json.loads(result.stdout)["facts"]
     assert facts["protocol"]["data"] == data
     assert facts["protocol"]["chat_template"] == "plain"
-    assert list(facts["tests"]) == ["a.jsonl:response"]
+    tests = [f"{tmp_path.name}/a.jsonl:response", "b/a.jsonl:response"]
+    assert list(facts["tests"]) == tests and len(set(facts["tests"].values())) == 2
+    assert all(list(row["result"]["perplexity"]) == tests for row in json.loads(result.stdout)["rows"])
     (journal,) = (tmp_path / "out" / "journals").iterdir()
     first = json.loads(journal.read_text().splitlines()[0])
     assert first["text"].startswith("a.jsonl=1,builtin (Python")

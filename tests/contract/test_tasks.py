@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.api.task_scores import load_task_sets
 from shoal.errors import DataError
 from shoal.evaluation.tasks import Item, Tasks, load_tasks, score_tasks
 
@@ -124,3 +125,13 @@ def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     for name in ("b.jsonl", "none.jsonl"):
         with pytest.raises(DataError, match="D450"):
             load_tasks(tmp_path / name)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "qa.jsonl" for folder in ("one", "two")]
+    for number, path in enumerate([*paths, tmp_path / "other.jsonl"]):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"context": f"{number}", "continuation": "x"}))
+    found = load_task_sets([*paths, tmp_path / "other.jsonl"])
+    assert [one.name for one in found] == ["one/qa", "two/qa", "other"]
+    assert [one.name for one in load_task_sets(paths[:1])] == ["qa"]

@@ -19,7 +19,7 @@ from shoal.api.study import Cell, Protocol, file_name
 from shoal.api.task_scores import TaskSet, load_task_sets, task_scores
 from shoal.atomic import write_atomically
 from shoal.data import Data
-from shoal.data.spelled import short, templated
+from shoal.data.spelled import templated, told_apart
 from shoal.errors import ShoalError
 from shoal.evaluation import compare as agree
 from shoal.evaluation import generation_check, perplexity, speed
@@ -61,8 +61,9 @@ class Harness:
     def of(cls, loaded: Loaded, protocol: Protocol, folder: Path) -> Harness:
         """Read all data before anything runs. Raises `DataError`."""
         asked = {"split": "test", "length": protocol.window, "limit": protocol.windows}
-        chosen = {short(name): templated(name, protocol.chat_template) for name in protocol.tests}
-        tests = {name: text_of(loaded, text, **asked) for name, text in chosen.items()}
+        template = protocol.chat_template
+        named = told_apart(protocol.tests)
+        tests = {name: text_of(loaded, templated(text, template), **asked) for text, name in named.items()}
         tasks = load_task_sets(protocol.tasks, limit=protocol.task_items)
         if tasks:
             tokenizer_of(loaded)

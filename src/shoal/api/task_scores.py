@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from shoal.data.spelled import told_apart
 from shoal.evaluation import Progress
 from shoal.evaluation.lm_eval import LmEvalTasks, load_lm_eval, score_lm_eval
 from shoal.evaluation.tasks import Tasks, TaskScore, load_tasks, score_tasks
@@ -18,20 +20,38 @@ def load_task_sets(names: Iterable[str | Path], *, limit: int | None = None) -> 
 
     `limit`: the first so many items of each. Raises `DataError` D450 to D453, `UsageError` U575 without lm-eval.
     """
-    return tuple(load_tasks(name, limit=limit) if _ours(name) else load_lm_eval(str(name), limit) for name in names)
+    asked = list(names)
+    called = told_apart(map(str, asked), _short)
+    return tuple(
+        replace(load_tasks(name, limit=limit), name=called[str(name)])
+        if _ours(name)
+        else load_lm_eval(str(name), limit)
+        for name in asked
+    )
 
 
 def task_scores(
     model: Any, tokenizer: Any, asked: Iterable[TaskSet], *, batch: int = 8, progress: Progress | None = None
 ) -> dict[str, TaskScore]:
-    """Score by name, one for each task of a group, of the model as it runs now."""
+    """Score by name, one for each task of a group, of the model as it runs now. Where another task of lm-eval has the
+    name already, that of the file or group is added."""
     found: dict[str, TaskScore] = {}
     for task_set in asked:
         if isinstance(task_set, Tasks):
-            found[task_set.name] = score_tasks(model, tokenizer, task_set, batch=batch, progress=progress)
+            scores = [score_tasks(model, tokenizer, task_set, batch=batch, progress=progress)]
         else:
-            found |= {one.name: one for one in score_lm_eval(model, tokenizer, task_set, batch=batch)}
+            scores = score_lm_eval(model, tokenizer, task_set, batch=batch)
+        for score in scores:
+            taken = found.get(score.name, score) != score
+            one = replace(score, name=f"{score.name} of {task_set.name}") if taken else score
+            found[one.name] = one
     return found
+
+
+def _short(name: str, parts: int) -> str:
+    """A file by the last parts of its path, without its suffix; a task of lm-eval by its name."""
+    path = Path(name).expanduser()
+    return Path(*path.parts[-parts:]).with_suffix("").as_posix() if _ours(name) else name
 
 
 def _ours(name: str | Path) -> bool:

@@ -14,7 +14,7 @@ from shoal.data.documents import read_documents
 from shoal.data.files import read_file
 from shoal.data.rows import Row
 from shoal.data.spelled import BUILTIN, HUB_ID, Part
-from shoal.errors import DataError
+from shoal.errors import DataError, first_line
 
 HUB_SPLITS = {"calibrate": "train", "tune": "validation", "test": "test", "whole": "train"}
 
@@ -69,6 +69,6 @@ def _hub_rows(load: Callable[[], Iterable[Any]], recorded: str) -> Iterator[Row]
         for number, row in enumerate(load(), 1):
             yield f"{recorded}, row {number}", row
     except Exception as error:  # the package raises a dozen unrelated types for a wrong name, config or split
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         message = f"cannot open the hub data set {recorded} ({reason}); check owner/name:config:split"
         raise DataError(message, code="D411") from error

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,9 +118,24 @@ def located(text: str, key: str | None = None) -> str:
     return spelled(text, lambda one: str(one.file.resolve()) if one.file and is_there(one.file) else one.name, key)
 
 
-def short(text: str) -> str:
-    """The same data without the folders of its files and the owners of its data sets."""
-    return spelled(text, lambda one: (one.file or Path(one.name)).name)
+def short(text: str, parts: int = 1) -> str:
+    """The same data with the last `parts` of each file's path and each data set's name; 1 leaves folders and owners
+    out."""
+    return spelled(text, lambda one: Path(*(one.file or Path(one.name)).parts[-parts:]).as_posix())
+
+
+def told_apart(texts: Iterable[str], short: Callable[[str, int], str] = short) -> dict[str, str]:
+    """{text: name}. A name is `short(text, parts)` with as few parts as no other text shares."""
+    each, found = list(dict.fromkeys(texts)), dict[str, str]()
+    most = max((len(Path(text).parts) for text in each), default=1)
+    for text in each:
+        others, name = [other for other in each if other != text], text
+        for parts in range(1, most + 1):
+            name = short(text, parts)
+            if all(short(other, parts) != name for other in others):
+                break
+        found[text] = name
+    return found
 
 
 def is_hub_id(name: str) -> bool:

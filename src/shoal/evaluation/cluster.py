@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shoal.errors import UsageError
+from shoal.errors import UsageError, first_line
 from shoal.models.own_code import importable
 from shoal.user_files import UserFile, adopt, known_files
 
@@ -111,7 +111,7 @@ def _connected(address: str, count: int) -> Any:
         library.init(**where, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UsageError(
-            f"no Ray cluster answers at {address} ({str(error).splitlines()[0][:200]}); start one, or use local",
+            f"no Ray cluster answers at {address} ({first_line(error)}); start one, or use local",
             code="U571",
         ) from error
     library.util.register_serializer(torch.Tensor, serializer=_as_array, deserializer=_as_tensor)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from shoal.errors import DataError, UsageError
+from shoal.errors import DataError, UsageError, first_line
 from shoal.evaluation.tasks import TaskScore
 from shoal.models.evaluating import evaluating
 
@@ -61,7 +61,7 @@ def load_lm_eval(name: str, limit: int | None = None) -> LmEvalTasks:
             digest = _digest(loaded, limit)
         except Exception as error:  # of any library that fetches or parses a data set
             raise DataError(
-                f"lm-eval cannot load the task {name} ({_first_line(error)}); name one that it knows (lm-eval ls "
+                f"lm-eval cannot load the task {name} ({first_line(error, 160)}); name one that it knows (lm-eval ls "
                 "tasks), load its data once with the network, or give a .jsonl file",
                 code="D452",
             ) from None
@@ -134,8 +134,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from shoal.errors import ModelError
 from shoal.models.evaluating import evaluating
 from shoal.models.inputs import sample_inputs
-from shoal.models.kinds import is_causal
+from shoal.models.kinds import MEDIA, PICTURES, auto_of, is_causal
 from shoal.models.lists import Stack
 from shoal.models.parts import INDEX_NAMES, Parts, find_parts, without
 
@@ -59,23 +59,37 @@ def examine(model: PreTrainedModel, stack: Stack) -> StackFacts:
     try:
         with evaluating(model), watcher:
             out = model(**_arguments(model, stack, place))
-            if watcher.order != list(range(len(layers))):
-                raise ModelError(
-                    f"{type(model).__name__} calls its layers in the order {watcher.order[:12]}; "
-                    "a plan needs each once and in order",
-                    code="M305",
-                )
+            _require_order(model, watcher.order, len(layers))
             if stack.name == "decoder":
                 _read_cache(_cache_of(out), watcher.facts)
             note = _prove_parts(layers, watcher)
             forward = True
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        if place.type != "meta":
+    except ModelError:
+        raise
+    except Exception as error:  # odd numbers in a config raise whatever the arithmetic with them raises
+        if place.type != "meta" or not _for_want_of_values(model, error):
             raise ModelError(_not_probed(model, error), code="M305") from error
         known = [None if watcher.by_name else find_parts(layer) for layer in layers]
         watcher.facts = [LayerFacts(_own_row(layer, i), -1, None, parts=known[i]) for i, layer in enumerate(layers)]
         note, forward = None, False
     return StackFacts(watcher.facts, forward, note)
+
+
+def _require_order(model: PreTrainedModel, order: list[int], depth: int) -> None:
+    if order != list(range(depth)):
+        raise ModelError(
+            f"{type(model).__name__} calls its layers in the order {order[:12]}; a plan needs each once and in order",
+            code="M305",
+        )
+
+
+def _for_want_of_values(model: PreTrainedModel, error: Exception) -> bool:
+    """Whether a forward on the meta device may have failed because tensors have no values there, or because it was
+    given embeddings in place of ids; any other error is the config's, on every device. Of models that read pictures
+    nothing can be told."""
+    if auto_of(model) in (PICTURES, MEDIA) or isinstance(error, NotImplementedError | AttributeError):
+        return True
+    return isinstance(error, RuntimeError) and "meta" in str(error)
 
 
 def _not_probed(model: PreTrainedModel, error: Exception) -> str:

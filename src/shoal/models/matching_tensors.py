@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from shoal.errors import ModelError
 from shoal.models.beside_layers import announced_by, beside_layers
+from shoal.models.conversions import misfit
 from shoal.models.quantised import quantisation_settings
 from shoal.models.renaming import Renamed, renamed, state_shapes
 from shoal.models.stacks import Stack, find_stacks
@@ -45,6 +46,7 @@ def require_matching_tensors(folder: str | Path, model: PreTrainedModel, shapes:
     extra = tuple(file for file, one in found.items() if one.name is None and not one.ignored)
     missing = _incomplete(shapes, state, found)
     if missing is None:
+        _require_fit(folder, model, shapes, found, state)
         return extra
     missing += unprovided(model, state, {one.name for one in found.values() if one.name is not None})
     if missing:
@@ -52,7 +54,26 @@ def require_matching_tensors(folder: str | Path, model: PreTrainedModel, shapes:
             f"{folder} lacks {len(missing)} tensors of its model, such as {missing[0]}; copy the files again",
             code="M310",
         )
+    _require_fit(folder, model, shapes, found, state)
     return extra
+
+
+def _require_fit(
+    folder: str | Path,
+    model: PreTrainedModel,
+    shapes: ShapesOrNames,
+    found: Mapping[str, Renamed],
+    state: Mapping[str, tuple[int, ...]],
+) -> None:
+    """M336 for tensors that transformers cannot put together, or split, into those of the model."""
+    known = {file: shape for file, shape in shapes.items() if shape is not None}
+    wrong = misfit(model, known, found, state) if len(known) == len(shapes) else None
+    if wrong is not None:
+        raise ModelError(
+            f"{folder}: transformers cannot make {wrong.name} of the tensors in the files, see {wrong.file}, which is "
+            f"{list(known[wrong.file])} ({wrong.why}); repair it",
+            code="M336",
+        )
 
 
 def _incomplete(

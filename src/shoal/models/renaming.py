@@ -20,12 +20,17 @@ class Renamed:
 
     name: str | None
     """In the model; None when it belongs to no part of it."""
-    converted: bool = False
-    """Is it one of several tensors that are put together, or a part of one that is split?"""
+    converter: str | None = None
+    """The pattern of the conversion in which it is put together with others, or split; None for one that is renamed."""
     ignored: bool = False
     """Does transformers leave it out without a word?"""
     called: str = ""
     """What transformers calls it when it reports that the model has no place for it."""
+
+    @property
+    def converted(self) -> bool:
+        """Is it one of several tensors that are put together, or a part of one that is split?"""
+        return self.converter is not None
 
 
 def state_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -46,7 +51,7 @@ def renamed(model: PreTrainedModel, files: Iterable[str], state: Shapes) -> dict
         if name not in state and file in state:
             name, pattern = file, None
         if name in state:
-            found[file] = Renamed(name, pattern is not None)
+            found[file] = Renamed(name, pattern)
         else:
             lost[file] = name
     ignored = left_out_silently(model, {*lost, *lost.values()})

@@ -46,11 +46,11 @@ def from_file(file: Path, rows: int) -> Pairs:
 def add_vocab(writer: GGUFWriter, tokenizer: Any, rows: int) -> None:
     """Add the keys of a byte-level BPE tokenizer, for a model with `rows` token embeddings.
 
-    Raises `WriteError` W266 for no tokenizer and for one that llama.cpp has no name for.
+    Raises `WriteError` W266 for no tokenizer that can be read and for one that llama.cpp has no name for.
     """
     if tokenizer is None:
         raise WriteError(
-            f"the model has no tokenizer beside it, and a GGUF file needs its keys; {_REMEDY}", code="W266"
+            f"the model has no tokenizer that can be read, and a GGUF file needs its keys; {_REMEDY}", code="W266"
         )
     with tempfile.TemporaryDirectory(prefix="shoal-tokenizer-") as place:
         tokenizer.save_pretrained(place)
