@@ -38,23 +38,12 @@ def cull_mt(job: PruningJob, *, drop: int, file: Path | None = None, items: int 
     if file is None:
         raise UsageError("cull-mt needs the user's task; name its file, as in --set file=task.jsonl", code="U574")
     if job.tokenizer is None:
-<<<<<<< HEAD
-        raise UsageError("cull-mt reads a task and the model has no tokenizer; load one with it", code="U574")
-    require_answers(job.model, "cull-mt")
-    task = load_translations(file, limit=items) or load_tasks(file, limit=items)
-    names = [name for name, _ in job.plan.stacks] if job.stack is None else [job.stack]
-=======
         raise UsageError(
             "cull-mt reads a task and the model has no tokenizer that can be read; load one with it", code="U574"
         )
-    tasks = load_tasks(file, limit=items)
-
-    def objective(plan: Plan) -> float:
-        with running(job.model, plan):
-            found = score_tasks(job.model, job.tokenizer, tasks, batch=max(8, job.batch))
-        return 1 - found.accuracy + found.nll / 1000
-
->>>>>>> a42dd18 (Conversions of transformers are tried on shapes before a weight is read; a config that does not run is refused without weights; texts of one name are told apart; the fuzzed folders take half the time)
+    require_answers(job.model, "cull-mt")
+    task = load_translations(file, limit=items) or load_tasks(file, limit=items)
+    names = [name for name, _ in job.plan.stacks] if job.stack is None else [job.stack]
     return greedy(
         job.plan,
         objective=job.keep(partial(_wrong, job, task), f"cull-mt on {items} items of {task.sha256}"),
