@@ -44,7 +44,7 @@ class Exchange:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Meanwhile the entries are exchanged; they are put back whatever happens."""
-        if not self._is_prepared():
+        if not self.is_prepared():
             self._prepare()
         entries = list(self._stubs)
         for name, old, places in self._places:
@@ -59,7 +59,8 @@ class Exchange:
             for (place, key, _), old in zip(entries, before, strict=True):
                 place[key] = old
 
-    def _is_prepared(self) -> bool:
+    def is_prepared(self) -> bool:
+        """Whether what is exchanged is still there."""
         return bool(self._expected) and all(place.get(key) is old for place, key, old in self._expected)
 
     def _prepare(self) -> None:

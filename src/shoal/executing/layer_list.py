@@ -56,6 +56,13 @@ class LayerProxyList(nn.ModuleList):
             code="P147",
         )
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise PlanError(
+            "DataParallel would run the layers of the first device in all its threads; start one process for each "
+            "device with torchrun",
+            code="P155",
+        )
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self.__dict__["_proxies"])
 

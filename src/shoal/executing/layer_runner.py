@@ -143,14 +143,16 @@ class LayerRunner:
         """What `run` changes in its layer for the length of one call."""
         key, layer = (run.layer, run.part, run.weights), self.layer_of(run)
         found = self._exchanges.get(key)
-        if found is None or found.layer is not layer:
+        if found is not None and found.layer is not layer:
+            found = None
+        if self._lends(run) and (found is None or not found.is_prepared()):
+            refuse_sharded(layer, run)
+        if found is None:
             fact = self.facts[run.layer]
             left_out: tuple[str, ...] = ()
             if run.part != "layer":
                 assert fact.parts is not None  # check P105
                 left_out = fact.parts.mlp if run.part == "attention" else fact.parts.attention
-            if self._lends(run):
-                refuse_sharded(layer, run)
             found = self._exchanges[key] = Exchange(layer, left_out, fact.returns, self._lent(run))
         return found
 

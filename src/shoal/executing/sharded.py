@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from shoal.errors import PlanError
+from shoal.models.spread import is_spread
 from shoal.plan import Run
 from shoal.plan.capabilities import refused
 
@@ -15,10 +16,9 @@ from shoal.plan.capabilities import refused
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of `module` are spread over processes, or are gathered for the length of its call."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    tensor: Any = sys.modules.get("torch.distributed.tensor")
     if fsdp is not None and any(isinstance(one, fsdp.FSDPModule) for one in module.modules()):
         return True
-    return tensor is not None and any(isinstance(one, tensor.DTensor) for one in module.parameters())
+    return any(is_spread(parameter) for parameter in module.parameters())
 
 
 def refuse_sharded(layer: nn.Module, run: Run) -> None:

@@ -15,6 +15,7 @@ from shoal.models.families import Family, family_of
 from shoal.models.first import first_only
 from shoal.models.lists import BESIDE
 from shoal.models.meta import meta_model
+from shoal.models.spread import is_spread
 from shoal.models.stacks import Stack, find_stacks
 from shoal.plan import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
 from shoal.plan.spec import KVKind
@@ -82,7 +83,8 @@ def _own_storages(stack: Stack, index: int) -> dict[object, int]:
 
 
 def _key(parameter: nn.Parameter) -> object:
-    return id(parameter) if parameter.is_meta else (parameter.data_ptr(), parameter.numel(), str(parameter.device))
+    without = parameter.is_meta or is_spread(parameter)
+    return id(parameter) if without else (parameter.data_ptr(), parameter.numel(), str(parameter.device))
 
 
 def _storage_users(stacks: tuple[Stack, ...]) -> Counter[object]:
