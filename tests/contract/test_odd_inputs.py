@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -16,7 +18,7 @@ from shoal.writing.gguf_out.write import convert_model
 
 from ..documented.place import proving_here
 from ..gguf_files import tiny_model, tiny_tokenizer
-from .odd_inputs import DATA, MODELS, OUTPUTS, PLANS, UNUSUAL, Make
+from .odd_inputs import DATA, MODELS, NAME, NUL, OUTPUTS, PLANS, UNUSUAL, Make
 from .verbs import CODED, COMMANDS, run, snapshot, typed
 
 
@@ -48,8 +50,20 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     """Proofs in this process, no server, a cache of this test's own."""
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setattr("shoal.serve.listen.listen", lambda *_, **__: None)
+    monkeypatch.setattr(socket, "getaddrinfo", _asked(socket.getaddrinfo))
     with proving_here():
         yield
+
+
+def _asked(known: Callable[..., Any]) -> Callable[..., Any]:
+    """What a system without a network says of a host that is none."""
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if host == "300.1.1.1":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return known(host, *args, **kwargs)
+
+    return getaddrinfo
 
 
 def pairs(slot: str, inputs: dict[str, Make], share: int) -> list[object]:
@@ -111,6 +125,19 @@ def test_what_is_no_plan_is_refused(verb: str, odd: str, tried: Tried) -> None:
 @pytest.mark.parametrize(("verb", "odd"), pairs("OUT", OUTPUTS, 9))
 def test_where_nothing_may_be_written_is_refused(verb: str, odd: str, tried: Tried) -> None:
     tried(verb, "OUT", OUTPUTS[odd])
+
+
+@pytest.mark.parametrize(
+    ("verb", "slot", "make"),
+    [
+        ("verify", "MODEL", MODELS[NUL]),
+        ("verify --base", "MODEL", UNUSUAL["one layer"]),
+        ("compare", "OUT", OUTPUTS[NAME]),
+        ("fit-exits", "OUT", OUTPUTS[NAME]),
+    ],
+)
+def test_what_once_had_no_sentence_of_its_own(verb: str, slot: str, make: Make, tried: Tried) -> None:
+    assert tried(verb, slot, make) == 1
 
 
 VALUES = [

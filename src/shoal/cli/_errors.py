@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ def refuse_nul(options: Mapping[str, Any]) -> None:
                     f"{option} is {str(one)!r:.200}, with a NUL character, which no name has; leave it out",
                     code="U645",
                 )
+
+
+def shortened(text: str) -> str:
+    """The sentence with its longest words, which are names of files that no system takes, cut in their middle."""
+    return re.sub(r"\S{300,}", lambda word: f"{word[0][:160]}...{word[0][-20:]}", text)
 
 
 def in_words(error: Exception) -> ShoalError | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from shoal.cli._errors import in_words, refuse_nul
+from shoal.cli._errors import in_words, refuse_nul, shortened
 from shoal.cli.options import running
 from shoal.errors import ShoalNote, ShoalWarning, UsageError, tell_unused
 from shoal.user_files import forget_used, used_files
@@ -47,7 +47,7 @@ def guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
             said = in_words(error)
             if said is None:
                 raise
-            typer.echo(f"shoal: {said}", err=True)
+            typer.echo(f"shoal: {shortened(str(said))}", err=True)
             raise typer.Exit(1) from None
 
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,7 @@ from shoal.cli._shared import emit, loading, progress_bars, table
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that shoal wrote.", show_default=False)],
+    folder: Annotated[str, typer.Argument(help="A folder that shoal wrote.", show_default=False)],
     base: Annotated[
         str | None, typer.Option("--base", help="The base model (default: the one the plan names).")
     ] = None,

@@ -25,7 +25,7 @@ from shoal.executing.weights import load_weights
 from shoal.models.checkpoint import read_json
 from shoal.models.load import Loaded, check_source, load, usable_device
 from shoal.models.opened import open_model
-from shoal.plan import Plan, load_plan
+from shoal.plan import Plan, load_plan, require, shapes_of
 from shoal.record import environment
 from shoal.writing import proof_child
 from shoal.writing.checks import Check, conclusions, digest
@@ -116,6 +116,7 @@ def _verified(folder: Path, base: Loaded | None, how: dict[str, Any], options: d
             if fingerprint != plan.base.fingerprint:
                 base, why = None, f"{plan.base.source} is another model now ({fingerprint[:15]})"
     if base is not None:
+        require(plan, open_model(base.model).spec, shapes_of(weights))
         return prove(folder, base.model, plan, tokenizer=base.tokenizer, weights=weights, **options)
     known = read_json(folder / FILE).get("environment", {}) if (folder / FILE).is_file() else {}
     sums = known.get("weights") if isinstance(known, dict) else None
