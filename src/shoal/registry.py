@@ -223,7 +223,7 @@ def _docstring(file: Path) -> str:
     return _read_docstring(file, file.stat().st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=None)  # of the version with this time: a search asks for its entries again and again
+@functools.cache  # of the version with this time: a search asks for its entries again and again
 def _read_docstring(file: Path, changed: int) -> str:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == file.stem]

@@ -197,6 +197,19 @@ def test_what_cannot_be_healed_is_one_sentence(code: str, how: dict[str, Any], l
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
+def test_one_of_several_processes_is_refused(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="U676"):
+        heal(loaded, tokens=64, data=text(), watch=text(2, 1), **SMALL)
+
+
+def test_what_cannot_be_watched_is_said_before_anything_is_trained(loaded: Loaded, tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"context": "a"}\n')
+    with pytest.raises(ShoalError, match=r"D408.*no key 'text'"):
+        heal(loaded, tokens=64, data=text(), watch=str(tmp_path / "other.jsonl"), folder=tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
 def test_memory_that_is_too_small_says_what_helps(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
@@ -232,3 +245,33 @@ def test_the_verb_is_a_name_of_the_package() -> None:
     import shoal as package
 
     assert package.heal is verb.heal
+
+
+def test_prune_heals_what_it_found_in_one_command(folder: Path, tmp_path: Path, data: str) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    words = [str(folder), "--drop", "1", "--data", data, "--length", "32", "--limit", "2", "--no-assess", "-q"]
+    words += ["--heal", "lora:rate=1e-2,rank=4", "--tokens", "8k", "--output", str(out)]
+    said = json.loads(shoal("prune", *words, "--json"))
+    assert said["plan"] == "0:heal-0,1:heal-1,3:heal-3,4:heal-4"
+    assert said["proof"]["passed"]
+    kinds = [json.loads(line)["what"] for line in (out / "shoal" / "records.jsonl").read_text().splitlines()]
+    assert kinds == ["prune", "heal"]
+    page = (out / "report.html").read_text()
+    assert "<h2>Healing</h2>" in page
+    assert "Loss of cross-entropy" in page
+    assert not Path(f"{out}.healing").exists()
+    assert "U640" in shoal("prune", *words[:-6], "--heal", "lora:rate=1", "--tokens", "96", code=1)
+    assert "U673" in shoal("prune", *words[:-6], "--heal", "lora", code=1)
+
+
+def test_compare_heals_every_plan_on_as_many_tokens(folder: Path, tmp_path: Path, data: str) -> None:  # noqa: F811
+    words = [str(folder), "--output", str(tmp_path / "r"), "--data", data, "--test-data", data, "--length", "16"]
+    words += ["--limit", "2", "--window", "16", "--windows", "4", "--new", "0", "--pairs", "0", "-b", "layers=0.8"]
+    said = json.loads(
+        shoal("compare", *words, "-m", "position", "--heal", "lora:rate=1e-2,rank=4", "--tokens", "8k", "--json", "-q")
+    )
+    (row,) = [row for row in said["rows"] if row["key"] != "dense"]
+    assert "heal-0" in row["result"]["plan"]
+    assert next(iter(row["result"]["perplexity"].values())) < row["result"]["unhealed"]
+    assert row["measured"]["healing"] > 0
+    assert "before healing" in (tmp_path / "r" / "results.md").read_text()

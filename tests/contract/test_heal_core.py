@@ -200,7 +200,7 @@ def test_a_loss_that_is_no_number_ends_the_stage_with_what_was_best(tmp_path: Pa
 
 
 def test_early_stop_keeps_the_best(tmp_path: Path) -> None:
-    texts = part(random_data(24, 12), 4)
+    texts = part(random_data(24, 12), 1)
     with learner_of(deep(), "cross-entropy") as learner:
         found = train(
             learner, (texts.train, texts.held), Settings(rate=3e-2, evaluations=20, patience=2), 40, Run(batch=2),

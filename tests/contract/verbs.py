@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "prune": ("prune", "MODEL", "-m", "position", "--drop", "1", "--no-assess", *TEXT, "--output", "OUT"),
     "prune shortgpt": ("prune", "MODEL", "--drop", "1", "--no-assess", *TEXT),
     "fuse": ("fuse", "MODEL", "--plan", "PLAN", "--with", "refit", *TEXT, "--no-assess", "--output", "OUT"),
+    "heal": ("heal", "MODEL", "--plan", "PLAN", "--data", "DATA", "--watch", "DATA", "--length", "16", "--batch", "1",
+             "--held", "1", "--tokens", "32", "--output", "OUT", "--anyway"),
     "compare": ("compare", "MODEL", "--output", "OUT", "-m", "position", "-b", "layers=0.7", *TEXT, "--test-data",
                 "DATA", "--window", "16", "--windows", "1", "--new", "0", "--pairs", "0"),
     "evaluate": ("evaluate", "MODEL", "--data", "DATA", "--window", "16", "--limit", "1", "--no-generation"),

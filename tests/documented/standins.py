@@ -41,6 +41,9 @@ _FITTED = (
 SLOW = {
     "shoal compare smollm2 --output results -b params=0.9,0.8": "all methods twice: minutes",
     "shoal compare --method ./mine.py": "a comparison is run for another page",
+    "shoal compare smollm2 --output results -m shortgpt -m position -b layers=0.9 --heal lora --tokens 12k": (
+        "a comparison is run for another page"
+    ),
     "shoal generate MODEL PROMPT --fast": "compiles",
     "shoal write pruned-folder --output pruned.gguf --outtype q8_0 --forward": "transformers reads a GGUF file",
     "shoal tune-draft smollm2 --max-new-tokens 48 --pairs 2 --also dynamic-exit": _TWICE,
@@ -103,6 +106,7 @@ LESS: dict[str, dict[str, int]] = {
     "shoal.api.measuring.measure": {"length": 64, "limit": 2},
     "shoal.api.heal.heal": {"tokens": 64, "length": 16, "held": 2, "minutes": 0.01},
     "shoal.heal": {"tokens": 64, "length": 16, "held": 2},
+    "shoal.api.prune_and_heal.heal": {"tokens": 64, "length": 16, "held": 2},
     "shoal.api.prune.prune": {"length": 64, "limit": 2},
     "shoal.prune": {"length": 16, "limit": 1},
     "shoal.api.assess.evaluate": {"window": 128, "limit": 2, "task_items": 2},

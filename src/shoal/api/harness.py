@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shoal.api.assess import planned, text_of, tokenizer_of
 from shoal.api.budget import COUNTED, counted_budget, parse_budget
+from shoal.api.heal import heal
 from shoal.api.prune import Pruned, prune
 from shoal.api.study import Cell, Protocol, file_name
 from shoal.api.task_scores import TaskSet, load_task_sets, task_scores
@@ -134,12 +135,31 @@ class Harness:
                 journal=self.folder / "journals" / f"{file_name(cell.key)}.jsonl",
             )
         seconds = time.perf_counter() + self.memo.saved - start  # as if no other cell had been run
+        measured = {"seconds": seconds, "peak": peak.growth}
+        more: dict[str, Any] = {}
+        if self.protocol.heal is not None:
+            pruned, more["unhealed"], measured["healing"] = self._healed(pruned, cell.seed)
         weights, digest = pruned.found.weights, _digest(pruned.found.weights)
         name = pruned.plan.hash + digest
         variant = planned(self.loaded.model, pruned.plan, weights)
         quality = self.qualities.once(name, partial(self._quality, name, variant))
-        result = self._plan(pruned) | {"digest": digest} | quality
-        return {"result": result, "measured": {"seconds": seconds, "peak": peak.growth}, "weights": weights}
+        result = self._plan(pruned) | {"digest": digest} | quality | more
+        return {"result": result, "measured": measured, "weights": weights}
+
+    def _healed(self, pruned: Pruned, seed: int) -> tuple[Pruned, float | None, float]:
+        """The plan after healing, the perplexity on the first text that it had before, and the seconds."""
+        before, start = None, time.perf_counter()
+        healed = heal(
+            self.loaded, pruned.plan, self.protocol.heal or "", weights=pruned.found.weights,
+            tokens=self.protocol.heal_tokens, seed=seed,
+            data=templated(self.protocol.data, self.protocol.chat_template),
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        for text in list(self.tests.values())[:1]:
+            with planned(self.loaded.model, pruned.plan, pruned.found.weights)():
+                before = perplexity(self.loaded.model, text, batch=self.protocol.batch).value
+        found = replace(pruned.found, plan=healed.plan, weights=healed.weights)
+        return replace(pruned, plan=healed.plan, found=found), before, seconds
 
     def untimed(self, row: Mapping[str, Any]) -> bool:
         """Whether the row of a cell still lacks its times."""

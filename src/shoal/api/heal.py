@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,46 +14,21 @@ import torch
 
 from shoal.api.assess import Source, _one_vocabulary, opened, text_of
 from shoal.api.heal_stages import HealRun, run_recipe
+from shoal.api.judged import HELD, WATCHED, WATCHED_WINDOWS, Judged, judged
 from shoal.data import Data
 from shoal.errors import ModelError, UsageError
-from shoal.evaluation import Perplexity, Progress, perplexity
+from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, plan_and_weights, shapes_in, used_by
 from shoal.healing.run_folder import RunFolder
 from shoal.healing.stage import Fit, Recipe, Stage, selection_of, term_of
 from shoal.healing.train import Run
 from shoal.healing.windows import Texts, part
-from shoal.live import running
 from shoal.models.adapter import is_adapted
 from shoal.models.kinds import is_causal, require_text, scores_text
 from shoal.models.load import Loaded
 from shoal.plan import Given, Plan, require, shapes_of
 from shoal.record import plain
 from shoal.spelling import chosen
-
-HELD, WATCHED = "held out", "watched"
-"""The two texts that say what healing did: windows held out of the training text, and a second text."""
-_TEST_WINDOWS = 8
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What one text says of the dense model, of the plan before and after healing."""
-
-    dense: Perplexity
-    before: Perplexity
-    after: Perplexity
-
-    @property
-    def back(self) -> float:
-        """The share of the lost nats that came back."""
-        lost = self.before.nll - self.dense.nll
-        return (self.before.nll - self.after.nll) / lost if lost > 0 else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        sides = {name: getattr(self, name) for name in ("dense", "before", "after")}
-        figures = {name: {"perplexity": one.value, "nll": one.nll, "error": one.error} for name, one in sides.items()}
-        return plain({**figures, "back": self.back, "data": self.dense.info.to_dict()})
 
 
 @dataclass(frozen=True)
@@ -152,10 +128,11 @@ def heal(
 
     Raises U640 never (writing does), U641 for a plan that removes nothing, U642 and U643 for a folder of another run,
     U644 for a model with adapters, U673 for an amount that is none, U674 where memory is too small, U675 where nothing
-    learns, D494 where no token counts, U511 for a teacher of another vocabulary.
+    learns, U676 for one of several processes, D494 where no token counts, U511 for a teacher of another vocabulary.
     """
+    _require_one_process()
     named, stages = recipe_of(recipe, settings, terms, learn)
-    amount = _amount(tokens, minutes)
+    amount = amount_of(tokens, minutes)
     loaded = opened(source, **options)
     _require_bare(loaded)
     require_text(loaded.model, "healing")
@@ -176,6 +153,9 @@ def heal(
         length = data.info.length
     began = time.monotonic()
     causal = is_causal(loaded.model)
+    watched = None  # read before the work, which may take hours
+    if scores_text(loaded.model):
+        watched = text_of(loaded, watch, split="test", length=length, limit=WATCHED_WINDOWS)
 
     def texts(windows: int) -> Texts:
         text = text_of(loaded, data, split="calibrate", length=length, limit=windows + held, seed=seed)
@@ -201,16 +181,17 @@ def heal(
         "weights": {key: list(tensor.shape) for key, tensor in sorted(own.items())},
     }  # fmt: skip
     kept.begin(facts, resume=resume)
-    with torch.random.fork_rng():  # training draws from torch's generator, which is the caller's
+    with torch.random.fork_rng(), kept.tidied():  # training draws from torch's generator, which is the caller's
         made = run_recipe(run, start, own, amount, kept)
-    judged = {}
-    if scores_text(loaded.model) and not made.stopped:
-        watched = text_of(loaded, watch, split="test", length=length, limit=_TEST_WINDOWS)
-        for key, text in ((HELD, made.held), (WATCHED, watched)):
-            judged[key] = _judged(loaded, text, (start, own), (made.plan, made.weights), batch, progress, key)
+    found, stopped = dict[str, Judged](), made.stopped
+    if watched is not None and not stopped:
+        sides = {"dense": None, "before": (start, own), "after": (made.plan, made.weights)}
+        asked = {HELD: made.held, WATCHED: watched}
+        found = judged(loaded, asked, sides, kept, batch=batch, stop=stop, progress=progress)
+        stopped = len(found) < 2
     return Healed(
-        loaded, start, made.plan, made.weights, named, made.stages, judged,
-        {"train": made.train.info.to_dict(), "held": made.held.info.to_dict()}, time.monotonic() - began, made.stopped,
+        loaded, start, made.plan, made.weights, named, made.stages, found,
+        {"train": made.train.info.to_dict(), "held": made.held.info.to_dict()}, time.monotonic() - began, stopped,
         {**amount, "length": length, "batch": batch, "accumulate": accumulate, "seed": seed},
     )  # fmt: skip
 
@@ -236,7 +217,8 @@ def recipe_of(
     return named, stages
 
 
-def _amount(tokens: int | None, minutes: float | None) -> dict[str, Any]:
+def amount_of(tokens: int | None, minutes: float | None) -> dict[str, Any]:
+    """The one of the two that is given, by its name. Raises U673 for both, none, or what is no amount."""
     if (tokens is None) == (minutes is None):
         raise UsageError("say how long to train: --tokens 200k or --minutes 10, one of them", code="U673")
     if (tokens is not None and tokens < 0) or (minutes is not None and not 0 < minutes < math.inf):
@@ -246,6 +228,16 @@ def _amount(tokens: int | None, minutes: float | None) -> dict[str, Any]:
             code="U673",
         )
     return {"tokens": tokens} if minutes is None else {"minutes": minutes}
+
+
+def _require_one_process() -> None:
+    """Several processes would write over each other's checkpoints and results."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count not in ("", "1"):
+        raise UsageError(
+            f"healing runs in one process and this is one of {count}; start it without torchrun or accelerate launch",
+            code="U676",
+        )
 
 
 def _require_bare(loaded: Loaded) -> None:
@@ -266,19 +258,3 @@ def _stack_of(plan: Plan, stack: str | None) -> str:
             f"the plan changes the stacks {' and '.join(changed)}, and one is healed; name it (--stack)", code="U653"
         )
     return plan.stack_name(stack if stack is not None else changed[0])
-
-
-def _judged(
-    loaded: Loaded,
-    text: Data,
-    before: tuple[Plan, Tensors],
-    after: tuple[Plan, Tensors],
-    batch: int,
-    progress: Progress | None,
-    name: str,
-) -> Judged:
-    def worth(plan: Plan, weights: Tensors) -> Perplexity:
-        with running(loaded.model, plan, weights):
-            return perplexity(loaded.model, text, batch=batch, progress=progress)
-
-    return Judged(perplexity(loaded.model, text, batch=batch), worth(*before), worth(*after))

@@ -6,16 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shoal.api.heal import HELD, WATCHED, Healed
+from shoal.api.heal import Healed
+from shoal.api.judged import HELD, WATCHED
+from shoal.api.prune import Pruned
+from shoal.api.publish import page_data
 from shoal.atomic import publish, staged
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, load_weights, save_planned
 from shoal.models.load import Loaded
-from shoal.plan import Plan
+from shoal.plan import Plan, Shape, cost, shapes_of
 from shoal.record import Record, command_line
+from shoal.report import render
+from shoal.scores import Found
 from shoal.writing.folder import Written, write
 from shoal.writing.output import disk_errors, final_path, refuse_output
+from shoal.writing.proof import Proof
 from shoal.writing.surgery import blueprint, require_writable
 
 
@@ -44,16 +50,8 @@ def publish_healed(
     Raises U640 for a result that held-out text does not like better than its start, unless `anyway`, and what
     `shoal.write` raises.
     """
-    if not healed.better and not anyway:
-        judged = healed.texts.get(HELD)
-        found = (
-            "" if judged is None else f" (perplexity {judged.before.value:.2f} before, {judged.after.value:.2f} after)"
-        )
-        raise UsageError(
-            f"held-out text does not like the healed plan better than its start{found}, so nothing is written; use a "
-            "lower rate (--set rate=1e-4) or more tokens, or write it all the same (--anyway)",
-            code="U640",
-        )
+    if not anyway:
+        require_better(healed)
     command = command_line()
     record = Record(
         "heal", healed.to_dict(), plan=healed.plan.hash, base=healed.plan.base.fingerprint, seed=seed, command=command
@@ -70,7 +68,21 @@ def publish_healed(
         card=card_rows(healed),
         command=" ".join(command),
         config=config,
+        page=lambda proof: render(_page(healed, proof, " ".join(command), record.time)),
         progress=progress,
+    )
+
+
+def require_better(healed: Healed) -> None:
+    """Raise U640 for a result that held-out text does not like better than its start."""
+    if healed.better:
+        return
+    judged = healed.texts.get(HELD)
+    found = "" if judged is None else f" (perplexity {judged.before.value:.2f}, then {judged.after.value:.2f})"
+    raise UsageError(
+        f"held-out text does not like the healed plan better than its start{found}, so nothing is written; use a lower "
+        "rate (--set rate=1e-4) or more tokens, or write it all the same (--anyway)",
+        code="U640",
     )
 
 
@@ -91,6 +103,18 @@ def card_rows(healed: Healed) -> list[dict[str, Any]]:
             )
     said = f"recipe {healed.recipe}, {healed.seconds:.0f} s; {healed.data['train']['source']}"
     return [*rows, {"name": "healed on tokens", "unit": "", "dense": None, "pruned": healed.tokens, "how": said}]
+
+
+def _page(healed: Healed, proof: Proof, command: str, created: str) -> dict[str, Any]:
+    """What `shoal.report.render` draws: the page of the plan, with what healing did."""
+    spec = healed.loaded.opened.spec
+    shape = Shape()
+    before = cost(Plan.identity(spec), spec, shape)
+    after = cost(healed.plan, spec, shape, shapes_of(healed.weights))
+    plain = Pruned(healed.loaded, spec, healed.plan, "listed", Found(healed.plan), before, after, None)
+    rows = [{**row, "unit": "", "better": "lower"} for row in card_rows(healed) if row["name"].startswith("perplexity")]
+    title = f"{healed.loaded.source}, healed by {healed.recipe}"
+    return page_data(plain, proof, command, created) | {"title": title, "quality": rows, "healing": healed.to_dict()}
 
 
 def _as_plan(healed: Healed, output: Path, record: Record, *, overwrite: bool) -> Path:

@@ -164,7 +164,7 @@ def _trained(
         torch.manual_seed(run.run.seed + number)  # what learners draw: the first factor of LoRA
         learner: Learner = after.enter_context(_learner(run, stage, plan, weights, data))
         moving = sum(p.numel() for p in learner.moving_tensors.values())
-        run.say(f"{moving:,} of {sum(p.numel() for p in run.loaded.model.parameters()):,} numbers learn")
+        run.say(f"{moving:,} numbers learn, {run.loaded.opened.spec.params:,} has the whole model")
         done = train(
             learner, (data, texts.held), stage.settings, steps, run.run, folder=place, keep=folder is not None,
             causal=run.causal, tell=_teller(run, name, steps), resume=folder is not None,

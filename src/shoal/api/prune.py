@@ -51,6 +51,9 @@ class Pruned:
     price: dict[str, Any] | None = None
     """Of a search within a budget: unit, share asked for, price; for times also the error and the measured share."""
     records: tuple[Record, ...] = field(default=())
+    """Of what was done besides: healing."""
+    card: tuple[dict[str, Any], ...] = ()
+    """Rows of the model card about it."""
     then: tuple[dict[str, Any], ...] = ()
     """What each transform after the method did, with the errors of its stand-ins."""
     files: tuple[dict[str, str], ...] = ()

@@ -69,10 +69,15 @@ class Protocol:
     """Only plans that a stock class can express."""
     chat_template: str | None = None
     """For conversations in `data` and `tests`, in place of the model's own, see `shoal.load_data`."""
+    heal: str | None = None
+    """A recipe by which each plan is healed before it is judged, on `data`."""
+    heal_tokens: int | None = None
+    """Of each; the same for all, so that what is compared is what they make of them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; what former versions did not have is left out where it is not used."""
-        return {key: value for key, value in asdict(self).items() if key != "chat_template" or value is not None}
+        newer = ("chat_template", "heal", "heal_tokens")
+        return {key: value for key, value in asdict(self).items() if key not in newer or value is not None}
 
 
 class ExpectedSeconds:

@@ -43,6 +43,10 @@ def compare(
     new_tokens: Annotated[int, typer.Option("--new", min=0, help="Tokens of the generation check; 0: none.")] = 64,
     pairs: Annotated[int, typer.Option("--pairs", min=0, help="Rounds of the paired timing; 0: none.")] = 3,
     batch: options.Batch = 1,
+    heal: Annotated[
+        str | None, typer.Option("--heal", help="Heal each plan by this recipe before it is judged; needs --tokens.")
+    ] = None,
+    tokens: options.Tokens = None,
     writable: Annotated[bool, typer.Option("--writable", help="Only plans that a plain checkpoint can hold.")] = False,
     ray: Annotated[
         str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: cells run there.")
@@ -64,6 +68,8 @@ def compare(
     asked = cells(methods, budgets, seeds)
     if not tasks:
         unused("no --tasks are given", "task_items")
+    if heal is None:
+        unused("nothing is healed without --heal", "tokens")
     if ray is None:
         unused("no --ray is given", "workers")
     if dry_run:
@@ -85,6 +91,8 @@ def compare(
         pairs=pairs,
         batch=batch,
         writable=writable,
+        heal=heal,
+        heal_tokens=None if heal is None else _tokens(heal, tokens),
     )
     from shoal.api.compare import compare as run
     from shoal.api.compare import publish
@@ -108,6 +116,15 @@ def compare(
             raise
     page = publish(found)
     emit(found.to_dict(), _text(found, page), as_json=json_)
+
+
+def _tokens(recipe: str, tokens: str | None) -> int:
+    """How many each plan is healed on. Raises U501 and U502 for the recipe, U673 for an amount."""
+    from shoal.api.heal import amount_of, recipe_of
+    from shoal.cli.heal import tokens_of
+
+    recipe_of(recipe, None, [], [])
+    return int(amount_of(None if tokens is None else tokens_of(tokens), None)["tokens"])
 
 
 def _text(found: Any, page: Path) -> str:

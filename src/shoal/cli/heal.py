@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._places import require_plan_place
-from shoal.cli._shared import config_text, emit, emit_config, loading, need, open_model, progress_bars, unused
+from shoal.cli._shared import config_text, emit, emit_config, loading, need, open_model, progress_bars, table, unused
 from shoal.errors import UsageError
 
 
@@ -32,14 +32,12 @@ def heal(
     learn: Annotated[
         list[str] | None, typer.Option("--learn", help="And what moves (shoal ls learners); again for more.")
     ] = None,
-    tokens: Annotated[str | None, typer.Option("--tokens", help="How long: 200k, 1.5M.")] = None,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", help="Or about how long on this machine, turned into tokens.")
-    ] = None,
+    tokens: options.Tokens = None,
+    minutes: options.Minutes = None,
     data: options.DataSource = "builtin",
     text_key: options.TextKey = None,
     chat_template: options.ChatTemplate = None,
-    watch: Annotated[str, typer.Option("--watch", help="A second text, looked at before and after.")] = "builtin",
+    watch: options.Watch = "builtin",
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")] = 256,
     held: Annotated[int, typer.Option("--held", min=1, help="Windows of the text that are never trained on.")] = 8,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows in a forward.")] = 2,
@@ -97,11 +95,8 @@ def heal(
         refuse_output(output, overwrite=overwrite)
     text, second = keyed(data, text_key, chat_template), templated(watch, chat_template)
 
-    def say(line: str) -> None:
-        if not quiet:
-            typer.echo(line, err=True)
-
-    with progress_bars(quiet) as progress, _stopping() as stop:
+    say = saying(quiet)
+    with progress_bars(quiet) as progress, stopping() as stop:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         folder = None if output is None else _folder(output, loaded, chosen, weights, say)
         healed = run(
@@ -111,7 +106,7 @@ def heal(
             save_every=save_every, track=track or [], stop=stop, say=say, progress=progress,
         )  # fmt: skip
         if healed.stopped:
-            _tell_stopped(folder)
+            tell_stopped(folder, "add --resume")
         written = _kept(
             healed, output, save_plan, overwrite=overwrite, anyway=anyway, config=config_text(), seed=seed,
             progress=progress,
@@ -123,25 +118,39 @@ def _folder(output: Path, loaded: Any, plan: Any, weights: Any, say: Any) -> Pat
     """Where the checkpoints are; says what the result will be."""
     from shoal.api.heal_publish import why_no_checkpoint
     from shoal.healing.run_folder import RunFolder
+    from shoal.writing.output import final_path, require_apart
 
+    require_apart(final_path(output), [] if loaded.folder is None else [loaded.folder])
     why = why_no_checkpoint(loaded, plan, weights)
     say("the result will be " + ("a stock checkpoint" if why is None else f"a plan with its tensors ({why})"))
-    return RunFolder.beside(output)
+    return RunFolder.beside(final_path(output))
 
 
 def _kept(healed: Any, output: Path | None, save_plan: Path | None, **how: Any) -> Any:
     """What was written; the checkpoints are not needed any more then."""
     from shoal.api.heal_publish import publish_healed
     from shoal.executing.weights import save_planned
-    from shoal.healing.run_folder import RunFolder
 
     if save_plan is not None:
         save_planned(healed.plan, save_plan, dict(healed.weights))
     if output is None:
         return None
-    written = publish_healed(healed, output, **how)
-    RunFolder(RunFolder.beside(output)).remove()
+    try:
+        written = publish_healed(healed, output, **how)
+    except UsageError as error:
+        if error.code == "U640":  # the run is over, and there is nothing to go on to
+            forget_checkpoints(output)
+        raise
+    forget_checkpoints(output)
     return written
+
+
+def forget_checkpoints(output: Path) -> None:
+    """What healing kept beside the output is not needed any more."""
+    from shoal.healing.run_folder import RunFolder
+    from shoal.writing.output import final_path
+
+    RunFolder(RunFolder.beside(final_path(output))).remove()
 
 
 def tokens_of(text: str) -> int:
@@ -158,7 +167,7 @@ def tokens_of(text: str) -> int:
 
 
 @contextmanager
-def _stopping() -> Iterator[Any]:
+def stopping() -> Iterator[Any]:
     """The first Ctrl-C (or SIGTERM) ends the run after the step that it is in, with a checkpoint; a second one at
     once."""
     asked: list[int] = []
@@ -184,15 +193,26 @@ def _stopping() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _tell_stopped(folder: Path | None) -> None:
-    kept = "nothing is kept without --output" if folder is None else f"{folder} keeps what was reached; add --resume"
+def saying(quiet: bool) -> Callable[[str], None]:
+    """Says a line on stderr, or nothing."""
+    return lambda line: None if quiet else typer.echo(line, err=True)
+
+
+def tell_stopped(folder: Path | None, how: str) -> None:
+    """Say what a stopped run keeps, and stop."""
+    kept = "nothing is kept without --output" if folder is None else f"{folder} keeps what was reached; {how}"
     typer.echo(f"shoal: {kept}", err=True)
     raise KeyboardInterrupt
 
 
-def _said(healed: Any, written: Any) -> tuple[dict[str, Any], str]:
-    from shoal.cli._shared import table
+def tell_healed(healed: Any, quiet: bool) -> None:
+    """What healing did, on stderr."""
+    if not quiet:
+        typer.echo("\n".join(healed_lines(healed)), err=True)
 
+
+def healed_lines(healed: Any) -> list[str]:
+    """What healing did, as text."""
     rows = [
         [name, text.dense.value, text.before.value, text.after.value, round(text.back, 3)]
         for name, text in healed.texts.items()
@@ -203,6 +223,11 @@ def _said(healed: Any, written: Any) -> tuple[dict[str, Any], str]:
     watched = healed.texts.get("watched")
     if watched is not None and watched.after.nll > watched.before.nll:
         lines.append("the second text got worse: what was learned is the training text")
+    return lines
+
+
+def _said(healed: Any, written: Any) -> tuple[dict[str, Any], str]:
+    lines = healed_lines(healed)
     data = healed.to_dict()
     if written is None:
         return data, "\n".join(lines)

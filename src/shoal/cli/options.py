@@ -81,6 +81,11 @@ Then = Annotated[
     list[str] | None,
     typer.Option("--then", help="After that: a stand-in or merge, as refit or slerp:t=0.3 (shoal ls transforms)."),
 ]
+Tokens = Annotated[str | None, typer.Option("--tokens", help="How long to heal: 200k, 1.5M.")]
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", help="Or about how long on this machine, turned into tokens.")
+]
+Watch = Annotated[str, typer.Option("--watch", help="A second text, looked at before and after healing.")]
 SavePlan = Annotated[
     Path | None, typer.Option("--save-plan", help="Folder for plan.json and its weights; --plan takes it.")
 ]

@@ -49,6 +49,12 @@ def prune(
     seed: options.Seed = 0,
     settings: options.Settings = None,
     then: options.Then = None,
+    heal: Annotated[
+        str | None, typer.Option("--heal", help="And train it then by a recipe, NAME or NAME:key=value (shoal heal).")
+    ] = None,
+    tokens: options.Tokens = None,
+    minutes: options.Minutes = None,
+    watch: options.Watch = "builtin",
     save_plan: options.SavePlan = None,
     stack: options.StackName = None,
     output: Annotated[
@@ -91,6 +97,7 @@ def prune(
     entry = get("methods", asked.name)
     own = entry.parse([*asked.pairs, *(settings or [])])
     _tell_unused(entry, plan is not None, bool(then), assess is not False, output is not None, ray is not None)
+    amount = _healing(heal, tokens, minutes)
     if dry_run:
         emit(*_dry(model, plan, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
         return
@@ -114,6 +121,7 @@ def prune(
     text, tests = keyed(data, text_key, chat_template), templated(test_data, chat_template)
     with progress_bars(quiet) as progress, _how_to_go_on(journal):
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, stream, adapter))
+        asked_for = is_causal(loaded.model) and not stream if assess is None else assess
         pruned = run(
             loaded,
             method=method,
@@ -138,16 +146,23 @@ def prune(
             memory=None if state_memory is None else state_memory << 20,
             ray=ray,
             workers=workers,
-            assess=is_causal(loaded.model) and not stream if assess is None else assess,
+            assess=heal is None and asked_for,
             test_data=tests,
             progress=progress,
         )
+        if heal is not None:
+            pruned = _healed(
+                pruned, heal, output, quiet, **amount, data=text, watch=templated(watch, chat_template), seed=seed,
+                assess=asked_for, stack=stack, progress=progress,
+                test={"data": tests, "window": length, "limit": min(limit, 8), "bos": bos},
+            )  # fmt: skip
         tell_fits(pruned.then, quiet)
         if save_plan is not None:
             keep_plan(pruned.plan, save_plan, pruned.found.weights)
         written = None
         if output is not None:
             from shoal.api.publish import publish
+            from shoal.cli.heal import forget_checkpoints
 
             written = publish(
                 pruned,
@@ -158,6 +173,7 @@ def prune(
                 seed=seed,
                 progress=progress,
             )
+            forget_checkpoints(output)
     result = pruned.to_dict() | (
         {} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()}
     )
@@ -178,6 +194,34 @@ def _tell_unused(entry: Any, planned: bool, then: bool, assess: bool, written: b
         unused("nothing is written without --output", "overwrite", "zero_parts")
     if not ray:
         unused("no --ray is given", "workers")
+
+
+def _healing(recipe: str | None, tokens: str | None, minutes: float | None) -> dict[str, Any]:
+    """How long to heal. Raises U501 and U502 for the recipe, U673 for an amount, before anything is loaded."""
+    if recipe is None:
+        unused("nothing is healed without --heal", "tokens", "minutes", "watch")
+        return {}
+    from shoal.api.heal import amount_of, recipe_of
+    from shoal.cli.heal import tokens_of
+
+    recipe_of(recipe, None, [], [])
+    return amount_of(None if tokens is None else tokens_of(tokens), minutes)
+
+
+def _healed(pruned: Any, recipe: str, output: Path | None, quiet: bool, **how: Any) -> Any:
+    """What was found, trained; a run that is stopped keeps its checkpoints, and the same command goes on."""
+    from shoal.api.prune_and_heal import prune_and_heal
+    from shoal.cli.heal import saying, stopping, tell_healed, tell_stopped
+    from shoal.healing.run_folder import RunFolder
+    from shoal.writing.output import final_path
+
+    folder = None if output is None else RunFolder.beside(final_path(output))
+    with stopping() as stop:
+        pruned, healed = prune_and_heal(pruned, recipe, folder=folder, stop=stop, say=saying(quiet), **how)
+        if healed.stopped:
+            tell_stopped(folder, "the same command goes on from there")
+    tell_healed(healed, quiet)
+    return pruned
 
 
 @contextmanager

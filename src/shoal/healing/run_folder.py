@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,12 @@ class RunFolder:
         there = _read(file)
         if there is None:
             self.facts = facts
-            self.place.mkdir(parents=True, exist_ok=True)
+            try:
+                self.place.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"cannot keep checkpoints in {self.place}: {error.strerror}; choose another output", code="U678"
+                ) from None
             write_atomically(file, json.dumps(facts, indent=1) + "\n")
             return False
         if not resume:
@@ -91,6 +98,17 @@ class RunFolder:
         if folder is None or said is None:
             return None
         return load_plan(folder / "shoal" / "plan.json"), load_weights(folder), said
+
+    @contextmanager
+    def tidied(self) -> Iterator[None]:
+        """What fails inside before there is anything to go on from leaves no folder."""
+        try:
+            yield
+        except BaseException:
+            reached = () if self.place is None else (*self.place.glob("*/checkpoint-*"), *self.place.glob("*-done"))
+            if not reached:
+                self.remove()
+            raise
 
     def remove(self) -> None:
         """The run is over."""

@@ -28,9 +28,15 @@ class Settings:
     floor: float = 0.1
     """Share of the highest rate at the end."""
     evaluations: int = 4
-    """How often held-out text is looked at; the tensors that it likes best are kept."""
+    """How often held-out text is looked at, or less often where it would be more than a quarter of what is read in
+    training; the tensors that it likes best are kept."""
     patience: int = 3
     """After so many evaluations in a row without a better one the stage ends."""
+
+    def steps_between(self, steps: int, trained: int, held: int) -> int:
+        """Steps from one evaluation to the next, for so many windows trained on in all and so many held out."""
+        often = max(1, min(self.evaluations, trained // (4 * held)))
+        return math.ceil(steps / often)
 
     def factor(self, step: int, steps: int) -> float:
         """The share of the highest rate at a step (from 0) of so many."""

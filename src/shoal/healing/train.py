@@ -75,6 +75,7 @@ def train(
     args = arguments(
         folder, settings, steps=steps, batch=run.batch, accumulate=run.accumulate, seed=run.seed,
         device=device_of(learner.model), fresh=place is None, track=run.track,
+        every=settings.steps_between(steps, steps * run.batch * run.accumulate, len(rest)),
     )  # fmt: skip
     trainer = HealTrainer(
         learner, held, settings, tell, args=args, train_dataset=windows, eval_dataset=rest, data_collator=collated,

@@ -111,10 +111,10 @@ class Pace(TrainerCallback):
 
 def arguments(
     folder: Path, settings: Settings, *, steps: int, batch: int, accumulate: int, seed: int, device: torch.device,
-    fresh: bool, track: tuple[str, ...] = (),
+    fresh: bool, every: int, track: tuple[str, ...] = (),
 ) -> TrainingArguments:  # fmt: skip
-    """What Trainer is told. One GPU a process: with several, torchrun starts a process for each."""
-    every = max(1, math.ceil(steps / settings.evaluations)) if settings.evaluations else steps
+    """What Trainer is told; `every`: steps from one evaluation to the next. One GPU a process: with several, torchrun
+    starts a process for each."""
     made = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

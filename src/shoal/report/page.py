@@ -12,6 +12,7 @@ from shoal.report import sections
 from shoal.report.facts import stacks
 from shoal.report.formatting import esc
 from shoal.report.header import header
+from shoal.report.healing import healing
 from shoal.report.style import CSS, SCRIPT
 
 _NEEDED = ("title", "command", "model", "plan")
@@ -26,6 +27,7 @@ def render(data: Mapping[str, Any]) -> str:
     scores: {measure, stack, unit, meaning, span, values, errors, sequences, tokens, data, notes}; values[i] belongs to
         layer i, or to the layers i..i+span-1; errors are standard errors.
     quality: [{name, unit, better: lower | higher, dense, pruned, error_dense, error_pruned, how}].
+    healing: {recipe, tokens, seconds, texts, stages}, see `shoal.report.healing`.
     cost: [{name, dense, pruned, unit, how}].
     speed: [{phase, unit, dense, pruned, ratio, how, kind: measured | simulated}] with {median, low, high} each; ratio
         is the speed-up: above 1 the pruned model is faster, whatever the unit.
@@ -56,6 +58,7 @@ def render(data: Mapping[str, Any]) -> str:
 
 _SECTIONS: dict[str, Callable[[Any], str]] = {
     "quality": sections.quality,
+    "healing": healing,
     "speed": sections.speed,
     "cost": sections.cost,
     "proof": sections.proof,

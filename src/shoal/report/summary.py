@@ -61,13 +61,13 @@ def _entry(method: str, budget: str, rows: Sequence[Row]) -> Entry:
     tasks = {name: fmean(r["tasks"][name]["accuracy"] for r in results) for name in results[0].get("tasks", {})}
     numbers = {
         name: fmean(known)
-        for name in ("kl", "top1", "repetition", "params", "kv", "layers", "flops", "price")
+        for name in ("unhealed", "kl", "top1", "repetition", "params", "kv", "layers", "flops", "price")
         if (known := [r[name] for r in results if isinstance(r.get(name), int | float)])
     }
     for name in ("prefill", "decode"):
         if known := [row["measured"][name]["median"] for row in whole if name in row["measured"]]:
             numbers[name] = median(known)
-    for name in ("seconds", "peak"):
+    for name in ("seconds", "healing", "peak"):
         if known := [row["measured"][name] for row in whole if row["measured"].get(name) is not None]:
             numbers[name] = fmean(known)
     return Entry(
@@ -116,6 +116,7 @@ def columns(dense: Entry, found: Sequence[Entry]) -> tuple[list[str], list[list[
 
 
 _NUMBERS = {
+    "unhealed": "before healing",
     "kl": "KL",
     "top1": "top-1",
     "repetition": "repetition",
@@ -125,6 +126,7 @@ _NUMBERS = {
     "decode": "decode time",
     "prefill": "prefill time",
     "seconds": "search s",
+    "healing": "healing s",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shoal.errors import UsageError
+from shoal.errors import UsageError, first_line
 from shoal.healing.blocks import beside_gaps
 from shoal.healing.moving import (
     LearnJob,
@@ -95,14 +95,23 @@ def _injected(job: LearnJob, targets: list[str], rank: int, alpha: float, dropou
     before = dict(model.named_modules(remove_duplicate=False))
     trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers that store [in, out]: peft turns them itself
-        peft.inject_adapter_in_model(config, model, adapter_name=NAME)
+    found = Adapter(Path(), None, before, trained)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layers that store [in, out]: peft turns them itself
+            peft.inject_adapter_in_model(config, model, adapter_name=NAME)
+    except Exception as error:  # peft knows modules that are read past their call, and says so in several classes
+        found.detach()
+        raise UsageError(
+            f"peft cannot put LoRA into this model: {first_line(error)}; let whole layers learn (--learn near, or "
+            "--set learn=near)",
+            code="U677",
+        ) from None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{NAME}." in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Adapter(Path(), None, before, trained)
+    return found
 
 
 def _moving(job: LearnJob, runs: list[Run], adapter: Adapter) -> Moving:

@@ -1,0 +1,82 @@
+"""What healing did, on two texts: windows held out of the training text, and a second one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.data import Data
+from shoal.evaluation import Perplexity, Progress, perplexity
+from shoal.executing.weights import Tensors
+from shoal.healing.run_folder import RunFolder
+from shoal.live import running
+from shoal.models.load import Loaded
+from shoal.plan import Plan
+from shoal.record import plain
+
+HELD, WATCHED = "held out", "watched"
+"""The two texts that say what healing did: windows held out of the training text, and a second text."""
+WATCHED_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one text says of the dense model, of the plan before and after healing."""
+
+    dense: Perplexity
+    before: Perplexity
+    after: Perplexity
+
+    @property
+    def back(self) -> float:
+        """The share of the lost nats that came back."""
+        lost = self.before.nll - self.dense.nll
+        return (self.before.nll - self.after.nll) / lost if lost > 0 else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        sides = {name: getattr(self, name) for name in ("dense", "before", "after")}
+        figures = {name: {"perplexity": one.value, "nll": one.nll, "error": one.error} for name, one in sides.items()}
+        return plain({**figures, "back": self.back, "data": self.dense.info.to_dict()})
+
+
+def judged(
+    loaded: Loaded,
+    texts: Mapping[str, Data],
+    sides: Mapping[str, tuple[Plan, Tensors] | None],
+    kept: RunFolder,
+    *,
+    batch: int,
+    stop: Callable[[], bool],
+    progress: Progress | None,
+) -> dict[str, Judged]:
+    """What each text says of each side; those that are done when the run is told to stop."""
+    found: dict[str, Judged] = {}
+    for name, text in texts.items():
+        worth: dict[str, Perplexity] = {}
+        for side, ran in sides.items():
+            if stop():
+                return found
+            worth[side] = _worth(loaded, text, ran, kept, f"{side}, {name}", batch)
+            if progress is not None:
+                progress(len(found) * 3 + len(worth), 6, "both texts")
+        found[name] = Judged(**worth)
+    return found
+
+
+def _worth(
+    loaded: Loaded, text: Data, ran: tuple[Plan, Tensors] | None, kept: RunFolder, name: str, batch: int
+) -> Perplexity:
+    """The perplexity of the whole model, or of a plan with its tensors; from the run's folder if it is known there."""
+    known = kept.found(name)
+    if known is not None and known["info"]["sha256"] == text.info.sha256:
+        each = {key: tuple(known[key]) for key in ("per_sequence", "per_sequence_tokens")}
+        return Perplexity(**{**known, **each, "info": text.info})
+    with nullcontext() if ran is None else running(loaded.model, *ran):
+        found = perplexity(loaded.model, text, batch=batch)
+    if math.isfinite(found.nll):
+        kept.remember(name, found.to_dict())
+    return found
