@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import shoal.api.heal as verb
 from shoal.api.heal import heal
+from shoal.cli.heal import stopping
 from shoal.data import Data
 from shoal.errors import ModelError, ShoalError, UsageError
 from shoal.live import running
@@ -239,6 +241,19 @@ def test_a_new_term_is_one_file(loaded: Loaded, tmp_path: Path) -> None:
     )
     found = heal(loaded, terms=[f"{mine}:power=1.0"], tokens=256, data=text(), watch=text(2, 1), **SMALL)
     assert found.stages[0]["held_after"] < found.stages[0]["held_before"]
+
+
+def test_a_signal_ends_a_run_behind_its_step_and_a_second_one_at_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping() as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop()
+    with stopping():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_verb_is_a_name_of_the_package() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +45,7 @@ class Healed:
     texts: dict[str, Judged]
     data: dict[str, Any]
     seconds: float
+    """Of all stages, those of runs that were stopped among them; of killed ones what came before is not known."""
     stopped: bool = False
     """Whether it was told to stop; its checkpoints are kept then."""
     asked: dict[str, Any] = field(default_factory=dict)
@@ -151,7 +151,6 @@ def heal(
     name = _stack_of(start, stack)
     if isinstance(data, Data):
         length = data.info.length
-    began = time.monotonic()
     causal = is_causal(loaded.model)
     watched = None  # read before the work, which may take hours
     if scores_text(loaded.model):
@@ -191,7 +190,8 @@ def heal(
         stopped = len(found) < 2
     return Healed(
         loaded, start, made.plan, made.weights, named, made.stages, found,
-        {"train": made.train.info.to_dict(), "held": made.held.info.to_dict()}, time.monotonic() - began, stopped,
+        {"train": made.train.info.to_dict(), "held": made.held.info.to_dict()},
+        sum(stage["seconds"] for stage in made.stages), stopped,
         {**amount, "length": length, "batch": batch, "accumulate": accumulate, "seed": seed},
     )  # fmt: skip
 

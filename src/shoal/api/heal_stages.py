@@ -177,7 +177,10 @@ def _trained(
             probe, None
         )
     error = float((found.last.float() - live).norm() / live.norm())
-    return made, used_by(made, tensors), _record(stage, done, moving, error)
+    before = kept.found(f"seconds {number}") or 0.0  # of runs that were stopped
+    kept.remember(f"seconds {number}", before + done.seconds)
+    record = _record(stage, done, moving, error)
+    return made, used_by(made, tensors), {**record, "seconds": before + done.seconds}
 
 
 @torch.no_grad()

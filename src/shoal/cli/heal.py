@@ -96,15 +96,16 @@ def heal(
     text, second = keyed(data, text_key, chat_template), templated(watch, chat_template)
 
     say = saying(quiet)
-    with progress_bars(quiet) as progress, stopping() as stop:
+    with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         folder = None if output is None else _folder(output, loaded, chosen, weights, say)
-        healed = run(
-            loaded, chosen, asked.name, settings=own, weights=weights, terms=term or [], learn=learn or [],
-            tokens=amount, minutes=minutes, teacher=teacher, data=text, watch=second, length=length, held=held,
-            batch=batch, accumulate=accumulate, seed=seed, stack=stack, folder=folder, resume=resume,
-            save_every=save_every, track=track or [], stop=stop, say=say, progress=progress,
-        )  # fmt: skip
+        with stopping() as stop:
+            healed = run(
+                loaded, chosen, asked.name, settings=own, weights=weights, terms=term or [], learn=learn or [],
+                tokens=amount, minutes=minutes, teacher=teacher, data=text, watch=second, length=length, held=held,
+                batch=batch, accumulate=accumulate, seed=seed, stack=stack, folder=folder, resume=resume,
+                save_every=save_every, track=track or [], stop=stop, say=say, progress=progress,
+            )  # fmt: skip
         if healed.stopped:
             tell_stopped(folder, "add --resume")
         written = _kept(
@@ -168,8 +169,8 @@ def tokens_of(text: str) -> int:
 
 @contextmanager
 def stopping() -> Iterator[Any]:
-    """The first Ctrl-C (or SIGTERM) ends the run after the step that it is in, with a checkpoint; a second one at
-    once."""
+    """The first Ctrl-C (or SIGTERM) inside ends the run behind the step or evaluation that it is in, and what was
+    reached is kept; a second one stops at once."""
     asked: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -186,8 +187,6 @@ def stopping() -> Iterator[Any]:
             break
     try:
         yield lambda: bool(asked)
-        if asked:
-            raise KeyboardInterrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
