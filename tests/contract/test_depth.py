@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from shoal.errors import PlanError, WriteError
 from shoal.models import depth
 from shoal.models.depth import depth_of, permuted_config
+from shoal.models.inspect import inspect
 from shoal.models.order import refuse_order
 from shoal.models.stacks import find_stack
+from shoal.plan import Plan, parse_plan
+from shoal.writing.surgery import blueprint
 
+from ..survey.picture_models import tiny_picture_config
 from ..survey.survey import KINDS, survey_here, types
 from ..survey.tiny import tiny, tiny_config
 from .shares import every
@@ -62,6 +67,36 @@ def test_the_first_k_can_become_fewer_but_not_move_back() -> None:
     assert changed(config, 0, 2, 3, 4)["first_k_dense_replace"] == 2
     with pytest.raises(WriteError, match="first_k_dense_replace"):
         permuted_config(config, (3, 0))
+
+
+@pytest.mark.parametrize(
+    ("sources", "slots", "wanted"),
+    [
+        ([0, 1, 2, 3, 4, 5], (0, 2, 2, 4), [0, 1, 2, 3]),
+        ([0, 1, 1, 3, 4, 5], (0, 1, 2, 4), [0, 1, 1, 3]),
+        ([0, 1, 1, 3, 4, 5], (0, 1, 3), None),
+        ([0, 1, 1, 3, 4, 5], (0, 2, 3, 4), None),
+        ([0, 1, 1, 3, 4, 5], (1, 0, 2, 3), None),
+    ],
+)
+def test_layers_whose_kv_others_read_keep_their_place(
+    sources: list[int], slots: tuple[int, ...], wanted: list[int] | None
+) -> None:
+    config = small("mistral_large4_text", kv_source_layers=sources, first_k_dense_replace=0)
+    if wanted is None:
+        with pytest.raises(WriteError, match="kv_source_layers"):
+            permuted_config(config, slots)
+    else:
+        assert changed(config, *slots)["kv_source_layers"] == wanted
+
+
+def test_a_config_that_its_class_does_not_accept_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depth, "RULES", ())
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(tiny_picture_config("mistral_large4"))
+    with pytest.raises(WriteError, match="kv_source_layers") as caught:
+        blueprint(model, parse_plan("0-4", Plan.identity(inspect(model))))
+    assert caught.value.code == "W216"
 
 
 def test_a_list_of_exceptions_can_say_anything() -> None:

@@ -82,6 +82,11 @@ def _roundings(value: float) -> list[float]:
     return [value, low, high, math.nextafter(low, -math.inf), math.nextafter(high, math.inf)]
 
 
+def _read_from(sources: list[int]) -> list[Any]:
+    """None for a layer whose KV it alone reads, else the number of the layer whose KV it shares."""
+    return [None if sources.count(source) == 1 else (source, source == i) for i, source in enumerate(sources)]
+
+
 RULES = (
     _first_k("first_k_dense_replace"),
     _first_k("num_dense_layers"),
@@ -113,6 +118,14 @@ RULES = (
         ("num_kv_shared_layers",),
         lambda f, depth: [i >= depth - (f["num_kv_shared_layers"] or 0) for i in range(depth)],
         lambda f, wanted: [{"num_kv_shared_layers": k} for k in range(len(wanted))],
+    ),
+    Rule(  # Mistral Large 4: each layer's own number, or that of the layer whose KV it reads
+        ("kv_source_layers",),
+        lambda f, depth: _read_from(f["kv_source_layers"]),
+        lambda f, wanted: [
+            {"kv_source_layers": list(range(len(wanted)))},
+            {"kv_source_layers": f["kv_source_layers"][: len(wanted)]},
+        ],
     ),
     Rule(  # MiniCPM 3 scales every residual by the root of the depth
         ("scale_depth",),

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from shoal.atomic import sweep
 from shoal.errors import WriteError
 from shoal.plan import Plan
@@ -101,7 +103,7 @@ def savable() -> Iterator[None]:
     """A config that transformers refuses to save as W216."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         why = " ".join(str(error).split())[:300]  # its first line alone says that something is wrong, not what
         raise WriteError(
             f"transformers will not save the model's configs: {why}; mend them first", code="W216"

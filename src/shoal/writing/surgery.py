@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -66,7 +67,7 @@ def blueprint(
         read_back = _read_back(config)
         refuse_cache(model.config, read_back, stacks, {name: len(found.slots) for name, found in by_stack.items()})
         require_same_layers(model, stacks, read_back, slots)
-    except (ValueError, AttributeError) as error:  # its own checks of its fields, and mixed per-layer values
+    except (ValueError, AttributeError, StrictDataclassError) as error:  # its own checks, and mixed per-layer values
         why = str(error).strip().splitlines()[-1].strip()[:300]
         raise WriteError(
             f"no config of {stacks[0].config.model_type} describes these layers: {why}; run the plan live", code="W216"
