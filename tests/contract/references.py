@@ -17,6 +17,10 @@ from shoal.models.stacks import find_stack
 Batch = dict[str, torch.Tensor]
 Call = Callable[[int, torch.Tensor], torch.Tensor]
 
+CLOSE = {"atol": 3e-5, "rtol": 3e-5}
+"""Of logits that two ways of computing give: ten times what any processor's kernels with one or two threads showed; a
+layer too many or a wrong row is off by more than 1e-3."""
+
 
 @torch.no_grad()
 def by_hand(model: PreTrainedModel, batch: Batch, chain: Callable[[Call, torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from shoal.models.stacks import find_stack
 from shoal.plan import Plan, cost, parse_plan
 
 from .families import VOCAB, tiny
-from .references import with_map_of
+from .references import CLOSE, with_map_of
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
 PADDED = {"input_ids": IDS.clone(), "attention_mask": torch.ones_like(IDS)}
@@ -52,9 +52,9 @@ def test_cached_padded_and_static_passes_are_one_pass(family: str, attention: st
                 logits(model, input_ids=IDS[:, a:b], past_key_values=cache, use_cache=True)
                 for a, b in ((0, 4), (4, 6), (6, 7), (7, 8), (8, 9))
             ]
-            torch.testing.assert_close(torch.cat(pieces, 1), want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(torch.cat(pieces, 1), want, **CLOSE)
         alone = logits(model, input_ids=IDS[1:, 3:])
-        torch.testing.assert_close(logits(model, **PADDED)[1, 3:], alone[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(model, **PADDED)[1, 3:], alone[0], **CLOSE)
     assert not torch.allclose(want, before, atol=1e-4)
     assert torch.equal(logits(model), before), "the layers have their own attention back"
 
@@ -66,7 +66,7 @@ def test_both_attentions_make_one_map(family: str) -> None:
         model = own(family, attention)
         with running(model, PLANS[family]):
             found.append(logits(model, **PADDED)[PADDED["attention_mask"].bool()])
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
 
 
 def test_it_is_what_the_layer_makes_of_that_map_by_hand() -> None:

@@ -40,7 +40,7 @@ from .kinds import kind
 from .paged import paged_logits
 from .planted import random_data
 from .processes import one_process
-from .references import by_hand, shared_kv, silenced, with_map_of
+from .references import CLOSE, by_hand, shared_kv, silenced, with_map_of
 
 PLANS: dict[Trait, str] = {
     "layer": "0-1,3",
@@ -175,7 +175,7 @@ def uncached(trait: Trait, _: Path) -> None:
     model = own()
     want = reference(model, trait)
     with at_work(model, trait):
-        torch.testing.assert_close(logits(model), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(model), want, **CLOSE)
 
 
 def over(trait: Trait, make: Callable[[Any], Any]) -> None:
@@ -184,7 +184,7 @@ def over(trait: Trait, make: Callable[[Any], Any]) -> None:
         want, cache, pieces = logits(model), make(model.config), []
         for start, end in ((0, 4), *((i, i + 1) for i in range(4, 9))):
             pieces.append(logits(model, input_ids=IDS[:, start:end], past_key_values=cache, use_cache=True))
-        torch.testing.assert_close(torch.cat(pieces, 1), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.cat(pieces, 1), want, **CLOSE)
 
 
 def cached(trait: Trait, _: Path) -> None:
@@ -199,7 +199,7 @@ def padded(trait: Trait, _: Path) -> None:
     model = own()
     with at_work(model, trait):
         both, alone = logits(model, **PADDED), logits(model, input_ids=IDS[1:, 3:])
-    torch.testing.assert_close(both[1, 3:], alone[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(both[1, 3:], alone[0], **CLOSE)
 
 
 def checkpointed(trait: Trait, _: Path) -> None:
@@ -254,7 +254,7 @@ def beside_encoder(trait: Trait, _: Path) -> None:
         first = model(input_ids=IDS, decoder_input_ids=IDS[:, :3], use_cache=True)
         rest = {"encoder_outputs": (first.encoder_last_hidden_state,), "past_key_values": first.past_key_values}
         second = model(decoder_input_ids=IDS[:, 3:6], use_cache=True, **rest)
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), want, **CLOSE)
 
 
 def paged(trait: Trait, _: Path) -> None:
@@ -262,7 +262,7 @@ def paged(trait: Trait, _: Path) -> None:
     with at_work(model, trait):
         found = paged_logits(model, PADDED, [5, 7, 9])
         seen = PADDED["attention_mask"].bool()
-        torch.testing.assert_close(found[seen], logits(model, **PADDED)[seen], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[seen], logits(model, **PADDED)[seen], **CLOSE)
 
 
 def gated(trait: Trait, _: Path) -> None:
@@ -308,7 +308,7 @@ def written(trait: Trait, _: Path) -> None:
     plan = plan_of(model, PLANS[trait])
     made = rewrite(model, plan, weights=weights_of(model), zero_parts=trait == "other part")
     with at_work(model, trait):
-        torch.testing.assert_close(logits(made), logits(model), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(made), logits(model), **CLOSE)
 
 
 def gguf(trait: Trait, folder: Path) -> None:
