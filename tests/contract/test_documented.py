@@ -63,7 +63,7 @@ def test_every_option_that_a_page_names_is_there() -> None:
             assert named <= known | OTHERS, f"{page}: {named - known - OTHERS}"
 
 
-OTHERS = {"--no-deps", "--prune-layers", "--lens", "--shape"}
+OTHERS = {"--first", "--seconds", "--no-deps", "--prune-layers", "--lens", "--shape"}
 """Options of other programs that the pages name."""
 
 

@@ -19,7 +19,7 @@ from shoal.healing.moving import LearnJob, Moving, Tensors, nothing_moves
 from shoal.healing.seen import Seen
 from shoal.healing.shown import Around, Side
 from shoal.healing.stage import Selection, Term
-from shoal.models.evaluating import evaluating
+from shoal.models.evaluating import evaluating, keeping_modes
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan
 
@@ -120,11 +120,11 @@ def learning(
     Raises U675 where nothing learns, and what the learners raise.
     """
     asked = [parameter for parameter in opened.model.parameters() if parameter.requires_grad]
-    training = [module for module in opened.model.modules() if module.training]
     with ExitStack() as after:
         for parameter in asked:
             parameter.requires_grad_(False)
-        after.callback(_put_back, opened.model, asked, training)
+        after.enter_context(keeping_modes(opened.model))
+        after.callback(_put_back, opened.model, asked)
         whole = bind(opened)  # before adapters are put in: they make it another model
         job = LearnJob(opened, plan, weights, stack, data, batch, seed)
         movings = _movings(job, selections, after)
@@ -173,10 +173,8 @@ def _several(makers: Sequence[Around]) -> Iterator[None]:
         yield
 
 
-def _put_back(model: nn.Module, asked: list[nn.Parameter], training: list[nn.Module]) -> None:
-    wanted, modes = {id(p) for p in asked}, {id(m) for m in training}
+def _put_back(model: nn.Module, asked: list[nn.Parameter]) -> None:
+    wanted = {id(p) for p in asked}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
         parameter.grad = None
-    for module in model.modules():
-        module.training = id(module) in modes

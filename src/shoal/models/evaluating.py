@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode for a while, and the modes that a model was in."""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
             module.training = True
         for module, positions in moved:
             setattr(module, _MOVED, positions)
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module that was there is in the mode it was in, whatever trained meanwhile."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
