@@ -61,6 +61,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     **{key: {"M322": OTHERS, "P131": RECURRENT} for key in ("generate --policy", "fit-exits", "calibrate")},
     "heal": {"M322": ("bert",), "U653": ("t5", "clip"), "M323": NO_TEXT, "U677": ("mamba2",)},
     "fuse": {"U653": ("t5", "clip"), "M323": NO_TEXT},
+    "heal": {"M322": ("bert",), "U653": ("t5", "clip"), "M323": NO_TEXT},
     "write --stream": {"W240": SEVERAL},
     "write gguf": {"W265": tuple(name for name in PLANS if name != "llama"), "W266": ("llama",)},
     "verify": {"N001": ALL},

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from shoal.api.assess import text_of
+from shoal.atomic import replacing
 from shoal.data import Data
 from shoal.evaluation import Progress
 from shoal.executing.bind import bind
@@ -254,9 +255,8 @@ def _answers(run: HealRun, some: Data, number: int, kept: RunFolder) -> Data:
         tell=lambda done, total: run.progress(done, total, "answers") if run.progress is not None else None,
     )  # fmt: skip
     if file is not None and made.answers is not None:
-        draft = file.with_suffix(".partial")
-        save_file({"ids": made.ids, "answers": made.answers}, draft)
-        draft.replace(file)
+        with replacing(file) as draft:
+            save_file({"ids": made.ids, "answers": made.answers}, draft)
     return made
 
 

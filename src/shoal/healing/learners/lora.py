@@ -14,6 +14,7 @@ from torch import nn
 
 from shoal.errors import UsageError, first_line
 from shoal.healing.blocks import beside_gaps
+from shoal.healing.fused_modules import FUSED
 from shoal.healing.moving import (
     LearnJob,
     Moving,
@@ -47,8 +48,9 @@ def lora(
 
     W is [out, in]; A [rank, in] and B [out, rank] learn, and B is 0 at first.
     So the start is the plan itself, bit for bit, and the whole model without its adapters is the teacher. `alpha` None:
-    twice the rank. `where` near: only the `width` layers before and behind each removed span. At the end W + (alpha /
-    rank) B A is computed in float32 and cast once: the result is a stock checkpoint of the plan's size.
+    twice the rank. Matrices that fused kernels read by themselves (`out_proj` of Mamba) get none. `where` near: only
+    the `width` layers before and behind each removed span. At the end W + (alpha / rank) B A is computed in float32 and
+    cast once: the result is a stock checkpoint of the plan's size.
 
     Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), by peft; as healing: Gromov et al. 2024 (arXiv 2403.17887).
     """
@@ -81,7 +83,8 @@ def _targets(job: LearnJob, runs: list[Run], part: str) -> list[str]:
         )
         for root in roots:
             found |= {names[id(m)]: None for m in root.modules() if _is_matrix(m)}
-    return list(found)
+    fused = FUSED.get(getattr(job.opened.model.config, "model_type", ""), frozenset())
+    return [name for name in found if name.rpartition(".")[2] not in fused]
 
 
 def _is_matrix(module: nn.Module) -> bool:
