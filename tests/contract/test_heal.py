@@ -24,6 +24,7 @@ from shoal.registry import entries
 
 from .kinds import kind
 from .planted import random_data
+from .shares import every
 from .test_api import folder  # noqa: F401
 from .test_cli import shoal
 
@@ -49,7 +50,7 @@ def data(tmp_path: Path) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", every(3, RECIPES))
 def test_every_recipe_takes_two_steps(recipe: str, loaded: Loaded) -> None:
     """Each stage moves what it says, and the model is afterwards what it was."""
     before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}

@@ -25,6 +25,7 @@ from shoal.writing.surgery import rewrite
 from .families import tiny_of
 from .healing import CUT, batch_of, deep, gradients, learner_of
 from .planted import LINEAR, answers, data_of, random_data, silence
+from .shares import every
 
 TERMS = sorted(entries("terms"))
 LEARN = {"block-local": ("near",)}
@@ -93,7 +94,9 @@ def test_divergences_by_hand(beta: float) -> None:
     torch.testing.assert_close(_divergence(p.log(), q.log(), beta), kl[beta])
 
 
-@pytest.mark.parametrize("learn", [("lora:rank=4",), ("near",), ("all",), ("near:rate=1e-3", "lora:where=near")])
+@pytest.mark.parametrize(
+    "learn", every(3, [("lora:rank=4",), ("near",), ("all",), ("near:rate=1e-3", "lora:where=near")])
+)
 def test_the_teacher_is_the_dense_model_bit_for_bit_after_training(learn: tuple[str, ...], tmp_path: Path) -> None:
     """And the user's model is what it was: names, values, hooks, modes, which parameters ask for gradients."""
     model = deep()

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from gguf_files import tiny_model, tiny_tokenizer
 from shoal.cli import app
 
+from .shares import every
+
 TRUST = "--trust-remote-code"
 CONFIG = """from transformers import LlamaConfig
 
@@ -82,7 +84,7 @@ def test_every_verb_asks_and_takes_the_option(verb: str, own: Path, tmp_path: Pa
     assert "Do you wish" not in taken.output + taken.stderr
 
 
-@pytest.mark.parametrize("how", [(), ("--stream",)])
+@pytest.mark.parametrize("how", every(2, [(), ("--stream",)]))
 def test_what_is_written_carries_its_code_and_proves_itself(how: tuple[str, ...], own: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("write", "IN", "--plan", "0-2,4-5", "--output", "OUT", *how)

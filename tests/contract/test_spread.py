@@ -22,7 +22,7 @@ from .processes import one_process
 from .spread import process, trained
 
 CLOSE = 1e-5
-"""Of tensors after ten steps; 5e-7 was seen."""
+"""Of tensors after ten steps."""
 
 
 def other(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -51,3 +51,14 @@ def test_what_transformers_will_not_save_is_said(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match=r"W216: .*temperature"):
         write(Loaded(model, None, "x"), plan, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_the_loss_of_routers_that_a_config_asks_for_is_not_computed_beside_a_cache(family: str, tmp_path: Path) -> None:
+    model = copy.deepcopy(tiny(family))
+    model.config.output_router_logits = True
+    plan = parse_plan("0,2-3", Plan.identity(inspect(model)))
+    done = write(Loaded(model, None, "x"), plan, tmp_path / "out")
+    assert done.proof is not None and done.proof.passed
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["output_router_logits"] is True
+    assert model.config.output_router_logits is True

@@ -205,6 +205,8 @@ def _compared(family: str, place: Path, out: Path, said: str, streamed: bool) ->
         written(place, out, streamed, prove=True)
     except ShoalError as error:
         return f"{said}: {wrong}; its proof says {error.code}" if error.code not in ("W230", "W231") else None
+    except Exception as error:
+        return f"{said}: {wrong}; its proof raises {type(error).__name__}: {str(error)[:150]}"
     return f"{said}: PROVED, {wrong}"
 
 

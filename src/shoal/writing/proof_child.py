@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +19,28 @@ from transformers.modeling_outputs import BaseModelOutput
 CACHES = ("past_key_values", "cache_params")
 
 
+def _without_router_loss(measure: Callable[..., Any]) -> Callable[..., Any]:
+    """Without the loss of experts' routers, which transformers cannot compute beside a cache, though a config asks."""
+
+    def measured(model: Any, *args: Any) -> Any:
+        own = vars(model.config.get_text_config(decoder=True))
+        asked = {key: own[key] for key in own if key == "output_router_logits"}
+        own |= dict.fromkeys(asked, False)
+        try:
+            return measure(model, *args)
+        finally:
+            own.update(asked)
+
+    return measured
+
+
 def uncached(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Logits [b, t, vocab] of one pass over ids [b, t]; mask [b, t] is 0 where a row is padded on the left."""
     logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits
 
 
+@_without_router_loss
 def cached(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
     """The same logits by a prefill of half the tokens, a chunk of two as in verification (one where a layer keeps a
     recurrent state, which takes no chunks), then single tokens. None for a model that keeps no cache."""
@@ -46,6 +63,7 @@ def greedy(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[int], li
     return _greedy(model, {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}, tokens)
 
 
+@_without_router_loss
 def _greedy(model: Any, given: dict[str, torch.Tensor], tokens: int) -> tuple[list[int], list[float]]:
     """The same for one row of inputs. Of the model's own generation config only the ids of special tokens count: it may
     ask for drafts, contrasts or sampling, which compare other things than two models."""
@@ -70,6 +88,7 @@ def _greedy(model: Any, given: dict[str, torch.Tensor], tokens: int) -> tuple[li
     return out.sequences[0, -len(best) :].tolist(), [first - second for first, second in best]
 
 
+@_without_router_loss
 def kv_facts(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any] | None:
     """What the cache of one sequence ids [1, t] holds: `per_token`, bytes by which the second token lets it grow;
     `elements` at t tokens; `rows`, [window or 0, elements] of every row that holds something. None without a cache."""
