@@ -168,7 +168,7 @@ def live_side(
     with quiet(), evaluating(inner), running(inner, plan, weights):
         for name, (ids, mask) in sets.items():
             found = {"uncached": measure.uncached(inner, ids, mask), "cached": measure.cached(inner, ids, mask)}
-            largest = max(largest, float(found["uncached"].abs()[mask.bool()].max()))  # type: ignore[union-attr]
+            largest = max(largest, float(found["uncached"].abs()[mask.bool()].max()))
             found |= {"ids": ids, "mask": mask}
             tensors |= {f"{name}.{kind}": t.cpu().contiguous() for kind, t in found.items() if t is not None}
         rows = measure.kv_facts(inner, *sets["random"])
