@@ -158,6 +158,8 @@ def stand_ins(place: Path, own: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(own)
         patch.setenv("SHOAL_CACHE", str(place / "cache"))
+        for name in LESS:
+            resolve_name(name)  # or a module that is imported later would keep what stands in for the other's function
         patch.setattr("shoal.models.gguf.builtin_file", lambda: place / "smollm2.gguf")
         patch.setattr("shoal.data.sources.builtin_text", lambda split: (f"{split} {TEXT} " * 100)[:SHORT])
         patch.setattr("shoal.serve.listen.bind", _anywhere)
@@ -203,7 +205,8 @@ def _once(function: Callable[..., Any], place: Path) -> Callable[..., Any]:
 def _given_less(function: Callable[..., Any], most: dict[str, int]) -> Callable[..., Any]:
     @functools.wraps(function)
     def less(*args: Any, **given: Any) -> Any:
-        return function(*args, **given | {name: min(n, given.get(name, n)) for name, n in most.items()})
+        asked = {name: given.get(name, n) for name, n in most.items()}
+        return function(*args, **given | {name: None if n is None else min(n, most[name]) for name, n in asked.items()})
 
     return less
 

@@ -126,7 +126,7 @@ def heal(
     `length` tokens. `folder` keeps checkpoints (one each `save_every` seconds), and with `resume` a run goes on from
     there. `stop` is asked after each step.
 
-    Raises U640 never (writing does), U641 for a plan that removes nothing, U642 and U643 for a folder of another run,
+    Raises U641 for a plan that removes nothing, U642 and U643 for a folder of another run,
     U644 for a model with adapters, U673 for an amount that is none, U674 where memory is too small, U675 where nothing
     learns, U676 for one of several processes, D494 where no token counts, U511 for a teacher of another vocabulary.
     """
