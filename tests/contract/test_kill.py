@@ -14,7 +14,7 @@ import pytest
 
 from . import kill_driver
 
-KILLS, INTERRUPTS = 16, 6
+KILLS, INTERRUPTS = 50, 16
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork; runs on Linux and macOS")
 
