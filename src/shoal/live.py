@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from shoal.deciding.bound_policy import BoundPolicy
+from shoal.deciding.learning import Learning
 from shoal.deciding.policy import Policy
 from shoal.deciding.policy_text import policy_for, require_tensors
 from shoal.deciding.trace import Trace
@@ -75,6 +76,20 @@ class Running:
         see `BoundPlan.paused`. A policy hears nothing of what is computed there, and the trace does not count it."""
         with self.bound.paused():
             yield self
+
+    @contextmanager
+    def learning(self, step: Learning) -> Iterator[Learning]:
+        """`with handle.learning(Learning(progress=0.2, seed=step)) as now: loss = model(...)` - the policy is trained:
+        it sees `now` as `forward.learning`, and what it writes down in a forward is in `now.ledger` behind it."""
+        executor = None if self.deciding is None else self.deciding.executor
+        if executor is None:
+            yield step
+            return
+        before, executor.learning = executor.learning, step
+        try:
+            yield step
+        finally:
+            executor.learning = before
 
     @property
     def tensors(self) -> Tensors:

@@ -60,7 +60,7 @@ GATED: dict[Trait, tuple[str, str]] = {
     "layer": ("0-1,2?g/project,3", "0-1,3"),
     "part": ("0,1a?g/project,2-3", "0,2-3"),
     "new tensors": ("0,1:x?g/project,2-3", "0,2-3"),
-    "KV source": ("0-1,2@1?g,3", ""),
+    "KV source": ("0-1,2@1?g,3", "0-1,3"),
     "attention map": ("0-1,2@a1?g,3", ""),
     "map": ("0,~1-2?g,3", ""),
     "parallel group": ("0,(1?g|2),3", ""),

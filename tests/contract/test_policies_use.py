@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[str, str, str, str, str]] = {
     "a state": ("mamba2", "0-3", "exit:after=1", "P131", "mamba2"),
     "a state in a hybrid": ("jamba", "0-3", "skip:listed=2", "P131", "layer 2"),
     "keys that others read": ("gemma3n_text", "0-3", "skip:listed=1", "P133", "layer 1"),
-    "KV read across layers": ("llama", "0-2,3@1", "exit:after=1", "P133", "layer 3"),
+    "KV read across layers": ("llama", "0-2,3@1", "exit:after=0", "P133", "layer 3"),
     "layers side by side": ("llama", "0,(1|2),3", "exit:after=0", "P132", "1|2"),
     "a gated map": ("llama", "0-1,~2?g,3", "exit:after=0", "P112", "map-2-2"),
     "late in a window": ("gemma2", "0-3", "exit:after=1,fill=defer", "P135", "outside its window"),

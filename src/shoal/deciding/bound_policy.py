@@ -12,7 +12,8 @@ from shoal.deciding.asked import OneThread, prompt_length
 from shoal.deciding.decidable import require_decidable, require_heads, require_masks
 from shoal.deciding.exit_heads import Heads, require_probes
 from shoal.deciding.exit_readout import Readout
-from shoal.deciding.gated_executor import GatedExecutor, Known
+from shoal.deciding.filling_executor import Known
+from shoal.deciding.gated_executor import GatedExecutor
 from shoal.deciding.kv_projection import projections_of
 from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.policy import Policy

@@ -16,7 +16,7 @@ from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
 from shoal.plan.capabilities import refusal, refused
 from shoal.plan.select import exits, run_of
 from shoal.plan.spec import LayerSpec
-from shoal.plan.steps import gate_of, layers_read, runs, writes_kv
+from shoal.plan.steps import gate_of, kv_source, layers_read, runs, writes_kv
 from shoal.plan.tensors import tensors_of
 
 
@@ -29,6 +29,7 @@ def require_decidable(policy: Policy, spec: Spec, model: object, probe: StackFac
         raise PlanError(no.message, code=no.code)
     layers, steps = spec.stack().layers, policy.plan.steps()
     read = layers_read(steps) | {source for run in runs(steps) for source in layers[run.layer].needs}
+    skippable = {run.layer for step, _ in _skippable(steps) for run in runs((step,))}
     for step, behind in _skippable(steps):
         _require_plain(step, gate_of(step) is not None)
         for run in runs((step,)):
@@ -37,7 +38,7 @@ def require_decidable(policy: Policy, spec: Spec, model: object, probe: StackFac
                 if not behind:
                     continue
             _require_attention(run, layers[run.layer], spec.family)
-            _require_own_kv(run, read)
+            _require_kept_kv(run, read, skippable)
             if writes_kv(run) and layers[run.layer].kv.per_token:
                 _require_fill(run, policy, probe.layers[run.layer], behind)
     _require_sources(steps, probe)
@@ -89,11 +90,22 @@ def _require_attention(run: Run, layer: LayerSpec, family: str) -> None:
         )
 
 
-def _require_own_kv(run: Run, read: set[int]) -> None:
-    if run.layer_sources or (run.layer in read and (run.gate is not None or run.kv.fill in (None, "mask"))):
-        no = refusal((run,), "gated") or refused("KV source", "gated", run)
-        assert no is not None
+def _require_kept_kv(run: Run, read: set[int], skippable: set[int]) -> None:
+    """Keys and values that another run reads are there for every token; a run that reads some stores none itself."""
+    if no := refusal((run,), "gated"):
         raise PlanError(no.message, code=no.code)
+    if (source := kv_source(run)) is not None and source in skippable:
+        raise PlanError(
+            f"layer {run.layer} reads the keys and values of layer {source}, which some token may skip; write the plan "
+            f"without @{source}, or let no gate and no exit decide about layer {source}",
+            code="P133",
+        )
+    if run.layer in read and (run.gate is not None or run.kv.fill in (None, "mask")):
+        raise PlanError(
+            f"layer {run.layer} shares its keys and values with another layer, so no token can be without them; write "
+            "the plan without @, or let tokens leave with the fill project",
+            code="P133",
+        )
 
 
 def _require_fill(run: Run, policy: Policy, fact: LayerFacts, behind: bool) -> None:

@@ -1,11 +1,45 @@
-"""What a policy answers: one bool for the whole pass, or one for each token; and the logic of such answers."""
+"""What a policy answers: one bool for the whole pass, or one for each token; with a weight where it learns; and the
+logic of such answers."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 Decision = bool | torch.Tensor
 """True or False for the whole pass, or bool [batch or 1, tokens]. Only a bool lets a layer not be called at all."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Soft:
+    """A decision that carries a weight, so that a gradient reaches whoever decides.
+
+    `hard` is what the KV fill, the trace and the exits go by. At a run, out = x + weight (f(x) - x): 1 is the layer's
+    output and 0 its input, bit for bit. Where the weight needs gradients, the layer is called for all tokens, so that a
+    closed gate learns as well; otherwise for those of `hard` alone, and the others keep their state. At an exit the
+    weight is the share of the token's last state that comes from here: norm and head read sum w_n x_n, and whoever
+    leaves there, or reaches the end, takes all that is left from that state, so the shares add up to 1.
+    """
+
+    hard: Decision
+    weight: torch.Tensor
+    """Float [batch or 1, tokens]."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether a gradient of the weight is wanted."""
+        return torch.is_grad_enabled() and self.weight.requires_grad
+
+
+def straight_through(hard: torch.Tensor, soft: torch.Tensor) -> Soft:
+    """The decision `hard` (bool) with the gradient of `soft`: the weight is exactly 0 or 1."""
+    return Soft(hard, soft + (hard.to(soft.dtype) - soft).detach())
+
+
+def hard_of(answer: Decision | Soft) -> Decision:
+    """Who runs or leaves, a bool where all do or none."""
+    return collapse_uniform(answer.hard if isinstance(answer, Soft) else answer)
 
 
 def logical_not(one: Decision) -> Decision:
@@ -39,8 +73,20 @@ def collapse_uniform(decision: Decision) -> Decision:
     return bool(decision.all()) or (decision if bool(decision.any()) else False)
 
 
+def weight_of(answer: Decision | Soft, active: Decision, left: Decision) -> torch.Tensor | None:
+    """What the change of a run is multiplied by, [batch or 1, tokens]: 0 for who has `left`, and for who is not
+    `active` unless a gradient is wanted. None for a decision without a weight."""
+    if not isinstance(answer, Soft):
+        return None
+    counted = logical_not(left) if answer.learns else active
+    if isinstance(counted, bool):
+        return answer.weight if counted else torch.zeros_like(answer.weight)
+    return answer.weight * counted.to(answer.weight)
+
+
 def over_states(decision: Decision, hidden: torch.Tensor) -> torch.Tensor:
-    """A decision that is no bool, as [batch or 1, tokens, 1] on the device of `hidden`, to be laid over its states."""
+    """A decision or weight of each token as [batch or 1, tokens, 1] on the device of `hidden`, to be laid over its
+    states."""
     assert isinstance(decision, torch.Tensor)
     return decision.to(hidden.device)[..., None]
 
@@ -53,3 +99,10 @@ def select(where: Decision, then: torch.Tensor, otherwise: torch.Tensor) -> torc
     if isinstance(where, bool):
         return then if where else otherwise
     return torch.where(over_states(where, then), then, otherwise.to(then.device))
+
+
+def weighted(weight: torch.Tensor, then: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """`otherwise` + weight (`then` - `otherwise`), [..., batch, tokens, hidden] where `then` is; `weight` is [batch or
+    1, tokens], and 0 and 1 give one of the two exactly."""
+    share = weight.to(device=then.device, dtype=then.dtype)[..., None]
+    return torch.lerp(otherwise.to(then.device), then, share)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from shoal.deciding.decisions import Decision, collapse_uniform, logical_or, select
+from shoal.deciding.decisions import Decision, collapse_uniform, logical_or, over_states, select
 from shoal.deciding.kv_state import KVState
+from shoal.deciding.learning import Learning
 from shoal.executing.forward import Forward
 from shoal.executing.slots import KeysValues
 from shoal.models.examine import LayerFacts, StackFacts
@@ -47,6 +48,8 @@ class ForwardView:
     memory: dict[str, Any] = field(default_factory=dict)
     """Whatever it wants to remember of these sequences: it stays beside their KV cache, is empty when the cache is, and
     ends with the forward when there is none."""
+    learning: Learning | None = None
+    """In training: how far it is, what is drawn from, and where a policy writes down what its terms need."""
 
     def generated(self, column: int) -> bool:
         """Whether `column` counts as decoding: it comes after a prefill, or `prompt` says so."""
@@ -74,6 +77,10 @@ class GatedForward(Forward):
     """Which tokens have left at an exit."""
     left_with: torch.Tensor | None = None
     """For those that have left: the state that final norm and head shall read."""
+    shares: torch.Tensor | None = None
+    """How much of each token's last state weighted exits have given so far, [batch, tokens]; None: there was none."""
+    given: torch.Tensor | None = None
+    """What they have given, the sum of weight x state, [batch, tokens, hidden]."""
     before: torch.Tensor | None = None
     """The hidden state one run before."""
     heads: list[tuple[Decision, str]] = field(default_factory=list)
@@ -105,14 +112,34 @@ class GatedForward(Forward):
         depths = torch.full((self.view.rows, self.view.tokens), self.depth)
         return depths if self.own_depth is None else depths + self.own_depth
 
+    def give(self, weight: torch.Tensor, where: Decision, state: torch.Tensor) -> None:
+        """The exit with this `state` gives so much (`weight` [batch or 1, tokens], and no more than is left) to the
+        tokens of `where`."""
+        if where is False:
+            return
+        share = (weight if where is True else weight * where.to(weight)).expand(self.view.rows, -1)
+        if self.shares is not None:
+            share = torch.minimum(share, 1 - self.shares.to(share.device))
+        own = over_states(share, state).to(state.dtype) * state
+        self.shares = share if self.shares is None else self.shares + share.to(self.shares.device)
+        self.given = own if self.given is None else self.given.to(own.device) + own
+
+    def rest(self, state: torch.Tensor) -> torch.Tensor:
+        """What is read of tokens that end with `state`: what earlier exits gave, and the rest of `state`."""
+        if self.shares is None or self.given is None:
+            return state
+        return self.given.to(state.device) + over_states(1 - self.shares, state).to(state.dtype) * state
+
     def leave(self, where: Decision, state: torch.Tensor, head: str) -> None:
         """These tokens, none of which had left, end here with `state`, to be read by `head`."""
+        state = self.rest(state)
         self.left_with = state if self.left_with is None else select(where, state, self.left_with)
         self.left = collapse_uniform(where if self.left is False else logical_or(self.left, where))
         self.heads.append((where, head))
 
     def last_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """What final norm and head shall read, where `hidden` is the state behind the last layer."""
+        hidden = self.rest(hidden)
         if self.left_with is None:
             return hidden
         return select(self.left, self.left_with.to(hidden.device), hidden)

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.deciding.decisions import Decision
+from shoal.deciding.decisions import Decision, weighted
 from shoal.executing.checkpointed import Around
 from shoal.models.parts import Parts, residual_place
 
 
 @contextmanager
 def mlp_for_some(layer: nn.Module, names: tuple[str, ...], active: torch.Tensor) -> Iterator[None]:
-    """Meanwhile the children `names` of `layer` add something for the tokens that are `active` [batch, tokens] alone.
+    """Meanwhile the children `names` of `layer` add something for the tokens that are `active` [batch, tokens] alone;
+    where that is no bool, it is the weight of what they add.
 
     Several bare `nn.Linear` children are one chain (OPT keeps its mlp inline), of which the last one counts.
     """
@@ -61,7 +62,10 @@ class _Partly(nn.Module):
         nothing: Any = 0.0
         if place is not None:
             nothing = args[place] if len(args) > place else kwargs["residual"]
-        active = self.__dict__["_active"]
-        active = active.reshape(-1, 1) if added.dim() == 2 else active[..., None]
-        kept = torch.where(active, added, nothing)
+        active = self.__dict__["_active"].to(added.device)
+        active = active.reshape(-1) if added.dim() == 2 else active
+        if active.dtype == torch.bool:
+            kept = torch.where(active[..., None], added, nothing)
+        else:
+            kept = weighted(active, added, torch.zeros_like(added) if place is None else nothing)
         return (kept, *out[1:]) if isinstance(out, tuple) else kept

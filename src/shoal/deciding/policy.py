@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from shoal.deciding.decisions import Decision, and_not, collapse_uniform, logical_and, logical_or
+from shoal.deciding.decisions import Decision, Soft, and_not, collapse_uniform, logical_and, logical_or
 from shoal.deciding.exit_view import ExitView
 from shoal.deciding.forward import ForwardView
 from shoal.plan import Exit, Plan, Run
 from shoal.plan.steps import PartName
 
-__all__ = ["Decision", "ExitView", "ForwardView", "Grain", "Policy", "Schedule", "needs_no_fill"]
+__all__ = ["Decision", "ExitView", "ForwardView", "Grain", "Policy", "Schedule", "Soft", "needs_no_fill"]
 
 Grain = Literal["call", "row", "token"]
 
@@ -64,11 +64,11 @@ class Policy:
     def begin(self, forward: ForwardView) -> None:
         """A forward begins."""
 
-    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision:
+    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision | Soft:
         """Which tokens a gated run is for; `hidden` is its input, [batch, tokens, hidden]."""
         return True
 
-    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
+    def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision | Soft:
         """Which tokens end at this exit; asked only where some are left, and heeded for those alone."""
         return False
 

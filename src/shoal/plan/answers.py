@@ -125,11 +125,7 @@ UNGATED = Refused(
     "P132",
     "{step} cannot stand behind a gate or an exit in this version; put the gate at a layer",
 )
-GATED_KV = Refused(
-    "P133",
-    "layer {layer} shares keys and values with another layer, so no token can be without them; write the plan "
-    "without @, or let tokens leave with the fill project",
-)
+GATED_KV = Right("where no token skips the layer that it reads; P133 otherwise")
 NO_DRAFT = Refused(
     "P150",
     "a draft keeps layers or parts of layers of the base model, and {step} is neither; write the layers that it "
