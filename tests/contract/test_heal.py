@@ -200,12 +200,6 @@ def test_what_cannot_be_healed_is_one_sentence(code: str, how: dict[str, Any], l
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
-def test_one_of_several_processes_is_refused(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="U676"):
-        heal(loaded, tokens=64, data=text(), watch=text(2, 1), **SMALL)
-
-
 def test_what_cannot_be_watched_is_said_before_anything_is_trained(loaded: Loaded, tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"context": "a"}\n')
     with pytest.raises(ShoalError, match=r"D408.*no key 'text'"):

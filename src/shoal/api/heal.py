@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from shoal.data import Data
 from shoal.errors import ModelError, UsageError
 from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, plan_and_weights, shapes_in, used_by
+from shoal.healing.processes import Processes
 from shoal.healing.run_folder import RunFolder
 from shoal.healing.stage import Fit, Recipe, Stage, selection_of, term_of
 from shoal.healing.train import Run
@@ -126,11 +126,16 @@ def heal(
     `length` tokens. `folder` keeps checkpoints (one each `save_every` seconds), and with `resume` a run goes on from
     there. `stop` is asked after each step.
 
+    Started by `torchrun` or `accelerate launch`, the processes share the work (DDP): each reads its part of a step's
+    windows, `batch` x `accumulate` of them, the first one writes to `folder`, and all have the result.
+
     Raises U641 for a plan that removes nothing, U642 and U643 for a folder of another run,
     U644 for a model with adapters, U673 for an amount that is none, U674 where memory is too small, U675 where nothing
-    learns, U676 for one of several processes, D494 where no token counts, U511 for a teacher of another vocabulary.
+    learns, D494 where no token counts, U511 for a teacher of another vocabulary.
     """
-    _require_one_process()
+    group = Processes.join(options.get("device"))
+    if not group.first:
+        say, progress = _silent, None
     named, stages = recipe_of(recipe, settings, terms, learn)
     amount = amount_of(tokens, minutes)
     loaded = opened(source, **options)
@@ -168,15 +173,24 @@ def heal(
         texts=texts,
         length=length,
         causal=causal,
-        run=Run(batch=batch, accumulate=accumulate, seed=seed, save_every=save_every, track=tuple(track), stop=stop),
+        run=Run(
+            batch=batch,
+            accumulate=accumulate,
+            seed=seed,
+            save_every=save_every,
+            track=tuple(track),
+            stop=stop,
+            processes=group,
+        ),
         say=say,
         progress=progress,
     )
-    kept = RunFolder(None if folder is None else Path(folder).expanduser())
+    kept = RunFolder(None if folder is None else Path(folder).expanduser(), group)
     facts = {
         "plan": str(start), "base": loaded.opened.spec.fingerprint, "recipe": [one.to_dict() for one in stages],
         "amount": amount, "data": str(data) if isinstance(data, str | Path) else "given", "length": length,
         "held": held, "batch": batch, "accumulate": accumulate, "seed": seed, "stack": name,
+        "processes": group.count,
         "weights": {key: list(tensor.shape) for key, tensor in sorted(own.items())},
     }  # fmt: skip
     kept.begin(facts, resume=resume)
@@ -192,7 +206,7 @@ def heal(
         loaded, start, made.plan, made.weights, named, made.stages, found,
         {"train": made.train.info.to_dict(), "held": made.held.info.to_dict()},
         sum(stage["seconds"] for stage in made.stages), stopped,
-        {**amount, "length": length, "batch": batch, "accumulate": accumulate, "seed": seed},
+        {**amount, "length": length, "batch": batch, "accumulate": accumulate, "seed": seed, "processes": group.count},
     )  # fmt: skip
 
 
@@ -230,14 +244,8 @@ def amount_of(tokens: int | None, minutes: float | None) -> dict[str, Any]:
     return {"tokens": tokens} if minutes is None else {"minutes": minutes}
 
 
-def _require_one_process() -> None:
-    """Several processes would write over each other's checkpoints and results."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count not in ("", "1"):
-        raise UsageError(
-            f"healing runs in one process and this is one of {count}; start it without torchrun or accelerate launch",
-            code="U676",
-        )
+def _silent(_: str) -> None:
+    """The first process speaks."""
 
 
 def _require_bare(loaded: Loaded) -> None:

@@ -61,7 +61,7 @@ class HealRun:
     @property
     def per_step(self) -> int:
         """Tokens of an optimiser step."""
-        return self.run.batch * self.run.accumulate * self.length
+        return self.run.windows * self.length
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def _steps(run: HealRun, plan: Plan, weights: Tensors, amount: dict[str, Any], k
             with _learner(run, stage, plan, weights, probe.train) as learner:
                 seconds = seconds_a_step(learner, probe.train, run.run, causal=run.causal)
             found.append(max(1, int(amount["minutes"] * 60 * _RESERVED * share / total / seconds)))
+        found = run.run.processes.told(lambda: found)
         run.say(f"{amount['minutes']:g} minutes are {sum(found) * run.per_step:,} tokens here")
     kept.remember("steps", found)
     return found
@@ -250,11 +251,13 @@ def _answers(run: HealRun, some: Data, number: int, kept: RunFolder) -> Data:
         found = load_file(file)
         return described(Data(found["ids"], None, some.info, found["answers"]), list(range(len(found["ids"]))))
     run.say(f"the whole model writes {len(some)} answers")
-    made = written_by(
-        run.loaded.model, some, seed=run.run.seed,
-        tell=lambda done, total: run.progress(done, total, "answers") if run.progress is not None else None,
-    )  # fmt: skip
-    if file is not None and made.answers is not None:
+
+    def tell(done: int, total: int) -> None:
+        if run.progress is not None:
+            run.progress(done, total, "answers")
+
+    made = run.run.processes.told(lambda: written_by(run.loaded.model, some, seed=run.run.seed, tell=tell))
+    if file is not None and made.answers is not None and run.run.processes.first:
         with replacing(file) as draft:
             save_file({"ids": made.ids, "answers": made.answers}, draft)
     return made

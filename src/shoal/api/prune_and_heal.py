@@ -11,6 +11,7 @@ from shoal.api.heal import Healed, heal
 from shoal.api.heal_publish import card_rows, require_better
 from shoal.api.prune import Pruned
 from shoal.evaluation import Progress
+from shoal.healing.processes import require_one_process
 from shoal.record import Record, command_line
 
 
@@ -30,8 +31,9 @@ def prune_and_heal(
 
     `folder` keeps checkpoints, and is gone on with when it holds those of this very run. `assess`: evaluate and time
     the healed plan, on the text that `test` names as `evaluate` takes it. Raises U640 unless `anyway`, and what `heal`
-    raises.
+    raises; U676 for one of several processes.
     """
+    require_one_process("pruning with healing")
     healed = heal(
         pruned.loaded, pruned.plan, recipe, weights=pruned.found.weights, seed=seed, folder=folder, resume=True,
         progress=progress, **options,

@@ -88,6 +88,7 @@ def heal(
         return
     from shoal.api.heal import heal as run
     from shoal.data.spelled import keyed, templated
+    from shoal.healing.processes import Processes
     from shoal.writing.folder import refuse_output
 
     require_plan_place(save_plan)
@@ -95,6 +96,8 @@ def heal(
         refuse_output(output, overwrite=overwrite)
     text, second = keyed(data, text_key, chat_template), templated(watch, chat_template)
 
+    group = Processes.join(device)
+    quiet = quiet or not group.first
     say = saying(quiet)
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
@@ -106,6 +109,9 @@ def heal(
                 batch=batch, accumulate=accumulate, seed=seed, stack=stack, folder=folder, resume=resume,
                 save_every=save_every, track=track or [], stop=stop, say=say, progress=progress,
             )  # fmt: skip
+        Processes.leave()
+        if not group.first:
+            return
         if healed.stopped:
             tell_stopped(folder, "add --resume")
         written = _kept(

@@ -12,6 +12,7 @@ from typing import Any
 from shoal.atomic import write_atomically
 from shoal.errors import UsageError
 from shoal.executing.weights import load_weights, save_planned
+from shoal.healing.processes import Processes
 from shoal.plan import Plan, load_plan
 from shoal.record import plain
 
@@ -19,11 +20,12 @@ FACTS = "run.json"
 
 
 class RunFolder:
-    """`facts` say which run it is; each finished stage has a folder with its plan, its tensors and what it did."""
+    """`facts` say which run it is; each finished stage has a folder with its plan, its tensors and what it did. Of
+    several processes the first one alone writes."""
 
-    def __init__(self, place: Path | None) -> None:
+    def __init__(self, place: Path | None, processes: Processes | None = None) -> None:
         """`place` None keeps nothing."""
-        self.place = place
+        self.place, self.processes = place, processes or Processes()
         self.facts: dict[str, Any] = {}
 
     @staticmethod
@@ -37,36 +39,38 @@ class RunFolder:
         Raises U642 for an unfinished run when `resume` is not set, U643 for one of another run.
         """
         facts = json.loads(json.dumps(plain(facts)))
-        if self.place is None:
+        place = self.place
+        if place is None:
             self.facts = facts
             return False
-        file = self.place / FACTS
+        self.facts, there = self.processes.told(lambda: self._begun(place, facts, resume=resume))
+        return there
+
+    def _begun(self, place: Path, facts: dict[str, Any], *, resume: bool) -> tuple[dict[str, Any], bool]:
+        file = place / FACTS
         there = _read(file)
         if there is None:
-            self.facts = facts
             try:
-                self.place.mkdir(parents=True, exist_ok=True)
+                place.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(
-                    f"cannot keep checkpoints in {self.place}: {error.strerror}; choose another output", code="U678"
+                    f"cannot keep checkpoints in {place}: {error.strerror}; choose another output", code="U678"
                 ) from None
             write_atomically(file, json.dumps(facts, indent=1) + "\n")
-            return False
+            return facts, False
         if not resume:
             raise UsageError(
-                f"{self.place} holds the checkpoints of an unfinished run; go on with it (--resume), or remove that "
-                "folder",
+                f"{place} holds the checkpoints of an unfinished run; go on with it (--resume), or remove that folder",
                 code="U642",
             )
         for name in sorted(facts.keys() | (there.keys() - {"found"})):
             if facts.get(name) != there.get(name):
                 raise UsageError(
-                    f"{self.place} holds the checkpoints of another run: its {name} is {_short(there.get(name))} and "
+                    f"{place} holds the checkpoints of another run: its {name} is {_short(there.get(name))} and "
                     f"not {_short(facts.get(name))}; give the options of that run, or remove that folder",
                     code="U643",
                 )
-        self.facts = there
-        return True
+        return there, True
 
     def stage(self, number: int) -> Path | None:
         """Where the checkpoints of a stage are."""
@@ -75,7 +79,7 @@ class RunFolder:
     def remember(self, name: str, value: Any) -> None:
         """Keep something that was found out in the course of the run."""
         self.facts = {**self.facts, "found": {**self.facts.get("found", {}), name: plain(value)}}
-        if self.place is not None:
+        if self.place is not None and self.processes.first:
             write_atomically(self.place / FACTS, json.dumps(self.facts, indent=1) + "\n")
 
     def found(self, name: str) -> Any:
@@ -85,6 +89,9 @@ class RunFolder:
     def finish_stage(self, number: int, plan: Plan, weights: dict[str, Any], said: dict[str, Any]) -> None:
         """Keep the result of a stage, of which no checkpoint is needed any more."""
         if self.place is None:
+            return
+        self.processes.wait()  # each has written its part of the last checkpoint
+        if not self.processes.first:
             return
         folder = self.place / f"stage-{number}-done"
         save_planned(plan, folder, weights)
@@ -106,7 +113,7 @@ class RunFolder:
             yield
         except BaseException:
             reached = () if self.place is None else (*self.place.glob("*/checkpoint-*"), *self.place.glob("*-done"))
-            if not reached:
+            if not reached and self.processes.first:
                 self.remove()
             raise
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from shoal.data import Data
 from shoal.errors import UsageError, first_line, note
 from shoal.healing.learner import Learner
+from shoal.healing.processes import Processes
 from shoal.healing.stage import Settings
 from shoal.healing.trainer import HealTrainer, NotFiniteError, Pace, Tell, arguments, last_checkpoint
 from shoal.healing.windows import Windows, collated
@@ -36,6 +37,13 @@ class Run:
     """What Trainer reports to: tensorboard, wandb, ..."""
     stop: Callable[[], bool] = lambda: False
     """Asked after each step."""
+    processes: Processes = field(default_factory=Processes)
+    """Those that share the work: each reads `batch` x `accumulate` windows in a step."""
+
+    @property
+    def windows(self) -> int:
+        """Of an optimiser step, in all processes."""
+        return self.batch * self.accumulate * self.processes.count
 
 
 @dataclass(frozen=True)
@@ -68,19 +76,23 @@ def train(
     `folder` holds checkpoints where `keep` says so; with `resume` the newest one is gone on from. Raises U674 where
     memory is too small.
     """
-    held = held_loss(learner, texts[1], causal=causal, batch=run.batch)
+    held = held_loss(learner, texts[1], causal=causal, batch=run.batch, processes=run.processes)
     place = last_checkpoint(folder) if resume else None
     start = learner.copies()
     windows, rest = Windows(texts[0], causal=causal), Windows(texts[1], causal=causal)
     args = arguments(
         folder, settings, steps=steps, batch=run.batch, accumulate=run.accumulate, seed=run.seed,
         device=device_of(learner.model), fresh=place is None, track=run.track,
-        every=settings.steps_between(steps, steps * run.batch * run.accumulate, len(rest)),
+        every=settings.steps_between(steps, steps * run.windows, len(rest)),
     )  # fmt: skip
+    pace = Pace(
+        run.save_every if keep else None, run.stop, evaluates=bool(settings.evaluations), processes=run.processes
+    )
     trainer = HealTrainer(
-        learner, held, settings, tell, args=args, train_dataset=windows, eval_dataset=rest, data_collator=collated,
+        learner, held, settings, tell, run.processes, args=args, train_dataset=windows, eval_dataset=rest,
+        data_collator=collated,
         optimizers=_optimiser(learner, settings, steps),
-        callbacks=[Pace(run.save_every if keep else None, run.stop, evaluates=bool(settings.evaluations))],
+        callbacks=[pace],
     )  # fmt: skip
     began, said = time.monotonic(), ""
     try:
@@ -95,25 +107,28 @@ def train(
         raise
     if trainer.best is not None:
         learner.put(trainer.best)
-    elif settings.evaluations and not run.stop():
+    elif settings.evaluations and not pace.stopped:
         learner.put(start)
     history = tuple(trainer.state.log_history)
     looked = [entry["held_loss"] for entry in history if "held_loss" in entry]
     done = trainer.state.global_step
     return TrainedStage(
         done,
-        done * run.batch * run.accumulate * texts[0].info.length,
+        done * run.windows * texts[0].info.length,
         time.monotonic() - began,
         tuple(_plain(entry) for entry in history if "train_runtime" not in entry),
         looked[0] if looked else float("nan"),
         min(looked, default=float("nan")),
-        run.stop() and done < steps,
+        pace.stopped and done < steps,
         said,
     )
 
 
-def held_loss(learner: Learner, data: Data, *, causal: bool, batch: int) -> Callable[[], float]:
-    """Computes the objective on held-out windows, per token that counts."""
+def held_loss(
+    learner: Learner, data: Data, *, causal: bool, batch: int, processes: Processes | None = None
+) -> Callable[[], float]:
+    """Computes the objective on held-out windows, per token that counts; each process takes a share of the batches."""
+    group = processes or Processes()
     windows = Windows(data, causal=causal)
     items = windows.counted()
 
@@ -121,11 +136,11 @@ def held_loss(learner: Learner, data: Data, *, causal: bool, batch: int) -> Call
         total = 0.0
         device = device_of(learner.model)
         with evaluating(learner):
-            for at in range(0, len(windows), batch):
+            for at in range(group.rank * batch, len(windows), group.count * batch):
                 rows = collated([windows[n] for n in range(at, min(at + batch, len(windows)))])
                 found = learner(**{name: tensor.to(device) for name, tensor in rows.items()}, num_items_in_batch=items)
                 total += float(found["loss"])
-        return total
+        return group.summed(total)
 
     return loss
 

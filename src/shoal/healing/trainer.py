@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from shoal.healing.learner import Learner
+from shoal.healing.processes import Processes
 from shoal.healing.stage import Settings
 
 LEARNT, BEST = "learnt.safetensors", "best.safetensors"
@@ -37,9 +38,16 @@ class HealTrainer(Trainer):
     control: TrainerControl
 
     def __init__(
-        self, learner: Learner, held_loss: Callable[[], float], settings: Settings, tell: Tell, **options: Any
+        self,
+        learner: Learner,
+        held_loss: Callable[[], float],
+        settings: Settings,
+        tell: Tell,
+        processes: Processes,
+        **options: Any,
     ):
         self.learner, self.held_loss, self.settings, self.tell = learner, held_loss, settings, tell
+        self.processes = processes
         self.best: dict[str, torch.Tensor] | None = None
         """What held-out text likes best, when that is not the start."""
         self.best_loss, self.worse = math.inf, 0
@@ -50,7 +58,7 @@ class HealTrainer(Trainer):
         if self.learner.fading is not None:
             self.learner.fading.progress = self.state.global_step / max(1, self.state.max_steps)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not bool(torch.isfinite(loss).all()):
+        if self.processes.any(not bool(torch.isfinite(loss).all()))[0]:
             raise NotFiniteError(self.state.global_step + 1)
         return loss
 
@@ -94,17 +102,22 @@ class HealTrainer(Trainer):
 class Pace(TrainerCallback):
     """Saves by the clock, and when the run is told to stop; evaluates at the very end."""
 
-    def __init__(self, every: float | None, stop: Callable[[], bool], *, evaluates: bool) -> None:
+    def __init__(self, every: float | None, stop: Callable[[], bool], *, evaluates: bool, processes: Processes) -> None:
         """`every`: seconds between two checkpoints (None: no checkpoint); `stop` is asked after each step."""
         self.every, self.stop, self.evaluates, self.last = every, stop, evaluates, time.monotonic()
+        self.processes = processes
+        self.stopped = False
+        """Whether any process was told to stop."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         control.should_evaluate |= bool(self.evaluates and state.global_step >= state.max_steps)
-        if self.stop():
+        due = self.every is not None and self.processes.first and time.monotonic() - self.last >= self.every
+        self.stopped, due = self.processes.any(self.stop(), due)
+        if self.stopped:
             control.should_save, control.should_training_stop = self.every is not None, True
-        elif self.every is not None and time.monotonic() - self.last >= self.every:
+        elif due:
             control.should_save, self.last = True, time.monotonic()
         return control
 
