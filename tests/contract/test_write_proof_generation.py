@@ -26,6 +26,9 @@ ASKED: list[dict[str, Any]] = [
     {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.1},
     {"cache_implementation": "static"},
     {"stop_strings": ["x"]},
+    {"bos_token_id": "full_attention"},
+    {"eos_token_id": ["x", None]},
+    {"pad_token_id": 1.5},
 ]
 
 
@@ -42,6 +45,15 @@ def test_what_a_base_asks_of_generate_is_left_to_it(asked: dict[str, Any], tmp_p
         name: value for name, value in asked.items() if name != "assistant_early_exit"
     }
     assert {name: getattr(model.generation_config, name) for name in asked} == asked
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 30])
+def test_a_model_of_few_positions_is_proved(positions: int, tmp_path: Path) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    model.config.max_position_embeddings = positions
+    plan = parse_plan("0,2-3", Plan.identity(inspect(model)))
+    done = write(Loaded(model, None, "x"), plan, tmp_path / "out")
+    assert done.proof is not None and done.proof.passed
 
 
 def test_what_transformers_will_not_save_is_said(tmp_path: Path) -> None:

@@ -65,12 +65,13 @@ def greedy(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[int], li
 
 @_without_router_loss
 def _greedy(model: Any, given: dict[str, torch.Tensor], tokens: int) -> tuple[list[int], list[float]]:
-    """The same for one row of inputs. Of the model's own generation config only the ids of special tokens count: it may
-    ask for drafts, contrasts or sampling, which compare other things than two models."""
+    """The same for one row of inputs. Of the model's own generation config only the ids of special tokens count, where
+    they are ids: it may ask for drafts, contrasts or sampling, which compare other things than two models."""
     own = model.generation_config
     model.generation_config = copy.deepcopy(own)
     for name in vars(type(own)()):
-        if "token_id" not in name and name not in ("_from_model_config", "transformers_version"):
+        kept = name in ("_from_model_config", "transformers_version")
+        if not kept and not ("token_id" in name and is_special(getattr(own, name, None))):
             setattr(model.generation_config, name, None)
     try:
         out = model.generate(
@@ -86,6 +87,12 @@ def _greedy(model: Any, given: dict[str, torch.Tensor], tokens: int) -> tuple[li
         model.generation_config = own
     best = [scores[0].float().topk(2).values.tolist() for scores in out.scores]
     return out.sequences[0, -len(best) :].tolist(), [first - second for first, second in best]
+
+
+def is_special(value: Any) -> bool:
+    """Whether a config's value is the id of a special token, or a list of them."""
+    several = value if isinstance(value, list) else [value]
+    return bool(several) and all(isinstance(one, int) and not isinstance(one, bool) for one in several)
 
 
 @_without_router_loss

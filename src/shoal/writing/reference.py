@@ -161,7 +161,7 @@ def live_side(
 ) -> LiveSide:
     """The forwards of the proof on a model under a plan."""
     sets = probe_sets(inner, tokenizer)
-    prompts = _prompts(sets, tokenizer, greedy[0])
+    prompts = [prompt for prompt in _prompts(sets, tokenizer, greedy[0]) if len(prompt) < _context(inner)]
     tokens = min(greedy[1], _context(inner) - max(len(p) for p in prompts)) if prompts else 0
     tensors: dict[str, torch.Tensor] = {}
     largest = 0.0
@@ -225,7 +225,7 @@ def probe_sets(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(ids, mask) by name: random [1, t], padded [2, t] with its second row padded on the left, and text [1, t]."""
     config = model.config.get_text_config(decoder=True)
-    length = min(TOKENS, _context(model) // 2)
+    length = max(2, min(TOKENS, _context(model) // 2))  # what a second token adds to the cache is counted
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (3, length), generator=generator)
     mask = torch.ones_like(ids)

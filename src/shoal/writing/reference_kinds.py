@@ -130,7 +130,7 @@ def _expected(model: PreTrainedModel, plans: Blueprint, sets: dict[str, Inputs])
 def _starts(model: PreTrainedModel) -> bool:
     """Does the model say with which token its decoder starts?"""
     config = model.generation_config
-    return config is not None and (config.decoder_start_token_id, config.bos_token_id) != (None, None)
+    return config is not None and any(map(measure.is_special, (config.decoder_start_token_id, config.bos_token_id)))
 
 
 def _positions(model: PreTrainedModel) -> int:
