@@ -13,7 +13,7 @@ from shoal.cli import app
 from ..documented.place import build
 from ..documented.run import run_page
 from ..documented.standins import COMPLETE, NOT_RUN, REFUSED, SLOW
-from ..documented.texts import ROOT, Command, commands, pages, python_blocks
+from ..documented.texts import ROOT, Command, commands, pages, python_blocks, without_fence
 from .shares import only
 
 WRITTEN = {page: commands(page) for page in pages()}
@@ -41,6 +41,10 @@ def test_what_a_page_shows_runs(page: str, place: Path) -> None:
 def test_what_takes_long_runs_too(page: str, place: Path) -> None:
     outcomes = list(run_page(page, place, slow=True))
     assert not [str(one) for one in outcomes if not one.right]
+
+
+def test_a_command_stands_in_a_fence_where_it_is_found() -> None:
+    assert {page: found for page in pages() if (found := without_fence(page))} == {}
 
 
 def test_the_table_speaks_of_commands_that_are_there() -> None:

@@ -79,6 +79,8 @@ SLOW = {
 NOT_RUN = {
     r"make\b": "sets up an environment or runs all of the tests",
     r"pip install\b": "installs packages",
+    r"torchrun\b": "starts processes; tests/contract/test_spread_healing.py runs one",
+    r"shoal prune .*--ray\b": "starts a Ray cluster, or needs one; tests/contract/test_distributed.py",
     r"(PYTHONPATH=tests )?(\.venv/bin/)?python -m (pytest|tests)\b": "is the test suite itself",
     r"python -m benchmarks\.|python benchmarks/": "takes minutes; tests/contract/test_benchmarks.py tries them",
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("shoal", "make", "pip", "python", "curl", ".venv/bin/python", "PYTHONPATH=tests")
+PROGRAMS = ("shoal", "make", "pip", "python", "torchrun", "curl", ".venv/bin/python", "PYTHONPATH=tests")
 """What a command of the pages begins with."""
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`]+)`")
@@ -67,6 +67,14 @@ def commands(page: str) -> list[Command]:
         if _is_command(inline) and " " in inline:
             placed.append((found.start(), inline))
     return [Command(page, text.count("\n", 0, at) + 1, own) for at, own in sorted(placed)]
+
+
+def without_fence(page: str) -> list[str]:
+    """Lines of a page that are commands by their indentation alone, which nothing here would find."""
+    if page == "examples":
+        return []
+    prose = _FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    return [line for line in prose.splitlines() if line.startswith("    ") and _is_command(line.removeprefix("    $ "))]
 
 
 def python_blocks(page: str) -> list[Block]:
