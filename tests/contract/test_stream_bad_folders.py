@@ -81,6 +81,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an index of brackets": (lambda d: (d / INDEX).write_text("[" * 1_000_000), "M302"),
     "a link out of the folder": (link_away, "M309"),
     "a tensor in two files": (twice, "M309"),
+    "a dtype that nobody knows": (lambda d: edit_header(d, lambda h: h[UP].update(dtype="G32")), "M309"),
     "a header of brackets": (lambda d: edit_header(d, lambda _: "[" * 100_000), "M309"),
     "a header with a tensor twice": (
         lambda d: edit_header(d, lambda h: json.dumps(h)[:-1] + f', "{UP}": {json.dumps(h[UP])}}}'),

@@ -118,7 +118,9 @@ def _place(file: Path, entry: dict[str, Any], offset: int) -> Stored:
     if not all(type(n) is int and n >= 0 for n in (*shape, first, end)) or end < first:
         raise ValueError(f"shape {shape}, bytes {first} to {end}")
     bits = _BITS.get(dtype)
-    if bits is not None and (end - first) * 8 != math.prod(shape) * bits:
+    if bits is None:
+        raise ValueError(f"no reader knows the dtype {dtype[:20]!r}")
+    if (end - first) * 8 != math.prod(shape) * bits:
         raise ValueError(f"{end - first} bytes for a {dtype} of shape {shape}")
     return Stored(file, dtype, tuple(shape), offset + first, end - first)
 
