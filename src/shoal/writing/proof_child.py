@@ -74,14 +74,9 @@ def _greedy(model: Any, given: dict[str, torch.Tensor], tokens: int) -> tuple[li
         if not kept and not ("token_id" in name and is_special(getattr(own, name, None))):
             setattr(model.generation_config, name, None)
     try:
+        length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         out = model.generate(
-            **given,
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            return_dict_in_generate=True,
-            output_scores=True,
+            **given, **length, do_sample=False, num_beams=1, return_dict_in_generate=True, output_scores=True
         )
     finally:
         model.generation_config = own
@@ -91,8 +86,7 @@ def _greedy(model: Any, given: dict[str, torch.Tensor], tokens: int) -> tuple[li
 
 def is_special(value: Any) -> bool:
     """Whether a config's value is the id of a special token, or a list of them."""
-    several = value if isinstance(value, list) else [value]
-    return bool(several) and all(isinstance(one, int) and not isinstance(one, bool) for one in several)
+    return value != [] and all(type(one) is int for one in (value if isinstance(value, list) else [value]))
 
 
 @_without_router_loss
