@@ -64,7 +64,7 @@ def greedy(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[list[int], li
 
 
 @_without_router_loss
-def _greedy(model: Any, given: dict[str, torch.Tensor], tokens: int) -> tuple[list[int], list[float]]:
+def _greedy(model: Any, given: dict[str, Any], tokens: int) -> tuple[list[int], list[float]]:
     """The same for one row of inputs. Of the model's own generation config only the ids of special tokens count, where
     they are ids: it may ask for drafts, contrasts or sampling, which compare other things than two models."""
     own = model.generation_config
@@ -74,10 +74,8 @@ def _greedy(model: Any, given: dict[str, torch.Tensor], tokens: int) -> tuple[li
         if not kept and not ("token_id" in name and is_special(getattr(own, name, None))):
             setattr(model.generation_config, name, None)
     try:
-        length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        out = model.generate(
-            **given, **length, do_sample=False, num_beams=1, return_dict_in_generate=True, output_scores=True
-        )
+        given = {**given, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        out = model.generate(**given, do_sample=False, num_beams=1, return_dict_in_generate=True, output_scores=True)
     finally:
         model.generation_config = own
     best = [scores[0].float().topk(2).values.tolist() for scores in out.scores]
