@@ -70,6 +70,18 @@ def test_the_advice_names_the_best_and_what_is_no_worse_by_paired_windows() -> N
     assert advice(*entries([DENSE, ROWS[-1]])) == ["At params=0.6 no method gave a usable model."]
 
 
+def test_of_healed_plans_it_says_whether_the_best_cut_stayed_the_best() -> None:
+    rows = [row(name, "params=0.8", [worth, worth]) for name, worth in (("a", 2.0), ("b", 2.1), ("c", 2.2))]
+    for one, before in zip(rows, (80.0, 60.0, 90.0), strict=True):
+        one["result"]["unhealed"] = before
+    (said,) = advice(*entries([DENSE, *rows]))
+    assert said.endswith(
+        "Before healing b was best with 60.00; healed it is number 2 of 3 (Kendall's tau of the two orders 0.33)."
+    )
+    (said,) = advice(*entries([DENSE, rows[0], row("d", "params=0.8", [3.0, 3.0])]))
+    assert "healing" not in said, "one order alone says nothing"
+
+
 def test_a_model_that_is_not_finite_comes_last() -> None:
     broken = row("broken", "params=0.8", [2.0, 2.0])
     broken["result"]["nll"]["text"] = {"mean": None, "error": None, "windows": [None, 2.0]}

@@ -147,7 +147,8 @@ def _text(value: object) -> str:
 
 
 def advice(dense: Entry, found: Sequence[Entry]) -> list[str]:
-    """One plain sentence for each budget: which method to use here, and what is no worse."""
+    """A plain sentence for each budget: which method to use here, and what is no worse; of healed plans a second one,
+    on whether healing changed the order."""
     said = []
     for budget in dict.fromkeys(entry.budget for entry in found):
         own = [e for e in found if e.budget == budget and not e.error and math.isfinite(e.first)]
@@ -159,8 +160,27 @@ def advice(dense: Entry, found: Sequence[Entry]) -> list[str]:
         also = f"; {', '.join(alike)} {'is' if len(alike) == 1 else 'are'} within 2 standard errors" if alike else ""
         speed = f", decode time {best.numbers['decode']:.2f} of dense" if "decode" in best.numbers else ""
         worth = f"perplexity {best.first:.2f}" + (f" (dense {dense.first:.2f})" if dense.perplexity else "")
-        said.append(f"At {budget} use {best.method}: {worth}{speed}{also}.")
+        said.append(f"At {budget} use {best.method}: {worth}{speed}{also}.{_reordered(own)}")
     return said
+
+
+def _reordered(own: Sequence[Entry]) -> str:
+    """Where the plan that was best before healing stands after it, and how far the two orders agree; nothing where
+    fewer than two plans were healed."""
+    healed = [e for e in own if math.isfinite(e.numbers.get("unhealed", math.inf))]
+    if len(healed) < 2:
+        return ""
+    from scipy.stats import kendalltau
+
+    before = [e.numbers["unhealed"] for e in healed]
+    agreement = float(kendalltau(before, [e.first for e in healed]).statistic)
+    first = healed[before.index(min(before))]
+    return (
+        f" Before healing {first.method} was best with {min(before):.2f}; healed it is number {healed.index(first) + 1} "
+        f"of {len(healed)}"
+        + ("" if math.isnan(agreement) else f" (Kendall's tau of the two orders {agreement:.2f})")
+        + "."
+    )
 
 
 def _alike(best: Entry, other: Entry) -> bool:
