@@ -175,12 +175,9 @@ def _reordered(own: Sequence[Entry]) -> str:
     before = [e.numbers["unhealed"] for e in healed]
     agreement = float(kendalltau(before, [e.first for e in healed]).statistic)
     first = healed[before.index(min(before))]
-    return (
-        f" Before healing {first.method} was best with {min(before):.2f}; healed it is number {healed.index(first) + 1} "
-        f"of {len(healed)}"
-        + ("" if math.isnan(agreement) else f" (Kendall's tau of the two orders {agreement:.2f})")
-        + "."
-    )
+    place = f"healed it is number {healed.index(first) + 1} of {len(healed)}"
+    tau = "" if math.isnan(agreement) else f" (Kendall's tau of the two orders {agreement:.2f})"
+    return f" Before healing {first.method} was best with {min(before):.2f}; {place}{tau}."
 
 
 def _alike(best: Entry, other: Entry) -> bool:
