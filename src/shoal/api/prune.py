@@ -22,6 +22,7 @@ from shoal.evaluation.distributed_loss import loss_workers
 from shoal.executing.weights import Tensors, plan_and_weights, shapes_in, used_by
 from shoal.ledger import Ledger
 from shoal.methods._job import PruningJob
+from shoal.models.context import positions_of
 from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
@@ -271,5 +272,5 @@ def _found(entry: Entry, job: PruningJob, count: int, own: Mapping[str, Any]) ->
 
 def _prompt(loaded: Loaded, length: int, new: int = 32) -> int:
     """The prompt to time: `length` tokens, or what the context leaves beside `new` decoded ones."""
-    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return max(1, min(length, limit - new)) if isinstance(limit, int) and limit > 0 else length
+    limit = positions_of(loaded.model)
+    return length if limit is None else max(1, min(length, limit - new))

@@ -12,6 +12,7 @@ from shoal.data import Data, DataInfo
 from shoal.errors import DataError, UsageError
 from shoal.evaluation.distances import at_least_float32
 from shoal.executing.inputs import inputs_of
+from shoal.models.context import positions_of
 from shoal.models.evaluating import evaluating
 
 Progress = Callable[[int, int, str], None]
@@ -27,8 +28,8 @@ def accepts(model: Any, argument: str) -> bool:
 
 def require_context(model: Any, tokens: int) -> None:
     """Raise `UsageError` U510 if `tokens` are more positions than the model has."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < tokens:
+    limit = positions_of(model)
+    if limit is not None and limit < tokens:
         raise UsageError(f"{tokens} tokens are more than the {limit} positions of this model; use fewer", code="U510")
 
 

@@ -16,6 +16,7 @@ from shoal.errors import DataError
 from shoal.evaluation.pairs import is_paired, paired_scores, paired_tokens
 from shoal.evaluation.scoring import Progress
 from shoal.models.calls import device_of
+from shoal.models.context import positions_of
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_answers
 
@@ -172,9 +173,9 @@ def _tokens(model: Any, tokenizer: Any, context: str, option: str) -> tuple[list
     if not head:
         begin = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
         head, whole = [begin], [begin, *whole]
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(model)
     answer = max(1, len(whole) - len(head))
-    kept = whole[-limit:] if isinstance(limit, int) and limit > 0 else whole
+    kept = whole if limit is None else whole[-limit:]
     return kept, min(answer, len(kept) - 1)
 
 

@@ -14,6 +14,7 @@ import uvicorn
 
 from shoal.api.assess import tokenizer_of
 from shoal.errors import UsageError
+from shoal.models.context import positions_of
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
 from shoal.serve.app import OnRequest, Service
@@ -119,8 +120,7 @@ def _stopped(number: int, frame: Any) -> None:
 
 def positions(model: Any, wanted: int | None) -> int | None:
     """Tokens of prompt and answer together, None when neither the model nor `wanted` names any."""
-    own = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    known = [n for n in (own, wanted) if isinstance(n, int) and n > 0]
+    known = [n for n in (positions_of(model), wanted) if n is not None and n > 0]
     return min(known, default=None)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from shoal.live import running
+from shoal.models.context import positions_of
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.opened import open_model
@@ -275,5 +276,5 @@ def _prompts(sets: dict[str, tuple[torch.Tensor, torch.Tensor]], tokenizer: Any,
 
 
 def _context(model: PreTrainedModel) -> int:
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 1 else 1_000_000
+    found = positions_of(model) or 0
+    return found if found > 1 else 1_000_000
