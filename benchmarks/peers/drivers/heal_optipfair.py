@@ -1,5 +1,5 @@
 """Runs in optipfair's environment: `BASE OUTPUT WINDOWS distil 3 13 14`. Its own depth pruning and `distill_model` with
-its defaults, but one epoch and a step for each batch of two windows, as the others have. All weights of the student learn.
+its defaults, but one epoch and a step for each batch of two windows, as the others have. All weights learn.
 Prints one line of JSON."""
 
 import copy
