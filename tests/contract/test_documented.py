@@ -37,6 +37,8 @@ def test_what_a_page_shows_runs(page: str, place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # README compares all methods
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, when it compiles
 @pytest.mark.parametrize("page", SHOWN)
 def test_what_takes_long_runs_too(page: str, place: Path) -> None:
     outcomes = list(run_page(page, place, slow=True))
