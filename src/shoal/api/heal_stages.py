@@ -243,24 +243,28 @@ def _data(run: HealRun, stage: Stage, texts: Texts, steps: int, number: int, kep
 
 
 def _answers(run: HealRun, some: Data, number: int, kept: RunFolder) -> Data:
-    """What the whole model writes; kept beside the checkpoints, as writing takes its time."""
+    """What the whole model writes, of several processes the first one's; kept beside the checkpoints, as writing takes
+    its time."""
     from safetensors.torch import load_file, save_file
 
     file = None if kept.place is None else kept.place / f"answers-{number}.safetensors"
-    if file is not None and file.is_file():
-        found = load_file(file)
-        return described(Data(found["ids"], None, some.info, found["answers"]), list(range(len(found["ids"]))))
-    run.say(f"the whole model writes {len(some)} answers")
 
     def tell(done: int, total: int) -> None:
         if run.progress is not None:
             run.progress(done, total, "answers")
 
-    made = run.run.processes.told(lambda: written_by(run.loaded.model, some, seed=run.run.seed, tell=tell))
-    if file is not None and made.answers is not None and run.run.processes.first:
-        with replacing(file) as draft:
-            save_file({"ids": made.ids, "answers": made.answers}, draft)
-    return made
+    def made() -> Data:
+        if file is not None and file.is_file():
+            found = load_file(file)
+            return described(Data(found["ids"], None, some.info, found["answers"]), list(range(len(found["ids"]))))
+        run.say(f"the whole model writes {len(some)} answers")
+        answers = written_by(run.loaded.model, some, seed=run.run.seed, tell=tell)
+        if file is not None and answers.answers is not None:
+            with replacing(file) as draft:
+                save_file({"ids": answers.ids, "answers": answers.answers}, draft)
+        return answers
+
+    return run.run.processes.told(made)
 
 
 def _least_first(run: HealRun, plan: Plan, texts: Texts) -> tuple[int, ...]:
