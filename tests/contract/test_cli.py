@@ -302,16 +302,17 @@ def test_help_is_fast_and_importing_costs_no_torch() -> None:
     probe = f"import sys, shoal, shoal.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    times = []
+    one = "import typer; app = typer.Typer(); app.command()(lambda: None); app"
+    times = {one: [], "import shoal.cli; shoal.cli.app": []}
     for _ in range(3):
-        code = (
-            "import time; t = time.process_time(); import shoal.cli; shoal.cli.app(['--help'], standalone_mode=False)\n"
-        )
-        # of the processor, not of the wall clock: other tests run beside this one
-        code += "import sys; print(time.process_time() - t, file=sys.stderr)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(float(done.stderr.split()[-1]))
-    assert min(times) < 0.3
+        for help_of, own in times.items():
+            # of the processor, not of the wall clock: other tests run beside this one
+            code = f"import sys, time; t = time.process_time(); {help_of}(['--help'], standalone_mode=False)\n"
+            code += "print(time.process_time() - t, file=sys.stderr)"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            own.append(float(done.stderr.split()[-1]))
+    # machines differ, so the bound is what typer takes for one verb: 1.3 times was seen, with numpy it would be 2.3
+    assert min(times["import shoal.cli; shoal.cli.app"]) < 2 * min(times[one]), times
 
 
 def test_every_verb_has_help() -> None:
