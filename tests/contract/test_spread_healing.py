@@ -26,6 +26,7 @@ from . import spread_healing
 from .families import tiny_of
 from .planted import random_data
 from .test_api import folder  # noqa: F401
+from .test_cli import shoal
 
 CLOSE = 1e-5
 RECIPES = ("logit-kd:learn=near", "lora", "answers")
@@ -101,6 +102,24 @@ def test_pruning_with_healing_is_for_one_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="U676"):
         prune_and_heal(pruned, "lora", tokens=32, data=data, length=16)
+
+
+@pytest.mark.parametrize("verb", ["prune", "compare"])
+def test_it_is_refused_before_anything_is_loaded(
+    verb: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = {
+        "prune": ("--drop", "1", "--heal", "lora", "--tokens", "64", "--output", str(tmp_path / "out")),
+        "compare": ("--output", str(tmp_path / "out"), "-m", "shortgpt", "-b", "layers=0.8", "--heal", "lora"),
+    }
+    more = ("--tokens", "64") if verb == "compare" else ()
+    said = shoal(verb, str(folder), *words[verb], *more, code=1)
+    assert "U676" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_needs_no_group() -> None:

@@ -16,6 +16,7 @@ from shoal.api.harness import DENSE, Harness
 from shoal.api.study import Cell, ExpectedSeconds, Protocol, cells
 from shoal.atomic import write_atomically
 from shoal.evaluation import Progress
+from shoal.healing.processes import require_one_process
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan, parse_plan, strip
 from shoal.record import command_line, environment
@@ -64,9 +65,12 @@ def compare(
     See `cells` for methods and budgets, `Protocol` for data, `options` go to `shoal.load`. A method that fails is a row
     with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, the longest first, and
     each of `workers` holds the model; what they find is timed afterwards, in this process, one plan after the other.
-    Raises before anything runs `UsageError`, `DataError` and `ModelError`.
+    Raises before anything runs `UsageError` (U676 where plans are healed in one of several processes), `DataError` and
+    `ModelError`.
     """
     protocol, place = protocol or Protocol(), Path(folder).expanduser()
+    if protocol.heal is not None:
+        require_one_process("a comparison with healing")
     asked = cells(methods, budgets, seeds)
     loaded = opened(source, **options)
     require_causal(loaded.model, "compare")

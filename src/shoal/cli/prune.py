@@ -197,13 +197,16 @@ def _tell_unused(entry: Any, planned: bool, then: bool, assess: bool, written: b
 
 
 def _healing(recipe: str | None, tokens: str | None, minutes: float | None) -> dict[str, Any]:
-    """How long to heal. Raises U501 and U502 for the recipe, U673 for an amount, before anything is loaded."""
+    """How long to heal. Raises U501 and U502 for the recipe, U673 for an amount, U676 for one of several processes,
+    before anything is loaded."""
     if recipe is None:
         unused("nothing is healed without --heal", "tokens", "minutes", "watch")
         return {}
     from shoal.api.heal import amount_of, recipe_of
     from shoal.cli.heal import tokens_of
+    from shoal.healing.processes import require_one_process
 
+    require_one_process("pruning with healing")
     recipe_of(recipe, None, [], [])
     return amount_of(None if tokens is None else tokens_of(tokens), minutes)
 
