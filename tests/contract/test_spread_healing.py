@@ -107,9 +107,9 @@ def test_pruning_with_healing_is_for_one_process(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("verb", ["prune", "compare"])
 def test_it_is_refused_before_anything_is_loaded(
     verb: str,
-    folder: Path,
+    folder: Path,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = {
