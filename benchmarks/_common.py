@@ -137,5 +137,5 @@ def finish(
         "settings": {name: setting for name, setting in vars(args).items() if name not in ("child", "profile")},
         "environment": environment() | where,
     }
-    print(json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2, default=str))  # paths
     return 1 if missed else 0

@@ -48,9 +48,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="shoal-peers-") as name:
         folder = Path(name)
         loaded = load(args.model, device="cpu", dtype="float32")
-        count = tokens_of(args.tokens) // args.length
+        count = 2 * round(tokens_of(args.tokens) / args.length / 2)  # two windows a step: none is left over
         train = text_of(loaded, args.train, split="calibrate", length=args.length, limit=count + 2, seed=0)
-        save_file({"ids": train.ids[:count].contiguous(), "more": train.ids}, folder / "windows")
+        save_file({"ids": train.ids[:count].clone(), "more": train.ids}, folder / "windows")
         second = keyed(args.second, args.text_key, None)
         texts = {
             label: text_of(loaded, text, split="test", length=args.window, limit=args.windows).ids

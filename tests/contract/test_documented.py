@@ -19,7 +19,10 @@ from .shares import only
 WRITTEN = {page: commands(page) for page in pages()}
 SHOWN = [page for page, own in WRITTEN.items() if own or python_blocks(page)]
 
-LONG = ("docs/adapters.md", "docs/calibration.md", "docs/data.md", "docs/doctor.md", "docs/dynamic.md", "docs/heal.md")
+LONG = (
+    "docs/adapters.md", "docs/calibration.md", "docs/data.md", "docs/doctor.md", "docs/dynamic.md", "docs/heal.md",
+    "docs/standins.md",
+)  # fmt: skip
 """Pages that take longer than all others but the README; they run with -m slow."""
 
 

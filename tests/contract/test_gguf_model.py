@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from gguf_files import MODELS, TEXT, VOCAB, raw_file, tiny_model, tiny_tokenizer
 from shoal.cli import app
 from shoal.models import gguf_rules as rules
+from shoal.models.compat import gguf_read_once
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, parse_plan, save_plan
@@ -216,3 +218,14 @@ def test_the_command_line(loaded: Callable[..., Loaded], tmp_path: Path, monkeyp
     assert "U525" in shoal(["write", folder, "--output", out, "--stream"], 1)
     assert "U525" in shoal(["write", folder, "--plan", "0-3", "--output", tmp_path / "f", "--outtype", "f16"], 1)
     assert "W220" in shoal(["write", whole, "--output", out], 1)
+
+
+def test_while_a_file_is_converted_it_is_read_once(tmp_path: Path) -> None:
+    file = raw_file(tmp_path / "base.gguf")
+    own = (gguf.GGUFReader, gguf.get_tensor_name_map)
+    with gguf_read_once():
+        assert gguf.GGUFReader(file) is gguf.GGUFReader(file)
+        arch = gguf.MODEL_ARCH.LLAMA
+        assert gguf.get_tensor_name_map(arch, 3) is gguf.get_tensor_name_map(arch, 3)
+        assert gguf.get_tensor_name_map(arch, 3).mapping == own[1](arch, 3).mapping
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own

@@ -11,7 +11,7 @@ import torch
 from shoal.api.assess import tokenizer_of
 from shoal.api.prompts import encoded
 from shoal.api.speculate import tune_draft
-from shoal.decoding.arguments import sampling
+from shoal.decoding.arguments import sampling, stopping
 from shoal.decoding.decoder import Decoder
 from shoal.decoding.streaming import TextPieces
 from shoal.models.evaluating import evaluating
@@ -77,6 +77,7 @@ def generate_drafted(
         ids = (Decoder(loaded.model) if speculator is None else speculator).generate(
             **inputs,
             **sampling(temperature if sample else 0.0),
+            **stopping(loaded.model, tokenizer),
             max_new_tokens=max_new_tokens,
             streamer=None if on_text is None else TextPieces(tokenizer, on_text),
         )

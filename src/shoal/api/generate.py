@@ -12,7 +12,7 @@ import torch
 from shoal.api.assess import Source, opened, tokenizer_of
 from shoal.api.depths import DepthStreamer, WrittenToken
 from shoal.api.prompts import encoded
-from shoal.decoding.arguments import sampling
+from shoal.decoding.arguments import sampling, stopping
 from shoal.decoding.decoder import Decoder
 from shoal.decoding.streaming import TextPieces
 from shoal.executing.weights import Tensors
@@ -61,7 +61,7 @@ def generate(
     with each finished piece of text, with a policy `on_token` with each token and its depth. `loaded`: what
     `shoal.load` gives, or what it takes. `fast`: compile the layers first, and raise what `FastDecoder` raises where
     that cannot be. Raises D440 without a tokenizer, P130 to P138 for a policy that cannot decide on this model, U605
-    for one calibrated for another."""
+    for one calibrated for another, M379 for a generation config by which transformers cannot generate."""
     loaded = opened(loaded)
     require_causal(loaded.model, "generate")
     tokenizer, inputs = tokenizer_of(loaded), encoded(loaded, prompt, chat)
@@ -75,7 +75,11 @@ def generate(
             streamer = DepthStreamer(tokenizer, handle, on_token=on_token, on_text=on_text)
             stack.enter_context(streamer.watching(loaded.model))
         ids = Decoder(loaded.model, compiled=fast).generate(
-            **inputs, **sampling(temperature if sample else 0.0), max_new_tokens=max_new_tokens, streamer=streamer
+            **inputs,
+            **sampling(temperature if sample else 0.0),
+            **stopping(loaded.model, tokenizer),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
         )
         if isinstance(streamer, DepthStreamer):
             trace = streamer.trace()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+_ONE_TEXT: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
+"""One text, written token by token: a generation config may ask for beams (BART's does), which cannot be streamed."""
+
+GREEDY: dict[str, Any] = _ONE_TEXT | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """The likeliest token. Whatever else the model's own generation config says (a repetition penalty) stays."""
 
 GREEDY_ALONE: dict[str, Any] = GREEDY | {
-    "num_beams": 1,
-    "num_return_sequences": 1,
     "min_p": None,
     "typical_p": None,
     "epsilon_cutoff": None,
@@ -20,6 +21,13 @@ GREEDY_ALONE: dict[str, Any] = GREEDY | {
     "min_length": 0,
     "min_new_tokens": None,
     "max_length": None,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "guidance_scale": None,
+    "stop_strings": None,
     "return_dict_in_generate": False,
     "use_cache": True,
 }
@@ -35,4 +43,10 @@ def sampling(temperature: float, **limits: Any) -> dict[str, Any]:
     are not given are the model's own."""
     if temperature < _GREEDY_BELOW:
         return dict(GREEDY)
-    return {"do_sample": True, "temperature": float(temperature)} | limits
+    return _ONE_TEXT | {"do_sample": True, "temperature": float(temperature)} | limits
+
+
+def stopping(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer, where the model's own generation config names strings that end a text and `generate` needs it."""
+    strings = getattr(getattr(model, "generation_config", None), "stop_strings", None)
+    return {"tokenizer": tokenizer} if strings else {}

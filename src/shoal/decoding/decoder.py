@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shoal.decoding.blame import naming_the_config
 from shoal.decoding.fast import LEAST_LENGTH, FastDecoder
 from shoal.decoding.fast_legal import why_not_thin
 from shoal.decoding.fast_loop import thin_loop
@@ -46,7 +47,12 @@ class Decoder:
         self.longest = length
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """What `model.generate(inputs, **kwargs)` returns; with compiled layers it raises what they raise."""
+        """What `model.generate(inputs, **kwargs)` returns; with compiled layers it raises what they raise. Raises
+        `ModelError` M379 for a generation config by which transformers cannot generate."""
+        with naming_the_config(self.model):
+            return self._generate(inputs, kwargs)
+
+    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         self.why_not_compiled, self.why_not_thin = self._too_long(inputs, kwargs), None
         if self.compiled is not None and self.why_not_compiled is None:
             return self.compiled.generate(inputs, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shoal.decoding.arguments import GREEDY_ALONE
+from shoal.decoding.blame import naming_the_config
 from shoal.decoding.decoder import Decoder
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress, require_context
@@ -78,7 +79,7 @@ def generation_check(
     """Let the model answer each prompt greedily, one at a time, whatever its generation config says.
 
     `chat` None uses the tokenizer's chat template if it has one. Raises `UsageError`: U510 context too short, U512 no
-    prompts or no tokens, U513 no chat template.
+    prompts or no tokens, U513 no chat template; `ModelError` M379 for a generation config that cannot be used.
     """
     if not prompts or new_tokens < 1:
         message = f"{len(prompts)} prompts and {new_tokens} new tokens generate nothing; use 1 or more of each"
@@ -88,7 +89,7 @@ def generation_check(
         raise UsageError("this tokenizer has no chat template; leave chat off", code="U513")
     use_chat = has_template if chat is None else chat
     generations = []
-    with evaluating(model):
+    with evaluating(model), naming_the_config(model):
         for number, prompt in enumerate(prompts, start=1):
             generations.append(_answer(model, tokenizer, prompt, new_tokens, use_chat))
             if progress is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shoal.decoding.arguments import GREEDY_ALONE
+from shoal.decoding.decoder import Decoder
 from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 
@@ -65,7 +66,7 @@ def write_each(
             # an encoder counts positions from the first column, a decoder goes on behind the last one
             left = not is_paired(model)
             ids, mask = _padded([begun[row] for row in rows], _padding(model, tokenizer), device_of(model), left=left)
-            written = model.generate(
+            written = Decoder(model).generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=new_tokens,

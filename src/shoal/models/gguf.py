@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from shoal.atomic import publish, staged, sweep
 from shoal.errors import ModelError, ShoalError, WriteError, first_line, note
 from shoal.models.checkpoint import read_json_list
+from shoal.models.compat import gguf_read_once
 
 _HEAD = 64 << 20
 """Bytes in which all keys of a file lie."""
@@ -72,7 +73,9 @@ def converted_folder(file: Path) -> Path:
     key = hashlib.sha256(known.encode()).hexdigest()[:16]
     folder = cache_root() / "gguf" / f"{file.stem}-{key}"
     if not folder.is_dir():
-        _convert(file, folder)
+        require_package()
+        with gguf_read_once():
+            _convert(file, folder)
     for text in read_json_list(folder / _NOTES):
         note(f"{file}: {text}")
     return folder
@@ -105,7 +108,6 @@ def origin_note(file: Path) -> dict[str, Any] | None:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    require_package()
     from shoal.models.gguf_source import left_over, open_source
 
     source = open_source(file)

@@ -9,7 +9,6 @@ from typing import Any
 from shoal.decoding.decoder import Decoder
 from shoal.executing.weights import Tensors
 from shoal.live import running
-from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan
@@ -32,7 +31,7 @@ def under_policy(
                 # the last column of the prompt decides the first token, and the last token is never read
                 return GenerationCounts(layers=sum(handle.trace.depths[0][len(request.ids) - 1 :]))
 
-            yield calling(Decoder(loaded.model).generate, device_of(loaded.model), counts=counts)
+            yield calling(Decoder(loaded.model).generate, loaded, counts=counts)
 
     return prepare
 
@@ -51,7 +50,7 @@ def drafted(loaded: Loaded, draft: str, **options: Any) -> Prepare:
     @contextmanager
     def prepare() -> Iterator[Generate]:
         with evaluating(loaded.model):
-            yield calling(speculator.generate, device_of(loaded.model), counts=counts)
+            yield calling(speculator.generate, loaded, counts=counts)
 
     return prepare
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from shoal.api.assess import planned
-from shoal.decoding.arguments import sampling
+from shoal.decoding.arguments import sampling, stopping
 from shoal.decoding.decoder import Decoder
 from shoal.decoding.listening import NewTokens, OnTokens
 from shoal.executing.weights import Tensors
@@ -71,12 +71,14 @@ def _nothing(request: GenerationRequest) -> GenerationCounts:
 
 def calling(
     generate: Callable[..., Any],
-    device: torch.device,
+    loaded: Loaded,
     *,
     counts: Callable[[GenerationRequest], GenerationCounts] = _nothing,
 ) -> Generate:
-    """A `Generate` that calls `generate` as one calls transformers' own: `input_ids` and `attention_mask` [1, tokens],
-    `settings` and a stopping criterion. `counts` is asked after each request for what that one request counted."""
+    """A `Generate` that calls `generate` of `loaded` as one calls transformers' own: `input_ids` and `attention_mask`
+    [1, tokens], `settings` and a stopping criterion. `counts` is asked after each request for what that one
+    request counted."""
+    device, stops = device_of(loaded.model), stopping(loaded.model, loaded.tokenizer)
 
     def write(request: GenerationRequest, on_tokens: OnTokens) -> GenerationCounts:
         ids = torch.tensor([request.ids], dtype=torch.long, device=device)
@@ -86,6 +88,7 @@ def calling(
             attention_mask=torch.ones_like(ids),
             stopping_criteria=[NewTokens(len(request.ids), on_tokens)],
             **settings(request),
+            **stops,
         )
         return counts(request)
 
@@ -108,6 +111,6 @@ def under_plan(
             decoder = Decoder(model, compiled=compiled is not None)
             if compiled is not None:
                 decoder.prepare(compiled)
-            yield calling(decoder.generate, device_of(model))
+            yield calling(decoder.generate, loaded)
 
     return prepare

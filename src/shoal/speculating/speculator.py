@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
+from shoal.decoding.blame import naming_the_config
 from shoal.errors import UsageError
 from shoal.models.kinds import require_causal
 from shoal.models.stacks import unwrap
@@ -69,7 +72,8 @@ class Speculator:
         """As `model.generate` for one sequence [1, length], greedy or sampled; `stats` then tells what it took.
 
         Raises U615 for beam search and other ways of decoding, for assistants and for outputs that a shared pass does
-        not have, U616 for more than one sequence, U612 or U613 for a KV cache that cannot be cropped.
+        not have, U616 for more than one sequence, U612 or U613 for a KV cache that cannot be cropped, `ModelError` M379
+        for a generation config by which transformers cannot generate.
         """
         if kwargs.get("assistant_model") is not None:
             raise UsageError("speculation drafts with the model itself; leave out assistant_model", code="U615")
@@ -81,7 +85,8 @@ class Speculator:
             )
         streamer = kwargs.get("streamer")
         decode = partial(self._decode, streamer)
-        return self.model.generate(inputs, **_stop_strings(self.model, kwargs), custom_generate=decode)
+        with naming_the_config(self.model), _stop_strings(self.model, kwargs) as asked:
+            return self.model.generate(inputs, **asked, custom_generate=decode)
 
     def _decode(
         self,
@@ -150,15 +155,24 @@ def _refuse(config: Any, ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
     require_dynamic(kwargs["past_key_values"])
 
 
-def _stop_strings(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`generate` loses the tokenizer on its way to a decoding loop of one's own, so the criterion is made here."""
-    kwargs = dict(kwargs)
-    tokenizer = kwargs.pop("tokenizer", None)
-    config = kwargs.get("generation_config")
-    strings = kwargs.pop("stop_strings", None) or getattr(config or model.generation_config, "stop_strings", None)
+@contextmanager
+def _stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`arguments` with a stopping criterion in the place of stop strings: `generate` loses the tokenizer on its way to
+    a decoding loop of one's own. Meanwhile the model's own config names none, which `generate` would fill in again."""
+    asked, own = dict(arguments), model.generation_config
+    tokenizer = asked.pop("tokenizer", None)
+    given = copy.deepcopy(asked.get("generation_config"))
+    strings = asked.pop("stop_strings", None) or getattr(given, "stop_strings", None) or own.stop_strings
     if strings is None or tokenizer is None:
-        return kwargs if strings is None else kwargs | {"stop_strings": strings}
-    plain = copy.deepcopy(config or model.generation_config)
-    plain.stop_strings = None
-    criteria = [*(kwargs.pop("stopping_criteria", None) or []), StopStringCriteria(tokenizer, strings)]
-    return kwargs | {"generation_config": plain, "stopping_criteria": StoppingCriteriaList(criteria)}
+        yield asked if strings is None else asked | {"stop_strings": strings}
+        return
+    if given is not None:
+        given.stop_strings = None
+        asked["generation_config"] = given
+    criteria = [*(asked.pop("stopping_criteria", None) or []), StopStringCriteria(tokenizer, strings)]
+    model.generation_config = copy.deepcopy(own)
+    model.generation_config.stop_strings = None
+    try:
+        yield asked | {"stopping_criteria": StoppingCriteriaList(criteria)}
+    finally:
+        model.generation_config = own
