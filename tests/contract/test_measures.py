@@ -31,6 +31,7 @@ from shoal.writing.surgery import rewrite
 from .families import DEPTH, tiny
 from .planted import PLANTED, data_of, hooks_unchanged, own_text, planted, random_data
 from .references import silenced
+from .shares import pairs
 
 MEASURES = [pytest.param(entry, id=entry.name) for entry in entries("measures").values()]
 FAMILIES = tuple(PLANTED)
@@ -108,8 +109,7 @@ def ragged(count: int = 5, length: int = 12, side: str = "left") -> Data:
     return data_of(data.ids * mask, mask)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("entry", MEASURES)
+@pytest.mark.parametrize(("entry", "family"), pairs(2, MEASURES, FAMILIES))
 def test_a_layer_that_does_nothing_is_least_important(entry: Entry, family: str) -> None:
     traits = traits_of(entry)
     scores = entry.load()(nothing_layer(family, traits), own_text(family), batch=16)

@@ -18,7 +18,9 @@ from shoal.writing.surgery import rewrite
 from .kinds import kind as tiny_kind
 from .live_models import IDS, own, plan_of
 from .policy_cells import KINDS, batch_of, policy_for
+from .shares import pairs
 
+ATTENTIONS = ["sdpa", "eager"]
 MODES = {"plain": None, "checkpointed": False, "reentrant": True}
 OTHER_ORDER = 2e-6
 """Where gradients of one state are added up in another order; 2e-7 was seen."""
@@ -70,8 +72,7 @@ STOCK = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("row", STOCK)
+@pytest.mark.parametrize(("row", "attention"), pairs(2, STOCK, ATTENTIONS))
 def test_a_live_plan_learns_as_the_rewritten_model_does(row: str, attention: str, mode: str) -> None:
     model = learning(own("llama", attention))
     up = find_stack(model).layer(1).mlp.up_proj.weight
@@ -106,8 +107,7 @@ ROWS = STOCK | {
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("row", "attention"), pairs(2, ROWS, ATTENTIONS))
 def test_checkpointing_changes_no_bit(row: str, attention: str, reentrant: bool) -> None:
     model = learning(own("llama", attention))
     up = find_stack(model).layer(1).mlp.up_proj.weight
@@ -136,8 +136,7 @@ def test_it_does_not_in_other_families(family: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "attention"), pairs(2, KINDS, ATTENTIONS))
 def test_what_a_policy_decides_is_learned_through_alike(kind: str, attention: str, reentrant: bool) -> None:
     """Fills and halves of layers, where tokens of one pass decide differently."""
     model, policy = learning(own("llama", attention)), policy_for("llama", attention, kind)

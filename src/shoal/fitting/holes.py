@@ -60,6 +60,18 @@ def find_holes(plan: Plan, what: str, stack: str | None = None) -> tuple[Hole, .
     return tuple(found)
 
 
+def places_behind(plan: Plan, holes: tuple[Hole, ...], stack: str | None = None) -> tuple[Hole, ...]:
+    """`holes`, and behind the first of them every whole layer that runs with the base's tensors: a place where nothing
+    is missing, but where the state is no longer the dense one. In order."""
+    first, taken = holes[0].position, {hole.position for hole in holes}
+    own = [
+        Hole(at + 1, step.layer, step.layer)
+        for at, step in enumerate(plan.steps(stack))
+        if at >= first and at + 1 not in taken and isinstance(step, Run) and step == Run(step.layer)
+    ]
+    return tuple(sorted((*holes, *own), key=lambda one: one.position))
+
+
 def _extent(step: Step, what: str, plan: Plan) -> tuple[int, int, PartName]:
     match step:
         case Run() if not step.layer_sources:

@@ -6,7 +6,7 @@ import torch
 
 from shoal.examples import TransformExamples
 from shoal.fitting.fold import Site, rewritten
-from shoal.fitting.holes import find_holes
+from shoal.fitting.holes import find_holes, places_behind
 from shoal.fitting.normal import Normal, best_ridge
 from shoal.fitting.result import Fit, Job, Transformed
 from shoal.models.precision import in_float64
@@ -14,7 +14,7 @@ from shoal.models.precision import in_float64
 EXAMPLES = TransformExamples(role="fitted")
 
 
-def refit(job: Job, *, ridge: float | None = None, skip_first: int = 0) -> Transformed:
+def refit(job: Job, *, ridge: float | None = None, skip_first: int = 0, every: bool = False) -> Transformed:
     """Fit the output matrix of the mlp before each removed span anew: y = x + W' a.
 
     W' = argmin sum w |W' a - (y - x)|^2 + ridge * mean(a^2) * |W' - W|^2 over the tokens, a [inner] what goes into the
@@ -23,6 +23,9 @@ def refit(job: Job, *, ridge: float | None = None, skip_first: int = 0) -> Trans
     exact, of the same size and held by a stock checkpoint. An existing bias stays as it is. W' = W is dropping, so the
     fit is never worse than that. `ridge` None: chosen on held-out sequences. Where several matrices write (experts),
     nothing is fitted and the notes say so.
+
+    `every`: from the first span on the mlps of all layers are fitted, each to the dense model's state behind its layer
+    and on the stream that the layers before it give as fitted, so that what a span left is taken back step by step.
 
     Source: our own; it is `replaceme` (Shopkhoev et al. 2025, arXiv 2505.02819) without its constraint.
     """
@@ -50,4 +53,6 @@ def refit(job: Job, *, ridge: float | None = None, skip_first: int = 0) -> Trans
         fit = Fit(str(site.hole), fitted.error(start), fitted.error(found), *kept, f"ridge {chosen:g}, relative errors")
         return {f"{site.module}.weight": (found.T if turned else found).to(old.dtype).contiguous()}, fit
 
-    return rewritten(job, find_holes(job.plan, "refit", job.stack), "refit", rewrite, skip_first=skip_first)
+    holes = find_holes(job.plan, "refit", job.stack)
+    places = places_behind(job.plan, holes, job.stack) if every else holes
+    return rewritten(job, places, "refit", rewrite, skip_first=skip_first)
