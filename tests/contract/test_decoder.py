@@ -38,7 +38,8 @@ def test_greedy_and_sampled_tokens_are_those_of_generate(family: str) -> None:
 
 def test_no_temperature_takes_the_likeliest_token() -> None:
     assert sampling(0.0) == sampling(1e-5, top_p=0.5) == GREEDY
-    assert sampling(0.5, top_k=0) == {"do_sample": True, "temperature": 0.5, "top_k": 0}
+    one_text = {"num_beams": 1, "num_return_sequences": 1}
+    assert sampling(0.5, top_k=0) == {"do_sample": True, "temperature": 0.5, "top_k": 0} | one_text
 
 
 @pytest.mark.parametrize("policy", ["exit:confidence=0.02", "exit:after=2", "unified:speedup=1.3"])
