@@ -20,6 +20,7 @@ from gguf_files import MODELS, TEXT, VOCAB, raw_file, tiny_model, tiny_tokenizer
 from shoal.cli import app
 from shoal.models import gguf_rules as rules
 from shoal.models.compat import gguf_read_once
+from shoal.models.gguf_source import read_fields
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
 from shoal.plan import Plan, parse_plan, save_plan
@@ -224,8 +225,9 @@ def test_while_a_file_is_converted_it_is_read_once(tmp_path: Path) -> None:
     file = raw_file(tmp_path / "base.gguf")
     own = (gguf.GGUFReader, gguf.get_tensor_name_map)
     with gguf_read_once():
-        assert gguf.GGUFReader(file) is gguf.GGUFReader(file)
+        assert gguf.GGUFReader(file) is gguf.GGUFReader(str(file), "r") is read_fields(file)
         arch = gguf.MODEL_ARCH.LLAMA
         assert gguf.get_tensor_name_map(arch, 3) is gguf.get_tensor_name_map(arch, 3)
         assert gguf.get_tensor_name_map(arch, 3).mapping == own[1](arch, 3).mapping
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
+    assert read_fields(file) is not read_fields(file)  # a file may change between two calls

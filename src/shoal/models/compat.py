@@ -72,12 +72,14 @@ def gguf_read_once() -> Iterator[None]:
 
     transformers opens the file anew for the config, the model and the tokenizer, and makes the table for each module.
     Of the 50 s that 135M parameters took to convert this was half: the reader goes through a vocabulary one entry at a
-    time.
+    time. Whoever looks the reader up in the package (`gguf.GGUFReader`) when it is called gets the one.
     """
     import gguf
 
     own = (gguf.GGUFReader, gguf.get_tensor_name_map)
-    gguf.GGUFReader, gguf.get_tensor_name_map = (lru_cache(one) for one in own)  # type: ignore[misc,assignment]
+    reader = lru_cache(gguf.GGUFReader)
+    gguf.GGUFReader = lambda path, mode="r": reader(str(path), mode)  # type: ignore[misc,assignment]
+    gguf.get_tensor_name_map = lru_cache(gguf.get_tensor_name_map)
     try:
         yield
     finally:

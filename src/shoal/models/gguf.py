@@ -96,9 +96,9 @@ def origin_note(file: Path) -> dict[str, Any] | None:
     with file.open("rb") as stream:
         if b"shoal.base_layers" not in stream.read(_HEAD):
             return None
-    from gguf import GGUFReader
+    import gguf
 
-    fields = GGUFReader(file).fields
+    fields = gguf.GGUFReader(file).fields
     try:
         base = json.loads(fields["shoal.base"].contents())
         plan, version = (str(fields[f"shoal.{key}"].contents()) for key in ("plan", "version"))

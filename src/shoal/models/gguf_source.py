@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import TENSOR_NAMES, GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFValueType, ReaderField, ReaderTensor
+import gguf
+from gguf import TENSOR_NAMES, GGMLQuantizationType, GGUFEndian, GGUFValueType, ReaderField, ReaderTensor
 
 from shoal.errors import ModelError, WriteError, first_line
 from shoal.models import gguf_rules as rules
@@ -68,7 +69,7 @@ class Source:
         return sum(int(tensor.n_bytes) for tensor in self.tensors)
 
 
-def read_fields(path: Path) -> GGUFReader:
+def read_fields(path: Path) -> gguf.GGUFReader:
     """The reader of a GGUF file. Raises `ModelError` M307 for no file, M315 for one that cannot be read."""
     if not path.is_file():
         raise ModelError(f"there is no file {path}", code="M307")
@@ -77,7 +78,7 @@ def read_fields(path: Path) -> GGUFReader:
             magic = stream.read(4)
         if magic != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file; give a .gguf file, or a folder", code="M315")
-        return GGUFReader(path)
+        return gguf.GGUFReader(path)  # looked up here: see compat.gguf_read_once
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}", code="M315") from None
     except (ValueError, KeyError, IndexError, OverflowError, TypeError, MemoryError) as error:
