@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import shoal
 from gguf_files import tiny_model, tiny_tokenizer
 from shoal.api.drafted import generate_drafted
-from shoal.decoding.arguments import GREEDY_ALONE
+from shoal.decoding.arguments import GREEDY_ALONE, timed
 from shoal.decoding.blame import naming_the_config
+from shoal.decoding.decoder import Decoder
 from shoal.errors import ModelError
 from shoal.models.load import load
+from shoal.speculating.speculator import Speculator
 
 from .shares import pairs
 from .test_cli import shoal as command
@@ -113,6 +116,17 @@ def test_strings_of_a_config_end_the_text(draft: str | None, folder: Path) -> No
         found = generate_drafted(loaded, "ab", draft=draft, chat=False, max_new_tokens=12).text
     assert len(found) < len(text)
     assert stop in found
+
+
+def test_timing_needs_no_tokenizer_for_strings_of_a_config(folder: Path) -> None:
+    with_settings(folder, stop_strings=["ab"])
+    words = ("-q", "--json", "--policy", "exit:confidence=1,layers=2", "--prompt", "4", "--new", "3", "--pairs", "1")
+    assert json.loads(command("bench", str(folder), *words))["looks"] >= 0
+    loaded = load(folder)
+    ids = loaded.tokenizer("ab", return_tensors="pt")["input_ids"]
+    wanted = Decoder(loaded.model).generate(ids, **timed(3))
+    assert wanted.shape[1] == ids.shape[1] + 3
+    assert torch.equal(Speculator(loaded.model, "exit:2").generate(ids, **timed(3)), wanted)
 
 
 def test_an_error_that_the_config_did_not_bring_stays_what_it_is(folder: Path) -> None:

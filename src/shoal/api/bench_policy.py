@@ -13,7 +13,7 @@ import torch
 from shoal.api.assess import Source, opened, planned
 from shoal.api.prompts import encoded, texts_of
 from shoal.deciding.gating import ungated
-from shoal.decoding.arguments import GREEDY
+from shoal.decoding.arguments import timed
 from shoal.decoding.decoder import Decoder
 from shoal.errors import UsageError
 from shoal.evaluation.scoring import Progress
@@ -131,7 +131,7 @@ def _round(model: Any, side: Side, tasks: Sequence[dict[str, torch.Tensor]], new
     for task in tasks:
         clock = TokenClock(task["input_ids"].device)
         with side() as handle, evaluating(model):
-            text = Decoder(model).generate(**task, **GREEDY, max_new_tokens=new, min_new_tokens=new, streamer=clock)
+            text = Decoder(model).generate(**task, **timed(new), streamer=clock)
         found.texts.append(text)
         wall, cpu = wall + clock.seconds[0], cpu + clock.seconds[1]
         if isinstance(handle, Running):

@@ -132,7 +132,7 @@ def _finalists(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 
 def _greedy(new: int) -> dict[str, Any]:
-    return GREEDY | {"max_new_tokens": new}
+    return GREEDY | {"max_new_tokens": new, "stop_strings": None}
 
 
 def _written(

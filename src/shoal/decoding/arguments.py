@@ -46,6 +46,11 @@ def sampling(temperature: float, **limits: Any) -> dict[str, Any]:
     return _ONE_TEXT | {"do_sample": True, "temperature": float(temperature)} | limits
 
 
+def timed(new: int) -> dict[str, Any]:
+    """The likeliest tokens, `new` of them whatever they are, for times that are compared."""
+    return GREEDY | {"max_new_tokens": new, "min_new_tokens": new, "stop_strings": None}
+
+
 def stopping(model: Any, tokenizer: Any) -> dict[str, Any]:
     """The tokenizer, where the model's own generation config names strings that end a text and `generate` needs it."""
     strings = getattr(getattr(model, "generation_config", None), "stop_strings", None)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from shoal.errors import ModelError, ShoalError, first_line
 
 _NEUTRAL = frozenset({"transformers_version", "_from_model_config"})
-BEGINS = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+_BEGINS = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
 """Without these a decoder behind an encoder does not begin."""
 
 
@@ -43,13 +43,13 @@ def naming_the_config(model: Any) -> Iterator[None]:
 def _refused(model: Any) -> dict[str, str]:
     """`KEY=value` of what transformers cannot write a token by, with what it says."""
     own = getattr(model, "generation_config", None)
-    begins = {name: one for name in BEGINS if isinstance(one := getattr(own, name, None), int)}
+    begins = {name: one for name in _BEGINS if isinstance(one := getattr(own, name, None), int)}
     if own is None or _said(model, begins) is not None:
         return {}
     told = {name: value for name, value in vars(own).items() if name not in _NEUTRAL and value is not None}
     if isinstance(strings := told.get("stop_strings"), str | list) and all(isinstance(one, str) for one in strings):
         del told["stop_strings"]  # right, but wants the tokenizer
-    said = {f"{name}={value!r}": _said(model, begins | {name: value}) for name, value in told.items()}
+    said = {f"{name}={value!r:.80}": _said(model, begins | {name: value}) for name, value in told.items()}
     return {name: why for name, why in said.items() if why is not None}
 
 

@@ -89,6 +89,12 @@ class Fit:
         return self.transform
 
 
+def labels_and_kd(labels: float) -> tuple[str, ...]:
+    """The terms of labels cross-entropy + (1 - labels) KL to the whole model; a term without weight is left out."""
+    weights = {"cross-entropy": labels, "logit-kd": 1 - labels}
+    return tuple(f"{name}:weight={weight}" for name, weight in weights.items() if weight)
+
+
 Recipe = tuple[Stage | Fit, ...]
 
 

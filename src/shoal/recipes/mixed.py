@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.healing.stage import Recipe, Settings, Stage
+from shoal.healing.stage import Recipe, Settings, Stage, labels_and_kd
 
 
 def mixed(
@@ -22,13 +22,10 @@ def mixed(
     Source: the sum of both losses: Hinton et al. 2015 (arXiv 1503.02531); the model's own text: Kim and Rush 2016
     (arXiv 1606.07947), and "On the limits of layer pruning for generative reasoning" (2026, arXiv 2602.01997).
     """
-    terms = tuple(
-        f"{name}:weight={weight}" for name, weight in (("cross-entropy", labels), ("logit-kd", 1 - labels)) if weight
-    )
     data = (("text", 1 - builtin - answers), ("builtin", builtin), ("answers", answers))
     return (
         Stage(
-            terms=terms,
+            terms=labels_and_kd(labels),
             learn=(learn,),
             data=tuple((name, share) for name, share in data if share > 0),
             settings=Settings(rate=rate),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.healing.stage import Fit, Recipe, Settings, Stage
+from shoal.healing.stage import Fit, Recipe, Settings, Stage, labels_and_kd
 
 
 def refit_kd(
@@ -17,8 +17,5 @@ def refit_kd(
     Source: our own; the order is that of Puzzle, Bercovich et al. 2024 (arXiv 2411.19146), with a closed form in the
     place of the gradients of its first stage.
     """
-    terms = tuple(
-        f"{name}:weight={weight}" for name, weight in (("cross-entropy", labels), ("logit-kd", 1 - labels)) if weight
-    )
     fit = Fit(transform=f"refit:every={str(every).lower()}", windows=windows)
-    return (fit, Stage(terms=terms, learn=(learn,), settings=Settings(rate=rate)))
+    return (fit, Stage(terms=labels_and_kd(labels), learn=(learn,), settings=Settings(rate=rate)))

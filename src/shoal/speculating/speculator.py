@@ -161,6 +161,9 @@ def _stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> Iterator
     a decoding loop of one's own. Meanwhile the model's own config names none, which `generate` would fill in again."""
     asked, own = dict(arguments), model.generation_config
     tokenizer = asked.pop("tokenizer", None)
+    if "stop_strings" in asked and asked["stop_strings"] is None:  # none are wanted, whatever the config says
+        yield asked
+        return
     given = copy.deepcopy(asked.get("generation_config"))
     strings = asked.pop("stop_strings", None) or getattr(given, "stop_strings", None) or own.stop_strings
     if strings is None or tokenizer is None:
