@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import shoal.api.heal as verb
+import shoal.api.heal_stages as stages
 from shoal.api.heal import heal
 from shoal.cli.heal import stopping
 from shoal.data import Data
@@ -65,6 +66,32 @@ def test_every_recipe_takes_two_steps(recipe: str, loaded: Loaded) -> None:
     with running(loaded.model, found.plan, found.weights), torch.no_grad():
         assert torch.isfinite(loaded.model(text().ids[:1]).logits).all()
     assert found.plan.dropped() == (2,)
+
+
+def test_each_round_reads_what_the_plan_of_its_start_writes(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On-policy: greedily, behind beginnings of the text; the dense model writes something else."""
+    seen: list[tuple[Data, Data]] = []
+    writers: list[torch.Tensor] = []
+    real = stages.written_by
+
+    def noted(model: Any, data: Data, **more: Any) -> Data:
+        seen.append((data, made := real(model, data, **more)))
+        with torch.no_grad():
+            logits = model(made.ids).logits
+            writers.append(model(text().ids[:1]).logits)
+        start = int(made.answers.int().argmax())  # type: ignore[union-attr]
+        assert torch.equal(logits[:, start - 1 : -1].argmax(-1), made.ids[:, start:])
+        return made
+
+    monkeypatch.setattr(stages, "written_by", noted)
+    words = SMALL | {"plan": "0-2,4", "tokens": 640, "data": text(), "watch": text(4, 1)}
+    found = heal(loaded, recipe="on-policy:rounds=2,rate=1e-3,share=1", **words)
+    (first, one), (second, two) = seen
+    assert found.data["train"]["sha256"] not in {one.info.sha256, two.info.sha256}
+    assert not torch.equal(first.ids, second.ids)  # other beginnings
+    with running(loaded.model, found.start):
+        assert torch.equal(real(loaded.model, first, temperature=0.0).ids, one.ids)
+    assert not torch.equal(*writers)  # the second round's writer has learned in the first
 
 
 def test_no_tokens_leave_the_start_bit_for_bit(loaded: Loaded) -> None:

@@ -29,6 +29,8 @@ from .shares import every
 
 TERMS = sorted(entries("terms"))
 LEARN = {"block-local": ("near",)}
+TOLD = {"unlikelihood": "unlikelihood:ngram=1"}
+"""What is asked of a term where it has nothing to say about random tokens."""
 
 MERGED = {"rtol": 3e-4, "atol": 3e-5}
 """Of logits by W + s B A against those by W and B A apart; a tenth of it was seen."""
@@ -38,7 +40,7 @@ MERGED = {"rtol": 3e-4, "atol": 3e-5}
 def test_four_micro_batches_are_one_batch(term: str) -> None:
     batch = batch_of()
     batch["labels"][0, 3:] = batch["shift_labels"][0, 3:] = -100  # rows that count differently
-    with learner_of(deep(), term, learn=LEARN.get(term, ("lora:rank=4",))) as learner:
+    with learner_of(deep(), TOLD.get(term, term), learn=LEARN.get(term, ("lora:rank=4",))) as learner:
         if term != "block-local":
             for name, parameter in learner.moving_tensors.items():  # B is 0 at first, and so the gradient of A
                 if "lora_B" in name:
@@ -95,6 +97,25 @@ def test_divergences_by_hand(beta: float) -> None:
         0.3: beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum(),
     }
     torch.testing.assert_close(_divergence(p.log(), q.log(), beta), kl[beta])
+
+
+def test_unlikelihood_is_of_the_last_token_of_what_repeats() -> None:
+    """By hand: of two rows one says `5 6 7 8` twice, in the other nothing repeats but three tokens."""
+    model, batch = deep(), batch_of(2)
+    batch["ids"] = torch.tensor([[1, 5, 6, 7, 8, 2, 5, 6, 7, 8, 3, 4], [9, 5, 6, 7, 1, 2, 5, 6, 7, 8, 3, 4]])
+    batch["labels"] = torch.cat([batch["ids"][:, 1:], torch.full((2, 1), -100)], 1)
+    batch["shift_labels"] = batch["labels"]
+    with torch.no_grad(), running(model, CUT):
+        likely = model(batch["ids"]).logits.softmax(-1)
+    with learner_of(model, "unlikelihood") as learner, torch.no_grad():
+        learner(**batch)
+        found = next(iter(learner.parts.values())) * 22  # of 2 x 11 columns that count
+    torch.testing.assert_close(found, -(1 - likely[0, 8, 8]).log())
+    with learner_of(model, "unlikelihood:ngram=3") as learner, torch.no_grad():
+        learner(**batch)
+        found = next(iter(learner.parts.values())) * 22
+    places = [(0, 7, 7), (0, 8, 8), (1, 7, 7)]
+    torch.testing.assert_close(found, sum(-(1 - likely[place]).log() for place in places))
 
 
 @pytest.mark.parametrize(

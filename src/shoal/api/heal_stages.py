@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from shoal.healing.shown import Side
 from shoal.healing.stage import Fit, Recipe, Stage, selection_of, term_of
 from shoal.healing.train import Run, TrainedStage, seconds_a_step, train
 from shoal.healing.windows import Texts, concatenated, described
+from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.models.opened import OpenedModel
@@ -155,7 +156,7 @@ def _trained(
     run: HealRun, stage: Stage, number: int, plan: Plan, weights: Tensors, texts: Texts, steps: int, kept: RunFolder
 ) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
     """One stage of training: the plan and tensors that it ends with."""
-    data = _data(run, stage, texts, steps, number, kept)
+    data = _data(run, stage, texts, steps, number, kept, (plan, weights))
     name = f"stage {number} of {len(run.stages)}: {stage}"
     run.say(f"{name}, {steps} steps of {run.per_step:,} tokens")
     folder = kept.stage(number)
@@ -224,8 +225,10 @@ def _teller(run: HealRun, name: str, steps: int) -> Callable[[dict[str, Any], in
     return tell
 
 
-def _data(run: HealRun, stage: Stage, texts: Texts, steps: int, number: int, kept: RunFolder) -> Data:
-    """The windows that a stage reads, of all its sources."""
+def _data(
+    run: HealRun, stage: Stage, texts: Texts, steps: int, number: int, kept: RunFolder, start: tuple[Plan, Tensors]
+) -> Data:
+    """The windows that a stage reads, of all its sources; `start` is what it begins with."""
     windows = max(1, math.ceil(steps * run.per_step / run.length))
     if stage.data == (("text", 1.0),):
         return texts.train
@@ -238,27 +241,38 @@ def _data(run: HealRun, stage: Stage, texts: Texts, steps: int, number: int, kep
             )
             continue
         some = texts.train.only(range(min(count, len(texts.train))))
-        parts.append(described(some, list(range(len(some)))) if source == "text" else _answers(run, some, number, kept))
+        if source == "text":
+            parts.append(described(some, list(range(len(some)))))
+        elif source == "answers":
+            parts.append(_written(run, stage, some, f"answers-{number}", kept, None))
+        else:
+            # other beginnings in each round, as far as the text goes
+            some = texts.train.only([(n + (number - 1) * count) % len(texts.train) for n in range(len(some))])
+            parts.append(_written(run, stage, some, f"own-{number}", kept, start))
     return concatenated(parts)
 
 
-def _answers(run: HealRun, some: Data, number: int, kept: RunFolder) -> Data:
-    """What the whole model writes, of several processes the first one's; kept beside the checkpoints, as writing takes
-    its time."""
+def _written(
+    run: HealRun, stage: Stage, some: Data, name: str, kept: RunFolder, writer: tuple[Plan, Tensors] | None
+) -> Data:
+    """What the whole model writes, or `writer`, of several processes the first one's; kept beside the checkpoints, as
+    writing takes its time."""
     from safetensors.torch import load_file, save_file
 
-    file = None if kept.place is None else kept.place / f"answers-{number}.safetensors"
+    file = None if kept.place is None else kept.place / f"{name}.safetensors"
+    who = "the whole model" if writer is None else "the plan"
 
     def tell(done: int, total: int) -> None:
         if run.progress is not None:
-            run.progress(done, total, "answers")
+            run.progress(done, total, name)
 
     def made() -> Data:
         if file is not None and file.is_file():
             found = load_file(file)
             return described(Data(found["ids"], None, some.info, found["answers"]), list(range(len(found["ids"]))))
-        run.say(f"the whole model writes {len(some)} answers")
-        answers = written_by(run.loaded.model, some, seed=run.run.seed, tell=tell)
+        run.say(f"{who} writes {len(some)} answers")
+        with nullcontext() if writer is None else running(run.loaded.model, *writer):
+            answers = written_by(run.loaded.model, some, temperature=stage.temperature, seed=run.run.seed, tell=tell)
         if file is not None and answers.answers is not None:
             with replacing(file) as draft:
                 save_file({"ids": answers.ids, "answers": answers.answers}, draft)

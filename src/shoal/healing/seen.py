@@ -62,16 +62,20 @@ class Seen:
         with torch.no_grad():
             return self.sides[0].prepared(self.ids, self.mask)
 
-    def over_logits(self, formula: Formula, what: str, *, teacher: bool = False) -> torch.Tensor:
+    def over_logits(
+        self, formula: Formula, what: str, *, teacher: bool = False, columns: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The sum of `formula` over the columns that count, a chunk of them at a time: logits of all of them, which
         are [batch, tokens, vocabulary], are never held. With `teacher` its logits are given too, without gradients.
+        `columns` [batch, tokens], bool: only those of the columns that count.
 
         Raises M322 for a model without next-token scores; `what` names the term then.
         """
         student = self.sides[0]
         require_causal(student.opened.model, what)
-        told = self.teacher.last[self.counts] if teacher else None  # first: no graph of the student lies beside it
-        states, labels = self.student.last[self.counts], self.labels[self.counts]
+        read = self.counts if columns is None else self.counts & columns
+        told = self.teacher.last[read] if teacher else None  # first: no graph of the student lies beside it
+        states, labels = self.student.last[read], self.labels[read]
 
         def of(part: slice, chunk: torch.Tensor) -> torch.Tensor:
             wanted = None

@@ -58,8 +58,10 @@ class Stage:
     share: float = 1.0
     """Of the tokens of the whole recipe, beside the other stages' shares."""
     data: tuple[tuple[str, float], ...] = (("text", 1.0),)
-    """Where the tokens come from, with the share of each: `text` (the user's), `builtin`, `answers` (what the dense
-    model writes behind the beginnings of the user's text)."""
+    """Where the tokens come from, with the share of each: `text` (the user's), `builtin`, `answers` and `own` (what the
+    dense model, and what the plan as the stage finds it, write behind the beginnings of the user's text)."""
+    temperature: float = 1.0
+    """At which `answers` and `own` are drawn; 0 takes the likeliest token."""
     removed: float = 1.0
     """The share of the plan's removed layers that is gone in this stage; those that matter least go first."""
     fade: bool = False

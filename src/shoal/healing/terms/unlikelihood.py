@@ -1,0 +1,45 @@
+"""Unlikelihood of what repeats the text before it."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.errors import UsageError
+from shoal.healing.seen import Seen
+
+_FLOOR = 1e-6
+"""The least that 1 - q(y) counts as: at q(y) = 1 the formula is infinite."""
+
+
+def unlikelihood(seen: Seen, *, ngram: int = 4) -> torch.Tensor:
+    """-log(1 - q(y)) for each token y that counts and ends an n-gram that stands earlier in its row.
+
+    q = softmax of the student's logits [tokens, vocabulary]. Meant for text that the plan itself writes (`own`, see
+    the recipe `on-policy`): there it takes away from what starts a loop. It says nothing of any other token.
+
+    Source: the sequence-level objective (equations 6 and 7) of Welleck et al. 2019 (arXiv 1908.04319).
+
+    How we differ: only the last token of a repeated n-gram counts, not each of its tokens, since the first ones are
+    read before anything repeats.
+    """
+    if ngram < 1:
+        raise UsageError(f"unlikelihood: ngram={ngram} is none; write unlikelihood:ngram=4", code="U502")
+
+    def formula(student: torch.Tensor, _: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+        likely = student.softmax(-1).gather(-1, labels[:, None])
+        return -(1 - likely).clamp(min=_FLOOR).log().sum()
+
+    return seen.over_logits(formula, "unlikelihood", columns=_repeats(seen.ids, ngram))
+
+
+def _repeats(ids: torch.Tensor, ngram: int) -> torch.Tensor:
+    """The columns whose next token ends an n-gram that stands earlier in its row, bool [batch, tokens]."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for row, tokens in enumerate(ids.tolist()):
+        known = set[tuple[int, ...]]()
+        for end in range(ngram, len(tokens) + 1):
+            piece = tuple(tokens[end - ngram : end])
+            # the column before the last token of the n-gram predicts that token
+            found[row, max(end - 2, 0)] = piece in known
+            known.add(piece)
+    return found
