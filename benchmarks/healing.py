@@ -1,9 +1,9 @@
 """What each healing recipe wins back of one cut: perplexity on text like that of the training and on another.
 
-Every recipe with its defaults, once at `--tokens` and once at `--seconds` of training for all; `--run RECIPE=TOKENS`
-adds runs of one's own. Training text and test text share no 64 tokens (compared by hash). Each finished run is a line
-of `--journal`, and the same command goes on after a stop; `--page` renders the journal as a table. Two rows need no
-training: the cut plan, and the plan after the closed-form `refit`.
+Every recipe with its defaults, once at `--tokens` and once at `--seconds` of CPU time for all, which the pace of the
+first run turns into tokens; `--run RECIPE=TOKENS` adds runs of one's own. Training text and test text share no 64
+tokens (compared by hash). Each finished run is a line of `--journal`, and the same command goes on after a stop;
+`--page` renders the journal as a table. Two rows need no training: the cut plan, and the plan after `refit`.
 
 Target: at equal tokens the default recipe is below `refit` on both texts.
 
@@ -61,7 +61,7 @@ def main() -> int:
     for number, (name, how) in enumerate(runs := list(_runs(args)), 1):
         if name not in known:
             say(f"{number} of {len(runs)}: {name}")
-            known[name] = _row(loaded, plan, name, how, texts, args)
+            known[name] = _row(loaded, plan, name, _amount(how, known, args), texts, args)
             append_line(args.journal, known[name])
         say(json.dumps({key: value for key, value in known[name].items() if key not in ("curve", "stages")}))
     rows = [known[name] for name, _ in runs]
@@ -88,10 +88,27 @@ def _runs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{recipe} {args.tokens}", {"recipe": recipe, "tokens": tokens_of(args.tokens)}
     if args.seconds:
         for recipe in recipes:
-            yield f"{recipe} {args.seconds:g} s", {"recipe": recipe, "minutes": args.seconds / 60}
+            pace = f"{recipe} {args.tokens}"
+            yield f"{recipe} {args.seconds:g} s", {"recipe": recipe, "seconds": args.seconds, "pace_of": pace}
     for one in args.run:
         recipe, _, tokens = one.rpartition("=")
         yield f"{recipe} {tokens}", {"recipe": recipe, "tokens": tokens_of(tokens)}
+
+
+def _amount(how: dict[str, Any], known: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """What `heal` is told: of a run of so many seconds their tokens."""
+    if "seconds" not in how:
+        return how
+    return {"recipe": how["recipe"], "tokens": _tokens_in(how["seconds"], known[how["pace_of"]], args)}
+
+
+def _tokens_in(seconds: float, row: dict[str, Any], args: argparse.Namespace) -> int:
+    """How many tokens a recipe trains on in so many CPU seconds, by a run of it; what it fits in closed form takes as
+    long whatever comes after. At least one step."""
+    fitted = sum(stage["seconds"] for stage in row["stages"] if "transform" in stage)
+    fitted *= row["cpu"] / row["seconds"]
+    tokens = row["tokens"] * (seconds - fitted) / (row["cpu"] - fitted)
+    return max(int(tokens), args.batch * args.length)
 
 
 def _row(

@@ -20,7 +20,9 @@ from typing import Any
 from shoal.errors import UsageError
 from shoal.registry import Entry, Kind, get
 
-_NEXT = re.compile(r"[,;](?=\s*[\w-]+\s*=)")
+_KEY = r"\s*[^\W\d][\w-]*\s*="
+"""The beginning of an option. A name begins with a letter, so `2=1` belongs to a value: a plan ties layers so."""
+_NEXT = re.compile(rf"[,;](?={_KEY})")
 _AROUND = re.compile(r"^[\s,;]+|[\s,;]+$")
 
 
@@ -52,7 +54,7 @@ def read(text: str) -> Spelled:
     name, rest = name.strip(), _AROUND.sub("", rest)
     if colon and not rest:
         raise UsageError(f"{text!r} gives no option; write {name} or {name}:key=value", code="U502")
-    if "=" not in rest:
+    if not (re.match(rf"{_KEY}|=", rest) or _NEXT.search(rest)):
         return Spelled(name, lone=rest)
     pieces = [_AROUND.sub("", piece).partition("=") for piece in _NEXT.split(rest)]
     return Spelled(name, tuple((key.strip(), value.strip()) for key, _, value in pieces))

@@ -21,7 +21,7 @@ from shoal.plan import Spec
 
 from .families import DEPTH, FAMILIES, VOCAB, tiny
 from .paged import paged_logits
-from .references import by_hand, shared_kv, silenced
+from .references import by_hand, shared_kv, silenced, tied
 
 PLANS = {
     "identity": "0-3",
@@ -33,6 +33,7 @@ PLANS = {
     "reorder": "0,2,1,3",
     "parallel": "0,(1|2),3",
     "map": "0-1,~2,3",
+    "tie": "0-1,2=1,3",
 }
 KINDS = (*PLANS, "KV source")
 ATTENTIONS = ("sdpa", "eager")
@@ -177,6 +178,9 @@ def _reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str
         return shared_kv(model, batch, source, reader)
     if kind in ("attention only", "mlp only"):
         with silenced(model, *((1, "mlp") if kind == "attention only" else (0, "attention"))):
+            return _uncached(model, batch)
+    if kind == "tie":
+        with tied(model, 2, 1):
             return _uncached(model, batch)
     orders = {"drop": (0, 1, 3), "drop first": (1, 2, 3), "repeat": (0, 1, 1, 2, 3), "reorder": (0, 2, 1, 3)}
     chain = in_order(*orders[kind]) if kind in orders else {"parallel": side_by_side, "map": mapped}[kind]

@@ -83,6 +83,21 @@ def silenced(model: PreTrainedModel, index: int, part: str) -> Iterator[None]:
             parameter.data.copy_(value)
 
 
+@contextmanager
+def tied(model: PreTrainedModel, index: int, other: int) -> Iterator[None]:
+    """Every parameter of two and more dimensions of layer `index` has the values of that of layer `other`."""
+    layer, source = (dict(find_stack(model).layer(i).named_parameters()) for i in (index, other))
+    saved = {name: p.detach().clone() for name, p in layer.items() if p.dim() > 1}
+    assert saved and all(name in source for name in saved)
+    try:
+        for name in saved:
+            layer[name].data.copy_(source[name].data)
+        yield
+    finally:
+        for name, value in saved.items():
+            layer[name].data.copy_(value)
+
+
 @torch.no_grad()
 def shared_kv(model: PreTrainedModel, batch: Batch, source: int, reader: int) -> torch.Tensor:
     """Logits of one pass in which layer `reader` attends to layer `source`'s keys and values."""

@@ -40,12 +40,13 @@ from .kinds import kind
 from .paged import paged_logits
 from .planted import random_data
 from .processes import one_process
-from .references import CLOSE, by_hand, shared_kv, silenced, with_map_of
+from .references import CLOSE, by_hand, shared_kv, silenced, tied, with_map_of
 
 PLANS: dict[Trait, str] = {
     "layer": "0-1,3",
     "part": "0,1a,2m,3",
     "new tensors": "0,1:x,2-3",
+    "tie": "0-1,2=1,3",
     "KV source": "0-1,2@1,3",
     "attention map": "0-1,2@a1,3",
     "map": "0,~1-2,3",
@@ -60,6 +61,7 @@ GATED: dict[Trait, tuple[str, str]] = {
     "layer": ("0-1,2?g/project,3", "0-1,3"),
     "part": ("0,1a?g/project,2-3", "0,2-3"),
     "new tensors": ("0,1:x?g/project,2-3", "0,2-3"),
+    "tie": ("0-1,2=1?g/project,3", "0-1,3"),
     "KV source": ("0-1,2@1?g,3", "0-1,3"),
     "attention map": ("0-1,2@a1?g,3", ""),
     "map": ("0,~1-2?g,3", ""),
@@ -155,6 +157,9 @@ def reference(model: PreTrainedModel, trait: Trait) -> torch.Tensor:
     batch = {"input_ids": IDS}
     if trait == "KV source":
         return shared_kv(model, batch, 1, 2)
+    if trait == "tie":
+        with tied(model, 2, 1):
+            return logits(model)
     if trait == "attention map":
         return with_map_of(copy.deepcopy(tiny("llama", "eager")), batch, 1, 2)
     if trait == "new tensors":

@@ -23,7 +23,7 @@ HEAD_FLOPS = 2 * VOCAB * HIDDEN
 
 
 def layer(index: int, kind: str = "full_attention", kv: KVSpec = FULL, *, width: int = WIDTH) -> LayerSpec:
-    return LayerSpec(index, kind, LAYER_PARAMS, LAYER_FLOPS, width, kv, ATTENTION, MLP)
+    return LayerSpec(index, kind, LAYER_PARAMS, LAYER_FLOPS, width, kv, ATTENTION, MLP, vectors=NORMS)
 
 
 def stack(name: str, *layers: LayerSpec) -> StackSpec:

@@ -5,6 +5,7 @@ Each draws little: drawing, not the code under test, is what property tests wait
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 
@@ -32,13 +33,18 @@ def layers(depth: int) -> st.SearchStrategy[int]:
 def runs(depth: int) -> st.SearchStrategy[Run]:
     """Single runs with any mix of part, weights, sources, fill and gate."""
     kvs = st.builds(KV, st.none() | layers(depth), fills, st.none() | layers(depth))
-    return st.builds(Run, layers(depth), parts, maybe_names, kvs, maybe_names)
+    return st.builds(Run, layers(depth), parts, maybe_names, kvs, maybe_names, st.none() | layers(depth))
 
 
 def _ladder(first: int, last: int, part: str) -> list[Step]:
     """Plain neighbouring layers, up or down."""
     order = range(first, last + 1) if first <= last else range(first, last - 1, -1)
     return [Run(i, part) for i in order]  # type: ignore[arg-type]
+
+
+def _tied(ladder: list[Step], tie: int, turn: int, depth: int) -> list[Step]:
+    """The same, each tied to one layer, or to layers up or down."""
+    return [replace(run, tie=(tie + turn * n) % depth) for n, run in enumerate(ladder) if isinstance(run, Run)]
 
 
 def _map(one: int, other: int, weights: str | None, gate: str | None) -> list[Step]:
@@ -52,6 +58,9 @@ def pieces(depth: int) -> st.SearchStrategy[list[Step]]:
     number, run = layers(depth), runs(depth)
     return st.one_of(
         st.builds(_ladder, number, number, parts),
+        st.builds(
+            _tied, st.builds(_ladder, number, number, parts), number, st.sampled_from([0, 1, -1]), st.just(depth)
+        ),
         st.builds(lambda i, part, times: [Run(i, part)] * times, number, parts, st.integers(1, 3)),
         st.builds(lambda step, times: [step] * times, run, st.integers(1, 3)),
         st.builds(_map, number, number, maybe_names, maybe_names),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from shoal.errors import PlanError
-from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, check, require, share_kv
+from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, check, parse_plan, require, share_kv
 from unit.specs import alternating, hybrid, layer, llama, native_sharing, plan_of, spec, stack, two_stacks
 
 MODELS = {make.__name__: make() for make in (llama, alternating, hybrid, two_stacks, native_sharing)}
@@ -29,6 +29,9 @@ LEGAL = [
     ("llama", "0,1:new,!e=head?g,2,!end", {"new.q": (3, 3), "head.weight": (128, 16)}),
     ("alternating", "0-2,3@1,4@2", {}),
     ("hybrid", "3,0,5,7@3", {}),
+    ("llama", "0-1,2-4=1,5m=0,6=0@4,7=1?g", {}),
+    ("llama", "1=0,2:x", {"x.q": (3, 3)}),
+    ("alternating", "0,1=0,2=0", {}),
     ("hybrid", "7,0?g", {}),
     ("two_stacks", "encoder: 3; decoder: 0a,2", {}),
     ("native_sharing", "3-5,0", {}),
@@ -73,6 +76,11 @@ ILLEGAL = [
         ["map of layer 2", "takes over a map itself", "name the layer"],
     ),
     ("P103", "llama", "0-3,4@a9", {}, 9, ["attention source 9 ", "0 to 7"]),
+    ("P103", "llama", "0-3,4=9", {}, 9, ["tied layer 9 ", "0 to 7"]),
+    ("P127", "llama", "0-3,4=4", {}, 4, ["layer 4 ", "matrices of layer 4, which are its own", "write 4"]),
+    ("P127", "llama", "0,1=0,2=1", {}, 2, ["matrices of layer 1, which is tied itself", "name the layer whose"]),
+    ("P127", "llama", "0-1,3=2,2=0", {}, 3, ["matrices of layer 2, which is tied itself"]),
+    ("P127", "hybrid", "3,5=3", {}, 5, ["matrices of layer 3", "numbers", "of one structure"]),
     ("P110", "two_stacks", "decoder: 1-5", {}, 0, ["layer 0 must run first", "position bias", "begin the plan with 0"]),
     ("P110", "two_stacks", "decoder: 1,0", {}, 0, ["layer 0 must run first", "begin the plan with 0"]),
     ("P110", "two_stacks", "decoder: 0m,1", {}, 0, ["layer 0 must run first", "with its attention"]),
@@ -295,3 +303,18 @@ def test_the_fingerprint_is_of_the_structure_alone() -> None:
     others = [alternating(), hybrid(), two_stacks(), replace(model, vocab=129), replace(model, family="qwen")]
     assert len({model.fingerprint, *(other.fingerprint for other in others)}) == 6
     assert model.to_dict()["fingerprint"] == model.fingerprint
+
+
+def test_matrices_are_compared_by_name_and_shape_where_they_are_known() -> None:
+    """As many numbers in another shape do not fit; vectors are not asked, nor what only one of the two has."""
+    shapes = {0: {"mlp.up": (4, 8), "norm": (8,)}, 1: {"mlp.up": (8, 4), "norm": (9,), "bias.of.all": (2, 2)}}
+
+    def layers(_: str, index: int) -> dict[str, tuple[int, ...]]:
+        return shapes[index % 2]
+
+    plan = parse_plan("0,1=0", Plan.identity(llama()))
+    (problem,) = check(plan, llama(), layers=layers)
+    assert (problem.code, problem.layer) == ("P127", 1)
+    assert "mlp.up is [8, 4] in layer 1 and [4, 8] in layer 0" in problem.message
+    assert check(parse_plan("0,2=0", Plan.identity(llama())), llama(), layers=layers) == []
+    assert check(parse_plan("0,1a=0", Plan.identity(llama())), llama(), layers=layers) == []

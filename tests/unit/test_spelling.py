@@ -99,3 +99,8 @@ def test_mistakes(text: str, code: str, why: str) -> None:
     with pytest.raises(UsageError, match=re.escape(why)) as raised:
         chosen("methods", text)
     assert raised.value.code == code
+
+
+def test_a_plan_with_ties_is_a_value_and_no_option() -> None:
+    assert read("skip:0-1,2=1,3") == Spelled("skip", lone="0-1,2=1,3")
+    assert read("skip:keep=0-1,2=1,length=3") == Spelled("skip", (("keep", "0-1,2=1"), ("length", "3")))

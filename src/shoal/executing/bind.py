@@ -24,7 +24,7 @@ from shoal.models.order import refuse_order
 from shoal.plan import Given, Plan, require
 from shoal.plan.answers import Way
 from shoal.plan.capabilities import refusal, refusals
-from shoal.plan.steps import Step, layers_of, runs, undecided
+from shoal.plan.steps import Step, runs, undecided
 from shoal.plan.tensors import shapes_of
 
 BETWEEN = "its attention to the encoder stands between attention and mlp"
@@ -212,8 +212,12 @@ def _refuse_lent(stack: Stack, steps: tuple[Step, ...]) -> None:
     for run in runs(steps):
         if run.weights is not None:
             refuse_sharded(stack.layer(run.layer), run)
+        if run.tie is not None:
+            refuse_sharded(stack.layer(run.layer), run)
+            refuse_sharded(stack.layer(run.tie), run)
     for no in refusals(steps, "offloaded"):
-        if any(p.is_meta for index in layers_of(no.step) for p in stack.layer(index).parameters()):
+        named = {index for run in runs((no.step,)) for index in run.layers_named}
+        if any(p.is_meta for index in named for p in stack.layer(index).parameters()):
             raise PlanError(no.message, code=no.code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from shoal.executing.checkpointed import Around, SharedKV, checkpointed, is_chec
 from shoal.executing.exchange import Exchange
 from shoal.executing.fitted_map import FittedMap
 from shoal.executing.layer_list import LayerProxyList
-from shoal.executing.looked_up import TensorsOf
+from shoal.executing.looked_up import TensorsOf, TiedTensors
 from shoal.executing.modules import ModuleTensors
 from shoal.executing.sharded import refuse_sharded
 from shoal.executing.weights import Tensors
@@ -64,7 +65,7 @@ class LayerRunner:
         self.modules = tensors if isinstance(tensors, ModuleTensors) else None
         self.first = first_only(stack)
         self._maps: dict[str, FittedMap] = {}
-        self._exchanges: dict[tuple[int, str, str | None], Exchange] = {}
+        self._exchanges: dict[tuple[int, str, str | None, int | None], Exchange] = {}
 
     def layer(self, index: int) -> Any:
         """The real layer, looked up anew: PEFT or accelerate may have exchanged it."""
@@ -95,7 +96,7 @@ class LayerRunner:
         with what layer 0 owns for it. `around`: what else stands around the call. `shared`: keys and values that go
         into a checkpointed call and come out of it."""
         layer, (args, kwargs) = self.layer_of(run), call
-        if run.part != "layer" or self._lends(run):
+        if run.part != "layer" or run.tie is not None or self._lends(run):
             around = (*around, lambda: self._exchange(run).in_place())
         if comes_first and run.layer != 0 and self.first is not None:
             around = (*around, partial(self.first.shared_with, layer))
@@ -141,12 +142,12 @@ class LayerRunner:
 
     def _exchange(self, run: Run) -> Exchange:
         """What `run` changes in its layer for the length of one call."""
-        key, layer = (run.layer, run.part, run.weights), self.layer_of(run)
+        key, layer = (run.layer, run.part, run.weights, run.tie), self.layer_of(run)
         found = self._exchanges.get(key)
         if found is not None and found.layer is not layer:
             found = None
-        if self._lends(run) and (found is None or not found.is_prepared()):
-            refuse_sharded(layer, run)
+        if not run.own_tensors and (found is None or not found.is_prepared()):
+            self._refuse_sharded(run)
         if found is None:
             fact = self.facts[run.layer]
             left_out: tuple[str, ...] = ()
@@ -161,5 +162,16 @@ class LayerRunner:
         return run.weights is not None and (self.modules is None or self.modules.layer(run.weights) is None)
 
     def _lent(self, run: Run) -> Mapping[str, torch.Tensor]:
-        """These tensors, by their names in the layer."""
-        return TensorsOf(run.weights, self.tensors) if run.weights is not None and self._lends(run) else {}
+        """These tensors and those of the layer that it is tied to, by their names in the layer."""
+        own = TensorsOf(run.weights, self.tensors) if run.weights is not None and self._lends(run) else {}
+        if run.tie is None:
+            return own
+        both: list[Any] = [own, TiedTensors(self.layer_of(run), self.layer(run.tie))]
+        return ChainMap(*both)
+
+    def _refuse_sharded(self, run: Run) -> None:
+        """Raise P153 where tensors would be lent to, or by, a layer that is spread over processes."""
+        if self._lends(run):
+            refuse_sharded(self.layer_of(run), run)
+        for index in (run.layer, run.tie) if run.tie is not None else ():
+            refuse_sharded(self.layer(index), run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import nn
 
 from shoal.plan.tensors import tensors_of
 
@@ -24,6 +25,29 @@ class TensorsOf(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class TiedTensors(Mapping[str, torch.Tensor]):
+    """The matrices of another layer by the names that they have in both: parameters of two and more dimensions.
+
+    Names are found whenever they are asked for, and tensors at each use: what an adapter or an optimiser puts into one
+    of the two is seen.
+    """
+
+    def __init__(self, layer: nn.Module, other: nn.Module) -> None:
+        self._layer, self._other = layer, other
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._other.get_parameter(name)
+
+    def __iter__(self) -> Iterator[str]:
+        theirs = dict(self._other.named_parameters(remove_duplicate=False))
+        for name, own in self._layer.named_parameters(remove_duplicate=False):
+            if own.dim() > 1 and name in theirs and theirs[name].shape == own.shape:
+                yield name
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class Converted:

@@ -97,7 +97,8 @@ def put_modules(opened: OpenedModel, plan: Plan, weights: Mapping[str, torch.Ten
     A replaced layer is a deep copy of its base layer, its tensors in that layer's dtype and on its device; what
     `weights` leaves out is the base's. Others keep their dtype and go where the model is. All that hold floating-point
     numbers ask for gradients, whatever the base's do: freeze what shall not learn. Raises P122 when modules of another
-    plan are there, P154 for one id at several layers.
+    plan are there, P154 for one id at several layers,
+    P157 for own tensors beside those of a tied layer.
     """
     if BESIDE in opened.model._modules:
         raise PlanError("another plan is running on this model; restore it first", code="P122")
@@ -105,6 +106,12 @@ def put_modules(opened: OpenedModel, plan: Plan, weights: Mapping[str, torch.Ten
     for stack in opened.stacks:
         steps = plan.steps(stack.name)
         for run in runs(steps):
+            if run.weights is not None and run.tie is not None:
+                raise PlanError(
+                    f"layer {run.layer} has tensors of its own beside the matrices of layer {run.tie}, and as a module "
+                    f"it would have all of its own; write {run.layer}:{run.weights}, or run the plan without modules",
+                    code="P157",
+                )
             if run.weights is not None:
                 _put_layer(made, stack, run, weights)
         for weights_id in sorted(ids_of(steps) - made.base.keys()):

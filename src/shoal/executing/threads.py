@@ -13,6 +13,7 @@ from shoal.executing.forward import Forward
 from shoal.executing.sharing import Sharing
 from shoal.models.first import first_only
 from shoal.models.lists import Stack
+from shoal.plan import Run
 from shoal.plan.steps import Step, map_source, runs
 
 
@@ -55,10 +56,15 @@ class Exchanges:
         return Exchanges(self.layers)
 
 
+def _changes(run: Run) -> bool:
+    """Whether the run puts something in place of something else in its layer."""
+    return run.part != "layer" or not run.own_tensors or map_source(run) is not None
+
+
 def exchanges_of(stack: Stack, steps: tuple[Step, ...], sharing: Sharing) -> Exchanges:
     """Of the runs of a stack: those of a part, with own tensors, of attention maps, and where another layer takes the
     place of the first."""
     if first_only(stack) is not None:
         return Exchanges(range(stack.depth))
-    changing = {run.layer for run in runs(steps) if run.part != "layer" or run.weights or map_source(run) is not None}
+    changing = {run.layer for run in runs(steps) if _changes(run)}
     return Exchanges(changing | sharing.maps)

@@ -74,7 +74,7 @@ def places_behind(plan: Plan, holes: tuple[Hole, ...], stack: str | None = None)
 
 def _extent(step: Step, what: str, plan: Plan) -> tuple[int, int, PartName]:
     match step:
-        case Run() if not step.layer_sources:
+        case Run() if not step.layer_sources and step.tie is None:
             return step.layer, step.layer, step.part
         case Map():
             return step.first, step.last, "layer"

@@ -82,6 +82,11 @@ def _own_storages(stack: Stack, index: int) -> dict[object, int]:
     return {key: count for key, count in _storages(stack.layer(index)).items() if key not in lent}
 
 
+def _flat(module: nn.Module) -> set[object]:
+    """The storages of parameters of one dimension."""
+    return {_key(p) for p in module.parameters() if p.dim() < 2}
+
+
 def _key(parameter: nn.Parameter) -> object:
     without = parameter.is_meta or is_spread(parameter)
     return id(parameter) if without else (parameter.data_ptr(), parameter.numel(), str(parameter.device))
@@ -100,7 +105,7 @@ def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[o
     layers: list[LayerSpec] = []
     for index, fact in enumerate(seen.layers):
         layer = counted.layer(index)
-        storages = _own_storages(counted, index)
+        storages, flat = _own_storages(counted, index), _flat(layer)
         config = _of_layer(stack.config, index)
         kv = _kv(fact, config, index in sharing, seen.forward) if stack.name == "decoder" else KVSpec("none")
         active = _active_share(config)
@@ -109,6 +114,7 @@ def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[o
                 index=index,
                 kind=kinds[index],
                 params=sum(n for key, n in storages.items() if users[key] == 1),
+                vectors=sum(n for key, n in storages.items() if users[key] == 1 and key in flat),
                 flops=_flops(layer, active),
                 width=_width(stack.name, config, kv, [layers[i].kv for i in sharing.get(index, ())]),
                 kv=kv,
@@ -187,8 +193,9 @@ def _kv(fact: LayerFacts, config: PreTrainedConfig, shared: bool, forward: bool)
 
 def _part(layer: nn.Module, names: tuple[str, ...], active: float, users: Counter[object]) -> PartSpec:
     children = [layer.get_submodule(name) for name in names]
-    own = sum(n for child in children for key, n in _storages(child).items() if users[key] == 1)
-    return PartSpec(names, own, sum(_flops(child, active) for child in children))
+    own = {key: n for child in children for key, n in _storages(child).items() if users[key] == 1}
+    flat = sum(n for key, n in own.items() if key in _flat(layer))
+    return PartSpec(names, sum(own.values()), sum(_flops(child, active) for child in children), flat)
 
 
 def _active_share(config: PreTrainedConfig) -> float:

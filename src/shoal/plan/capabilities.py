@@ -42,11 +42,11 @@ from shoal.plan.answers import (
     Way,
 )
 from shoal.plan.notation import format_steps
-from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, NewTensors, Parallel, Run, Source, Step, runs
+from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, NewTensors, Parallel, Run, Source, Step, TiedLayer, runs
 
 Trait = Literal[
-    "layer", "part", "new tensors", "KV source", "attention map", "map", "parallel group", "gate", "exit", "repeat",
-    "other part", "reorder",
+    "layer", "part", "new tensors", "tie", "KV source", "attention map", "map", "parallel group", "gate", "exit",
+    "repeat", "other part", "reorder",
 ]  # fmt: skip
 """What there is to say of a step; see `traits`."""
 
@@ -80,6 +80,18 @@ WRITTEN_SHARED_MAP = Refused(
 )
 
 
+OFFLOADED_TIE = Refused(
+    "P124",
+    "layer {layer} is tied to layer {source}, and accelerate brings the weights of offloaded layers in for their own "
+    "calls alone; load the model without offloading, or write {layer}",
+)
+SHARDED_TIE = Refused(
+    "P153",
+    "layer {layer} is tied to layer {source}, and of layers that are spread over processes each gathers its own "
+    "weights alone; run the plan on a model in one piece, or write {layer}",
+)
+
+
 @cache
 def row(trait: Trait) -> Row:
     """The answers for one trait."""
@@ -96,6 +108,10 @@ def row(trait: Trait) -> Row:
         case "new tensors":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
                        offloaded=OFFLOADED_TENSORS, sharded=SHARDED_TENSORS, beside_encoder=OK, paged=OK, gated=OK,
+                       drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=OK, gguf=NO_BLOCK)
+        case "tie":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
+                       offloaded=OFFLOADED_TIE, sharded=SHARDED_TIE, beside_encoder=OK, paged=OK, gated=OK,
                        drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=OK, gguf=NO_BLOCK)
         case "KV source":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
@@ -222,6 +238,8 @@ def _of_source(source: Source) -> Trait:
             return "KV source"
         case AttentionMap():
             return "attention map"
+        case TiedLayer():
+            return "tie"
         case NewTensors():
             return "new tensors"
         case _:
@@ -233,7 +251,7 @@ def refused(trait: Trait, way: Way, step: Step, **names: object) -> Refusal | No
     found = answer(trait, way)
     if not isinstance(found, Refused):
         return None
-    return Refusal(found.code, found.sentence.format(**_words(step), **names), trait, step)
+    return Refusal(found.code, found.sentence.format(**_words(trait, step), **names), trait, step)
 
 
 def refusals(steps: tuple[Step, ...], way: Way, **names: object) -> Iterator[Refusal]:
@@ -253,12 +271,12 @@ def is_right(steps: tuple[Step, ...], way: Way) -> bool:
     return all(isinstance(answer(trait, way), Right) for trait, _, _ in traits(steps))
 
 
-def _words(step: Step) -> dict[str, object]:
+def _words(trait: Trait, step: Step) -> dict[str, object]:
     """What the sentences name."""
     words: dict[str, object] = {"step": format_steps((step,))}
     match step:
         case Run():
-            source = next((source.layer for source in step.layer_sources), None)
+            source = step.tie if trait == "tie" else next((one.layer for one in step.layer_sources), None)
             return words | {"layer": step.layer, "part": step.part, "source": source, "weights": step.weights}
         case Map():
             return words | {"span": f"{step.first}-{step.last}", "layer": f"{step.first}-{step.last}"}

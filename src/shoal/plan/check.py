@@ -7,7 +7,8 @@ P110 layer must run first            P111 a layer it reads is gone  P112 weights
 P113 weights of the wrong shape      P114 bad span                  P115 exit that hides steps, or named twice
 P116 KV fill that has no use         P117 unwritable name or word   P118 bad parallel group
 P119 a recurrent layer has no fill   P120 edit that this plan does not allow
-P128 source that takes over a map     P129 a run's own tensors do not fit its layer
+P127 matrices that do not fit the tied layer                       P128 source that takes over a map
+P129 a run's own tensors do not fit its layer
 
 P102, P104 and P117 come from `Plan` and the steps themselves, P120 from `shoal.plan.edit`; `check` finds the others.
 """
@@ -25,8 +26,9 @@ from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
 from shoal.plan.select import exits, groups, maps, run_of
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import AttentionMap, LayerKV, LayerSource, Run, Step, map_source, runs, writes_kv
+from shoal.plan.steps import AttentionMap, LayerKV, LayerSource, NewTensors, Run, Step, map_source, runs, writes_kv
 from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
+from shoal.plan.ties import unfit_ties
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ def check(plan: Given, spec: Spec, weights: Shapes | None = None, layers: Layers
             *map_tensors(steps, stack, weights or {}),
             *missing_tensors(steps, weights or {}),
             *unfit_tensors(steps, stack, weights or {}, layers),
+            *unfit_ties(steps, stack, layers),
         ]
         problems += [Problem(code, stack.name, layer, message) for code, layer, message in found]
     return problems
@@ -93,7 +96,7 @@ def _counts(depths: tuple[tuple[str, int], ...]) -> str:
 
 def _range(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     named = [(run.layer, "layer") for run in runs(steps)]
-    named += [(source.layer, source.noun) for run in runs(steps) for source in run.layer_sources]
+    named += [(one.layer, one.noun) for run in runs(steps) for one in run.sources if not isinstance(one, NewTensors)]
     named += [(end, "end of a map") for one in maps(steps) for end in (one.first, one.last)]
     for layer, what in named:
         if not 0 <= layer < stack.depth:

@@ -162,7 +162,10 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
         total.storages[f":{run.weights}"] = sum(own.values())
     elif run.weights is not None:
         total.assumed.add(run.weights)
-    total.storages |= {f"{storage}.{piece}": count for piece, count in params.items()}
+    tied = storage if run.tie is None else f"{stack.name}.{run.tie}"
+    for piece, (matrices, vectors) in params.items():
+        total.storages[f"{tied}.{piece}"] = matrices
+        total.storages[f"{storage}.{piece}.vectors"] = vectors
     total.written += layer.params  # a stock checkpoint holds whole layers
     total.shared |= dict(layer.shared)
     total.layer_runs += run.part == "layer"
@@ -195,12 +198,15 @@ def _score_width(layer: LayerSpec, run: Run) -> int:
     return width
 
 
-def _size(layer: LayerSpec, run: Run) -> tuple[dict[str, int], int]:
-    """Parameters by piece (so that 12a and 12m together count a layer once) and FLOPs for one token."""
+def _size(layer: LayerSpec, run: Run) -> tuple[dict[str, tuple[int, int]], int]:
+    """Parameters by piece (so that 12a and 12m together count a layer once), those in matrices and those in vectors
+    apart, and FLOPs for one token."""
     parts = {"attention": layer.attention, "mlp": layer.mlp}
     there = {name: part for name, part in parts.items() if part is not None}
-    pieces = {name: part.params for name, part in there.items()}
-    pieces["rest"] = layer.params - sum(pieces.values())
+    pieces = {name: (part.params - part.vectors, part.vectors) for name, part in there.items()}
+    vectors = layer.vectors - sum(one for _, one in pieces.values())
+    matrices = layer.params - layer.vectors - sum(one for one, _ in pieces.values())
+    pieces["rest"] = matrices, vectors
     flops = layer.flops
     for name, part in there.items():
         if run.part not in ("layer", name):

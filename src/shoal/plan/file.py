@@ -11,7 +11,7 @@ from shoal.errors import NotationError, UsageError, WriteError
 from shoal.plan.notation import format_steps, parse_steps
 from shoal.plan.plan import STACK_NAME, Base, Plan
 from shoal.plan.select import maps
-from shoal.plan.steps import Step, layers_read, runs
+from shoal.plan.steps import Step, runs
 
 FORMAT = "shoal-plan/1"
 MAX_BYTES = 4_000_000
@@ -148,7 +148,7 @@ def _steps(pieces: object, stack: str, depth: int, where: str) -> tuple[Step, ..
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         raise NotationError(f"{where}: stack {stack!r} must be a list of pieces such as '0-11'")
     steps = parse_steps(",".join(pieces))
-    named = [run.layer for run in runs(steps)] + [*layers_read(steps)]
+    named = [layer for run in runs(steps) for layer in run.layers_named]
     named += [one.last for one in maps(steps)]
     if max(named, default=0) >= depth:
         raise NotationError(f"{where}: stack {stack!r} names layer {max(named)}; its layers are 0 to {depth - 1}")

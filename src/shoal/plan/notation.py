@@ -6,6 +6,8 @@
     (7|8)bypass     in parallel, and 8's mlp also sees what 7's attention wrote
     ~12-15          a fitted map for layers 12 to 15; ~12-15:ID names its weights
     26@a25          layer 26 takes over layer 25's attention map
+    15=0            layer 15 with the matrices of layer 0; its norms and biases are its own
+    15-29=0-14      the same pair by pair; 1-29=0: all with those of layer 0
     20:ID           layer 20 with the weights ID        20?g  behind gate g        20?g/project  and its KV fill
     !early          an exit; !early=ID with its own head, !early?g behind a gate
     encoder: 0-5; decoder: 0-11      several stacks
@@ -37,7 +39,7 @@ from shoal.plan.steps import (
     Run,
     Source,
     Step,
-    layers_of,
+    TiedLayer,
     runs,
 )
 
@@ -45,7 +47,8 @@ MAX_STEPS = 10_000
 _ID = NAME.pattern
 _NUM = r"\d{1,6}"
 _RUN = re.compile(
-    rf"(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?P<part>[am])?(?:x(?P<times>{_NUM}))?(?:@(?P<read>{_NUM}))?(?:@a(?P<map>{_NUM}))?"
+    rf"(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?P<part>[am])?(?:x(?P<times>{_NUM}))?"
+    rf"(?:=(?P<tie>{_NUM})(?:-(?P<tie_last>{_NUM}))?)?(?:@(?P<read>{_NUM}))?(?:@a(?P<map>{_NUM}))?"
     rf"(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?(?:/(?P<fill>[a-z]+))?",
     re.ASCII,
 )
@@ -87,8 +90,9 @@ def format_steps(steps: tuple[Step, ...]) -> str:
             case Run() if length > 1 and steps[position + 1] == step:
                 pieces.append(_format_run(step, f"x{length}"))
             case Run() if length > 1:
-                (last,) = layers_of(steps[position + length - 1])
-                pieces.append(f"{step.layer}-{last}{_LETTER[step.part]}")
+                last = run_of(steps[position + length - 1])
+                assert last is not None
+                pieces.append(f"{step.layer}-{last.layer}{_LETTER[step.part]}{_tied_span(step.tie, last.tie)}")
             case Run():
                 pieces.append(_format_run(step))
             case Map():
@@ -152,7 +156,7 @@ def _parse_piece(piece: str) -> list[Step]:
 def _parse_runs(piece: str) -> list[Run]:
     found = _RUN.fullmatch(piece)
     if found is None:
-        _fail(piece, "expected layers such as 3, 0-11, 12a, 12m, 10x3, 13@12, (7|8) or ~12-15")
+        _fail(piece, "expected layers such as 3, 0-11, 12a, 12m, 10x3, 15=0, 13@12, (7|8) or ~12-15")
     first, last = int(found["first"]), int(found["last"] or found["first"])
     times = int(found["times"] or 1)
     if times < 1:
@@ -161,7 +165,28 @@ def _parse_runs(piece: str) -> list[Run]:
         _fail(piece, f"the plan has more than {MAX_STEPS} steps")
     kv = KV(_layer(found["read"]), _fill(piece, found["fill"]), _layer(found["map"]))
     order = range(first, last + 1) if last >= first else range(first, last - 1, -1)
-    return [Run(i, _PARTS[found["part"]], found["weights"], kv, found["gate"]) for i in order for _ in range(times)]
+    ties = _ties(piece, found["tie"], found["tie_last"], len(order))
+    return [
+        Run(layer, _PARTS[found["part"]], found["weights"], kv, found["gate"], tie)
+        for layer, tie in zip(order, ties, strict=True)
+        for _ in range(times)
+    ]
+
+
+def _ties(piece: str, first: str | None, last: str | None, count: int) -> list[int | None]:
+    """The tied layer of each of so many layers."""
+    start = _layer(first)
+    if start is None or last is None:
+        return [start] * count
+    end = int(last)
+    ties = range(start, end + 1) if end >= start else range(start, end - 1, -1)
+    if len(ties) != count:
+        _fail(piece, f"{count} layers cannot be tied pair by pair to {len(ties)}; name as many, or one")
+    return list(ties)
+
+
+def _tied_span(first: int | None, last: int | None) -> str:
+    return "" if first is None else f"={first}" if first == last else f"={first}-{last}"
 
 
 def _layer(digits: str | None) -> int | None:
@@ -195,6 +220,8 @@ def format_source(source: Source) -> str:
             return f"@{source.layer}"
         case AttentionMap():
             return f"@a{source.layer}"
+        case TiedLayer():
+            return f"={source.layer}"
         case NewTensors():
             return f":{source.id}"
         case _:
@@ -206,20 +233,27 @@ def _gate(name: str | None) -> str:
 
 
 def _fold(steps: tuple[Step, ...], start: int) -> int:
-    """How many steps from `start` on are written as one piece: equal runs, or plain runs up or down by one."""
+    """How many steps from `start` on are written as one piece: equal runs, or runs up or down by one that are plain or
+    tied to one layer or to layers up or down by one."""
     step = run_of(steps[start])
     if step is None:
         return 1
     length = 1
     while start + length < len(steps) and steps[start + length] == step:
         length += 1
-    if length > 1 or step != Run(step.layer, step.part):
+    if length > 1 or step != Run(step.layer, step.part, tie=step.tie):
         return length
     following = run_of(steps[start + 1]) if start + 1 < len(steps) else None
     direction = 0 if following is None else following.layer - step.layer
-    if direction not in (1, -1):
+    turn = 0 if following is None or None in (step.tie, following.tie) else (following.tie or 0) - (step.tie or 0)
+    if direction not in (1, -1) or turn not in (0, 1, -1):
         return 1
-    while start + length < len(steps) and steps[start + length] == Run(step.layer + direction * length, step.part):
+
+    def at(distance: int) -> Run:
+        tie = None if step.tie is None else step.tie + turn * distance
+        return Run(step.layer + direction * distance, step.part, tie=tie)
+
+    while start + length < len(steps) and steps[start + length] == at(length):
         length += 1
     # a run that itself repeats belongs to the next piece: 0,1,2x3 and not 0-2,2x2
     while length > 1 and start + length < len(steps) and steps[start + length] == steps[start + length - 1]:

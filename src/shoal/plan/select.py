@@ -22,7 +22,7 @@ def run_of(step: Step) -> Run | None:
 def whole_run(step: Step | None) -> Run | None:
     """The step when it is the run of a whole layer with the layer's own tensors; None for anything else."""
     run = None if step is None else run_of(step)
-    return run if run is not None and run.part == "layer" and run.weights is None else None
+    return run if run is not None and run.part == "layer" and run.own_tensors else None
 
 
 def maps(steps: tuple[Step, ...]) -> tuple[Map, ...]:

@@ -45,6 +45,8 @@ class PartSpec:
     params: int
     flops: int
     """Matrix-multiply FLOPs for one token, experts counted as often as they are used."""
+    vectors: int = 0
+    """How many of `params` are in tensors of one dimension: norms, biases. A tie leaves them alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class LayerSpec:
     """Layers whose state this one reads inside the base model (native KV sharing)."""
     pinned: str | None = None
     """Why this layer must run first, if it must."""
+    vectors: int = 0
+    """How many of `params` are in tensors of one dimension."""
 
 
 @dataclass(frozen=True, slots=True)

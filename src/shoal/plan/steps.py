@@ -86,9 +86,25 @@ class AttentionMap:
         return f"takes over the attention map of layer {self.layer}"
 
 
+@dataclass(frozen=True, slots=True)
+class TiedLayer:
+    """A source of matrices: those of another layer of the base stand in the place of the run's own, by their names.
+
+    Matrices are the parameters of two and more dimensions; norms and biases stay the run's own, as do its mask, rotary
+    tables and window, and the row of the KV cache.
+    """
+
+    layer: int
+    noun: ClassVar[str] = "tied layer"
+    summary: ClassVar[str] = "Tied matrices"
+
+    def __str__(self) -> str:
+        return f"with the matrices of layer {self.layer}"
+
+
 LayerSource = LayerKV | AttentionMap
-"""The sources that are layers of the base."""
-Source = LayerSource | NewTensors
+"""The sources that are runs of the base's layers: something that was computed in the same forward."""
+Source = LayerSource | TiedLayer | NewTensors
 """Whose keys, values or matrices a run uses where it does not use its own layer's. A new kind of source is one more
 class here, and one more field of `Run` or `KV` that `Run.sources` turns into it; the type checker names the rest."""
 
@@ -102,6 +118,8 @@ class Run:
     weights: str | None = None
     kv: KV = KV()
     gate: str | None = None
+    tie: int | None = None
+    """Base index of the layer whose matrices it has; None: its own."""
 
     def __post_init__(self) -> None:
         _one_of("part", self.part, PARTS)
@@ -109,14 +127,25 @@ class Run:
 
     @property
     def layer_sources(self) -> tuple[LayerSource, ...]:
-        """The other layers that this run takes something from."""
+        """The earlier runs of other layers that this run takes something from."""
         kv = () if self.kv.read is None else (LayerKV(self.kv.read),)
         return kv if self.kv.attention is None else (*kv, AttentionMap(self.kv.attention))
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """Everything that this run takes from elsewhere than its own layer, in the order of depth notation."""
-        return (*self.layer_sources, *(() if self.weights is None else (NewTensors(self.weights),)))
+        tied = () if self.tie is None else (TiedLayer(self.tie),)
+        return (*tied, *self.layer_sources, *(() if self.weights is None else (NewTensors(self.weights),)))
+
+    @property
+    def layers_named(self) -> tuple[int, ...]:
+        """The base layers that the run names: its own and those of its sources."""
+        return (self.layer, *(source.layer for source in self.sources if not isinstance(source, NewTensors)))
+
+    @property
+    def own_tensors(self) -> bool:
+        """Whether all tensors that it runs with are those of its layer in the base."""
+        return self.weights is None and self.tie is None
 
     @property
     def plain(self) -> bool:
@@ -245,12 +274,12 @@ def writes_kv(run: Run) -> bool:
 
 
 def sources_read(steps: tuple[Step, ...]) -> set[LayerSource]:
-    """What some run takes from another layer."""
+    """What some run takes from the run of another layer."""
     return {source for run in runs(steps) for source in run.layer_sources}
 
 
 def layers_read(steps: tuple[Step, ...]) -> set[int]:
-    """The base layers that some run takes something from."""
+    """The base layers of whose runs some run takes something."""
     return {source.layer for source in sources_read(steps)}
 
 

@@ -10,7 +10,7 @@ from shoal.errors import PlanError
 from shoal.plan import Exit, Map, Parallel, Run, Step, parse_steps
 from shoal.plan.price import layers_run
 from shoal.plan.select import exits, groups, maps
-from shoal.plan.steps import runs
+from shoal.plan.steps import TiedLayer, runs
 from shoal.report.formatting import TIMES, esc, ranges
 
 
@@ -64,8 +64,7 @@ def stacks(plan: Mapping[str, Any]) -> list[PlannedStack]:
     for name, stack in plan["stacks"].items():
         text = stack.get("notation") or ",".join(stack["steps"])
         facts = PlannedStack(str(name), int(stack["depth"]), parse_steps(text))
-        named = [run.layer for run in facts.runs]
-        named += [source.layer for run in facts.runs for source in run.layer_sources]
+        named = [layer for run in facts.runs for layer in run.layers_named]
         named += facts.mapped
         if outside := [layer for layer in named if layer >= facts.depth]:
             raise PlanError(
@@ -113,6 +112,8 @@ def _shared(stack: PlannedStack) -> dict[str, str]:
     for run in stack.runs:
         for source in run.layer_sources:
             found.setdefault(source.summary, []).append(f"{run.layer} reads {source.layer}")
+        if run.tie is not None:
+            found.setdefault(TiedLayer.summary, []).append(f"{run.layer} has those of {run.tie}")
     return {summary: ", ".join(pairs) for summary, pairs in found.items()}
 
 

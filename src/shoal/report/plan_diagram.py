@@ -24,6 +24,7 @@ _LEGEND = {
     "parallel": "in parallel",
     "repeat": "runs several times",
     "reads": "reads another layer's KV",
+    "tie": "=0: the matrices of layer 0",
     "weights": "weights of its own",
     "gate": "behind a gate",
     "exit": "exit",
@@ -66,7 +67,7 @@ def _base_row(stack: PlannedStack, layers: range, y: float) -> tuple[list[str], 
     """The boxes of some base layers from `y` on, their height, and whether every parallel group of theirs fits here."""
     fitting, fits = _groups(stack, layers)
     own = set(layers) - {run.layer for group in fitting for run in group.branches}
-    readers = [run for run in stack.runs if run.layer_sources and run.layer in own]
+    readers = [run for run in stack.runs if svg_shapes.reads(run) and run.layer in own]
     times = {layer: n for layer, n in repeated(stack).items() if layer in layers}
     exits = _exits(stack, layers)
     near = any(source.layer in layers for run in readers for source in run.layer_sources)
@@ -147,7 +148,7 @@ def _exits(stack: PlannedStack, layers: range) -> list[tuple[int, Exit]]:
 
 def _reading(run: Run, layers: range, x: Callable[[int], float], y: float) -> str:
     near = [source.layer for source in run.layer_sources if source.layer in layers]
-    if len(near) == len(run.layer_sources):
+    if run.tie is None and len(near) == len(run.layer_sources):
         return "".join(svg_shapes.arc(x(layer) + WIDE / 2, x(run.layer) + WIDE / 2, y - 2) for layer in near)
     return svg_shapes.text(x(run.layer) + WIDE / 2, y - 3, svg_shapes.reads(run), "note")
 
@@ -180,7 +181,7 @@ def _step_height(step: Step) -> float:
 def _has_note(step: Step) -> bool:
     match step:
         case Run():
-            return bool(step.layer_sources)
+            return bool(svg_shapes.reads(step))
         case Exit():
             return True
         case Map() | Parallel():
@@ -242,6 +243,7 @@ def _swatch(kind: str) -> str:
         + '<path class="bracket" d="M1 1V15M15 1V15"/>',
         "repeat": svg_shapes.text(8, 13, "\N{MULTIPLICATION SIGN}n", "note"),
         "reads": '<path class="arc" d="M1 13Q7 -3 13 10"/><path class="tip" d="M14.5 14.5L9.5 10L15 8Z"/>',
+        "tie": svg_shapes.text(8, 12, "=", "note"),
         "weights": svg_shapes.rect(1, 1, 14, 14, "kept") + '<path class="corner" d="M7 1h8v8z"/>',
         "gate": svg_shapes.rect(3, 3, 10, 10, "kept") + svg_shapes.rect(1, 1, 14, 14, "gate"),
         "exit": '<path class="exit" d="M5 1V15"/><path class="pennant" d="M5 1l8 3.5l-8 3.5z"/>',

@@ -7,7 +7,7 @@ from typing import assert_never
 
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.notation import format_source
-from shoal.plan.steps import PartName
+from shoal.plan.steps import NewTensors, PartName
 from shoal.report.formatting import TIMES, esc
 
 WIDE = 30
@@ -121,7 +121,7 @@ def run_title(run: Run) -> str:
 
 def reads(run: Run) -> str:
     """What the run takes from other layers, in depth notation."""
-    return "".join(map(format_source, run.layer_sources))
+    return "".join(format_source(source) for source in run.sources if not isinstance(source, NewTensors))
 
 
 def kinds(steps: tuple[Step, ...]) -> set[str]:
@@ -143,7 +143,12 @@ def kinds(steps: tuple[Step, ...]) -> set[str]:
 
 
 def _run_kinds(run: Run) -> set[str]:
-    marks = {"reads": bool(run.layer_sources), "weights": run.weights is not None, "gate": run.gate is not None}
+    marks = {
+        "reads": bool(run.layer_sources),
+        "tie": run.tie is not None,
+        "weights": run.weights is not None,
+        "gate": run.gate is not None,
+    }
     return {name for name, present in marks.items() if present}
 
 

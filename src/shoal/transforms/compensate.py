@@ -80,7 +80,7 @@ def _folded(pair: Pair, scales: dict[int, float]) -> tuple[list[Step], dict[str,
             steps.append(step)
             continue
         run = run_of(step)
-        if run is None or run.weights is not None:
+        if run is None or not run.own_tensors:
             return None
         layer = pair.inputs.stack.layer(run.layer)
         own: dict[str, torch.Tensor] = {}

@@ -63,6 +63,12 @@ def refuse_adapter(folder: Path, model: PreTrainedModel, plans: Blueprint) -> No
     if not is_causal(model):
         raise WriteError("an adapter is renumbered beside causal language models only; merge it first", code="W298")
     for stack in find_stacks(model):
+        for slot, layer in plans.of(stack.name).tied:
+            raise WriteError(
+                f"layer {slot} of the plan runs with the matrices of layer {layer}, and the adapter was made for its "
+                "own; merge the adapter first (merge_and_unload), or write a plan without ties",
+                code="W296",
+            )
         if (own := plans.of(stack.name).replaced) and own[0]:
             slot, name = own[0]
             raise WriteError(

@@ -22,6 +22,8 @@ class StackSlots(NamedTuple):
     """(slot, part) whose tensors are zeroed."""
     replaced: tuple[tuple[int, str], ...] = ()
     """(slot, id of the weights that it runs with)."""
+    tied: tuple[tuple[int, int], ...] = ()
+    """(slot, base layer whose matrices it runs with)."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ class Blueprint:
     weights: Tensors = field(default_factory=dict)
     """The tensors of these ids, ID.PARAMETER, in the dtype of the base's."""
     others: tuple[tuple[str, StackSlots], ...] = ()
-    """(name, its slots, zeroed and replaced) of every stack beside the main one."""
+    """(name, its slots, and what is zeroed, replaced and tied there) of every stack beside the main one."""
+    tied: tuple[tuple[int, int], ...] = ()
+    """(slot, base layer whose matrices it runs with)."""
 
     def of(self, stack: str) -> Blueprint:
         """The same with the slots of that stack as the main one's, and no other."""
-        mine = StackSlots(self.slots, self.zeroed, self.replaced)
+        mine = StackSlots(self.slots, self.zeroed, self.replaced, self.tied)
         found = dict(self.others).get(stack, mine)
-        return replace(self, slots=found.slots, zeroed=found.zeroed, replaced=found.replaced, others=())
+        return replace(self, **found._asdict(), others=())
 
     @property
     def whole(self) -> Plan:

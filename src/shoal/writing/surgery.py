@@ -80,7 +80,7 @@ def blueprint(
     }
     main = by_stack[plan.stack_name()]
     beside = tuple((name, found) for name, found in by_stack.items() if name != plan.stack_name())
-    return Blueprint(plan, main.slots, main.zeroed, config, changed, main.replaced, own, beside)
+    return Blueprint(plan, main.slots, main.zeroed, config, changed, main.replaced, own, beside, main.tied)
 
 
 def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
@@ -174,6 +174,7 @@ def _slots(steps: tuple[Step, ...], zero_parts: bool) -> StackSlots:
         tuple(run.layer for _, run in found),
         tuple((slot, "mlp" if run.part == "attention" else "attention") for slot, run in found if run.part != "layer"),
         tuple((slot, run.weights) for slot, run in found if run.weights is not None),
+        tuple((slot, run.tie) for slot, run in found if run.tie is not None),
     )
 
 

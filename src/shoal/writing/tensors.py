@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from shoal.executing.looked_up import TiedTensors
 from shoal.models.families import family_of
 from shoal.models.first import first_only
 from shoal.models.stacks import Stack
@@ -29,17 +30,20 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
         lent = {rest: by_layer[0].pop(rest) for rest in list(by_layer[0]) if rest.startswith(first.prefix)}
         moved |= {f"{prefix}0.{rest}": tensor for rest, tensor in lent.items()}
     used: set[int] = set()
-    ids = dict(plans.replaced)
+    ids, ties = dict(plans.replaced), dict(plans.tied)
+    matrices = {slot: set(TiedTensors(stack.layer(plans.slots[slot]), stack.layer(tie))) for slot, tie in plans.tied}
     written: set[str] = set()
     for slot, layer in enumerate(plans.slots):
         zeroed = {part for s, part in plans.zeroed if s == slot}
         quiet = tuple(f"{n}." for part in zeroed for n in getattr(facts[layer].parts, part))
         for rest, tensor in by_layer[layer].items():
             own = f"{ids[slot]}.{rest}" if slot in ids else ""
-            value = plans.weights[own].to(tensor.device) if own in plans.weights else tensor
+            held = by_layer[ties[slot]][rest] if slot in ties and rest in matrices[slot] else tensor
+            value = plans.weights[own].to(tensor.device) if own in plans.weights else held
             value = torch.zeros_like(value) if quiet and rest.startswith(quiet) else value
             # two slots must not share storage: a stock checkpoint cannot say so
-            moved[f"{prefix}{slot}.{rest}"] = value.clone() if layer in used or own in written else value
+            again = layer in used or own in written or value is not tensor
+            moved[f"{prefix}{slot}.{rest}"] = value.clone() if again else value
             written |= {own} if own else set()
         used.add(layer)
     return moved

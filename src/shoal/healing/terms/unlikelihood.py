@@ -12,7 +12,7 @@ _FLOOR = 1e-6
 
 
 def unlikelihood(seen: Seen, *, ngram: int = 4) -> torch.Tensor:
-    """-log(1 - q(y)) for each token y that counts and ends an n-gram that stands earlier in its row.
+    """The unlikelihood -log(1 - q(y)) of each token y that ends an n-gram which stands earlier in its row.
 
     q = softmax of the student's logits [tokens, vocabulary]. Meant for text that the plan itself writes (`own`, see
     the recipe `on-policy`): there it takes away from what starts a loop. It says nothing of any other token.
