@@ -221,6 +221,10 @@ def test_new_tensors_are_counted_by_their_shapes() -> None:
     shared = plan_of("0,0:n,2-3", model)
     assert cost(shared, model, weights={"n.mlp.weight": (3, 5)}).params == dropped.params + 15
     assert cost(shared, model).params > dropped.params + 15
+    instead = plan_of("0:n,2-3", model)  # nobody reads what the new tensor stands in for
+    assert cost(instead, model, weights={"n.mlp.weight": (3, 5)}).params == dropped.params
+    half = plan_of("0a,0m:n,2-3", model)
+    assert cost(half, model, weights={"n.mlp.weight": (3, 5)}).params == dropped.params
     assert cost(shared, model, weights={"n.mlp.weight": (3, 5)}).written_params == cost(shared, model).written_params
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from shoal.plan.price import FIGURES
 from shoal.record import Record, command_line, environment
 from shoal.report import render
 from shoal.writing.folder import Written, write
+from shoal.writing.planned_folder import write_planned
 from shoal.writing.proof import Proof
 from shoal.writing.stream import Streamed, stream
 
@@ -28,14 +31,18 @@ def publish(
     config: str | None = None,
     seed: int | None = None,
     adapter: Path | None = None,
+    planned: bool = False,
     progress: Progress | None = None,
 ) -> Written | Streamed:
     """Write `pruned` to the folder `output` with its records, model card and page, proved first (see `shoal.write`).
+    `planned`: as a planned checkpoint, see `shoal.writing.planned_folder`.
 
     A model whose layers were left in their files is written from file to file, without a page (see
     `shoal.writing.stream`).
     """
     command = command_line()
+    if planned:  # its file holds each storage once, whatever a stock checkpoint of the plan would hold
+        pruned = replace(pruned, after=replace(pruned.after, written_params=pruned.after.params))
     record = Record(
         "prune",
         pruned.to_dict(),
@@ -54,6 +61,10 @@ def publish(
         "config": config,
         "progress": progress,
     }
+    page = partial(_page, pruned, " ".join(command), record.time)
+    if planned:
+        del options["zero_parts"]
+        return write_planned(pruned.loaded, pruned.plan, output, weights=pruned.found.weights, page=page, **options)
     if is_streamed(pruned.loaded.opened.stack()) and not pruned.found.weights:
         return stream(pruned.loaded.folder or pruned.loaded.source, pruned.plan, output, **options)
     return write(
@@ -62,9 +73,13 @@ def publish(
         output,
         weights=pruned.found.weights,
         adapter=adapter,
-        page=lambda proof: render(page_data(pruned, proof, " ".join(command), record.time)),
+        page=page,
         **options,
     )
+
+
+def _page(pruned: Pruned, command: str, created: str, proof: Proof) -> str:
+    return render(page_data(pruned, proof, command, created))
 
 
 def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[str, Any]:

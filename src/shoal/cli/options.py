@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -105,6 +105,10 @@ TestData = Annotated[str, typer.Option("--test-data", help="Text for the evaluat
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the folder, in one step at the very end.")]
 ShardSize = Annotated[str, typer.Option("--shard-size", help="Largest weight file.")]
 ZeroParts = Annotated[bool, typer.Option("--zero-parts", help="Write dropped parts as zeroed tensors (saves nothing).")]
+As = Annotated[
+    Literal["stock", "planned"],
+    typer.Option("--as", help="stock: any loader reads it; planned: every tensor once, loaded where Shoal is."),
+]
 Stream = Annotated[
     bool, typer.Option("--stream", help="Leave the layers in their files and read each when it runs: any size fits.")
 ]

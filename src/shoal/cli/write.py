@@ -27,6 +27,7 @@ def write(
     model: options.Model,
     output: Annotated[Path, typer.Option("--output", help="Folder to write, or a .gguf file.")],
     plan: options.PlanText = None,
+    as_: options.As = "stock",
     overwrite: options.Overwrite = False,
     zero_parts: options.ZeroParts = False,
     shard_size: options.ShardSize = "5GB",
@@ -59,11 +60,8 @@ def write(
 ) -> None:
     """Write MODEL under --plan as a checkpoint that plain transformers loads, proved in a fresh process first; or as a
     .gguf file for llama.cpp."""
-    if adapter is not None and (stream or output.suffix == ".gguf"):
-        raise UsageError(
-            "an adapter is written beside a folder whose base is loaded; leave --stream, .gguf or --adapter out",
-            code="U672",
-        )
+    _require_adapter_fits(adapter, stream, output)
+    planned = _asks_planned(as_, output, {"--stream": stream, "--zero-parts": zero_parts, "--adapter": adapter})
     if output.suffix == ".gguf":
         unused("a .gguf is one file", "shard_size")
         wanted = Wanted(
@@ -109,10 +107,10 @@ def write(
     refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
-        pruned = prune(loaded, plan=chosen, weights=weights, zero_parts=zero_parts)
+        pruned = prune(loaded, plan=chosen, weights=weights, zero_parts=zero_parts, writable=not planned)
         written = publish(
             pruned, output, overwrite=overwrite, zero_parts=zero_parts, shard_size=shard_size, config=config_text(),
-            adapter=adapter, progress=progress,
+            adapter=adapter, planned=planned, progress=progress,
         )  # fmt: skip
     text = f"proved and written to {written.folder}: {chosen}, {written.params:,} parameters"
     text += "" if adapter is None else f"; its adapter: {written.folder / 'adapter'}"
@@ -126,6 +124,25 @@ def _emit(data: dict[str, Any], text: str, left_out: tuple[str, ...], *, as_json
 
     text += f"\nleft out, as no part of the model: {listed(left_out)}" if left_out else ""
     emit(data | {"left_out": list(left_out)}, text, as_json=as_json)
+
+
+def _require_adapter_fits(adapter: Path | None, stream: bool, output: Path) -> None:
+    if adapter is not None and (stream or output.suffix == ".gguf"):
+        raise UsageError(
+            "an adapter is written beside a folder whose base is loaded; leave --stream, .gguf or --adapter out",
+            code="U672",
+        )
+
+
+def _asks_planned(as_: str, output: Path, others: dict[str, Any]) -> bool:
+    """Whether a planned checkpoint is asked for. U525 for options that it does not have, and for a .gguf output."""
+    if as_ != "planned":
+        return False
+    wrong = next((name for name, value in others.items() if value), None)
+    wrong = f"--output {output.name}" if output.suffix == ".gguf" else wrong
+    if wrong is not None:
+        raise UsageError(f"{wrong} belongs to a stock checkpoint; leave it or --as planned out", code="U525")
+    return True
 
 
 def _refuse_gguf_options(given: dict[str, Any]) -> None:

@@ -41,9 +41,9 @@ class TiedTensors(Mapping[str, torch.Tensor]):
         return self._other.get_parameter(name)
 
     def __iter__(self) -> Iterator[str]:
-        theirs = dict(self._other.named_parameters(remove_duplicate=False))
+        theirs = {name for name, _ in self._other.named_parameters(remove_duplicate=False)}
         for name, own in self._layer.named_parameters(remove_duplicate=False):
-            if own.dim() > 1 and name in theirs and theirs[name].shape == own.shape:
+            if own.dim() > 1 and name in theirs:
                 yield name
 
     def __len__(self) -> int:

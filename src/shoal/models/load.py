@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from shoal.models.checked_source import (
     unreadable,
 )
 from shoal.models.compat import hide_offload_note
+from shoal.models.folder_kinds import is_planned
 from shoal.models.kinds import auto_class, auto_for
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.quantised import require_quantiser
@@ -84,6 +86,10 @@ def load(
         _require_adapter(adapter, stream)
     place_for = usable_device(device)
     chosen = "auto" if dtype in (None, "auto") else dtype_of(dtype) if isinstance(dtype, str) else dtype
+    if is_planned(Path(source).expanduser()):
+        return _planned(
+            Path(source).expanduser(), tokenizer, place_for, chosen, attention, stream or adapter is not None
+        )
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     checked = check_source(source, **trust)  # before weights are read
     require_quantiser(checked.config, checked.name)
@@ -101,6 +107,24 @@ def load(
     model = model.eval() if stream else _moved(model.eval(), place_for, checked.name)
     put = None if adapter is None else attach(model, adapter, checked.name)
     return Loaded(model, tokenizer, checked.name, checked.folder, put)
+
+
+def _planned(folder: Path, tokenizer: Any, device: str, dtype: Any, attention: str | None, changed: bool) -> Loaded:
+    """A planned checkpoint with its plan on it. Raises M382 for what is `changed` about one: layers left in their
+    files, an adapter."""
+    if changed:
+        raise ModelError(
+            f"{folder} is a planned checkpoint, which is loaded whole and without an adapter; leave --stream and "
+            "--adapter out",
+            code="M382",
+        )
+    import_module(
+        "shoal.auto"
+    )  # by name: it stands above this room, and tells transformers how such a folder is loaded
+    auto = auto_class("AutoModelForCausalLM")
+    with hide_offload_note():
+        model = auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    return Loaded(_moved(model, device, str(folder)), tokenizer or load_tokenizer(folder), str(folder), folder)
 
 
 def _require_adapter(adapter: str | Path, stream: bool) -> None:

@@ -35,7 +35,8 @@ class Cost:
     """The cost of one plan. Elements and FLOPs are exact integers; bytes follow from the dtype the caller names."""
 
     params: int
-    """Unique storage while the plan runs live: a repeated layer counts once."""
+    """Unique storage of what the plan reads, as a planned checkpoint holds it: a repeated layer and the matrices of
+    tied ones count once, and what new tensors stand in for counts no more where no other run reads it."""
     written_params: int
     """Parameters of a stock checkpoint of this plan: a repeated layer counts as often as it runs."""
     layer_runs: int
@@ -71,7 +72,7 @@ def cost(plan: Given, spec: Spec, shape: Shape | None = None, weights: Shapes | 
     storages = {name: count for total in totals for name, count in total.storages.items()}
     shared = sum({name: count for total in totals for name, count in total.shared.items()}.values())
     return Cost(
-        params=spec.other_params + sum(storages.values()) + shared,
+        params=spec.other_params + sum(storages.values()) + shared - sum(_unread(total.readings) for total in totals),
         written_params=spec.other_params + sum(total.written for total in totals) + shared,
         layer_runs=sum(total.layer_runs for total in totals),
         half_runs=sum(total.half_runs for total in totals),
@@ -104,6 +105,17 @@ def _map_size(own: dict[str, int], hidden: int) -> MapSize:
     return MapSize(sum(own.values()), 2 * sum(own.get(name, 0) for name in ("weight", "gate", "down", "up")))
 
 
+class _Reading(NamedTuple):
+    """What one run reads of the matrices, or of the vectors, of one layer."""
+
+    layer: str
+    matrices: bool
+    left_out: tuple[str, ...]
+    """How the names of tensors begin that it does not read, as their part does not run."""
+    replaced: dict[str, int]
+    """By name the elements of those for which it has tensors of its own."""
+
+
 @dataclass(slots=True)
 class _Total:
     storages: dict[str, int] = field(default_factory=dict)
@@ -116,6 +128,7 @@ class _Total:
     kv_per_token: int = 0
     kv_elements: int = 0
     assumed: set[str] = field(default_factory=set)
+    readings: list[_Reading] = field(default_factory=list)
 
 
 def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> _Total:
@@ -166,6 +179,9 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     for piece, (matrices, vectors) in params.items():
         total.storages[f"{tied}.{piece}"] = matrices
         total.storages[f"{storage}.{piece}.vectors"] = vectors
+    total.readings += _readings(
+        run, layer, tied, storage, {} if run.weights is None else tensors_of(run.weights, weights)
+    )
     total.written += layer.params  # a stock checkpoint holds whole layers
     total.shared |= dict(layer.shared)
     total.layer_runs += run.part == "layer"
@@ -180,6 +196,27 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     if writes_kv(run):
         total.kv_per_token += layer.kv.per_token
         total.kv_elements += layer.kv.elements(shape.context)
+
+
+def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) -> list[_Reading]:
+    parts = {"attention": layer.attention, "mlp": layer.mlp}
+    silent = [part for name, part in parts.items() if part is not None and run.part not in ("layer", name)]
+    left_out = tuple(f"{name}." for part in silent for name in part.modules)
+    return [
+        _Reading(where, matrices, left_out, {n: prod(s) for n, s in own.items() if (len(s) > 1) == matrices})
+        for matrices, where in ((True, tied), (False, storage))
+    ]
+
+
+def _unread(readings: list[_Reading]) -> int:
+    """Elements of the base's tensors for which every run that would read them has tensors of its own."""
+    found = 0
+    for layer, matrices in {(one.layer, one.matrices) for one in readings}:
+        mine = [one for one in readings if (one.layer, one.matrices) == (layer, matrices)]
+        sizes = {name: size for one in mine for name, size in one.replaced.items()}
+        for name, size in sizes.items():
+            found += size if all(name in one.replaced for one in mine if not name.startswith(one.left_out)) else 0
+    return found
 
 
 def _score_width(layer: LayerSpec, run: Run) -> int:

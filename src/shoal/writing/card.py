@@ -58,18 +58,19 @@ def model_card(
     left_out: tuple[str, ...] = (),
     command: str | None = None,
     proof: Proof | None = None,
+    planned: bool = False,
 ) -> str:
-    """The text of README.md.
+    """The text of README.md; `planned`: of a planned checkpoint.
 
     `rows`: the before-and-after table, {name, unit, dense, pruned, how} each. `base_layers`: for every layer of the new
     model (by stack, where it has several) the layer of the first base that it is; `chain`: all prunings, the first one
     first. `auto`: the Auto class that loads it. `changed`: config fields, (old, new). `left_out`: tensors of the base
     that are no part of its model.
     """
-    parts = [_front_matter(base), f"# {_line(title)}", _summary(plan, base)]
+    parts = [_front_matter(base), f"# {_line(title)}", _summary(plan, base, planned)]
     if rows:
         parts.append(_table(rows))
-    parts += [_plan(plan, base_layers, chain), _loading(title, auto)]
+    parts += [_plan(plan, base_layers, chain), _loading(title, auto, planned)]
     if changed:
         fields = "\n".join(f"* `{name}`: {_short(old)} → {_short(new)}" for name, (old, new) in changed.items())
         parts.append(f"## Changed config fields\n\n{fields}")
@@ -91,15 +92,18 @@ def _front_matter(base: Origin) -> str:
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
 
 
-def _summary(plan: Plan, base: Origin) -> str:
+def _summary(plan: Plan, base: Origin, planned: bool) -> str:
     name = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id else f"`{_line(base.name)}`"
     counts = {stack: f"{len(plan.layers(stack))} layers in place of {plan.depth(stack)}" for stack, _ in plan.stacks}
     several = ", ".join(f"{stack} {count}" for stack, count in counts.items())
     depth = several if len(counts) > 1 else next(iter(counts.values()))
-    return (
-        f"{name} with {depth}, made by Shoal {__version__}. "
-        "It is a stock `transformers` model: no code of its own is needed to load it."
+    kind = (
+        "It is a planned checkpoint: the tensors that its plan reads, each once. `transformers` loads it where Shoal "
+        "is installed."
+        if planned
+        else "It is a stock `transformers` model: no code of its own is needed to load it."
     )
+    return f"{name} with {depth}, made by Shoal {__version__}. {kind}"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -137,7 +141,7 @@ def _plan(plan: Plan, base_layers: Layers, chain: Sequence[str]) -> str:
     return text
 
 
-def _loading(title: str, auto: str) -> str:
+def _loading(title: str, auto: str, planned: bool) -> str:
     if auto in DECODERS[1:]:
         code = (
             f"from transformers import {auto}, AutoProcessor\n\n"
@@ -148,6 +152,7 @@ def _loading(title: str, auto: str) -> str:
         code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({_line(title)!r})"
     else:
         code = (
+            f"{'import shoal.auto' + chr(10) if planned else ''}"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({_line(title)!r})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({_line(title)!r})"

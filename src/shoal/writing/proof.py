@@ -156,6 +156,7 @@ def _ask(jobs: Sequence[tuple[Path, Reference]], scratch: Path) -> list[dict[str
             }
             | ({} if reference.depths is None else {"depths": reference.depths})
             | ({} if reference.adapter is None else {"adapter": reference.adapter})
+            | ({"shoal": str(Path(proof_child.__file__).parents[2])} if reference.needs_shoal else {})
         )
     request, answers = scratch / "request.json", scratch / "answers.json"
     facts = {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}

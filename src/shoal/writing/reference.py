@@ -75,6 +75,8 @@ class Reference:
     """For another kind than a causal model: by stack, the field of its config that holds the depth."""
     adapter: str | None = None
     """The folder of an adapter that peft puts into the reloaded model."""
+    needs_shoal: bool = False
+    """Whether the fresh process imports `shoal.auto`: a planned checkpoint."""
     carried: frozenset[str] = frozenset()
     """Tensors that the folder holds beside those of its model, as its config announces."""
 

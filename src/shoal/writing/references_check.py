@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shoal.errors import ShoalError
 from shoal.models.checkpoint import read_json, read_json_list
+from shoal.models.folder_kinds import PLANNED
 from shoal.models.load import load_config
 from shoal.models.shards import INDEX
 from shoal.models.unread_fields import CODE, unread
@@ -46,8 +47,9 @@ def _lost(folder: Path) -> Iterator[str]:
 
 def _lost_layers(folder: Path) -> Iterator[str]:
     """Keys of the config that the stock class ignores and that name layers which the model has not."""
-    if read_json(folder / "config.json").get(CODE) is not None:
-        return  # its own code knows what they mean
+    raw = read_json(folder / "config.json")
+    if raw.get(CODE) is not None or raw.get("model_type") == PLANNED:
+        return  # its own code knows what they mean; in a planned checkpoint they are the base's
     try:
         config = load_config(folder, trust_remote_code=True)  # as many other readers do; there is no code to run
     except ShoalError as error:

@@ -1,0 +1,288 @@
+"""Planned checkpoints: a plan and the tensors that it reads, in a folder that transformers loads where Shoal is.
+
+`config.json` has the model type `shoal`, so that a process without Shoal refuses the folder instead of filling what is
+not there with random numbers; the base's config and the plan are inside. `import shoal.auto` makes the type known. What
+is loaded is a model of the base's own class with the plan on it: one executor serves live plans and planned
+checkpoints, and there is no modeling code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from shoal.errors import ModelError, WriteError
+from shoal.executing.read_tensors import tensors_read
+from shoal.executing.weights import Tensors, used_by
+from shoal.live import Running, apply
+from shoal.models.checkpoint import tensor_headers
+from shoal.models.folder_kinds import PLANNED
+from shoal.models.lists import BESIDE
+from shoal.models.meta import meta_model
+from shoal.models.opened import OpenedModel, open_model
+from shoal.plan import Plan, plan_from_json, plan_to_json
+
+MODEL_TYPE = PLANNED
+NEW = "shoal."
+"""Before the names of the plan's new tensors in a file: shoal.ID.NAME."""
+_KEY = "_shoal_planned"
+
+
+class ShoalConfig(PreTrainedConfig):
+    """The config of a planned checkpoint: `base`, the config of the base model as plain data, and `plan`, the content
+    of a plan.json."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, base: dict[str, Any] | None = None, plan: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.base, self.plan = base or {}, plan or {}
+        super().__init__(**kwargs)
+
+    def base_config(self) -> PreTrainedConfig:
+        """The base's config, of its own class. Raises M383 where this transformers does not know it."""
+        fields = dict(self.base)
+        kind = str(fields.pop("model_type", ""))
+        try:
+            found: PreTrainedConfig = AutoConfig.for_model(kind, **fields)
+        except ValueError as error:
+            raise ModelError(
+                f"this planned checkpoint has a base of the type {kind!r:.60}, which this transformers does not know; "
+                "install a newer one",
+                code="M383",
+            ) from error
+        return found
+
+
+class PlannedCheckpoint:
+    """What a loaded planned checkpoint is besides a model of its base's class."""
+
+    def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str = "5GB", **_: Any) -> None:
+        """Write the planned checkpoint again: config, tensors that the plan reads, generation config."""
+        model: Any = self
+        bound = model.__dict__[_KEY].bound
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(folder, open_model(model), bound.plan, bound.tensors, max_shard_size=max_shard_size)
+
+
+class ShoalForCausalLM(PreTrainedModel):
+    """Loads planned checkpoints; what it returns is a model of the base's own class."""
+
+    config_class = ShoalConfig
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *_: Any,
+        config: ShoalConfig | None = None,
+        dtype: Any = None,
+        attn_implementation: str | None = None,
+        device_map: Any = None,
+        output_loading_info: bool = False,
+        revision: str | None = None,
+        **others: Any,
+    ) -> Any:
+        """The model of a planned checkpoint, in evaluation mode with its plan on it.
+
+        `dtype`: as transformers takes it; "auto" and None are the checkpoint's. `device_map`: one device. Raises
+        `ModelError` M310 for tensors that are not there, M383 for an unknown base, M384 for several devices,
+        `NotationError` for a plan that cannot be read, `PlanError` for one that does not belong to the base.
+        """
+        folder = _folder(pretrained_model_name_or_path, revision, bool(others.get("local_files_only")))
+        given = config if isinstance(config, ShoalConfig) else ShoalConfig.from_pretrained(folder)
+        device = _one_device(device_map)
+        model = _loaded(folder, given, dtype, attn_implementation)
+        made = model if device is None else model.to(device)
+        info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+        return (made, info) if output_loading_info else made
+
+
+def config_of(model: PreTrainedModel, plan: Plan) -> ShoalConfig:
+    """The config of the planned checkpoint of a base model under a plan."""
+    base = model.config.to_dict()
+    base["dtype"] = str(model.dtype).removeprefix("torch.")
+    text = model.config.get_text_config(decoder=True)
+    special = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return ShoalConfig(
+        base=json.loads(json.dumps(base)), plan=json.loads(plan_to_json(plan)), vocab_size=text.vocab_size,
+        dtype=base["dtype"], architectures=[ShoalForCausalLM.__name__], **special,
+    )  # fmt: skip
+
+
+def checkpoint_tensors(opened: OpenedModel, plan: Plan, weights: Tensors) -> dict[str, torch.Tensor]:
+    """Every tensor of the planned checkpoint by its name in the file: the base's by their names in its state dict, new
+    ones as shoal.ID.NAME. A tensor of the base that has several names is there under the first."""
+    state, seen = opened.model.state_dict(), set[tuple[int, int]]()
+    found: dict[str, torch.Tensor] = {}
+    for name in (name for name in state if name in tensors_read(opened, plan, weights)):
+        storage = (state[name].data_ptr(), state[name].numel())
+        if storage not in seen or not state[name].numel():
+            found[name] = state[name]
+        seen.add(storage)
+    kind = opened.model.dtype
+    new = {name: t.to(kind) if t.is_floating_point() else t for name, t in used_by(plan, weights).items()}
+    return found | {f"{NEW}{name}": tensor for name, tensor in new.items()}
+
+
+def save_checkpoint(
+    folder: Path, opened: OpenedModel, plan: Plan, weights: Tensors, *, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write config, tensors and generation config of a planned checkpoint into a folder that exists."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint_tensors(opened, plan, weights).items()}
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+    config_of(opened.model, plan).save_pretrained(folder)
+    if opened.model.generation_config is not None:
+        opened.model.generation_config.save_pretrained(folder)
+
+
+def _folder(place: str | Path, revision: str | None, local: bool) -> Path:
+    if Path(place).is_dir():
+        return Path(place)
+    patterns = ["*.json", "*.safetensors"]
+    return Path(snapshot_download(str(place), revision=revision, local_files_only=local, allow_patterns=patterns))
+
+
+def _one_device(device_map: Any) -> Any:
+    """The device that a device map names; None where it names none. Raises M384 for several."""
+    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if devices == {"auto"}:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if len(devices) != 1 or "disk" in devices or devices & {"balanced", "balanced_low_0", "sequential"}:
+        raise ModelError(
+            f"a planned checkpoint is loaded onto one device, not by the map {str(device_map)[:60]}; write "
+            "device_map='cuda'",
+            code="M384",
+        )
+    return next(iter(devices))
+
+
+def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None) -> PreTrainedModel:
+    base = config.base_config()
+    plan = plan_from_json(json.dumps(config.plan))
+    tensors = dict(_tensors(folder))
+    wanted = config.dtype if dtype in (None, "auto") else dtype
+    kind = AutoModelForCausalLM._model_mapping[type(base)]
+    how = {} if attention is None else {"attn_implementation": attention}
+    blanks = {name: _blank(t) for name, t in meta_model(base).state_dict().items()}
+    model: PreTrainedModel = kind.from_pretrained(None, config=base, state_dict=blanks, dtype=wanted, **how)
+    model.load_state_dict(_cast(tensors, model), assign=True, strict=False)
+    model.tie_weights(recompute_mapping=False)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.eval()
+    new = _NewTensors({name.removeprefix(NEW): t for name, t in tensors.items() if name.startswith(NEW)}, model.dtype)
+    opened = open_model(model)
+    _require_all(folder, opened, plan, new, tensors)
+    model.__class__ = _planned_class(type(model))
+    model.add_module(BESIDE, new.module)
+    handle = apply(model, plan, new)
+    model.__dict__.pop("save_pretrained", None)  # the plan's own, which says that the whole base is written
+    model.__dict__[_KEY] = handle
+    _empty(opened, tensors_read(opened, plan, new))
+    return model
+
+
+@cache
+def _planned_class(kind: type) -> type:
+    return type(kind.__name__, (PlannedCheckpoint, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+class _NewTensors(Mapping[str, torch.Tensor]):
+    """The plan's new tensors by the plan's names, as parameters of a module that goes where the model goes."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        self.module = nn.Module()
+        self._keys = {name: name.replace(".", "%2E") for name in tensors}
+        for name, tensor in tensors.items():
+            value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            if value.is_floating_point():
+                self.module.register_parameter(self._keys[name], nn.Parameter(value))
+            else:
+                self.module.register_buffer(self._keys[name], value)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = getattr(self.module, self._keys[name])
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    tensor_headers(folder)  # which says what is wrong with damaged files
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no dictionary
+                yield name, stored.get_tensor(name)
+
+
+def _cast(tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Those of the base, in the dtypes in which the model has them."""
+    there = model.state_dict()
+    return {name: t.to(there[name].dtype) for name, t in tensors.items() if name in there}
+
+
+def _require_all(
+    folder: Path, opened: OpenedModel, plan: Plan, new: Tensors, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """M310 for tensors that a run of the plan reads and the folder does not hold, and of others than its model's."""
+    state = opened.model.state_dict()
+    given = {(state[name].data_ptr(), state[name].numel()) for name in tensors if name in state}
+    read = tensors_read(opened, plan, new)
+    missing = sorted(name for name in read if (state[name].data_ptr(), state[name].numel()) not in given)
+    stray = sorted(name for name in tensors if name not in state and not name.startswith(NEW))
+    if missing or stray:
+        what = f"lacks the tensor {missing[0]}" if missing else f"holds the tensor {stray[0]}, which is no part of it"
+        raise ModelError(f"the planned checkpoint {folder} {what}; write it anew", code="M310")
+
+
+def _empty(opened: OpenedModel, read: frozenset[str]) -> None:
+    """Take the memory of what no run reads: zeros that stood in for what the file does not hold."""
+    for name, tensor in [*opened.model.named_parameters(), *opened.model.named_buffers()]:
+        if name not in read and name in opened.model.state_dict() and not name.startswith(f"{BESIDE}."):
+            tensor.data = tensor.data.new_empty((0, *tensor.shape[1:]))  # a matrix stays one, which ties ask
+
+
+def _blank(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros on the CPU; the system gives them no page of memory before somebody writes to it."""
+    if not tensor.numel():  # an empty array has no stride by which its bytes could be seen as numbers
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    size = math.prod(tensor.shape) * tensor.element_size()
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(tensor.dtype).view(tensor.shape)
+
+
+def require_plannable(model: PreTrainedModel, plan: Plan) -> None:
+    """Raise W275 for a model that no planned checkpoint can hold: not a causal language model of a class that
+    transformers has."""
+    mapped = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    if mapped is not type(model):
+        raise WriteError(
+            f"a planned checkpoint holds causal language models that AutoModelForCausalLM makes, and "
+            f"{type(model).__name__} is none; run the plan live",
+            code="W275",
+        )
+
+
+def handle_of(model: nn.Module) -> Running | None:
+    """The plan that a loaded planned checkpoint runs; None for any other model."""
+    found: Running | None = model.__dict__.get(_KEY)
+    return found
+
+
+AutoConfig.register(MODEL_TYPE, ShoalConfig, exist_ok=True)
+AutoModelForCausalLM.register(ShoalConfig, ShoalForCausalLM, exist_ok=True)
