@@ -175,14 +175,13 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
         model = PeftModel.from_pretrained(model, job["adapter"]).get_base_model()
     model = model.to(job["device"]).eval()
-    tensors = load_file(job["reference"], device=job["device"])
     found: dict[str, Any] = {
         "keys": {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")},
         "class": type(model).__name__,
         "parameters": parameters(model),
         "weights": bit_sums(model.state_dict()),
     }
-    return found | (of_kind if "depths" in job else causal)(model, tensors, job)
+    return found | (of_kind if "depths" in job else causal)(model, load_file(job["reference"], job["device"]), job)
 
 
 def causal(model: Any, tensors: dict[str, torch.Tensor], job: dict[str, Any]) -> dict[str, Any]:
