@@ -82,7 +82,7 @@ class ShoalForCausalLM(PreTrainedModel):
     config_class = ShoalConfig
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *_: Any,
@@ -185,7 +185,8 @@ def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None
     new = _NewTensors({name.removeprefix(NEW): t for name, t in tensors.items() if name.startswith(NEW)}, model.dtype)
     opened = open_model(model)
     _require_all(folder, opened, plan, new, tensors)
-    model.__class__ = _planned_class(type(model))
+    kind = _planned_class(kind)
+    model.__class__ = kind
     model.add_module(BESIDE, new.module)
     handle = apply(model, plan, new)
     model.__dict__.pop("save_pretrained", None)  # the plan's own, which says that the whole base is written
@@ -195,7 +196,7 @@ def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None
 
 
 @cache
-def _planned_class(kind: type) -> type:
+def _planned_class(kind: Any) -> Any:
     return type(kind.__name__, (PlannedCheckpoint, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 

@@ -1,0 +1,133 @@
+"""Ties by a pattern: fewer unique layers than run, each run keeping its norms and biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, assert_never
+
+import torch
+
+from shoal.errors import UsageError
+from shoal.examples import TransformExamples
+from shoal.fitting.merge import combined
+from shoal.fitting.result import Job, Transformed
+from shoal.models.opened import open_model
+from shoal.plan import Run, Step
+from shoal.plan.select import run_of
+from shoal.plan.steps import PartName
+
+NEEDS_PLAN = False
+EXAMPLES = TransformExamples(
+    refused=(
+        ((), {"unique": 0}, "U559"),
+        ((), {"unique": 99}, "U559"),
+        ((), {"pattern": "sandwich", "unique": 2}, "U559"),
+    )
+)
+Pattern = Literal["sequence", "cycle", "cycle-rev", "sandwich", "all"]
+Start = Literal["first", "last", "stepwise", "average"]
+
+
+def tie(
+    job: Job,
+    *,
+    pattern: Pattern = "cycle",
+    unique: int | None = None,
+    start: Start = "first",
+    part: PartName = "layer",
+) -> Transformed:
+    """Let the layers that run share `unique` sets of matrices by a pattern; norms and biases stay their own.
+
+    Of N layers with M unique sets (without `unique` half of them; one for `all`, three for `sandwich`), layer i has
+    set: `sequence` floor(i M / N), neighbours alike (M = N / 2: immediate sharing in pairs); `cycle` i mod M;
+    `cycle-rev` the same, in the last M layers from the other end; `sandwich` the first and the last layer their own and
+    all between them one (M = 3 always); `all` one for all.
+    `start` says with which matrices a set begins: those of its `first` or `last` layer; `stepwise`, of the layer
+    round(s (N - 1) / (M - 1)) for set s, so that first and last layer of the base are kept; `average`, the mean of its
+    layers'. `part`: only attentions or only mlps are tied. Stored parameters fall; FLOPs and KV do not. `unique` N
+    changes nothing. A tied model is hardly usable before it is trained: low rank alone at equal stored values is better
+    without training. Raises U559 for numbers that fit no layers, and where something else runs than whole layers with
+    their own tensors.
+
+    Source: Takase and Kiyono 2021 (sequence, cycle, cycle-rev; arXiv 2104.06022); Subformer, Reid et al. 2021
+    (sandwich, arXiv 2101.00234); MobileLLM, Liu et al. 2024 (pairs, arXiv 2402.14905); ALBERT, Lan et al. 2019 (all,
+    arXiv 1909.11942). Starts: relaxed recursive transformers, Bae et al. 2024 (arXiv 2410.20672, section 2.2).
+
+    How we differ: there norms are shared too, as the plan `0-14,0-14` does; the systems train from random numbers, but
+    for the last.
+    """
+    runs = _runs(job)
+    sets = _sets(pattern, len(runs), unique)
+    layers = [run.layer for run in runs]
+    weights = dict(job.weights)
+    steps: list[Step] = []
+    count = max(sets) + 1
+    for number, run in enumerate(runs):
+        members = [layers[n] for n, own in enumerate(sets) if own == sets[number]]
+        name = f"tie-{sets[number]}"
+        if len(members) == 1 and start != "stepwise":
+            steps.append(run)
+        elif start in ("first", "last"):
+            steps += _tied(run, members[0 if start == "first" else -1], part)
+        else:
+            steps.append(replace(run, weights=name))
+            source = layers[round(sets[number] * (len(runs) - 1) / max(count - 1, 1))]
+            shares = dict.fromkeys(members, 1 / len(members)) if start == "average" else {source: 1.0}
+            weights |= _shared(job, name, run.layer, shares, part)
+        job.tell(number + 1, len(runs), "tie")
+    return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights)
+
+
+def _runs(job: Job) -> list[Run]:
+    """The runs of the plan, whole layers with their own tensors, each once. Raises U559 for anything else."""
+    steps = job.plan.steps(job.stack)
+    found = [run for run in map(run_of, steps) if run is not None and run == Run(run.layer)]
+    if len(found) < len(steps) or len({run.layer for run in found}) < len(found):
+        raise UsageError(
+            f"tie shares the matrices of whole layers that run once with their own, and the plan {job.plan} runs "
+            "something else; tie first, then add it",
+            code="U559",
+        )
+    return found
+
+
+def _sets(pattern: Pattern, count: int, unique: int | None) -> list[int]:
+    """The set of each of so many layers. Raises U559 for numbers that fit no layers."""
+    fixed = {"all": 1, "sandwich": 3}.get(pattern)
+    number = fixed or (count // 2 if unique is None else unique)
+    if not 1 <= number <= count or (fixed is not None and unique not in (None, fixed)):
+        raise UsageError(
+            f"tie: {count} layers have no {unique if unique is not None else number} sets of matrices by the pattern "
+            f"{pattern}; give unique={fixed or max(1, count // 2)}",
+            code="U559",
+        )
+    match pattern:
+        case "sequence" | "all":
+            return [n * number // count for n in range(count)]
+        case "cycle":
+            return [n % number for n in range(count)]
+        case "cycle-rev":
+            return [count - 1 - n if n >= max(count - number, number) else n % number for n in range(count)]
+        case "sandwich":
+            return [0, *[1] * (count - 2), 2]
+        case _:
+            assert_never(pattern)
+
+
+def _tied(run: Run, owner: int, part: PartName) -> list[Step]:
+    """The run with the matrices of another layer, or of a part of it."""
+    if owner == run.layer:
+        return [run]
+    if part == "layer":
+        return [replace(run, tie=owner)]
+    return [Run(run.layer, one, tie=owner if one == part else None) for one in ("attention", "mlp")]
+
+
+def _shared(job: Job, name: str, layer: int, shares: dict[int, float], part: PartName) -> dict[str, torch.Tensor]:
+    """The matrices of a set, ID.NAME, of the whole layer or of a part."""
+    opened = open_model(job.model)
+    parts = opened.facts(job.stack).layers[layer].parts
+    inside = ("",) if part == "layer" else tuple(f"{module}." for module in getattr(parts, part, ()))
+    made = combined(opened.model, name, layer, shares, job.stack)
+    named = {key.partition(".")[2]: tensor for key, tensor in made.items()}
+    return {f"{name}.{key}": tensor for key, tensor in named.items() if key.startswith(inside)}

@@ -1,0 +1,104 @@
+"""The transform `tie`: which layers share which matrices by each pattern, and with what a shared set begins."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.errors import UsageError
+from shoal.fitting.result import Job
+from shoal.live import running
+from shoal.models.inspect import inspect
+from shoal.models.stacks import find_stack
+from shoal.plan import Plan, cost, parse_plan, shapes_of
+from shoal.transforms.tie import _sets, tie
+
+from .families import tiny_of
+from .planted import random_data
+
+PATTERNS = {
+    ("sequence", 3): [0, 0, 1, 1, 2, 2],
+    ("cycle", 3): [0, 1, 2, 0, 1, 2],
+    ("cycle-rev", 3): [0, 1, 2, 2, 1, 0],
+    ("cycle-rev", 2): [0, 1, 0, 1, 1, 0],
+    ("sequence", 4): [0, 0, 1, 2, 2, 3],
+    ("sandwich", None): [0, 1, 1, 1, 1, 2],
+    ("all", None): [0, 0, 0, 0, 0, 0],
+}
+
+
+def job(model: Any, plan: str = "0-5", **weights: torch.Tensor) -> Job:
+    return Job(model, random_data(2, 8), parse_plan(plan, Plan.identity(inspect(model))), weights)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(random_data(2, 9).ids).logits
+
+
+@pytest.mark.parametrize(("asked", "want"), PATTERNS.items(), ids=str)
+def test_the_patterns_of_the_papers(asked: tuple[str, int | None], want: list[int]) -> None:
+    assert _sets(asked[0], 6, asked[1]) == want  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pattern", ["sequence", "cycle", "cycle-rev"])
+def test_as_many_sets_as_layers_change_nothing(pattern: Any) -> None:
+    model = tiny_of("llama", 6)
+    made = tie(job(model), pattern=pattern, unique=6)
+    assert made.plan.is_identity() and not made.weights
+
+
+def test_ties_name_the_layer_of_the_set() -> None:
+    model = tiny_of("llama", 6)
+    plans = {
+        "0-2,3-5=0-2": {"unique": 3},
+        "0-2=3-5,3-5": {"unique": 3, "start": "last"},
+        "0-2,3-5=2-0": {"pattern": "cycle-rev"},
+        "0,1-5=0": {"pattern": "all"},
+        "0-1,2-4=1,5": {"pattern": "sandwich"},
+        "0-2,3a,3m=0,4a,4m=1,5a,5m=2": {"part": "mlp"},
+        "0-2,3a=0,3m,4a=1,4m,5a=2,5m": {"part": "attention"},
+    }
+    for text, options in plans.items():
+        assert str(tie(job(model), **options).plan) == text  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start", ["average", "stepwise"])
+@pytest.mark.parametrize("part", ["layer", "mlp"])
+def test_a_set_begins_as_it_is_told(start: Any, part: Any) -> None:
+    """By hand: the mean of the tied layers, or layers at even intervals with the first and the last of the base."""
+    model = tiny_of("llama", 6)
+    spec = inspect(model)
+    made = tie(job(model), unique=3, start=start, part=part)
+    assert str(made.plan) == "0:tie-0,1:tie-1,2:tie-2,3:tie-0,4:tie-1,5:tie-2"
+    by_hand = copy.deepcopy(model)
+    layers = [dict(find_stack(model).layer(n).named_parameters()) for n in range(6)]
+    with torch.no_grad():
+        for n in range(6):
+            for name, parameter in find_stack(by_hand).layer(n).named_parameters():
+                if parameter.dim() > 1 and (part == "layer" or name.startswith("mlp.")):
+                    own = n % 3
+                    mean = (layers[own][name] + layers[own + 3][name]) / 2
+                    parameter.copy_(mean if start == "average" else layers[(0, 2, 5)[own]][name])
+    want = logits(by_hand)
+    with running(model, made.plan, made.weights):
+        torch.testing.assert_close(logits(model), want, atol=3e-5, rtol=3e-5)
+    numbers = sum(p.numel() for n, p in layers[0].items() if p.dim() > 1 and (part == "layer" or n.startswith("mlp.")))
+    assert cost(made.plan, spec, weights=shapes_of(made.weights)).params == spec.params - 3 * numbers
+
+
+def test_what_runs_otherwise_is_refused() -> None:
+    model = tiny_of("llama", 6)
+    for plan, options in (
+        ("0,1x2,2-5", {}),
+        ("0a,1-5", {}),
+        ("0-5", {"unique": 7}),
+        ("0-5", {"pattern": "all", "unique": 2}),
+    ):
+        with pytest.raises(UsageError) as caught:
+            tie(job(model, plan), **options)  # type: ignore[arg-type]
+        assert caught.value.code == "U559"
+    assert str(tie(job(model, "0,2-5"), unique=3).plan) == "0,2-3,4=0,5=2"
