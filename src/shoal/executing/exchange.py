@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from shoal.executing.looked_up import Converted
+from shoal.executing.low_rank import LowRank
 from shoal.models.parts import stubs
+from shoal.plan.low_rank import WORDS, factors_of
 
 Entries = list[tuple[dict[str, Any], str, Any]]
 """(dictionary of a module, key, what stands there during the call)."""
@@ -68,7 +71,10 @@ class Exchange:
         self._stubs = [(children, name, stub) for name, stub in stubs(self.layer, self.left_out, self.returns).items()]
         self._places = []
         shared = _names_of_shared(self.layer) if self.tensors else {}
-        for name in self.tensors:
+        beside = self._beside()
+        self._stubs += [entry for entry, _ in beside]
+        factors = {name for _, names in beside for name in names}
+        for name in (name for name in self.tensors if name not in factors):
             held, leaf = _held(self.layer, name)
             old = held[leaf]
             self._places.append((name, old, [_held(self.layer, other) for other in shared.get(id(old), (name,))]))
@@ -76,6 +82,23 @@ class Exchange:
             one for _, _, places in self._places for one in places
         ]
         self._expected = [(place, key, place[key]) for place, key in there]
+
+    def _beside(self) -> list[tuple[tuple[dict[str, Any], str, Any], list[str]]]:
+        """What stands for each module that has factors, with the names of these."""
+        if not any(name.rpartition(".")[2] in WORDS for name in self.tensors):
+            return []
+        there = dict([*self.layer.named_parameters(remove_duplicate=False), *self.layer.named_buffers()])
+        found = []
+        for path, factors in factors_of({name: name for name in self.tensors}, there).items():
+            parent, _, leaf = path.rpartition(".")
+            owner: dict[str, Any] = self.layer.get_submodule(parent)._modules
+            stand_in = LowRank(owner[leaf], WORDS[next(iter(factors))], partial(self._factor, owner[leaf], factors))
+            found.append(((owner, leaf, stand_in), list(factors.values())))
+        return found
+
+    def _factor(self, module: Any, factors: Mapping[str, str], word: str) -> torch.Tensor:
+        name = factors[word]
+        return self._converted.like(name, self.tensors[name], module.weight)
 
 
 def _held(layer: nn.Module, name: str) -> tuple[dict[str, Any], str]:

@@ -29,6 +29,7 @@ from shoal.executing.weights import ids_of
 from shoal.models.lists import BESIDE, Stack
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
+from shoal.plan.low_rank import WORDS
 from shoal.plan.steps import Step, runs
 
 FIXED = ("limit",)
@@ -106,6 +107,14 @@ def put_modules(opened: OpenedModel, plan: Plan, weights: Mapping[str, torch.Ten
     for stack in opened.stacks:
         steps = plan.steps(stack.name)
         for run in runs(steps):
+            if run.weights is not None and any(
+                name.rpartition(".")[2] in WORDS for name in TensorsOf(run.weights, weights)
+            ):
+                raise PlanError(
+                    f"layer {run.layer} has low-rank factors ({run.weights}), and as a module it would have whole "
+                    "matrices; run the plan without modules",
+                    code="P157",
+                )
             if run.weights is not None and run.tie is not None:
                 raise PlanError(
                     f"layer {run.layer} has tensors of its own beside the matrices of layer {run.tie}, and as a module "

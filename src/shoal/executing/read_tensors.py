@@ -13,6 +13,7 @@ from shoal.models.first import first_only
 from shoal.models.lists import BESIDE
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
+from shoal.plan.low_rank import replaced_matrices
 from shoal.plan.steps import runs
 from shoal.plan.tensors import tensors_of
 
@@ -46,7 +47,8 @@ def _read(
         assert fact.parts is not None  # check P105
         left_out = fact.parts.mlp if run.part == "attention" else fact.parts.attention
     unread = tuple(f"{name}." for name in left_out)
-    own = {} if run.weights is None else tensors_of(run.weights, weights)
+    names = {} if run.weights is None else tensors_of(run.weights, weights)
+    own = names.keys() | replaced_matrices(names.keys())
     elsewhere = set() if tied is None else set(TiedTensors(layer, tied))
     for name in layer.state_dict():
         if name in own or name.startswith(unread):

@@ -14,9 +14,12 @@ from torch import nn
 
 from shoal.atomic import replacing
 from shoal.errors import PlanError, UsageError, WriteError
+from shoal.executing.low_rank import is_linear
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Given, Map, Parallel, Plan, Run, given_plan, place_of, save_plan, weights_hash
+from shoal.plan.low_rank import factors_of
 from shoal.plan.steps import Step, runs
+from shoal.plan.tensors import tensors_of
 
 FILE = "weights.safetensors"
 Tensors = Mapping[str, torch.Tensor]
@@ -117,6 +120,13 @@ def refuse_unlike(stack: Stack, steps: tuple[Step, ...], weights: Tensors) -> No
         if run.weights is None:
             continue
         held, places = _held(stack.layer(run.layer)), dict[int, str]()
+        for module in factors_of(tensors_of(run.weights, weights), held):
+            if not is_linear(stack.layer(run.layer).get_submodule(module)):
+                raise PlanError(
+                    f"{run.weights}.{module} has factors, and {module} in {stack.name} layer {run.layer} is no linear "
+                    "module; give factors of matrices that multiply what their module is given",
+                    code="P129",
+                )
         for name, old in held.items():
             new, given = weights.get(f"{run.weights}.{name}"), f"{run.weights}.{name}"
             if new is None:

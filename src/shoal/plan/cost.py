@@ -15,6 +15,7 @@ from math import prod
 from typing import Any, NamedTuple, assert_never
 
 from shoal.plan.given import Given, given_plan
+from shoal.plan.low_rank import INSTEAD, WORDS, replaced_matrices
 from shoal.plan.plan import Plan
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, Parallel, Run, runs, writes_kv
@@ -186,6 +187,7 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     total.shared |= dict(layer.shared)
     total.layer_runs += run.part == "layer"
     total.half_runs += run.part != "layer"
+    flops += _factor_flops({} if run.weights is None else tensors_of(run.weights, weights))
     total.prefill += flops * shape.prompt
     total.decode += flops
     if run.part != "mlp":
@@ -202,10 +204,23 @@ def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) 
     parts = {"attention": layer.attention, "mlp": layer.mlp}
     silent = [part for name, part in parts.items() if part is not None and run.part not in ("layer", name)]
     left_out = tuple(f"{name}." for part in silent for name in part.modules)
+    gone = {name: prod(shape) for name, shape in own.items() if name.rpartition(".")[2] not in WORDS}
+    for name in replaced_matrices(own):
+        left, right = (own[f"{name.removesuffix('.weight')}.{word}"] for word in INSTEAD)
+        gone[name] = left[0] * right[-1]
+    flat = {name for name, shape in own.items() if len(shape) < 2}
     return [
-        _Reading(where, matrices, left_out, {n: prod(s) for n, s in own.items() if (len(s) > 1) == matrices})
+        _Reading(where, matrices, left_out, {n: size for n, size in gone.items() if (n not in flat) == matrices})
         for matrices, where in ((True, tied), (False, storage))
     ]
+
+
+def _factor_flops(own: Shapes) -> int:
+    """By how much low-rank factors change the FLOPs of one token: two matrices more, and one less where they stand in
+    its place."""
+    more = sum(2 * prod(shape) for name, shape in own.items() if name.rpartition(".")[2] in WORDS)
+    instead = (name.removesuffix(".weight") for name in replaced_matrices(own))
+    return more - sum(2 * own[f"{module}.left"][0] * own[f"{module}.right"][-1] for module in instead)
 
 
 def _unread(readings: list[_Reading]) -> int:

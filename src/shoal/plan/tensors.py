@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from shoal.plan.low_rank import factors_of, unfit_factors
 from shoal.plan.select import exits, maps
 from shoal.plan.spec import StackSpec
 from shoal.plan.steps import Run, Step, runs
@@ -100,7 +101,12 @@ def unfit_tensors(
 
 
 def _unfit(run: Run, stack: str, there: Shapes, shapes: Shapes) -> Iterator[Finding]:
-    for name, shape in tensors_of(run.weights or "", shapes).items():
+    own = tensors_of(run.weights or "", shapes)
+    yield from unfit_factors(run, stack, there, own)
+    factors = {f"{module}.{word}" for module, found in factors_of(own, there).items() for word in found}
+    for name, shape in own.items():
+        if name in factors:
+            continue
         here, layer = f"{run.weights}.{name}", f"{stack} layer {run.layer}"
         if name not in there:
             leaf = name.rpartition(".")[2]

@@ -11,8 +11,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import WriteError
+from shoal.executing.low_rank import folded
 from shoal.executing.weights import plan_and_weights
 from shoal.models.adapter import is_adapted
 from shoal.models.backbone_outputs import renumbered_outputs
@@ -26,7 +28,9 @@ from shoal.models.picture_features import renumbered_features
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Given, Plan
 from shoal.plan.capabilities import refusals
+from shoal.plan.low_rank import factors_of
 from shoal.plan.steps import Step, runs
+from shoal.plan.tensors import tensors_of
 from shoal.writing.assemble import assembled
 from shoal.writing.blueprint import Blueprint, StackSlots, Tensors
 from shoal.writing.papers import generation_for
@@ -72,15 +76,42 @@ def blueprint(
         raise WriteError(
             f"no config of {stacks[0].config.model_type} describes these layers: {why}; run the plan live", code="W216"
         ) from error
-    own = {
-        name: tensor
-        for stack in stacks
-        for slot, weights_id in by_stack[stack.name].replaced
-        for name, tensor in _fitting(stack, by_stack[stack.name].slots[slot], weights_id, weights or {}).items()
-    }
+    own: Tensors = {}
+    for stack in stacks:
+        by_stack[stack.name], mine = _replaced(stack, by_stack[stack.name], weights or {})
+        own |= mine
     main = by_stack[plan.stack_name()]
     beside = tuple((name, found) for name, found in by_stack.items() if name != plan.stack_name())
     return Blueprint(plan, main.slots, main.zeroed, config, changed, main.replaced, own, beside, main.tied)
+
+
+def _replaced(
+    stack: Stack, found: StackSlots, weights: Mapping[str, torch.Tensor]
+) -> tuple[StackSlots, dict[str, torch.Tensor]]:
+    """The slots with an id of its own for each in which low-rank factors become a matrix, and the tensors of all ids.
+
+    What the factors change is the matrix of the run: that of its own tensors, of the tied layer, or of the layer.
+    """
+    ties, replaced, own = dict(found.tied), [], dict[str, torch.Tensor]()
+    for slot, weights_id in found.replaced:
+        layer = found.slots[slot]
+        given = {name: t for name, t in weights.items() if name.startswith(f"{weights_id}.")}
+        factors = factors_of(tensors_of(weights_id, given), stack.layer(layer).state_dict())
+        if not factors:
+            own |= _fitting(stack, layer, weights_id, weights)
+            replaced.append((slot, weights_id))
+            continue
+        held = stack.layer(ties.get(slot, layer)).state_dict()
+        made = f"{weights_id}@{slot}"
+        whole = {f"{made}.{name}": t for name, t in tensors_of(weights_id, given).items() if name in held}
+        for module, pair in factors.items():
+            name = f"{made}.{module}.weight"
+            matrix = whole.get(name, held[f"{module}.weight"])
+            transposed = isinstance(stack.layer(layer).get_submodule(module), Conv1D)
+            whole[name] = folded(matrix, pair, transposed=transposed)
+        own |= _fitting(stack, layer, made, whole)
+        replaced.append((slot, made))
+    return found._replace(replaced=tuple(replaced)), own
 
 
 def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
