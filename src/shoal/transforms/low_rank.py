@@ -109,8 +109,9 @@ def _inside(parts: Any, part: PartName) -> tuple[str, ...]:
 
 def _matrix(module: nn.Module) -> torch.Tensor:
     """The matrix of a linear module, [out, in]."""
-    weight: torch.Tensor = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
+    weight: Any = module.weight
+    found: torch.Tensor = weight.detach()
+    return found.T if isinstance(module, Conv1D) else found
 
 
 def _smaller(module: nn.Module, rank: int) -> bool:
