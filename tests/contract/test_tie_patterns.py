@@ -14,6 +14,7 @@ from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, cost, parse_plan, shapes_of
+from shoal.transforms.relax import relax
 from shoal.transforms.tie import _sets, tie
 
 from .families import tiny_of
@@ -102,3 +103,24 @@ def test_what_runs_otherwise_is_refused() -> None:
             tie(job(model, plan), **options)  # type: ignore[arg-type]
         assert caught.value.code == "U559"
     assert str(tie(job(model, "0,2-5"), unique=3).plan) == "0,2-3,4=0,5=2"
+
+
+@pytest.mark.parametrize("metric", ["inputs", "plain"])
+@pytest.mark.parametrize("part", ["layer", "mlp"])
+def test_relaxed_at_full_rank_a_layer_is_its_own_again(part: Any, metric: Any) -> None:
+    """And the error falls with the rank; factors are held for the tied runs alone."""
+    model = tiny_of("llama", 6)
+    want = logits(model)
+    tied = tie(job(model), unique=3, part=part)
+    errors = []
+    for rank in (1, 8, 32):
+        again = Job(model, random_data(2, 32), tied.plan, tied.weights)
+        made = relax(again, rank=rank, metric=metric)
+        with running(model, made.plan, made.weights):
+            errors.append(float((logits(model) - want).abs().max()))
+        assert {name.split(".")[0].split("-")[1] for name in made.weights} == {"3", "4", "5"}
+        assert all(("mlp" in name) or part == "layer" for name in made.weights)
+    assert errors[2] < 1e-3 < errors[1] < errors[0]
+    with pytest.raises(UsageError) as caught:
+        relax(job(model), rank=4)
+    assert caught.value.code == "U559"

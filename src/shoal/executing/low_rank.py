@@ -21,6 +21,18 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(inner, nn.Linear | Conv1D)
 
 
+def matrix_of(module: nn.Module) -> torch.Tensor:
+    """The matrix of a linear module, [out, in]."""
+    weight: Any = module.weight
+    found: torch.Tensor = weight.detach()
+    return found.T if is_transposed(module) else found
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear module holds its matrix as [in, out], as GPT-2's do."""
+    return isinstance(getattr(module, "base_layer", module), Conv1D)
+
+
 class LowRank(nn.Module):
     """Stands for a linear module: y + up(down x), or left(right x) + bias."""
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from shoal.executing.inputs import run_stack
+from shoal.executing.low_rank import is_linear
+from shoal.fitting.result import Job
+from shoal.live import running
+from shoal.models.evaluating import evaluating
+from shoal.models.examine import LayerFacts
+from shoal.models.opened import open_model
 from shoal.models.precision import float64_device, in_float64
+from shoal.models.stacks import Stack
+from shoal.plan import Run
 
 
 class Moments:
@@ -38,6 +47,30 @@ class Moments:
             x = x[self.mask.bool().to(x.device)]
         x = in_float64(x.reshape(-1, x.shape[-1])).to(float64_device(x.device))
         self.sums[name] = self.sums.get(name, torch.zeros((), dtype=x.dtype, device=x.device)) + x.T @ x
+
+
+def linear_modules(stack: Stack, facts: Sequence[LayerFacts], runs: Iterable[Run]) -> dict[str, nn.Module]:
+    """The linear modules of what `runs` call, by LAYER.NAME, each once."""
+    found = {}
+    for run in runs:
+        parts = facts[run.layer].parts
+        inside = ("",) if run.part == "layer" else getattr(parts, run.part, ("no such part",))
+        for name, module in stack.layer(run.layer).named_modules():
+            if is_linear(module) and name.startswith(inside):
+                found[f"{run.layer}.{name}"] = module
+    return found
+
+
+def input_moments(job: Job, modules: dict[str, nn.Module], *, planned: bool = True) -> dict[str, torch.Tensor]:
+    """The second moments [in, in] of what each module is given over the text of the job: under its plan, or not
+    `planned` in the whole model."""
+    opened, found = open_model(job.model), Moments(modules)
+    plan = running(opened, job.plan, job.weights) if planned else nullcontext()
+    with torch.no_grad(), evaluating(opened.model), plan, found.seen():
+        for ids, mask in job.data.batches(job.batch):
+            found.mask = mask
+            run_stack(opened.model, opened.stack(job.stack), ids, mask)
+    return found.sums
 
 
 def two_factors(

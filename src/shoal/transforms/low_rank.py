@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
-from shoal.executing.inputs import run_stack
-from shoal.executing.low_rank import is_linear
-from shoal.fitting.low_rank import Moments, two_factors
+from shoal.executing.low_rank import matrix_of
+from shoal.fitting.low_rank import input_moments, linear_modules, two_factors
 from shoal.fitting.result import Job, Transformed
-from shoal.live import running
-from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.plan import Run, Step
 from shoal.plan.select import run_of
@@ -55,20 +50,16 @@ def low_rank(
     places = _places(job, rank, first, last, every)
     opened = open_model(job.model)
     stack, facts = opened.stack(job.stack), opened.facts(job.stack).layers
-    modules = {
-        f"{run.layer}.{name}": module
-        for _, run in places
-        for name, module in stack.layer(run.layer).named_modules()
-        if is_linear(module) and name.startswith(_inside(facts[run.layer].parts, part)) and _smaller(module, rank)
-    }
-    moments = _moments(job, modules) if metric == "inputs" else {}
+    asked = [replace(run, part=part) if part != "layer" else run for _, run in places]
+    modules = {key: one for key, one in linear_modules(stack, facts, asked).items() if _smaller(one, rank)}
+    moments = input_moments(job, modules) if metric == "inputs" else {}
     steps: list[Step] = list(job.plan.steps(job.stack))
     weights, notes = dict(job.weights), list[str]()
     for number, (place, run) in enumerate(places):
         mine = [name for name in modules if name.startswith(f"{run.layer}.")]
         errors = []
         for name in mine:
-            left, right, error = two_factors(_matrix(modules[name]), rank, moments.get(name))
+            left, right, error = two_factors(matrix_of(modules[name]), rank, moments.get(name))
             key = f"low-rank-{run.layer}.{name.partition('.')[2]}"
             weights |= {f"{key}.left": left, f"{key}.right": right}
             errors.append(error)
@@ -102,29 +93,6 @@ def _places(job: Job, rank: int, first: int, last: int | None, every: int) -> li
     return asked
 
 
-def _inside(parts: Any, part: PartName) -> tuple[str, ...]:
-    """How the names of modules of a part begin."""
-    return ("",) if part == "layer" else tuple(getattr(parts, part, ("no part",)))
-
-
-def _matrix(module: nn.Module) -> torch.Tensor:
-    """The matrix of a linear module, [out, in]."""
-    weight: Any = module.weight
-    found: torch.Tensor = weight.detach()
-    return found.T if isinstance(module, Conv1D) else found
-
-
 def _smaller(module: nn.Module, rank: int) -> bool:
-    out, width = _matrix(module).shape
+    out, width = matrix_of(module).shape
     return rank * (out + width) < out * width
-
-
-def _moments(job: Job, modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """What each module is given under the plan of the job."""
-    opened = open_model(job.model)
-    found = Moments(modules)
-    with torch.no_grad(), evaluating(opened.model), running(opened, job.plan, job.weights), found.seen():
-        for ids, mask in job.data.batches(job.batch):
-            found.mask = mask
-            run_stack(opened.model, opened.stack(job.stack), ids, mask)
-    return found.sums

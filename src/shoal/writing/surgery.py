@@ -11,10 +11,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import WriteError
-from shoal.executing.low_rank import folded
+from shoal.executing.low_rank import folded, is_transposed
 from shoal.executing.weights import plan_and_weights
 from shoal.models.adapter import is_adapted
 from shoal.models.backbone_outputs import renumbered_outputs
@@ -107,7 +106,7 @@ def _replaced(
         for module, pair in factors.items():
             name = f"{made}.{module}.weight"
             matrix = whole.get(name, held[f"{module}.weight"])
-            transposed = isinstance(stack.layer(layer).get_submodule(module), Conv1D)
+            transposed = is_transposed(stack.layer(layer).get_submodule(module))
             whole[name] = folded(matrix, pair, transposed=transposed)
         own |= _fitting(stack, layer, made, whole)
         replaced.append((slot, made))
