@@ -71,10 +71,9 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
     """What `shoal.report.render` draws."""
     plan, spec, model = pruned.plan, pruned.spec, pruned.loaded.model
     before, after = Plan.identity(spec), plan
-    count = sum(len(after.dropped(name)) for name, _ in after.stacks)
     machine = environment()
     return {
-        "title": f"{pruned.loaded.source}, {count} layers shallower",
+        "title": f"{pruned.loaded.source}, {_by_how_much(after)}",
         "subtitle": f"{sum(depth for _, depth in before.base.depths)} layers before, method {pruned.method}",
         "created": created,
         "version": __version__,
@@ -103,6 +102,7 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
         "speed": speed_rows(pruned),
         "proof": proof.to_dict(),
         "samples": _samples(pruned),
+        "twice": _twice(pruned),
         "candidates": [{"notation": c.notation, "score": c.score, "note": c.note} for c in pruned.found.trace],
         "notes": [
             f"Shoal {__version__}, torch {machine['torch']}, transformers {machine['transformers']}, "
@@ -110,6 +110,21 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
             *(f"By the file {file['path']}, sha256 {file['sha256']}." for file in pruned.files),
         ],
     }
+
+
+def _by_how_much(plan: Plan) -> str:
+    """How many layers less or more run than in the base."""
+    gone = sum(len(plan.dropped(name)) for name, _ in plan.stacks)
+    more = sum(len(plan.layers(name)) - plan.depth(name) for name, _ in plan.stacks)
+    return f"{more} layers deeper" if more > 0 and not gone else f"{gone} layers shallower"
+
+
+def _twice(pruned: Pruned) -> dict[str, Any] | None:
+    """What a scan of spans that run twice found: the value as it was, and [first, last, value] of each."""
+    trace = pruned.found.trace
+    spans = [[*one.twice, one.score] for one in trace if one.twice is not None]
+    chosen = next((one.twice for one in trace if one.notation == str(pruned.found.plan)), None)
+    return {"before": trace[0].score, "spans": spans, "chosen": chosen} if spans else None
 
 
 def _scores(pruned: Pruned) -> dict[str, Any] | None:

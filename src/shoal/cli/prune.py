@@ -99,7 +99,7 @@ def prune(
     _tell_unused(entry, plan is not None, bool(then), assess is not False, output is not None, ray is not None)
     amount = _healing(heal, tokens, minutes)
     if dry_run:
-        emit(*_dry(model, plan, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
+        emit(*_dry(model, plan, entry, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
         return
     from shoal.api.prune import prune as run
     from shoal.api.stand_ins import parse_then
@@ -243,9 +243,14 @@ def _how_to_go_on(journal: Path | None) -> Iterator[None]:
 
 
 def _dry(
-    model: str, plan: str | None, amount: tuple[int | None, float | None, str | None], stack: str | None, trust: bool
+    model: str,
+    plan: str | None,
+    entry: Any,
+    amount: tuple[int | None, float | None, str | None],
+    stack: str | None,
+    trust: bool,
 ) -> tuple[dict[str, Any], str]:
-    from shoal.api.budget import amount_of
+    from shoal.api.budget import amount_of, refuse_amount
     from shoal.models.load import inspect_source
 
     spec = inspect_source(model, trust_remote_code=trust)
@@ -257,6 +262,9 @@ def _dry(
         chosen, weights = read_plan(plan, spec, model), read_weights(plan)
         seen = outlook(model, spec, chosen, weights=weights, trust_remote_code=trust).to_dict()
         what, more = plan_text(seen), {"outlook": seen}
+    elif not entry.removes:
+        refuse_amount(entry.name, *amount)
+        what = f"would make {spec.family} deeper than {spec.stack(stack).depth} layers by {entry.name}"
     else:
         count, _ = amount_of(spec, stack, *amount)
         what = f"would remove {count} of {spec.stack(stack).depth} layers of {spec.family} ({spec.params:,} parameters)"
