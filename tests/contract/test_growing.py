@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from shoal.api.journal import mean_nll
 from shoal.api.prune import prune
+from shoal.api.publish import page_data
 from shoal.api.study import cells
+from shoal.cli import app
 from shoal.errors import UsageError
+from shoal.fitting.result import Job
 from shoal.live import running
+from shoal.methods.llama_pro import llama_pro
 from shoal.methods.rys import rys
+from shoal.methods.solar import solar
 from shoal.models.inspect import inspect
+from shoal.models.load import Loaded, load
+from shoal.models.stacks import find_stack
 from shoal.plan import Plan
-from shoal.registry import entries
+from shoal.registry import entries, get
+from shoal.report import render
 from shoal.search.span_scan import span_scan
+from shoal.writing.proof import Proof
+from shoal.writing.surgery import rewrite
 
-from .families import DEPTH, tiny
+from .families import DEPTH, tiny, tiny_of
 from .method_tasks import TASK, random_task, task_of
 from .planted import PLANTED, planted, random_data
+from .shares import every
+from .test_api import model_folder
 from .test_tasks import Letters
+from .transform_jobs import do, job, logits
 
+DATA = random_data(2, 16)
 GROWING = [entry for entry in entries("methods").values() if not entry.removes]
 
 
@@ -91,12 +110,115 @@ def test_a_scan_by_a_task_that_was_cut_off_goes_on(tmp_path: Path) -> None:
         rys(random_task(), file=file)
 
 
-def test_growing_is_pruned_to_a_page_with_its_map_and_takes_no_amount() -> None:
-    from shoal.models.load import Loaded  # noqa: F401
-
-    assert [entry.name for entry in GROWING]
-    with pytest.raises(UsageError, match="U665"):
-        prune("nowhere", method="rys", drop=1)
-    with pytest.raises(UsageError, match="U665"):
-        cells(["rys"], ["params=0.8"], [0])
+def test_growing_takes_no_amount_and_stands_in_no_comparison() -> None:
+    assert {entry.name for entry in GROWING} == {"rys", "llama-pro", "solar"}
+    for entry in GROWING:
+        for amount in ({"drop": 1}, {"keep": 0.5}, {"budget": "params=0.8"}):
+            with pytest.raises(UsageError, match="U665"):
+                prune("nowhere", method=entry.name, **amount)
+        with pytest.raises(UsageError, match="U665"):
+            cells([entry.name], ["params=0.8"], [0])
     assert not {entry.name for entry in GROWING} & {cell.method for cell in cells([], ["params=0.8"], [0])}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return load(model_folder(tmp_path_factory.mktemp("model")), device="cpu")
+
+
+def test_a_scan_is_a_deeper_plan_with_a_map_on_its_page(loaded: Loaded, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    small: dict[str, Any] = {"length": 16, "limit": 2, "journal": journal}
+    found = prune(loaded, method="rys:longest=2", **small)
+    depth = loaded.opened.spec.stack().depth
+    assert len(found.plan.layers()) > depth and not found.plan.dropped()
+    lines = journal.read_text()
+    assert prune(loaded, method="rys:longest=2", **small).plan == found.plan and journal.read_text() == lines
+    spans = [one["twice"] for one in found.to_dict()["trace"] if "twice" in one]
+    assert len(spans) == 2 * depth - 1
+    data = page_data(found, Proof(True, ()), "command", "now")
+    assert data["title"].endswith("layers deeper") and len(data["twice"]["spans"]) == len(spans)
+    page = render(data)
+    assert "Spans that run twice" in page and page.count('class="chosen" x=') == 1
+    assert page.count("first of the span ") == len(spans), "a tooltip for each"
+
+
+@pytest.mark.parametrize(
+    "family",
+    every(2, ["llama", "gpt2", "gemma3_text", "qwen2", "gpt_neox", "mixtral", "granite", "olmo2", "phi3", "falcon"]),
+)
+def test_a_model_that_was_grown_by_silent_copies_gives_the_same_logits(family: str) -> None:
+    model = tiny(family)
+    made = do("grow", job(model, []), every=1)
+    assert len(made.plan.layers()) == 2 * DEPTH
+    assert torch.equal(logits(model, made), logits(model))
+    deeper = rewrite(model, made.plan, weights=made.weights)
+    ids = random_data(3, 16, seed=9).ids
+    with torch.no_grad():
+        assert torch.equal(deeper(input_ids=ids, use_cache=False).logits, logits(model))
+        cached = deeper(input_ids=ids[:, :9]).past_key_values
+        rest = deeper(input_ids=ids[:, 9:], past_key_values=cached).logits
+    assert torch.allclose(rest, logits(model)[:, 9:], atol=1e-4)
+
+
+def test_only_output_matrices_of_the_copies_are_new() -> None:
+    made = do("grow", job(tiny("llama"), []), every=3)
+    assert str(made.plan) == "0-2,2:grow-2,3"
+    assert sorted(made.weights) == ["grow-2.mlp.down_proj.weight", "grow-2.self_attn.o_proj.weight"]
+    assert not any(tensor.any() for tensor in made.weights.values())
+
+
+def test_the_other_styles_are_their_formulas() -> None:
+    model = tiny("llama")
+    plans = {
+        "solar": "0-2,1-3", "stack": "0-3,0-3",
+    }  # fmt: skip
+    for style, plan in plans.items():
+        assert str(do("grow", job(model, []), style=style).plan) == plan
+    assert str(do("grow", job(model, []), style="interleave", every=2).plan) == "0,1x2,2,3x2"
+    assert str(do("grow", job(model, [1]), style="solar", cut=1).plan) == "0,2x2,3", "a plan that removes grows, too"
+    eight = tiny_of("llama", 8)
+    cut = get("transforms", "grow").load()(Job(eight, DATA, Plan.identity(inspect(eight))), style="solar", cut=2)
+    assert str(cut.plan) == "0-5,2-7"
+    first, second = find_stack(model).layer(0), find_stack(model).layer(1)
+    for init in ("mean", "slerp"):
+        made = do("grow", job(model, []), style="interleave", every=2, init=init)
+        assert str(made.plan) == "0-1,1:grow-1,2-3,3:grow-3"
+        for name, own in second.named_parameters():
+            new, other = made.weights[f"grow-1.{name}"], first.get_parameter(name)
+            if init == "mean":
+                assert torch.allclose(new, (own + other) / 2)
+            else:
+                turned = [torch.cosine_similarity(new.flatten(), one.flatten(), dim=0) for one in (own, other)]
+                ratio = float(own.norm() / other.norm())
+                assert ratio != pytest.approx(1, abs=1e-3) or turned[0] == pytest.approx(float(turned[1]), abs=1e-3)
+        first_too = do("grow", job(model, []), style="interleave", every=1, init=init)
+        assert str(first_too.plan).startswith("0x2,1,1:grow-1"), "nothing lies before the first"
+
+
+def test_methods_of_that_name_are_the_transform() -> None:
+    assert str(llama_pro(random_task(), every=2).plan) == "0-1,1:grow-1,2-3,3:grow-3"
+    assert str(solar(random_task()).plan) == "0-2,1-3"
+    with pytest.raises(UsageError, match="U664"):
+        solar(replace(random_task(), legal=lambda one: False))
+
+
+def test_layers_that_cannot_be_made_silent_are_refused() -> None:
+    with pytest.raises(UsageError, match="U664"):
+        do("grow", job(tiny("mamba2", "eager"), []))
+
+
+def test_fuse_needs_no_plan_where_nothing_is_removed(tmp_path: Path, loaded: Loaded) -> None:
+    """And the written folder is proved."""
+    folder, out = model_folder(tmp_path / "base"), tmp_path / "grown"
+    words = ["fuse", str(folder), "--limit", "2", "--length", "16", "--no-assess", "-q"]
+    run = CliRunner().invoke(app, [*words, "--with", "grow:every=2", "--output", str(out), "--json"])
+    assert run.exit_code == 0, run.output
+    said = json.loads(run.stdout)
+    depth = loaded.opened.spec.stack().depth
+    assert (
+        said["proof"]["passed"]
+        and json.loads((out / "config.json").read_text())["num_hidden_layers"] == depth + depth // 2
+    )
+    refused = CliRunner().invoke(app, [*words, "--with", "refit"])
+    assert refused.exit_code == 1 and "U553" in refused.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,9 @@ from shoal.fitting.result import Job, Transformed
 from shoal.live import running
 from shoal.models.kinds import require_answers
 from shoal.plan import Plan, Spec
-from shoal.scores import Budget, Found, Legal, Objective
+from shoal.plan.steps import runs
+from shoal.scores import Budget, Candidate, Found, Legal, Objective
+from shoal.transforms.grow import grow
 
 if TYPE_CHECKING:
     from shoal.data import Data
@@ -50,6 +53,18 @@ class PruningJob(Job):
         job = Job(self.model, self.data, found.plan, found.weights, self.stack, self.batch, self.seed, self.progress)
         made = transform(job, **options)
         return replace(found, plan=made.plan, weights=made.weights)
+
+    def grown(self, **options: Any) -> Found:
+        """The plan with the layers that the transform `grow` adds. Raises U664 where it is not legal, and as that
+        does."""
+        found = self.then(grow, Found(self.plan), **options)
+        steps = tuple(replace(run, weights=None) for run in runs(found.plan.steps(self.stack)))
+        if not self.legal(self.plan.with_steps(steps, self.stack)):
+            raise UsageError(
+                f"the deeper plan {found.plan!s:.80} is not legal for this model; allow plans that only run live",
+                code="U664",
+            )
+        return replace(found, trace=(Candidate(str(found.plan), math.nan, "as the formula says"),))
 
     def on_task(self, method: str, file: Path | None, items: int) -> Objective:
         """What is wrong of the first `items` of a task file (see `shoal.evaluation.tasks`), kept in the journal.
