@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
+from shoal.cli import app
 from shoal.errors import UsageError
 from shoal.measures.kv_similarity import kv_similarity
 from shoal.measures.weight_similarity import weight_similarity
 from shoal.models.stacks import find_stack
+from shoal.report.heat_map import change, heat_map
+from shoal.report.redundancy import render_redundancy
 
 from .families import DEPTH, tiny
 from .planted import NULL, TWIN_OF_NULL, TWINS, answers, random_data
 from .shares import every
+from .test_api import model_folder
 from .test_measures import mean_and_error, ragged
 
 DATA = random_data(3, 12)
@@ -160,3 +168,60 @@ def test_what_cannot_be_compared_is_refused() -> None:
         kv_similarity(tiny("llama"), DATA, skip_first=12)
     with pytest.raises(UsageError, match="U536"):
         kv_similarity(tiny("llama"), random_data(2, 4), by="cka")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+def test_inspect_draws_four_maps_of_every_two_layers(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    words = ["inspect", str(folder), "--redundancy", "--length", "16", "--limit", "2", "-q", "--output", str(page)]
+    run = CliRunner().invoke(app, [*words, "--json"])
+    assert run.exit_code == 0, run.output
+    maps = json.loads(run.stdout)["maps"]
+    assert [one["name"] for one in maps] == ["Weights", "Hidden states", "Keys and values", "Attention maps"]
+    assert [len(one["matrix"]) for one in maps] == [5, 6, 5, 5]
+    assert all(
+        len(one["nearest"]) == 8 and one["nearest"] == sorted(one["nearest"], key=lambda n: n[2]) for one in maps
+    )
+    text = page.read_text()
+    drawn = re.findall(r'<svg class="heat".*?</svg>', text, re.DOTALL)
+    assert [len(re.findall(r'<rect class="alike" x="\d+" y="\d+" width="12"', one)) for one in drawn] == [
+        25,
+        36,
+        25,
+        25,
+    ]
+    for one in drawn:
+        assert "layer 4, layer 3: " in one and one.count("<text") == one.count("</text>")
+        assert all(0 <= float(value) <= 1 for value in re.findall(r'fill-opacity="([^"]*)"', one))
+    said = CliRunner().invoke(app, words)
+    assert "the nearest pairs of layers" in said.output and "the page:" in said.output
+
+
+def test_inspect_without_redundancy_says_what_has_no_effect(folder: Path) -> None:
+    run = CliRunner().invoke(app, ["inspect", str(folder), "--length", "16"])
+    assert run.exit_code == 0 and "--length has no effect" in run.output
+
+
+def test_what_a_model_does_not_have_is_said_on_the_page() -> None:
+    data = {
+        "title": "<b>",
+        "maps": [
+            {"name": "Attention maps", "unit": "", "matrix": [], "why_not": "U537: <none>", "nearest": []},
+            {"name": "Weights", "unit": "share", "matrix": [[0.0, None], [None, 0.0]], "why_not": "", "nearest": []},
+        ],
+    }
+    page = render_redundancy(data)
+    assert "Not compared: U537: &lt;none&gt;" in page and "<b>" not in page
+    assert page.count('class="alike" x="40"') >= 1 and "NaN" not in page
+
+
+def test_a_map_has_a_mark_for_better_and_for_worse() -> None:
+    drawn = heat_map([[-1.0, 2.0], [None, 0.0]], change(2.0), title="t", first=(3, 3), chosen=(0, 1))
+    assert re.findall(r'<rect class="(\w+)" x="\d+" y="\d+" width="12" height="12" fill-opacity="([\d.]+)"', drawn) == [
+        ("better", "0.50"), ("worse", "1.00"), ("worse", "0.00"),
+    ]  # fmt: skip
+    assert "layer 3, layer 4: 2.00" in drawn and drawn.count('class="chosen"') == 1
