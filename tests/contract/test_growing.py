@@ -222,3 +222,15 @@ def test_fuse_needs_no_plan_where_nothing_is_removed(tmp_path: Path, loaded: Loa
     )
     refused = CliRunner().invoke(app, [*words, "--with", "refit"])
     assert refused.exit_code == 1 and "U553" in refused.output
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_sandwich_is_the_papers_order_and_none_is_the_plan_itself(family: str) -> None:
+    model = tiny(family)
+    assert do("sandwich", job(model, []), coefficient=0).plan == Plan.identity(inspect(model))
+    made = do("sandwich", job(model, []), coefficient=2)
+    assert str(made.plan) == "0-1a,2a,0m,3a,1m,2-3m"
+    assert torch.isfinite(logits(model, made)).all() and not torch.equal(logits(model, made), logits(model))
+    assert str(do("sandwich", job(model, [])).plan) == "0-1a,0m,2a,1m,3a,2-3m", "6 of 16 of 4 layers is 1"
+    ends = do("sandwich", job(model, []), coefficient=DEPTH)
+    assert str(ends.plan) == "0-3a,0-3m"
