@@ -221,7 +221,7 @@ def test_what_a_model_does_not_have_is_said_on_the_page() -> None:
 
 
 def test_a_map_has_a_mark_for_better_and_for_worse() -> None:
-    drawn = heat_map([[-1.0, 2.0], [None, 0.0]], change(2.0), title="t", first=(3, 3), chosen=(0, 1))
+    drawn = heat_map([[-1.0, 2.0], [None, 0.0]], change(2.0), title="t", numbers=((3, 4), (3, 4)), chosen=(0, 1))
     assert re.findall(r'<rect class="(\w+)" x="\d+" y="\d+" width="12" height="12" fill-opacity="([\d.]+)"', drawn) == [
         ("better", "0.50"), ("worse", "1.00"), ("worse", "0.00"),
     ]  # fmt: skip

@@ -77,7 +77,7 @@ def weight_similarity(
     return Scores(
         measure="weight-similarity",
         stack=open_model(model).stack(stack).name,
-        unit="share of the layer below that does not fit" if by == "scale" else "share that no map fits",
+        unit="share that does not fit" if by == "scale" else "share that no map fits",
         values=(math.nan, *mean.diagonal(-1).tolist()),
         errors=(None,) * depth,
         sequences=0,

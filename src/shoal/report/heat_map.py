@@ -42,7 +42,7 @@ def change(most: float) -> Shade:
     signed = number(top, 3)
     ends = (
         ("better", 1.0, f"\N{MINUS SIGN}{signed}"), ("better", 0.5, ""), ("worse", 0.0, "0"), ("worse", 0.5, ""),
-        ("worse", 1.0, f"+{signed} or more"),
+        ("worse", 1.0, f"+{signed}"),
     )  # fmt: skip
     return Shade(of, ends)
 
@@ -55,15 +55,16 @@ def heat_map(
     rows: str = "layer",
     columns: str = "layer",
     unit: str = "",
-    first: tuple[int, int] = (0, 0),
+    numbers: tuple[Sequence[int], Sequence[int]] | None = None,
     chosen: tuple[int, int] | None = None,
 ) -> str:
     """An `<svg>` of `values` [rows][columns], row 0 at the top; None or NaN is an empty cell.
 
-    `rows`, `columns`: what the numbers at the axes count, from `first` on. `chosen`: a cell that is framed, as (row,
-    column). Texts are escaped.
+    `rows`, `columns`: what the numbers at the axes count, those of `numbers` (rows, columns), or from 0 on.
+    `chosen`: a cell that is framed, as (row, column). Texts are escaped.
     """
     down, across = len(values), max((len(row) for row in values), default=0)
+    of_rows, of_columns = numbers or (range(down), range(across))
     told = max(down, across) <= _TOLD
     cells = []
     for y, row in enumerate(values):
@@ -74,13 +75,13 @@ def heat_map(
             kind, strength = shade.of(known)
             place = f'x="{_LEFT + x * _CELL}" y="{_TOP + y * _CELL}" width="{_CELL}" height="{_CELL}"'
             drawn = f'<rect class="{kind}" {place} fill-opacity="{strength:.2f}"'
-            said = f"{rows} {y + first[0]}, {columns} {x + first[1]}: {number(known, 3)}"
+            said = f"{rows} {of_rows[y]}, {columns} {of_columns[x]}: {number(known, 3)}"
             cells.append(f"{drawn}><title>{esc(said)}</title></rect>" if told else f"{drawn}/>")
     width, height = _LEFT + across * _CELL + 12, _TOP + down * _CELL + _BOTTOM
     frame = f'<rect class="frame" x="{_LEFT}" y="{_TOP}" width="{across * _CELL}" height="{down * _CELL}"/>' + _framed(
         chosen
     )
-    axes = _axis(down, first[0], vertical=True) + _axis(across, first[1], vertical=False, at=_TOP + down * _CELL)
+    axes = _axis(of_rows, vertical=True) + _axis(of_columns, vertical=False, at=_TOP + down * _CELL)
     foot = _TOP + down * _CELL
     names = (
         f'<text x="{_LEFT + across * _CELL / 2:g}" y="{foot + 27}" text-anchor="middle">{esc(columns)}</text>'
@@ -100,24 +101,25 @@ def _framed(chosen: tuple[int, int] | None) -> str:
     return f'<rect class="chosen" x="{_LEFT + x * _CELL}" y="{_TOP + y * _CELL}" width="{_CELL}" height="{_CELL}"/>'
 
 
-def _axis(count: int, first: int, *, vertical: bool, at: float = 0) -> str:
-    """Every fifth number, or every tenth or twentieth where there are many."""
-    every = 5 if count <= 64 else 10 if count <= 128 else 20
+def _axis(numbers: Sequence[int], *, vertical: bool, at: float = 0) -> str:
+    """Few numbers in full, of more every fifth, tenth or twentieth."""
+    count = len(numbers)
+    every = 1 if count <= 16 else 5 if count <= 64 else 10 if count <= 128 else 20
     said = []
-    for place in range(count):
-        if (place + first) % every:
+    for place, number_of in enumerate(numbers):
+        if number_of % every:
             continue
         middle = place * _CELL + _CELL / 2
         if vertical:
-            said.append(f'<text x="{_LEFT - 5}" y="{_TOP + middle + 4:g}" text-anchor="end">{place + first}</text>')
+            said.append(f'<text x="{_LEFT - 5}" y="{_TOP + middle + 4:g}" text-anchor="end">{number_of}</text>')
         else:
-            said.append(f'<text x="{_LEFT + middle:g}" y="{at + 13:g}" text-anchor="middle">{place + first}</text>')
+            said.append(f'<text x="{_LEFT + middle:g}" y="{at + 13:g}" text-anchor="middle">{number_of}</text>')
     return "".join(said)
 
 
 def _legend(shade: Shade, y: float, unit: str) -> str:
     """The scale, in the colours of the cells, with its unit behind it."""
-    pieces, wide = [], 26
+    pieces, wide = [], 38 if len(shade.ends) == 5 else 26
     for place, (kind, strength, words) in enumerate(shade.ends):
         x = _LEFT + place * wide
         pieces.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{wide}" height="9" fill-opacity="{strength:.2f}"/>')

@@ -14,9 +14,8 @@ def span_map(part: Mapping[str, Any]) -> str:
     """The section with the map, from {before, spans: [[first, last, value]], chosen: [first, last]}."""
     before = finite(part["before"]) or 0.0
     deltas = {(int(i), int(j)): known - before for i, j, v in part["spans"] if (known := finite(v)) is not None}
-    low = min((min(span) for span in deltas), default=0)
-    size = max((max(span) for span in deltas), default=0) - low + 1
-    values = [[deltas.get((low + i, low + j)) for j in range(size)] for i in range(size)]
+    starts, ends = (sorted({span[side] for span in deltas}) for side in (0, 1))
+    values = [[deltas.get((i, j)) for j in ends] for i in starts]
     most, better = _strongest(list(deltas.values())), sum(value < 0 for value in deltas.values())
     chosen = part.get("chosen")
     drawn = heat_map(
@@ -26,8 +25,8 @@ def span_map(part: Mapping[str, Any]) -> str:
         rows="first of the span",
         columns="last of the span",
         unit="change",
-        first=(low, low),
-        chosen=None if chosen is None else (int(chosen[0]) - low, int(chosen[1]) - low),
+        numbers=(starts, ends),
+        chosen=None if chosen is None else (starts.index(chosen[0]), ends.index(chosen[1])),
     )
     best = min(deltas, key=lambda span: deltas[span], default=None)
     said = ""
@@ -36,7 +35,8 @@ def span_map(part: Mapping[str, Any]) -> str:
         said = f" Lowest: {change_of}, {number(before)} as it was."
     caption = (
         f"Each cell is a span that runs twice. Green: the objective is lower than without ({better} of {len(deltas)}); "
-        f"vermilion: higher. The framed span was taken; empty cells were not tried.{esc(said)}"
+        f"vermilion: higher; full colour from the end of the scale on. The framed span was taken; empty cells were not "
+        f"tried.{esc(said)}"
     )
     return section("Spans that run twice", f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>")
 
