@@ -12,7 +12,7 @@ from shoal.examples import TransformExamples
 from shoal.fitting.merge import arc, blended
 from shoal.fitting.result import Job, Transformed
 from shoal.fitting.silent import Silencer
-from shoal.plan import Run, Step
+from shoal.plan import Run, Step, format_steps
 from shoal.plan.select import whole_run
 
 EXAMPLES = TransformExamples(
@@ -99,7 +99,7 @@ def _whole(step: Step) -> Run:
     run = whole_run(step)
     if run is None:
         raise UsageError(
-            f"grow copies whole layers with their own weights and KV, and {step} is none; choose another --set every",
+            f"grow copies whole layers with their own weights, and {format_steps((step,))} is none; change every",
             code="U664",
         )
     return run
