@@ -29,6 +29,8 @@ from .test_api import model_folder
 from .test_measures import mean_and_error, ragged
 
 DATA = random_data(3, 12)
+CELL = r'<rect class="(\w+)" x="\d+" y="\d+" width="\d+" height="\d+" fill-opacity="([\d.]+)"><title>'
+"""Of a heat map, with its colour and how strong it is."""
 
 
 @torch.no_grad()
@@ -188,12 +190,7 @@ def test_inspect_draws_four_maps_of_every_two_layers(folder: Path, tmp_path: Pat
     )
     text = page.read_text()
     drawn = re.findall(r'<svg class="heat".*?</svg>', text, re.DOTALL)
-    assert [len(re.findall(r'<rect class="alike" x="\d+" y="\d+" width="12"', one)) for one in drawn] == [
-        25,
-        36,
-        25,
-        25,
-    ]
+    assert [len(re.findall(CELL, one)) for one in drawn] == [25, 36, 25, 25]
     for one in drawn:
         assert "layer 4, layer 3: " in one and one.count("<text") == one.count("</text>")
         assert all(0 <= float(value) <= 1 for value in re.findall(r'fill-opacity="([^"]*)"', one))
@@ -217,12 +214,12 @@ def test_what_a_model_does_not_have_is_said_on_the_page() -> None:
     page = render_redundancy(data)
     assert "Not compared: U537: &lt;none&gt;" in page and "<b>" not in page
     drawn = re.findall(r'<svg class="heat".*?</svg>', page, re.DOTALL)
-    assert len(drawn) == 1 and len(re.findall(r'<rect class="alike" x="\d+" y="\d+" width="12"', drawn[0])) == 2
+    assert [len(re.findall(CELL, one)) for one in drawn] == [2]
 
 
 def test_a_map_has_a_mark_for_better_and_for_worse() -> None:
     drawn = heat_map([[-1.0, 2.0], [None, 0.0]], change(2.0), title="t", numbers=((3, 4), (3, 4)), chosen=(0, 1))
-    assert re.findall(r'<rect class="(\w+)" x="\d+" y="\d+" width="12" height="12" fill-opacity="([\d.]+)"', drawn) == [
+    assert re.findall(CELL, drawn) == [
         ("better", "0.50"), ("worse", "1.00"), ("worse", "0.00"),
     ]  # fmt: skip
     assert "layer 3, layer 4: 2.00" in drawn and drawn.count('class="chosen"') == 1

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from shoal.report.formatting import esc, finite, number
 
-_CELL = 12
+_SIZE, _CELL = 360, 12
+"""Units of a whole map, and of a cell at least."""
 _LEFT, _TOP, _BOTTOM = 40, 8, 62
 _TOLD = 64
 """Larger maps have no tooltip for each cell: they would be megabytes."""
@@ -65,6 +66,7 @@ def heat_map(
     """
     down, across = len(values), max((len(row) for row in values), default=0)
     of_rows, of_columns = numbers or (range(down), range(across))
+    cell = max(_CELL, _SIZE // max(down, across, 1))
     told = max(down, across) <= _TOLD
     cells = []
     for y, row in enumerate(values):
@@ -73,19 +75,18 @@ def heat_map(
             if known is None:
                 continue
             kind, strength = shade.of(known)
-            place = f'x="{_LEFT + x * _CELL}" y="{_TOP + y * _CELL}" width="{_CELL}" height="{_CELL}"'
+            place = f'x="{_LEFT + x * cell}" y="{_TOP + y * cell}" width="{cell}" height="{cell}"'
             drawn = f'<rect class="{kind}" {place} fill-opacity="{strength:.2f}"'
             said = f"{rows} {of_rows[y]}, {columns} {of_columns[x]}: {number(known, 3)}"
             cells.append(f"{drawn}><title>{esc(said)}</title></rect>" if told else f"{drawn}/>")
-    width, height = _LEFT + across * _CELL + 12, _TOP + down * _CELL + _BOTTOM
-    frame = f'<rect class="frame" x="{_LEFT}" y="{_TOP}" width="{across * _CELL}" height="{down * _CELL}"/>' + _framed(
-        chosen
-    )
-    axes = _axis(of_rows, vertical=True) + _axis(of_columns, vertical=False, at=_TOP + down * _CELL)
-    foot = _TOP + down * _CELL
+    width, height = _LEFT + across * cell + 12, _TOP + down * cell + _BOTTOM
+    frame = f'<rect class="frame" x="{_LEFT}" y="{_TOP}" width="{across * cell}" height="{down * cell}"/>'
+    frame += _framed(chosen, cell)
+    axes = _axis(of_rows, cell, vertical=True) + _axis(of_columns, cell, vertical=False, at=_TOP + down * cell)
+    foot = _TOP + down * cell
     names = (
-        f'<text x="{_LEFT + across * _CELL / 2:g}" y="{foot + 27}" text-anchor="middle">{esc(columns)}</text>'
-        f'<text transform="translate(11 {_TOP + down * _CELL / 2:g}) rotate(-90)" text-anchor="middle">'
+        f'<text x="{_LEFT + across * cell / 2:g}" y="{foot + 27}" text-anchor="middle">{esc(columns)}</text>'
+        f'<text transform="translate(11 {_TOP + down * cell / 2:g}) rotate(-90)" text-anchor="middle">'
         f"{esc(rows)}</text>"
     )
     return (
@@ -94,14 +95,14 @@ def heat_map(
     )
 
 
-def _framed(chosen: tuple[int, int] | None) -> str:
+def _framed(chosen: tuple[int, int] | None, cell: int) -> str:
     if chosen is None:
         return ""
     y, x = chosen
-    return f'<rect class="chosen" x="{_LEFT + x * _CELL}" y="{_TOP + y * _CELL}" width="{_CELL}" height="{_CELL}"/>'
+    return f'<rect class="chosen" x="{_LEFT + x * cell}" y="{_TOP + y * cell}" width="{cell}" height="{cell}"/>'
 
 
-def _axis(numbers: Sequence[int], *, vertical: bool, at: float = 0) -> str:
+def _axis(numbers: Sequence[int], cell: int, *, vertical: bool, at: float = 0) -> str:
     """Few numbers in full, of more every fifth, tenth or twentieth."""
     count = len(numbers)
     every = 1 if count <= 16 else 5 if count <= 64 else 10 if count <= 128 else 20
@@ -109,7 +110,7 @@ def _axis(numbers: Sequence[int], *, vertical: bool, at: float = 0) -> str:
     for place, number_of in enumerate(numbers):
         if number_of % every:
             continue
-        middle = place * _CELL + _CELL / 2
+        middle = place * cell + cell / 2
         if vertical:
             said.append(f'<text x="{_LEFT - 5}" y="{_TOP + middle + 4:g}" text-anchor="end">{number_of}</text>')
         else:
