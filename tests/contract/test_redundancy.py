@@ -151,7 +151,7 @@ def test_padding_changes_nothing_but_by_distance_where_it_is_refused() -> None:
             data = random_data(2, 12)
         alone = kv_similarity(tiny("llama"), data, by=by, batch=1)  # type: ignore[arg-type]
         assert kv_similarity(tiny("llama"), data, by=by, batch=5).values[1:] == pytest.approx(alone.values[1:])  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="U664"):
+    with pytest.raises(UsageError, match="U538"):
         kv_similarity(tiny("llama"), ragged(), by="distance")
 
 

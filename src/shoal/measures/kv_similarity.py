@@ -57,7 +57,7 @@ def kv_similarity(
     How we differ: KVSharer's released notebook adds up the sequences whose length is that of the first and divides by
     all of them; here all windows have one length. The first `skip_first` tokens, whose keys are often outliers, and
     padding do not count. Memory: keys and values of one batch, of all layers with `pairs="all"`. Raises U537 for a
-    model that stores none, U536 for sequences too short for cka, U664 for padded sequences by distance, which averages
+    model that stores none, U536 for sequences too short for cka, U538 for padded sequences by distance, which averages
     them place by place, U508 when `skip_first` leaves no token, U507 while a plan is running.
     """
     require_tokens_left(data, skip_first)
@@ -65,7 +65,7 @@ def kv_similarity(
         raise UsageError(
             "KV similarity by distance averages sequences place by place; give sequences without padding, or compare "
             "by cosine",
-            code="U664",
+            code="U538",
         )
     found = open_model(model).stack(stack)
     ways = {"cosine": _Cosine, "distance": _Distance, "cka": _Alignment}

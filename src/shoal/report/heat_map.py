@@ -120,7 +120,7 @@ def _axis(numbers: Sequence[int], cell: int, *, vertical: bool, at: float = 0) -
 
 def _legend(shade: Shade, y: float, unit: str) -> str:
     """The scale, in the colours of the cells, with its unit behind it."""
-    pieces, wide = [], 38 if len(shade.ends) == 5 else 26
+    pieces, wide = [], 190 // len(shade.ends)
     for place, (kind, strength, words) in enumerate(shade.ends):
         x = _LEFT + place * wide
         pieces.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{wide}" height="9" fill-opacity="{strength:.2f}"/>')
