@@ -9,6 +9,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._places import require_plan_place
+from shoal.cli._pruned import pruned_text
 from shoal.cli._shared import (
     config_text,
     emit,
@@ -95,7 +96,5 @@ def fuse(
             from shoal.api.publish import publish
 
             written = publish(fused, output, overwrite=overwrite, config=config_text(), seed=seed, progress=progress)
-    from shoal.cli.prune import pruned_text
-
     proved = {} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()}
     emit(fused.to_dict() | proved, pruned_text(fused, written), as_json=json_)

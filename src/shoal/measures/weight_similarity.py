@@ -100,7 +100,7 @@ def _cosines(own: Sequence[torch.Tensor]) -> torch.Tensor:
     norms = gram.diagonal().sqrt()
     empty = norms == 0
     cosine = gram / torch.outer(norms, norms)
-    return torch.where(empty[:, None] | empty, (empty[:, None] & empty).double(), cosine)
+    return torch.where(empty[:, None] | empty, (empty[:, None] & empty).to(cosine.dtype), cosine)
 
 
 def _unmapped(own: Sequence[torch.Tensor], *, every: bool) -> torch.Tensor:

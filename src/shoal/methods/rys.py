@@ -32,8 +32,8 @@ def rys(
     calibration data decides. `first`, `last`, `shortest`, `longest` and `every` say which spans are tried, all without
     them; what is left out is empty on the map that the page draws. Evaluated spans are kept in the journal.
 
-    Source: Ng 2026 (RYS, "LLM Neuroanatomy", dnhkng.github.io/posts/rys), which scored short answers to hard sums and
-    questions about feelings.
+    Source: dnhkng 2026 (RYS, "LLM Neuroanatomy", dnhkng.github.io/posts/rys; there is no paper on arXiv), which scored
+    short answers to hard sums and questions about feelings.
 
     How we differ: the task is yours; the end of a span counts as part of it, where RYS's (i, j) leaves j out. The best
     span is taken also where the model as it was is better, which trace and map tell.

@@ -35,7 +35,7 @@ def span_scan(
     each with `twice`, from which the page draws the map. The best span is taken also where the plan as it was is
     better, which the trace tells. What is not legal is left out. Cost: one evaluation for each of n (n + 1) / 2 spans.
 
-    Source: Ng 2026 (RYS, "LLM Neuroanatomy", dnhkng.github.io/posts/rys), the scan over (i, j).
+    Source: dnhkng 2026 (RYS, "LLM Neuroanatomy", dnhkng.github.io/posts/rys), the scan over (i, j).
 
     Raises U666 where no span lies, U504 when none of them is legal, U544-U546.
     """
