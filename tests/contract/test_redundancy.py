@@ -23,7 +23,8 @@ from shoal.report.heat_map import change, heat_map
 from shoal.report.redundancy import render_redundancy
 
 from .families import DEPTH, tiny
-from .planted import NULL, TWIN_OF_NULL, TWINS, answers, random_data
+from .kinds import kind
+from .planted import NULL, TWIN_OF_NULL, TWINS, answers, data_of, random_data
 from .shares import every
 from .test_api import model_folder
 from .test_measures import mean_and_error, ragged
@@ -130,6 +131,20 @@ def test_the_similarity_of_keys_and_values_is_the_naive_one(family: str) -> None
         value, error = mean_and_error(turned)
         assert scores.values[layer] == pytest.approx(value, rel=1e-4)
         assert scores.errors[layer] == pytest.approx(error, rel=1e-3)
+
+
+@torch.no_grad()
+def test_of_a_layer_with_cross_attention_its_own_keys_and_values_count() -> None:
+    model, ids = kind("t5"), DATA.ids % 60
+    given = {"input_ids": ids, "decoder_input_ids": ids, "use_cache": True}
+    held = [(one.keys, one.values) for one in model(**given).past_key_values.self_attention_cache.layers]
+    scores = kv_similarity(model, data_of(ids), batch=3, stack="decoder", skip_first=0)
+    for layer in range(1, len(held)):
+        turned = [
+            1 - torch.cosine_similarity(flat(a), flat(b), dim=-1)
+            for a, b in zip(*held[layer - 1 : layer + 1], strict=True)
+        ]
+        assert scores.values[layer] == pytest.approx(float(sum(turned).mean()) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

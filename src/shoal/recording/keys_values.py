@@ -14,7 +14,6 @@ from shoal.executing.recorder import Recorder
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import OpenedModel, open_model
 from shoal.plan import Run
-from shoal.plan.steps import kv_source
 
 WatchKV = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with the base layer, its keys and its values, [batch, heads, tokens, dim] each, in the order of execution."""
@@ -48,15 +47,20 @@ def observe_kv(
     with evaluating(opened.model), bound.running(), bound.executor(stack).recording(seen):
         for ids, mask in batches:
             before(ids, mask)
+            seen.layers.clear()
             run_stack(opened.model, opened.stack(stack), ids, mask)
 
 
 class _Seen(Recorder):
-    """Hands on what runs store, not what they read of others."""
+    """Hands on what each layer stores first: its self-attention's, before what a cross-attention makes of the
+    encoder."""
 
     def __init__(self, watch: WatchKV) -> None:
         self.watch = watch
+        self.layers: set[int] = set()
+        """Those that stored something in this batch."""
 
     def stores(self, run: Run, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if kv_source(run) is None:
+        if run.layer not in self.layers:
+            self.layers.add(run.layer)
             self.watch(run.layer, keys, values)
