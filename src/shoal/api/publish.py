@@ -70,10 +70,10 @@ def publish(
 def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[str, Any]:
     """What `shoal.report.render` draws."""
     plan, spec, model = pruned.plan, pruned.spec, pruned.loaded.model
-    before, after = Plan.identity(spec), plan
+    before = Plan.identity(spec)
     machine = environment()
     return {
-        "title": f"{pruned.loaded.source}, {_by_how_much(after)}",
+        "title": f"{pruned.loaded.source}, {_by_how_much(pruned)}",
         "subtitle": f"{sum(depth for _, depth in before.base.depths)} layers before, method {pruned.method}",
         "created": created,
         "version": __version__,
@@ -112,11 +112,11 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
     }
 
 
-def _by_how_much(plan: Plan) -> str:
-    """How many layers less or more run than in the base."""
-    gone = sum(len(plan.dropped(name)) for name, _ in plan.stacks)
-    more = sum(len(plan.layers(name)) - plan.depth(name) for name, _ in plan.stacks)
-    return f"{more} layers deeper" if more > 0 and not gone else f"{gone} layers shallower"
+def _by_how_much(pruned: Pruned) -> str:
+    """How many layers less or, where none is gone, more run than in the base."""
+    gone = sum(len(pruned.plan.dropped(name)) for name, _ in pruned.plan.stacks)
+    more = FIGURES["layers"](pruned.after) - FIGURES["layers"](pruned.before)
+    return f"{more:g} layers deeper" if more > 0 and not gone else f"{gone} layers shallower"
 
 
 def _twice(pruned: Pruned) -> dict[str, Any] | None:
