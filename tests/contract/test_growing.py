@@ -100,7 +100,7 @@ def test_rys_repeats_the_layer_that_does_nothing_at_no_cost_and_scores_are_those
             assert mean_nll(model, data) == pytest.approx(one.score, rel=1e-6)
 
 
-def test_a_scan_by_a_task_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+def test_a_scan_by_a_task_makes_its_share_of_wrong_items_small(tmp_path: Path) -> None:
     file = tmp_path / "task.jsonl"
     file.write_text(TASK)
     job = random_task(tokenizer=Letters())
