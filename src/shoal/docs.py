@@ -23,7 +23,7 @@ _KINDS = {
     "measures": "How much each layer matters: (model, data) -> scores; the lowest is removable.",
     "search": "From scores or an objective to a plan within a budget.",
     "methods": "Published systems as compositions of a measure and a search: `shoal prune --method NAME`.",
-    "transforms": "Stand-ins for removed layers and merges: `shoal prune --then NAME`, `shoal fuse --with NAME`.",
+    "transforms": "Stand-ins, merges, added layers: `shoal prune --then NAME`, `shoal fuse --with NAME`.",
     "recipes": "Healing, stage by stage: `shoal heal MODEL --plan PLAN --recipe NAME` (docs/heal.md).",
     "terms": "What healing minimises: `shoal heal --term NAME`; `weight` is an option of each.",
     "learners": "What moves while a plan is healed: `shoal heal --learn NAME`; `rate` is an option of each.",

@@ -120,6 +120,11 @@ class Entry:
         return bool(getattr(importlib.import_module(self.module), "SEARCHES", False))
 
     @property
+    def removes(self) -> bool:
+        """False for a method whose file says `REMOVES = False`: it makes the model deeper and takes no amount."""
+        return bool(getattr(importlib.import_module(self.module), "REMOVES", True))
+
+    @property
     def examples(self) -> Any:
         """What its file says that it is tried with (`shoal.examples`); None when it says nothing."""
         return getattr(importlib.import_module(self.module), "EXAMPLES", None)

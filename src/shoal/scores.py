@@ -135,6 +135,8 @@ class Candidate:
     notation: str
     score: float
     note: str = ""
+    twice: tuple[int, int] | None = None
+    """The span, first and last layer, that runs twice in it; None for a plan of another kind."""
 
 
 @dataclass(frozen=True, slots=True)

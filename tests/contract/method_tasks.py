@@ -17,7 +17,10 @@ from shoal.registry import entries
 from .families import tiny
 from .planted import random_data
 
-METHODS: dict[str, MethodExamples] = {name: e.examples or MethodExamples() for name, e in entries("methods").items()}
+METHODS: dict[str, MethodExamples] = {
+    name: entry.examples or MethodExamples() for name, entry in entries("methods").items() if entry.removes
+}
+"""Those that remove something; of those that grow the model, tests/contract/test_growing.py."""
 TASK = '{"context": "1 and", "continuation": "so on"}\n{"context": "2 and", "continuation": "so on"}\n'
 """What the task file of the examples holds."""
 

@@ -55,7 +55,12 @@ CAUSAL, RECURRENT = ("llama", "jamba", "mamba2"), ("jamba", "mamba2")
 ALL, OTHERS = tuple(PLANS), tuple(name for name in PLANS if name not in CAUSAL)
 SEVERAL, NO_TEXT = ("t5", "whisper", "clip"), ("whisper", "vit")
 REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
-    **{key: {"M323": (*NO_TEXT, "clip")} for key in ("measure", "prune shortgpt", "measure --stream")},
+    **{
+        key: {"M323": (*NO_TEXT, "clip")}
+        for key in ("measure", "prune shortgpt", "measure --stream", "inspect --redundancy")
+    },
+    "prune rys": {"M323": NO_TEXT, "M322": ("bert", "t5", "clip")},
+    "fuse grow": {"M323": (*NO_TEXT, "clip"), "U664": ("mamba2", "bert", "t5"), "W206": ("jamba",)},
     **{key: {"M322": OTHERS} for key in ("compare", "evaluate", "evaluate --plan", "bench", "generate", "serve")},
     **{key: {"M322": OTHERS, "U611": RECURRENT} for key in ("generate --speculate", "tune-draft")},
     **{key: {"M322": OTHERS, "P131": RECURRENT} for key in ("generate --policy", "fit-exits", "calibrate")},

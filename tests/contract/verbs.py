@@ -16,10 +16,13 @@ CODED = re.compile(r"shoal: [NPWMDU]\d{3}: .{20}")
 """How a refusal begins."""
 COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "MODEL"),
+    "inspect --redundancy": ("inspect", "MODEL", "--redundancy", *TEXT, "--output", "OUT"),
     "measure": ("measure", "MODEL", *TEXT),
     "measure --stream": ("measure", "MODEL", *TEXT, "--stream"),
     "prune": ("prune", "MODEL", "-m", "position", "--drop", "1", "--no-assess", *TEXT, "--output", "OUT"),
     "prune shortgpt": ("prune", "MODEL", "--drop", "1", "--no-assess", *TEXT),
+    "prune rys": ("prune", "MODEL", "-m", "rys", "--no-assess", *TEXT),
+    "fuse grow": ("fuse", "MODEL", "--with", "grow:every=1", *TEXT, "--no-assess", "--output", "OUT"),
     "fuse": ("fuse", "MODEL", "--plan", "PLAN", "--with", "refit", *TEXT, "--no-assess", "--output", "OUT"),
     "heal": ("heal", "MODEL", "--plan", "PLAN", "--data", "DATA", "--watch", "DATA", "--length", "16", "--batch", "1",
              "--held", "1", "--tokens", "32", "--output", "OUT", "--anyway"),

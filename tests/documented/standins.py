@@ -73,6 +73,8 @@ SLOW = {
     "shoal measure FOLDER --stream": "seconds",
     "shoal prune FOLDER --stream": "the same",
     "shoal serve smollm2 --plan 0-27,29": _TWICE,
+    "shoal prune smollm2 --method rys:every=4 --data valid.txt --limit 4 --length 128": _TWICE,
+    "shoal prune smollm2 --method rys:every=4,longest=5,first=4,last=24,file=items.jsonl,items=24": "seconds",
 }
 """Run with -m slow, and why not always."""
 

@@ -115,6 +115,16 @@ def amount_of(
     return layers_for(most, Plan.identity(spec), stack), most
 
 
+def refuse_amount(method: str, *amounts: object) -> None:
+    """Raise U665 when an amount is given to a method that removes nothing."""
+    if any(one is not None for one in amounts):
+        raise UsageError(
+            f"{method} makes the model deeper and removes nothing; leave --drop, --keep and --budget out (its options "
+            "say how far it goes: shoal ls methods)",
+            code="U665",
+        )
+
+
 def layers_to_drop(spec: Spec, stack: str | None, drop: int | None, keep: float | None) -> int:
     """The number of layers to remove. Raises U522 when it is not given once, or leaves none, or takes none."""
     depth = spec.stack(stack).depth

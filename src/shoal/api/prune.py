@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, is_given, opened, text_of
-from shoal.api.budget import COUNTED, amount_of, measured_budget, parse_budget, priced
+from shoal.api.budget import COUNTED, amount_of, measured_budget, parse_budget, priced, refuse_amount
 from shoal.api.journal import journaled, kept
 from shoal.api.legal_plans import legal_plans, require_writable
 from shoal.api.stand_ins import Then, parse_then, transformed
@@ -29,7 +29,7 @@ from shoal.models.opened import open_model
 from shoal.plan import Cost, Given, Plan, Shape, Spec, cost, require, shapes_of
 from shoal.record import Record, plain
 from shoal.registry import Entry, entries, get
-from shoal.scores import Budget, Found, Objective
+from shoal.scores import Budget, Candidate, Found, Objective
 from shoal.spelling import chosen, read
 from shoal.user_files import is_file
 from shoal.writing.surgery import blueprint
@@ -71,7 +71,7 @@ class Pruned:
             "cost": {"dense": self.before.to_dict(), "pruned": self.after.to_dict()},
             "price": plain(self.price),
             "scores": None if self.found.scores is None else self.found.scores.to_dict(),
-            "trace": [{"plan": c.notation, "score": plain(c.score), "note": c.note} for c in self.found.trace],
+            "trace": [_candidate(one) for one in self.found.trace],
             "then": list(self.then),
             "weights": {name: list(tensor.shape) for name, tensor in self.found.weights.items()},
             "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
@@ -114,7 +114,8 @@ def prune(
     **options: Any,
 ) -> Pruned:
     """Find a plan with `drop` layers less (or a share `keep` of them, or within a `budget` such as "params=0.8") by a
-    published method (NAME or NAME:key=value,key=value), or take `plan` as it is, with its `weights`.
+    published method (NAME or NAME:key=value,key=value), or take `plan` as it is, with its `weights`. A method that
+    grows the model takes no amount.
 
     Nothing is changed and nothing written; pass the result to `shoal.write`. `writable`: only plans that a stock class
     can express are looked at. `then`: transforms done after that, in order, as "refit" or "slerp:t=0.3" (see `shoal
@@ -128,7 +129,7 @@ def prune(
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
         raise UsageError("give a plan or how much to remove, not both", code="U521")
-    entry, own = chosen("methods", method, settings)
+    entry, own = _asked(method, settings, drop, keep, budget)
     after = parse_then(then)
     _tell_unread(entry, data, planned=plan is not None, fitted=bool(after))
     loaded = opened(source, **options)
@@ -146,7 +147,7 @@ def prune(
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
     else:
         budget = _measured(loaded, budget, _prompt(loaded, length), seed, progress)
-        count, most = amount_of(spec, stack, drop, keep, budget)
+        count, most = amount_of(spec, stack, drop, keep, budget) if entry.removes else (0, None)
         if entry.reads_data or after or is_causal(loaded.model):  # the records of causal models name it in any case
             reader = f"the transform {after[0].text}" if after and not entry.reads_data else f"the method {method}"
             require_text(loaded.model, reader)
@@ -197,6 +198,19 @@ def prune(
         speed = bench(loaded, prompt=prompt, seed=seed, progress=progress, **ran)
         result = replace(result, evaluation=worth, bench=speed)
     return result
+
+
+def _asked(method: str, settings: Mapping[str, Any] | None, *amounts: object) -> tuple[Entry, dict[str, Any]]:
+    """The method with its options. Raises U501, U502, and U665 when an amount is given to one that removes nothing."""
+    entry, own = chosen("methods", method, settings)
+    if not entry.removes:
+        refuse_amount(method, *amounts)
+    return entry, own
+
+
+def _candidate(one: Candidate) -> dict[str, Any]:
+    twice = {} if one.twice is None else {"twice": list(one.twice)}
+    return {"plan": one.notation, "score": plain(one.score), "note": one.note, **twice}
 
 
 def _tell_unread(entry: Entry, data: Any, *, planned: bool, fitted: bool) -> None:

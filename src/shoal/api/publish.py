@@ -85,11 +85,10 @@ def _page(pruned: Pruned, command: str, created: str, proof: Proof) -> str:
 def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[str, Any]:
     """What `shoal.report.render` draws."""
     plan, spec, model = pruned.plan, pruned.spec, pruned.loaded.model
-    before, after = Plan.identity(spec), plan
-    count = sum(len(after.dropped(name)) for name, _ in after.stacks)
+    before = Plan.identity(spec)
     machine = environment()
     return {
-        "title": f"{pruned.loaded.source}, {count} layers shallower",
+        "title": f"{pruned.loaded.source}, {_by_how_much(pruned)}",
         "subtitle": f"{sum(depth for _, depth in before.base.depths)} layers before, method {pruned.method}",
         "created": created,
         "version": __version__,
@@ -118,6 +117,7 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
         "speed": speed_rows(pruned),
         "proof": proof.to_dict(),
         "samples": _samples(pruned),
+        "twice": _twice(pruned),
         "candidates": [{"notation": c.notation, "score": c.score, "note": c.note} for c in pruned.found.trace],
         "notes": [
             f"Shoal {__version__}, torch {machine['torch']}, transformers {machine['transformers']}, "
@@ -125,6 +125,21 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
             *(f"By the file {file['path']}, sha256 {file['sha256']}." for file in pruned.files),
         ],
     }
+
+
+def _by_how_much(pruned: Pruned) -> str:
+    """How many layers less or, where none is gone, more run than in the base."""
+    gone = sum(len(pruned.plan.dropped(name)) for name, _ in pruned.plan.stacks)
+    more = FIGURES["layers"](pruned.after) - FIGURES["layers"](pruned.before)
+    return f"{more:g} layers deeper" if more > 0 and not gone else f"{gone} layers shallower"
+
+
+def _twice(pruned: Pruned) -> dict[str, Any] | None:
+    """What a scan of spans that run twice found: the value as it was, and [first, last, value] of each."""
+    trace = pruned.found.trace
+    spans = [[*one.twice, one.score] for one in trace if one.twice is not None]
+    chosen = next((one.twice for one in trace if one.notation == str(pruned.found.plan)), None)
+    return {"before": trace[0].score, "spans": spans, "chosen": chosen} if spans else None
 
 
 def _scores(pruned: Pruned) -> dict[str, Any] | None:

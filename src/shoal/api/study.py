@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from shoal.api.budget import parse_budget
+from shoal.api.budget import parse_budget, refuse_amount
 from shoal.errors import UsageError
 from shoal.registry import entries, get
 from shoal.spelling import chosen, read
@@ -111,15 +111,19 @@ class ExpectedSeconds:
 def cells(methods: Sequence[str], budgets: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """Every cell, cheapest mistakes first: all names, options and budgets are looked at before anything runs.
 
-    `methods`: names, with options behind a colon (`position:which=first,x=y`); none for all there are. `budgets`:
-    `UNIT=SHARE`, several shares parted by commas. Raises U501, U502, U523, and U570 when there is nothing to do.
+    `methods`: names, with options behind a colon (`position:which=first,x=y`); none for all that remove something.
+    `budgets`: `UNIT=SHARE`, several shares parted by commas. Raises U501, U502, U523, U665 for a method that grows the
+    model, U570 when there is nothing to do.
     """
-    named = list(dict.fromkeys(name.strip() for name in methods)) or list(entries("methods"))
+    known = [name for name, entry in entries("methods").items() if entry.removes]
+    named = list(dict.fromkeys(name.strip() for name in methods)) or known
     asked = list(dict.fromkeys(one for text in budgets for one in _shares(text)))
     if not named or not asked or not seeds:
         raise UsageError("nothing to compare: give a budget such as params=0.8,0.7, and one seed or more", code="U570")
     found = [Cell(method, budget, seed) for budget, seed, method in product(asked, dict.fromkeys(seeds), named)]
     for cell in found[: len(named)]:
+        if not get("methods", cell.name).removes:
+            refuse_amount(cell.name, cell.budget)
         cell.settings()
     return found
 

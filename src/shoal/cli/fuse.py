@@ -1,4 +1,4 @@
-"""shoal fuse: stand-ins for what a plan removes, or merges of it into what stays."""
+"""shoal fuse: stand-ins for what a plan removes, merges of it into what stays, or layers added to it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._places import require_plan_place
+from shoal.cli._pruned import pruned_text
 from shoal.cli._shared import (
     config_text,
     emit,
@@ -55,9 +56,8 @@ def fuse(
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Fit or merge what --plan removes, say how well it fits, and write the plan, a checkpoint or both."""
-    need(plan, "say what is removed: --plan 0-11,14-29 or --plan plan.json")
-    need(then or None, "say what takes its place: --with refit; see shoal ls transforms")
+    """Fit or merge what --plan removes, or grow or share what runs; write the plan, a checkpoint or both."""
+    need(then or None, "say what is done: --with refit, --with grow:every=4; see shoal ls transforms")
     from shoal.api.stand_ins import parse_then
 
     parse_then(then or [])
@@ -72,6 +72,7 @@ def fuse(
     from shoal.data.spelled import keyed, templated
     from shoal.executing.weights import save_planned
     from shoal.models.kinds import is_causal
+    from shoal.plan import Plan
     from shoal.writing.folder import refuse_output
 
     require_plan_place(save_plan)
@@ -81,9 +82,11 @@ def fuse(
     text, tests = keyed(data, text_key, chat_template), templated(test_data, chat_template)
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        whole = Plan.identity(loaded.opened.spec, source=loaded.source)  # of which some transforms remove nothing
         fused = run(
-            loaded, plan=chosen, weights=weights, then=then or [], data=text, length=length, limit=limit,
-            stride=stride, bos=bos, batch=batch, seed=seed, stack=stack, writable=output is not None,
+            loaded, plan=whole if chosen is None else chosen, weights=weights, then=then or [], data=text,
+            length=length, limit=limit, stride=stride, bos=bos, batch=batch, seed=seed, stack=stack,
+            writable=output is not None,
             assess=is_causal(loaded.model) if assess is None else assess, test_data=tests, progress=progress,
         )  # fmt: skip
         tell_fits(fused.then, quiet)
@@ -93,7 +96,5 @@ def fuse(
             from shoal.api.publish import publish
 
             written = publish(fused, output, overwrite=overwrite, config=config_text(), seed=seed, progress=progress)
-    from shoal.cli.prune import pruned_text
-
     proved = {} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()}
     emit(fused.to_dict() | proved, pruned_text(fused, written), as_json=json_)

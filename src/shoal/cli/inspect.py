@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from shoal.cli import options
-from shoal.cli._shared import emit, progress_bars, table
+from shoal.cli._places import require_file_places
+from shoal.cli._shared import emit, loading, progress_bars, table, unused
 
 
 def inspect(
     model: options.Model,
+    redundancy: Annotated[
+        bool, typer.Option("--redundancy", help="Compare every two layers: weights, states, KV, attention maps.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="With --redundancy: the page with a heat map for each.")
+    ] = None,
+    data: options.DataSource = "builtin",
+    length: options.Length = 128,
+    limit: options.Limit = 8,
+    batch: options.Batch = 1,
+    stack: options.StackName = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
     config: options.Config = None,
 ) -> None:
-    """Show a model's stacks, layers, parts and KV, and where they come from if Shoal wrote it; no weight is loaded."""
+    """Show a model's stacks, layers, parts and KV, and where they come from if Shoal wrote it; no weight is loaded.
+
+    With --redundancy it is loaded, and every two layers are compared on text.
+    """
+    if redundancy:
+        _redundancy(
+            model, output, json_, quiet, data=data, length=length, limit=limit, batch=batch, stack=stack,
+            **loading(device, dtype, trust_remote_code),
+        )  # fmt: skip
+        return
+    need_redundancy = ("output", "data", "length", "limit", "batch", "stack", "device", "dtype")
+    unused("layers are compared with --redundancy alone", *need_redundancy)
     from shoal.models.load import check_source
     from shoal.models.opened import open_model
     from shoal.models.quantised import described_quantisation, quantisation_settings
@@ -26,15 +54,32 @@ def inspect(
         spec = open_model(checked.structure).spec
     depths = {stack.name: stack.depth for stack in spec.stacks}
     known = read_lineages(getattr(checked.config, KEY, None), depths)
-    data, text = spec.to_dict(), _text(spec)
+    described, text = spec.to_dict(), _text(spec)
     if (settings := quantisation_settings(checked.config)) is not None:
-        data |= {"quantised": described_quantisation(settings)}
+        described |= {"quantised": described_quantisation(settings)}
         first, _, rest = text.partition("\n")
-        text = f"{first}, quantised ({data['quantised']}), counted as it was before\n{rest}"
+        text = f"{first}, quantised ({described['quantised']}), counted as it was before\n{rest}"
     if known is not None:
-        data |= {"lineage": known.to_dict()}
+        described |= {"lineage": known.to_dict()}
         text += f"\n{known.describe()}"
-    emit(data, text, as_json=json_)
+    emit(described, text, as_json=json_)
+
+
+def _redundancy(model: str, output: Path | None, as_json: bool, quiet: bool, **options_: Any) -> None:
+    from shoal.api.redundancy import publish
+    from shoal.api.redundancy import redundancy as run
+
+    require_file_places(output)
+    with progress_bars(quiet) as progress:
+        found = run(model, progress=progress, **options_)
+    if output is not None:
+        publish(found, output)
+    said = [f"{found.source}, {found.stack}, on {found.data.info.describe()}; the nearest pairs of layers:"]
+    for one in found.maps:
+        pairs = [[f"{i} and {j}", value] for i, j, value in one.nearest()]
+        said.append(f"\n{one.name}: {one.why_not}" if one.why_not else "\n" + table(pairs, [one.name, one.unit]))
+    said += [f"\nthe page: {output}"] if output is not None else []
+    emit(found.to_dict(), "\n".join(said), as_json=as_json)
 
 
 def _text(spec: Any) -> str:

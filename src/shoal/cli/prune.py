@@ -11,6 +11,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli._places import require_plan_place
+from shoal.cli._pruned import pruned_text
 from shoal.cli._shared import (
     config_text,
     emit,
@@ -99,7 +100,7 @@ def prune(
     _tell_unused(entry, plan is not None, bool(then), assess is not False, output is not None, ray is not None)
     amount = _healing(heal, tokens, minutes)
     if dry_run:
-        emit(*_dry(model, plan, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
+        emit(*_dry(model, plan, entry, (drop, keep, budget), stack, trust_remote_code), as_json=json_)
         return
     from shoal.api.prune import prune as run
     from shoal.api.stand_ins import parse_then
@@ -243,9 +244,14 @@ def _how_to_go_on(journal: Path | None) -> Iterator[None]:
 
 
 def _dry(
-    model: str, plan: str | None, amount: tuple[int | None, float | None, str | None], stack: str | None, trust: bool
+    model: str,
+    plan: str | None,
+    entry: Any,
+    amount: tuple[int | None, float | None, str | None],
+    stack: str | None,
+    trust: bool,
 ) -> tuple[dict[str, Any], str]:
-    from shoal.api.budget import amount_of
+    from shoal.api.budget import amount_of, refuse_amount
     from shoal.models.load import inspect_source
 
     spec = inspect_source(model, trust_remote_code=trust)
@@ -257,42 +263,10 @@ def _dry(
         chosen, weights = read_plan(plan, spec, model), read_weights(plan)
         seen = outlook(model, spec, chosen, weights=weights, trust_remote_code=trust).to_dict()
         what, more = plan_text(seen), {"outlook": seen}
+    elif not entry.removes:
+        refuse_amount(entry.name, *amount)
+        what = f"would make {spec.family} deeper than {spec.stack(stack).depth} layers by {entry.name}"
     else:
         count, _ = amount_of(spec, stack, *amount)
         what = f"would remove {count} of {spec.stack(stack).depth} layers of {spec.family} ({spec.params:,} parameters)"
     return {"would": what, "config": config_text(), **more}, f"{what}\n\nthe same as a --config file:\n{config_text()}"
-
-
-def pruned_text(pruned: Any, written: Any) -> str:
-    """What was found, as text."""
-    from shoal.api.publish import quality_rows, speed_rows
-    from shoal.cli._shared import table
-    from shoal.plan import strip
-
-    before, after = pruned.before, pruned.after
-    lines = [f"plan {pruned.plan}   ({pruned.method})"]
-    for name, _ in pruned.plan.stacks:
-        lines.append(f"{name}: {strip(pruned.plan, name)}   dropped {list(pruned.plan.dropped(name))}")
-    rows = [
-        ["parameters", before.params, after.written_params],
-        ["KV elements per token", before.kv_per_token, after.kv_per_token],
-        ["prefill FLOPs", before.prefill_flops, after.prefill_flops],
-    ]
-    rows += [[row["name"], row["dense"], row["pruned"]] for row in quality_rows(pruned)]
-    rows += [
-        [f"{row['phase']} {row['unit']}", row["dense"]["median"], row["pruned"]["median"]] for row in speed_rows(pruned)
-    ]
-    lines.append(table(rows, ["", "dense", "pruned"]))
-    if pruned.price is not None:
-        lines.append(_price(pruned.price))
-    if written is not None:
-        page = written.folder / "report.html"
-        lines.append(f"proved and written to {written.folder}" + (f"; the page: {page}" if page.exists() else ""))
-    return "\n".join(lines)
-
-
-def _price(price: dict[str, Any]) -> str:
-    text = f"{price['unit']}: {price['price']:.3f} of dense, {price['asked']:g} was asked for"
-    if "measured" in price:
-        text += f" (predicted, the fit is right to {price['error']:.3f}; measured {price['measured']:.3f})"
-    return text

@@ -149,6 +149,11 @@ class _Each:
 def _require(data: Data, depth: int, span: int, skip_first: int) -> None:
     if not 1 <= span <= max(1, depth - 1):
         raise UsageError(f"a span of {span} layers does not fit {depth} layers; give 1 to {depth - 1}", code="U503")
+    require_tokens_left(data, skip_first)
+
+
+def require_tokens_left(data: Data, skip_first: int) -> None:
+    """Raise U508 when leaving out the first `skip_first` tokens of each sequence leaves none of the longest."""
     longest = data.ids.shape[1] if data.mask is None else int(data.mask.sum(-1).max())
     if not 0 <= skip_first < longest:
         raise UsageError(

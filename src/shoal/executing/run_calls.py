@@ -53,18 +53,18 @@ class RunCalls(InForward):
         return self.sharing.checkpointed(run, place, self.now, partial(self._keep, run))
 
     def _concerns_kv(self, run: Run) -> bool:
-        return self.sharing.concerns_kv(run) or (self._tells_kv() and run.part != "mlp")
+        return self.sharing.concerns_kv(run) or (self._tells_kv(run) and run.part != "mlp")
 
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
-        keep = partial(self._keep, run) if run.layer in self.sharing.kv or self._tells_kv() else None
+        keep = partial(self._keep, run) if run.layer in self.sharing.kv or self._tells_kv(run) else None
         source = kv_source(run)
         read = None if source is None else self.now.made[LayerKV(source)]
         if self.cache is not None:
             return slot_view(self.cache, self.facts[run.layer].row, read=read, keep=keep)
         return slot_view(cache, 0 if slot is None else slot, read=read, keep=keep)
 
-    def _tells_kv(self) -> bool:
-        return self.recorder is not None and self.recorder.wants_kv
+    def _tells_kv(self, run: Run) -> bool:
+        return self.recorder is not None and self.recorder.wants_kv and self.facts[run.layer].keys is not None
 
     def _keep(self, run: Run, states: KeysValues) -> None:
         if run.layer in self.sharing.kv:

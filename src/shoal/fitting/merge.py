@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 
 from shoal.errors import UsageError
+from shoal.evaluation.distances import angle
 from shoal.fitting.holes import Hole, find_holes
 from shoal.fitting.result import Job, Transformed
 from shoal.models.opened import open_model
+from shoal.models.precision import in_float64
 from shoal.models.stacks import Stack
 from shoal.plan import Step
 from shoal.plan.select import whole_run
@@ -56,6 +58,31 @@ def combined(
         total = sum((factor * part for factor, part in zip(factors, parts, strict=True)), torch.zeros_like(parts[0]))
         made[f"{name}-{layer}.{key}"] = total.to(tensor.dtype).contiguous()
     return made
+
+
+def blended(
+    model: torch.nn.Module,
+    name: str,
+    layer: int,
+    other: int,
+    rule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    stack: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """The tensors that `rule` makes of those of `layer` and of `other`, two of one shape in float32, norms among them,
+    under the weights id NAME-LAYER. Raises U556 as `merged` does."""
+    parts = _parts(open_model(model).stack(stack), name, layer, [other], norms=True)
+    return {f"{name}-{layer}.{key}": rule(*both).to(tensor.dtype).contiguous() for key, tensor, both in parts}
+
+
+def arc(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """The point at t on the arc from `a` to `b`, tensors of one shape, each taken as one vector."""
+    if t == 0 or torch.equal(a, b):
+        return a
+    between = angle(in_float64(a).flatten(), in_float64(b).flatten()).cpu()
+    if torch.sin(between) < 1e-6:
+        return a + t * (b - a)
+    first, second = torch.sin((1 - t) * between) / torch.sin(between), torch.sin(t * between) / torch.sin(between)
+    return (first * a + second * b).float()
 
 
 def _parts(

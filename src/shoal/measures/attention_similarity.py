@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal.evaluation.distances import jensen_shannon
+from shoal.evaluation.layer_pairs import LayerPairs, kept_tokens
 from shoal.evaluation.mean_scores import mean_scores
 from shoal.models.opened import open_model
 from shoal.recording.attention import observe_maps
@@ -46,38 +47,26 @@ def attention_similarity(
     running.
     """
     found = open_model(model).stack(stack)
-    sums: list[list[float]] = [[] for _ in range(found.depth)]
-    matrix = torch.zeros(found.depth, found.depth, dtype=torch.float64)
-    counts: list[int] = []
-    held: dict[int, torch.Tensor] = {}
+    compared = LayerPairs[torch.Tensor](found.depth, every=pairs == "all")
     keep = torch.ones(1, 1, dtype=torch.bool)
 
     def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         nonlocal keep
-        held.clear()
-        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
-        keep = keep & (keep.cumsum(-1) > 1)
-        counts.extend(keep.sum(-1).tolist())
+        keep = kept_tokens(ids, mask, skip_first=1)
+        compared.begin(keep.sum(-1).tolist())
         if progress is not None:
-            progress(len(counts), len(data), "attention similarity")
+            progress(len(compared.counts), len(data), "attention similarity")
+
+    def apart(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        found = jensen_shannon(mine, theirs.to(mine.device)).cpu().double() / math.log(2)
+        return torch.where(keep, found, 0.0).sum(-1)
 
     def watch(index: int, maps: torch.Tensor) -> None:
-        mine = maps.float().mean(1)
-        for other, theirs in held.items():
-            apart = jensen_shannon(mine, theirs.to(mine.device)).cpu().double() / math.log(2)
-            apart = torch.where(keep, apart, 0.0).sum(-1)
-            matrix[index, other] += apart.sum()
-            if other == max(held):
-                sums[index] += apart.tolist()
-        if pairs == "neighbours":
-            held.clear()
-        held[index] = mine
+        compared.add(index, maps.float().mean(1), apart)
 
     observe_maps(model, data.batches(batch), watch, what="attention similarity", before=before, stack=stack)
-    total = max(1, sum(counts))
-    nothing = [math.nan] * len(counts)
     return mean_scores(
-        "attention-similarity", "Jensen-Shannon divergence / ln 2", [own or nothing for own in sums], counts, data,
+        "attention-similarity", "Jensen-Shannon divergence / ln 2", compared.sums(), compared.counts, data,
         stack=found.name, removal=False,
-        detail={"matrix": ((matrix + matrix.T) / total).tolist()} if pairs == "all" else {},
+        detail={"matrix": compared.matrix()} if pairs == "all" else {},
     )  # fmt: skip

@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from shoal.errors import UsageError
+from shoal.evaluation.alignment import EveryAlignment, centred_gram, independence, misalignment, require_tokens
+from shoal.evaluation.layer_pairs import kept_tokens
 from shoal.evaluation.stats import bootstrap
 from shoal.executing.inputs import require_whole
 from shoal.models.opened import open_model
-from shoal.models.precision import in_float64
 from shoal.recording.observe import observe
 from shoal.scores import Scores
 
 if TYPE_CHECKING:
     from shoal.data import Data
     from shoal.evaluation import Progress
-
-LEAST = 4
-"""Tokens without which the unbiased estimator does not exist."""
 
 
 def cka(
@@ -52,31 +49,27 @@ def cka(
     found = open_model(model).stack(stack)
     # by layer and sequence: H(K, L), H(K, K), H(L, L)
     triples: list[list[list[float]]] = [[] for _ in range(found.depth)]
-    seen = _Matrix(found.depth + 1) if pairs == "all" and part == "layer" else None
+    seen = EveryAlignment(found.depth + 1) if pairs == "all" and part == "layer" else None
     keep = torch.ones(1, 1, dtype=torch.bool)
     counts: list[int] = []
 
     def before_layer(ids: torch.Tensor, mask: torch.Tensor | None, _: int) -> None:
         nonlocal keep
-        keep = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
-        keep = keep & (keep.cumsum(-1) > skip_first)
+        keep = kept_tokens(ids, mask, skip_first=skip_first)
 
     def before(ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         before_layer(ids, mask, 0)
         counts.extend(keep.sum(-1).tolist())
-        if min(counts) < LEAST:
-            raise UsageError(
-                f"CKA needs {LEAST} tokens in every sequence, and one has {min(counts)} behind the first {skip_first}; "
-                "use longer sequences or skip fewer",
-                code="U536",
-            )
+        require_tokens(counts, skip_first)
+        if seen is not None:
+            seen.close()
         if progress is not None:
             progress(len(counts), len(data), "CKA")
 
     def watch(index: int, x: torch.Tensor, y: torch.Tensor) -> None:
         for row, real in enumerate(keep):
-            k, m = (_gram(state[row].cpu()[real]) for state in (x, y))
-            triples[index].append([_inner(k, m), _inner(k, k), _inner(m, m)])
+            k, m = (centred_gram(state[row].cpu()[real]) for state in (x, y))
+            triples[index].append([independence(k, m), independence(k, k), independence(m, m)])
             if seen is not None:
                 seen.add(row, index, k)
                 if index == found.depth - 1:
@@ -97,8 +90,8 @@ def cka(
     values, errors = [], []
     for own in triples:
         known = torch.tensor(own, dtype=torch.float64).numpy() if own else None
-        values.append(math.nan if known is None else _apart(known.sum(0)).item())
-        errors.append(None if known is None else bootstrap(known, _apart))
+        values.append(math.nan if known is None else misalignment(known.sum(0)).item())
+        errors.append(None if known is None else bootstrap(known, misalignment))
     return Scores(
         measure="cka",
         stack=found.name,
@@ -109,49 +102,5 @@ def cka(
         tokens=sum(counts),
         data=data.info.describe(),
         notes=(f"the first {skip_first} tokens of each sequence left out",),
-        detail={} if seen is None else {"matrix": seen.alignment()},
+        detail={} if seen is None else {"matrix": seen.matrix()},
     )
-
-
-def _gram(states: torch.Tensor) -> torch.Tensor:
-    """X X^T centred for the unbiased estimator (Song et al. 2012): a zero diagonal, and rows that sum up to 0."""
-    states = in_float64(states)
-    gram = states @ states.T
-    count = len(gram)
-    gram.fill_diagonal_(0)
-    means = gram.sum(1) / (count - 2)
-    means -= means.sum() / (2 * (count - 1))
-    gram -= means[:, None] + means[None, :]
-    return gram.fill_diagonal_(0)
-
-
-def _inner(k: torch.Tensor, m: torch.Tensor) -> float:
-    """H = <K, L> / (n (n - 3)) for two centred matrices."""
-    return (k * m).sum().item() / (len(k) * (len(k) - 3))
-
-
-def _apart(sums: Any) -> Any:
-    """1 - CKA from the three sums, [..., 3]; exactly 0 where all three are one number."""
-    shared, left, right = sums[..., 0], sums[..., 1], sums[..., 2]
-    return 1 - shared / (left * right) ** 0.5
-
-
-class _Matrix:
-    """H of every two states, summed over sequences; the states' matrices of one sequence are held at a time."""
-
-    def __init__(self, states: int) -> None:
-        self.sums = torch.zeros(states, states, dtype=torch.float64)
-        self._held: dict[int, list[torch.Tensor]] = {}
-
-    def add(self, row: int, state: int, gram: torch.Tensor) -> None:
-        held = self._held.setdefault(row, [])
-        assert len(held) == state
-        held.append(gram.flatten())
-        if len(held) == len(self.sums):
-            stacked = torch.stack(self._held.pop(row))
-            self.sums += stacked @ stacked.T / (len(gram) * (len(gram) - 3))
-
-    def alignment(self) -> list[list[float]]:
-        lengths = self.sums.diagonal().sqrt()
-        aligned: list[list[float]] = (self.sums / torch.outer(lengths, lengths)).tolist()
-        return aligned

@@ -16,7 +16,7 @@ from shoal.executing.bind import BoundPlan, bind
 from shoal.executing.calls import hidden_of
 from shoal.executing.executor import Executor
 from shoal.executing.forward import Forward
-from shoal.executing.inputs import inputs_of, require_whole
+from shoal.executing.inputs import require_whole, run_stack
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import OpenedModel, open_model
 from shoal.plan import Plan, Step
@@ -35,7 +35,7 @@ class LayerInputs:
     def __init__(
         self, model: nn.Module | OpenedModel, data: Batched, *, stack: str | None = None, batch: int = 1
     ) -> None:
-        """Raises U507 when a plan is running on the model."""
+        """Raises U507 when a plan is running on the model, M323 for a stack that reads no text."""
         self.opened = open_model(model)
         require_whole(self.opened, "fitting a stand-in", stack)
         self.model, self.stack = self.opened.model, self.opened.stack(stack)
@@ -55,8 +55,7 @@ class LayerInputs:
                 self.real.append(torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu())
 
     def _prepared(self, executor: Executor, ids: torch.Tensor, mask: torch.Tensor | None) -> Forward:
-        backbone = self.model.base_model
-        return executor.prepared(lambda: backbone(**inputs_of(backbone, ids, mask), use_cache=False))
+        return executor.prepared(lambda: run_stack(self.model, self.stack, ids, mask))
 
     def token_masks(self, skip_first: int = 0) -> list[torch.Tensor]:
         """For each batch the tokens that count: real ones, without the first `skip_first` of each sequence."""

@@ -13,6 +13,7 @@ from shoal.report.facts import stacks
 from shoal.report.formatting import esc
 from shoal.report.header import header
 from shoal.report.healing import healing
+from shoal.report.span_map import span_map
 from shoal.report.style import CSS, SCRIPT
 
 _NEEDED = ("title", "command", "model", "plan")
@@ -32,6 +33,7 @@ def render(data: Mapping[str, Any]) -> str:
     speed: [{phase, unit, dense, pruned, ratio, how, kind: measured | simulated}] with {median, low, high} each; ratio
         is the speed-up: above 1 the pruned model is faster, whatever the unit.
     proof: {passed, checks: [{name, passed, value, limit, how}]}.
+    twice: {before, spans: [[first, last, value]], chosen: [first, last]}, of a scan of spans that run twice.
     samples: [{prompt, dense, pruned}]. candidates: [{notation, score, note}]. notes: [text].
 
     Every text may come from an untrusted source; it is escaped. Raises `UsageError` when a needed key is missing,
@@ -48,6 +50,8 @@ def render(data: Mapping[str, Any]) -> str:
     for key, make in _SECTIONS.items():
         if data.get(key):
             parts.append(make(data[key]))
+    if data.get("twice"):
+        parts.append(span_map(data["twice"]))
     if data.get("candidates"):
         parts.append(sections.candidates(data["candidates"], data["plan"].get("notation")))
     parts.append(sections.making(data))

@@ -81,6 +81,10 @@ svg.base,svg.order{display:block;margin:.3rem 0}
 .plan .on,.plan .onmap{fill:var(--back)}.plan .small{font-size:10.5px}
 .plan .note{font-size:10.5px}
 .plan .gone{fill:var(--removed);paint-order:stroke;stroke:var(--back);stroke-width:4px;stroke-linejoin:round}
+svg.heat{width:100%;max-width:34rem;height:auto;display:block;font-size:11px}
+.heat .alike{fill:var(--kept)}.heat .better{fill:var(--good)}.heat .worse{fill:var(--removed)}
+.heat text{fill:currentColor;font-variant-numeric:tabular-nums}
+.heat .frame{fill:none;stroke:var(--line);stroke-width:1}.heat .chosen{fill:none;stroke:var(--text);stroke-width:2}
 .pairs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:0 1.25rem}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.5rem;margin:.6rem 0}
 .facts dt{color:var(--soft)}.facts dd{margin:0;overflow-wrap:anywhere}

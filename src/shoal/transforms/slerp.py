@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
-from shoal.evaluation.distances import angle
 from shoal.examples import TransformExamples
-from shoal.fitting.merge import merged, share_in
+from shoal.fitting.merge import arc, merged, share_in
 from shoal.fitting.result import Job, Transformed
-from shoal.models.precision import in_float64
 
 EXAMPLES = TransformExamples(role="merge", null={"t": 0.0}, refused=(((2,), {"t": 1.5}, "U558"),))
 
@@ -24,16 +20,5 @@ def slerp(job: Job, *, t: float = 0.5, norms: bool = True) -> Transformed:
     """
     share_in(t, "slerp")
     return merged(
-        job, "slerp", lambda _, parts, __: _arc(parts[0], sum(parts[2:], parts[1]) / (len(parts) - 1), t), norms=norms
+        job, "slerp", lambda _, parts, __: arc(parts[0], sum(parts[2:], parts[1]) / (len(parts) - 1), t), norms=norms
     )
-
-
-def _arc(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """The point at t on the arc from `a` to `b`, tensors of one shape."""
-    if t == 0 or torch.equal(a, b):
-        return a
-    between = angle(in_float64(a).flatten(), in_float64(b).flatten()).cpu()
-    if torch.sin(between) < 1e-6:
-        return a + t * (b - a)
-    first, second = torch.sin((1 - t) * between) / torch.sin(between), torch.sin(t * between) / torch.sin(between)
-    return (first * a + second * b).float()
