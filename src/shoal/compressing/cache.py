@@ -1,0 +1,45 @@
+"""Making a compressing cache: `NAME:key=value` and a live model to a KV cache for one batch of texts."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from shoal.compressing.job import cache_job
+from shoal.errors import PlanError
+from shoal.executing.slots import mark_rows, prepare_views
+from shoal.spelling import chosen
+
+
+class CompressingCache(DynamicCache):
+    """A KV cache of transformers' own kind with rows that were made for one plan."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        Cache.__init__(self, layers=rows)
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refused, before one of the rows is cut."""
+        raise PlanError(
+            "tokens cannot be taken back out of a compressing KV cache; generate without a draft or an assistant",
+            code="P161",
+        )
+
+
+def make_cache(model: Any, text: str, mask: torch.Tensor | None = None) -> CompressingCache:
+    """An empty cache for one batch of texts, to be given to the model, or to its `generate`, as `past_key_values`.
+
+    `model`: a causal language model, with the plan on it (`shoal.running`) that will fill the cache. `text`: an entry
+    of `shoal ls caches` with its options, as `minicache:start=16,keep=0.05`. `mask` [batch, tokens]: the attention mask
+    of the prompt, where some of it is padding. The prefill is the first forward that is given the cache.
+
+    Raises U501 and U502 for names and options that do not exist, U659 for values out of range, M322 for a model that
+    continues no text, P161 where its rows cannot be compressed so, and under a policy or a draft.
+    """
+    entry, options = chosen("caches", text)
+    job = cache_job(model, mask)
+    cache = CompressingCache(entry.load()(job, **options))
+    mark_rows(cache, job.base_rows)
+    prepare_views(CompressingCache)
+    return cache
