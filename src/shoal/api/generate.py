@@ -87,7 +87,11 @@ def generate(
             **stopping(loaded.model, tokenizer),
             max_new_tokens=max_new_tokens,
             streamer=streamer,
-            **({} if kv_cache is None else {"past_key_values": make_cache(loaded.model, kv_cache)}),
+            **(
+                {}
+                if kv_cache is None
+                else {"past_key_values": make_cache(loaded.model, kv_cache, ids=inputs["input_ids"])}
+            ),
         )
         if isinstance(streamer, DepthStreamer):
             trace = streamer.trace()

@@ -36,11 +36,11 @@ def behind_prefix(
     """Perplexity behind a compressed prefix with the plan on the model, what was held, and the base model's behind a
     plain cache. Raises what `make_cache` raises before anything runs."""
 
-    def make(mask: torch.Tensor | None) -> Any:
-        return make_cache(model, kv_cache, mask)
+    def make(mask: torch.Tensor | None, ids: torch.Tensor) -> Any:
+        return make_cache(model, kv_cache, mask, ids)
 
     with planned():
-        make(None)
+        make(None, text.ids[:1, : text.ids.shape[1] // 2])  # refused before anything runs
         mine, held = perplexity_behind_prefix(model, text, make, batch=batch, progress=progress)
     dense, _ = perplexity_behind_prefix(model, text, batch=batch, progress=progress)
     return mine, held, dense

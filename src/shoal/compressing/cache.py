@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from shoal.compressing.job import cache_job
-from shoal.errors import PlanError
+from shoal.compressing.row import refuse_crop
 from shoal.executing.slots import mark_rows, prepare_views
 from shoal.spelling import chosen
 
@@ -21,24 +21,24 @@ class CompressingCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused, before one of the rows is cut."""
-        raise PlanError(
-            "tokens cannot be taken back out of a compressing KV cache; generate without a draft or an assistant",
-            code="P161",
-        )
+        refuse_crop()
 
 
-def make_cache(model: Any, text: str, mask: torch.Tensor | None = None) -> CompressingCache:
+def make_cache(
+    model: Any, text: str, mask: torch.Tensor | None = None, ids: torch.Tensor | None = None
+) -> CompressingCache:
     """An empty cache for one batch of texts, to be given to the model, or to its `generate`, as `past_key_values`.
 
     `model`: a causal language model, with the plan on it (`shoal.running`) that will fill the cache. `text`: an entry
     of `shoal ls caches` with its options, as `minicache:start=16,keep=0.05`. `mask` [batch, tokens]: the attention mask
-    of the prompt, where some of it is padding. The prefill is the first forward that is given the cache.
+    of the prompt, where some of it is padding; `ids` [batch, tokens]: the prompt, for a cache that looks at it. The
+    prefill is the first forward that is given the cache.
 
     Raises U501 and U502 for names and options that do not exist, U659 for values out of range, M322 for a model that
     continues no text, P161 where its rows cannot be compressed so, and under a policy or a draft.
     """
     entry, options = chosen("caches", text)
-    job = cache_job(model, mask)
+    job = cache_job(model, mask, ids)
     cache = CompressingCache(entry.load()(job, **options))
     mark_rows(cache, job.base_rows)
     prepare_views(CompressingCache)

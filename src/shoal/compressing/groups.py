@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
+from shoal.compressing.row import CompressedRow
 from shoal.errors import PlanError
 
 Stored = dict[str, torch.Tensor]
@@ -86,11 +86,8 @@ class RowGroup:
         self.encoded, self.prefilled = 0, False
 
 
-class GroupedRow(DynamicLayer):
-    """One row of a group, which transformers sees as a row that grows: it answers with all of its keys and values."""
-
-    is_croppable = False
-    supports_early_init = False
+class GroupedRow(CompressedRow):
+    """One row of a group: it answers with all of its keys and values, as they are restored."""
 
     def __init__(self, group: RowGroup, place: int) -> None:
         # not super().__init__, which would hold keys and values: they are restored when they are asked for
@@ -121,6 +118,7 @@ class GroupedRow(DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.token_size = key_states[:, :, :1].numel() + value_states[:, :, :1].numel()
         self.own = {"keys": key_states[:, :, :0].clone(), "values": value_states[:, :, :0].clone()}
         self.is_initialized = True
 
@@ -142,23 +140,16 @@ class GroupedRow(DynamicLayer):
         assert found is not None
         return found
 
-    def get_seq_length(self) -> int:
-        return self.tokens
-
     def reset(self) -> None:
         self.group.reset()
         self.own, self.tokens, self.is_initialized = {}, 0, False
 
-    def crop(self, tokens_to_remove: int) -> NoReturn:
-        raise PlanError(
-            "tokens cannot be taken back out of a compressing KV cache; generate without a draft or an assistant",
-            code="P161",
-        )
-
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not self.is_initialized:
             return
+        before = self.own["keys"].shape[0]
         self.own = {half: change(tensor) for half, tensor in self.own.items()}
+        self.token_size = self.token_size // before * self.own["keys"].shape[0]
         if not self.place:  # what the rows share is changed once
             self.group.each(change)
 

@@ -32,6 +32,8 @@ class CacheJob:
     """For each row the row of the base model's own cache that it stands for."""
     real: torch.Tensor | None = None
     """Bool [batch, tokens]: which columns of the prompt are no padding; None: all."""
+    ids: torch.Tensor | None = None
+    """The prompt [batch, tokens], where it is known."""
 
     def require_plain(self, name: str, rows: Sequence[int]) -> None:
         """Raise P161 for a row whose keys and values are not kept token by token for the whole text."""
@@ -82,11 +84,11 @@ def _kept(kv: KVSpec) -> str:
     return "of another kind"
 
 
-def cache_job(model: Any, mask: torch.Tensor | None = None) -> CacheJob:
+def cache_job(model: Any, mask: torch.Tensor | None = None, ids: torch.Tensor | None = None) -> CacheJob:
     """What a cache for `model`, with the plan that runs on it now, is made for.
 
-    `mask` [batch, tokens]: 0 where the prompt is padding. Raises M322 for a model that does not continue text, P161
-    under a policy or a draft and for a model that keeps no keys and values token by token.
+    `mask` and `ids` [batch, tokens]: those of the prompt; 0 in `mask` is padding. Raises M322 for a model that does not
+    continue text, P161 under a policy or a draft and for a model that keeps no keys and values token by token.
     """
     opened = open_model(model)
     require_causal(opened.model, "a compressing KV cache")
@@ -97,7 +99,7 @@ def cache_job(model: Any, mask: torch.Tensor | None = None) -> CacheJob:
     layers = tuple(_layer_of(opened, row) for row in written)
     kv = tuple(opened.spec.stack("decoder").layers[layer].kv for layer in layers)
     real = None if mask is None or bool(mask.bool().all()) else mask.bool()
-    return CacheJob(rows, layers, kv, written, real)
+    return CacheJob(rows, layers, kv, written, real, ids)
 
 
 def _written(opened: OpenedModel, depth: int) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ from shoal.evaluation.scoring import Progress, require_context, require_scored, 
 from shoal.executing.inputs import inputs_of
 from shoal.models.evaluating import evaluating
 
-MakeCache = Callable[[torch.Tensor | None], Any]
-"""From the attention mask of a prompt [batch, tokens], None without padding, to an empty KV cache."""
+MakeCache = Callable[[torch.Tensor | None, torch.Tensor], Any]
+"""From mask (None without padding) and ids of a prompt, [batch, tokens] each, to an empty KV cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class KVHeld:
     values: int
     """Numbers that are held, each once."""
     whole: int
-    """Numbers of the keys and values that the rows answer with: what a plain cache of the same rows holds."""
+    """Numbers that a plain cache of the same rows holds."""
     prefix: int
     """Tokens of the prefix of one window."""
 
@@ -53,11 +53,13 @@ def perplexity_behind_prefix(
     with evaluating(model):
         for ids, mask, keep in windows(data, batch, progress, "behind the prefix"):
             inputs = inputs_of(model, ids, mask)
-            given = {} if make is None else {"past_key_values": make(None if mask is None else mask[:, :cut])}
+            given = (
+                {} if make is None else {"past_key_values": make(None if mask is None else mask[:, :cut], ids[:, :cut])}
+            )
             first = {name: one[:, :cut] for name, one in inputs.items()}
             cache = model(**first, **given, use_cache=True).past_key_values
             held += values_held(cache)
-            whole += sum(_answers(row) for row in cache.layers)
+            whole += sum(_whole(row) for row in cache.layers)
             second = {name: one if name == "attention_mask" else one[:, cut:] for name, one in inputs.items()}
             logits = model(**second, past_key_values=cache, use_cache=True).logits
             scored = keep[:, cut:]
@@ -67,5 +69,8 @@ def perplexity_behind_prefix(
     return summarise(found, data.info), KVHeld(held, whole, cut)
 
 
-def _answers(row: Any) -> int:
-    return sum(half.numel() for half in (row.keys, row.values)) if getattr(row, "is_initialized", False) else 0
+def _whole(row: Any) -> int:
+    if not getattr(row, "is_initialized", False):
+        return 0
+    compressed: int | None = getattr(row, "whole", None)
+    return sum(half.numel() for half in (row.keys, row.values)) if compressed is None else compressed

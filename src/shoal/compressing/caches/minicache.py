@@ -10,14 +10,17 @@ import torch
 
 from shoal.compressing.groups import RowGroup, Stored
 from shoal.compressing.job import CacheJob, share
+from shoal.errors import UsageError
 from shoal.evaluation.distances import angle, at_least_float32
 from shoal.examples import CacheExamples, Refusal
 
 EXAMPLES = CacheExamples(
-    texts=("minicache:start=0", "minicache:start=2,keep=0.5,later=keep", "minicache:start=1,gamma=0.3"),
+    texts=("minicache:start=0", "minicache:start=2,keep=0.1,later=keep", "minicache:at=0,2,gamma=0.1"),
     null=("minicache:start=0,keep=1", "minicache:start=3"),
     refused=(
         Refusal("start beyond the rows", "minicache:start=4", "U659", "rows 0 to 3"),
+        Refusal("a pair beyond the rows", "minicache:at=1,3", "U659", "rows 0 to 3"),
+        Refusal("a row in two pairs", "minicache:at=1,2", "U659", "belongs to one pair"),
         Refusal("keep above 1", "minicache:keep=1.5", "U659", "keep from 0 to 1"),
         Refusal("t below 0", "minicache:t=-0.1", "U659", "t from 0 to 1"),
         Refusal("gamma above 1", "minicache:gamma=2", "U659", "gamma from 0 to 1"),
@@ -31,6 +34,7 @@ def minicache(
     job: CacheJob,
     *,
     start: int | None = None,
+    at: tuple[int, ...] | None = None,
     keep: float = 0.05,
     t: float = 0.6,
     gamma: float | None = None,
@@ -43,7 +47,8 @@ def minicache(
     them, what is held of a token is
         e = (sin((1 - t) Omega) u + sin(t Omega) v) / sin Omega,  |x|  and  |y|,
     and the rows are restored as e |x| and e |y|. The pairs are start and start + 1, start + 2 and start + 3, ...; a
-    last row without a partner stays as it is. `start`: a row of the plan, by default the middle.
+    last row without a partner stays as it is. `start`: a row of the plan, by default the middle. `at`: the lower rows
+    of the pairs one by one, as at=4,9,25, in place of `start`.
 
     Tokens whose two states differ most are held unmerged beside e, for keys and for values apart: by the angle d, mean
     over the heads, `keep` is their share. With `gamma` they are those with d > d_max - gamma (d_max - d_min), the
@@ -59,15 +64,30 @@ def minicache(
     tensor for both. e is held for retained tokens too. The prompt attends to its own keys and values as they are. A
     pair whose rows have windows, a recurrent state or other shapes is refused (P161).
     """
-    first = job.first_row("minicache", start)
+    pairs = _neighbours(job, start) if at is None else _chosen(job, at)
     codec = _Merging(share("minicache", "t", t), _Unmerged(keep, gamma, rule), later == "merge")
     rows = list(job.rows)
-    for lower in range(first, len(rows) - 1, 2):
+    for lower in pairs:
         pair = (lower, lower + 1)
         job.require_plain("minicache", pair)
         job.require_alike("minicache", pair)
         rows[lower : lower + 2] = RowGroup(codec, 2, job.real).rows
     return rows
+
+
+def _neighbours(job: CacheJob, start: int | None) -> range:
+    return range(job.first_row("minicache", start), len(job.rows) - 1, 2)
+
+
+def _chosen(job: CacheJob, at: tuple[int, ...]) -> tuple[int, ...]:
+    members = [row for lower in at for row in (lower, lower + 1)]
+    if not all(0 <= row < len(job.rows) for row in members) or len(set(members)) < len(members):
+        raise UsageError(
+            f"minicache cannot pair each of the rows {', '.join(map(str, at))} with the next one: a row belongs to one "
+            f"pair, and the cache has the rows 0 to {len(job.rows) - 1}",
+            code="U659",
+        )
+    return at
 
 
 class _Unmerged:
@@ -91,7 +111,7 @@ class _Unmerged:
             least = far.masked_fill(~real, torch.inf).amin(1, keepdim=True)
             counts = ((far > most - self.gamma * (most - least)) & real).sum(1)
         n = int(counts.max())
-        return order[:, :n], torch.arange(n, device=far.device)[None] < counts[:, None]
+        return order[:, :n].clone(), torch.arange(n, device=far.device)[None] < counts[:, None]
 
 
 @dataclass(frozen=True)
