@@ -57,6 +57,7 @@ SEVERAL, NO_TEXT = ("t5", "whisper", "clip"), ("whisper", "vit")
 REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     **{key: {"M323": (*NO_TEXT, "clip")} for key in ("measure", "prune shortgpt", "measure --stream")},
     **{key: {"M322": OTHERS} for key in ("compare", "evaluate", "evaluate --plan", "bench", "generate", "serve")},
+    **{key: {"M322": OTHERS, "P161": RECURRENT} for key in ("generate --kv-cache", "evaluate --kv-cache")},
     **{key: {"M322": OTHERS, "U611": RECURRENT} for key in ("generate --speculate", "tune-draft")},
     **{key: {"M322": OTHERS, "P131": RECURRENT} for key in ("generate --policy", "fit-exits", "calibrate")},
     "heal": {"M322": ("bert",), "U653": ("t5", "clip"), "M323": NO_TEXT},
