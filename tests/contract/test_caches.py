@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import shoal
-from shoal.compressing.cache import make_cache
+from shoal.compressing.cache import cache_to_write, make_cache
 from shoal.errors import ShoalError
 from shoal.evaluation.memory import tensors_of, values_held
 from shoal.evaluation.prefix import perplexity_behind_prefix
@@ -21,6 +21,7 @@ from shoal.models.load import Loaded
 from shoal.registry import entries
 
 from .families import FAMILIES, tiny
+from .live_models import own
 from .planted import data_of, random_data
 from .policy_cells import LENGTH, batch_of
 from .shares import pairs
@@ -185,6 +186,15 @@ def test_generate_takes_the_cache(text: str) -> None:
         )
     with pytest.raises(ShoalError, match="P161"):
         cache.crop(-1)
+
+
+def test_two_kinds_of_cache_are_refused() -> None:
+    model = own("llama")
+    ids = batch_of(1)["input_ids"]
+    assert cache_to_write(model, GROUPED, ids).get_seq_length() == 0
+    model.generation_config.cache_implementation = "quantized"
+    with pytest.raises(ShoalError, match="U661"):
+        cache_to_write(model, GROUPED, ids)
 
 
 def test_a_mask_of_another_prompt_is_refused() -> None:

@@ -13,7 +13,7 @@ from shoal.api.assess import Source, opened, tokenizer_of
 from shoal.api.depths import DepthStreamer, WrittenToken
 from shoal.api.kv_cache import refuse_beside_kv_cache
 from shoal.api.prompts import encoded
-from shoal.compressing.cache import make_cache
+from shoal.compressing.cache import cache_to_write
 from shoal.decoding.arguments import sampling, stopping
 from shoal.decoding.decoder import Decoder
 from shoal.decoding.streaming import TextPieces
@@ -67,7 +67,7 @@ def generate(
     compile the layers first, and raise what `FastDecoder` raises where that cannot be. Raises D440 without a tokenizer,
     P130 to P138 for a policy that cannot decide on this model, U605 for one calibrated for another, M379 for a
     generation config by which transformers cannot generate, U660 for a KV cache beside a policy or compiled layers, and
-    what `make_cache` raises."""
+    what `cache_to_write` raises."""
     refuse_beside_kv_cache(kv_cache, policy=policy is not None, fast=fast)
     loaded = opened(loaded)
     require_causal(loaded.model, "generate")
@@ -90,7 +90,7 @@ def generate(
             **(
                 {}
                 if kv_cache is None
-                else {"past_key_values": make_cache(loaded.model, kv_cache, ids=inputs["input_ids"])}
+                else {"past_key_values": cache_to_write(loaded.model, kv_cache, inputs["input_ids"])}
             ),
         )
         if isinstance(streamer, DepthStreamer):

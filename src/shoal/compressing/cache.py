@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from shoal.compressing.job import cache_job
 from shoal.compressing.row import refuse_crop
+from shoal.errors import UsageError
 from shoal.executing.slots import mark_rows, prepare_views
 from shoal.spelling import chosen
 
@@ -43,3 +44,19 @@ def make_cache(
     mark_rows(cache, job.base_rows)
     prepare_views(CompressingCache)
     return cache
+
+
+def cache_to_write(model: Any, text: str, ids: torch.Tensor) -> CompressingCache:
+    """What `make_cache` makes, for a text that `generate` writes behind the prompt `ids` [1, tokens].
+
+    Raises what `make_cache` raises, and U661 where the generation config asks for a cache of another kind: keys and
+    values that are quantised, offloaded or of fixed length are held by one cache, not by two.
+    """
+    asked = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
+    if asked not in (None, "dynamic"):
+        raise UsageError(
+            f"the generation config asks for the cache {asked!r}, and {text} is another one; take cache_implementation "
+            "out of it, or leave --kv-cache out",
+            code="U661",
+        )
+    return make_cache(model, text, ids=ids)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from shoal.api.assess import planned
-from shoal.compressing.cache import make_cache
+from shoal.compressing.cache import cache_to_write
 from shoal.decoding.arguments import sampling, stopping
 from shoal.decoding.decoder import Decoder
 from shoal.decoding.listening import NewTokens, OnTokens
@@ -109,7 +109,7 @@ def under_plan(
     `compiled`: tokens of prompt and answer up to which layers are compiled, all of it before the first request; None
     compiles nothing. `kv_cache`: each request has a compressing cache of its own, as `minicache:start=16`. Entering it
     raises `PlanError` (P1xx) for a plan that cannot run, U563 or U564 for a model that cannot be compiled, and what
-    `make_cache` raises.
+    `cache_to_write` raises.
     """
 
     @contextmanager
@@ -125,10 +125,10 @@ def under_plan(
 
 def _compressing(decoder: Decoder, kv_cache: str) -> Callable[..., Any]:
     """The decoder's `generate` with a new compressing cache for each text."""
-    make_cache(decoder.model, kv_cache, ids=torch.zeros((1, 1), dtype=torch.long))  # refused before the first request
+    cache_to_write(decoder.model, kv_cache, torch.zeros((1, 1), dtype=torch.long))  # refused before the first request
 
     def generate(*, input_ids: torch.Tensor, **more: Any) -> Any:
-        cache = make_cache(decoder.model, kv_cache, ids=input_ids)
+        cache = cache_to_write(decoder.model, kv_cache, input_ids)
         return decoder.generate(input_ids=input_ids, past_key_values=cache, **more)
 
     return generate
