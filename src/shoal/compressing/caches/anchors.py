@@ -75,6 +75,8 @@ class _Chosen:
         anchor = anchor & real
         behind = anchor.flip(1).cumsum(1).flip(1) == 0
         held = (anchor | behind | (place < self.first)) & real
+        if torch.equal(held, real):
+            held = torch.ones_like(real)  # where every token is held, padding may be too
         counts = sorted(set(held.sum(1).tolist()))
         if len(counts) > 1:
             raise PlanError(
