@@ -37,6 +37,8 @@ CACHES = (
     "minicache:at=2,4,6,8,10,12,14,keep=0.05",
     "minicache:at=4,9,25,28,keep=0.05",
     "minicache:start=0,keep=0.05",
+    "shared-basis:group=4,rank=32",
+    "shared-basis:group=4,rank=64",
     "shared-basis:group=4,rank=96",
     "shared-basis:group=4,rank=128",
     "shared-basis:group=2,rank=96",
@@ -44,8 +46,10 @@ CACHES = (
     "anchors:every=2",
     "anchors:every=4",
     "anchors:every=4,first=1",
+    "anchors:every=8,first=1",
+    "anchors:every=256,first=1",
 )
-"""For the 30 layers of the default model."""
+"""For the 30 layers of the default model. The last one holds two tokens, and says what the prefix is worth at all."""
 
 
 def main() -> None:
