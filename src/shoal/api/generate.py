@@ -34,10 +34,10 @@ class Answer:
     tokens: int
     plan: str | None
     policy: str | None = None
-    kv_cache: str | None = None
     trace: dict[str, Any] | None = None
     """With a policy: how deep each token went and what ran (`shoal.deciding.trace.Trace.to_dict`), and `written`: text,
     layers and confidence of each token that was written (`WrittenToken`)."""
+    kv_cache: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,23 +81,22 @@ def generate(
         if handle is not None and handle.policy is not None:
             streamer = DepthStreamer(tokenizer, handle, on_token=on_token, on_text=on_text)
             stack.enter_context(streamer.watching(loaded.model))
+        over = (
+            {} if kv_cache is None else {"past_key_values": cache_to_write(loaded.model, kv_cache, inputs["input_ids"])}
+        )
         ids = Decoder(loaded.model, compiled=fast).generate(
             **inputs,
             **sampling(temperature if sample else 0.0),
             **stopping(loaded.model, tokenizer),
             max_new_tokens=max_new_tokens,
             streamer=streamer,
-            **(
-                {}
-                if kv_cache is None
-                else {"past_key_values": cache_to_write(loaded.model, kv_cache, inputs["input_ids"])}
-            ),
+            **over,
         )
         if isinstance(streamer, DepthStreamer):
             trace = streamer.trace()
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
-    return Answer(prompt, text, len(new), None if plan is None else str(plan), policy, kv_cache, trace)
+    return Answer(prompt, text, len(new), None if plan is None else str(plan), policy, trace, kv_cache)
 
 
 def _ready(
