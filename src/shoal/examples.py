@@ -48,6 +48,17 @@ class DraftExamples:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheExamples:
+    """A cache that compresses rows, on four layers."""
+
+    texts: tuple[str, ...]
+    """Each holds fewer values than the plain cache of 24 tokens, or as many."""
+    null: tuple[str, ...]
+    """Each restores what was stored, bit for bit."""
+    refused: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TransformExamples:
     """A transform."""
 

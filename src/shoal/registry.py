@@ -28,7 +28,17 @@ from shoal.errors import UsageError
 from shoal.user_files import UserFile, docstring, imported, is_file, read_user_file, require_call
 
 Kind = Literal[
-    "measures", "search", "methods", "transforms", "recipes", "terms", "learners", "policies", "exchange", "drafts"
+    "measures",
+    "search",
+    "methods",
+    "transforms",
+    "recipes",
+    "terms",
+    "learners",
+    "policies",
+    "exchange",
+    "drafts",
+    "caches",
 ]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
@@ -43,6 +53,7 @@ _ONE: dict[Kind, str] = {
     "policies": "policy",
     "exchange": "format",
     "drafts": "draft",
+    "caches": "KV cache",
 }
 
 _HOMES: dict[Kind, str] = {
@@ -50,6 +61,7 @@ _HOMES: dict[Kind, str] = {
     "drafts": "shoal.speculating.drafts",
     "terms": "shoal.healing.terms",
     "learners": "shoal.healing.learners",
+    "caches": "shoal.compressing.caches",
 }
 """Where the files of a kind are, for those that are not in a room of that name."""
 
@@ -63,6 +75,7 @@ _CALLS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "policies": (("plan", "spec"), ()),
     "exchange": ((), ()),
     "drafts": ((), ("spec",)),
+    "caches": (("job",), ()),
 }
 """Positional values and keywords with which the function of a kind is called; searches differ."""
 

@@ -47,6 +47,17 @@ def test_a_policy_writes_as_generate_does(loaded: Loaded, policy: str) -> None:
     assert depth < 5 and "shoal_drafted_tokens_total" not in found
 
 
+def test_each_request_has_a_compressing_cache_of_its_own(loaded: Loaded) -> None:
+    asked: dict[str, Any] = {"plan": "0-2,4", "kv_cache": "minicache:start=0,keep=0"}
+    expected = shoal.generate(loaded, "Once upon", max_new_tokens=24, chat=False, **asked)
+    with serving(loaded, prepare=chosen_way(loaded, asked["plan"], None, kv_cache=asked["kv_cache"])) as (client, _):
+        for _ in range(2):
+            assert client.post(TEXT, json=BODY).json()["choices"][0]["text"] == expected.text
+        assert streamed(client, TEXT, BODY)[0] == expected.text
+    with pytest.raises(ShoalError, match="U659"), Engine(chosen_way(loaded, None, None, kv_cache="minicache:t=2"), str):
+        pass
+
+
 @pytest.mark.parametrize("draft", ["exit:3", "lookup"])
 def test_a_draft_changes_no_token(loaded: Loaded, draft: str) -> None:
     expected = shoal.generate(loaded, "Once upon", max_new_tokens=24, chat=False)

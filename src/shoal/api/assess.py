@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from shoal.api.kv_cache import behind_prefix, refuse_beside_kv_cache
 from shoal.api.task_scores import load_task_sets, task_scores
 from shoal.data import Data, load_data
 from shoal.errors import DataError, UsageError
 from shoal.evaluation import (
     Agreement,
     GenerationCheck,
+    KVHeld,
     Memory,
     Perplexity,
     Progress,
@@ -49,6 +51,8 @@ class Evaluation:
     dense_generation: GenerationCheck | None = None
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     dense_tasks: dict[str, TaskScore] = field(default_factory=dict)
+    kv: KVHeld | None = None
+    """With a compressing KV cache: what it held. Both perplexities are then those of the second halves."""
 
     def to_dict(self) -> dict[str, Any]:
         scores = ("tasks", "dense_tasks")
@@ -113,6 +117,7 @@ def evaluate(
     new_tokens: int = 64,
     tasks: Sequence[str | Path] = (),
     task_items: int = 200,
+    kv_cache: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Evaluation:
@@ -120,10 +125,13 @@ def evaluate(
     model to compare `against`, also the dense figures, KL(dense || this) and top-1 agreement.
 
     `weights`: the tensors that the plan names, as `running` takes them. `tasks`: .jsonl files of last words or multiple
-    choice, or tasks of lm-eval; of each the first `task_items`. `options` go to `shoal.load`. Raises `ShoalError` for a
-    model, plan or data that cannot be used.
+    choice, or tasks of lm-eval; of each the first `task_items`. `kv_cache`, as `minicache:start=16`: the first half of
+    each window is put into this cache and the second half scored, by the base model behind a plain cache; nothing is
+    generated. `options` go to `shoal.load`. Raises `ShoalError` for a model, plan or data that cannot be used, U660 for
+    what does not go with `kv_cache`.
     """
     _plan_or_model(plan, against)
+    refuse_beside_kv_cache(kv_cache, against=against is not None, tasks=bool(tasks))
     loaded = opened(source, **options)
     require_causal(loaded.model, "evaluate")
     text = text_of(loaded, data, split=split, length=window, stride=stride, limit=limit, bos=bos)
@@ -132,6 +140,9 @@ def evaluate(
     if other is not None:
         _one_vocabulary(loaded, other)
     context = planned(loaded.model, plan, weights)
+    if kv_cache is not None:
+        mine, kv, whole = behind_prefix(loaded.model, text, kv_cache, context, batch=batch, progress=progress)
+        return Evaluation(mine, whole, kv=kv)
 
     def written(model: Any) -> GenerationCheck | None:
         if not generation or loaded.tokenizer is None:
@@ -150,10 +161,10 @@ def evaluate(
     else:
         both = compare_between(other.model, loaded.model, text, batch=batch, progress=progress)
     with context():
-        mine, right = written(loaded.model), scored(loaded.model)
+        own, right = written(loaded.model), scored(loaded.model)
     reference = loaded.model if other is None else other.model
     return Evaluation(
-        both.pruned, both.dense, both.agreement, mine, written(reference), tasks=right, dense_tasks=scored(reference)
+        both.pruned, both.dense, both.agreement, own, written(reference), tasks=right, dense_tasks=scored(reference)
     )
 
 

@@ -11,7 +11,9 @@ import torch
 
 from shoal.api.assess import Source, opened, tokenizer_of
 from shoal.api.depths import DepthStreamer, WrittenToken
+from shoal.api.kv_cache import refuse_beside_kv_cache
 from shoal.api.prompts import encoded
+from shoal.compressing.cache import cache_to_write
 from shoal.decoding.arguments import sampling, stopping
 from shoal.decoding.decoder import Decoder
 from shoal.decoding.streaming import TextPieces
@@ -35,6 +37,7 @@ class Answer:
     trace: dict[str, Any] | None = None
     """With a policy: how deep each token went and what ran (`shoal.deciding.trace.Trace.to_dict`), and `written`: text,
     layers and confidence of each token that was written (`WrittenToken`)."""
+    kv_cache: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,6 +50,7 @@ def generate(
     plan: Given | None = None,
     weights: Tensors | None = None,
     policy: str | None = None,
+    kv_cache: str | None = None,
     max_new_tokens: int = 128,
     sample: bool = False,
     temperature: float = 1.0,
@@ -59,9 +63,12 @@ def generate(
     """Generate from `prompt` with the model's own `generate`, under `plan` (with its `weights`) when one is
     given, and under `policy`, as `exit:confidence=0.9` or the policy.json of `shoal calibrate`; `on_text` is called
     with each finished piece of text, with a policy `on_token` with each token and its depth. `loaded`: what
-    `shoal.load` gives, or what it takes. `fast`: compile the layers first, and raise what `FastDecoder` raises where
-    that cannot be. Raises D440 without a tokenizer, P130 to P138 for a policy that cannot decide on this model, U605
-    for one calibrated for another, M379 for a generation config by which transformers cannot generate."""
+    `shoal.load` gives, or what it takes. `kv_cache`: compress rows of the KV cache, as `minicache:start=16`. `fast`:
+    compile the layers first, and raise what `FastDecoder` raises where that cannot be. Raises D440 without a tokenizer,
+    P130 to P138 for a policy that cannot decide on this model, U605 for one calibrated for another, M379 for a
+    generation config by which transformers cannot generate, U660 for a KV cache beside a policy or compiled layers, and
+    what `cache_to_write` raises."""
+    refuse_beside_kv_cache(kv_cache, policy=policy is not None, fast=fast)
     loaded = opened(loaded)
     require_causal(loaded.model, "generate")
     tokenizer, inputs = tokenizer_of(loaded), encoded(loaded, prompt, chat)
@@ -74,18 +81,22 @@ def generate(
         if handle is not None and handle.policy is not None:
             streamer = DepthStreamer(tokenizer, handle, on_token=on_token, on_text=on_text)
             stack.enter_context(streamer.watching(loaded.model))
+        over = (
+            {} if kv_cache is None else {"past_key_values": cache_to_write(loaded.model, kv_cache, inputs["input_ids"])}
+        )
         ids = Decoder(loaded.model, compiled=fast).generate(
             **inputs,
             **sampling(temperature if sample else 0.0),
             **stopping(loaded.model, tokenizer),
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            **over,
         )
         if isinstance(streamer, DepthStreamer):
             trace = streamer.trace()
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
-    return Answer(prompt, text, len(new), None if plan is None else str(plan), policy, trace)
+    return Answer(prompt, text, len(new), None if plan is None else str(plan), policy, trace, kv_cache)
 
 
 def _ready(

@@ -26,6 +26,7 @@ def evaluate(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate for each prompt.")] = 64,
     tasks: options.Tasks = None,
     task_items: options.TaskItems = 200,
+    kv_cache: options.KVCache = None,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -38,6 +39,8 @@ def evaluate(
     """Perplexity and a greedy generation check; with --plan or --against also agreement with the dense model."""
     if not generation:
         unused("--no-generation is given", "new_tokens")
+    if kv_cache is not None:
+        unused("with --kv-cache nothing is generated", "new_tokens")
     if not tasks:
         unused("no --tasks are given", "task_items")
     if dry_run:
@@ -65,6 +68,7 @@ def evaluate(
             new_tokens=new_tokens,
             tasks=full_paths(tasks or []),
             task_items=task_items,
+            kv_cache=kv_cache,
             progress=progress,
             **(loading(device, dtype, trust_remote_code) if against is not None else {}),
         )
@@ -81,6 +85,7 @@ def _text(found: Any) -> str:
     row("perplexity", lambda p: p.value, found.perplexity, found.dense)
     row("nats per token", lambda p: p.nll, found.perplexity, found.dense)
     row("  standard error", lambda p: p.error, found.perplexity, found.dense)
+    row("KV values held", lambda kv: f"{kv.values:,} of {kv.whole:,}", found.kv, None)
     row("KL(dense || this), nats", lambda a: a.kl, found.agreement, None)
     row("top-1 agreement", lambda a: a.top1, found.agreement, None)
     row("repeated 4-grams", lambda g: g.repetition, found.generation, found.dense_generation)

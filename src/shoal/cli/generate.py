@@ -18,6 +18,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer or to continue.", show_default=False)],
     plan: options.PlanText = None,
     policy: options.PolicyText = None,
+    kv_cache: options.KVCache = None,
     trace: Annotated[bool, typer.Option("--trace", help="Colour each token by the layers it took.")] = False,
     trace_page: Annotated[
         Path | None, typer.Option("--trace-page", help="Write a page on which each token is shaded by its depth.")
@@ -59,8 +60,10 @@ def generate(
             "--policy changes what the model writes and --speculate must not; give one of them", code="U620"
         )
     from shoal.api.generate import generate as run
+    from shoal.api.kv_cache import refuse_beside_kv_cache
     from shoal.cli._trace import Painter, require_policy
 
+    refuse_beside_kv_cache(kv_cache, policy=policy is not None, speculate=speculate is not None, fast=fast)
     require_policy(policy, trace or trace_page is not None)
     require_file_places(trace_page)
     painter = Painter() if trace and not json_ else None
@@ -78,6 +81,7 @@ def generate(
         plan=chosen,
         weights=weights,
         policy=policy,
+        kv_cache=kv_cache,
         max_new_tokens=max_new_tokens,
         sample=sample,
         temperature=temperature,

@@ -95,6 +95,10 @@ PolicyText = Annotated[
         "--policy", help="Who decides at run time: exit:confidence=0.9 (shoal ls policies), or a policy.json."
     ),
 ]
+KVCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache", help="Compress rows of the KV cache: minicache:start=16,keep=0.05 (shoal ls caches)."),
+]
 Chat = Annotated[bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")]
 Tasks = Annotated[
     list[str] | None,

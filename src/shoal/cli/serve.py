@@ -18,6 +18,7 @@ def serve(
     model: options.Model,
     plan: options.PlanText = None,
     policy: options.PolicyText = None,
+    kv_cache: options.KVCache = None,
     speculate: Annotated[
         str | None, typer.Option("--speculate", help="Self-speculation, as exit:8 (shoal ls drafts).")
     ] = None,
@@ -52,11 +53,13 @@ def serve(
         _tell_settings(json_)
         return
     _require_extra()
+    from shoal.api.kv_cache import refuse_beside_kv_cache
     from shoal.decoding.decoder import LONGEST
     from shoal.serve.dynamic import chosen_way
     from shoal.serve.limits import Limits, is_loopback
     from shoal.serve.listen import bind, listen, positions, service, url
 
+    refuse_beside_kv_cache(kv_cache, policy=policy is not None, speculate=speculate is not None, fast=fast)
     if fast and (policy, speculate) != (None, None):
         raise UsageError("--fast is for plans that decide nothing; leave out --policy and --speculate", code="U567")
     if speculate is not None and (plan, policy) != (None, None):
@@ -75,7 +78,7 @@ def serve(
         limits = Limits(queue, max_tokens, timeout, max_body << 10, context)
         with service(
             loaded,
-            chosen_way(loaded, chosen, weights, policy=policy, draft=speculate, compiled=longest),
+            chosen_way(loaded, chosen, weights, policy=policy, draft=speculate, compiled=longest, kv_cache=kv_cache),
             name=name,
             limits=limits,
             host=host,
@@ -84,6 +87,7 @@ def serve(
         ) as made:
             sock.listen(128)
             way = {"plan": None if chosen is None else str(chosen), "policy": policy, "draft": speculate}
+            way |= {} if kv_cache is None else {"kv_cache": kv_cache}
             _tell_address(url(sock), made.name, way, chat=made.can_chat, key=api_key is not None, as_json=json_)
             listen(made.app, sock, drain=drain)
 

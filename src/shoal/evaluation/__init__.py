@@ -4,6 +4,7 @@ from shoal.evaluation.agreement import Agreement, Comparison, compare, compare_b
 from shoal.evaluation.generation import PROMPTS, Generation, GenerationCheck, generation_check
 from shoal.evaluation.memory import Memory, memory
 from shoal.evaluation.perplexity import Perplexity, perplexity
+from shoal.evaluation.prefix import KVHeld, perplexity_behind_prefix
 from shoal.evaluation.ranking import RankAgreement, SubsampleAgreement, agreement_table, enough, rank_agreement
 from shoal.evaluation.scoring import Progress, sequence_nll
 from shoal.evaluation.speed import Speed, VariantSpeed, speed
@@ -15,6 +16,7 @@ __all__ = [
     "Comparison",
     "Generation",
     "GenerationCheck",
+    "KVHeld",
     "Memory",
     "Perplexity",
     "Progress",
@@ -30,6 +32,7 @@ __all__ = [
     "generation_check",
     "memory",
     "perplexity",
+    "perplexity_behind_prefix",
     "rank_agreement",
     "sequence_nll",
     "speed",

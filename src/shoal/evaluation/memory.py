@@ -45,9 +45,9 @@ def memory(model: Any, *, prompt: int = 512, batch: int = 1) -> Memory:
     step = Stepper(model)
     with evaluating(model):
         cache = step(ids[:, :1])
-        before = _addressed(_tensors(cache))
-        growth = _addressed(_tensors(step(ids[:, 1:2], 1, cache))) - before
-        held = list(_tensors(step(ids[:, :prompt])))
+        before = _addressed(tensors_of(cache))
+        growth = _addressed(tensors_of(step(ids[:, 1:2], 1, cache))) - before
+        held = list(tensors_of(step(ids[:, :prompt])))
     return Memory(
         weight_bytes=_stored(model.state_dict().values()),
         kv_bytes=_addressed(held),
@@ -60,26 +60,34 @@ def memory(model: Any, *, prompt: int = 512, batch: int = 1) -> Memory:
     )
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors of a cache, or of a row, list or dict in it; counters, which have no dimensions, are no state."""
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors that a cache, row, list or dict holds; counters, which have no dimensions, are no state."""
     if isinstance(value, torch.Tensor):
         if value.ndim:
             yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
     else:
         for row in getattr(value, "layers", ()):
-            yield from _tensors(vars(row))
+            yield from tensors_of(vars(row))
+
+
+def values_held(cache: Any) -> int:
+    """Numbers that a KV cache holds, each once however many rows use it; indices and counters are none."""
+    return sum(_elements(tensor for tensor in tensors_of(cache) if tensor.is_floating_point()).values())
+
+
+def _elements(tensors: Iterable[torch.Tensor]) -> dict[Any, int]:
+    return {(t.device, t.data_ptr(), t.shape, t.dtype): t.numel() for t in tensors}
 
 
 def _addressed(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the elements, where tensors over the same elements count once."""
-    unique = {(t.device, t.data_ptr(), t.shape, t.dtype): t.numel() * t.element_size() for t in tensors}
-    return sum(unique.values())
+    return sum(number * key[-1].itemsize for key, number in _elements(tensors).items())
 
 
 def _stored(tensors: Iterable[torch.Tensor]) -> int:

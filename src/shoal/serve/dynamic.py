@@ -63,11 +63,12 @@ def chosen_way(
     policy: str | None = None,
     draft: str | None = None,
     compiled: int | None = None,
+    kv_cache: str | None = None,
 ) -> Prepare:
-    """What the options of `shoal serve` ask for: a plan, with compiled layers or not, a policy on it, or a draft for
-    the whole model."""
+    """What the options of `shoal serve` ask for: a plan, with compiled layers, a compressing KV cache or neither, a
+    policy on it, or a draft for the whole model."""
     if draft is not None:
         return drafted(loaded, draft)
     if policy is not None:
         return under_policy(loaded, policy, plan, weights)
-    return under_plan(loaded, plan, weights, compiled=compiled)
+    return under_plan(loaded, plan, weights, compiled=compiled, kv_cache=kv_cache)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from shoal.api.assess import planned
+from shoal.compressing.cache import cache_to_write
 from shoal.decoding.arguments import sampling, stopping
 from shoal.decoding.decoder import Decoder
 from shoal.decoding.listening import NewTokens, OnTokens
@@ -96,13 +97,19 @@ def calling(
 
 
 def under_plan(
-    loaded: Loaded, plan: Plan | str | None = None, weights: Tensors | None = None, *, compiled: int | None = None
+    loaded: Loaded,
+    plan: Plan | str | None = None,
+    weights: Tensors | None = None,
+    *,
+    compiled: int | None = None,
+    kv_cache: str | None = None,
 ) -> Prepare:
     """The model's own `generate`, with `plan` (and the tensors that it names) running when one is given.
 
     `compiled`: tokens of prompt and answer up to which layers are compiled, all of it before the first request; None
-    compiles nothing. Entering it raises `PlanError` (P1xx) for a plan that cannot run, U563 or U564 for a model that
-    cannot be compiled.
+    compiles nothing. `kv_cache`: each request has a compressing cache of its own, as `minicache:start=16`. Entering it
+    raises `PlanError` (P1xx) for a plan that cannot run, U563 or U564 for a model that cannot be compiled, and what
+    `cache_to_write` raises.
     """
 
     @contextmanager
@@ -111,6 +118,17 @@ def under_plan(
             decoder = Decoder(model, compiled=compiled is not None)
             if compiled is not None:
                 decoder.prepare(compiled)
-            yield calling(decoder.generate, loaded)
+            yield calling(decoder.generate if kv_cache is None else _compressing(decoder, kv_cache), loaded)
 
     return prepare
+
+
+def _compressing(decoder: Decoder, kv_cache: str) -> Callable[..., Any]:
+    """The decoder's `generate` with a new compressing cache for each text."""
+    cache_to_write(decoder.model, kv_cache, torch.zeros((1, 1), dtype=torch.long))  # refused before the first request
+
+    def generate(*, input_ids: torch.Tensor, **more: Any) -> Any:
+        cache = cache_to_write(decoder.model, kv_cache, input_ids)
+        return decoder.generate(input_ids=input_ids, past_key_values=cache, **more)
+
+    return generate
