@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from shoal.errors import ShoalError
-from shoal.live import running
 from shoal.models.heads import HeadRoles, roles_of
 from shoal.models.opened import open_model
 from shoal.models.projections import HeadMatrices, Projections, ScoreSide, projections_of
-from shoal.plan import parse_plan
 
 from .families import FAMILIES, tiny
-from .planted import random_data
 from .transform_jobs import do, job, logits, relative
 
 SEPARATE = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "opt", "mixtral", "gpt_oss", "smollm3", "olmo2", "granite")
 FUSED = ("gpt2", "gpt_neox", "phi3", "falcon", "bloom")
-APART = ("cohere2", "stablelm", "phi", "starcoder2", "gptj", "gpt_neo", "jamba", "nemotron_h", "qwen3_moe", "gemma3_text")
+APART = (
+    "cohere2",
+    "stablelm",
+    "phi",
+    "starcoder2",
+    "gptj",
+    "gpt_neo",
+    "jamba",
+    "nemotron_h",
+    "qwen3_moe",
+    "gemma3_text",
+)
 KNOWN = ("llama", "gpt2", "qwen2", "mistral", "gemma2", "phi3", "gpt_neox", "opt", "mixtral", "gpt_oss", "smollm3")
 NORMED = ("qwen3", "gemma3_text", "olmo2")
 
@@ -119,7 +124,9 @@ def planted_pair(family: str) -> PreTrainedModel:
         for name, tensor in own.rewritten(source=True).items():
             two.get_parameter(name).copy_(tensor)
         for name, tensor in one.named_parameters():
-            if name.startswith(found.output.module) or any(name.startswith(m) for m in ("mlp.down", "mlp.c_proj", "mlp.dense_4h", "fc2")):
+            if name.startswith(found.output.module) or any(
+                name.startswith(m) for m in ("mlp.down", "mlp.c_proj", "mlp.dense_4h", "fc2")
+            ):
                 tensor.zero_()
     return model
 

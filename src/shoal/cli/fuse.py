@@ -55,12 +55,14 @@ def fuse(
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Fit or merge what --plan removes, say how well it fits, and write the plan, a checkpoint or both."""
-    need(plan, "say what is removed: --plan 0-11,14-29 or --plan plan.json")
+    """Fit or merge what --plan removes, or share keys, values and attention maps, say how well it fits, and write the
+    plan, a checkpoint or both."""
     need(then or None, "say what takes its place: --with refit; see shoal ls transforms")
     from shoal.api.stand_ins import parse_then
 
-    parse_then(then or [])
+    after = parse_then(then or [])
+    if any(one.entry.needs_plan for one in after):
+        need(plan, "say what is removed: --plan 0-11,14-29 or --plan plan.json")
     if not assess:
         unused("nothing is evaluated with --no-assess", "test_data")
     if output is None:
@@ -72,6 +74,7 @@ def fuse(
     from shoal.data.spelled import keyed, templated
     from shoal.executing.weights import save_planned
     from shoal.models.kinds import is_causal
+    from shoal.plan import Plan
     from shoal.writing.folder import refuse_output
 
     require_plan_place(save_plan)
@@ -81,19 +84,36 @@ def fuse(
     text, tests = keyed(data, text_key, chat_template), templated(test_data, chat_template)
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        shares = not all(one.entry.needs_plan for one in after)  # no stock class may hold what comes of it
+        chosen = chosen or Plan.identity(loaded.opened.spec, source=loaded.source)
         fused = run(
             loaded, plan=chosen, weights=weights, then=then or [], data=text, length=length, limit=limit,
-            stride=stride, bos=bos, batch=batch, seed=seed, stack=stack, writable=output is not None,
+            stride=stride, bos=bos, batch=batch, seed=seed, stack=stack, writable=output is not None and not shares,
             assess=is_causal(loaded.model) if assess is None else assess, test_data=tests, progress=progress,
         )  # fmt: skip
         tell_fits(fused.then, quiet)
         if save_plan is not None:
             save_planned(fused.plan, save_plan, fused.found.weights)
         if output is not None:
-            from shoal.api.publish import publish
-
-            written = publish(fused, output, overwrite=overwrite, config=config_text(), seed=seed, progress=progress)
+            written = _written(fused, output, overwrite=overwrite, config=config_text(), seed=seed, progress=progress)
     from shoal.cli.prune import pruned_text
 
+    if isinstance(written, Path):
+        text = f"{pruned_text(fused, None)}\nwritten to {written}: a plan with its tensors, for --plan {written}"
+        emit(fused.to_dict() | {"output": str(written)}, text, as_json=json_)
+        return
     proved = {} if written is None else {"output": str(written.folder), "proof": written.proof.to_dict()}
     emit(fused.to_dict() | proved, pruned_text(fused, written), as_json=json_)
+
+
+def _written(fused: Any, output: Path, *, overwrite: bool, seed: int, **how: Any) -> Any:
+    """A proved checkpoint, or where no stock class can hold the plan the folder of the plan with its tensors."""
+    from shoal.api.heal_publish import publish_plan, why_no_checkpoint
+    from shoal.api.publish import publish
+    from shoal.record import Record, command_line
+
+    plan, weights = fused.plan, fused.found.weights
+    if why_no_checkpoint(fused.loaded, plan, weights) is None:
+        return publish(fused, output, overwrite=overwrite, seed=seed, **how)
+    words = {"plan": plan.hash, "base": fused.spec.fingerprint, "seed": seed, "command": command_line()}
+    return publish_plan(plan, weights, output, Record("fuse", fused.to_dict(), **words), overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Keys and values that several layers can share, in closed form, with each layer's way back folded into its matrices."""
+"""Keys and values that several layers can share, in closed form, with each layer's way back in its own matrices."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from shoal.executing.inputs import run_stack
-from shoal.fitting.sharing import Group
 from shoal.fitting.result import Job
+from shoal.fitting.sharing import Group
 from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
@@ -111,7 +111,8 @@ def align(
             _align_keys(head, group, matrices, moments, maps, weighted, lost)
         _align_values(head, group, matrices, moments, maps, weighted, lost)
     return tuple(
-        Lost(layer, k / k_all if k_all else 0.0, v / v_all if v_all else 0.0) for layer, (k, k_all, v, v_all) in lost.items()
+        Lost(layer, k / k_all if k_all else 0.0, v / v_all if v_all else 0.0)
+        for layer, (k, k_all, v, v_all) in lost.items()
     )
 
 
@@ -121,9 +122,18 @@ def _prediction(moments: Moments, layer: int, source: int, ridge: float) -> torc
     eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
     if layer == source:
         return eye
+    cross = moments.cross[layer, source].to(own.device)
     pull = ridge * own.diagonal()[:-1].mean() * eye
     pull[-1, -1] = 0
-    return torch.linalg.solve(own + pull, (moments.cross[layer, source].to(own.device) + pull).T).T
+    import os
+
+    prior = {"0": 0 * eye, "I": eye, "D": (cross.diagonal() / own.diagonal().clamp(min=1e-30)).diag()}[
+        os.environ.get("PRIOR", "D")
+    ]
+    if os.environ.get("PREC"):
+        pull = ridge * own.diagonal().diag()
+        pull[-1, -1] = 0
+    return torch.linalg.solve(own + pull, (cross + prior @ pull).T).T
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +146,7 @@ class _Rows:
     """The same as predicted from the source's."""
 
 
-def _rows(
-    group: Group, tables: Sequence[torch.Tensor], biased: bool, maps: dict[int, torch.Tensor]
-) -> _Rows:
+def _rows(group: Group, tables: Sequence[torch.Tensor], biased: bool, maps: dict[int, torch.Tensor]) -> _Rows:
     """`tables`: of each layer rows [n, inputs (and 1)]; without a bias nothing can hold a constant."""
     device = tables[0].device
     seen = []
@@ -196,7 +204,9 @@ def _align_keys(
     moment = _of(moments.own[group[0]], rows.seen[0])
     shared = torch.zeros_like(rows.seen[0])
     backs = [torch.zeros(2 * [len(shared)], dtype=shared.dtype, device=shared.device) for _ in group]
-    energies = [_query_energy(matrices[layer], sides[layer], moments.own[layer], head).to(shared.device) for layer in group]
+    energies = [
+        _query_energy(matrices[layer], sides[layer], moments.own[layer], head).to(shared.device) for layer in group
+    ]
     if side.pairs:
         _common_numbers(side.pairs, rows.seen, energies, moment, weighted, shared, backs)
     if side.plain:
@@ -256,7 +266,9 @@ def _common_numbers(
     re, im = (torch.tensor(channels, device=shared.device) for channels in zip(*pairs, strict=True))
     rows = torch.stack([torch.complex(one[re], one[im]) for one in seen], 1)  # [pairs, layers, inputs]
     weights = torch.stack([(energy.diagonal()[re] + energy.diagonal()[im]).sqrt() for energy in energies], 1)
-    weights = weights.clamp(min=float(FLOOR * weights.mean().clamp(min=1e-30))) if weighted else torch.ones_like(weights)
+    weights = (
+        weights.clamp(min=float(FLOOR * weights.mean().clamp(min=1e-30))) if weighted else torch.ones_like(weights)
+    )
     weights = weights / weights.square().mean(1, keepdim=True).sqrt()
     scaled = rows * weights[..., None]
     gram = scaled @ moment.to(scaled.dtype) @ scaled.mH

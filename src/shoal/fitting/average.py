@@ -29,7 +29,7 @@ def averaged(opened: OpenedModel, group: Group, own: Own, stack: str) -> dict[st
         names = _parameters(layers[group[0]], first, group)
         parts = {n: [own[i].get(n, layers[i].get_parameter(n)).detach() for i in group] for n in names}
         return {
-            name: (sum(p.to(many[0].device).float() for p in many) / len(many)).to(many[0].dtype)
+            name: torch.stack([p.to(many[0].device).float() for p in many]).mean(0).to(many[0].dtype)
             for name, many in parts.items()
         }
     known = require_known(opened, group, stack, "average")
@@ -38,7 +38,7 @@ def averaged(opened: OpenedModel, group: Group, own: Own, stack: str) -> dict[st
         one = pick(known[group[0]])
         for head in range(len(one.channels)):
             rows = [t.rows(pick(t.known), head) for t in tables]
-            tables[0].put_rows(one, head, sum((row.to(rows[0]) for row in rows), torch.zeros_like(rows[0])) / len(rows))
+            tables[0].put_rows(one, head, torch.stack([row.to(rows[0]) for row in rows]).mean(0))
     return {**own[group[0]], **tables[0].written(_keys(known[group[0]]), _values(known[group[0]]))}
 
 
@@ -61,7 +61,8 @@ def _refusal(group: Group, why: str, how: str = "average") -> UsageError:
     named = "layer" if len(group) == 1 else "layers"
     other = "how=average or how=first" if how == "aligned" else "how=first"
     return UsageError(
-        f"share-kv: how={how} cannot rewrite the attention of {named} {', '.join(map(str, group))}: {why}; take {other}",
+        f"share-kv: how={how} cannot rewrite the attention of {named} {', '.join(map(str, group))}: {why}; "
+        f"take {other}",
         code="U668",
     )
 
@@ -69,9 +70,7 @@ def _refusal(group: Group, why: str, how: str = "average") -> UsageError:
 def _parameters(layer: torch.nn.Module, roles: HeadRoles, group: Group) -> list[str]:
     if len(roles.keys) != 1 or len(roles.values) != 1 or roles.keys == roles.values:
         raise _refusal(group, f"{len(roles.unread)} modules make keys and values together, and no one matrix does")
-    return [
-        f"{module}.{name}" for module in roles.unread for name, _ in layer.get_submodule(module).named_parameters()
-    ]
+    return [f"{module}.{name}" for module in roles.unread for name, _ in layer.get_submodule(module).named_parameters()]
 
 
 def _values(known: Projections) -> Projection:

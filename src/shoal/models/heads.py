@@ -201,20 +201,17 @@ def _order(layer: nn.Module, fact: LayerFacts, call: Call, inside: list[str]) ->
     return early, whole, heard(layer, fact, call, given=whole.stored[0])
 
 
-def _changes(
-    layer: nn.Module, fact: LayerFacts, call: Call, name: str, whole: Heard, fixed: Heard, early: bool
-) -> str:
+def _changes(layer: nn.Module, fact: LayerFacts, call: Call, name: str, whole: Heard, fixed: Heard, early: bool) -> str:
     """What is another when the module `name` is disturbed, of q, k and v."""
     with _disturbed(layer.get_submodule(name)):
         seen = heard(layer, fact, call, attend=_nothing)
-        keys, values = (
-            not torch.equal(a, b) for a, b in zip(seen.stored[0], whole.stored[0], strict=True)
-        )
+        keys, values = (not torch.equal(a, b) for a, b in zip(seen.stored[0], whole.stored[0], strict=True))
         if whole.asked:
             queries = not torch.equal(seen.asked[0][0], whole.asked[0][0])
         else:
             again = heard(layer, fact, call, given=whole.stored[0])
-            assert again.out is not None and fixed.out is not None
+            assert again.out is not None
+            assert fixed.out is not None
             queries = early and not torch.equal(again.out, fixed.out)
     return "q" * queries + "k" * keys + "v" * values
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from shoal.models.evaluating import evaluating
 from shoal.models.examine import LayerFacts
-from shoal.models.heads import Call, Heard, HeadRoles, heard, roles_of, sample_calls
+from shoal.models.heads import Call, HeadRoles, Heard, heard, roles_of, sample_calls
 from shoal.models.opened import OpenedModel
 from shoal.models.precision import in_float64
 
@@ -117,7 +117,9 @@ class HeadMatrices:
     def rewritten(self, *, source: bool) -> dict[str, torch.Tensor]:
         """`written` of queries and output, and of a `source` of keys and values these too."""
         known = self.known
-        sides = [] if isinstance(known.scores, str) else [known.scores.queries, *([known.scores.keys] if source else [])]
+        sides = (
+            [] if isinstance(known.scores, str) else [known.scores.queries, *([known.scores.keys] if source else [])]
+        )
         return self.written(*sides, known.output, *([known.values] if source else []))
 
     def written(self, *which: Projection) -> dict[str, torch.Tensor]:
@@ -264,20 +266,26 @@ class _Probe:
 
     def _turned(self, module: str) -> bool:
         """Whether its weight is [inputs, outputs]; anything but a weight and a bias is refused."""
-        x, y = self._seen(module)
+        x, y = self._seen(
+            module, lambda q, k, v: torch.randn(_first_value(q, k, v).shape, generator=self.generator).to(v)
+        )
         own = self.layer.get_submodule(module)._parameters
         weight, bias = own["weight"], own.get("bias")
         assert weight is not None
         for turned in (False, True):
             matrix = weight.T if turned else weight
-            if matrix.shape == (y.shape[-1], x.shape[-1]) and _close(F.linear(x, matrix, bias), y):
+            if matrix.shape == (y.shape[-1], x.shape[-1]) and _close(linear(x, matrix, bias), y):
                 return turned
         raise _UnfitError(f"{module} does more than multiply with its weight")
 
     def prove(self, known: Projections) -> None:
         """Random maps of each head, with their ways back, must leave the answer as it is."""
         own = HeadMatrices(self.layer, known)
-        quiet = {f"{known.output.module}.weight": torch.zeros_like(own.written(known.output)[f"{known.output.module}.weight"])}
+        quiet = {
+            f"{known.output.module}.weight": torch.zeros_like(
+                own.written(known.output)[f"{known.output.module}.weight"]
+            )
+        }
         before = self._answer({})
         adds = before - self._answer(quiet)
         for head in range(len(known.values.channels)):

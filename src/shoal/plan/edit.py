@@ -122,6 +122,17 @@ def share_kv(plan: Plan, layer: int, source: int, *, stack: str | None = None) -
     return _edit_runs(plan, {layer}, stack, lambda run: run if run.part == "mlp" else with_fields(run, kv=KV(source)))
 
 
+def share_map(plan: Plan, layer: int, source: int, *, stack: str | None = None) -> Plan:
+    """Let `layer` weigh its own values with the attention map of the earlier layer `source`.
+
+    Raises P103 when the attention of one of the two does not run.
+    """
+    _existing(plan, (layer, source), stack, "attention")
+    return _edit_runs(
+        plan, {layer}, stack, lambda run: run if run.part == "mlp" else with_fields(run, kv=KV(attention=source))
+    )
+
+
 def with_weights(plan: Plan, ids: Mapping[int, str], *, stack: str | None = None) -> Plan:
     """Let the attention, or the whole, of each of these layers run with the tensors of the id given for it. Raises P103
     when the attention of one does not run."""

@@ -8,11 +8,11 @@ from shoal.errors import UsageError
 from shoal.examples import TransformExamples
 from shoal.fitting.align import Lost, align, moments_of
 from shoal.fitting.average import averaged, require_known
-from shoal.fitting.sharing import Group, Pattern, listed_groups, patterned_groups, sole_runs, with_tensors
 from shoal.fitting.result import Job, Transformed
+from shoal.fitting.sharing import Group, Pattern, listed_groups, patterned_groups, sole_runs, with_tensors
 from shoal.models.opened import open_model
 from shoal.models.projections import HeadMatrices
-from shoal.plan import Plan, require, shapes_of
+from shoal.plan import require, shapes_of
 from shoal.plan.edit import share_kv as read_kv
 from shoal.plan.tensors import tensors_of
 
@@ -99,7 +99,10 @@ def share_kv(
     notes: list[str] = []
     new = {}
     for one in groups:
-        notes += [f"{_who(one, lost)}: {_said(lost)}" for lost in align(one, matrices, moments, weighted=weighted, ridge=ridge)]
+        notes += [
+            f"{_who(one, lost)}: {_said(lost)}"
+            for lost in align(one, matrices, moments, weighted=weighted, ridge=ridge)
+        ]
         new |= {layer: tensors[layer] | matrices[layer].rewritten(source=layer == one[0]) for layer in one}
     return with_tensors(job, plan, new, "share-kv", *notes)
 
