@@ -16,6 +16,8 @@ from shoal.models.opened import open_model
 from shoal.models.precision import in_float64
 from shoal.models.projections import HeadMatrices, ScoreSide
 
+Prediction = tuple[torch.Tensor, torch.Tensor]
+"""What a reader is given, from what its source is given: as a linear map, and as an affine one."""
 FLOOR = 1e-3
 """The least weight of a rotated channel beside the mean one of its layers; below it nothing asks for the channel."""
 
@@ -54,8 +56,7 @@ def moments_of(job: Job, groups: Sequence[Group], modules: dict[int, str]) -> Mo
                 run_stack(opened.model, stack, ids, mask)
                 real = torch.ones(ids.numel(), dtype=torch.bool) if mask is None else mask.bool().flatten().cpu()
                 found.tokens += int(real.sum())
-                for group in groups:
-                    _add(found, group, {layer: seen[layer][real.to(seen[layer].device)] for layer in group})
+                _add(found, groups, {layer: x[real.to(x.device)] for layer, x in seen.items()})
                 done += len(ids)
                 job.tell(done, len(job.data), "inputs of the attentions")
     finally:
@@ -64,14 +65,12 @@ def moments_of(job: Job, groups: Sequence[Group], modules: dict[int, str]) -> Mo
     return found
 
 
-def _add(found: Moments, group: Group, inputs: dict[int, torch.Tensor]) -> None:
-    source = inputs[group[0]]
-    for layer in group:
-        x = inputs[layer]
+def _add(found: Moments, groups: Sequence[Group], inputs: dict[int, torch.Tensor]) -> None:
+    for layer, x in inputs.items():
         found.own[layer] = found.own.get(layer, 0) + x.T @ x
-        if layer != group[0]:
-            key = layer, group[0]
-            found.cross[key] = found.cross.get(key, 0) + x.T @ source.to(x.device)
+    for key in {(layer, group[0]) for group in groups for layer in group[1:]}:
+        x, source = (inputs[layer] for layer in key)
+        found.cross[key] = found.cross.get(key, 0) + x.T @ source.to(x.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,24 +115,25 @@ def align(
     )
 
 
-def _prediction(moments: Moments, layer: int, source: int, ridge: float) -> torch.Tensor:
-    """T [inputs + 1, inputs + 1] with x_layer ~ T x_source; its last row is that of the 1."""
+def _prediction(moments: Moments, layer: int, source: int, ridge: float) -> Prediction:
+    """T with x_layer ~ T x_source, for matrices without and with a bias: [inputs, inputs], and one more for the 1."""
     own = moments.own[source]
     eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
     if layer == source:
-        return eye
+        return eye[:-1, :-1], eye
     cross = moments.cross[layer, source].to(own.device)
-    pull = ridge * own.diagonal()[:-1].mean() * eye
-    pull[-1, -1] = 0
     import os
 
-    prior = {"0": 0 * eye, "I": eye, "D": (cross.diagonal() / own.diagonal().clamp(min=1e-30)).diag()}[
-        os.environ.get("PRIOR", "D")
-    ]
-    if os.environ.get("PREC"):
-        pull = ridge * own.diagonal().diag()
-        pull[-1, -1] = 0
-    return torch.linalg.solve(own + pull, (cross + prior @ pull).T).T
+    prior = (cross.diagonal() / own.diagonal().clamp(min=1e-30)).diag()
+    if os.environ.get("PRIOR") == "0":
+        prior = 0 * prior
+    pull = ridge * own.diagonal().diag() if os.environ.get("PREC") else ridge * own.diagonal()[:-1].mean() * eye
+    pull[-1, -1] = 0
+    wanted = cross + prior @ pull
+    return (
+        torch.linalg.solve((own + pull)[:-1, :-1], wanted[:-1, :-1].T).T,
+        torch.linalg.solve(own + pull, wanted.T).T,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +146,12 @@ class _Rows:
     """The same as predicted from the source's."""
 
 
-def _rows(group: Group, tables: Sequence[torch.Tensor], biased: bool, maps: dict[int, torch.Tensor]) -> _Rows:
+def _rows(group: Group, tables: Sequence[torch.Tensor], biased: bool, maps: dict[int, Prediction]) -> _Rows:
     """`tables`: of each layer rows [n, inputs (and 1)]; without a bias nothing can hold a constant."""
     device = tables[0].device
     seen = []
     for layer, table in zip(group, tables, strict=True):
-        turn = maps[layer].to(device)
-        seen.append(table.to(device) @ (turn if biased else turn[:-1, :-1]))
+        seen.append(table.to(device) @ maps[layer][biased].to(device))
     return _Rows(list(tables), seen)
 
 
@@ -167,7 +166,7 @@ def _align_values(
     group: Group,
     matrices: dict[int, HeadMatrices],
     moments: Moments,
-    maps: dict[int, torch.Tensor],
+    maps: dict[int, Prediction],
     weighted: bool,
     lost: dict[int, list[float]],
 ) -> None:
@@ -193,7 +192,7 @@ def _align_keys(
     group: Group,
     matrices: dict[int, HeadMatrices],
     moments: Moments,
-    maps: dict[int, torch.Tensor],
+    maps: dict[int, Prediction],
     weighted: bool,
     lost: dict[int, list[float]],
 ) -> None:

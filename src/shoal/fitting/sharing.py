@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Hashable, Mapping
 from typing import Literal
@@ -75,6 +76,15 @@ def patterned_groups(
         if after:
             groups.append((before[-1], *after))
     return tuple(sorted(groups))
+
+
+def neighbours(plan: Plan, stack: StackSpec) -> tuple[Group, ...]:
+    """Each two layers of one kind that store keys and values with none of that kind between them."""
+    by_kind: dict[Hashable, list[int]] = {}
+    for run in runs(plan.steps(stack.name)):
+        if can_share(run, stack):
+            by_kind.setdefault((stack.layers[run.layer].kv, stack.layers[run.layer].kind), []).append(run.layer)
+    return tuple(sorted(pair for kind in by_kind.values() for pair in itertools.pairwise(kind)))
 
 
 def can_share(run: Run, stack: StackSpec) -> bool:

@@ -6,14 +6,12 @@ from typing import Literal
 
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
-from shoal.fitting.align import Lost, align, moments_of
-from shoal.fitting.average import averaged, require_known
+from shoal.fitting.aligned_kv import Aligner, shared_plan
+from shoal.fitting.average import averaged
 from shoal.fitting.result import Job, Transformed
-from shoal.fitting.sharing import Group, Pattern, listed_groups, patterned_groups, sole_runs, with_tensors
+from shoal.fitting.sharing import Pattern, listed_groups, patterned_groups, sole_runs, with_tensors
 from shoal.models.opened import open_model
-from shoal.models.projections import HeadMatrices
 from shoal.plan import require, shapes_of
-from shoal.plan.edit import share_kv as read_kv
 from shoal.plan.tensors import tensors_of
 
 NEEDS_PLAN = False
@@ -79,37 +77,15 @@ def share_kv(
         groups = listed_groups(pairs, "share-kv")
     else:
         groups = patterned_groups(job.plan, stack, pattern, group=group, readers=readers, what="share-kv")
-    own = sole_runs(job.plan, groups, stack, "share-kv")
-    plan = job.plan
-    for one in groups:
-        for reader in one[1:]:
-            plan = read_kv(plan, reader, one[0], stack=name)
     if not groups:
-        return Transformed(plan, job.weights)
+        return Transformed(job.plan, job.weights)
+    if how == "aligned":
+        return Aligner(job, groups, "share-kv").convert(groups, weighted=weighted, ridge=ridge)
+    own = sole_runs(job.plan, groups, stack, "share-kv")
+    plan = shared_plan(job.plan, groups, name)
     require(plan, spec, shapes_of(job.weights))
     if how == "first":
         return Transformed(plan, job.weights)
     tensors = {layer: tensors_of(run.weights or "", job.weights) for layer, run in own.items()}
-    if how == "average":
-        new = {one[0]: averaged(opened, one, tensors, name) for one in groups}
-        return with_tensors(job, plan, new, "share-kv")
-    known = {layer: side for one in groups for layer, side in require_known(opened, one, name, how).items()}
-    matrices = {i: HeadMatrices(opened.stack(name).layer(i), one, tensors[i]) for i, one in known.items()}
-    moments = moments_of(job, groups, {layer: one.values.module for layer, one in known.items()})
-    notes: list[str] = []
-    new = {}
-    for one in groups:
-        notes += [
-            f"{_who(one, lost)}: {_said(lost)}"
-            for lost in align(one, matrices, moments, weighted=weighted, ridge=ridge)
-        ]
-        new |= {layer: tensors[layer] | matrices[layer].rewritten(source=layer == one[0]) for layer in one}
-    return with_tensors(job, plan, new, "share-kv", *notes)
-
-
-def _who(group: Group, lost: Lost) -> str:
-    return f"{lost.layer}" if lost.layer == group[0] else f"{lost.layer} reads {group[0]}"
-
-
-def _said(lost: Lost) -> str:
-    return f"{lost.keys:.1%} of what its keys do is lost, {lost.values:.1%} of its values"
+    new = {one[0]: averaged(opened, one, tensors, name) for one in groups}
+    return with_tensors(job, plan, new, "share-kv")
