@@ -17,9 +17,10 @@ from shoal.fitting.map_blocks import blocks_with, grown_blocks
 from shoal.fitting.match_heads import best_places, put_in_places
 from shoal.fitting.result import Transformed
 from shoal.fitting.sharing import listed_groups, patterned_groups
+from shoal.models.head_channels import projections_of
 from shoal.models.inspect import inspect
 from shoal.models.opened import open_model
-from shoal.models.projections import HeadMatrices, Projections, projections_of
+from shoal.models.projections import HeadMatrices, Projections
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, cost, parse_plan
 from shoal.recording.kv_means import kv_distances, mean_kv

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shoal.fitting.align import Lost, Moments, align, moments_of
+from shoal.fitting.align import Lost, align
 from shoal.fitting.average import require_known
+from shoal.fitting.kv_moments import Moments, moments_of
 from shoal.fitting.result import Job, Transformed
 from shoal.fitting.sharing import Group, sole_runs, with_tensors
 from shoal.models.opened import open_model

@@ -8,9 +8,10 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.fitting.sharing import Group
+from shoal.models.head_channels import projections_of
 from shoal.models.heads import HeadRoles, roles_of
 from shoal.models.opened import OpenedModel
-from shoal.models.projections import HeadMatrices, Projection, Projections, ScoreSide, projections_of
+from shoal.models.projections import HeadMatrices, Projection, Projections, ScoreSide
 
 Own = Mapping[int, Mapping[str, torch.Tensor]]
 """By layer the tensors that a run has in the place of the layer's, by their names within it."""

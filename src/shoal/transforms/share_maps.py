@@ -9,8 +9,9 @@ from shoal.examples import TransformExamples
 from shoal.fitting.match_heads import best_places, map_distances, put_in_places
 from shoal.fitting.result import Job, Transformed
 from shoal.fitting.sharing import Group, can_share, listed_groups, sole_runs, with_tensors
+from shoal.models.head_channels import projections_of
 from shoal.models.opened import open_model
-from shoal.models.projections import HeadMatrices, projections_of
+from shoal.models.projections import HeadMatrices
 from shoal.plan import Plan, StackSpec, require, shapes_of
 from shoal.plan.edit import share_map
 from shoal.plan.steps import runs
