@@ -35,7 +35,7 @@ def align(
     """Give the first layer of `group` keys and values that all can read, and each of them its way back, in `matrices`.
 
     What a reader's matrices would be given is predicted from what the source is given, x_r ~ T x_s, by least squares
-    with a ridge towards x_r = x_s. For each head the values to share span the best common subspace of both layers'
+    (`predicted`). For each head the values to share span the best common subspace of both layers'
     values [dim], V_l = P_l V, and P_l is multiplied into the columns of the layer's output matrix. For each two
     channels that positions turn together the key to share is the best common complex number, k_l = z_l k, and conj(z_l)
     goes into the layer's queries; channels that no position turns are treated as values are. Best: least squares over

@@ -27,7 +27,6 @@ class Moments:
     """Of a layer with itself."""
     cross: dict[tuple[int, int], torch.Tensor]
     """(reader, layer that is read): of both."""
-    tokens: int = 0
 
 
 def moments_of(job: Job, groups: Sequence[Group], modules: dict[int, str]) -> Moments:
@@ -52,7 +51,6 @@ def moments_of(job: Job, groups: Sequence[Group], modules: dict[int, str]) -> Mo
             for ids, mask in job.data.batches(job.batch):
                 run_stack(opened.model, stack, ids, mask)
                 real = torch.ones(ids.numel(), dtype=torch.bool) if mask is None else mask.bool().flatten().cpu()
-                found.tokens += int(real.sum())
                 _add(found, groups, {layer: x[real.to(x.device)] for layer, x in seen.items()})
                 done += len(ids)
                 job.tell(done, len(job.data), "inputs of the attentions")
@@ -71,21 +69,19 @@ def _add(found: Moments, groups: Sequence[Group], inputs: dict[int, torch.Tensor
 
 
 def predicted(moments: Moments, layer: int, source: int, ridge: float) -> Prediction:
-    """T with x_layer ~ T x_source, for matrices without and with a bias: [inputs, inputs], and one more for the 1."""
+    """T with x_layer ~ T x_source, for matrices without and with a bias: [inputs, inputs], and one more for the 1.
+
+    T = argmin sum |x_layer - T x_source|^2 + ridge sum_i E[x_source,i^2] |T_i - D_i|^2 over the columns, D the best
+    diagonal map. So the ridge does not depend on the sizes of single channels, and pulls towards what neighbouring
+    layers, which read nearly the same state under other gains, really do.
+    """
     own = moments.own[source]
     eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
     if layer == source:
         return eye[:-1, :-1], eye
     cross = moments.cross[layer, source].to(own.device)
-    import os
-
-    prior = (cross.diagonal() / own.diagonal().clamp(min=1e-30)).diag()
-    if os.environ.get("PRIOR") == "0":
-        prior = 0 * prior
-    pull = ridge * own.diagonal().diag() if os.environ.get("PREC") else ridge * own.diagonal()[:-1].mean() * eye
+    energy = own.diagonal().clamp(min=float(own.diagonal().mean()) * 1e-9)
+    pull = (ridge * energy).diag()
     pull[-1, -1] = 0
-    wanted = cross + prior @ pull
-    return (
-        torch.linalg.solve((own + pull)[:-1, :-1], wanted[:-1, :-1].T).T,
-        torch.linalg.solve(own + pull, wanted.T).T,
-    )
+    left, right = own + pull, cross + (cross.diagonal() / energy).diag() @ pull
+    return torch.linalg.solve(left[:-1, :-1], right[:-1, :-1].T).T, torch.linalg.solve(left, right.T).T

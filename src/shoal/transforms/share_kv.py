@@ -50,7 +50,7 @@ def share_kv(
     grouped among themselves. No layer in a group: nothing changes, bit for bit.
 
     `how`: aligned, in closed form. x_r ~ T x_s: what a reader is given, predicted from what its source is given,
-    [hidden], with `ridge` times the mean square of x_s towards x_r = x_s. Values: for each head the best common
+    [hidden], with a `ridge` towards the best diagonal map, relative to each channel's mean square. Values: for each head the best common
     subspace [dim] of V_s x_s and V_r T x_s; each layer's way back is multiplied into its output matrix. Keys: for each
     two channels that a rotation turns together the best common complex number, which commutes with the rotation; each
     layer's factor goes into its queries. `weighted`: errors count as the output matrix and the energy of the queries
