@@ -17,6 +17,8 @@ from shoal.models.precision import in_float64
 
 Prediction = tuple[torch.Tensor, torch.Tensor]
 """What a reader is given, from what its source is given: as a linear map, and as an affine one."""
+LEAST = 1e-9
+"""The least ridge."""
 
 
 @dataclass
@@ -73,7 +75,8 @@ def predicted(moments: Moments, layer: int, source: int, ridge: float) -> Predic
 
     T = argmin sum |x_layer - T x_source|^2 + ridge sum_i E[x_source,i^2] |T_i - D_i|^2 over the columns, D the best
     diagonal map. So the ridge does not depend on the sizes of single channels, and pulls towards what neighbouring
-    layers, which read nearly the same state under other gains, really do.
+    layers, which read nearly the same state under other gains, really do. It is at least `LEAST`, as a text of fewer
+    tokens than channels says nothing about most of them.
     """
     own = moments.own[source]
     eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
@@ -81,7 +84,7 @@ def predicted(moments: Moments, layer: int, source: int, ridge: float) -> Predic
         return eye[:-1, :-1], eye
     cross = moments.cross[layer, source].to(own.device)
     energy = own.diagonal().clamp(min=float(own.diagonal().mean()) * 1e-9)
-    pull = (ridge * energy).diag()
+    pull = (max(ridge, LEAST) * energy).diag()
     pull[-1, -1] = 0
     left, right = own + pull, cross + (cross.diagonal() / energy).diag() @ pull
     return torch.linalg.solve(left[:-1, :-1], right[:-1, :-1].T).T, torch.linalg.solve(left, right.T).T

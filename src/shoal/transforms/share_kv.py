@@ -50,12 +50,12 @@ def share_kv(
     grouped among themselves. No layer in a group: nothing changes, bit for bit.
 
     `how`: aligned, in closed form. x_r ~ T x_s: what a reader is given, predicted from what its source is given,
-    [hidden], with a `ridge` towards the best diagonal map, relative to each channel's mean square. Values: for each head the best common
-    subspace [dim] of V_s x_s and V_r T x_s; each layer's way back is multiplied into its output matrix. Keys: for each
-    two channels that a rotation turns together the best common complex number, which commutes with the rotation; each
-    layer's factor goes into its queries. `weighted`: errors count as the output matrix and the energy of the queries
-    weigh them. All of it is matrices of the same shapes. average: the source makes the mean of the group's keys and
-    values; first: it keeps its own (neither reads the text).
+    [hidden], with a `ridge` towards the best diagonal map, relative to each channel's mean square. Values: for each
+    head the best common subspace [dim] of V_s x_s and V_r T x_s; each layer's way back is multiplied into its output
+    matrix. Keys: for each two channels that a rotation turns together the best common complex number, which commutes
+    with the rotation; each layer's factor goes into its queries. `weighted`: errors count as the output matrix and the
+    energy of the queries weigh them. All of it is matrices of the same shapes. average: the source makes the mean of
+    the group's keys and values; first: it keeps its own (neither reads the text).
 
     Source: our own; nobody else is known to us who published the closed form. average: Zuhri et al. 2024 (MLKV, arXiv
     2406.09297); the plan: Brandon et al. 2024 (CLA, arXiv 2405.12981).
