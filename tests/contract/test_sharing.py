@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from shoal.errors import ShoalError
 from shoal.fitting.map_blocks import blocks_with, grown_blocks
 from shoal.fitting.match_heads import best_places, put_in_places
 from shoal.fitting.result import Transformed
-from shoal.fitting.sharing import listed_groups, patterned_groups
+from shoal.fitting.sharing import cheapest_apart, listed_groups, patterned_groups
+from shoal.live import running
 from shoal.models.head_channels import projections_of
 from shoal.models.inspect import inspect
 from shoal.models.opened import open_model
@@ -26,6 +27,7 @@ from shoal.plan import Plan, cost, parse_plan
 from shoal.recording.kv_means import kv_distances, mean_kv
 
 from .planted import data_of, random_data
+from .references import CLOSE
 from .test_heads import known, model_of
 from .transform_jobs import do, job, logits, relative
 
@@ -106,6 +108,14 @@ def test_patterns_and_lists() -> None:
     assert said("qwen2", pattern="pairs") == ((0, 2), (1, 3)), "full and sliding layers are paired among themselves"
     assert said("jamba", pattern="pairs") == ((1, 3),)
     assert listed_groups("4-5 + 9-10-11", "x") == ((4, 5), (9, 10, 11))
+
+
+def test_pairs_apart_are_the_cheapest() -> None:
+    costs = {(0, 1): 5.0, (1, 2): 1.0, (2, 3): 5.0, (4, 6): 2.0, (5, 7): 3.0}
+    assert cheapest_apart(costs, 1) == ((1, 2),)
+    assert cheapest_apart(costs, 3) == ((1, 2), (4, 6), (5, 7))
+    assert cheapest_apart(costs, 4) == ((0, 1), (2, 3), (4, 6), (5, 7)), "the cheapest of all stands in the way"
+    assert cheapest_apart(costs, 5) == ()
 
 
 def test_a_group_of_three_and_gemmas_last_layers_run() -> None:
@@ -266,3 +276,22 @@ def test_mean_keys_and_values_are_those_of_the_cache() -> None:
     padded = data_of(torch.cat([data.ids, data.ids], 1), torch.cat([torch.ones_like(data.ids), 0 * data.ids], 1))
     half = mean_kv(model, padded.batches(4), what="test", before=lambda _: None)
     torch.testing.assert_close(half[2][0][:, :12], means[2][0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [("share-kv", {"pairs": "1-2-3"}), ("share-maps", {"span": "2-3"})])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral"])
+def test_cached_and_padded_passes_are_one_pass(family: str, options: tuple[str, dict[str, Any]]) -> None:
+    model, ids = copy.deepcopy(tiny(family)), random_data(2, 9, seed=5).ids
+    made = do(options[0], job(model, []), **options[1])
+    with running(model, made.plan, made.weights), torch.no_grad():
+        want, cache = model(input_ids=ids, use_cache=False).logits, DynamicCache(config=model.config)
+        pieces = [
+            model(input_ids=ids[:, a:b], past_key_values=cache, use_cache=True).logits
+            for a, b in ((0, 5), (5, 6), (6, 9))
+        ]
+        padded, mask = torch.cat([torch.zeros(2, 3).long(), ids], 1), torch.ones(2, 12).long()
+        mask[:, :3] = 0
+        place = (mask.cumsum(-1) - 1).clamp(min=0)
+        left = model(input_ids=padded, attention_mask=mask, position_ids=place, use_cache=False).logits[:, 3:]
+    torch.testing.assert_close(torch.cat(pieces, 1), want, **CLOSE)
+    torch.testing.assert_close(left, want, **CLOSE)

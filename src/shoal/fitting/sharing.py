@@ -87,6 +87,33 @@ def neighbours(plan: Plan, stack: StackSpec) -> tuple[Group, ...]:
     return tuple(sorted(pair for kind in by_kind.values() for pair in itertools.pairwise(kind)))
 
 
+def cheapest_apart(costs: Mapping[Group, float], count: int) -> tuple[Group, ...]:
+    """`count` of these pairs of neighbours with the least sum of costs of which no two have a layer in common, in
+    order; none where so many cannot be chosen."""
+    following = {pair[0]: pair for pair in costs}
+    order: list[Group] = []
+    for pair in sorted(costs):
+        after: Group | None = pair
+        while after is not None and after not in order:
+            order.append(after)
+            after = following.get(after[-1])
+    left: _Chosen = {0: (0.0, ())}
+    taken: _Chosen = {}
+    for before, pair in zip([(), *order], order, strict=False):
+        either = _cheaper(left, taken)
+        start = left if before and before[-1] == pair[0] else either
+        left, taken = either, {n + 1: (cost + costs[pair], (*own, pair)) for n, (cost, own) in start.items()}
+    return tuple(sorted(_cheaper(left, taken).get(count, (0.0, ()))[1]))
+
+
+_Chosen = dict[int, tuple[float, tuple[Group, ...]]]
+"""By the number of pairs the least sum of costs, and the pairs."""
+
+
+def _cheaper(one: _Chosen, other: _Chosen) -> _Chosen:
+    return {n: min(own[n] for own in (one, other) if n in own) for n in one.keys() | other.keys()}
+
+
 def can_share(run: Run, stack: StackSpec) -> bool:
     """Whether a run has keys and values of its own in a cache, and none of another layer."""
     return run.part != "mlp" and run.kv == KV() and stack.layers[run.layer].kv.kind in ("full", "sliding")

@@ -62,7 +62,8 @@ def kvsharer(job: PruningJob, *, drop: int, threshold: float = 0.5, sequences: i
     if len(reads) < drop:
         raise UsageError(
             f"kvsharer finds {len(reads)} layers whose keys and values can be replaced with a cosine above "
-            f"{threshold:g}, and {drop} were asked for; share fewer, or lower the threshold",
+            f"{threshold:g}, and {drop} were asked for; share fewer, lower the threshold, or allow plans that only run "
+            "live",
             code="U504",
         )
     return Found(_plan(job, reads), tuple(trace))
