@@ -281,7 +281,7 @@ def test_mean_keys_and_values_are_those_of_the_cache() -> None:
 @pytest.mark.parametrize("options", [("share-kv", {"pairs": "1-2-3"}), ("share-maps", {"span": "2-3"})])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral"])
 def test_cached_and_padded_passes_are_one_pass(family: str, options: tuple[str, dict[str, Any]]) -> None:
-    model, ids = copy.deepcopy(tiny(family)), random_data(2, 9, seed=5).ids
+    model, ids = copy.deepcopy(model_of(family)), random_data(2, 9, seed=5).ids
     made = do(options[0], job(model, []), **options[1])
     with running(model, made.plan, made.weights), torch.no_grad():
         want, cache = model(input_ids=ids, use_cache=False).logits, DynamicCache(config=model.config)
