@@ -96,7 +96,7 @@ def _align_values(
     for layer in group:
         own = matrices[layer]
         columns = torch.cat([own.columns(reader) for reader in own.known.readers(head)])
-        roots.append(_root(columns.T @ columns, weighted))
+        roots.append(metric_root(columns.T @ columns, weighted))
     shared, backs = _subspace(rows.seen, roots, _of(moments.own[group[0]], rows.seen[0]))
     matrices[group[0]].put_rows(one, head, shared)
     for place, (layer, back) in enumerate(zip(group, backs, strict=True)):
@@ -130,7 +130,9 @@ def _align_keys(
     if side.plain:
         plain = torch.tensor(side.plain, device=shared.device)
         blocks = [energy[plain][:, plain] for energy in energies]
-        part, own = _subspace([seen[plain] for seen in rows.seen], [_root(block, weighted) for block in blocks], moment)
+        part, own = _subspace(
+            [seen[plain] for seen in rows.seen], [metric_root(block, weighted) for block in blocks], moment
+        )
         shared[plain] = part
         for back, mine in zip(backs, own, strict=True):
             back[plain[:, None], plain] = mine
@@ -140,7 +142,7 @@ def _align_keys(
         for reader in own_matrices.known.readers(head):
             mine = own_matrices.rows(queries, reader)
             own_matrices.put_rows(queries, reader, back.T.to(mine.device) @ mine)
-        weights = _root(_turning(energies[place], side), True)
+        weights = metric_root(_turning(energies[place], side))
         _note(lost[layer], 0, weights, rows.own[place], back @ shared, moments, layer, group[0])
 
 
@@ -211,7 +213,7 @@ def _subspace(
     return directions.T @ stacked, [torch.linalg.solve(r.to(p.device), p) for r, p in zip(roots, parts, strict=True)]
 
 
-def _root(metric: torch.Tensor, weighted: bool) -> torch.Tensor:
+def metric_root(metric: torch.Tensor, weighted: bool = True) -> torch.Tensor:
     """R with R^T R = `metric`; the identity when nothing is weighted."""
     eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     if not weighted:

@@ -23,7 +23,7 @@ def san(job: PruningJob, *, drop: int, matched: bool = False) -> Found:
 
     Two layers are alike by 1 - J, J the Jensen-Shannon divergence of their maps (the measure `attention-similarity`),
     and a block takes in the next layer while the mean over every two of its layers stays at a threshold or above: the
-    highest one at which at least `drop` layers follow. `matched`: heads are moved to the map nearest to theirs (the
+    highest one at which at least `drop` layers follow. `matched`: heads are moved to the map that suits them best (the
     transform `share-maps`).
 
     Source: Xiao et al. 2019 (SAN, arXiv 1906.11024): self-attention.

@@ -22,7 +22,7 @@ def shared_attention(job: PruningJob, *, drop: int, matched: bool = False) -> Fo
 
     Every span of `drop` layers with one below it is scored by the mean over every two of these layers of 1 - J, J the
     Jensen-Shannon divergence of their maps over ln 2 (the measure `attention-similarity`); the first takes over, head
-    by head. `matched`: heads are moved to the map nearest to theirs (the transform `share-maps`).
+    by head. `matched`: heads are moved to the map that suits them best (the transform `share-maps`).
 
     Source: Liao and Vargas 2024 (Shared Attention, arXiv 2407.12866).
 

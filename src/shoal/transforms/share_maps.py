@@ -1,4 +1,4 @@
-"""Layers that take over another layer's attention map, with their heads put where the map nearest to theirs stands."""
+"""Layers that take over another layer's attention map, each head put where the map stands that suits it best."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ def share_maps(job: Job, *, span: str = "", pairs: str = "", matched: bool = Tru
     the layer that is followed first. Exactly one of the two; `span=none` shares nothing, bit for bit.
 
     `matched`: nothing pairs the heads of two layers, so each head of a follower is moved to the place of the map that
-    is nearest to its own on the text: the permutation of heads with the least sum of mean |A_j(q) - P_p(q)|^2, A_j and
-    P_p [queries, keys] the maps of the follower and of the layer it follows. It is folded into the follower's matrices
+    suits it best on the text: the permutation of heads with the least sum of |O_j (A_j - P_p) V_j|^2, A_j and P_p
+    [queries, keys] the maps of the follower and of the layer it follows, V_j [keys, dim] and O_j [hidden, dim] the
+    follower's values and output matrix. So a difference at an attention sink, whose value is nearly zero, counts for
+    little. It is folded into the follower's matrices
     of values and output, which is exact; of heads that attend with the same values (grouped-query attention) only
     permutations that keep these together are, and the best of those is taken.
 
@@ -76,16 +78,19 @@ def share_maps(job: Job, *, span: str = "", pairs: str = "", matched: bool = Tru
                 f"share-maps cannot move the heads of layer {layer}: {side}; take matched=false", code="U668"
             )
         known[layer] = side
+    tensors = {layer: tensors_of(own[layer].weights or "", job.weights) for layer in followers}
+    matrices = {layer: HeadMatrices(opened.stack(name).layer(layer), known[layer], tensors[layer]) for layer in known}
     new, notes = {}, []
-    for layer, distances in map_distances(job, groups, "share-maps").items():
-        places = best_places(distances, known[layer].group)
+    for layer, losses in map_distances(job, groups, matrices, "share-maps").items():
+        places = best_places(losses, known[layer].group)
         moved = sum(place != head for head, place in enumerate(places))
-        apart = [sum(distances[head, at] for head, at in enumerate(order)) for order in (range(len(places)), places)]
-        notes.append(f"{layer}: {moved} of {len(places)} heads moved, distance {apart[0]:.4f} to {apart[1]:.4f}")
+        lost = [sum(losses[head, at] for head, at in enumerate(order)) for order in (range(len(places)), places)]
+        notes.append(
+            f"{layer}: {moved} of {len(places)} heads moved, {lost[1]:.1%} of what they add is lost, "
+            f"{lost[0]:.1%} without that"
+        )
         if moved:
-            tensors = tensors_of(own[layer].weights or "", job.weights)
-            matrices = HeadMatrices(opened.stack(name).layer(layer), known[layer], tensors)
-            new[layer] = tensors | put_in_places(matrices, places)
+            new[layer] = tensors[layer] | put_in_places(matrices[layer], places)
     return with_tensors(job, plan, new, "share-maps", *notes)
 
 
