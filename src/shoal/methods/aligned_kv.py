@@ -25,15 +25,16 @@ EXAMPLES = MethodExamples(
 
 
 def aligned_kv(job: PruningJob, *, drop: int, judged: int = 4) -> Found:
-    """Let `drop` layers read the keys and values of the layer below them, aligned in closed form, where the
-    cross-entropy rises least.
+    """Let `drop` layers read the keys and values of the layer below, aligned, where the loss rises least.
 
     Each pair of neighbours of one kind is converted alone by the transform `share-kv` and judged by the cross-entropy
     on the first `judged` calibration sequences, which are fitted too; the pairs of the least sum that have no layer in
     common are converted together. Layers keep their queries, outputs and mlps, so the KV cache alone gets smaller.
 
-    Source: our own; see the transform `share-kv`. Raises U504 when there are fewer such pairs, U523 for a budget, and
-    what `share-kv` raises.
+    Source: our own; that neighbours share is cross-layer attention (Brandon et al. 2024, arXiv 2405.12981).
+
+    How we differ: the paper trains such models from scratch; here a pretrained one is converted, see `share-kv`. Raises
+    U504 when there are fewer such pairs, U523 for a budget, and what `share-kv` raises.
     """
     if job.budget is not None:
         raise UsageError("aligned-kv takes a number of layers, as in --drop 4, and no budget; give --drop", code="U523")

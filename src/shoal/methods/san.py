@@ -18,8 +18,7 @@ EXAMPLES = MethodExamples(
 
 
 def san(job: PruningJob, *, drop: int, matched: bool = False) -> Found:
-    """Let the layers of each block take over the attention map of its first one; a block takes in the next layer while
-    its maps stay alike.
+    """Let the layers of blocks with like attention maps take over the map of their block's first one.
 
     Two layers are alike by 1 - J, J the Jensen-Shannon divergence of their maps (the measure `attention-similarity`),
     and a block takes in the next layer while the mean over every two of its layers stays at a threshold or above: the

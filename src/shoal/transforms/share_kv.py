@@ -41,8 +41,7 @@ def share_kv(
     weighted: bool = True,
     ridge: float = 1e-3,
 ) -> Transformed:
-    """Let layers attend to the keys and values of an earlier layer and store none, with the matrices around them
-    fitted to that on the text.
+    """Let layers attend to an earlier layer's keys and values, and store none, with matrices fitted to that.
 
     `pattern`: which. pairs: every second layer reads the one before it (cross-layer attention); groups: the first of
     every `group` layers is read by the others; last: the last `readers` layers read the last one before them (YOCO,
