@@ -24,11 +24,11 @@ EXAMPLES = MethodExamples(
 def kvsharer(job: PruningJob, *, drop: int, threshold: float = 0.5, sequences: int = 30, tokens: int = 64) -> Found:
     """Let `drop` layers attend to another layer's keys and values, trying pairs from the least alike on.
 
-    A pair is kept when the final hidden state stays like the dense model's. Keys and values are averaged over the first `sequences` texts of the calibration data, each cut to `tokens`. Two
-    layers are apart by the mean over heads and tokens of the Euclidean distance of their mean keys, averaged with that
-    of their mean values. Of a pair the later layer reads the earlier one, and what that one reads itself; a layer that
-    reads is not tried again. The pair stays when the cosine of the final states, mean over the texts, is above
-    `threshold`.
+    A pair is kept when the final hidden state stays like the dense model's. Keys and values are averaged over the first
+    `sequences` texts of the calibration data, each cut to `tokens`. Two layers are apart by the mean over heads and
+    tokens of the Euclidean distance of their mean keys, averaged with that of their mean values. Of a pair the later
+    layer reads the earlier one, and what that one reads itself; a layer that reads is not tried again. The pair stays
+    when the cosine of the final states, mean over the texts, is above `threshold`.
 
     Source: Yang et al. 2024 (KVSharer, arXiv 2410.18517), which takes a threshold of 0.5 and 64 tokens of 30 texts.
 
