@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from shoal.models.evaluating import evaluating
 from shoal.models.examine import LayerFacts
-from shoal.models.heads import Call, HeadRoles, Heard, heard, roles_of, sample_calls
+from shoal.models.heads import Call, HeadRoles, Heard, heard, no_context, roles_of, sample_calls
 from shoal.models.opened import OpenedModel
 from shoal.models.precision import in_float64
 from shoal.models.projections import HeadMatrices, Projection, Projections, ScoreSide
@@ -90,7 +90,7 @@ class _Probe:
         self.generator = torch.Generator().manual_seed(3)
 
     def heard(self, call: Call | None = None, attend: Any = None) -> Heard:
-        seen = heard(self.layer, self.fact, call or self.call, attend=attend or _first_value)
+        seen = heard(self.layer, self.fact, call or self.call, attend=attend or no_context)
         if len(seen.asked) != 1:
             raise _UnfitError("it works its attention out itself")
         return seen
@@ -160,7 +160,7 @@ class _Probe:
     def _turned(self, module: str) -> bool:
         """Whether its weight is [inputs, outputs]; anything but a weight and a bias is refused."""
         x, y = self._seen(
-            module, lambda q, k, v: torch.randn(_first_value(q, k, v).shape, generator=self.generator).to(v)
+            module, lambda q, k, v: torch.randn(no_context(q, k, v).shape, generator=self.generator).to(v)
         )
         own = self.layer.get_submodule(module)._parameters
         weight, bias = own["weight"], own.get("bias")
@@ -238,10 +238,6 @@ def _single(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
     return tuple(map(_single, value)) if type(value) is tuple else value
-
-
-def _first_value(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return values.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
 
 
 @contextmanager

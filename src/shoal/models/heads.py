@@ -101,14 +101,20 @@ def sample_calls(opened: OpenedModel, stack: str | None = None) -> list[Call]:
 
 
 def heard(
-    layer: nn.Module, fact: LayerFacts, call: Call, *, given: KeysValues | None = None, attend: Attend | None = None
+    layer: nn.Module,
+    fact: LayerFacts,
+    call: Call,
+    *,
+    given: KeysValues | None = None,
+    attend: Attend | None = None,
+    into: Heard | None = None,
 ) -> Heard:
     """Call `layer` over a cache that notes what is stored and hands back these, or the `given` keys and values.
 
     `attend`: the attention function meanwhile, in place of the model's own; it must have asked through transformers'
-    interface. Raises what the layer raises.
+    interface. `into`: what is filled while the layer runs. Raises what the layer raises.
     """
-    seen = Heard()
+    seen = Heard() if into is None else into
 
     def note(keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
         seen.stored.append((keys.clone(), values.clone()))
@@ -116,7 +122,7 @@ def heard(
 
     def listen(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         seen.asked.append((queries.clone(), keys.clone(), values.clone()))
-        return (attend or _nothing)(queries, keys, values)
+        return (attend or no_context)(queries, keys, values)
 
     args, kwargs = call
     place = fact.cache_at
@@ -173,29 +179,17 @@ def _order(layer: nn.Module, fact: LayerFacts, call: Call, inside: list[str]) ->
     """Which modules begin before keys and values are stored; the call over an attention that listens, and the layer's
     answer to these keys and values as it is."""
     early: set[str] = set()
-    stored: list[bool] = []
+    seen = Heard()
     handles = [
-        layer.get_submodule(name).register_forward_pre_hook(lambda *_, n=name: None if stored else early.add(n))
+        layer.get_submodule(name).register_forward_pre_hook(lambda *_, n=name: None if seen.stored else early.add(n))
         for name in inside
     ]
-
-    def note_stored(keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
-        stored.append(True)
-        return keys, values
-
-    args, kwargs = call
-    cache = _Listening(note_stored)
-    place = fact.cache_at
-    if isinstance(place, int):
-        args = (*args[:place], cache, *args[place + 1 :])
-    else:
-        kwargs = kwargs | {str(place): cache}
     try:
-        layer(*args, **kwargs)
+        heard(layer, fact, call, into=seen)
     finally:
         for handle in handles:
             handle.remove()
-    whole = heard(layer, fact, call, attend=_nothing)
+    whole = heard(layer, fact, call, attend=no_context)
     if len(whole.stored) != 1:
         raise RuntimeError("keys and values are not stored once")
     return early, whole, heard(layer, fact, call, given=whole.stored[0])
@@ -204,7 +198,7 @@ def _order(layer: nn.Module, fact: LayerFacts, call: Call, inside: list[str]) ->
 def _changes(layer: nn.Module, fact: LayerFacts, call: Call, name: str, whole: Heard, fixed: Heard, early: bool) -> str:
     """What is another when the module `name` is disturbed, of q, k and v."""
     with _disturbed(layer.get_submodule(name)):
-        seen = heard(layer, fact, call, attend=_nothing)
+        seen = heard(layer, fact, call, attend=no_context)
         keys, values = (not torch.equal(a, b) for a, b in zip(seen.stored[0], whole.stored[0], strict=True))
         if whole.asked:
             queries = not torch.equal(seen.asked[0][0], whole.asked[0][0])
@@ -233,7 +227,8 @@ def _disturbed(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _nothing(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def no_context(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Zeros in the shape of what an attention function answers."""
     return values.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
 
 
