@@ -128,6 +128,11 @@ class Entry:
         return bool(getattr(importlib.import_module(self.module), "READS_DATA", True))
 
     @property
+    def needs_plan(self) -> bool:
+        """False for a transform whose file says `NEEDS_PLAN = False`: it stands in for nothing that a plan removes."""
+        return bool(getattr(importlib.import_module(self.module), "NEEDS_PLAN", True))
+
+    @property
     def searches(self) -> bool:
         """True for a method whose file says `SEARCHES = True`: it evaluates many plans, and takes its time."""
         return bool(getattr(importlib.import_module(self.module), "SEARCHES", False))

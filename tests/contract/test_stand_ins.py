@@ -92,3 +92,20 @@ def test_fuse_keeps_a_plan_that_every_verb_takes(folder: Path, tmp_path: Path) -
     assert "W281" in shoal("write", model, "--plan", str(kept), "--output", str(tmp_path / "o"), "--stream", code=1)
     assert "U523" in shoal("fuse", model, "--plan", "0-1,3-4", code=1)
     assert "U501" in shoal("prune", model, "--drop", "1", "--then", "slrep", code=1)
+
+
+def test_fuse_shares_keys_values_and_maps_without_a_plan(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    model, kv, maps = str(folder), tmp_path / "kv", tmp_path / "maps"
+    words = [model, *SMALL, "--no-assess", "--json", "-q"]
+    said = json.loads(shoal("fuse", *words, "--with", "share-kv:pattern=pairs", "--output", str(kv)))
+    assert said["output"] == str(kv) and str(load_plan(kv / "shoal" / "plan.json")) == said["plan"]
+    assert said["plan"].startswith("0:share-kv-0,1@0:share-kv-1,2:share-kv-2,3@2:share-kv-3")
+    assert said["cost"]["pruned"]["kv_per_token"] < said["cost"]["dense"]["kv_per_token"]
+    assert load_weights(kv).keys() == said["weights"].keys() and (kv / "shoal" / "records.jsonl").is_file()
+    assert not (kv / "config.json").exists(), "no stock class holds the plan"
+    shoal("generate", model, "Once", "--plan", str(kv), "--max-new-tokens", "2", "--raw")
+    assert "exists" in shoal("fuse", *words, "--with", "share-kv", "--output", str(kv), code=1)
+    shoal("fuse", *words, "--with", "share-maps:span=2-3", "--output", str(maps))
+    assert str(load_plan(maps / "shoal" / "plan.json")).startswith("0-1,2@a1")
+    assert "U667" in shoal("fuse", *words, "--with", "share-maps:span=9-12", code=1)
+    assert "U523" in shoal("fuse", *words, "--with", "share-kv", "--with", "refit", code=1)

@@ -24,6 +24,7 @@ from shoal.plan import (
     require,
     share_kv,
 )
+from shoal.plan.edit import share_map, with_weights
 from unit.specs import llama, plan_of, two_stacks
 
 WHOLE = Plan.identity(llama())
@@ -217,6 +218,16 @@ def test_share_kv() -> None:
     _same_model(plan)
     assert str(share_kv(plan_of("0-3,4a?g/copy,4m,5"), 4, 3)) == "0-3,4a@3?g,4m,5", "the mlp has no KV"
     assert str(share_kv(plan_of("0-2,(3|4:w)"), 4, 2)) == "0-2,(3|4@2:w)"
+
+
+def test_share_map_and_with_weights() -> None:
+    assert str(share_map(WHOLE, 5, 3)) == "0-4,5@a3,6-7"
+    assert str(share_map(plan_of("0,1a,1m,(2|3)"), 3, 0)) == "0,1a,1m,(2|3@a0)"
+    assert str(with_weights(plan_of("0,1a,1m,2@0"), {1: "w", 2: "v"})) == "0,1a:w,1m,2@0:v"
+    for wrong in (lambda: share_map(WHOLE, 8, 3), lambda: with_weights(plan_of("0,1m,2"), {1: "w"})):
+        with pytest.raises(PlanError, match="P103"):
+            wrong()
+    _same_model(share_map(WHOLE, 5, 3))
 
 
 def test_gate() -> None:

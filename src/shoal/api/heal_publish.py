@@ -57,7 +57,7 @@ def publish_healed(
         "heal", healed.to_dict(), plan=healed.plan.hash, base=healed.plan.base.fingerprint, seed=seed, command=command
     )
     if why_no_checkpoint(healed.loaded, healed.plan, healed.weights) is not None:
-        return _as_plan(healed, Path(output), record, overwrite=overwrite)
+        return publish_plan(healed.plan, healed.weights, output, record, overwrite=overwrite)
     return write(
         healed.loaded,
         healed.plan,
@@ -117,11 +117,13 @@ def _page(healed: Healed, proof: Proof, command: str, created: str) -> dict[str,
     return page_data(plain, proof, command, created) | {"title": title, "quality": rows, "healing": healed.to_dict()}
 
 
-def _as_plan(healed: Healed, output: Path, record: Record, *, overwrite: bool) -> Path:
-    final = final_path(output)
+def publish_plan(plan: Plan, weights: Tensors, output: str | Path, record: Record, *, overwrite: bool = False) -> Path:
+    """Write `plan` with the tensors that it names and the record of how it was made to the folder `output`, which
+    `--plan` takes; the folder. Raises what `shoal.write` raises for a folder that cannot be written."""
+    final = final_path(Path(output))
     refuse_output(final, overwrite=overwrite)
     with disk_errors(final), staged(final) as staging:
-        save_planned(healed.plan, staging, dict(healed.weights))
+        save_planned(plan, staging, dict(weights))
         text = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
         (staging / "shoal" / "records.jsonl").write_text(text, encoding="utf-8")
         load_weights(staging)  # reads what was written, and compares the hash

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace as with_fields
 from typing import assert_never
 
@@ -120,6 +120,26 @@ def share_kv(plan: Plan, layer: int, source: int, *, stack: str | None = None) -
     """
     _existing(plan, (layer, source), stack, "attention")
     return _edit_runs(plan, {layer}, stack, lambda run: run if run.part == "mlp" else with_fields(run, kv=KV(source)))
+
+
+def share_map(plan: Plan, layer: int, source: int, *, stack: str | None = None) -> Plan:
+    """Let `layer` weigh its own values with the attention map of the earlier layer `source`.
+
+    Raises P103 when the attention of one of the two does not run.
+    """
+    _existing(plan, (layer, source), stack, "attention")
+    return _edit_runs(
+        plan, {layer}, stack, lambda run: run if run.part == "mlp" else with_fields(run, kv=KV(attention=source))
+    )
+
+
+def with_weights(plan: Plan, ids: Mapping[int, str], *, stack: str | None = None) -> Plan:
+    """Let the attention, or the whole, of each of these layers run with the tensors of the id given for it. Raises P103
+    when the attention of one does not run."""
+    _existing(plan, ids, stack, "attention")
+    return _edit_runs(
+        plan, set(ids), stack, lambda run: run if run.part == "mlp" else with_fields(run, weights=ids[run.layer])
+    )
 
 
 def gate(plan: Plan, layers: Iterable[int], *, fill: Fill | None = None, stack: str | None = None) -> Plan:

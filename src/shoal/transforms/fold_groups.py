@@ -15,6 +15,7 @@ from shoal.models.precision import in_float64
 from shoal.plan import Run
 from shoal.plan.steps import PartName, layers_of
 
+NEEDS_PLAN = False
 EXAMPLES = TransformExamples(refused=(((1,), {"first": 0, "group": 3, "last": 2}, "U559"),))
 
 

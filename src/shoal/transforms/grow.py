@@ -15,6 +15,7 @@ from shoal.fitting.silent import Silencer
 from shoal.plan import Run, Step, format_steps
 from shoal.plan.select import whole_run
 
+NEEDS_PLAN = False
 EXAMPLES = TransformExamples(
     refused=(
         ((), {"every": 0}, "U664"),

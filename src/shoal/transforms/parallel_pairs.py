@@ -9,6 +9,7 @@ from shoal.fitting.result import Job, Transformed
 from shoal.plan import Parallel, Run, Step
 from shoal.plan.select import run_of
 
+NEEDS_PLAN = False
 EXAMPLES = TransformExamples(refused=(((), {"first": 2, "last": 2}, "U559"),))
 
 

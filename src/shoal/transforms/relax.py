@@ -14,6 +14,7 @@ from shoal.models.opened import open_model
 from shoal.plan import Step
 from shoal.plan.select import run_of
 
+NEEDS_PLAN = False
 EXAMPLES = TransformExamples(refused=(((), {"rank": 4}, "U559"),))
 
 

@@ -10,6 +10,7 @@ from shoal.fitting.result import Job, Transformed
 from shoal.plan import Run, Step
 from shoal.plan.select import whole_run
 
+NEEDS_PLAN = False
 EXAMPLES = TransformExamples(refused=(((), {"coefficient": 9}, "U664"), ((), {"coefficient": -1}, "U664")))
 
 
