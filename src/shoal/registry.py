@@ -28,7 +28,17 @@ from shoal.errors import UsageError
 from shoal.user_files import UserFile, docstring, imported, is_file, read_user_file, require_call
 
 Kind = Literal[
-    "measures", "search", "methods", "transforms", "recipes", "terms", "learners", "policies", "exchange", "drafts"
+    "measures",
+    "search",
+    "methods",
+    "transforms",
+    "recipes",
+    "terms",
+    "learners",
+    "policies",
+    "exchange",
+    "drafts",
+    "graphs",
 ]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
@@ -43,6 +53,7 @@ _ONE: dict[Kind, str] = {
     "policies": "policy",
     "exchange": "format",
     "drafts": "draft",
+    "graphs": "graph",
 }
 
 _HOMES: dict[Kind, str] = {
@@ -63,6 +74,7 @@ _CALLS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "policies": (("plan", "spec"), ()),
     "exchange": ((), ()),
     "drafts": ((), ("spec",)),
+    "graphs": (("model",), ()),
 }
 """Positional values and keywords with which the function of a kind is called; searches differ."""
 

@@ -29,6 +29,7 @@ from shoal.evaluation import (
 )
 from shoal.evaluation.tasks import TaskScore
 from shoal.executing.weights import Tensors
+from shoal.graphs import Fused, fused
 from shoal.live import running
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded, load
@@ -66,10 +67,13 @@ class Bench:
 
     speed: Speed
     memory: dict[str, Memory]
+    graph: Fused | None = None
+    """With graphs: what computes otherwise, and how far the logits are from those without."""
 
     def to_dict(self) -> dict[str, Any]:
         held = {name: found.to_dict() for name, found in self.memory.items()}
-        return {"speed": plain(self.speed.to_dict()), "memory": held}
+        graph = {} if self.graph is None else {"graph": self.graph.to_dict()}
+        return {"speed": plain(self.speed.to_dict()), "memory": held} | graph
 
 
 def opened(source: Source, **options: Any) -> Loaded:
@@ -163,6 +167,7 @@ def bench(
     plan: Given | None = None,
     weights: Tensors | None = None,
     against: Source | None = None,
+    graphs: Sequence[str] = (),
     prompt: int = 512,
     new: int = 32,
     batch: int = 1,
@@ -174,7 +179,8 @@ def bench(
     """Wall clock of prefill and decode, dense and pruned in turn in one run, and the memory of weights and KV.
 
     The pruned side is `plan` run live, or `source` itself `against` a dense model; without both `source` is timed
-    alone. Raises `UsageError` U520 for both.
+    alone. `graphs`: the last side once more with other matrix products (`shoal.graphs.fused`, and what it raises).
+    Raises `UsageError` U520 for both.
     """
     _plan_or_model(plan, against)
     loaded = opened(source, **options)
@@ -188,12 +194,30 @@ def bench(
         variants["dense"] = lambda: nullcontext(loaded.model)
         if plan is not None:
             variants["pruned"] = planned(loaded.model, plan, weights)
+    graph: list[Fused] = []
+    if graphs:
+        last = list(variants)[-1]
+        variants[f"{last} + {' + '.join(graphs)}"] = _graphed(variants[last], graphs, graph)
     timed = speed(variants, prompt=prompt, new=new, batch=batch, pairs=pairs, seed=seed, progress=progress)
     held = {}
     for name, variant in variants.items():
         with variant() as model:
             held[name] = memory(model, prompt=prompt, batch=batch)
-    return Bench(timed, held)
+    return Bench(timed, held, graph[0] if graph else None)
+
+
+def _graphed(
+    variant: Callable[[], AbstractContextManager[Any]], graphs: Sequence[str], told: list[Fused]
+) -> Callable[[], AbstractContextManager[Any]]:
+    """The same variant with `graphs` on its model; what they say goes to `told`."""
+
+    @contextmanager
+    def context() -> Iterator[Any]:
+        with variant() as model, fused(model, *graphs) as handle:
+            told.append(handle)
+            yield model
+
+    return context
 
 
 def _plan_or_model(plan: Given | None, against: Source | None) -> None:

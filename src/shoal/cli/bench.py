@@ -26,6 +26,7 @@ def bench(
         Path | None,
         typer.Option("--prompts", help="With --policy: a prompt in each line, or .jsonl (default: six built in)."),
     ] = None,
+    graph: options.GraphNames = None,
     prompt: Annotated[
         int, typer.Option("--prompt", min=1, help="Tokens of the prompt (random ones, without --policy).")
     ] = 512,
@@ -51,6 +52,8 @@ def bench(
     from shoal.api.assess import bench as run
 
     if policy is not None or prompts is not None:
+        if graph:
+            raise UsageError("--graph is for plans that decide nothing; leave out --policy", code="U662")
         _with_policy(model, plan, policy, prompts, against, batch, new, pairs, json_, quiet,
                      loading(device, dtype, trust_remote_code, adapter=adapter))  # fmt: skip
         return
@@ -62,6 +65,7 @@ def bench(
             plan=chosen,
             weights=weights,
             against=against,
+            graphs=graph or (),
             prompt=prompt,
             new=new,
             batch=batch,
@@ -141,6 +145,7 @@ def _text(found: Any) -> str:
         )
     work = f"batch {s.batch}, prompt {s.prompt}, {s.new} decoded, {s.pairs} rounds"
     head = f"{s.device}, {s.dtype}, {s.threads} threads, {work}\n"
+    head += "" if found.graph is None else f"{found.graph.describe()}\n"
     return head + table(
         rows, ["", "prefill ms", "ms/token", "prefill / dense", "decode / dense", "weights MiB", "KV MiB"]
     )

@@ -95,6 +95,12 @@ PolicyText = Annotated[
         "--policy", help="Who decides at run time: exit:confidence=0.9 (shoal ls policies), or a policy.json."
     ),
 ]
+GraphNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--graph", help="The same logits by other products: norms, siblings (shoal ls graphs); again for more."
+    ),
+]
 Chat = Annotated[bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")]
 Tasks = Annotated[
     list[str] | None,
