@@ -27,6 +27,9 @@ def bench(
         typer.Option("--prompts", help="With --policy: a prompt in each line, or .jsonl (default: six built in)."),
     ] = None,
     graph: options.GraphNames = None,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Say beside it what the bytes that the plan moves predict here.")
+    ] = False,
     prompt: Annotated[
         int, typer.Option("--prompt", min=1, help="Tokens of the prompt (random ones, without --policy).")
     ] = 512,
@@ -46,6 +49,8 @@ def bench(
     """Time prefill and decode apart, paired in one run, with the memory that weights and KV hold."""
     if policy is not None:
         unused("a policy is timed on texts, greedily", "prompt", "seed")
+    if plan is None or policy is not None:
+        unused("bytes predict the time of a plan that decides nothing", "predict")
     if dry_run:
         emit_config(as_json=json_)
         return
@@ -66,6 +71,7 @@ def bench(
             weights=weights,
             against=against,
             graphs=graph or (),
+            predict=predict,
             prompt=prompt,
             new=new,
             batch=batch,
@@ -146,6 +152,8 @@ def _text(found: Any) -> str:
     work = f"batch {s.batch}, prompt {s.prompt}, {s.new} decoded, {s.pairs} rounds"
     head = f"{s.device}, {s.dtype}, {s.threads} threads, {work}\n"
     head += "" if found.graph is None else f"{found.graph.describe()}\n"
+    if found.predicted is not None:
+        head += f"by the bytes that it moves the plan should take {found.predicted:.3f} of the dense decode time\n"
     return head + table(
         rows, ["", "prefill ms", "ms/token", "prefill / dense", "decode / dense", "weights MiB", "KV MiB"]
     )
