@@ -238,7 +238,7 @@ def test_no_plan_comes_behind_a_graph_and_no_graph_twice() -> None:
 
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fold without its gain, as a reader that was not seen would have it."""
-    monkeypatch.setattr("shoal.graphs.norms._readers", lambda norm, reads, model: ())
+    monkeypatch.setattr("shoal.graphs.norms._readers", lambda norm, reads, linears: ())
     model = own("llama")
     dense = decoded(model)
     with pytest.raises(UsageError, match="logits differ by") as caught, fused(model, "norms"):

@@ -47,9 +47,9 @@ def norms(model: nn.Module) -> Graph:
         if not module._modules and set(module._parameters) == {"weight", "bias"} and _is_vector(module)
     }
     reads = observed(model, [module for module, gain in gains.items() if gain is not None])
-    folds: dict[nn.Module, _Fold] = {}
+    linears, folds = plain_linears(model), dict[nn.Module, _Fold]()
     for norm in dict.fromkeys(module for module, _ in reads.made):
-        found = _readers(norm, reads, model)
+        found = _readers(norm, reads, linears)
         neutral = gains[norm]
         assert neutral is not None
         if isinstance(found, str):
@@ -128,11 +128,10 @@ def _gain(module: nn.Module) -> float | None:
     return None
 
 
-def _readers(norm: nn.Module, reads: Reads, model: nn.Module) -> tuple[nn.Linear, ...] | str:
+def _readers(norm: nn.Module, reads: Reads, linears: dict[int, tuple[str, nn.Linear]]) -> tuple[nn.Linear, ...] | str:
     """The modules that multiply what `norm` makes, or why its gain cannot be folded."""
     outputs = [out for module, out in reads.made if module is norm]
     own = {id(out) for out in outputs}
-    linears = plain_linears(model)
     found: dict[int, nn.Linear] = {}
     for use in (use for out in outputs for use in reads.of(out)):
         if use.weight is None:
