@@ -88,7 +88,8 @@ def _decoding(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def _row(predicted: StepTime, plan: Plan) -> dict[str, Any]:
     found = predicted.moved(plan)
-    return {"plan": str(plan), "moved": found.to_dict(), "predicted_share": predicted.share(plan)}
+    shares = {"predicted_share": predicted.without_cache().share(plan), "if_cached": predicted.share(plan)}
+    return {"plan": str(plan), "moved": found.to_dict(), **shares}
 
 
 def _steps(model: Any, side: Side, ids: torch.Tensor, args: argparse.Namespace) -> Timed:

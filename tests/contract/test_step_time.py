@@ -39,6 +39,7 @@ def test_what_stays_in_the_cache_pays() -> None:
     spec, shape = inspect(tiny("llama")), Shape(context=16)
     model = step_time_of(_of(RATES), 1e6, spec, shape, "float32")
     assert model.moved("0-3").near == moved("0-3", spec, shape).total, "a tiny model stays in it whole"
+    assert model.without_cache().moved("0-3").near == 0
 
 
 def test_this_machine_has_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:

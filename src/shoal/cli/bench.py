@@ -153,7 +153,9 @@ def _text(found: Any) -> str:
     head = f"{s.device}, {s.dtype}, {s.threads} threads, {work}\n"
     head += "" if found.graph is None else f"{found.graph.describe()}\n"
     if found.predicted is not None:
-        head += f"by the bytes that it moves the plan should take {found.predicted:.3f} of the dense decode time\n"
+        far, near = found.predicted["share"], found.predicted["share_if_cached"]
+        head += f"by the bytes that it moves the plan should take {far:.3f} of the dense decode time"
+        head += f", {near:.3f} if the processor's cache is all its own\n"
     return head + table(
         rows, ["", "prefill ms", "ms/token", "prefill / dense", "decode / dense", "weights MiB", "KV MiB"]
     )

@@ -7,7 +7,7 @@ moving fewer bytes pays here, and where it is wrong, something else than the mem
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -95,6 +95,10 @@ class StepTime:
     def share(self, plan: Given, weights: Shapes | None = None) -> float:
         """Predicted share of the dense step's time: below 1 the plan pays."""
         return self.seconds(plan, weights) / self.seconds(Plan.identity(self.spec))
+
+    def without_cache(self) -> StepTime:
+        """The same for a processor whose cache holds nothing from one run to the next: one that others use, too."""
+        return replace(self, bandwidth=replace(self.bandwidth, cache_bytes=0))
 
 
 def _memory_seconds(rates: Bandwidth, found: Moved) -> float:

@@ -137,7 +137,7 @@ def _readers(norm: nn.Module, reads: Reads, linears: dict[int, tuple[str, nn.Lin
         if use.weight is None:
             return f"{use.call} reads it, which is no matrix"
         if id(use.weight) not in linears:
-            return "a matrix reads it that is tied, the plan's own or none of a plain nn.Linear"
+            return "it is read by a matrix that is tied, the plan's own, or not of a plain nn.Linear"
         path, module = linears[id(use.weight)]
         if any(other.weight is not use.weight or other.rows not in own for other in reads.of(use.weight)):
             return f"{path} reads something else, too"
