@@ -33,8 +33,7 @@ def norms(model: nn.Module) -> Graph:
     Raises `UsageError` U662 for a model without such a norm, or whose matrices are quantised, sharded, offloaded or
     wrapped by peft.
 
-    Source: Pope et al. 2022, "Efficiently Scaling Transformer Inference", arXiv 2211.05102, section 3.5; as a step of
-    its own Ashkboos et al. 2024 (SliceGPT, arXiv 2401.15024, section 3.2).
+    Source: Ashkboos et al. 2024, "SliceGPT", arXiv 2401.15024, where it is the step before rotations.
 
     How we differ: no list of families; gains are folded in the model's dtype and put back at the end.
     """

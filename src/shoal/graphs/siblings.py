@@ -30,8 +30,8 @@ def siblings(model: nn.Module) -> Graph:
     Raises `UsageError` U662 for a model without such modules, or whose matrices are quantised, sharded, offloaded or
     wrapped by peft.
 
-    Source: Pope et al. 2022, "Efficiently Scaling Transformer Inference", arXiv 2211.05102, section 3.4 (fused
-    projections); FasterTransformer's fused QKV product.
+    Source: Pope et al. 2022, "Efficiently Scaling Transformer Inference", arXiv 2211.05102, which fuses the projections
+    of parallel layers; FasterTransformer's fused QKV product.
 
     How we differ: no fused checkpoint and no list of families; attention and mlp of a layer that computes them in
     parallel are joined where they read one tensor, in one product with the others.

@@ -42,7 +42,7 @@ def stack(model: nn.Module) -> Graph:
     is running on, or whose matrices are quantised, sharded, offloaded or wrapped by peft.
 
     Source: Koeplinger et al. 2024, "Kernel Looping: Eliminating Synchronization Boundaries for Peak Inference
-    Performance", arXiv 2410.23668, section 3.
+    Performance", arXiv 2410.23668.
 
     How we differ: the paper loops one kernel on a dataflow machine, where nothing waits between two layers; this is
     the loop over one compiled body alone, and no speed of theirs is claimed.
