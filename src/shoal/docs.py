@@ -31,6 +31,7 @@ _KINDS = {
     "exchange": "Files of other tools that hold a plan: `shoal convert PLAN --to NAME` (docs/exchange.md).",
     "drafts": "Lossless drafts of self-speculation: `shoal generate --speculate NAME` (docs/speculation.md).",
     "caches": "KV caches that compress rows: `shoal generate --kv-cache NAME` (docs/kv-caches.md).",
+    "graphs": "The same logits by other matrix products: `shoal generate --graph NAME` (docs/graphs.md).",
 }
 _CAPABILITIES = """`plan/capabilities.py` as a page. A column for what there is to say of a step, a row for each way to
 run or keep a plan. A code is a refusal, with its sentence in [error codes](error-codes.md). Which families allow a plan

@@ -14,7 +14,7 @@ from shoal.deciding.policy import Policy
 from shoal.deciding.policy_text import policy_for, require_tensors
 from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
-from shoal.executing.bind import BoundPlan, bind, modules_for, refuse_second_plan, require_legal
+from shoal.executing.bind import BoundPlan, bind, modules_for, refuse_graphs, refuse_second_plan, require_legal
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.modules import ModuleTensors, take_modules_away
@@ -136,13 +136,14 @@ def apply(
     `shoal.executing.modules`; `handle.layers` has the replaced layers.
     It is all or nothing: when this raises, the model is as it was.
     Raises `PlanError` (P1xx) when the plan is not legal here, P109 for KV sharing beside an encoder, P122 when another
-    plan is running already, P153 for replaced layers of a model that is sharded already, P154 for modules that two
-    layers would share, P124 for replaced layers of a model that accelerate offloads, P125 for gates and exits
-    without a policy, P126 for an order in which the family's layers cannot run, P129 for own tensors that their layer
-    has no place for, P130 to P138 for what a policy cannot decide on this model.
+    plan is running already, U662 when a graph is on the model, P153 for replaced layers of a model that is sharded
+    already, P154 for modules that two layers would share, P124 for replaced layers of a model that accelerate offloads,
+    P125 for gates and exits without a policy, P126 for an order in which the family's layers cannot run, P129 for own
+    tensors that their layer has no place for, P130 to P138 for what a policy cannot decide on this model.
     """
     opened = open_model(model.model if isinstance(model, Loaded) else model)
     refuse_second_plan(opened)
+    refuse_graphs(opened)
     planned, tensors = plan_and_weights(plan, Plan.identity(opened.spec), weights)
     if policy is None:
         handle = _undecided(opened, planned, tensors, modules)

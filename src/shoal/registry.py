@@ -39,6 +39,7 @@ Kind = Literal[
     "exchange",
     "drafts",
     "caches",
+    "graphs",
 ]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
@@ -54,6 +55,7 @@ _ONE: dict[Kind, str] = {
     "exchange": "format",
     "drafts": "draft",
     "caches": "KV cache",
+    "graphs": "graph",
 }
 
 _HOMES: dict[Kind, str] = {
@@ -76,6 +78,7 @@ _CALLS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "exchange": ((), ()),
     "drafts": ((), ("spec",)),
     "caches": (("job",), ()),
+    "graphs": (("model",), ()),
 }
 """Positional values and keywords with which the function of a kind is called; searches differ."""
 

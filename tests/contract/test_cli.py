@@ -157,6 +157,28 @@ def test_bench_and_generate(model: str) -> None:
     assert 1 <= answer["tokens"] <= 3
 
 
+def test_a_graph_is_timed_beside_the_plan_without_it(model: str) -> None:
+    asked = ["--prompt", "8", "--new", "2", "--pairs", "1"]
+    graphs = ["--graph", "siblings", "--graph", "norms"]
+    said = json.loads(shoal("bench", model, "--plan", "0-1,3-4", *graphs, *asked, "--predict", "--json"))
+    assert [v["name"] for v in said["speed"]["variants"]] == ["dense", "pruned", "pruned + siblings + norms"]
+    assert said["graph"]["difference"] < 1e-4 and 0 < said["predicted"]["share"] < 1
+    assert "siblings (25 modules)" in shoal("bench", model, "--graph", "siblings", *asked)
+    plain = json.loads(shoal("generate", model, "abc", "--max-new-tokens", "3", "--json"))
+    fused = json.loads(shoal("generate", model, "abc", "--max-new-tokens", "3", "--graph", "siblings", "--json"))
+    assert fused["text"] == plain["text"] and "siblings (25 modules)" in fused["graph"] and plain["graph"] is None
+    for more in (["--fast"], ["--policy", "skip:listed=0"], ["--speculate", "lookup"]):
+        assert "U662" in shoal("generate", model, "abc", "--graph", "siblings", *more, code=1)
+
+
+def test_show_counts_the_bytes_of_a_decode_step(model: str) -> None:
+    said = json.loads(shoal("show", "0-1,3-4", "--model", model, "--dtype", "bfloat16", "--json"))
+    assert said["moved"]["plan"]["total"] < said["moved"]["dense"]["total"]
+    assert said["moved"]["dense"]["dtype"] == "bfloat16"
+    assert "decode_bytes (float32)" in shoal("show", "0-1,3-4", "--model", model)
+    assert "U502" in shoal("show", "0-1,3-4", "--model", model, "--dtype", "int3", code=1)
+
+
 def test_write_takes_a_plan_file(model: str, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     save_plan(Plan.identity(inspect_source(model)), plan)

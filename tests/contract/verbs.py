@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate --plan": ("evaluate", "MODEL", "--plan", "PLAN", "--data", "DATA", "--window", "16", "--limit", "1",
                         "--new-tokens", "1"),
     "bench": ("bench", "MODEL", "--plan", "PLAN", "--prompt", "4", "--new", "1", "--pairs", "1"),
+    "bench --graph": ("bench", "MODEL", "--graph", "siblings", "--prompt", "4", "--new", "1", "--pairs", "1"),
     "generate": ("generate", "MODEL", "abc", "--plan", "PLAN", "--max-new-tokens", "1"),
     "generate --speculate": ("generate", "MODEL", "abc", "--speculate", "lookup", "--max-new-tokens", "2"),
     "generate --policy": ("generate", "MODEL", "abc", "--policy", "skip:listed=0", "--max-new-tokens", "1"),

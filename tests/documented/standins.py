@@ -62,6 +62,7 @@ SLOW = {
     "shoal tune-draft smollm2 --prompts prompts.txt": "seconds",
     "shoal evaluate out --data wiki.txt --window 1024": "seconds",
     "shoal bench out --against smollm2": "seconds",
+    "shoal bench MODEL --plan PLAN --predict": "measures the memory: seconds",
     "shoal prune MODEL --method examples/thin_middle.py --drop 2 --set keep_first=1 --output OUT": "seconds",
     "shoal compare MODEL --output RESULTS -m shortgpt -m sleb -b params=0.9,0.8 --seed 0 --seed 1": "seconds",
     "shoal measure MODEL -m block-influence -m loss-removed --data a.txt --data b.txt": "seconds",

@@ -37,6 +37,7 @@ def test_the_readme_names_no_method_that_does_not_exist() -> None:
     [
         ("dynamic.md", "policies"),
         ("exchange.md", "exchange"),
+        ("graphs.md", "graphs"),
         ("searching.md", "search"),
         ("speculation.md", "drafts"),
         ("standins.md", "transforms"),

@@ -29,12 +29,15 @@ from shoal.evaluation import (
     perplexity,
     speed,
 )
+from shoal.evaluation.step_time import bandwidth, step_time_of
 from shoal.evaluation.tasks import TaskScore
-from shoal.executing.weights import Tensors
+from shoal.executing.weights import Tensors, plan_and_weights
+from shoal.graphs import Fused, fused
 from shoal.live import running
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded, load
-from shoal.plan import Given
+from shoal.models.opened import open_model
+from shoal.plan import Given, Plan, Shape, shapes_of
 from shoal.record import plain
 
 Source = str | Path | nn.Module | Loaded
@@ -70,10 +73,18 @@ class Bench:
 
     speed: Speed
     memory: dict[str, Memory]
+    graph: Fused | None = None
+    """With graphs: what computes otherwise, and how far the logits are from those without."""
+    predicted: dict[str, float] | None = None
+    """Where it was asked for: the share of the dense decode time that the plan should take by the bytes that it moves
+    (`shoal.evaluation.step_time`): `share` where nothing stays in the processor's cache between two runs, and
+    `share_if_cached` where this process has that cache to itself."""
 
     def to_dict(self) -> dict[str, Any]:
         held = {name: found.to_dict() for name, found in self.memory.items()}
-        return {"speed": plain(self.speed.to_dict()), "memory": held}
+        graph = {} if self.graph is None else {"graph": self.graph.to_dict()}
+        predicted = {} if self.predicted is None else {"predicted": self.predicted}
+        return {"speed": plain(self.speed.to_dict()), "memory": held} | graph | predicted
 
 
 def opened(source: Source, **options: Any) -> Loaded:
@@ -174,6 +185,8 @@ def bench(
     plan: Given | None = None,
     weights: Tensors | None = None,
     against: Source | None = None,
+    graphs: Sequence[str] = (),
+    predict: bool = False,
     prompt: int = 512,
     new: int = 32,
     batch: int = 1,
@@ -185,7 +198,9 @@ def bench(
     """Wall clock of prefill and decode, dense and pruned in turn in one run, and the memory of weights and KV.
 
     The pruned side is `plan` run live, or `source` itself `against` a dense model; without both `source` is timed
-    alone. Raises `UsageError` U520 for both.
+    alone. `graphs`: the last side once more with other matrix products (`shoal.graphs.fused`, and what it raises).
+    `predict`: measure this machine's memory, too, and say what the bytes that the plan's decode step moves predict.
+    Raises `UsageError` U520 for both.
     """
     _plan_or_model(plan, against)
     loaded = opened(source, **options)
@@ -199,12 +214,42 @@ def bench(
         variants["dense"] = lambda: nullcontext(loaded.model)
         if plan is not None:
             variants["pruned"] = planned(loaded.model, plan, weights)
+    graph: list[Fused] = []
+    if graphs:
+        last = list(variants)[-1]
+        variants[f"{last} + {' + '.join(graphs)}"] = _graphed(variants[last], graphs, graph)
     timed = speed(variants, prompt=prompt, new=new, batch=batch, pairs=pairs, seed=seed, progress=progress)
     held = {}
     for name, variant in variants.items():
         with variant() as model:
             held[name] = memory(model, prompt=prompt, batch=batch)
-    return Bench(timed, held)
+    share = _predicted(loaded.model, plan, weights, timed) if predict and plan is not None else None
+    return Bench(timed, held, graph[0] if graph else None, share)
+
+
+def _predicted(model: Any, plan: Given, weights: Tensors | None, timed: Speed) -> dict[str, float]:
+    """The share of the dense decode time, by the bytes alone."""
+    spec = open_model(model).spec
+    rates = bandwidth(model.device, model.dtype, max(stack.hidden for stack in spec.stacks))
+    shape = Shape(timed.batch, timed.prompt, timed.prompt + timed.new // 2)
+    chosen, tensors = plan_and_weights(plan, Plan.identity(spec), weights)
+    found = step_time_of(rates, timed.variants[0].decode.median, spec, shape, timed.dtype)
+    shapes = shapes_of(tensors)
+    return {"share": found.without_cache().share(chosen, shapes), "share_if_cached": found.share(chosen, shapes)}
+
+
+def _graphed(
+    variant: Callable[[], AbstractContextManager[Any]], graphs: Sequence[str], told: list[Fused]
+) -> Callable[[], AbstractContextManager[Any]]:
+    """The same variant with `graphs` on its model; what they say goes to `told`."""
+
+    @contextmanager
+    def context() -> Iterator[Any]:
+        with variant() as model, fused(model, *graphs) as handle:
+            told.append(handle)
+            yield model
+
+    return context
 
 
 def _plan_or_model(plan: Given | None, against: Source | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +17,9 @@ from shoal.compressing.cache import cache_to_write
 from shoal.decoding.arguments import sampling, stopping
 from shoal.decoding.decoder import Decoder
 from shoal.decoding.streaming import TextPieces
+from shoal.errors import UsageError
 from shoal.executing.weights import Tensors
+from shoal.graphs import fused
 from shoal.live import Running, running
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
@@ -38,6 +40,8 @@ class Answer:
     """With a policy: how deep each token went and what ran (`shoal.deciding.trace.Trace.to_dict`), and `written`: text,
     layers and confidence of each token that was written (`WrittenToken`)."""
     kv_cache: str | None = None
+    graph: str | None = None
+    """With graphs: what computed otherwise, and how far the logits are from those without (`Fused.describe`)."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,6 +61,7 @@ def generate(
     chat: bool | None = None,
     seed: int = 0,
     fast: bool = False,
+    graphs: Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
     on_token: Callable[[WrittenToken], None] | None = None,
 ) -> Answer:
@@ -64,11 +69,14 @@ def generate(
     given, and under `policy`, as `exit:confidence=0.9` or the policy.json of `shoal calibrate`; `on_text` is called
     with each finished piece of text, with a policy `on_token` with each token and its depth. `loaded`: what
     `shoal.load` gives, or what it takes. `kv_cache`: compress rows of the KV cache, as `minicache:start=16`. `fast`:
-    compile the layers first, and raise what `FastDecoder` raises where that cannot be. Raises D440 without a tokenizer,
+    compile the layers first, and raise what `FastDecoder` raises where that cannot be. `graphs`: other matrix products
+    for the same logits (`shoal.graphs.fused`, and what it raises; U662 beside `fast`). Raises D440 without a tokenizer,
     P130 to P138 for a policy that cannot decide on this model, U605 for one calibrated for another, M379 for a
     generation config by which transformers cannot generate, U660 for a KV cache beside a policy or compiled layers, and
     what `cache_to_write` raises."""
     refuse_beside_kv_cache(kv_cache, policy=policy is not None, fast=fast)
+    if fast and graphs:
+        raise UsageError("compiled layers are fused by the compiler; leave out --fast or --graph", code="U662")
     loaded = opened(loaded)
     require_causal(loaded.model, "generate")
     tokenizer, inputs = tokenizer_of(loaded), encoded(loaded, prompt, chat)
@@ -76,6 +84,7 @@ def generate(
     trace = None
     with ExitStack() as stack:
         handle = stack.enter_context(_ready(loaded.model, plan, weights, policy))
+        graph = stack.enter_context(fused(loaded.model, *graphs)).describe() if graphs else None
         stack.enter_context(evaluating(loaded.model))
         streamer: Any = None if on_text is None else TextPieces(tokenizer, on_text)
         if handle is not None and handle.policy is not None:
@@ -96,7 +105,7 @@ def generate(
             trace = streamer.trace()
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
-    return Answer(prompt, text, len(new), None if plan is None else str(plan), policy, trace, kv_cache)
+    return Answer(prompt, text, len(new), None if plan is None else str(plan), policy, trace, kv_cache, graph)
 
 
 def _ready(

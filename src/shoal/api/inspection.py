@@ -11,6 +11,7 @@ from torch import nn
 from shoal.models import inspect as models_inspect
 from shoal.models.load import Loaded, inspect_source
 from shoal.plan import Given, Plan, Spec, check, cost, given_plan, shapes_of, strip
+from shoal.plan.moved import moved
 from shoal.registry import KINDS, entries
 
 
@@ -26,11 +27,13 @@ def inspect(source: str | Path | nn.Module | Loaded, *, trust_remote_code: bool 
     return inspect_source(source, trust_remote_code=trust_remote_code)
 
 
-def show(plan: Given, spec: Spec | None = None, weights: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def show(
+    plan: Given, spec: Spec | None = None, weights: Mapping[str, Any] | None = None, *, dtype: str = "float32"
+) -> dict[str, Any]:
     """What a plan (also the place of a plan.json, or, with a `spec`, depth notation) does: its notation, hash, base,
     one strip per stack and the layers it drops; with a `spec` also the problems that `check` finds there and, when
-    there are none, the cost beside that of the base model. `weights`: the tensors that the plan names; their shapes are
-    shown and checked."""
+    there are none, the cost beside that of the base model, and the bytes that a decode step moves in `dtype`
+    (`shoal.plan.moved`). `weights`: the tensors that the plan names; their shapes are shown and checked."""
     plan = given_plan(plan, None if spec is None else Plan.identity(spec))
     seen: dict[str, Any] = {
         "plan": str(plan),
@@ -49,6 +52,10 @@ def show(plan: Given, spec: Spec | None = None, weights: Mapping[str, Any] | Non
             seen["cost"] = {
                 "dense": cost(Plan.identity(spec), spec).to_dict(),
                 "plan": cost(plan, spec, weights=shapes).to_dict(),
+            }
+            seen["moved"] = {
+                "dense": moved(Plan.identity(spec), spec, dtype=dtype).to_dict(),
+                "plan": moved(plan, spec, dtype=dtype, weights=shapes).to_dict(),
             }
     return seen
 

@@ -26,6 +26,10 @@ def bench(
         Path | None,
         typer.Option("--prompts", help="With --policy: a prompt in each line, or .jsonl (default: six built in)."),
     ] = None,
+    graph: options.GraphNames = None,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Say beside it what the bytes that the plan moves predict here.")
+    ] = False,
     prompt: Annotated[
         int, typer.Option("--prompt", min=1, help="Tokens of the prompt (random ones, without --policy).")
     ] = 512,
@@ -45,12 +49,16 @@ def bench(
     """Time prefill and decode apart, paired in one run, with the memory that weights and KV hold."""
     if policy is not None:
         unused("a policy is timed on texts, greedily", "prompt", "seed")
+    if plan is None or policy is not None:
+        unused("bytes predict the time of a plan that decides nothing", "predict")
     if dry_run:
         emit_config(as_json=json_)
         return
     from shoal.api.assess import bench as run
 
     if policy is not None or prompts is not None:
+        if graph:
+            raise UsageError("--graph is for plans that decide nothing; leave out --policy", code="U662")
         _with_policy(model, plan, policy, prompts, against, batch, new, pairs, json_, quiet,
                      loading(device, dtype, trust_remote_code, adapter=adapter))  # fmt: skip
         return
@@ -62,6 +70,8 @@ def bench(
             plan=chosen,
             weights=weights,
             against=against,
+            graphs=graph or (),
+            predict=predict,
             prompt=prompt,
             new=new,
             batch=batch,
@@ -141,6 +151,11 @@ def _text(found: Any) -> str:
         )
     work = f"batch {s.batch}, prompt {s.prompt}, {s.new} decoded, {s.pairs} rounds"
     head = f"{s.device}, {s.dtype}, {s.threads} threads, {work}\n"
+    head += "" if found.graph is None else f"{found.graph.describe()}\n"
+    if found.predicted is not None:
+        far, near = found.predicted["share"], found.predicted["share_if_cached"]
+        head += f"by the bytes that it moves the plan should take {far:.3f} of the dense decode time"
+        head += f", {near:.3f} if the processor's cache is all its own\n"
     return head + table(
         rows, ["", "prefill ms", "ms/token", "prefill / dense", "decode / dense", "weights MiB", "KV MiB"]
     )

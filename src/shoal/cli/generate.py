@@ -32,6 +32,7 @@ def generate(
         typer.Option("--speculate", help='Lossless draft: auto, exit:8, skip:"0-11,14-29", lookup (shoal ls drafts).'),
     ] = None,
     draft_length: Annotated[int, typer.Option("--draft-length", min=1, help="Tokens drafted at most.")] = 4,
+    graph: options.GraphNames = None,
     fast: Annotated[bool, typer.Option("--fast", help="Compile the layers first; for many tokens.")] = False,
     seed: options.Seed = 0,
     adapter: options.AdapterFolder = None,
@@ -55,6 +56,8 @@ def generate(
         return
     if fast and (policy, speculate) != (None, None):
         raise UsageError("--fast is for plans that decide nothing; leave out --policy and --speculate", code="U567")
+    if graph and (speculate is not None or policy is not None):
+        raise UsageError("--graph is for plans that decide nothing; leave out --policy and --speculate", code="U662")
     if speculate is not None and policy is not None:
         raise UsageError(
             "--policy changes what the model writes and --speculate must not; give one of them", code="U620"
@@ -88,6 +91,7 @@ def generate(
         chat=chat,
         seed=seed,
         fast=fast,
+        graphs=graph or (),
         on_text=None if json_ or painter else lambda piece: typer.echo(piece, nl=False),
         on_token=painter,
     )
@@ -98,7 +102,9 @@ def generate(
         publish_depth(trace_page, answer.trace, prompt=prompt, policy=str(policy), title=title)
     if painter is not None:
         painter.legend()
-    emit(answer.to_dict(), "" if answer.trace is None else f"\n{_depth(answer.trace)}", as_json=json_)
+    said = [_depth(answer.trace)] if answer.trace is not None else []
+    said += [answer.graph] if answer.graph is not None else []
+    emit(answer.to_dict(), "".join(f"\n{line}" for line in said), as_json=json_)
 
 
 def _depth(trace: dict[str, Any]) -> str:

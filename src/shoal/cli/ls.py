@@ -15,12 +15,12 @@ def ls(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="measures, search, methods, transforms, recipes, terms, learners, policies, exchange, drafts, caches."
+            help="measures, search, methods, transforms, recipes, terms, learners, policies, exchange, drafts, ..."
         ),
     ] = None,
     json_: options.Json = False,
 ) -> None:
-    """List what there is of each kind, from measures to caches, each with one line."""
+    """List what there is of each kind, from measures to graphs, each with one line."""
     from shoal.registry import KINDS, entries
 
     if kind is not None and kind not in KINDS:

@@ -99,6 +99,12 @@ KVCache = Annotated[
     str | None,
     typer.Option("--kv-cache", help="Compress rows of the KV cache: minicache:start=16,keep=0.05 (shoal ls caches)."),
 ]
+GraphNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--graph", help="The same logits by other products: norms, siblings (shoal ls graphs); again for more."
+    ),
+]
 Chat = Annotated[bool | None, typer.Option("--chat/--raw", help="Use the chat template (default: if there is one).")]
 Tasks = Annotated[
     list[str] | None,

@@ -7,12 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli._shared import emit, progress_bars, read_plan, read_weights, table
+from shoal.cli._shared import emit, progress_bars, read_plan, read_weights, table, unused
 
 
 def show(
     plan: Annotated[str, typer.Argument(help="A plan.json, a written folder, or depth notation with --model.")],
     model: Annotated[str | None, typer.Option("--model", help="The base model; then the cost is shown too.")] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="In which dtype the bytes of a decode step are counted.")
+    ] = "float32",
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -30,8 +33,10 @@ def show(
 
         with progress_bars(quiet):
             spec = inspect_source(model, trust_remote_code=trust_remote_code)
+    else:
+        unused("nothing is counted without --model", "dtype")
     chosen = load_plan(plan) if spec is None else read_plan(plan, spec, model or "", legal=False)
-    seen = facts_of(chosen, spec, read_weights(plan))
+    seen = facts_of(chosen, spec, read_weights(plan), dtype=dtype)
     text, known = _text(seen), lineage_of_folder(plan)
     if known is not None:
         seen |= {"lineage": known.to_dict()}
@@ -47,5 +52,8 @@ def _text(seen: dict[str, Any]) -> str:
     if "cost" in seen:
         before, after = seen["cost"]["dense"], seen["cost"]["plan"]
         names = ("params", "written_params", "prefill_flops", "decode_flops", "kv_per_token")
-        lines.append(table([[name, before[name], after[name]] for name in names], ["", "dense", "plan"]))
+        rows = [[name, before[name], after[name]] for name in names]
+        moved = seen["moved"]
+        rows.append([f"decode_bytes ({moved['plan']['dtype']})", moved["dense"]["total"], moved["plan"]["total"]])
+        lines.append(table(rows, ["", "dense", "plan"]))
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.errors import PlanError
+from shoal.errors import PlanError, UsageError
 from shoal.executing.asked import stand_ins, warn_saving
 from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
@@ -29,6 +29,8 @@ from shoal.plan.tensors import shapes_of
 
 BETWEEN = "its attention to the encoder stands between attention and mlp"
 """Why a decoder's layer beside an encoder has no parts."""
+_GRAPHS = "_shoal_graphs"
+"""Where a model keeps the names of the graphs that are on it."""
 MakeExecutor = Callable[[LayerProxyList, Stack, tuple[Step, ...]], Executor]
 """From the list that stands in for a stack's layers, the stack and its steps to what runs them."""
 
@@ -156,6 +158,7 @@ def bind(
     (P1xx) when the plan is not legal here, see `shoal.live.apply`.
     """
     opened = open_model(model)
+    refuse_graphs(opened)
     if not isinstance(plan, Plan):
         identity = Plan.identity(opened.spec)
         plan, weights = (identity, weights) if plan is None else plan_and_weights(plan, identity, weights)
@@ -183,6 +186,29 @@ def refuse_second_plan(opened: OpenedModel) -> None:
     """Raise P122 when a plan is running on the model."""
     if any(isinstance(stack.layers, LayerProxyList) for stack in opened.stacks):
         raise PlanError("another plan is running on this model; restore it first", code="P122")
+
+
+@contextmanager
+def with_graph(model: nn.Module, name: str) -> Iterator[None]:
+    """Meanwhile the graph `name` (`shoal.graphs`) is on the model, and no plan is put on it."""
+    names: list[str] = model.__dict__.setdefault(_GRAPHS, [])
+    names.append(name)
+    try:
+        yield
+    finally:
+        names.remove(name)
+        if not names:
+            del model.__dict__[_GRAPHS]
+
+
+def refuse_graphs(opened: OpenedModel) -> None:
+    """Raise U662 when a graph is on the model: matrices that it changed are no longer those of the base, beside which a
+    plan's own tensors stand."""
+    if names := opened.model.__dict__.get(_GRAPHS):
+        raise UsageError(
+            f"--graph {', '.join(names)} is on this model already; put the plan on first and the graph behind it",
+            code="U662",
+        )
 
 
 def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
