@@ -125,25 +125,16 @@ class Entry:
         """Import the function."""
         return getattr(importlib.import_module(self.module), self.attribute)
 
-    @property
-    def reads_data(self) -> bool:
-        """False for a method whose file says `READS_DATA = False`."""
-        return bool(getattr(importlib.import_module(self.module), "READS_DATA", True))
+    def says(self, name: Literal["READS_DATA", "NEEDS_PLAN", "SEARCHES", "REMOVES"]) -> bool:
+        """What its file says of it. READS_DATA (without a word True): a method looks at text. NEEDS_PLAN (True): a
+        transform stands in for what a plan removes. SEARCHES (False): a method evaluates many plans and takes its time.
+        REMOVES (True): a method or search removes something, and takes an amount."""
+        return bool(getattr(importlib.import_module(self.module), name, name != "SEARCHES"))
 
-    @property
-    def needs_plan(self) -> bool:
-        """False for a transform whose file says `NEEDS_PLAN = False`: it stands in for nothing that a plan removes."""
-        return bool(getattr(importlib.import_module(self.module), "NEEDS_PLAN", True))
-
-    @property
-    def searches(self) -> bool:
-        """True for a method whose file says `SEARCHES = True`: it evaluates many plans, and takes its time."""
-        return bool(getattr(importlib.import_module(self.module), "SEARCHES", False))
-
-    @property
-    def removes(self) -> bool:
-        """False for a method whose file says `REMOVES = False`: it makes the model deeper and takes no amount."""
-        return bool(getattr(importlib.import_module(self.module), "REMOVES", True))
+    reads_data = property(lambda self: self.says("READS_DATA"))
+    needs_plan = property(lambda self: self.says("NEEDS_PLAN"))
+    searches = property(lambda self: self.says("SEARCHES"))
+    removes = property(lambda self: self.says("REMOVES"))
 
     @property
     def examples(self) -> Any:

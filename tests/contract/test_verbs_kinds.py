@@ -61,7 +61,10 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "prune rys": {"M323": NO_TEXT, "M322": ("bert", "t5", "clip")},
     "fuse grow": {"M323": (*NO_TEXT, "clip"), "U664": ("mamba2", "bert", "t5"), "W206": ("jamba",)},
-    **{key: {"M322": OTHERS} for key in ("compare", "evaluate", "evaluate --plan", "bench", "generate", "serve")},
+    **{
+        key: {"M322": OTHERS}
+        for key in ("compare", "evaluate", "evaluate --plan", "bench", "bench --graph", "generate", "serve")
+    },
     **{key: {"M322": OTHERS, "P161": RECURRENT} for key in ("generate --kv-cache", "evaluate --kv-cache")},
     **{key: {"M322": OTHERS, "U611": RECURRENT} for key in ("generate --speculate", "tune-draft")},
     **{key: {"M322": OTHERS, "P131": RECURRENT} for key in ("generate --policy", "fit-exits", "calibrate")},

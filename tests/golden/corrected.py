@@ -12,6 +12,9 @@ CORRECTED: dict[str, dict[str, dict[str, str]]] = {
             "method fusegpt": "influence is measured anew after every fusion",
             "method hsd": "the order of the policy by-position",
         },
+        "plans": {
+            "own-tensors": "params counts no tensor of the base that new ones stand in for where nobody else reads it",
+        },
         "policies": {
             "ffn-skip:cold_first=1,cold_last=0,threshold=0.5": "the cosine is that of the mlp's own input and output",
         },

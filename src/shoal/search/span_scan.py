@@ -13,6 +13,8 @@ from shoal.search._candidates import best, judge, no_value, value_of
 if TYPE_CHECKING:
     from shoal.evaluation import Progress
 
+REMOVES = False
+
 
 def span_scan(
     plan: Plan,
