@@ -37,6 +37,7 @@ from .method_tasks import TASK, random_task, task_of
 from .planted import PLANTED, planted, random_data
 from .shares import every
 from .test_api import model_folder
+from .test_matrix import NO_SDPA
 from .test_tasks import Letters
 from .transform_jobs import do, job, logits
 
@@ -156,7 +157,7 @@ LIVE_ONLY = {"jamba": "W206"}
 
 @pytest.mark.parametrize("family", every(4, FAMILIES))
 def test_a_model_that_was_grown_by_silent_copies_gives_the_same_logits(family: str) -> None:
-    model = tiny(family, "eager" if family == "mamba2" else "sdpa")
+    model = tiny(family, "eager" if family in NO_SDPA else "sdpa")
     if family in REFUSED:
         with pytest.raises(ShoalError, match=REFUSED[family]):
             do("grow", job(model, []), every=1)

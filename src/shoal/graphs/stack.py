@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from shoal.decoding.fast_layers import RowCache
 from shoal.errors import UsageError
-from shoal.executing.calls import cache_of, hidden_of, with_argument, with_hidden
+from shoal.executing.calls import Place, cache_of, hidden_of, with_argument, with_hidden
 from shoal.executing.layer_list import LayerProxyList
 from shoal.graphs._graph import Graph, require_plain, swap
 from shoal.models.describe import layer_kinds
@@ -131,7 +131,8 @@ class _Scan:
             return hidden_of(call)
         if cache is None:
             return self._turn(lambda state, xs: (self._body(call, state, xs[0], None)[0], _nothing(state)), call, ())[0]
-        place = next(name for name, value in kwargs.items() if value is cache)
+        given: list[tuple[Place, Any]] = [*kwargs.items(), *enumerate(args)]  # GPT-2 gives its cache second
+        place = next(name for name, value in given if value is cache)
         past = () if not cache.get_seq_length() else (_stacked(cache, "keys"), _stacked(cache, "values"))
 
         def body(state: torch.Tensor, xs: Any) -> tuple[torch.Tensor, KeysValues]:
@@ -146,7 +147,7 @@ class _Scan:
         return out
 
     def _body(
-        self, call: Any, state: torch.Tensor, weights: dict[str, torch.Tensor], cache: tuple[str, Any] | None
+        self, call: Any, state: torch.Tensor, weights: dict[str, torch.Tensor], cache: tuple[Place, Any] | None
     ) -> tuple[torch.Tensor, None]:
         """The first layer with the weights of another one."""
         args, kwargs = with_hidden(call, state) if cache is None else with_argument(with_hidden(call, state), *cache)
