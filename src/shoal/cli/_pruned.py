@@ -17,7 +17,7 @@ def pruned_text(pruned: Any, written: Any) -> str:
     for name, _ in pruned.plan.stacks:
         lines.append(f"{name}: {strip(pruned.plan, name)}   dropped {list(pruned.plan.dropped(name))}")
     rows = [
-        ["parameters", before.params, after.written_params],
+        ["parameters", before.params, after.written_params if written is None else written.params],
         ["KV elements per token", before.kv_per_token, after.kv_per_token],
         ["prefill FLOPs", before.prefill_flops, after.prefill_flops],
     ]
