@@ -15,6 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import shoal.auto
+from shoal.api.bench_policy import bench_policy
+from shoal.api.calibrate import calibrate
+from shoal.api.compare import compare
+from shoal.api.fit_exits import fit_exits
+from shoal.api.heal import heal
+from shoal.api.measuring import measure
+from shoal.api.prune import prune
+from shoal.api.redundancy import redundancy
 from shoal.errors import ModelError, PlanError, ShoalError, WriteError
 from shoal.live import running
 from shoal.models.load import Loaded, load
@@ -191,6 +199,29 @@ def test_shards_and_the_command_line(tmp_path: Path) -> None:
         assert "U525" in command("write", *words, "--overwrite", *option, code=1)
     with pytest.raises(PlanError, match="P122"), running(loaded.model, "0-3"):
         pass
+
+
+VERBS = ("measure", "prune", "heal", "compare", "calibrate", "fit_exits", "bench_policy", "redundancy")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_plans_measures_or_trains_wants_the_base(verb: str, tmp_path: Path) -> None:
+    """From Python too, and before anything is asked of the text."""
+    written("llama", "0-1,2=1,3", tmp_path / "one")
+    loaded = load(tmp_path / "one")
+    calls: dict[str, Any] = {
+        "measure": lambda: measure(loaded, "block-influence"),
+        "prune": lambda: prune(loaded, drop=1),
+        "heal": lambda: heal(loaded, "0-2", tokens=64),
+        "compare": lambda: compare(loaded, tmp_path / "c", methods=["shortgpt"]),
+        "calibrate": lambda: calibrate(loaded),
+        "fit_exits": lambda: fit_exits(loaded),
+        "bench_policy": lambda: bench_policy(loaded, "exit:after=1"),
+        "redundancy": lambda: redundancy(loaded),
+    }
+    with pytest.raises(ModelError, match="is a planned checkpoint") as caught:
+        calls[verb]()
+    assert caught.value.code == "M382"
 
 
 def test_what_no_planned_checkpoint_holds_is_refused(tmp_path: Path) -> None:

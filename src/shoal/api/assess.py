@@ -34,10 +34,12 @@ from shoal.evaluation.tasks import TaskScore
 from shoal.executing.weights import Tensors, plan_and_weights
 from shoal.graphs import Fused, fused
 from shoal.live import running
+from shoal.models.folder_kinds import planned_refusal
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded, load
 from shoal.models.opened import open_model
 from shoal.plan import Given, Plan, Shape, shapes_of
+from shoal.planned import handle_of
 from shoal.record import plain
 
 Source = str | Path | nn.Module | Loaded
@@ -90,6 +92,14 @@ class Bench:
 def opened(source: Source, **options: Any) -> Loaded:
     """`source` itself when it is loaded already."""
     return source if isinstance(source, Loaded) else load(source, **options)
+
+
+def opened_base(source: Source, **options: Any) -> Loaded:
+    """The same for what plans, measures or trains. Raises M382 for a planned checkpoint, whose plan is always on."""
+    loaded = opened(source, **options)
+    if handle_of(loaded.model) is not None:
+        raise planned_refusal(loaded.source)
+    return loaded
 
 
 def tokenizer_of(loaded: Loaded) -> Any:

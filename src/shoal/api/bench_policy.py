@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shoal.api.assess import Source, opened, planned
+from shoal.api.assess import Source, opened_base, planned
 from shoal.api.prompts import encoded, texts_of
 from shoal.deciding.gating import ungated
 from shoal.decoding.arguments import timed
@@ -86,7 +86,7 @@ def bench_policy(
     """
     if new < 2 or pairs < 1:
         raise UsageError(f"{new} new tokens in {pairs} rounds leave nothing to time; use 2 and 1 or more", code="U514")
-    loaded = opened(source, **options)
+    loaded = opened_base(source, **options)
     model = loaded.model
     require_causal(model, "bench")
     base = Plan.identity(open_model(model).spec)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shoal._version import __version__
-from shoal.api.assess import Source, opened, text_of
+from shoal.api.assess import Source, opened_base, text_of
 from shoal.api.exit_options import Exits, exit_options, held_to
 from shoal.api.exit_table import finite, notes, row
 from shoal.api.risk_control import ControlledRisk, Settings, control_risk
@@ -107,7 +107,7 @@ def calibrate(
     require_length(length, prompt)
     for target in wanted:
         require_sequences(limit - limit // 2, target.limit, delta if guarantee == "fixed-sequence" else None)
-    loaded = opened(source, **options)
+    loaded = opened_base(source, **options)
     require_causal(loaded.model, "calibrate")
     spec = loaded.opened.spec
     identity = Plan.identity(spec)

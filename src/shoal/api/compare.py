@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal._version import __version__
-from shoal.api.assess import opened
+from shoal.api.assess import opened_base
 from shoal.api.comparison_file import ComparisonFile
 from shoal.api.distribute import distribute
 from shoal.api.harness import DENSE, Harness
@@ -72,7 +72,7 @@ def compare(
     if protocol.heal is not None:
         require_one_process("a comparison with healing")
     asked = cells(methods, budgets, seeds)
-    loaded = opened(source, **options)
+    loaded = opened_base(source, **options)
     require_causal(loaded.model, "compare")
     harness = Harness.of(loaded, protocol, place)
     for budget in dict.fromkeys(cell.budget for cell in asked):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import mannwhitneyu
 
-from shoal.api.assess import Source, opened, text_of
+from shoal.api.assess import Source, opened_base, text_of
 from shoal.api.exit_options import exit_options
 from shoal.data import Data
 from shoal.deciding.gating import exits_of, ungated
@@ -86,7 +86,7 @@ def fit_exits(
         raise UsageError(
             f"{limit} sequences leave none to judge by; give --limit 2, and better 200, or more", code="U625"
         )
-    loaded = opened(source, **options)
+    loaded = opened_base(source, **options)
     require_causal(loaded.model, "fit-exits")
     spec = loaded.opened.spec
     base, weights = plan_and_weights(Plan.identity(spec) if plan is None else plan, Plan.identity(spec), weights)

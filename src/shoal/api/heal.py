@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shoal.api.assess import Source, _one_vocabulary, opened, text_of
+from shoal.api.assess import Source, _one_vocabulary, opened, opened_base, text_of
 from shoal.api.heal_stages import HealRun, run_recipe
 from shoal.api.judged import HELD, WATCHED, WATCHED_WINDOWS, Judged, judged
 from shoal.data import Data
@@ -139,7 +139,7 @@ def heal(
         say, progress = _silent, None
     named, stages = recipe_of(recipe, settings, terms, learn)
     amount = amount_of(tokens, minutes)
-    loaded = opened(source, **options)
+    loaded = opened_base(source, **options)
     _require_bare(loaded)
     require_text(loaded.model, "healing")
     base = Plan.identity(loaded.opened.spec, source=loaded.source)

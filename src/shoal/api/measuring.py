@@ -8,7 +8,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from shoal.api.assess import Source, is_given, opened, text_of
+from shoal.api.assess import Source, is_given, opened_base, text_of
 from shoal.data.spelled import TextSource
 from shoal.errors import UsageError, tell_unused
 from shoal.evaluation import Progress, RankAgreement, SubsampleAgreement, agreement_table, enough
@@ -50,7 +50,7 @@ def measure(
     (`shoal.user_files`), which the scores' `detail` then names.
     """
     entry, own = chosen("measures", name, settings)
-    loaded, function = opened(source, **options), entry.load()
+    loaded, function = opened_base(source, **options), entry.load()
     text = None
     if is_given(data) and not reads_text(name):
         tell_unused(f"data={data!s:.60}", f"the measure {entry.name} reads no text")
@@ -106,7 +106,7 @@ def measure_several(
     `shoal.measure`. Raises what `shoal.measure` raises, U501 and U502 before the model is loaded.
     """
     asked = _asked(names, settings or {})
-    loaded = opened(source, **(load or {}))
+    loaded = opened_base(source, **(load or {}))
     named = all(isinstance(text, str | TextSource) for text in data)
     texts = list(dict.fromkeys(data)) if named else list(data)
     scores: dict[str, Scores] = {}

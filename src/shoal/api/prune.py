@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
-from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, is_given, opened, text_of
+from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, is_given, opened_base, text_of
 from shoal.api.budget import COUNTED, amount_of, measured_budget, parse_budget, priced, refuse_amount
 from shoal.api.journal import journaled, kept
 from shoal.api.legal_plans import legal_plans, require_writable
@@ -132,7 +132,7 @@ def prune(
     entry, own = _asked(method, settings, drop, keep, budget)
     after = parse_then(then)
     _tell_unread(entry, data, planned=plan is not None, fitted=bool(after))
-    loaded = opened(source, **options)
+    loaded = opened_base(source, **options)
     spec = loaded.opened.spec
     identity = Plan.identity(spec, source=loaded.source)
     text, most = None, None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal._version import __version__
-from shoal.api.assess import Source, opened, text_of
+from shoal.api.assess import Source, opened_base, text_of
 from shoal.atomic import write_atomically
 from shoal.data import Data
 from shoal.errors import UsageError
@@ -95,7 +95,7 @@ def redundancy(
     `shoal.load`. Raises `DataError` for text that cannot be used, U507 while a plan is running, M323 for a stack that
     reads no text.
     """
-    loaded = opened(source, **options)
+    loaded = opened_base(source, **options)
     require_text(loaded.model, "the comparison of layers")
     text = text_of(loaded, data, split=split, length=length, limit=limit, bos=bos)
     asked: dict[str, Any] = {"pairs": "all", "stack": stack, "batch": batch, "progress": progress}

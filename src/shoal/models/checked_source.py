@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from shoal.errors import ModelError, first_line, note
 from shoal.models import gguf
 from shoal.models.depth import depth_of
-from shoal.models.folder_kinds import is_planned, refuse_other_kind_of_hub
+from shoal.models.folder_kinds import is_planned, planned_refusal, refuse_other_kind_of_hub
 from shoal.models.hub import fetched
 from shoal.models.matching_tensors import ShapesOrNames, require_matching_tensors
 from shoal.models.meta import meta_model
@@ -134,11 +134,7 @@ def load_config(
 
 def _config_of(place: Path | str, source: str, trust_remote_code: bool, revision: str | None) -> PreTrainedConfig:
     if isinstance(place, Path) and is_planned(place):
-        raise ModelError(
-            f"{source} is a planned checkpoint, which runs as it is (generate, evaluate, bench, serve; in Python "
-            "shoal.load); give its base for anything else",
-            code="M382",
-        )
+        raise planned_refusal(source)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
         text = config.get_text_config(decoder=True)

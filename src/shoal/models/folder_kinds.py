@@ -43,6 +43,15 @@ def is_planned(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == PLANNED
 
 
+def planned_refusal(source: str) -> ModelError:
+    """What is said where a planned checkpoint is given and a base is wanted."""
+    return ModelError(
+        f"{source} is a planned checkpoint, which runs as it is (generate, evaluate, bench, serve; in Python "
+        "shoal.load); give its base for anything else",
+        code="M382",
+    )
+
+
 def refuse_adapter(folder: Path) -> None:
     """Raise M370 for a folder with an adapter, beside a model or not: transformers would load the adapter's own base
     and put the adapter on it, whatever else the folder holds."""
