@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from shoal.errors import ModelError, WriteError
+from shoal.errors import ModelError, WriteError, first_line
 from shoal.executing.read_tensors import tensors_read
 from shoal.executing.weights import Tensors, used_by
 from shoal.live import Running, apply
@@ -50,17 +50,19 @@ class ShoalConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def base_config(self) -> PreTrainedConfig:
-        """The base's config, of its own class. Raises M383 where this transformers does not know it."""
-        fields = dict(self.base)
+        """The base's config, of its own class. Raises M383 where this transformers makes no causal language model of
+        it."""
+        fields = dict(self.base) if isinstance(self.base, dict) else {}
         kind = str(fields.pop("model_type", ""))
         try:
             found: PreTrainedConfig = AutoConfig.for_model(kind, **fields)
-        except ValueError as error:
+            _class_of(found)
+        except Exception as error:  # odd numbers in a config raise whatever its class raises
             raise ModelError(
-                f"this planned checkpoint has a base of the type {kind!r:.60}, which this transformers does not know; "
-                "install a newer one",
+                f"of the base of this checkpoint (type {kind!r:.60}) transformers makes no causal language model "
+                f"({first_line(error)}); install a newer one, or write the checkpoint anew",
                 code="M383",
-            ) from error
+            ) from None
         return found
 
 
@@ -173,7 +175,7 @@ def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None
     plan = plan_from_json(json.dumps(config.plan))
     tensors = dict(_tensors(folder))
     wanted = config.dtype if dtype in (None, "auto") else dtype
-    kind = AutoModelForCausalLM._model_mapping[type(base)]
+    kind = _class_of(base)
     how = {} if attention is None else {"attn_implementation": attention}
     blanks = {name: _blank(t) for name, t in meta_model(base).state_dict().items()}
     model: PreTrainedModel = kind.from_pretrained(None, config=base, state_dict=blanks, dtype=wanted, **how)
@@ -193,6 +195,11 @@ def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None
     model.__dict__[_KEY] = handle
     _empty(opened, tensors_read(opened, plan, new))
     return model
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    """The class of the causal language model of a config."""
+    return AutoModelForCausalLM._model_mapping[type(config)]
 
 
 @cache

@@ -239,9 +239,16 @@ def test_what_no_planned_checkpoint_holds_is_refused(tmp_path: Path) -> None:
     assert several.value.code == "M384"
     file = tmp_path / "three" / "config.json"
     config = json.loads(file.read_text())
-    config["base"]["model_type"] = "unheard-of"
-    file.write_text(json.dumps(config))
-    with pytest.raises(ModelError) as unknown:
-        load(tmp_path / "three")
-    assert unknown.value.code == "M383"
+    good = config["base"]
+    for base in (
+        {**good, "model_type": "unheard-of"},
+        {**good, "model_type": "vit"},
+        {**good, "hidden_size": "x"},
+        [3],
+        {},
+    ):
+        file.write_text(json.dumps(config | {"base": base}))
+        with pytest.raises(ModelError) as unknown:
+            load(tmp_path / "three")
+        assert unknown.value.code == "M383"
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()

@@ -84,6 +84,7 @@ NOT_RUN = {
     r"pip install\b": "installs packages",
     r"torchrun\b": "starts processes; tests/contract/test_spread_healing.py runs one",
     r"shoal prune .*--ray\b": "starts a Ray cluster, or needs one; tests/contract/test_distributed.py",
+    r"shoal prune .*--method auto .*--heal\b": "trains for a quarter of an hour; test_heal prunes and heals",
     r"(PYTHONPATH=tests )?(\.venv/bin/)?python -m (pytest|tests)\b": "is the test suite itself",
     r"python -m benchmarks\.|python benchmarks/": "takes minutes; tests/contract/test_benchmarks.py tries them",
 }
