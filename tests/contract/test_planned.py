@@ -192,7 +192,7 @@ def test_shards_and_the_command_line(tmp_path: Path) -> None:
     assert handle is not None and str(handle.bound.plan) == "0-1,2-3=0-1"
     assert "import shoal.auto" in (out / "README.md").read_text()
     assert shoal.auto.ShoalConfig.model_type == "shoal"
-    for words_of in (["inspect"], ["show", "0-2", "--model"]):
+    for words_of in (["inspect"], ["show", "0-2", "--model"], ["doctor"]):
         text = command(*words_of, str(out), code=1)
         assert "M382" in text and "planned checkpoint" in text
     for option in (["--zero-parts"], ["--stream"]):

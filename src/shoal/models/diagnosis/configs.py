@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from shoal.errors import ModelError
 from shoal.models.compat import decoded
 from shoal.models.depth import DECODER_DEPTHS, INDEX_LISTS, PER_LAYER, RULES, Rule
+from shoal.models.folder_kinds import PLANNED, planned_refusal
 from shoal.models.load import structure
 
 Fields = dict[str, Any]
@@ -18,8 +19,11 @@ _TEXT = ("text_config", "decoder", "generator")
 
 
 def made(raw: Fields, source: str) -> PreTrainedConfig:
-    """The config object of `raw`. Raises `ModelError` M312 for code of its own, M330 for what its class refuses."""
+    """The config object of `raw`. Raises `ModelError` M312 for code of its own, M330 for what its class refuses, M382
+    for a planned checkpoint."""
     kind = raw.get("model_type")
+    if kind == PLANNED:
+        raise planned_refusal(source)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if isinstance(raw.get("auto_map"), dict):
             raise ModelError(
