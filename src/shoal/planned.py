@@ -9,13 +9,11 @@ checkpoints, and there is no modeling code.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import safe_open
@@ -29,7 +27,7 @@ from shoal.live import Running, apply
 from shoal.models.checkpoint import tensor_headers
 from shoal.models.folder_kinds import PLANNED
 from shoal.models.lists import BESIDE
-from shoal.models.meta import meta_model
+from shoal.models.meta import blank, meta_model
 from shoal.models.opened import OpenedModel, open_model
 from shoal.plan import Plan, plan_from_json, plan_to_json
 
@@ -127,8 +125,9 @@ def checkpoint_tensors(opened: OpenedModel, plan: Plan, weights: Tensors) -> dic
     """Every tensor of the planned checkpoint by its name in the file: the base's by their names in its state dict, new
     ones as shoal.ID.NAME. A tensor of the base that has several names is there under the first."""
     state, seen = opened.model.state_dict(), set[tuple[int, int]]()
+    read = tensors_read(opened, plan, weights)
     found: dict[str, torch.Tensor] = {}
-    for name in (name for name in state if name in tensors_read(opened, plan, weights)):
+    for name in (name for name in state if name in read):
         storage = (state[name].data_ptr(), state[name].numel())
         if storage not in seen or not state[name].numel():
             found[name] = state[name]
@@ -177,9 +176,9 @@ def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None
     wanted = config.dtype if dtype in (None, "auto") else dtype
     kind = _class_of(base)
     how = {} if attention is None else {"attn_implementation": attention}
-    blanks = {name: _blank(t) for name, t in meta_model(base).state_dict().items()}
+    blanks = {name: blank(t) for name, t in meta_model(base).state_dict().items()}
     model: PreTrainedModel = kind.from_pretrained(None, config=base, state_dict=blanks, dtype=wanted, **how)
-    model.load_state_dict(_cast(tensors, model), assign=True, strict=False)
+    model.load_state_dict(_cast(folder, tensors, model), assign=True, strict=False)
     model.tie_weights(recompute_mapping=False)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -239,9 +238,13 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, stored.get_tensor(name)
 
 
-def _cast(tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Those of the base, in the dtypes in which the model has them."""
+def _cast(folder: Path, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Those of the base, in the dtypes in which the model has them. Raises M310 for another shape."""
     there = model.state_dict()
+    for name, tensor in tensors.items():
+        if name in there and there[name].shape != tensor.shape:
+            shapes = f"{list(tensor.shape)} instead of {list(there[name].shape)}"
+            raise ModelError(f"the planned checkpoint {folder} holds {name} as {shapes}; write it anew", code="M310")
     return {name: t.to(there[name].dtype) for name, t in tensors.items() if name in there}
 
 
@@ -261,17 +264,10 @@ def _require_all(
 
 def _empty(opened: OpenedModel, read: frozenset[str]) -> None:
     """Take the memory of what no run reads: zeros that stood in for what the file does not hold."""
+    saved = opened.model.state_dict().keys()
     for name, tensor in [*opened.model.named_parameters(), *opened.model.named_buffers()]:
-        if name not in read and name in opened.model.state_dict() and not name.startswith(f"{BESIDE}."):
+        if name not in read and name in saved and not name.startswith(f"{BESIDE}."):
             tensor.data = tensor.data.new_empty((0, *tensor.shape[1:]))  # a matrix stays one, which ties ask
-
-
-def _blank(tensor: torch.Tensor) -> torch.Tensor:
-    """Zeros on the CPU; the system gives them no page of memory before somebody writes to it."""
-    if not tensor.numel():  # an empty array has no stride by which its bytes could be seen as numbers
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    size = math.prod(tensor.shape) * tensor.element_size()
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
 def require_plannable(model: PreTrainedModel, plan: Plan) -> None:

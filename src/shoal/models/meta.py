@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -25,3 +27,12 @@ def meta_model(
             config, experts_implementation="batched_mm", trust_remote_code=trust_remote_code, **kind
         )
         return made.eval()
+
+
+def blank(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros of the shape and dtype of `tensor` on the CPU, to which the system gives no page of memory before somebody
+    writes there."""
+    if not tensor.numel():  # an empty array has no stride by which its bytes could be seen as numbers
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    size = math.prod(tensor.shape) * tensor.element_size()
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(tensor.dtype).view(tensor.shape)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
+from shoal.models.meta import blank
 
 
 def assembled(like: PreTrainedModel, config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -18,7 +16,7 @@ def assembled(like: PreTrainedModel, config: PreTrainedConfig, tensors: dict[str
     weights are the base model's. So it is loaded with zeros, which take no memory, and given `tensors` afterwards.
     Saved, it uses the names of tensors that `like` was loaded with. Raises W213 when names or shapes do not fit.
     """
-    blanks = {name: _blank(tensor) for name, tensor in tensors.items()}
+    blanks = {name: blank(tensor) for name, tensor in tensors.items()}
     made, info = type(like).from_pretrained(
         None, config=config, state_dict=blanks, output_loading_info=True, dtype=like.dtype
     )
@@ -43,11 +41,3 @@ def _name_as(like: PreTrainedModel, made: PreTrainedModel) -> None:
         made._weight_conversions = known
     elif hasattr(made, "_weight_conversions"):
         del made._weight_conversions
-
-
-def _blank(tensor: torch.Tensor) -> torch.Tensor:
-    """Zeros on the CPU; the system gives them no page of memory before somebody writes to it."""
-    if not tensor.numel():  # an empty array has no stride by which its bytes could be seen as numbers
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    size = math.prod(tensor.shape) * tensor.element_size()
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(tensor.dtype).view(tensor.shape)

@@ -124,12 +124,12 @@ def write(
     note = config_note(inner.config, plan, plans)
     left_out = left_out_of(loaded.folder, inner)
     with disk_errors(final), staged(final) as staging:
-        _tell(progress, "writing")
+        tell_stage(progress, "writing")
         params = _fill(staging, loaded, plans, note, limit, weights)
         write_text(staging / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
             write_text(staging / "shoal" / "config.yaml", config)
-        _tell(progress, "proving")
+        tell_stage(progress, "proving")
         proof = _proved(staging, loaded, plans, weights) if prove else Proof(False, (), against="nothing")
         if beside is not None and made is not None:
             write_adapter(staging / PLACE, made, beside)
@@ -152,14 +152,15 @@ def write(
         write_text(staging / "README.md", text)
         if page is not None:
             write_text(staging / "report.html", page if isinstance(page, str) else page(proof))
-        _tell(progress, "publishing")
+        tell_stage(progress, "publishing")
         size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
         publish(staging, final, overwrite=overwrite)
-    _tell(progress, "written")
+    tell_stage(progress, "written")
     return Written(final, proof, plans.changed, params, size, left_out)
 
 
-def _tell(progress: Progress | None, stage: str) -> None:
+def tell_stage(progress: Progress | None, stage: str) -> None:
+    """Say which of the stages of a write begins: writing, proving, publishing, written."""
     if progress is not None:
         progress(_STAGES.index(stage), len(_STAGES) - 1, "write and prove")
 

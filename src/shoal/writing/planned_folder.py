@@ -26,7 +26,7 @@ from shoal.planned import NEW, checkpoint_tensors, require_plannable, save_check
 from shoal.writing import proof_child as measure
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import parse_size
-from shoal.writing.folder import Page, Written
+from shoal.writing.folder import Page, Written, tell_stage
 from shoal.writing.lineage import record_lines
 from shoal.writing.output import (
     disk_errors,
@@ -42,8 +42,6 @@ from shoal.writing.proof import FILE, Proof, prove_many
 from shoal.writing.reference import Expected, Reference, live_side, load_settings, quiet
 from shoal.writing.side_files import copy_side_files
 from shoal.writing.surgery import require_writable
-
-_STAGES = ("writing", "proving", "publishing", "written")
 
 
 def write_planned(
@@ -94,12 +92,12 @@ def write_planned(
     require_space(final, sum(tensor.nbytes for tensor in held.values()))
     lines = record_lines(loaded.folder, records)
     with disk_errors(final), staged(final) as staging:
-        _tell(progress, "writing")
+        tell_stage(progress, "writing")
         _fill(staging, loaded, opened, plan, tensors, limit)
         write_text(staging / "shoal" / "records.jsonl", "".join(f"{line}\n" for line in lines))
         if config is not None:
             write_text(staging / "shoal" / "config.yaml", config)
-        _tell(progress, "proving")
+        tell_stage(progress, "proving")
         proof = _proved(staging, loaded, opened, plan, tensors) if prove else Proof(False, (), against="nothing")
         if prove:
             write_text(staging / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
@@ -110,16 +108,11 @@ def write_planned(
         write_text(staging / "README.md", text)
         if page is not None:
             write_text(staging / "report.html", page if isinstance(page, str) else page(proof))
-        _tell(progress, "publishing")
+        tell_stage(progress, "publishing")
         size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
         publish(staging, final, overwrite=overwrite)
-    _tell(progress, "written")
+    tell_stage(progress, "written")
     return Written(final, proof, {}, _parameters(inner, held), size)
-
-
-def _tell(progress: Progress | None, stage: str) -> None:
-    if progress is not None:
-        progress(_STAGES.index(stage), len(_STAGES) - 1, "write and prove")
 
 
 def _fill(staging: Path, loaded: Loaded, opened: OpenedModel, plan: Plan, weights: Tensors, limit: int) -> None:
