@@ -21,7 +21,7 @@ from shoal.plan import Spec
 
 from .families import DEPTH, FAMILIES, VOCAB, tiny
 from .paged import paged_logits
-from .references import by_hand, shared_kv, silenced, tied
+from .references import by_hand, shared_kv, silenced, tied, with_map_of
 
 PLANS = {
     "identity": "0-3",
@@ -35,7 +35,8 @@ PLANS = {
     "map": "0-1,~2,3",
     "tie": "0-1,2=1,3",
 }
-KINDS = (*PLANS, "KV source")
+SHARED = {"KV source": "@", "keys alone": "@k", "values alone": "@v", "attention map": "@a"}
+KINDS = (*PLANS, *SHARED)
 ATTENTIONS = ("sdpa", "eager")
 CACHES = ("dynamic", "static", "paged")
 BATCHES = ("one", "left-padded")
@@ -103,13 +104,13 @@ def _judge(kind: str, expected: torch.Tensor, whole: torch.Tensor, steps: torch.
 
 def plan_text(kind: str, spec: Spec) -> str:
     """The plan of one kind for a model of 4 layers."""
-    if kind == "KV source":
-        source, reader = _kv_pair(spec)
-        return ",".join(f"{i}@{source}" if i == reader else str(i) for i in range(DEPTH))
+    if kind in SHARED:
+        source, reader = kv_pair(spec)
+        return ",".join(f"{i}{SHARED[kind]}{source}" if i == reader else str(i) for i in range(DEPTH))
     return PLANS[kind]
 
 
-def _kv_pair(spec: Spec) -> tuple[int, int]:
+def kv_pair(spec: Spec) -> tuple[int, int]:
     """The first two layers of one kind with KV; layers 0 and 1 when there are none, which check must refuse."""
     layers = spec.stack().layers
     for reader in layers:
@@ -147,7 +148,7 @@ def _map_weight() -> torch.Tensor:
 
 @cache
 def _expected(family: str, kind: str, attention: str, batch_kind: str) -> torch.Tensor | str:
-    model, batch = tiny(family, attention), _batch(batch_kind)
+    model, batch = tiny(family, "eager" if kind == "attention map" else attention), _batch(batch_kind)
     try:
         return _reference(model, batch, kind)
     except (AssertionError, RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -173,9 +174,10 @@ def _reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str
 
     if kind == "identity":
         return _uncached(model, batch)
-    if kind == "KV source":
-        source, reader = _kv_pair(inspect(model))
-        return shared_kv(model, batch, source, reader)
+    if kind == "attention map":
+        return with_map_of(model, batch, *kv_pair(inspect(model)))
+    if kind in SHARED:
+        return shared_kv(model, batch, *kv_pair(inspect(model)), halves=SHARED[kind][1:] or "kv")
     if kind in ("attention only", "mlp only"):
         with silenced(model, *((1, "mlp") if kind == "attention only" else (0, "attention"))):
             return _uncached(model, batch)
@@ -244,7 +246,7 @@ def markdown(outcomes: dict[Cell, Outcome] | None = None) -> str:
         f"| {family} | " + " | ".join(_verdict(_of(outcomes, family, kind), notes) for kind in KINDS) + " |"
         for family in FAMILIES
     ]
-    columns = [f"{kind}<br>`{PLANS.get(kind, 'i@j')}`".replace("|", r"\|") for kind in KINDS]
+    columns = [f"{kind}<br>`{PLANS.get(kind, f'i{SHARED.get(kind)}j')}`".replace("|", r"\|") for kind in KINDS]
     states = [outcome.state for outcome in outcomes.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     versions = f"Python {platform.python_version()}, torch {_release(torch)}, transformers {_release(transformers)}"

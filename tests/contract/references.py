@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -99,9 +100,9 @@ def tied(model: PreTrainedModel, index: int, other: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def shared_kv(model: PreTrainedModel, batch: Batch, source: int, reader: int) -> torch.Tensor:
-    """Logits of one pass in which layer `reader` attends to layer `source`'s keys and values."""
-    stack, cache = find_stack(model), _SharingCache(source, reader)
+def shared_kv(model: PreTrainedModel, batch: Batch, source: int, reader: int, halves: str = "kv") -> torch.Tensor:
+    """Logits of one pass in which layer `reader` attends to layer `source`'s keys and values, or to one of the two."""
+    stack, cache = find_stack(model), _SharingCache(source, reader, halves)
 
     def give(_: nn.Module, args: Any, kwargs: Any) -> Any:
         for name in ("past_key_values", "layer_past"):
@@ -118,15 +119,18 @@ def shared_kv(model: PreTrainedModel, batch: Batch, source: int, reader: int) ->
 
 
 class _SharingCache(Cache):
-    def __init__(self, source: int, reader: int) -> None:
+    def __init__(self, source: int, reader: int, halves: str) -> None:
         super().__init__(layers=[])
-        self.source, self.reader = source, reader
+        self.source, self.reader, self.halves = source, reader, halves
         self.states: Any = None
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
         if layer_idx == self.source:
             self.states = (key_states, value_states)
-        return self.states if layer_idx == self.reader else (key_states, value_states)
+        own = (key_states, value_states)
+        if layer_idx != self.reader:
+            return own
+        return tuple(self.states[at] if half in self.halves else own[at] for at, half in enumerate("kv"))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -134,25 +138,25 @@ class _SharingCache(Cache):
 
 @torch.no_grad()
 def with_map_of(model: PreTrainedModel, batch: Batch, source: int, follower: int) -> torch.Tensor:
-    """Logits of a llama with eager attention in which layer `follower` weighs its values with the map of `source`."""
-    layers: Any = find_stack(model).layers
+    """Logits of a model with eager attention in which layer `follower` weighs its values with the map of `source`."""
+    stack = find_stack(model)
+    homes = {sys.modules[type(m).__module__] for m in stack.layer(source).modules()}
+    home = next((one for one in homes if hasattr(one, "eager_attention_forward")), sys)
+    eager: Any = home.eager_attention_forward
+    inside = {id(m): index for index in (source, follower) for m in stack.layer(index).modules()}
     maps: list[torch.Tensor] = []
 
-    def keep(_: Any, __: Any, ___: Any, out: Any) -> None:
-        maps.append(out[1])
+    def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if inside.get(id(module)) == follower:
+            values = torch.repeat_interleave(value, maps[0].shape[1] // value.shape[1], 1)
+            return (maps[0] @ values).transpose(1, 2).contiguous(), maps[0]
+        out, weights = eager(module, query, key, value, *args, **kwargs)
+        if inside.get(id(module)) == source:
+            maps.append(weights)
+        return out, weights
 
-    def replace(module: Any, args: Any, kwargs: Any, _: Any) -> Any:
-        hidden = kwargs["hidden_states"]
-        values = module.v_proj(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-        values = values.repeat_interleave(module.num_key_value_groups, 1)
-        return module.o_proj((maps[-1] @ values).transpose(1, 2).flatten(2)), None
-
-    handles = [
-        layers[source].self_attn.register_forward_hook(keep, with_kwargs=True),
-        layers[follower].self_attn.register_forward_hook(replace, with_kwargs=True),
-    ]
+    home.eager_attention_forward = attend  # type: ignore[attr-defined]
     try:
         return model(**batch, use_cache=False).logits
     finally:
-        for handle in handles:
-            handle.remove()
+        home.eager_attention_forward = eager  # type: ignore[attr-defined]

@@ -95,12 +95,13 @@ def test_other_attentions_are_refused() -> None:
     assert caught.value.code == "P141"
 
 
-def test_a_follower_saves_its_scores_alone() -> None:
+def test_a_follower_saves_queries_and_keys_with_their_scores() -> None:
     spec = inspect(tiny("llama"))
     plan, plain = parse_plan("0-2,3@a2", Plan.identity(spec)), Plan.identity(spec)
     saved = cost(plain, spec).decode_flops - cost(plan, spec).decode_flops
     layer = spec.stack().layers[3]
-    heads = layer.width // (layer.kv.key_dim + layer.kv.value_dim)
-    assert saved == 2 * heads * layer.kv.key_dim * 512
-    assert cost(plan, spec).params == cost(plain, spec).params
-    assert cost(plan, spec).kv_per_token == cost(plain, spec).kv_per_token
+    heads, hidden = layer.width // (layer.kv.key_dim + layer.kv.value_dim), spec.stack().hidden
+    matrices = hidden * layer.kv.key_dim * (heads + layer.kv.heads)
+    assert saved == 2 * heads * layer.kv.key_dim * 512 + 2 * matrices
+    assert cost(plain, spec).params - cost(plan, spec).params == matrices
+    assert cost(plain, spec).kv_per_token - cost(plan, spec).kv_per_token == layer.kv.heads * layer.kv.key_dim

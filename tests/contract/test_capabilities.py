@@ -48,6 +48,7 @@ PLANS: dict[Trait, str] = {
     "new tensors": "0,1:x,2-3",
     "tie": "0-1,2=1,3",
     "KV source": "0-1,2@1,3",
+    "half KV source": "0-1,2@v1,3",
     "attention map": "0-1,2@a1,3",
     "map": "0,~1-2,3",
     "parallel group": "0,(1|2),3",
@@ -63,6 +64,7 @@ GATED: dict[Trait, tuple[str, str]] = {
     "new tensors": ("0,1:x?g/project,2-3", "0,2-3"),
     "tie": ("0-1,2=1?g/project,3", "0-1,3"),
     "KV source": ("0-1,2@1?g,3", "0-1,3"),
+    "half KV source": ("0-1,2@v1?g,3", ""),
     "attention map": ("0-1,2@a1?g,3", ""),
     "map": ("0,~1-2?g,3", ""),
     "parallel group": ("0,(1?g|2),3", ""),
@@ -157,6 +159,8 @@ def reference(model: PreTrainedModel, trait: Trait) -> torch.Tensor:
     batch = {"input_ids": IDS}
     if trait == "KV source":
         return shared_kv(model, batch, 1, 2)
+    if trait == "half KV source":
+        return shared_kv(model, batch, 1, 2, "v")
     if trait == "tie":
         with tied(model, 2, 1):
             return logits(model)

@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal.models.head_channels import projections_of
-from shoal.models.heads import HeadRoles, roles_of
-from shoal.models.opened import open_model
+from shoal.models.meta import meta_model
+from shoal.models.opened import OpenedModel, open_model
 from shoal.models.projections import Projections, ScoreSide
+from shoal.models.roles import HeadRoles
+from shoal.plan.sources import STORED
 
 from .families import FAMILIES, tiny
 
@@ -38,6 +40,10 @@ def model_of(family: str) -> PreTrainedModel:
     return tiny(family, "eager")
 
 
+def roles_of(opened: OpenedModel) -> list[HeadRoles | None]:
+    return [fact.roles for fact in opened.facts().layers]
+
+
 def first_with_kv(family: str) -> tuple[int, HeadRoles]:
     return next((i, role) for i, role in enumerate(roles_of(open_model(model_of(family)))) if role is not None)
 
@@ -48,19 +54,22 @@ def test_separate_matrices_have_one_role_each(family: str) -> None:
     assert [len(one) for one in (roles.queries, roles.keys, roles.values, roles.output)] == [1, 1, 1, 1]
     assert len({*roles.queries, *roles.keys, *roles.values, *roles.output}) == 4
     assert "q_proj" in roles.queries[0] and "k_proj" in roles.keys[0] and "v_proj" in roles.values[0]
-    assert roles.unread == (*roles.keys, *roles.values) and roles.unweighed == (*roles.queries, *roles.keys)
+    assert roles.unused(STORED) == (*roles.keys, *roles.values) and roles.unused({"queries", "keys"}) == (
+        *roles.queries,
+        *roles.keys,
+    )
 
 
 @pytest.mark.parametrize("family", FUSED)
 def test_a_fused_matrix_has_all_roles(family: str) -> None:
     _, roles = first_with_kv(family)
     assert roles.queries == roles.keys == roles.values and len(roles.output) == 1
-    assert roles.unread == roles.unweighed == ()
+    assert roles.unused(STORED) == roles.unused({"queries", "keys"}) == ()
 
 
 def test_latent_keys_and_values_and_layers_without() -> None:
     _, roles = first_with_kv("deepseek_v3")
-    assert roles.keys == roles.values and len(roles.queries) == 2 and roles.unread == roles.keys
+    assert roles.keys == roles.values and len(roles.queries) == 2 and roles.unused(STORED) == roles.keys
     assert roles_of(open_model(model_of("mamba2"))) == [None] * 4
     kinds = [role is None for role in roles_of(open_model(model_of("jamba")))]
     assert kinds == [True, False, True, False]
@@ -110,10 +119,11 @@ def test_cohere_turns_neighbours_and_llama_halves() -> None:
     assert known(model_of("cohere2"))[1].pairs == ((0, 1), (2, 3), (4, 5), (6, 7))
 
 
-def test_the_model_on_the_meta_device_has_no_roles() -> None:
-    with torch.device("meta"):
-        model = type(model_of("llama"))(model_of("llama").config)
-    assert roles_of(open_model(model)) == [None] * 4
+@pytest.mark.parametrize("family", [*SEPARATE, *FUSED, "deepseek_v3"])
+def test_the_model_on_the_meta_device_has_the_same_roles(family: str) -> None:
+    opened = open_model(meta_model(model_of(family).config))
+    assert opened.facts().forward
+    assert roles_of(opened) == roles_of(open_model(model_of(family)))
 
 
 def test_half_precision_is_probed_as_float32_is() -> None:

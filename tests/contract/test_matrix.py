@@ -10,28 +10,32 @@ import torch
 from shoal.executing import executor
 
 from .families import FAMILIES
-from .matrix import ATTENTIONS, BATCHES, CACHES, KINDS, WAYS, Outcome, cells, markdown, run_cell
+from .matrix import ATTENTIONS, BATCHES, CACHES, KINDS, SHARED, WAYS, Outcome, cells, markdown, run_cell
 from .shares import pairs_where
 
 # what is refused, family by family; a refusal that is not in this table is a regression
 REFUSED = {
-    "mamba2": {"attention only": "P105", "mlp only": "P105", "KV source": "P109"},
+    "mamba2": {"attention only": "P105", "mlp only": "P105", **dict.fromkeys(SHARED, "P109")},
     "nemotron_h": {"attention only": "P105", "mlp only": "P105", "tie": "P127"},
     "gemma3n_text": {
         "drop first": "P111",
         "attention only": "P105",
         "mlp only": "P105",
-        "KV source": "P108",
+        **dict.fromkeys(SHARED, "P108"),
         "tie": "P127",
     },
+    # their attention does not go through transformers' interface
+    **{name: {"attention map": "P141"} for name in ("falcon", "bloom", "gptj", "gpt_neo")},
     # of these layers 1 and 2 are of two structures: dense and with experts, attention and recurrent
-    **{name: {"tie": "P127"} for name in ("qwen2_moe", "qwen3_moe", "jamba", "llama4_text", "deepseek_v3")},
+    **{name: {"tie": "P127"} for name in ("qwen2_moe", "qwen3_moe", "jamba", "llama4_text")},
+    "deepseek_v3": {"tie": "P127", **dict.fromkeys(("keys alone", "values alone", "attention map"), "P109")},
 }
 NO_SDPA = ("gemma2", "gpt_oss", "bloom", "mamba2", "gptj", "gpt_neo")
 NO_STATIC = {
     "bloom": "its alibi has the length of the mask, not of the cache",
     "gpt_neo": "it masks a static cache wrongly",
 }
+PAGED = {"keys alone": "P162", "values alone": "P162", "attention map": "P141"}
 NO_PAGED = (
     "gpt2", "gemma2", "falcon", "bloom", "mamba2", "jamba", "gptj", "gpt_neo", "stablelm", "llama4_text", "deepseek_v3",
     "nemotron_h",
@@ -41,8 +45,8 @@ NO_PAGED = (
 
 def test_the_matrix_is_as_large_as_we_say() -> None:
     assert len(FAMILIES) >= 28
-    assert (len(KINDS), len(ATTENTIONS), len(CACHES), len(BATCHES), len(WAYS)) == (11, 2, 3, 2, 5)
-    assert len(set(cells())) == len(FAMILIES) * 110
+    assert (len(KINDS), len(ATTENTIONS), len(CACHES), len(BATCHES), len(WAYS)) == (14, 2, 3, 2, 5)
+    assert len(set(cells())) == len(FAMILIES) * 140
 
 
 def _by_default(family: str, attention: str) -> bool:
@@ -74,6 +78,8 @@ def _expected(family: str, kind: str, attention: str, cache_kind: str, _: str) -
     code = REFUSED.get(family, {}).get(kind)
     if cache_kind == "paged" and kind == "repeat":
         code = "P140"
+    if cache_kind == "paged" and kind in PAGED:
+        code = code or PAGED[kind]
     return ("refused", code) if code else ("right", "")
 
 

@@ -36,7 +36,19 @@ from .shares import every
 from .test_cli import shoal as command
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
-PLANS = ["0,1-3=0", "0-1,2-3=0-1", "0,1x2,3", "0,1@0,2-3", "0,1a,1m=0,2m,3", "0,2,1,3", "0,(1|2),3", "0,1:x,~2-3"]
+PLANS = [
+    "0,1-3=0",
+    "0-1,2-3=0-1",
+    "0,1x2,3",
+    "0,1@0,2-3",
+    "0,1a,1m=0,2m,3",
+    "0,2,1,3",
+    "0,(1|2),3",
+    "0,1:x,~2-3",
+    "0-2,3@v1",
+    "0-2,3@k1",
+    "0-2,3@a1",
+]
 FAMILIES = [
     "llama",
     "gpt2",
@@ -88,7 +100,11 @@ def written(family: str, text: str, out: Path, **more: Any) -> tuple[Any, Plan, 
     return model, plan, weights
 
 
-REFUSED = {(family, "0,1@0,2-3"): "P108" for family in ("qwen2", "gemma3_text")}
+REFUSED = {
+    **{(family, "0,1@0,2-3"): "P108" for family in ("qwen2", "gemma3_text")},
+    **{(family, f"0-2,3@{half}1"): "P108" for family in ("gemma3_text", "cohere2") for half in "kva"},
+    ("gpt_neo", "0-2,3@a1"): "P141",
+}
 """Plans that the family cannot run live either."""
 CASES = [(family, plan) for family in FAMILIES for plan in PLANS]
 

@@ -101,4 +101,4 @@ def test_the_public_surface_is_small_sorted_and_real() -> None:
 def test_only_the_step_spells_where_its_sources_lie() -> None:
     spelled = re.compile(r"\bkv\.read\b")
     found = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if spelled.search(file.read_text())}
-    assert found == {"plan/steps.py"}, "ask Run.sources, kv_source or layers_read"
+    assert found == {"plan/steps.py"}, "ask Run.sources, key_source, value_source or layers_read"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from shoal.plan import Exit, Map, Parallel, Run, format_steps, parse_steps
 from shoal.plan.notation import format_source
-from shoal.plan.steps import KV, LayerKV, NewTensors, kv_source, layers_read, writes_kv
+from shoal.plan.sources import LayerKV, NewTensors
+from shoal.plan.steps import KV, key_source, layers_read, value_source, writes_kv
 
 
 def test_a_run_names_its_sources_in_the_order_of_its_text() -> None:
@@ -14,11 +15,11 @@ def test_a_run_names_its_sources_in_the_order_of_its_text() -> None:
     assert run.layer_sources == (LayerKV(12),)
     assert "13" + "".join(map(format_source, run.sources)) + "?g" == format_steps((run,))
     assert [str(source) for source in run.sources] == ["reads the KV of layer 12", "with the weights new"]
-    assert kv_source(run) == 12 and not writes_kv(run)
+    assert key_source(run) == value_source(run) == 12 and not writes_kv(run)
 
 
 def test_a_run_of_its_own_has_none() -> None:
-    assert Run(3).sources == () and kv_source(Run(3)) is None and writes_kv(Run(3))
+    assert Run(3).sources == () and key_source(Run(3)) is None and writes_kv(Run(3))
     assert Run(3).plain and Run(3, "attention").plain
     assert not Run(3, gate="g").plain and not Run(3, weights="w").plain and not Run(3, kv=KV(1)).plain
     assert not Run(3, gate="g", kv=KV(fill="copy")).plain

@@ -16,6 +16,7 @@ from shoal.executing.layer_list import LayerProxyList
 from shoal.models.kinds import require_causal
 from shoal.models.opened import OpenedModel, open_model
 from shoal.plan.spec import KVSpec
+from shoal.plan.steps import runs
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,13 @@ def _written(opened: OpenedModel, depth: int) -> tuple[int, ...]:
             raise PlanError(
                 "a policy or a draft is running on this model, and decides itself what the KV cache is given; a "
                 "compressing cache goes with a plan alone",
+                code="P161",
+            )
+        half = next((run for run in runs(layers.executor.steps) if run.half is not None), None)
+        if half is not None:
+            raise PlanError(
+                f"layer {half.layer} stores its {half.half} alone under this plan, and a compressing "
+                "cache holds keys with their values; leave --kv-cache out, or share both",
                 code="P161",
             )
         found: tuple[int, ...] = layers.executor.rows

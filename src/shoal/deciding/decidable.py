@@ -14,9 +14,10 @@ from shoal.models.examine import LayerFacts, StackFacts
 from shoal.models.kinds import is_causal
 from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
 from shoal.plan.capabilities import refusal, refused
+from shoal.plan.notation import format_source
 from shoal.plan.select import exits, run_of
 from shoal.plan.spec import LayerSpec
-from shoal.plan.steps import gate_of, kv_source, layers_read, runs, writes_kv
+from shoal.plan.steps import gate_of, layers_read, runs, writes_kv
 from shoal.plan.tensors import tensors_of
 
 
@@ -94,10 +95,10 @@ def _require_kept_kv(run: Run, read: set[int], skippable: set[int]) -> None:
     """Keys and values that another run reads are there for every token; a run that reads some stores none itself."""
     if no := refusal((run,), "gated"):
         raise PlanError(no.message, code=no.code)
-    if (source := kv_source(run)) is not None and source in skippable:
+    if (source := next((one for one in run.layer_sources if one.layer in skippable), None)) is not None:
         raise PlanError(
-            f"layer {run.layer} reads the keys and values of layer {source}, which some token may skip; write the plan "
-            f"without @{source}, or let no gate and no exit decide about layer {source}",
+            f"layer {run.layer} {source}, which some token may skip; write the plan without "
+            f"{format_source(source)}, or let no gate and no exit decide about layer {source.layer}",
             code="P133",
         )
     if run.layer in read and (run.gate is not None or run.kv.fill in (None, "mask")):

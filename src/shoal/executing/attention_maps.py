@@ -86,9 +86,10 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _called)
 
 
 def _attention_of(layer: nn.Module) -> nn.Module | None:
-    """The one module of the layer that knows its place and has a config."""
+    """The one module of the layer that knows its place and has a config, the innermost where one is within another."""
     found = [m for m in layer.modules() if "config" in m.__dict__ and any(name in m.__dict__ for name in INDEX_NAMES)]
-    return found[0] if len(found) == 1 else None
+    inner = [m for m in found if not any(other is not m and other in set(m.modules()) for other in found)]
+    return inner[0] if len(inner) == 1 else None
 
 
 def _home_of(module: nn.Module) -> Any:

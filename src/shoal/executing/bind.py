@@ -16,6 +16,7 @@ from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.modules import ModuleTensors, put_modules, refuse_shared
 from shoal.executing.paged import PagedGuard
 from shoal.executing.sharded import refuse_sharded
+from shoal.executing.sharing import refuse_mapless
 from shoal.executing.weights import Tensors, plan_and_weights, refuse_unlike, shapes_in
 from shoal.models.kinds import is_causal
 from shoal.models.lists import Stack
@@ -215,7 +216,7 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
     """The plan itself when it is legal on this model with these tensors. Raises what `check` finds, P129 for tensors of
     another kind than their layer holds, P126 for an order in which the family's layers cannot run, P124 for replaced
     layers that accelerate offloads, P153 for those that are sharded, P154 for modules at another layer than theirs,
-    P109 for KV sharing beside an encoder."""
+    P109 for KV sharing beside an encoder, P141 for layers that hand out no attention map."""
     modules = tensors if isinstance(tensors, ModuleTensors) else None
     shapes = shapes_of(tensors) if modules is None else modules.shapes
     require(plan, opened.spec, shapes, shapes_in(opened.stacks))
@@ -223,6 +224,7 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
     for stack in opened.stacks:
         steps = plan.steps(stack.name)
         refuse_order(stack, tuple(run.layer for run in runs(steps)))
+        refuse_mapless(steps, stack.layer)
         if modules is None:
             _refuse_lent(stack, steps)
             refuse_unlike(stack, steps, tensors)

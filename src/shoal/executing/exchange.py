@@ -33,12 +33,15 @@ class Exchange:
         left_out: tuple[str, ...],
         returns: Mapping[str, int],
         tensors: Mapping[str, torch.Tensor],
+        unused: Mapping[str, int] | None = None,
     ) -> None:
         """`left_out`: children that contribute nothing; `returns`: for each how many values it returns besides its
         tensor, see `stubs`. `tensors`: by name in the layer; they are used in the dtype and on the device of what they
-        replace.
+        replace. `unused`: modules anywhere in the layer whose answer nobody uses, by name, with its last dimension:
+        they are not called, and what `tensors` holds of them is not used.
         """
         self.layer, self.left_out, self.returns, self.tensors = layer, left_out, dict(returns), tensors
+        self.unused = dict(unused or {})
         self._converted = Converted()
         self._stubs: Entries = []
         self._places: list[tuple[str, torch.Tensor, list[tuple[dict[str, Any], str]]]] = []
@@ -71,10 +74,15 @@ class Exchange:
         self._stubs = [(children, name, stub) for name, stub in stubs(self.layer, self.left_out, self.returns).items()]
         self._places = []
         shared = _names_of_shared(self.layer) if self.tensors else {}
-        beside = self._beside()
+        for path, width in self.unused.items():
+            owner, leaf = self._child(path)
+            self._stubs.append((owner, leaf, _Unused(owner[leaf], width)))
+        under = tuple(f"{path}." for path in self.unused)
+        names = [name for name in self.tensors if not name.startswith(under)] if under else list(self.tensors)
+        beside = self._beside(names)
         self._stubs += [entry for entry, _ in beside]
-        factors = {name for _, names in beside for name in names}
-        for name in (name for name in self.tensors if name not in factors):
+        factors = {name for _, found in beside for name in found}
+        for name in (name for name in names if name not in factors):
             held, leaf = _held(self.layer, name)
             old = held[leaf]
             self._places.append((name, old, [_held(self.layer, other) for other in shared.get(id(old), (name,))]))
@@ -83,22 +91,40 @@ class Exchange:
         ]
         self._expected = [(place, key, place[key]) for place, key in there]
 
-    def _beside(self) -> list[tuple[tuple[dict[str, Any], str, Any], list[str]]]:
+    def _beside(self, names: list[str]) -> list[tuple[tuple[dict[str, Any], str, Any], list[str]]]:
         """What stands for each module that has factors, with the names of these."""
-        if not any(name.rpartition(".")[2] in WORDS for name in self.tensors):
+        if not any(name.rpartition(".")[2] in WORDS for name in names):
             return []
         there = dict([*self.layer.named_parameters(remove_duplicate=False), *self.layer.named_buffers()])
         found = []
-        for path, factors in factors_of({name: name for name in self.tensors}, there).items():
-            parent, _, leaf = path.rpartition(".")
-            owner: dict[str, Any] = self.layer.get_submodule(parent)._modules
+        for path, factors in factors_of({name: name for name in names}, there).items():
+            owner, leaf = self._child(path)
             stand_in = LowRank(owner[leaf], WORDS[next(iter(factors))], partial(self._factor, owner[leaf], factors))
             found.append(((owner, leaf, stand_in), list(factors.values())))
         return found
 
+    def _child(self, path: str) -> tuple[dict[str, Any], str]:
+        """The dictionary that holds a module of the layer, and its key."""
+        parent, _, leaf = path.rpartition(".")
+        return self.layer.get_submodule(parent)._modules, leaf
+
     def _factor(self, module: Any, factors: Mapping[str, str], word: str) -> torch.Tensor:
         name = factors[word]
         return self._converted.like(name, self.tensors[name], module.weight)
+
+
+class _Unused(nn.Module):
+    """Stands for a module whose answer nobody uses: zeros in its shape."""
+
+    def __init__(self, module: Any, width: int) -> None:
+        super().__init__()
+        self.__dict__.update(_module=module, _width=width)  # not registered: its parameters must not appear twice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self.__dict__["_width"])
 
 
 def _held(layer: nn.Module, name: str) -> tuple[dict[str, Any], str]:

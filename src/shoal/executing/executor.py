@@ -57,7 +57,7 @@ class Executor(RunCalls):
         self.steps_at, self.needed_later = schedule(steps, stack.depth)
         self.slots = slots_of(steps)
         self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
-        self.sharing = Sharing(steps, stack.layers._modules)
+        self.sharing = Sharing(steps)
         # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sharing.sources
         self.passthrough = [

@@ -13,7 +13,7 @@ from shoal.errors import PlanError
 from shoal.executing.calls import Call, Place, cache_of, with_argument
 from shoal.executing.slots import PassingCache
 from shoal.plan import Run
-from shoal.plan.steps import LayerSource
+from shoal.plan.sources import LayerSource
 
 
 @dataclass(frozen=True)

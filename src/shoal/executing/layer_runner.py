@@ -65,7 +65,7 @@ class LayerRunner:
         self.modules = tensors if isinstance(tensors, ModuleTensors) else None
         self.first = first_only(stack)
         self._maps: dict[str, FittedMap] = {}
-        self._exchanges: dict[tuple[int, str, str | None, int | None], Exchange] = {}
+        self._exchanges: dict[tuple[Any, ...], Exchange] = {}
 
     def layer(self, index: int) -> Any:
         """The real layer, looked up anew: PEFT or accelerate may have exchanged it."""
@@ -96,7 +96,7 @@ class LayerRunner:
         with what layer 0 owns for it. `around`: what else stands around the call. `shared`: keys and values that go
         into a checkpointed call and come out of it."""
         layer, (args, kwargs) = self.layer_of(run), call
-        if run.part != "layer" or run.tie is not None or self._lends(run):
+        if run.part != "layer" or run.tie is not None or self._lends(run) or self._unused(run):
             around = (*around, lambda: self._exchange(run).in_place())
         if comes_first and run.layer != 0 and self.first is not None:
             around = (*around, partial(self.first.shared_with, layer))
@@ -142,7 +142,7 @@ class LayerRunner:
 
     def _exchange(self, run: Run) -> Exchange:
         """What `run` changes in its layer for the length of one call."""
-        key, layer = (run.layer, run.part, run.weights, run.tie), self.layer_of(run)
+        key, layer = (run.layer, run.part, run.weights, run.tie, run.layer_sources), self.layer_of(run)
         found = self._exchanges.get(key)
         if found is not None and found.layer is not layer:
             found = None
@@ -154,8 +154,16 @@ class LayerRunner:
             if run.part != "layer":
                 assert fact.parts is not None  # check P105
                 left_out = fact.parts.mlp if run.part == "attention" else fact.parts.attention
-            found = self._exchanges[key] = Exchange(layer, left_out, fact.returns, self._lent(run))
+            found = self._exchanges[key] = Exchange(layer, left_out, fact.returns, self._lent(run), self._unused(run))
         return found
+
+    def _unused(self, run: Run) -> Mapping[str, int]:
+        """The modules that make nothing but what the run takes from another layer, with the last dimension of what they
+        answer."""
+        roles = self.facts[run.layer].roles
+        if not run.layer_sources or run.part == "mlp" or roles is None:
+            return {}
+        return {name: roles.widths[name] for name in roles.unused(run.unmade)}
 
     def _lends(self, run: Run) -> bool:
         """Whether tensors of the plan stand in the base layer while it is called for `run`."""

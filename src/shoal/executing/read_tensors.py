@@ -21,8 +21,9 @@ from shoal.plan.tensors import tensors_of
 def tensors_read(opened: OpenedModel, plan: Plan, weights: Tensors) -> frozenset[str]:
     """Names in the state dict of the model: all outside its layers, and of each layer what its runs read.
 
-    A run reads its own layer's tensors without those of a part that it leaves out, those that the plan's tensors
-    replace, and matrices that it has from the layer that it is tied to; these are read there.
+    A run reads its own layer's tensors without those of a part that it leaves out, of projections whose answer it takes
+    from another layer, those that the plan's tensors replace, and matrices that it has from the layer that it is tied
+    to; these are read there.
     """
     stacks = {f"{stack.path}.": stack for stack in opened.stacks}
     names = {name for name in opened.model.state_dict() if not name.startswith(f"{BESIDE}.")}
@@ -46,6 +47,8 @@ def _read(
     if run.part != "layer":
         assert fact.parts is not None  # check P105
         left_out = fact.parts.mlp if run.part == "attention" else fact.parts.attention
+    if fact.roles is not None and run.part != "mlp":
+        left_out = (*left_out, *fact.roles.unused(run.unmade))
     unread = tuple(f"{name}." for name in left_out)
     names = {} if run.weights is None else tensors_of(run.weights, weights)
     own = names.keys() | replaced_matrices(names.keys())

@@ -16,7 +16,7 @@ from shoal.executing.slots import KeysValues, slot_view
 from shoal.executing.threads import InForward
 from shoal.models.examine import LayerFacts
 from shoal.plan import Run
-from shoal.plan.steps import LayerKV, kv_source
+from shoal.plan.sources import LayerKV
 
 
 class RunCalls(InForward):
@@ -57,11 +57,16 @@ class RunCalls(InForward):
 
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
         keep = partial(self._keep, run) if run.layer in self.sharing.kv or self._tells_kv(run) else None
-        source = kv_source(run)
-        read = None if source is None else self.now.made[LayerKV(source)]
+        where, row = self._place(run, slot, cache)
+        if run.half is not None:
+            return slot_view(where, row, take=self.sharing.halved(run, self.now, keep))
+        return slot_view(where, row, read=self.sharing.read(run, self.now), keep=keep)
+
+    def _place(self, run: Run, slot: int | None, cache: Cache) -> tuple[Cache, int]:
+        """The cache that a run writes to, and its row there."""
         if self.cache is not None:
-            return slot_view(self.cache, self.facts[run.layer].row, read=read, keep=keep)
-        return slot_view(cache, 0 if slot is None else slot, read=read, keep=keep)
+            return self.cache, self.facts[run.layer].row
+        return cache, 0 if slot is None else slot
 
     def _tells_kv(self, run: Run) -> bool:
         return self.recorder is not None and self.recorder.wants_kv and self.facts[run.layer].keys is not None

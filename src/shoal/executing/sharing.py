@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, assert_never
+
+import torch
 
 from shoal.errors import PlanError
 from shoal.executing.attention_maps import attending, made, require_maps, taken
 from shoal.executing.calls import Place
 from shoal.executing.checkpointed import SharedKV
 from shoal.executing.forward import Forward
-from shoal.executing.slots import KeysValues
+from shoal.executing.slots import KeysValues, Store, Take
 from shoal.plan import Run, Step
 from shoal.plan.capabilities import refused
-from shoal.plan.steps import AttentionMap, LayerKV, kv_source, map_source, runs, sources_read
+from shoal.plan.sources import AttentionMap, LayerKeys, LayerKV, LayerValues
+from shoal.plan.steps import key_source, map_source, runs, sources_read, value_source
+
+
+def refuse_mapless(steps: tuple[Step, ...], layer: Callable[[int], Any]) -> None:
+    """Raise P141 for a run that takes over an attention map, or makes one for others, in a layer that has none to hand
+    out. `layer`: the model's by its base index."""
+    for taker in runs(steps):
+        if (source := map_source(taker)) is not None:
+            for index in (source, taker.layer):
+                require_maps(layer(index), index)
 
 
 class Sharing:
     """Which layers make something that later runs take."""
 
-    def __init__(self, steps: tuple[Step, ...], layers: Mapping[str, Any]) -> None:
-        """`layers`: by name, those of the model. Raises P141 for one without a map that a run should take over."""
+    def __init__(self, steps: tuple[Step, ...]) -> None:
         self.sources = sources_read(steps)
         self.kv: set[int] = set()
-        """Layers whose keys and values are kept for later runs."""
+        """Layers whose keys and values, or one of the two, are kept for later runs."""
         self.maps: set[int] = set()
         """Layers whose attention maps are kept for later runs."""
         for source in self.sources:
             match source:
-                case LayerKV():
+                case LayerKV() | LayerKeys() | LayerValues():
                     self.kv.add(source.layer)
                 case AttentionMap():
                     self.maps.add(source.layer)
                 case _:
                     assert_never(source)
-
-        for run in runs(steps) if self.maps else ():
-            if run.layer in self.maps or map_source(run) is not None:
-                require_maps(layers[str(run.layer)], run.layer)
 
     def around(self, run: Run, layer: Any, forward: Forward) -> AbstractContextManager[None]:
         """What stands around the call of a run whose attention map is made for others or is another layer's."""
@@ -55,11 +62,53 @@ class Sharing:
         return attending(layer, made(partial(forward.made.__setitem__, AttentionMap(run.layer))))
 
     def checkpointed(self, run: Run, place: Place, forward: Forward, keep: Callable[[KeysValues], None]) -> SharedKV:
-        """Keys and values of a run that is checkpointed: those of its source, or its own, which `keep` is given."""
-        if (source := kv_source(run)) is None:
-            return SharedKV(place, (), lambda own, _: own, keep)
-        return SharedKV(place, forward.made[LayerKV(source)], lambda _, given: (given[0], given[1]), lambda _: None)
+        """Keys and values of a run that is checkpointed: those of its sources, and its own, with which `keep` is given
+        them."""
+        places = [at for at, source in enumerate(_halves(run)) if source is not None]
+
+        def mixed(own: KeysValues, given: tuple[torch.Tensor, ...]) -> KeysValues:
+            taken = dict(zip(places, given, strict=True))
+            return taken.get(0, own[0]), taken.get(1, own[1])
+
+        given = tuple(one for one in self._taken(run, forward) if one is not None)
+        return SharedKV(place, given, mixed, keep if run.stores else lambda _: None)
+
+    def read(self, run: Run, forward: Forward) -> KeysValues | None:
+        """The keys and values of a run that stores none of its own; None for one that stores some. Of one that takes
+        over a map nobody reads the keys."""
+        keys, values = self._taken(run, forward)
+        if values is None or run.half is not None:
+            return None
+        return (values if keys is None else keys), values
+
+    def halved(self, run: Run, forward: Forward, keep: Callable[[KeysValues], None] | None) -> Take:
+        """What a run does with its cache that stores its keys, or its values, alone: they lie in the place of the row's
+        keys, by which transformers counts tokens, and the other half has no width. `keep` is given what the run
+        attends to."""
+        mine = 0 if run.half == "keys" else 1
+
+        def take(store: Store, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
+            own = (keys, values)[mine]
+            kept, _ = store(own, own[..., :0])
+            taken = self._taken(run, forward)
+            states = [kept if one is None else one for one in taken]
+            states[mine] = kept
+            if keep is not None:
+                keep((states[0], states[1]))
+            return states[0], states[1]
+
+        return take
+
+    def _taken(self, run: Run, forward: Forward) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The keys and the values of other layers that a run attends to."""
+        keys, values = (None if one is None else forward.made[LayerKV(one)] for one in _halves(run))
+        return (None if keys is None else keys[0]), (None if values is None else values[1])
 
     def concerns_kv(self, run: Run) -> bool:
         """Whether the keys and values of this run are kept for others, or are another layer's."""
-        return run.part != "mlp" and (run.layer in self.kv or kv_source(run) is not None)
+        return run.part != "mlp" and (run.layer in self.kv or _halves(run) != (None, None))
+
+
+def _halves(run: Run) -> tuple[int | None, int | None]:
+    """The layers whose keys and whose values a run reads."""
+    return key_source(run), value_source(run)

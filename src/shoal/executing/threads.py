@@ -14,7 +14,7 @@ from shoal.executing.sharing import Sharing
 from shoal.models.first import first_only
 from shoal.models.lists import Stack
 from shoal.plan import Run
-from shoal.plan.steps import Step, map_source, runs
+from shoal.plan.steps import Step, runs
 
 
 class _Local(threading.local):
@@ -58,12 +58,12 @@ class Exchanges:
 
 def _changes(run: Run) -> bool:
     """Whether the run puts something in place of something else in its layer."""
-    return run.part != "layer" or not run.own_tensors or map_source(run) is not None
+    return run.part != "layer" or not run.own_tensors or bool(run.layer_sources)
 
 
 def exchanges_of(stack: Stack, steps: tuple[Step, ...], sharing: Sharing) -> Exchanges:
-    """Of the runs of a stack: those of a part, with own tensors, of attention maps, and where another layer takes the
-    place of the first."""
+    """Of the runs of a stack: those of a part, with own tensors, that take something from another layer, and where
+    another layer takes the place of the first."""
     if first_only(stack) is not None:
         return Exchanges(range(stack.depth))
     changing = {run.layer for run in runs(steps) if _changes(run)}

@@ -9,9 +9,10 @@ import torch
 from shoal.errors import UsageError
 from shoal.fitting.sharing import Group
 from shoal.models.head_channels import projections_of
-from shoal.models.heads import HeadRoles, roles_of
 from shoal.models.opened import OpenedModel
 from shoal.models.projections import HeadMatrices, Projection, Projections, ScoreSide
+from shoal.models.roles import HeadRoles
+from shoal.plan.sources import STORED
 
 Own = Mapping[int, Mapping[str, torch.Tensor]]
 """By layer the tensors that a run has in the place of the layer's, by their names within it."""
@@ -21,12 +22,12 @@ def averaged(opened: OpenedModel, group: Group, own: Own, stack: str) -> dict[st
     """For the first layer of `group`, by their names within it, the tensors with which it makes the mean of what the
     matrices of all layers' keys and values make. Raises U668 for a layer whose matrices of keys and values are not
     known, or are no product of one matrix (latent ones)."""
-    roles = roles_of(opened, stack)
+    roles = [fact.roles for fact in opened.facts(stack).layers]
     layers = {layer: opened.stack(stack).layer(layer) for layer in group}
     first = roles[group[0]]
     if first is None or any(roles[layer] != first for layer in group):
         raise _refusal(group, "no role of its matrices is known, or the roles differ")
-    if set(first.unread) >= {*first.keys, *first.values}:
+    if set(first.unused(STORED)) >= {*first.keys, *first.values}:
         names = _parameters(layers[group[0]], first, group)
         parts = {n: [own[i].get(n, layers[i].get_parameter(n)).detach() for i in group] for n in names}
         return {
@@ -69,9 +70,10 @@ def _refusal(group: Group, why: str, how: str = "average") -> UsageError:
 
 
 def _parameters(layer: torch.nn.Module, roles: HeadRoles, group: Group) -> list[str]:
+    modules = roles.unused(STORED)
     if len(roles.keys) != 1 or len(roles.values) != 1 or roles.keys == roles.values:
-        raise _refusal(group, f"{len(roles.unread)} modules make keys and values together, and no one matrix does")
-    return [f"{module}.{name}" for module in roles.unread for name, _ in layer.get_submodule(module).named_parameters()]
+        raise _refusal(group, f"{len(modules)} modules make keys and values together, and no one matrix does")
+    return [f"{module}.{name}" for module in modules for name, _ in layer.get_submodule(module).named_parameters()]
 
 
 def _values(known: Projections) -> Projection:

@@ -18,7 +18,7 @@ from shoal.models.meta import meta_model
 from shoal.models.spread import is_spread
 from shoal.models.stacks import Stack, find_stacks
 from shoal.plan import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
-from shoal.plan.spec import KVKind
+from shoal.plan.spec import KVKind, ProjectionSpec
 
 
 def describe(model: PreTrainedModel, stacks: tuple[Stack, ...], facts: Mapping[str, StackFacts]) -> Spec:
@@ -126,6 +126,7 @@ def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[o
                     if users[key] > 1
                 ),
                 needs=sharing.get(index, ()),
+                projections=_projections(layer, fact, users),
                 pinned=family.pinned if index == 0 and _pins(family, stack.config) else None,
             )
         )
@@ -181,7 +182,8 @@ def _kv(fact: LayerFacts, config: PreTrainedConfig, shared: bool, forward: bool)
         return KVSpec("shared")
     if fact.keys is not None and fact.values is not None:
         kind: KVKind = "full" if fact.window is None else "sliding"
-        return KVSpec(kind, fact.keys[1], fact.keys[-1], fact.values[-1], fact.window, fact.state)
+        told = (True, True) if (roles := fact.roles) is None else (roles.rotated, roles.apart)
+        return KVSpec(kind, fact.keys[1], fact.keys[-1], fact.values[-1], fact.window, fact.state, *told)
     if fact.state:
         return KVSpec("recurrent", state=fact.state)
     heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
@@ -196,6 +198,19 @@ def _part(layer: nn.Module, names: tuple[str, ...], active: float, users: Counte
     own = {key: n for child in children for key, n in _storages(child).items() if users[key] == 1}
     flat = sum(n for key, n in own.items() if key in _flat(layer))
     return PartSpec(names, sum(own.values()), sum(_flops(child, active) for child in children), flat)
+
+
+def _projections(layer: nn.Module, fact: LayerFacts, users: Counter[object]) -> tuple[ProjectionSpec, ...]:
+    """The modules of a layer's attention that make queries, keys or values, whose weights no other layer uses."""
+    found = []
+    if (roles := fact.roles) is None:
+        return ()
+    for name in roles.products:
+        own = {n: p for n, p in layer.get_submodule(name).named_parameters(prefix=name) if ".lora_" not in n}
+        if all(users[_key(p)] == 1 for p in own.values()):
+            tensors = tuple((n, tuple(p.shape)) for n, p in own.items())
+            found.append(ProjectionSpec(name, roles.makes(name), tensors))
+    return tuple(found)
 
 
 def _active_share(config: PreTrainedConfig) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from shoal.models.inputs import sample_inputs
 from shoal.models.kinds import MEDIA, PICTURES, auto_of, is_causal
 from shoal.models.lists import Stack
 from shoal.models.parts import INDEX_NAMES, Parts, find_parts, without
+from shoal.models.roles import HeadRoles, find_roles
 
 
 @dataclass
@@ -37,6 +39,8 @@ class LayerFacts:
     """{keyword or position of an argument: which value that the layer before returned besides the hidden state}."""
     returns: dict[str, int] = field(default_factory=dict)
     """For each child of `parts`: values returned besides its tensor, -1 for a bare tensor."""
+    roles: HeadRoles | None = None
+    """What the matrices of its attention make; None without keys and values, and where that cannot be told."""
 
 
 @dataclass
@@ -62,6 +66,7 @@ def examine(model: PreTrainedModel, stack: Stack) -> StackFacts:
             _require_order(model, watcher.order, len(layers))
             if stack.name == "decoder":
                 _read_cache(_cache_of(out), watcher.facts)
+                _find_roles(layers, watcher)
             note = _prove_parts(layers, watcher)
             forward = True
     except ModelError:
@@ -216,6 +221,21 @@ def _read_cache(cache: Cache | None, facts: list[LayerFacts]) -> None:
         fact.state = sum(
             t.numel() for name in ("conv_states", "recurrent_states") for t in tensors(getattr(row, name, None))
         )
+
+
+def _find_roles(layers: list[nn.Module], watcher: _Watcher) -> None:
+    """Of layers with keys and values, once for all that are built alike."""
+    known: dict[Hashable, HeadRoles | None] = {}
+    for layer, fact, call in zip(layers, watcher.facts, watcher.calls, strict=True):
+        if fact.keys is None:
+            continue
+        shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+        held = (item for module in layer.modules() for item in vars(module).items() if item[0] not in INDEX_NAMES)
+        settings = tuple((name, value) for name, value in held if isinstance(value, bool | int | str))
+        key = (type(layer), shapes, settings, fact.cache_at)
+        if key not in known:
+            known[key] = find_roles(layer, fact.cache_at, call)
+        fact.roles = known[key]
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -19,10 +19,11 @@ from torch.nn.functional import linear
 
 from shoal.models.evaluating import evaluating
 from shoal.models.examine import LayerFacts
-from shoal.models.heads import Call, HeadRoles, Heard, heard, no_context, roles_of, sample_calls
+from shoal.models.listening import Call, Heard, heard, no_context, sample_calls
 from shoal.models.opened import OpenedModel
 from shoal.models.precision import in_float64
 from shoal.models.projections import HeadMatrices, Projection, Projections, ScoreSide
+from shoal.models.roles import HeadRoles
 
 NEAR = 1e-3
 """How far, of what the attention adds, the answer may be off that proves an exchange; float32 was seen to give 1e-6."""
@@ -37,11 +38,11 @@ def projections_of(
     name = opened.stack(stack).name
     known: dict[int, Projections | str] = opened.remember(f"projections of {name}", dict)
     if missing := [layer for layer in layers if layer not in known]:
-        roles, facts = roles_of(opened, name), opened.facts(name).layers
-        calls = sample_calls(opened, name) if any(roles[layer] for layer in missing) else []
+        facts = opened.facts(name).layers
+        calls = sample_calls(opened.model, opened.stack(name)) if any(facts[layer].roles for layer in missing) else []
         with evaluating(opened.model):
             for layer in missing:
-                role = roles[layer]
+                role = facts[layer].roles
                 known[layer] = (
                     "no role of its matrices is known"
                     if role is None
@@ -90,7 +91,7 @@ class _Probe:
         self.generator = torch.Generator().manual_seed(3)
 
     def heard(self, call: Call | None = None, attend: Any = None) -> Heard:
-        seen = heard(self.layer, self.fact, call or self.call, attend=attend or no_context)
+        seen = heard(self.layer, self.fact.cache_at, call or self.call, attend=attend or no_context)
         if len(seen.asked) != 1:
             raise _UnfitError("it works its attention out itself")
         return seen
@@ -218,7 +219,7 @@ class _Probe:
             for name, tensor in tensors.items():
                 module, _, leaf = name.rpartition(".")
                 self.layer.get_submodule(module)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-            seen = heard(self.layer, self.fact, (args, kwargs))
+            seen = heard(self.layer, self.fact.cache_at, (args, kwargs))
         finally:
             for name, tensor in kept.items():
                 module, _, leaf = name.rpartition(".")

@@ -42,54 +42,26 @@ from shoal.plan.answers import (
     Way,
 )
 from shoal.plan.notation import format_steps
-from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, NewTensors, Parallel, Run, Source, Step, TiedLayer, runs
+from shoal.plan.source_answers import (
+    CHECKPOINTED_MAP,
+    FAST_MAP,
+    GATED_HALF,
+    GATED_MAP,
+    MAP_BESIDE_ENCODER,
+    OFFLOADED_TIE,
+    PAGED_HALF,
+    PAGED_MAP,
+    SHARDED_TIE,
+    WRITTEN_SHARED_MAP,
+)
+from shoal.plan.sources import AttentionMap, LayerKeys, LayerKV, LayerValues, NewTensors, Source, TiedLayer
+from shoal.plan.steps import Exit, Map, Parallel, Run, Step, runs
 
 Trait = Literal[
-    "layer", "part", "new tensors", "tie", "KV source", "attention map", "map", "parallel group", "gate", "exit",
-    "repeat", "other part", "reorder",
+    "layer", "part", "new tensors", "tie", "KV source", "half KV source", "attention map", "map", "parallel group",
+    "gate", "exit", "repeat", "other part", "reorder",
 ]  # fmt: skip
 """What there is to say of a step; see `traits`."""
-
-
-CHECKPOINTED_MAP = Refused(
-    "P141",
-    "layer {layer} takes over an attention map, which gradient checkpointing would not replay; switch one of them off",
-)
-MAP_BESIDE_ENCODER = Refused(
-    "P141",
-    "decoder layer {layer} has two attentions, so it cannot take over the attention map of layer {source}; write it "
-    "without @a",
-)
-PAGED_MAP = Refused(
-    "P141",
-    "layer {layer} takes over an attention map, and paged attention hands out none; call generate, or write the plan "
-    "without @a",
-)
-GATED_MAP = Refused(
-    "P133",
-    "layer {layer} takes over an attention map, so no token can be without it; write the plan without @a",
-)
-FAST_MAP = Refused(
-    "U568",
-    "layer {layer} takes over an attention map, which the fast loop does not hand on; call model.generate without it",
-)
-WRITTEN_SHARED_MAP = Refused(
-    "W210",
-    "step {step} cannot be written as a stock checkpoint: a stock layer makes its own attention map; write {layer} "
-    "without @a",
-)
-
-
-OFFLOADED_TIE = Refused(
-    "P124",
-    "layer {layer} is tied to layer {source}, and accelerate brings the weights of offloaded layers in for their own "
-    "calls alone; load the model without offloading, or write {layer}",
-)
-SHARDED_TIE = Refused(
-    "P153",
-    "layer {layer} is tied to layer {source}, and of layers that are spread over processes each gathers its own "
-    "weights alone; run the plan on a model in one piece, or write {layer}",
-)
 
 
 @cache
@@ -116,6 +88,10 @@ def row(trait: Trait) -> Row:
         case "KV source":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
                        offloaded=OK, sharded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=OK, gated=GATED_KV,
+                       drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
+        case "half KV source":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
+                       offloaded=OK, sharded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=PAGED_HALF, gated=GATED_HALF,
                        drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
         case "attention map":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_MAP,
@@ -236,6 +212,8 @@ def _of_source(source: Source) -> Trait:
     match source:
         case LayerKV():
             return "KV source"
+        case LayerKeys() | LayerValues():
+            return "half KV source"
         case AttentionMap():
             return "attention map"
         case TiedLayer():

@@ -16,7 +16,7 @@ P102, P104 and P117 come from `Plan` and the steps themselves, P120 from `shoal.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from shoal.errors import PlanError
@@ -25,8 +25,9 @@ from shoal.plan.given import Given, given_plan
 from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
 from shoal.plan.select import exits, groups, maps, run_of
+from shoal.plan.sources import STORED, AttentionMap, LayerKeys, LayerKV, LayerSource, LayerValues, NewTensors
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import AttentionMap, LayerKV, LayerSource, NewTensors, Run, Step, map_source, runs, writes_kv
+from shoal.plan.steps import Run, Step, map_source, runs, writes_kv
 from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
 from shoal.plan.ties import unfit_ties
 
@@ -138,7 +139,8 @@ def _sources(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
         for run in group:
             for source in run.layer_sources:
                 yield from _source(run, source, stack, before)
-        before.stored.update(run.layer for run in group if writes_kv(run))
+        before.keys.update(run.layer for run in group if "keys" in run.stores)
+        before.values.update(run.layer for run in group if "values" in run.stores)
         before.maps.update({run.layer: map_source(run) is None for run in group if run.part != "mlp"})
 
 
@@ -146,8 +148,10 @@ def _sources(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
 class _Before:
     """What has run when a step begins."""
 
-    stored: set[int] = field(default_factory=set)
-    """The layers that have stored keys and values of their own."""
+    keys: set[int] = field(default_factory=set)
+    """The layers that have stored keys of their own."""
+    values: set[int] = field(default_factory=set)
+    """The layers that have stored values of their own."""
     maps: dict[int, bool] = field(default_factory=dict)
     """The layers whose attention has run, and whether it made its map itself."""
 
@@ -160,7 +164,14 @@ def _source(run: Run, source: LayerSource, stack: StackSpec, before: _Before) ->
     match source:
         case LayerKV():
             mark, lacks, absent = "@", "has no KV to share", "which stores no KV of its own before it"
-            there, facts = source.layer in before.stored, [(one.kv, one.kind) for one in both]
+            there, facts = source.layer in before.keys & before.values, [(one.kv, one.kind) for one in both]
+        case LayerKeys():
+            mark, lacks, absent = "@k", "has no keys to share", "which stores no keys of its own before it"
+            there, facts = source.layer in before.keys, [(replace(one.kv, value_dim=0), one.kind) for one in both]
+        case LayerValues():
+            mark, lacks, absent = "@v", "has no values to share", "which stores no values of its own before it"
+            there = source.layer in before.values
+            facts = [(replace(one.kv, key_dim=0, rotated=False), one.kind) for one in both]
         case AttentionMap():
             mark, lacks, absent = "@a", "makes no map", "whose attention does not run before it"
             there, facts = source.layer in before.maps, [(one.kv, one.kind, one.width) for one in both]
@@ -171,20 +182,25 @@ def _source(run: Run, source: LayerSource, stack: StackSpec, before: _Before) ->
         yield "P109", run.layer, f"{here}, but runs only its mlp; write {run.layer}m without {mark}"
     elif none := next((one for one in both if one.kv.kind not in ("full", "sliding")), None):
         yield "P109", none.index, f"{here}, but layer {none.index} ({none.kind}) {lacks}; drop the {mark}"
+    elif source.gives != STORED and not (layer.kv.apart and other.kv.apart):
+        why = "keeps keys and values as one latent state, of which neither can be taken alone"
+        yield "P109", run.layer, f"{here}, but layer {run.layer} {why}; share both, as in {run.layer}@{source.layer}"
     else:
         if not there:
             yield "P107", run.layer, f"{here}, {absent}; choose an earlier layer that does"
         if taken_over:
             yield "P128", run.layer, f"{here}, which takes over a map itself; name the layer that makes it"
         if facts[0] != facts[1]:
-            differ = f"{_kv_words(layer)} and {_kv_words(other)}"
+            turns = layer.kv.rotated != other.kv.rotated
+            differ = f"{_kv_words(layer, turns)} and {_kv_words(other, turns)}"
             yield "P108", run.layer, f"{here}, but the two differ: {differ}; choose a source of the same kind"
 
 
-def _kv_words(layer: LayerSpec) -> str:
+def _kv_words(layer: LayerSpec, turns: bool) -> str:
     window = f", window {layer.kv.window}" if layer.kv.window is not None else ""
     size = f"{layer.kv.heads} x ({layer.kv.key_dim} + {layer.kv.value_dim})"
-    return f"{layer.index} is {layer.kind} with {size}{window}"
+    turned = f" and {'keys that turn' if layer.kv.rotated else 'no key that turns'} with the position" if turns else ""
+    return f"{layer.index} is {layer.kind} with {size}{window}{turned}"
 
 
 def _pinned(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:

@@ -3,22 +3,24 @@
 Counted: every matrix multiplication (2 FLOPs per weight and token; experts as often as they are used), attention scores
 and their weighting (2 x width FLOPs per query and key, causal), the output head (prefill: the last position only, as
 `generate` does it). Not counted: norms, activations, embedding look-ups, softmax; together under one per cent.
-A layer that reads another layer's KV still computes and discards its own keys and values, so they are counted.
+What a run takes from another layer (keys, values, an attention map) it does not make: the matrices for it are not
+counted, where they make nothing else and are known (`LayerSpec.projections`).
 Encoder and vision stacks run once, over `prompt` positions that all see each other, and not for a decoded token.
 Gated layers count as run and exits as not taken: this is the dearest token. The own head of an exit is not counted.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple, assert_never
 
 from shoal.plan.given import Given, given_plan
 from shoal.plan.low_rank import INSTEAD, WORDS, replaced_matrices
 from shoal.plan.plan import Plan
-from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, Parallel, Run, runs, writes_kv
+from shoal.plan.sources import STORED
+from shoal.plan.spec import KVSpec, LayerSpec, ProjectionSpec, Spec, StackSpec
+from shoal.plan.steps import Exit, Map, Parallel, Run, map_source, runs
 from shoal.plan.tensors import Shapes, tensors_of
 
 
@@ -188,6 +190,7 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     total.layer_runs += run.part == "layer"
     total.half_runs += run.part != "layer"
     flops += _factor_flops({} if run.weights is None else tensors_of(run.weights, weights))
+    flops -= sum(one.flops for one in _left_out(layer, run))
     total.prefill += flops * shape.prompt
     total.decode += flops
     if run.part != "mlp":
@@ -195,9 +198,23 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
         width = _score_width(layer, run)
         total.prefill += 2 * width * pairs
         total.decode += 2 * width * min(shape.context, layer.kv.window or shape.context)
-    if writes_kv(run):
-        total.kv_per_token += layer.kv.per_token
-        total.kv_elements += layer.kv.elements(shape.context)
+    stored = stored_kv(layer, run)
+    total.kv_per_token += stored.per_token
+    total.kv_elements += stored.elements(shape.context)
+
+
+def stored_kv(layer: LayerSpec, run: Run) -> KVSpec:
+    """What a run keeps between tokens: all that its layer does, its keys or its values alone, or nothing."""
+    kv, missing = layer.kv, STORED - run.stores
+    if missing == STORED:
+        return KVSpec("none")
+    keys, values = (0 if one in missing else size for one, size in (("keys", kv.key_dim), ("values", kv.value_dim)))
+    return replace(kv, key_dim=keys, value_dim=values)
+
+
+def _left_out(layer: LayerSpec, run: Run) -> tuple[ProjectionSpec, ...]:
+    """The projections that the run does not call."""
+    return layer.unused(run.unmade) if run.part != "mlp" else ()
 
 
 def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) -> list[_Reading]:
@@ -209,6 +226,9 @@ def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) 
         left, right = (own[f"{name.removesuffix('.weight')}.{word}"] for word in INSTEAD)
         gone[name] = left[0] * right[-1]
     flat = {name for name, shape in own.items() if len(shape) < 2}
+    for one in _left_out(layer, run):
+        gone |= {name: prod(shape) for name, shape in one.tensors}
+        flat |= {name for name, shape in one.tensors if len(shape) < 2}
     return [
         _Reading(where, matrices, left_out, {n: size for n, size in gone.items() if (n not in flat) == matrices})
         for matrices, where in ((True, tied), (False, storage))
@@ -236,18 +256,9 @@ def _unread(readings: list[_Reading]) -> int:
 
 def _score_width(layer: LayerSpec, run: Run) -> int:
     """Half the FLOPs of a query and a key: of their score, and of the value that it weighs."""
-    width = layer.width
-    for source in run.layer_sources:
-        match source:
-            case LayerKV():
-                pass  # it scores the keys that it reads
-            case AttentionMap():
-                # it scores nothing; its queries and keys are still made and thrown away, so they are counted
-                sizes = layer.kv.key_dim + layer.kv.value_dim
-                width -= layer.width * layer.kv.key_dim // max(1, sizes)
-            case _:
-                assert_never(source)
-    return width
+    if map_source(run) is None:
+        return layer.width
+    return layer.width - layer.width * layer.kv.key_dim // max(1, layer.kv.key_dim + layer.kv.value_dim)
 
 
 def _size(layer: LayerSpec, run: Run) -> tuple[dict[str, tuple[int, int]], int]:

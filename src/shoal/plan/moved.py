@@ -23,7 +23,7 @@ from shoal.plan.cost import Shape, map_size
 from shoal.plan.given import Given, given_plan
 from shoal.plan.plan import Plan
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import AttentionMap, Map, Run, Step, runs, writes_kv
+from shoal.plan.steps import Map, Run, Step, key_source, map_source, runs, value_source, writes_kv
 from shoal.plan.tensors import Shapes, tensors_of
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
@@ -124,26 +124,31 @@ class _Reads:
         new = sum(prod(shape) for shape in own.values() if len(shape) > 1)
         yield _Read(f":{run.weights}", new * self.size)
         home = f"{self.stack.name}.{layer.index}" if run.weights is None or own else f":{run.weights}"
+        gone = sum(prod(shape) for one in layer.unused(run.unmade) for _, shape in one.tensors if len(shape) > 1)
         for name, flops, params in _pieces(layer, run):
-            elements = min(params, self.shape.batch * flops // 2)
+            elements = min(params, self.shape.batch * flops // 2) - (gone if name == "attention" else 0)
             left = max(0, elements - new)  # new tensors stand in the place of as many of the layer's
             new -= elements - left
             yield _Read(f"{home}.{name}", left * self.size)
 
     def _kv(self, run: Run) -> Iterator[_Read]:
-        source = next((one.layer for one in run.layer_sources), None)
         if writes_kv(run):
             self._slots[run.layer] = self._slots.get(run.layer, 0) + 1
-        layer = self.stack.layers[run.layer if source is None else source]
-        if layer.kv.kind == "shared" and layer.needs:
-            layer = self.stack.layers[layer.needs[0]]
-        elements = layer.kv.elements(self.shape.context)
-        if any(isinstance(one, AttentionMap) for one in run.layer_sources):  # the map is there: its own values alone
-            layer = self.stack.layers[run.layer]
-            sizes = layer.kv.key_dim + layer.kv.value_dim
-            elements = layer.kv.elements(self.shape.context) * layer.kv.value_dim // max(1, sizes)
-        name = f"{self.stack.name}.kv.{layer.index}.{self._slots.get(layer.index, 0)}"
-        yield _Read(name, self.shape.batch * elements * self.kv_size, is_kv=True)
+        sources = {"keys": key_source(run), "values": value_source(run)}
+        if map_source(run) is not None:  # the map is there, and nobody asks for keys
+            del sources["keys"]
+        if len(sources) == 2 and len(set(sources.values())) == 1:
+            sources = {"": sources["keys"]}
+        for half, source in sources.items():
+            layer = self.stack.layers[run.layer if source is None else source]
+            if layer.kv.kind == "shared" and layer.needs:
+                layer = self.stack.layers[layer.needs[0]]
+            dims = {"keys": layer.kv.key_dim, "values": layer.kv.value_dim}
+            elements = (
+                layer.kv.elements(self.shape.context) * dims.get(half, 1) // max(1, sum(dims.values()) if half else 1)
+            )
+            name = f"{self.stack.name}.kv.{layer.index}.{self._slots.get(layer.index, 0)}.{half}"
+            yield _Read(name, self.shape.batch * elements * self.kv_size, is_kv=True)
 
 
 def _pieces(layer: LayerSpec, run: Run) -> list[tuple[str, int, int]]:

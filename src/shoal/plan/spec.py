@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any, Literal
 
 from shoal.errors import PlanError
+from shoal.plan.sources import Product
 
 KVKind = Literal["full", "sliding", "recurrent", "shared", "none"]
 
@@ -24,6 +27,10 @@ class KVSpec:
     """Sliding layers keep at most this many tokens."""
     state: int = 0
     """Recurrent layers: elements of the constant state."""
+    rotated: bool = True
+    """Whether keys turn with tables of positions that the layer is given; True where that is not known."""
+    apart: bool = True
+    """Whether keys and values are stored as such, each for itself, and not as one latent state of both."""
 
     @property
     def per_token(self) -> int:
@@ -50,6 +57,22 @@ class PartSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ProjectionSpec:
+    """A matrix of an attention that makes queries, keys or values and nothing else, with its bias."""
+
+    module: str
+    """The module within the layer."""
+    makes: frozenset[Product]
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    """(name within the layer, shape)."""
+
+    @property
+    def flops(self) -> int:
+        """Matrix-multiply FLOPs for one token."""
+        return sum(2 * prod(shape) for _, shape in self.tensors if len(shape) > 1)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One layer of the base model, named by its 0-based index for ever."""
 
@@ -72,6 +95,12 @@ class LayerSpec:
     """Why this layer must run first, if it must."""
     vectors: int = 0
     """How many of `params` are in tensors of one dimension."""
+    projections: tuple[ProjectionSpec, ...] = ()
+    """The matrices that a run leaves out where it takes all that they make from another layer, as far as known."""
+
+    def unused(self, taken: Set[Product]) -> tuple[ProjectionSpec, ...]:
+        """The projections that make nothing but what is `taken` from another layer."""
+        return tuple(one for one in self.projections if one.makes <= taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,4 +169,13 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for --json, with `fingerprint` and `params` added."""
-        return {**asdict(self), "params": self.params, "fingerprint": self.fingerprint}
+        return {**_plain(asdict(self)), "params": self.params, "fingerprint": self.fingerprint}
+
+
+def _plain(value: Any) -> Any:
+    """Sets as sorted lists, everywhere inside."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return sorted(value) if isinstance(value, frozenset) else value

@@ -1,13 +1,25 @@
-"""The four step cases, a run's sources, and the plan that holds them. Frozen values: every edit returns a new plan."""
+"""The four step cases, and the plan that holds them. Frozen values: every edit returns a new plan."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, assert_never
+from typing import Literal, assert_never
 
 from shoal.errors import PlanError
+from shoal.plan.sources import (
+    STORED,
+    AttentionMap,
+    LayerKeys,
+    LayerKV,
+    LayerSource,
+    LayerValues,
+    NewTensors,
+    Product,
+    Source,
+    TiedLayer,
+)
 
 PartName = Literal["layer", "attention", "mlp"]
 Fill = Literal["project", "copy", "defer", "mask"]
@@ -35,78 +47,34 @@ def _names(*names: str | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class KV:
-    """Whose keys and values a run uses, and whose attention map.
+    """Whose keys and values a run uses, and whose attention map; a layer is named by its base index.
 
-    `read`: base index of an earlier layer whose keys and values this run attends to (it then stores none of its own);
-    None: its own slot. `fill`: what is stored for tokens that a gate let skip this run. `attention`: base index of an
-    earlier layer whose attention map this run takes over; None: it makes its own.
+    `read`: an earlier layer whose keys and values this run attends to; None: its own. `keys`, `values`: the same of one
+    of the two alone. What it takes it does not store. `fill`: what is stored for tokens that a gate let skip this run.
+    `attention`: an earlier layer whose attention map this run takes over; it then makes no queries and no keys.
     """
 
     read: int | None = None
     fill: Fill | None = None
     attention: int | None = None
+    keys: int | None = None
+    values: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("KV fill", self.fill, (None, *FILLS))
+        if self.read is not None and (self.keys is not None or self.values is not None):
+            raise PlanError(
+                f"keys and values come from layer {self.read} already; write @{self.read} alone, or @k and @v",
+                code="P117",
+            )
 
-
-@dataclass(frozen=True, slots=True)
-class NewTensors:
-    """A source of matrices: the plan's tensors ID.PARAMETER stand in the place of the layer's own."""
-
-    id: str
-    summary: ClassVar[str] = "Own weights"
-
-    def __str__(self) -> str:
-        return f"with the weights {self.id}"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKV:
-    """A source of keys and values: those of an earlier layer, as its latest run stored them."""
-
-    layer: int
-    noun: ClassVar[str] = "KV source"
-    summary: ClassVar[str] = "KV shared"
-
-    def __str__(self) -> str:
-        return f"reads the KV of layer {self.layer}"
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionMap:
-    """A source of the attention map: that of an earlier layer, as its latest run made it. The run still makes and
-    stores keys and values of its own, and weighs its own values with the map."""
-
-    layer: int
-    noun: ClassVar[str] = "attention source"
-    summary: ClassVar[str] = "Attention map shared"
-
-    def __str__(self) -> str:
-        return f"takes over the attention map of layer {self.layer}"
-
-
-@dataclass(frozen=True, slots=True)
-class TiedLayer:
-    """A source of matrices: those of another layer of the base stand in the place of the run's own, by their names.
-
-    Matrices are the parameters of two and more dimensions; norms and biases stay the run's own, as do its mask, rotary
-    tables and window, and the row of the KV cache.
-    """
-
-    layer: int
-    noun: ClassVar[str] = "tied layer"
-    summary: ClassVar[str] = "Tied matrices"
-
-    def __str__(self) -> str:
-        return f"with the matrices of layer {self.layer}"
-
-
-LayerSource = LayerKV | AttentionMap
-"""The sources that are runs of the base's layers: something that was computed in the same forward."""
-Source = LayerSource | TiedLayer | NewTensors
-"""Whose keys, values or matrices a run uses where it does not use its own layer's. A new kind of source is one more
-class here, and one more field of `Run` or `KV` that `Run.sources` turns into it; the type checker names the rest."""
+    @property
+    def sources(self) -> tuple[LayerSource, ...]:
+        """What is taken from other layers, in the order of depth notation."""
+        found = (
+            (LayerKV, self.read), (LayerKeys, self.keys), (LayerValues, self.values), (AttentionMap, self.attention)
+        )  # fmt: skip
+        return tuple(kind(layer) for kind, layer in found if layer is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +96,30 @@ class Run:
     @property
     def layer_sources(self) -> tuple[LayerSource, ...]:
         """The earlier runs of other layers that this run takes something from."""
-        kv = () if self.kv.read is None else (LayerKV(self.kv.read),)
-        return kv if self.kv.attention is None else (*kv, AttentionMap(self.kv.attention))
+        return self.kv.sources
+
+    @property
+    def unmade(self) -> frozenset[Product]:
+        """What of its attention it takes from another layer, so that it makes none of its own."""
+        found: set[Product] = set()
+        for source in self.layer_sources:
+            found |= source.gives
+        return frozenset(found)
+
+    @property
+    def stores(self) -> frozenset[Product]:
+        """Keys and values, those of the two that it stores itself, given that its layer has any."""
+        return frozenset() if self.part == "mlp" else STORED - self.unmade
+
+    @property
+    def half(self) -> Literal["keys", "values"] | None:
+        """Keys or values where it stores one of the two alone."""
+        kv = self.kv
+        no_keys = kv.read is not None or kv.keys is not None or kv.attention is not None
+        no_values = kv.read is not None or kv.values is not None
+        if self.part == "mlp" or no_keys == no_values:
+            return None
+        return "values" if no_keys else "keys"
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -210,9 +200,19 @@ def runs(steps: tuple[Step, ...]) -> Iterator[Run]:
                 assert_never(step)
 
 
-def kv_source(run: Run) -> int | None:
-    """The base layer whose keys and values the run reads; None: its own."""
-    return run.kv.read
+def key_source(run: Run) -> int | None:
+    """The base layer whose keys the run reads; None: no other's."""
+    return run.kv.keys if run.kv.read is None else run.kv.read
+
+
+def value_source(run: Run) -> int | None:
+    """The base layer whose values the run reads; None: no other's."""
+    return run.kv.values if run.kv.read is None else run.kv.read
+
+
+def map_source(run: Run) -> int | None:
+    """The base layer whose attention map the run takes over; None: it makes its own."""
+    return run.kv.attention
 
 
 def gate_of(step: Step) -> str | None:
@@ -263,14 +263,9 @@ def _ungated(run: Run) -> Run:
     return replace(run, gate=None, kv=replace(run.kv, fill=None))
 
 
-def map_source(run: Run) -> int | None:
-    """The base layer whose attention map the run takes over; None: it makes its own."""
-    return run.kv.attention
-
-
 def writes_kv(run: Run) -> bool:
-    """True when the run stores keys and values (or a recurrent state) of its own, given that its layer has any."""
-    return run.part != "mlp" and kv_source(run) is None
+    """True when the run stores keys or values (or a recurrent state) of its own, given that its layer has any."""
+    return bool(run.stores)
 
 
 def sources_read(steps: tuple[Step, ...]) -> set[LayerSource]:

@@ -10,7 +10,8 @@ from shoal.errors import PlanError
 from shoal.plan import Exit, Map, Parallel, Run, Step, parse_steps
 from shoal.plan.price import layers_run
 from shoal.plan.select import exits, groups, maps
-from shoal.plan.steps import TiedLayer, runs
+from shoal.plan.sources import TiedLayer
+from shoal.plan.steps import runs
 from shoal.report.formatting import TIMES, esc, ranges
 
 

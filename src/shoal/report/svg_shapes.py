@@ -7,7 +7,8 @@ from typing import assert_never
 
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.notation import format_source
-from shoal.plan.steps import NewTensors, PartName
+from shoal.plan.sources import NewTensors
+from shoal.plan.steps import PartName
 from shoal.report.formatting import TIMES, esc
 
 WIDE = 30

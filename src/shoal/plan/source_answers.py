@@ -1,0 +1,52 @@
+"""The sentences of what is refused of runs that take something from another layer."""
+
+from __future__ import annotations
+
+from shoal.plan.answers import Refused
+
+CHECKPOINTED_MAP = Refused(
+    "P141",
+    "layer {layer} takes over an attention map, which gradient checkpointing would not replay; switch one of them off",
+)
+MAP_BESIDE_ENCODER = Refused(
+    "P141",
+    "decoder layer {layer} has two attentions, so it cannot take over the attention map of layer {source}; write it "
+    "without @a",
+)
+PAGED_MAP = Refused(
+    "P141",
+    "layer {layer} takes over an attention map, and paged attention hands out none; call generate, or write the plan "
+    "without @a",
+)
+PAGED_HALF = Refused(
+    "P162",
+    "layer {layer} stores keys or values alone, and paged attention stores both; call generate, or write @{source}",
+)
+GATED_HALF = Refused(
+    "P133",
+    "layer {layer} stores keys or values alone, which no fill makes up for, so no token can be without it; write it "
+    "without @k and @v",
+)
+GATED_MAP = Refused(
+    "P133",
+    "layer {layer} takes over an attention map, so no token can be without it; write the plan without @a",
+)
+FAST_MAP = Refused(
+    "U568",
+    "layer {layer} takes over an attention map, which the fast loop does not hand on; call model.generate without it",
+)
+WRITTEN_SHARED_MAP = Refused(
+    "W210",
+    "step {step} cannot be written as a stock checkpoint: a stock layer makes its own attention map; write {layer} "
+    "without @a",
+)
+OFFLOADED_TIE = Refused(
+    "P124",
+    "layer {layer} is tied to layer {source}, and accelerate brings the weights of offloaded layers in for their own "
+    "calls alone; load the model without offloading, or write {layer}",
+)
+SHARDED_TIE = Refused(
+    "P153",
+    "layer {layer} is tied to layer {source}, and of layers that are spread over processes each gathers its own "
+    "weights alone; run the plan on a model in one piece, or write {layer}",
+)
