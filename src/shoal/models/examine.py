@@ -37,6 +37,8 @@ class LayerFacts:
     """{keyword or position of an argument: which value that the layer before returned besides the hidden state}."""
     returns: dict[str, int] = field(default_factory=dict)
     """For each child of `parts`: values returned besides its tensor, -1 for a bare tensor."""
+    called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """What it was called with: tensors without their values, and no cache."""
 
 
 @dataclass
@@ -180,6 +182,7 @@ class _Watcher:
                         if isinstance(v, torch.Tensor) and v is value
                     },
                     returns=self._returns[index],
+                    called=(without_values(args), without_values(kwargs)),
                 )
             )
             self.calls.append((args, kwargs))
@@ -216,6 +219,17 @@ def _read_cache(cache: Cache | None, facts: list[LayerFacts]) -> None:
         fact.state = sum(
             t.numel() for name in ("conv_states", "recurrent_states") for t in tensors(getattr(row, name, None))
         )
+
+
+def without_values(value: Any) -> Any:
+    """The same with tensors on the meta device, and None for a cache."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta", requires_grad=False)
+    if isinstance(value, dict):
+        return {key: without_values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_values, value)) if type(value) in (list, tuple) else None
+    return None if isinstance(value, Cache) else value
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
