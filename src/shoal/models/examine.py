@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from shoal.models.evaluating import evaluating
 from shoal.models.inputs import sample_inputs
 from shoal.models.kinds import MEDIA, PICTURES, auto_of, is_causal
 from shoal.models.lists import Stack
-from shoal.models.parts import INDEX_NAMES, Parts, find_parts, without
+from shoal.models.parts import INDEX_NAMES, Parts, find_parts, reads_attention, without
 
 
 @dataclass
@@ -37,6 +38,8 @@ class LayerFacts:
     """{keyword or position of an argument: which value that the layer before returned besides the hidden state}."""
     returns: dict[str, int] = field(default_factory=dict)
     """For each child of `parts`: values returned besides its tensor, -1 for a bare tensor."""
+    mlp_reads_attention: bool = False
+    """Whether its mlp reads what its attention wrote; otherwise both read one input, or nobody knows."""
     called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     """What it was called with: tensors without their values, and no cache."""
 
@@ -260,6 +263,8 @@ def _prove_parts(layers: list[nn.Module], watcher: _Watcher) -> str | None:
             same = x.device.type == "meta" or torch.equal(out[0] if isinstance(out, tuple) else out, x)
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
             same = False
+        with suppress(RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+            fact.mlp_reads_attention = same and reads_attention(layer, fact.parts, fact.returns, args, kwargs)
         if not same:
             fact.parts = None
             note = note or f"layer {index} ({type(layer).__name__}) does more than add its attention and its mlp"

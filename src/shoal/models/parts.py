@@ -68,10 +68,42 @@ def stubs(
 @contextmanager
 def without(layer: nn.Module, names: tuple[str, ...], returns: dict[str, int]) -> Iterator[None]:
     """Run `layer` while the children `names` contribute nothing, see `stubs`."""
+    with _in_place(layer, stubs(layer, names, returns)):
+        yield
+
+
+def reads_attention(
+    layer: nn.Module, parts: Parts, returns: Mapping[str, int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the mlp of `layer` reads what its attention wrote, rather than both the same input.
+
+    Found by a gradient, for which tensors need no values. `args`, `kwargs`: what the layer is called with.
+    """
+    written: list[torch.Tensor] = []
+    read: list[torch.Tensor] = []
+
+    def writes(x: torch.Tensor) -> torch.Tensor:
+        written.append(torch.zeros_like(x, requires_grad=True))
+        return written[-1] + 0  # a layer may add to it in place
+
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        read.append(x)
+        return torch.zeros_like(x)
+
+    made = stubs(layer, parts.attention, returns, writes) | stubs(layer, parts.mlp, returns, reads)
+    with torch.enable_grad(), _in_place(layer, made):
+        layer(*args, **kwargs)
+        sums = [x.sum() for x in read if x.requires_grad]
+    found = (torch.autograd.grad(one, written, allow_unused=True, retain_graph=True) for one in sums)
+    return any(gradient is not None for one in found for gradient in one)
+
+
+@contextmanager
+def _in_place(layer: nn.Module, made: Mapping[str, nn.Module]) -> Iterator[None]:
     children = layer._modules
-    saved = {name: children[name] for name in names}
+    saved = {name: children[name] for name in made}
     try:
-        children.update(stubs(layer, names, returns))
+        children.update(made)
         yield
     finally:
         children.update(saved)

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, assert_never
 from shoal.plan.given import Given, given_plan
 from shoal.plan.low_rank import INSTEAD, WORDS, replaced_matrices
 from shoal.plan.plan import Plan
+from shoal.plan.select import paired
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
-from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, Parallel, Run, runs, writes_kv
+from shoal.plan.steps import AttentionMap, Exit, LayerKV, Map, Parallel, Run, Step, runs, writes_kv
 from shoal.plan.tensors import Shapes, tensors_of
 
 
@@ -39,7 +40,8 @@ class Cost:
     """Unique storage of what the plan reads, as a planned checkpoint holds it: a repeated layer and the matrices of
     tied ones count once, and what new tensors stand in for counts no more where no other run reads it."""
     written_params: int
-    """Parameters of a stock checkpoint of this plan: a repeated layer counts as often as it runs."""
+    """Parameters of a stock checkpoint of this plan: a repeated layer counts as often as it runs, a half that is left
+    alone as a whole one, and an attention with the mlp behind it as one where they are a layer together."""
     layer_runs: int
     """Layers executed per token; an attention or mlp alone counts as a half run."""
     half_runs: int
@@ -145,6 +147,7 @@ def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> 
                 pass
             case _:
                 assert_never(step)
+    total.written -= _joined(plan.steps(stack.name), stack)
     if not stack.decodes:
         total.decode = 0
     return total
@@ -159,6 +162,18 @@ def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape, weights: 
     total.written += size.params
     total.prefill += size.flops * shape.prompt
     total.decode += size.flops
+
+
+def _joined(steps: tuple[Step, ...], stack: StackSpec) -> int:
+    """By how much a stock checkpoint is smaller as an attention run and the mlp run behind it are one layer."""
+    pairs = ((stack.layers[run.layer], stack.layers[mlp.layer]) for run, mlp in paired(steps) if mlp is not None)
+    return sum(
+        other.params for layer, other in pairs if layer.mlp_reads_attention and _mlp_size(layer) == _mlp_size(other)
+    )
+
+
+def _mlp_size(layer: LayerSpec) -> int | None:
+    return None if layer.mlp is None else layer.mlp.params
 
 
 def _own(weights_id: str, weights: Shapes) -> dict[str, int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import NotationError
 from shoal.plan.file import MAX_BYTES, load_plan
 from shoal.plan.notation import format_steps, parse_steps
+from shoal.plan.select import paired
 from shoal.plan.steps import Run, Step, runs
 
 KEY = "shoal"
@@ -159,13 +159,12 @@ def lineage_of_folder(place: str | Path) -> Lineage | LineageByStack | None:
 def _depth(steps: tuple[Step, ...], data: Any, stack: str) -> int:
     """How many layers a checkpoint of these steps has: one for each run, unless an attention and the mlp run behind it
     are one layer, and then as many as the note says."""
-    found = list(runs(steps))
-    pairs = sum((a.part, b.part) == ("attention", "mlp") for a, b in pairwise(found))
+    count = len(list(runs(steps)))
     note = data.get(KEY) if isinstance(data, dict) else None
     layers = note.get("base_layers") if isinstance(note, dict) else None
     layers = layers.get(stack) if isinstance(layers, dict) else layers
-    said = len(layers) if isinstance(layers, list) else len(found)
-    return said if len(found) - pairs <= said else len(found)
+    said = len(layers) if isinstance(layers, list) else count
+    return said if len(list(paired(steps))) <= said else count
 
 
 def _chain(note: dict[str, Any]) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ class LayerSpec:
     """Why this layer must run first, if it must."""
     vectors: int = 0
     """How many of `params` are in tensors of one dimension."""
+    mlp_reads_attention: bool = False
+    """Whether its mlp reads what its attention wrote, so that the layer is the one and then the other."""
 
 
 @dataclass(frozen=True, slots=True)

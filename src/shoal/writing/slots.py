@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -15,7 +14,8 @@ from shoal.models.opened import open_model
 from shoal.models.stacks import Stack, find_stacks
 from shoal.plan import Run, format_steps
 from shoal.plan.capabilities import refusals, refused
-from shoal.plan.steps import Step, runs
+from shoal.plan.select import paired
+from shoal.plan.steps import Step
 from shoal.writing.blueprint import MlpHalf, StackSlots
 from shoal.writing.same_layers import difference
 
@@ -34,7 +34,7 @@ def slots_of(model: PreTrainedModel, stack: Stack, steps: tuple[Step, ...], *, z
         if no.trait != "part":
             raise WriteError(no.message, code=no.code)
     found: list[Slot] = []
-    for run, mlp in _pairs(tuple(runs(steps))):
+    for run, mlp in paired(steps):
         if mlp is None:
             half = None if zero_parts or run.part == "layer" else refused("part", "written", run)
             if half is not None:
@@ -63,17 +63,6 @@ def slots_of(model: PreTrainedModel, stack: Stack, steps: tuple[Step, ...], *, z
         tuple((slot, run.tie) for slot, (run, _) in enumerate(found) if run.tie is not None),
         tuple((slot, half) for slot, (_, half) in enumerate(found) if half is not None),
     )
-
-
-def _pairs(found: tuple[Run, ...]) -> Iterator[tuple[Run, Run | None]]:
-    """Each run, an attention's with the run of an mlp that comes next."""
-    behind = False
-    for run, after in zip(found, (*found[1:], None), strict=True):
-        if behind:
-            behind = False
-            continue
-        behind = after is not None and (run.part, after.part) == ("attention", "mlp")
-        yield run, after if behind else None
 
 
 def _joined(model: PreTrainedModel, stack: Stack, attention: Run, mlp: Run) -> Slot | str:
