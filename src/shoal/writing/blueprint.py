@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from shoal.plan import Plan, Run
+from shoal.plan import Plan, Run, format_steps
+from shoal.plan.steps import PartName
 
 Tensors = dict[str, torch.Tensor]
 
@@ -97,6 +98,13 @@ class Blueprint:
         mine = StackSlots(self.slots, self.zeroed, self.replaced, self.tied, self.mlps)
         found = dict(self.others).get(stack, mine)
         return replace(self, **found._asdict(), others=())
+
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """The halves that are slots of their own, as depth notation: the other part of each is zeroed."""
+        own = [self.of(name) for name, _ in self.plan.stacks]
+        other: dict[str, PartName] = {"attention": "mlp", "mlp": "attention"}
+        return tuple(format_steps((Run(one.slots[slot], other[part]),)) for one in own for slot, part in one.zeroed)
 
     @property
     def whole(self) -> Plan:

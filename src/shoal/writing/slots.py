@@ -23,7 +23,9 @@ Slot = tuple[Run, MlpHalf | None]
 """What one layer of a stock model runs: a layer or a part of it, or an attention and the mlp of another run."""
 
 
-def slots_of(model: PreTrainedModel, stack: Stack, steps: tuple[Step, ...], *, zero_parts: bool) -> StackSlots:
+def slots_of(
+    model: PreTrainedModel, stack: Stack, steps: tuple[Step, ...], *, zero_parts: bool, joined: bool = True
+) -> StackSlots:
     """The slots of `steps`. An attention run with an mlp run behind it is one slot, whatever layers they are of; what
     a layer's place makes of it (mask, window, rotary tables, its entries in the config) is that of the attention's.
 
@@ -41,14 +43,14 @@ def slots_of(model: PreTrainedModel, stack: Stack, steps: tuple[Step, ...], *, z
                 raise WriteError(half.message, code=half.code)
             found.append((run, None))
             continue
-        joined = _joined(model, stack, run, mlp)
-        if not isinstance(joined, str):
-            found.append(joined)
+        slot = _joined(model, stack, run, mlp) if joined else "they are kept apart"
+        if not isinstance(slot, str):
+            found.append(slot)
         elif zero_parts:
             found += [(run, None), (mlp, None)]
         else:
             raise WriteError(
-                f"steps {format_steps((run, mlp))} cannot be written as one layer of a stock checkpoint: {joined}; run "
+                f"steps {format_steps((run, mlp))} cannot be written as one layer of a stock checkpoint: {slot}; run "
                 "the plan live, or ask for zeroed projections (--zero-parts: exact, saves nothing)",
                 code="W283",
             )

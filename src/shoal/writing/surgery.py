@@ -43,6 +43,7 @@ def blueprint(
     *,
     zero_parts: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
+    joined: bool = True,
 ) -> Blueprint:
     """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
@@ -53,10 +54,14 @@ def blueprint(
     the model adds what it sees in pictures.
 
     `zero_parts`: let a stock layer keep a dropped attention or mlp with all its tensors zero (exact, saves nothing).
-    `model` may be on the meta device.
+    `joined`: let an attention run and the mlp run behind it be one layer (W283 where they are none). `model` may be on
+    the meta device.
     """
     stacks = find_stacks(model)
-    by_stack = {stack.name: slots_of(model, stack, plan.steps(stack.name), zero_parts=zero_parts) for stack in stacks}
+    by_stack = {
+        stack.name: slots_of(model, stack, plan.steps(stack.name), zero_parts=zero_parts, joined=joined)
+        for stack in stacks
+    }
     config, changed = model.config, dict[str, tuple[Any, Any]]()
     for stack in stacks:
         refuse_order(stack, by_stack[stack.name].slots)
