@@ -274,7 +274,7 @@ def test_an_older_folder_with_zeroed_halves_still_proves(tmp_path: Path, monkeyp
     model.save_pretrained(tmp_path / "base")
     plan = plan_of(model, "0,2a,1m,3")
     with monkeypatch.context() as patch:
-        patch.setattr("shoal.writing.slots._joined", lambda *_: "not in this version")
+        patch.setattr("shoal.writing.slots._joined", lambda *_: (None, "not in this version"))
         loaded = Loaded(model, None, str(tmp_path / "base"))
         folder = write(loaded, plan, tmp_path / "old", zero_parts=True, prove=False).folder
     assert config_of(folder)["num_hidden_layers"] == 4

@@ -47,10 +47,10 @@ def require_same_layers(
         for slot, layer in enumerate(slots[stack.name]):
             with _in_place(stack, slot, layer):
                 old, new = stack.layer(layer), targets[stack.name].layer(slot)
-                found = difference(old, new, family_of(stack.config).numbering)
-            if found is not None:
+                difference = first_difference(old, new, family_of(stack.config).numbering)
+            if difference is not None:
                 raise WriteError(
-                    f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {found}; "
+                    f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
                     "run the plan live or keep this layer's place",
                     code="W207",
                 )
@@ -81,7 +81,7 @@ def _shapes_outside(model: nn.Module, stacks: tuple[Stack, ...]) -> dict[str, tu
     return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
 
 
-def difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:
+def first_difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:
     """The first fact in which two layers, or two modules of layers, differ, their index and what else only numbers them
     aside; None when they are the same but for the values of tensors."""
     olds, news = dict(old.named_modules()), dict(new.named_modules())

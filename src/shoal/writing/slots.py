@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from shoal.errors import WriteError
+from shoal.errors import WriteError, first_line
 from shoal.models.families import family_of
 from shoal.models.halves import Halves, follows
 from shoal.models.meta import meta_model
@@ -17,7 +17,7 @@ from shoal.plan.capabilities import refusals, refused
 from shoal.plan.select import paired
 from shoal.plan.steps import Step
 from shoal.writing.blueprint import MlpHalf, StackSlots
-from shoal.writing.same_layers import difference
+from shoal.writing.same_layers import first_difference
 
 Slot = tuple[Run, MlpHalf | None]
 """What one layer of a stock model runs: a layer or a part of it, or an attention and the mlp of another run."""
@@ -35,25 +35,8 @@ def slots_of(
     for no in refusals(steps, "written"):
         if no.trait != "part":
             raise WriteError(no.message, code=no.code)
-    found: list[Slot] = []
-    for run, mlp in paired(steps):
-        if mlp is None:
-            half = None if zero_parts or run.part == "layer" else refused("part", "written", run)
-            if half is not None:
-                raise WriteError(half.message, code=half.code)
-            found.append((run, None))
-            continue
-        slot = _joined(model, stack, run, mlp) if joined else "they are kept apart"
-        if not isinstance(slot, str):
-            found.append(slot)
-        elif zero_parts:
-            found += [(run, None), (mlp, None)]
-        else:
-            raise WriteError(
-                f"steps {format_steps((run, mlp))} cannot be written as one layer of a stock checkpoint: {slot}; run "
-                "the plan live, or ask for zeroed projections (--zero-parts: exact, saves nothing)",
-                code="W283",
-            )
+    pairs = paired(steps)
+    found = [one for run, mlp in pairs for one in _slots(model, stack, run, mlp, zero_parts=zero_parts, joined=joined)]
     return StackSlots(
         tuple(run.layer for run, _ in found),
         tuple(
@@ -67,33 +50,56 @@ def slots_of(
     )
 
 
-def _joined(model: PreTrainedModel, stack: Stack, attention: Run, mlp: Run) -> Slot | str:
-    """The slot of the two, or why there is none."""
+def _slots(
+    model: PreTrainedModel, stack: Stack, run: Run, mlp: Run | None, *, zero_parts: bool, joined: bool
+) -> list[Slot]:
+    if mlp is None:
+        alone = None if zero_parts or run.part == "layer" else refused("part", "written", run)
+        if alone is not None:
+            raise WriteError(alone.message, code=alone.code)
+        return [(run, None)]
+    slot, why = _joined(model, stack, run, mlp) if joined else (None, "")
+    if slot is not None:
+        return [slot]
+    if zero_parts:
+        return [(run, None), (mlp, None)]
+    pair = format_steps((run, mlp))
+    raise WriteError(
+        f"steps {pair} cannot be written as one layer of a stock checkpoint: {why}; run the plan live, or ask for "
+        "zeroed projections (--zero-parts: exact, saves nothing)",
+        code="W283",
+    )
+
+
+def _joined(model: PreTrainedModel, stack: Stack, attention: Run, mlp: Run) -> tuple[Slot | None, str]:
+    """The slot of the two, or None and why there is none."""
     same = attention == replace(mlp, part="attention")
-    opened = open_model(model)
-    found = opened.remember(
+    found = open_model(model).remember(
         f"the mlp of {stack.name} layer {mlp.layer} behind the attention of {attention.layer}, the same: {same}",
         lambda: _tried(model, stack, attention.layer, mlp.layer, same=same),
     )
     if isinstance(found, str):
-        return found
+        return None, found
     if same:
-        return replace(attention, part="layer"), None
-    return attention, MlpHalf(mlp.layer, found, mlp.weights, mlp.tie)
+        return (replace(attention, part="layer"), None), ""
+    return (attention, MlpHalf(mlp.layer, found, mlp.weights, mlp.tie)), ""
 
 
 def _tried(model: PreTrainedModel, stack: Stack, attention: int, mlp: int, *, same: bool) -> tuple[str, ...] | str:
     """How the names of the tensors begin that come with the mlp; otherwise why the two are no layer together."""
     first, second = (_halves(model, stack, layer) for layer in (attention, mlp))
     if first is None or second is None:
-        return "it cannot be tried whether its mlp reads what its attention wrote, as the model did not run"
+        return "whether its mlp reads what its attention wrote cannot be tried, as the model does not run here"
     if first.parts.mlp != second.parts.mlp:
         return f"layers {attention} and {mlp} have another mlp"
     for name in first.parts.mlp:
         one, other = (half.children[name] for half in (first, second))
-        if (why := difference(one, other, family_of(stack.config).numbering)) is not None:
+        if (why := first_difference(one, other, family_of(stack.config).numbering)) is not None:
             return f"the mlp of layer {mlp} is not built as that of layer {attention}: {name}: {why}"
-    outside = follows(first, second, same=same)
+    try:
+        outside = follows(first, second, same=same)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        return f"whether its mlp reads what its attention wrote cannot be tried ({first_line(error)})"
     return outside if isinstance(outside, str) else (*(f"{name}." for name in first.parts.mlp), *sorted(outside))
 
 
