@@ -52,7 +52,7 @@ PARALLEL = ("gpt_neox", "phi", "falcon", "cohere2", "gptj")
 EAGER = ("gemma2", "gpt_oss", "bloom", "gpt_neo", "gptj")
 """Families that transformers does not run by sdpa."""
 PROVED = (
-    "llama", "gpt2", "qwen2", "gemma2", "gemma3_text", "phi3", "opt", "mixtral", "olmo2", "granite", "bloom", "jamba",
+    "llama", "gpt2", "qwen2", "gemma2", "gemma3_text", "phi3", "opt", "mixtral", "olmo2", "bloom",
 )  # fmt: skip
 IDS = torch.randint(3, VOCAB, (2, 11), generator=torch.Generator().manual_seed(3))
 LEFT = torch.ones_like(IDS)
@@ -110,18 +110,18 @@ def test_what_is_written_computes_what_runs_live(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Proof]:
-    """Twelve families, written, and proved by one fresh process."""
+    """Ten families, written, and proved by one fresh process."""
     root, jobs = tmp_path_factory.mktemp("folders"), {}
     for family in PROVED:
         model = own(family)
         plan = plan_of(model, PLANS[family][0])
         write(Loaded(model, None, f"tiny-{family}"), plan, root / family, prove=False)
-        jobs[family] = root / family, live_reference(model, plan, greedy=(1, 6))
+        jobs[family] = root / family, live_reference(model, plan, greedy=(1, 3))
     return dict(zip(jobs, prove_many(list(jobs.values())), strict=True))
 
 
 @pytest.mark.parametrize("family", PROVED)
-def test_twelve_families_are_proved(proofs: dict[str, Proof], family: str) -> None:
+def test_ten_families_are_proved(proofs: dict[str, Proof], family: str) -> None:
     """One sequence and left-padded, with and without a cache, to 1e-5; the rows of the cache are the live plan's."""
     proof = proofs[family]
     assert proof.passed, [str(check) for check in proof.failures]

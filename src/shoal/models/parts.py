@@ -77,7 +77,8 @@ def reads_attention(
 ) -> bool:
     """Whether the mlp of `layer` reads what its attention wrote, rather than both the same input.
 
-    Found by a gradient, for which tensors need no values. `args`, `kwargs`: what the layer is called with.
+    Found in the graph that autograd keeps of the call, for which tensors need no values; no backward pass is run, which
+    is not ours to run on layers that others spread over processes. `args`, `kwargs`: what the layer is called with.
     """
     written: list[torch.Tensor] = []
     read: list[torch.Tensor] = []
@@ -93,9 +94,14 @@ def reads_attention(
     made = stubs(layer, parts.attention, returns, writes) | stubs(layer, parts.mlp, returns, reads)
     with torch.enable_grad(), _in_place(layer, made):
         layer(*args, **kwargs)
-        sums = [x.sum() for x in read if x.requires_grad]
-    found = (torch.autograd.grad(one, written, allow_unused=True, retain_graph=True) for one in sums)
-    return any(gradient is not None for one in found for gradient in one)
+    made_of = [x.grad_fn for x in read]
+    seen = set[Any]()
+    while made_of:
+        node = made_of.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            made_of += [before for before, _ in node.next_functions]
+    return any(getattr(node, "variable", None) is leaf for node in seen for leaf in written)
 
 
 @contextmanager
