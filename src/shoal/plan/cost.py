@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, assert_never
 from shoal.plan.given import Given, given_plan
 from shoal.plan.low_rank import INSTEAD, WORDS, replaced_matrices
 from shoal.plan.plan import Plan
+from shoal.plan.select import paired
 from shoal.plan.sources import STORED
 from shoal.plan.spec import KVSpec, LayerSpec, ProjectionSpec, Spec, StackSpec
-from shoal.plan.steps import Exit, Map, Parallel, Run, map_source, runs
+from shoal.plan.steps import Exit, Map, Parallel, Run, Step, map_source, runs
 from shoal.plan.tensors import Shapes, tensors_of
 
 
@@ -41,7 +42,8 @@ class Cost:
     """Unique storage of what the plan reads, as a planned checkpoint holds it: a repeated layer and the matrices of
     tied ones count once, and what new tensors stand in for counts no more where no other run reads it."""
     written_params: int
-    """Parameters of a stock checkpoint of this plan: a repeated layer counts as often as it runs."""
+    """Parameters of a stock checkpoint of this plan: a repeated layer counts as often as it runs, a half that is left
+    alone as a whole one, and an attention with the mlp behind it as one where they are a layer together."""
     layer_runs: int
     """Layers executed per token; an attention or mlp alone counts as a half run."""
     half_runs: int
@@ -147,6 +149,7 @@ def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> 
                 pass
             case _:
                 assert_never(step)
+    total.written -= _joined(plan.steps(stack.name), stack)
     if not stack.decodes:
         total.decode = 0
     return total
@@ -161,6 +164,18 @@ def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape, weights: 
     total.written += size.params
     total.prefill += size.flops * shape.prompt
     total.decode += size.flops
+
+
+def _joined(steps: tuple[Step, ...], stack: StackSpec) -> int:
+    """By how much a stock checkpoint is smaller as an attention run and the mlp run behind it are one layer."""
+    pairs = ((stack.layers[run.layer], stack.layers[mlp.layer]) for run, mlp in paired(steps) if mlp is not None)
+    return sum(
+        other.params for layer, other in pairs if layer.mlp_reads_attention and _mlp_size(layer) == _mlp_size(other)
+    )
+
+
+def _mlp_size(layer: LayerSpec) -> int | None:
+    return None if layer.mlp is None else layer.mlp.params
 
 
 def _own(weights_id: str, weights: Shapes) -> dict[str, int]:
