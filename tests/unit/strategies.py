@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from shoal.plan import KV, Base, Exit, Map, Parallel, Plan, Run, Step
 from shoal.plan.notation import map_weights
-from shoal.plan.steps import FILLS, JOINS, PARTS
+from shoal.plan.sources import FILLS
+from shoal.plan.steps import JOINS, PARTS
 
 SIGNS = "0123456789-,amx@:?/()|~!=;. \n"
 NAMES = ["g", "7", "a", "m", "x2", "w.1", "_+-.", "-", "base", "map-0-1", "project"]

@@ -22,7 +22,7 @@ from shoal.plan.select import paired
 from shoal.plan.sources import STORED
 from shoal.plan.spec import KVSpec, LayerSpec, ProjectionSpec, Spec, StackSpec
 from shoal.plan.steps import Exit, Map, Parallel, Run, Step, map_source, runs
-from shoal.plan.tensors import Shapes, tensors_of
+from shoal.plan.tensors import Shapes, tensors_of, tensors_of_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,24 +187,22 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     layer = stack.layers[run.layer]
     params, flops = _size(layer, run)
     # the name of new weights is one for all stacks, and may look like a layer's number
-    own = {} if run.weights is None else _own(run.weights, weights)
-    storage = f"{stack.name}.{layer.index}" if run.weights is None or own else f":{run.weights}"
-    if own:
-        total.storages[f":{run.weights}"] = sum(own.values())
-    elif run.weights is not None:
-        total.assumed.add(run.weights)
-    tied = storage if run.tie is None else f"{stack.name}.{run.tie}"
+    own = {weights_id: _own(weights_id, weights) for weights_id in run.ids}
+    unknown = [weights_id for weights_id, sizes in own.items() if not sizes]
+    storage = f":{unknown[-1]}" if unknown else f"{stack.name}.{layer.index}"
+    total.storages |= {f":{weights_id}": sum(sizes.values()) for weights_id, sizes in own.items() if sizes}
+    total.assumed |= set(unknown)
+    tied = storage if run.tied_layer is None else f"{stack.name}.{run.tied_layer}"
+    new = tensors_of_run(run, weights)
     for piece, (matrices, vectors) in params.items():
         total.storages[f"{tied}.{piece}"] = matrices
         total.storages[f"{storage}.{piece}.vectors"] = vectors
-    total.readings += _readings(
-        run, layer, tied, storage, {} if run.weights is None else tensors_of(run.weights, weights)
-    )
+    total.readings += _readings(run, layer, tied, storage, new)
     total.written += layer.params  # a stock checkpoint holds whole layers
     total.shared |= dict(layer.shared)
     total.layer_runs += run.part == "layer"
     total.half_runs += run.part != "layer"
-    flops += _factor_flops({} if run.weights is None else tensors_of(run.weights, weights))
+    flops += _factor_flops(new)
     flops -= sum(one.flops for one in _left_out(layer, run))
     total.prefill += flops * shape.prompt
     total.decode += flops

@@ -15,6 +15,10 @@ from shoal.plan.steps import PartName
 Tensors = dict[str, torch.Tensor]
 
 
+AND = "|"
+"""Between the ids of a run that has shared tensors and its own."""
+
+
 class Origin(NamedTuple):
     """Where the tensors of a slot, or some of them, come from."""
 
@@ -54,7 +58,7 @@ class StackSlots(NamedTuple):
     zeroed: tuple[tuple[int, str], ...] = ()
     """(slot, part) whose tensors are zeroed."""
     replaced: tuple[tuple[int, str], ...] = ()
-    """(slot, id of the weights that it runs with)."""
+    """(slot, ids of the weights that it runs with, `AND` between them)."""
     tied: tuple[tuple[int, int], ...] = ()
     """(slot, base layer whose matrices it runs with)."""
     mlps: tuple[tuple[int, MlpHalf], ...] = ()
@@ -73,7 +77,7 @@ class Blueprint:
     config: PreTrainedConfig
     changed: dict[str, tuple[Any, Any]]
     replaced: tuple[tuple[int, str], ...] = ()
-    """(slot, id of the weights that it runs with)."""
+    """(slot, ids of the weights that it runs with, `AND` between them)."""
     weights: Tensors = field(default_factory=dict)
     """The tensors of these ids, ID.PARAMETER, in the dtype of the base's."""
     others: tuple[tuple[str, StackSlots], ...] = ()

@@ -16,7 +16,7 @@ from shoal.plan import Run, format_steps
 from shoal.plan.capabilities import refusals, refused
 from shoal.plan.select import paired
 from shoal.plan.steps import Step
-from shoal.writing.blueprint import MlpHalf, StackSlots
+from shoal.writing.blueprint import AND, MlpHalf, StackSlots
 from shoal.writing.same_layers import first_difference
 
 Slot = tuple[Run, MlpHalf | None]
@@ -44,8 +44,8 @@ def slots_of(
             for slot, (run, half) in enumerate(found)
             if run.part != "layer" and half is None
         ),
-        tuple((slot, run.weights) for slot, (run, _) in enumerate(found) if run.weights is not None),
-        tuple((slot, run.tie) for slot, (run, _) in enumerate(found) if run.tie is not None),
+        tuple((slot, AND.join(run.ids)) for slot, (run, _) in enumerate(found) if run.ids),
+        tuple((slot, run.tied_layer) for slot, (run, _) in enumerate(found) if run.tied_layer is not None),
         tuple((slot, half) for slot, (_, half) in enumerate(found) if half is not None),
     )
 
@@ -82,7 +82,7 @@ def _joined(model: PreTrainedModel, stack: Stack, attention: Run, mlp: Run) -> t
         return None, found
     if same:
         return (replace(attention, part="layer"), None), ""
-    return (attention, MlpHalf(mlp.layer, found, mlp.weights, mlp.tie)), ""
+    return (attention, MlpHalf(mlp.layer, found, AND.join(mlp.ids) or None, mlp.tied_layer)), ""
 
 
 def _tried(model: PreTrainedModel, stack: Stack, attention: int, mlp: int, *, same: bool) -> tuple[str, ...] | str:

@@ -29,7 +29,7 @@ from shoal.plan import Given, Plan
 from shoal.plan.low_rank import factors_of
 from shoal.plan.tensors import tensors_of
 from shoal.writing.assemble import assembled
-from shoal.writing.blueprint import Blueprint, StackSlots, Tensors
+from shoal.writing.blueprint import AND, Blueprint, StackSlots, Tensors
 from shoal.writing.papers import generation_for
 from shoal.writing.same_layers import require_same_layers
 from shoal.writing.slots import slots_of
@@ -114,13 +114,13 @@ def _own(
     stack: Stack, layer: int, tied: int, weights_id: str, made: str, weights: Mapping[str, torch.Tensor]
 ) -> tuple[str, Tensors]:
     """The tensors of a run of `layer` with the matrices of `tied`, and their id: `made` where low-rank factors change
-    some."""
-    given = {name: t for name, t in weights.items() if name.startswith(f"{weights_id}.")}
-    factors = factors_of(tensors_of(weights_id, given), stack.layer(layer).state_dict())
-    if not factors:
+    some, or some lie over those that runs share."""
+    given = {name: t for one in weights_id.split(AND) for name, t in tensors_of(one, weights).items()}
+    factors = factors_of(given, stack.layer(layer).state_dict())
+    if not factors and AND not in weights_id:
         return weights_id, _fitting(stack, layer, weights_id, weights)
     held = stack.layer(tied).state_dict()
-    whole = {f"{made}.{name}": t for name, t in tensors_of(weights_id, given).items() if name in held}
+    whole = {f"{made}.{name}": t for name, t in given.items() if name in held}
     for module, pair in factors.items():
         name = f"{made}.{module}.weight"
         matrix = whole.get(name, held[f"{module}.weight"])
