@@ -33,8 +33,11 @@ def layers(depth: int) -> st.SearchStrategy[int]:
 @cache
 def runs(depth: int) -> st.SearchStrategy[Run]:
     """Single runs with any mix of part, weights, sources, fill and gate."""
-    kvs = st.builds(KV, st.none() | layers(depth), fills, st.none() | layers(depth))
-    return st.builds(Run, layers(depth), parts, maybe_names, kvs, maybe_names, st.none() | layers(depth))
+    maybe = st.none() | layers(depth)
+    both = st.builds(KV, maybe, fills, maybe)
+    apart = st.builds(KV, st.none(), fills, maybe, maybe, maybe)
+    ties = maybe | st.sampled_from([name for name in NAMES if name != "7"])
+    return st.builds(Run, layers(depth), parts, maybe_names, both | apart, maybe_names, ties)
 
 
 def _ladder(first: int, last: int, part: str) -> list[Step]:
