@@ -16,7 +16,7 @@ from shoal.plan.notation import map_weights
 from shoal.plan.sources import FILLS
 from shoal.plan.steps import JOINS, PARTS
 
-SIGNS = "0123456789-,amx@:?/()|~!=;. \n"
+SIGNS = "0123456789-,amxkv@:?/()[]|~!=;. \n"
 NAMES = ["g", "7", "a", "m", "x2", "w.1", "_+-.", "-", "base", "map-0-1", "project"]
 
 names = st.sampled_from(NAMES)

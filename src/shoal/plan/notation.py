@@ -2,6 +2,7 @@
 
     0-11,14-29      layers 0 to 11 and 14 to 29 (0-based, both ends included)      29-0   reversed
     12a   12m       only the attention, only the mlp of layer 12                   10x3   layer 10 three times
+    [10-14]x3       the span three times, as a loop; written out flat: 10-14,10-14,10-14
     (7|8)           layers 7 and 8 in parallel; (7|8)mean averages                 13@12  layer 13 reads layer 12's KV
     (7|8)bypass     in parallel, and 8's mlp also sees what 7's attention wrote
     ~12-15          a fitted map for layers 12 to 15; ~12-15:ID names its weights
@@ -52,6 +53,7 @@ _SOURCE = re.compile(rf"@([kva]?)({_NUM})", re.ASCII)
 _MAP = re.compile(rf"~(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _EXIT = re.compile(rf"!(?P<name>{_ID})(?:=(?P<head>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _GROUP = re.compile(r"\((?P<body>[^()]*)\)(?P<join>[a-z]*)", re.ASCII)
+_LOOP = re.compile(rf"\[(?P<body>.*)\]x(?P<times>{_NUM})", re.ASCII | re.DOTALL)
 _PARTS: dict[str | None, PartName] = {None: "layer", "a": "attention", "m": "mlp"}
 _LETTER: dict[PartName, str] = {"layer": "", "attention": "a", "mlp": "m"}
 
@@ -109,16 +111,21 @@ def format_steps(steps: tuple[Step, ...]) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Pieces between commas that are not inside brackets."""
-    pieces, depth, start = [], 0, 0
+    """Pieces between commas that are not inside brackets: a group in round ones may stand inside square ones."""
+    pieces, inside, start = [], "", 0
     for position, char in enumerate(text):
-        depth += (char == "(") - (char == ")")
-        if depth < 0 or depth > 1:
+        if char in "([":
+            inside += char
+        elif char in ")]":
+            if inside[-1:] != {")": "(", "]": "["}[char]:
+                _fail(text[: position + 1][-20:], "brackets do not match")
+            inside = inside[:-1]
+        if inside not in ("", "(", "[", "[("):
             _fail(text[: position + 1][-20:], "brackets do not match")
-        if char == "," and depth == 0:
+        if char == "," and not inside:
             pieces.append(text[start:position])
             start = position + 1
-    if depth:
+    if inside:
         _fail(text[start:][:20], "a bracket is not closed")
     pieces.append(text[start:])
     stripped = [piece.strip() for piece in pieces]
@@ -131,6 +138,15 @@ def _split(text: str) -> list[str]:
 
 
 def _parse_piece(piece: str) -> list[Step]:
+    if found := _LOOP.fullmatch(piece):
+        if not found["body"].strip():
+            _fail(piece, "there is nothing to run between the brackets")
+        once, times = parse_steps(found["body"]), int(found["times"])
+        if times < 1:
+            _fail(piece, "a span cannot run 0 times; leave it out instead")
+        if len(once) * times > MAX_STEPS:
+            _fail(piece, f"the plan has more than {MAX_STEPS} steps")
+        return list(once) * times
     if found := _MAP.fullmatch(piece):
         first, last = int(found["first"]), int(found["last"] or found["first"])
         if last < first:
