@@ -31,7 +31,7 @@ TEXTS = [text for found in EXAMPLES.values() for text in found.texts]
 NULL = [text for found in EXAMPLES.values() for text in found.null]
 REFUSED = [pytest.param(no, id=f"{name}-{no.title}") for name, found in EXAMPLES.items() for no in found.refused]
 GROUPED = "minicache:start=0"
-PLANS = ("0-3", "0,2,3", "0-2,2,3", "0,1@0,2,3", "0-1,3,2", "0a,1m,2,3", "0-2,3@a2", "(0|1),2,3")
+PLANS = ("0-3", "0,2,3", "0-2,2,3", "0,1@0,2,3", "0-1,3,2", "0a,1m,2,3", "(0|1),2,3")
 WHERE = tuple(family for family in FAMILIES if family != "mamba2")
 
 

@@ -113,6 +113,12 @@ def _written(opened: OpenedModel, depth: int) -> tuple[int, ...]:
                 "compressing cache goes with a plan alone",
                 code="P161",
             )
+        if layers.executor.sharing.fewer:
+            raise PlanError(
+                "tensors of this plan make fewer heads of keys and values for some layers, which a compressing cache "
+                "cannot put together with those of others; leave --kv-cache out",
+                code="P161",
+            )
         half = next((run for run in runs(layers.executor.steps) if run.half is not None), None)
         if half is not None:
             raise PlanError(

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shoal.errors import PlanError
+from shoal.executing.fewer_heads import repeated
 from shoal.models.parts import INDEX_NAMES
 
 NAME = "shoal_shared_map"
@@ -43,12 +44,12 @@ def attending(layer: nn.Module, attend: Attend) -> Iterator[None]:
     own = module.config
     if own._attn_implementation not in ("eager", "sdpa"):
         raise PlanError(
-            f"{own._attn_implementation} hands out no attention map; load the model with sdpa or eager attention, or "
-            "write the plan without @a",
+            f"{own._attn_implementation} hands out no attention map and takes no other number of heads; load the model "
+            "with sdpa or eager attention, or write the plan without @a and narrower tensors",
             code="P141",
         )
     stand_in = copy.copy(own)
-    stand_in.__dict__.update(_attn_implementation_internal=NAME, _shoal_attend=attend)
+    stand_in.__dict__.update(_attn_implementation_internal=NAME, _shoal_attend=attend, _shoal_own=own)
     module.config = stand_in
     try:
         yield
@@ -61,11 +62,19 @@ def made(keep: Callable[[torch.Tensor], None]) -> Attend:
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         eager = _home_of(module).eager_attention_forward
+        key, value = (repeated(module, query, one) for one in (key, value))
         out, weights = eager(module, query, key, value, _additive(module, mask, query, key), **options)
         keep(weights)
         return out, weights
 
     return attend
+
+
+def over_fewer_heads(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """The model's own attention, over keys and values of fewer heads than the module expects."""
+    own = module.config._shoal_own._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(own, _home_of(module).eager_attention_forward)
+    return function(module, query, repeated(module, query, key), repeated(module, query, value), mask, **options)
 
 
 def taken(weights: torch.Tensor) -> Attend:

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from shoal.executing.asked import SaidDepth, refuse_counting
 from shoal.executing.calls import Call, argument, caches_of, first_state, hidden_of, with_hidden
 from shoal.executing.checkpointed import Around, is_checkpointed
+from shoal.executing.fewer_heads import makes_fewer
 from shoal.executing.forward import Forward, Segment
 from shoal.executing.groups import joined
 from shoal.executing.layer_list import LayerProxyList
@@ -57,7 +58,7 @@ class Executor(RunCalls):
         self.steps_at, self.needed_later = schedule(steps, stack.depth)
         self.slots = slots_of(steps)
         self.rows = tuple(self.facts[run.layer].row for run in runs(steps) if writes_kv(run))
-        self.sharing = Sharing(steps)
+        self.sharing = Sharing(steps, makes_fewer(steps, self.facts, weights))
         # a plan that runs every layer once, whole and in order needs no view: the layers' own rows are right
         self.plain = self.rows == tuple(fact.row for fact in self.facts) and not self.sharing.sources
         self.passthrough = [
@@ -66,7 +67,7 @@ class Executor(RunCalls):
         ]
         if self.needed_later:
             self.passthrough[-1] = False  # where what was kept is forgotten
-        self.unpaged: Obstacle | None = paging_obstacle(steps)
+        self.unpaged: Obstacle | None = "heads" if self.sharing.fewer else paging_obstacle(steps)
         self.exchanges, self._said = exchanges_of(stack, steps, self.sharing), SaidDepth(stack)
         self.owner: object | None = None
         """Who decides at run time, if anybody does: nobody else may go on with a cache that was filled so."""
@@ -262,7 +263,8 @@ class Executor(RunCalls):
         layer, comes_first = self.runner.layer_of(run), self.now.extra is None
         shared = self._shared_kv(run) if is_checkpointed(layer) else None
         with self.exchanges.during(run.layer), self.sharing.around(run, layer, self.now):
-            out = self.runner.call(run, call, comes_first=comes_first, around=self.around, shared=shared)
+            around = (*self.around, *self.sharing.heads(run, layer))
+            out = self.runner.call(run, call, comes_first=comes_first, around=around, shared=shared)
         if self.recorder is not None:
             behind_attention = partial(self.runner.behind_attention, run, call)
             self.recorder.ran(RunRecord(run, hidden_of(call), first_state(out), behind_attention))

@@ -16,8 +16,9 @@ from shoal.errors import PlanError
 from shoal.plan import Run, Step
 from shoal.plan.capabilities import Refusal, refusal, refused
 
-Obstacle = Refusal | Literal["policy"]
-"""What keeps a plan from running under paged attention: what the table says of its steps, or a policy."""
+Obstacle = Refusal | Literal["policy", "heads"]
+"""What keeps a plan from running under paged attention: what the table says of its steps, a policy, or keys and values
+of fewer heads than the pages have."""
 _KEPT = "_cached_continuous_batching_manager"
 """Where transformers keeps the manager of a call with persistent_manager=True, its filled cache included."""
 
@@ -34,6 +35,12 @@ def refuse_paged(obstacle: Obstacle | None, arguments: Mapping[str, Any]) -> Non
 
 
 def _refusal(obstacle: Obstacle) -> PlanError:
+    if obstacle == "heads":
+        return PlanError(
+            "tensors of this plan make fewer heads of keys and values than the pages of a paged cache have; call "
+            "generate",
+            code="P162",
+        )
     no = refused("gate", "paged", Run(0)) if obstacle == "policy" else obstacle
     assert no is not None
     return PlanError(no.message, code=no.code)

@@ -10,9 +10,9 @@ from typing import Any, assert_never
 import torch
 
 from shoal.errors import PlanError
-from shoal.executing.attention_maps import attending, made, require_maps, taken
+from shoal.executing.attention_maps import attending, made, over_fewer_heads, require_maps, taken
 from shoal.executing.calls import Place
-from shoal.executing.checkpointed import SharedKV
+from shoal.executing.checkpointed import Around, SharedKV
 from shoal.executing.forward import Forward
 from shoal.executing.slots import KeysValues, Store, Take
 from shoal.plan import Run, Step
@@ -33,7 +33,9 @@ def refuse_mapless(steps: tuple[Step, ...], layer: Callable[[int], Any]) -> None
 class Sharing:
     """Which layers make something that later runs take."""
 
-    def __init__(self, steps: tuple[Step, ...]) -> None:
+    def __init__(self, steps: tuple[Step, ...], fewer: bool = False) -> None:
+        """`fewer`: whether some run stores fewer heads than its layer has."""
+        self.fewer = fewer
         self.sources = sources_read(steps)
         self.kv: set[int] = set()
         """Layers whose keys and values, or one of the two, are kept for later runs."""
@@ -60,6 +62,12 @@ class Sharing:
         if source is not None:
             return attending(layer, taken(forward.made[AttentionMap(source)]))
         return attending(layer, made(partial(forward.made.__setitem__, AttentionMap(run.layer))))
+
+    def heads(self, run: Run, layer: Any) -> tuple[Around, ...]:
+        """What else stands around the call of a run that may attend to fewer heads than its layer has."""
+        if not self.fewer or run.part == "mlp" or run.layer in self.maps or map_source(run) is not None:
+            return ()
+        return (partial(attending, layer, over_fewer_heads),)
 
     def checkpointed(self, run: Run, place: Place, forward: Forward, keep: Callable[[KeysValues], None]) -> SharedKV:
         """Keys and values of a run that is checkpointed: those of its sources, and its own, with which `keep` is given

@@ -62,9 +62,9 @@ def _changes(run: Run) -> bool:
 
 
 def exchanges_of(stack: Stack, steps: tuple[Step, ...], sharing: Sharing) -> Exchanges:
-    """Of the runs of a stack: those of a part, with own tensors, that take something from another layer, and where
-    another layer takes the place of the first."""
-    if first_only(stack) is not None:
+    """Of the runs of a stack: those of a part, with own tensors, that take something from another layer, all where
+    heads of keys and values are fewer, and where another layer takes the place of the first."""
+    if first_only(stack) is not None or sharing.fewer:
         return Exchanges(range(stack.depth))
     changing = {run.layer for run in runs(steps) if _changes(run)}
     return Exchanges(changing | sharing.maps)

@@ -44,6 +44,32 @@ def averaged(opened: OpenedModel, group: Group, own: Own, stack: str) -> dict[st
     return {**own[group[0]], **tables[0].written(_keys(known[group[0]]), _values(known[group[0]]))}
 
 
+def fewer_heads(
+    opened: OpenedModel, layer: int, own: Mapping[str, torch.Tensor], heads: int, stack: str
+) -> dict[str, torch.Tensor]:
+    """The tensors `own` of a layer, by their names within it, of which those that make keys and values make `heads`
+    heads: each the mean of neighbouring ones. Raises U667 where these are not so many, U668 for a layer that does not
+    run with fewer."""
+    spec = opened.spec.stack(stack).layers[layer]
+    if heads < 1 or spec.kv.heads % heads:
+        raise UsageError(
+            f"share-kv: heads={heads} does not divide the {spec.kv.heads} heads of keys and values of layer {layer}; "
+            "give a number that does",
+            code="U667",
+        )
+    if not spec.kv.any_heads and heads < spec.kv.heads:
+        raise _refusal((layer,), "it runs with all its heads of keys and values alone", "average with heads")
+    made = dict(own)
+    module = opened.stack(stack).layer(layer)
+    for one in spec.projections:
+        if len(one.makes) == 1 and one.makes <= STORED:
+            for name, shape in one.tensors:
+                held = own.get(name, module.get_parameter(name)).detach()
+                grouped = held.float().reshape(heads, spec.kv.heads // heads, -1, *shape[1:])
+                made[name] = grouped.mean(1).flatten(0, 1).to(held.dtype).contiguous()
+    return made
+
+
 def require_known(opened: OpenedModel, group: Group, stack: str, how: str) -> dict[int, Projections]:
     """The matrices of each layer by heads. Raises U668 where those of queries, keys, values or output are not known, or
     where positions turn the keys of two layers in different ways."""

@@ -183,7 +183,8 @@ def _kv(fact: LayerFacts, config: PreTrainedConfig, shared: bool, forward: bool)
         return KVSpec("shared")
     if fact.keys is not None and fact.values is not None:
         kind: KVKind = "full" if fact.window is None else "sliding"
-        told = (True, True) if (roles := fact.roles) is None else (roles.rotated, roles.apart)
+        roles = fact.roles
+        told = (True, True, False) if roles is None else (roles.rotated, roles.apart, roles.any_heads)
         return KVSpec(kind, fact.keys[1], fact.keys[-1], fact.values[-1], fact.window, fact.state, *told)
     if fact.state:
         return KVSpec("recurrent", state=fact.state)

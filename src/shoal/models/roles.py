@@ -37,6 +37,8 @@ class HeadRoles:
     apart: bool = True
     """Whether the attention's keys are the stored keys and its values the stored values; not so where a latent state of
     both is stored. True where the layer works its attention out itself."""
+    any_heads: bool = False
+    """Whether the layer runs with fewer heads of keys and values, through transformers' attention interface."""
     widths: Mapping[str, int] = field(default_factory=dict)
     """The last dimension of what each module answers, where that is one tensor."""
 
@@ -85,10 +87,32 @@ def find_roles(layer: nn.Module, cache_at: int | str | None, call: Call) -> Head
                 given = seen.stored[0][0].detach(), seen.stored[0][1].detach()
                 out = marks.behind(heard(layer, cache_at, call, given=given).out)
                 found = keys, values, out & early, out - early
+            heads = bool(seen.asked) and _runs_with_one_head(layer, cache_at, call, keys, values)
     except _FAILS:
         return None
     made_keys, made_values, made_queries, output = (tuple(n for n in inside if n in one) for one in found)
-    return HeadRoles(made_queries, made_keys, made_values, output, rotated, apart, marks.widths)
+    return HeadRoles(made_queries, made_keys, made_values, output, rotated, apart, heads, marks.widths)
+
+
+def _runs_with_one_head(layer: nn.Module, cache_at: int | str, call: Call, keys: set[str], values: set[str]) -> bool:
+    """Whether the layer stores one head and asks for attention over it where the modules of keys and values make so
+    much."""
+    alone = [next(iter(one)) for one in (keys - values, values - keys) if len(one) == 1]
+    if len(alone) < 2 or len(keys | values) != 2:
+        return False
+    plain = heard(layer, cache_at, call, attend=no_context).stored[0]
+    handles = [
+        layer.get_submodule(name).register_forward_hook(lambda _, __, out, size=states.shape[-1]: out[..., :size])
+        for name, states in zip(alone, plain, strict=True)
+    ]
+    try:
+        seen = heard(layer, cache_at, call, attend=no_context)
+    except _FAILS:
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return plain[0].shape[1] > 1 and all(one.shape[1] == 1 for one in (*seen.stored[0], *seen.asked[0][1:]))
 
 
 def _matrices(layer: nn.Module) -> Iterator[str]:

@@ -11,16 +11,16 @@ Gated layers count as run and exits as not taken: this is the dearest token. The
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, NamedTuple, assert_never
 
+from shoal.plan.fewer_heads import base_sizes, fewer_flops, stored_kv
 from shoal.plan.given import Given, given_plan
 from shoal.plan.low_rank import INSTEAD, WORDS, replaced_matrices
 from shoal.plan.plan import Plan
 from shoal.plan.select import paired
-from shoal.plan.sources import STORED
-from shoal.plan.spec import KVSpec, LayerSpec, ProjectionSpec, Spec, StackSpec
+from shoal.plan.spec import LayerSpec, ProjectionSpec, Spec, StackSpec
 from shoal.plan.steps import Exit, Map, Parallel, Run, Step, map_source, runs
 from shoal.plan.tensors import Shapes, tensors_of, tensors_of_run
 
@@ -203,7 +203,7 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     total.layer_runs += run.part == "layer"
     total.half_runs += run.part != "layer"
     flops += _factor_flops(new)
-    flops -= sum(one.flops for one in _left_out(layer, run))
+    flops -= sum(one.flops for one in _left_out(layer, run)) + fewer_flops(layer, new)
     total.prefill += flops * shape.prompt
     total.decode += flops
     if run.part != "mlp":
@@ -211,18 +211,9 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
         width = _score_width(layer, run)
         total.prefill += 2 * width * pairs
         total.decode += 2 * width * min(shape.context, layer.kv.window or shape.context)
-    stored = stored_kv(layer, run)
+    stored = stored_kv(layer, run, new)
     total.kv_per_token += stored.per_token
     total.kv_elements += stored.elements(shape.context)
-
-
-def stored_kv(layer: LayerSpec, run: Run) -> KVSpec:
-    """What a run keeps between tokens: all that its layer does, its keys or its values alone, or nothing."""
-    kv, missing = layer.kv, STORED - run.stores
-    if missing == STORED:
-        return KVSpec("none")
-    keys, values = (0 if one in missing else size for one, size in (("keys", kv.key_dim), ("values", kv.value_dim)))
-    return replace(kv, key_dim=keys, value_dim=values)
 
 
 def _left_out(layer: LayerSpec, run: Run) -> tuple[ProjectionSpec, ...]:
@@ -234,7 +225,8 @@ def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) 
     parts = {"attention": layer.attention, "mlp": layer.mlp}
     silent = [part for name, part in parts.items() if part is not None and run.part not in ("layer", name)]
     left_out = tuple(f"{name}." for part in silent for name in part.modules)
-    gone = {name: prod(shape) for name, shape in own.items() if name.rpartition(".")[2] not in WORDS}
+    base = base_sizes(layer)
+    gone = {n: base.get(n, prod(shape)) for n, shape in own.items() if n.rpartition(".")[2] not in WORDS}
     for name in replaced_matrices(own):
         left, right = (own[f"{name.removesuffix('.weight')}.{word}"] for word in INSTEAD)
         gone[name] = left[0] * right[-1]

@@ -14,17 +14,19 @@ the same rule. The default, 0, is a cache that holds nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
 from shoal.errors import UsageError
 from shoal.plan.cost import Shape, map_size
+from shoal.plan.fewer_heads import base_sizes, stored_kv
 from shoal.plan.given import Given, given_plan
 from shoal.plan.plan import Plan
-from shoal.plan.spec import LayerSpec, Spec, StackSpec
+from shoal.plan.sources import KV
+from shoal.plan.spec import KVSpec, LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Map, Run, Step, key_source, map_source, runs, value_source, writes_kv
-from shoal.plan.tensors import Shapes, tensors_of
+from shoal.plan.tensors import Shapes, tensors_of, tensors_of_run
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 """Bytes of one element, by torch's name of the dtype."""
@@ -108,6 +110,8 @@ class _Reads:
     def __init__(self, stack: StackSpec, shape: Shape, size: int, kv_size: int, weights: Shapes) -> None:
         self.stack, self.shape, self.size, self.kv_size, self.weights = stack, shape, size, kv_size, weights
         self._slots: dict[int, int] = {}
+        self._kv_of: dict[int, KVSpec] = {}
+        """By layer what its latest run that stores something keeps, keys and values both."""
 
     def of(self, step: Step) -> Iterator[_Read]:
         if isinstance(step, Map):
@@ -121,11 +125,11 @@ class _Reads:
     def _matrices(self, run: Run) -> Iterator[_Read]:
         layer = self.stack.layers[run.layer]
         own = {weights_id: tensors_of(weights_id, self.weights) for weights_id in run.ids}
-        new = 0
+        base, new = base_sizes(layer), 0
         for weights_id, shapes in own.items():
-            size = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
-            yield _Read(f":{weights_id}", size * self.size)
-            new += size
+            matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) > 1}
+            yield _Read(f":{weights_id}", sum(matrices.values()) * self.size)
+            new += sum(base.get(name, size) for name, size in matrices.items())
         unknown = [weights_id for weights_id, shapes in own.items() if not shapes]
         home = f":{unknown[-1]}" if unknown else f"{self.stack.name}.{layer.index}"
         gone = sum(prod(shape) for one in layer.unused(run.unmade) for _, shape in one.tensors if len(shape) > 1)
@@ -138,6 +142,8 @@ class _Reads:
     def _kv(self, run: Run) -> Iterator[_Read]:
         if writes_kv(run):
             self._slots[run.layer] = self._slots.get(run.layer, 0) + 1
+            whole, own = replace(run, kv=KV()), tensors_of_run(run, self.weights)
+            self._kv_of[run.layer] = stored_kv(self.stack.layers[run.layer], whole, own)
         sources = {"keys": key_source(run), "values": value_source(run)}
         if map_source(run) is not None:  # the map is there, and nobody asks for keys
             del sources["keys"]
@@ -147,10 +153,11 @@ class _Reads:
             layer = self.stack.layers[run.layer if source is None else source]
             if layer.kv.kind == "shared" and layer.needs:
                 layer = self.stack.layers[layer.needs[0]]
-            dims = {"keys": layer.kv.key_dim, "values": layer.kv.value_dim}
-            elements = (
-                layer.kv.elements(self.shape.context) * dims.get(half, 1) // max(1, sum(dims.values()) if half else 1)
-            )
+            kv = self._kv_of.get(layer.index, layer.kv)
+            elements = kv.elements(self.shape.context)
+            if half:
+                dims = {"keys": kv.key_dim, "values": kv.value_dim}
+                elements = elements * dims[half] // max(1, sum(dims.values()))
             name = f"{self.stack.name}.kv.{layer.index}.{self._slots.get(layer.index, 0)}.{half}"
             yield _Read(name, self.shape.batch * elements * self.kv_size, is_kv=True)
 

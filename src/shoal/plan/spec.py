@@ -31,6 +31,8 @@ class KVSpec:
     """Whether keys turn with tables of positions that the layer is given; True where that is not known."""
     apart: bool = True
     """Whether keys and values are stored as such, each for itself, and not as one latent state of both."""
+    any_heads: bool = False
+    """Whether the layer runs with fewer heads of them (`fewer_heads.py`)."""
 
     @property
     def per_token(self) -> int:

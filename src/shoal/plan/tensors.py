@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from shoal.plan.fewer_heads import narrower, unlike_heads
 from shoal.plan.low_rank import factors_of, unfit_factors
 from shoal.plan.select import exits, maps
 from shoal.plan.spec import StackSpec
@@ -105,17 +106,19 @@ def unfit_tensors(
     for run in runs(steps):
         for weights_id in run.ids:
             there = layers(stack.name, run.layer)
-            yield from _unfit(run, weights_id, stack.name, there, shapes)
+            yield from _unfit(run, weights_id, stack, there, shapes)
+        yield from unlike_heads(run, stack.layers[run.layer], tensors_of_run(run, shapes))
 
 
-def _unfit(run: Run, weights_id: str, stack: str, there: Shapes, shapes: Shapes) -> Iterator[Finding]:
+def _unfit(run: Run, weights_id: str, stack: StackSpec, there: Shapes, shapes: Shapes) -> Iterator[Finding]:
     own = tensors_of(weights_id, shapes)
-    yield from unfit_factors(run, weights_id, stack, there, own)
+    yield from unfit_factors(run, weights_id, stack.name, there, own)
+    fewer = narrower(stack.layers[run.layer], own)
     factors = {f"{module}.{word}" for module, found in factors_of(own, there).items() for word in found}
     for name, shape in own.items():
-        if name in factors:
+        if name in factors or name in fewer:
             continue
-        here, layer = f"{weights_id}.{name}", f"{stack} layer {run.layer}"
+        here, layer = f"{weights_id}.{name}", f"{stack.name} layer {run.layer}"
         if name not in there:
             leaf = name.rpartition(".")[2]
             near = next((n for n in there if n.rpartition(".")[2] == leaf), next(iter(there), "none"))
