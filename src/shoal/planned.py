@@ -25,6 +25,7 @@ from shoal.executing.read_tensors import tensors_read
 from shoal.executing.weights import Tensors, used_by
 from shoal.live import Running, apply
 from shoal.models.checkpoint import tensor_headers
+from shoal.models.engine_slots import engine_slots
 from shoal.models.folder_kinds import PLANNED
 from shoal.models.lists import BESIDE
 from shoal.models.meta import blank, meta_model
@@ -38,13 +39,19 @@ _KEY = "_shoal_planned"
 
 
 class ShoalConfig(PreTrainedConfig):
-    """The config of a planned checkpoint: `base`, the config of the base model as plain data, and `plan`, the content
-    of a plan.json."""
+    """The config of a planned checkpoint: `base`, the config of the base model as plain data, `plan`, the content of a
+    plan.json, and `slots`, the same for engines (`shoal.models.engine_slots`), where there is such a form."""
 
     model_type = MODEL_TYPE
 
-    def __init__(self, base: dict[str, Any] | None = None, plan: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.base, self.plan = base or {}, plan or {}
+    def __init__(
+        self,
+        base: dict[str, Any] | None = None,
+        plan: dict[str, Any] | None = None,
+        slots: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.base, self.plan, self.slots = base or {}, plan or {}, slots
         super().__init__(**kwargs)
 
     def base_config(self) -> PreTrainedConfig:
@@ -109,15 +116,16 @@ class ShoalForCausalLM(PreTrainedModel):
         return (made, info) if output_loading_info else made
 
 
-def config_of(model: PreTrainedModel, plan: Plan) -> ShoalConfig:
+def config_of(opened: OpenedModel, plan: Plan) -> ShoalConfig:
     """The config of the planned checkpoint of a base model under a plan."""
+    model = opened.model
     base = model.config.to_dict()
     base["dtype"] = str(model.dtype).removeprefix("torch.")
     text = model.config.get_text_config(decoder=True)
     special = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return ShoalConfig(
         base=json.loads(json.dumps(base)), plan=json.loads(plan_to_json(plan)), vocab_size=text.vocab_size,
-        dtype=base["dtype"], architectures=[ShoalForCausalLM.__name__], **special,
+        dtype=base["dtype"], architectures=[ShoalForCausalLM.__name__], slots=engine_slots(opened, plan), **special,
     )  # fmt: skip
 
 
@@ -143,7 +151,7 @@ def save_checkpoint(
     """Write config, tensors and generation config of a planned checkpoint into a folder that exists."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint_tensors(opened, plan, weights).items()}
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
-    config_of(opened.model, plan).save_pretrained(folder)
+    config_of(opened, plan).save_pretrained(folder)
     if opened.model.generation_config is not None:
         opened.model.generation_config.save_pretrained(folder)
 
