@@ -36,8 +36,9 @@ def runs(depth: int) -> st.SearchStrategy[Run]:
     maybe = st.none() | layers(depth)
     both = st.builds(KV, maybe, fills, maybe)
     apart = st.builds(KV, st.none(), fills, maybe, maybe, maybe)
+    added = st.builds(KV, st.none(), fills, maybe, maybe, layers(depth), st.just(True))
     ties = maybe | st.sampled_from([name for name in NAMES if name != "7"])
-    return st.builds(Run, layers(depth), parts, maybe_names, both | apart, maybe_names, ties)
+    return st.builds(Run, layers(depth), parts, maybe_names, both | apart | added, maybe_names, ties)
 
 
 def _ladder(first: int, last: int, part: str) -> list[Step]:

@@ -14,6 +14,7 @@ from shoal.executing.looked_up import Converted
 from shoal.executing.low_rank import LowRank
 from shoal.models.parts import stubs
 from shoal.plan.low_rank import WORDS, factors_of
+from shoal.plan.tensors import SHARES
 
 Entries = list[tuple[dict[str, Any], str, Any]]
 """(dictionary of a module, key, what stands there during the call)."""
@@ -78,7 +79,7 @@ class Exchange:
             owner, leaf = self._child(path)
             self._stubs.append((owner, leaf, _Unused(owner[leaf], width)))
         under = tuple(f"{path}." for path in self.unused)
-        names = [name for name in self.tensors if not name.startswith(under)] if under else list(self.tensors)
+        names = [name for name in self.tensors if name != SHARES and not name.startswith(under)]
         beside = self._beside(names)
         self._stubs += [entry for entry, _ in beside]
         factors = {name for _, found in beside for name in found}

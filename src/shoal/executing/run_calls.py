@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,9 +12,10 @@ from shoal.executing.calls import Call
 from shoal.executing.checkpointed import SharedKV
 from shoal.executing.forward import with_passing_cache
 from shoal.executing.recorder import Recorder
-from shoal.executing.sharing import Sharing
-from shoal.executing.slots import KeysValues, slot_view
+from shoal.executing.sharing import Mix, Sharing
+from shoal.executing.slots import KeysValues, Store, Take, slot_view
 from shoal.executing.threads import InForward
+from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts
 from shoal.plan import Run
 from shoal.plan.sources import LayerKV
@@ -27,6 +29,7 @@ class RunCalls(InForward):
     carried: dict[str | int, int]
     recorder: Recorder | None
     cache: Cache | None
+    weights: Tensors
 
     def _call_of(self, run: Run, slot: int | None, hidden: torch.Tensor, call: Call) -> Call:
         """What the layer of `run` is called with: this state, its own row of the cache, what was carried along."""
@@ -50,7 +53,7 @@ class RunCalls(InForward):
         place = self.facts[run.layer].cache_at
         if place is None or not self._concerns_kv(run):
             return None
-        return self.sharing.checkpointed(run, place, self.now, partial(self._keep, run))
+        return self.sharing.checkpointed(run, place, self.now, self.weights, partial(self._keep, run))
 
     def _concerns_kv(self, run: Run) -> bool:
         return self.sharing.concerns_kv(run) or (self._tells_kv(run) and run.part != "mlp")
@@ -60,6 +63,8 @@ class RunCalls(InForward):
         where, row = self._place(run, slot, cache)
         if run.half is not None:
             return slot_view(where, row, take=self.sharing.halved(run, self.now, keep))
+        if (mix := self.sharing.added_to(run, self.now, self.weights)) is not None:
+            return slot_view(where, row, take=_mixing(mix, keep))
         return slot_view(where, row, read=self.sharing.read(run, self.now), keep=keep)
 
     def _place(self, run: Run, slot: int | None, cache: Cache) -> tuple[Cache, int]:
@@ -76,3 +81,13 @@ class RunCalls(InForward):
             self.now.made[LayerKV(run.layer)] = states
         if self.recorder is not None:
             self.recorder.stores(run, *states)
+
+
+def _mixing(mix: Mix, keep: Callable[[KeysValues], None] | None) -> Take:
+    def take(store: Store, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
+        states = store(*mix(keys, values))
+        if keep is not None:
+            keep(states)
+        return states
+
+    return take

@@ -15,10 +15,15 @@ from shoal.executing.calls import Place
 from shoal.executing.checkpointed import Around, SharedKV
 from shoal.executing.forward import Forward
 from shoal.executing.slots import KeysValues, Store, Take
+from shoal.executing.weights import Tensors
 from shoal.plan import Run, Step
 from shoal.plan.capabilities import refused
 from shoal.plan.sources import AttentionMap, LayerKeys, LayerKV, LayerValues
-from shoal.plan.steps import key_source, map_source, runs, sources_read, value_source
+from shoal.plan.steps import added_values, key_source, map_source, runs, sources_read, value_source
+from shoal.plan.tensors import SHARES
+
+Mix = Callable[[torch.Tensor, torch.Tensor], KeysValues]
+"""From the keys and values that a run makes to those that it stores."""
 
 
 def refuse_mapless(steps: tuple[Step, ...], layer: Callable[[int], Any]) -> None:
@@ -39,6 +44,8 @@ class Sharing:
         self.sources = sources_read(steps)
         self.kv: set[int] = set()
         """Layers whose keys and values, or one of the two, are kept for later runs."""
+        self.added: set[int] = {one for run in runs(steps) if (one := added_values(run)) is not None}
+        """Layers whose values of a forward's tokens are added to those of later runs."""
         self.maps: set[int] = set()
         """Layers whose attention maps are kept for later runs."""
         for source in self.sources:
@@ -69,17 +76,28 @@ class Sharing:
             return ()
         return (partial(attending, layer, over_fewer_heads),)
 
-    def checkpointed(self, run: Run, place: Place, forward: Forward, keep: Callable[[KeysValues], None]) -> SharedKV:
+    def checkpointed(
+        self, run: Run, place: Place, forward: Forward, tensors: Tensors, keep: Callable[[KeysValues], None]
+    ) -> SharedKV:
         """Keys and values of a run that is checkpointed: those of its sources, and its own, with which `keep` is given
         them."""
-        places = [at for at, source in enumerate(_halves(run)) if source is not None]
+        places, added = [at for at, source in enumerate(_halves(run)) if source is not None], added_values(run)
 
         def mixed(own: KeysValues, given: tuple[torch.Tensor, ...]) -> KeysValues:
-            taken = dict(zip(places, given, strict=True))
-            return taken.get(0, own[0]), taken.get(1, own[1])
+            taken = dict(zip(places, given, strict=False))
+            keys, values = taken.get(0, own[0]), taken.get(1, own[1])
+            return keys, values if added is None else _sum(run, tensors, given[-1], values)
 
-        given = tuple(one for one in self._taken(run, forward) if one is not None)
-        return SharedKV(place, given, mixed, keep if run.stores else lambda _: None)
+        def hand_on(states: KeysValues) -> None:
+            if run.layer in self.added:
+                forward.made[LayerValues(run.layer, beside=True)] = states[1]
+            if run.stores:
+                keep(states)
+
+        given = [one for one in self._taken(run, forward) if one is not None]
+        if added is not None:
+            given.append(forward.made[LayerValues(added, beside=True)])
+        return SharedKV(place, tuple(given), mixed, hand_on)
 
     def read(self, run: Run, forward: Forward) -> KeysValues | None:
         """The keys and values of a run that stores none of its own; None for one that stores some. Of one that takes
@@ -88,6 +106,21 @@ class Sharing:
         if values is None or run.half is not None:
             return None
         return (values if keys is None else keys), values
+
+    def added_to(self, run: Run, forward: Forward, tensors: Tensors) -> Mix | None:
+        """What becomes of the keys and values that a run makes before they are stored: to its values those of another
+        layer are added, and both are noted where others take them. None where they stay."""
+        source = added_values(run)
+        if run.part == "mlp" or (source is None and run.layer not in self.added):
+            return None
+
+        def mixed(keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
+            if source is not None:
+                values = _sum(run, tensors, forward.made[LayerValues(source, beside=True)], values)
+            forward.made[LayerValues(run.layer, beside=True)] = values
+            return keys, values
+
+        return mixed
 
     def halved(self, run: Run, forward: Forward, keep: Callable[[KeysValues], None] | None) -> Take:
         """What a run does with its cache that stores its keys, or its values, alone: they lie in the place of the row's
@@ -114,7 +147,17 @@ class Sharing:
 
     def concerns_kv(self, run: Run) -> bool:
         """Whether the keys and values of this run are kept for others, or are another layer's."""
-        return run.part != "mlp" and (run.layer in self.kv or _halves(run) != (None, None))
+        return run.part != "mlp" and (
+            run.layer in self.kv or run.layer in self.added or added_values(run) is not None
+            or _halves(run) != (None, None)
+        )  # fmt: skip
+
+
+def _sum(run: Run, tensors: Tensors, theirs: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The values of another layer and the run's own in the shares of its tensor; a half each where it has none."""
+    held = [tensors[name] for weights_id in run.ids if (name := f"{weights_id}.{SHARES}") in tensors]
+    shares = held[-1].to(own) if held else own.new_full((2,), 0.5)
+    return shares[0] * theirs.to(own) + shares[1] * own
 
 
 def _halves(run: Run) -> tuple[int | None, int | None]:

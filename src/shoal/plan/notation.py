@@ -6,7 +6,7 @@
     (7|8)           layers 7 and 8 in parallel; (7|8)mean averages                 13@12  layer 13 reads layer 12's KV
     (7|8)bypass     in parallel, and 8's mlp also sees what 7's attention wrote
     ~12-15          a fitted map for layers 12 to 15; ~12-15:ID names its weights
-    13@v0   13@k12  layer 13 reads layer 0's values alone, layer 12's keys alone; 13@k12@v0 both
+    13@v0   13@k12  layer 13 reads layer 0's values alone, layer 12's keys alone; 13@v0+ adds them to its own
     26@a25          layer 26 takes over layer 25's attention map
     15=0            layer 15 with the matrices of layer 0; its norms and biases are its own
     15-29=0-14      the same pair by pair; 1-29=0: all with those of layer 0
@@ -45,11 +45,11 @@ _ID = NAME.pattern
 _NUM = r"\d{1,6}"
 _RUN = re.compile(
     rf"(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?P<part>[am])?(?:x(?P<times>{_NUM}))?"
-    rf"(?:=(?:(?P<tie>{_NUM})(?:-(?P<tie_last>{_NUM}))?|(?P<shared>{_ID})))?(?P<sources>(?:@[kva]?{_NUM})*)"
+    rf"(?:=(?:(?P<tie>{_NUM})(?:-(?P<tie_last>{_NUM}))?|(?P<shared>{_ID})))?(?P<sources>(?:@(?:[ka]?{_NUM}|v{_NUM}\+?))*)"
     rf"(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?(?:/(?P<fill>[a-z]+))?",
     re.ASCII,
 )
-_SOURCE = re.compile(rf"@([kva]?)({_NUM})", re.ASCII)
+_SOURCE = re.compile(rf"@([kva]?)({_NUM})(\+?)", re.ASCII)
 _MAP = re.compile(rf"~(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _EXIT = re.compile(rf"!(?P<name>{_ID})(?:=(?P<head>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _GROUP = re.compile(r"\((?P<body>[^()]*)\)(?P<join>[a-z]*)", re.ASCII)
@@ -207,13 +207,13 @@ def _tied_span(first: int | str | None, last: int | str | None) -> str:
 def _kv(piece: str, sources: str, fill: Fill | None) -> KV:
     """Of marks such as `@12`, `@k3@v0` or `@a11`."""
     found: dict[str, int] = {}
-    for letter, digits in _SOURCE.findall(sources):
+    for letter, digits, _ in _SOURCE.findall(sources):
         if letter in found:
             _fail(piece, f"it has two marks @{letter}; write one")
         found[letter] = int(digits)
     if "" in found and ("k" in found or "v" in found):
         _fail(piece, f"keys and values come from layer {found['']} already; write @{found['']} alone, or @k and @v")
-    return KV(found.get(""), fill, found.get("a"), found.get("k"), found.get("v"))
+    return KV(found.get(""), fill, found.get("a"), found.get("k"), found.get("v"), "+" in sources)
 
 
 def _layer(digits: str | None) -> int | None:
@@ -248,7 +248,7 @@ def format_source(source: Source) -> str:
         case LayerKeys():
             return f"@k{source.layer}"
         case LayerValues():
-            return f"@v{source.layer}"
+            return f"@v{source.layer}{'+' if source.beside else ''}"
         case AttentionMap():
             return f"@a{source.layer}"
         case TiedLayer():

@@ -20,12 +20,13 @@ PAGED_MAP = Refused(
 )
 PAGED_HALF = Refused(
     "P162",
-    "layer {layer} stores keys or values alone, and paged attention stores both; call generate, or write @{source}",
+    "layer {layer} takes keys or values alone from layer {source}, and paged attention stores both as they are made; "
+    "call generate, or write @{source}",
 )
 GATED_HALF = Refused(
     "P133",
-    "layer {layer} stores keys or values alone, which no fill makes up for, so no token can be without it; write it "
-    "without @k and @v",
+    "layer {layer} takes keys or values alone from layer {source}, which no fill makes up for, so no token can be "
+    "without it; write it without @k and @v",
 )
 GATED_MAP = Refused(
     "P133",

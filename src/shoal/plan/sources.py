@@ -61,15 +61,21 @@ class LayerKeys:
 
 @dataclass(frozen=True, slots=True)
 class LayerValues:
-    """A source of values alone: those of an earlier layer, as its latest run stored them."""
+    """A source of values alone: those of an earlier layer, as its latest run stored them. `beside`: what it makes of
+    this forward's tokens is added to the run's own values, which it then makes and stores, in shares."""
 
     layer: int
-    gives: ClassVar[frozenset[Product]] = frozenset({"values"})
+    beside: bool = False
     noun: ClassVar[str] = "source of values"
     summary: ClassVar[str] = "Values shared"
 
+    @property
+    def gives(self) -> frozenset[Product]:
+        """What a run with this source makes no more."""
+        return frozenset() if self.beside else frozenset({"values"})
+
     def __str__(self) -> str:
-        return f"reads the values of layer {self.layer}"
+        return f"{'adds' if self.beside else 'reads'} the values of layer {self.layer}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +132,9 @@ class KV:
     """Whose keys and values a run uses, and whose attention map; a layer is named by its base index.
 
     `read`: an earlier layer whose keys and values this run attends to; None: its own. `keys`, `values`: the same of one
-    of the two alone. What it takes it does not store. `fill`: what is stored for tokens that a gate let skip this run.
-    `attention`: an earlier layer whose attention map this run takes over; it then makes no queries and no keys.
+    of the two alone. What it takes it does not store; with `beside` the values that it takes are added to its own.
+    `fill`: what is stored for tokens that a gate let skip this run. `attention`: an earlier layer whose attention map
+    this run takes over; it then makes no queries and no keys.
     """
 
     read: int | None = None
@@ -135,8 +142,11 @@ class KV:
     attention: int | None = None
     keys: int | None = None
     values: int | None = None
+    beside: bool = False
 
     def __post_init__(self) -> None:
+        if self.beside and self.values is None:
+            raise PlanError("values of no layer are to be added to a run's own; write @v0+", code="P117")
         one_of("KV fill", self.fill, (None, *FILLS))
         if self.read is not None and (self.keys is not None or self.values is not None):
             raise PlanError(
@@ -148,6 +158,9 @@ class KV:
     def sources(self) -> tuple[LayerSource, ...]:
         """What is taken from other layers, in the order of depth notation."""
         found = (
-            (LayerKV, self.read), (LayerKeys, self.keys), (LayerValues, self.values), (AttentionMap, self.attention)
-        )  # fmt: skip
-        return tuple(kind(layer) for kind, layer in found if layer is not None)
+            None if self.read is None else LayerKV(self.read),
+            None if self.keys is None else LayerKeys(self.keys),
+            None if self.values is None else LayerValues(self.values, self.beside),
+            None if self.attention is None else AttentionMap(self.attention),
+        )
+        return tuple(one for one in found if one is not None)

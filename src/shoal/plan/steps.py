@@ -92,7 +92,7 @@ class Run:
         """Keys or values where it stores one of the two alone."""
         kv = self.kv
         no_keys = kv.read is not None or kv.keys is not None or kv.attention is not None
-        no_values = kv.read is not None or kv.values is not None
+        no_values = kv.read is not None or (kv.values is not None and not kv.beside)
         if self.part == "mlp" or no_keys == no_values:
             return None
         return "values" if no_keys else "keys"
@@ -184,8 +184,15 @@ def key_source(run: Run) -> int | None:
 
 
 def value_source(run: Run) -> int | None:
-    """The base layer whose values the run reads; None: no other's."""
-    return run.kv.values if run.kv.read is None else run.kv.read
+    """The base layer whose values the run reads in place of its own; None: no other's."""
+    if run.kv.read is not None:
+        return run.kv.read
+    return None if run.kv.beside else run.kv.values
+
+
+def added_values(run: Run) -> int | None:
+    """The base layer whose values are added to the run's own; None: no other's."""
+    return run.kv.values if run.kv.beside else None
 
 
 def map_source(run: Run) -> int | None:

@@ -12,7 +12,7 @@ from shoal.plan.fewer_heads import narrower, unlike_heads
 from shoal.plan.low_rank import factors_of, unfit_factors
 from shoal.plan.select import exits, maps
 from shoal.plan.spec import StackSpec
-from shoal.plan.steps import Run, Step, runs
+from shoal.plan.steps import Run, Step, added_values, runs
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,6 +21,8 @@ Layers = Callable[[str, int], Shapes]
 Finding = tuple[str, int | None, str]
 """(code, layer or None, message)"""
 
+SHARES = "values"
+"""ID.values [2] of a run with values beside its own (`13@v0+:ID`): the share of those, and of its own."""
 MAP_TENSORS = ("weight", "bias", "gate", "down", "up", "scale", "limit")
 """The tensors that a map can have, ID.NAME."""
 
@@ -116,7 +118,7 @@ def _unfit(run: Run, weights_id: str, stack: StackSpec, there: Shapes, shapes: S
     fewer = narrower(stack.layers[run.layer], own)
     factors = {f"{module}.{word}" for module, found in factors_of(own, there).items() for word in found}
     for name, shape in own.items():
-        if name in factors or name in fewer:
+        if name in factors or name in fewer or (name == SHARES and added_values(run) is not None and shape == (2,)):
             continue
         here, layer = f"{weights_id}.{name}", f"{stack.name} layer {run.layer}"
         if name not in there:
