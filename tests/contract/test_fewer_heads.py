@@ -15,7 +15,6 @@ from shoal.compressing.job import cache_job
 from shoal.errors import PlanError
 from shoal.fitting.result import Job
 from shoal.live import running
-from shoal.models.load import load
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, cost, shapes_of
@@ -173,13 +172,3 @@ def test_the_transform_makes_the_mean_of_neighbours(how: Any) -> None:
     assert cost(made.plan, open_model(model).spec, weights=shapes_of(made.weights)).kv_per_token == 2 * 32 + 16
     with running(model, made.plan, made.weights):
         assert logits(model).isfinite().all()
-
-
-@pytest.mark.real
-def test_mlkv_of_smollm2_has_the_count_of_the_design() -> None:
-    """Every second layer reads the one before, which makes one head."""
-    loaded = load("smollm2")
-    job = Job(loaded.model, random_data(1, 16), Plan.identity(loaded.opened.spec), {})
-    made = share_kv(job, how="average", heads=1)
-    priced = cost(made.plan, loaded.opened.spec, weights=shapes_of(made.weights))
-    assert (priced.params, priced.kv_per_token) == (128_985_408, 1_920)
