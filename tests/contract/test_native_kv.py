@@ -6,8 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shoal.api.outlook import outlook_of
@@ -100,19 +102,39 @@ def test_what_is_written_computes_what_runs_live(family: str) -> None:
 
 @pytest.mark.parametrize("family", every(2, reversed(SIZES)))
 def test_it_is_proved(family: str, tmp_path: Path) -> None:
-    """Parameters, KV per token and the rows of the cache too; again by verify, and from file to file the same bytes."""
+    """Parameters, KV per token and the rows of the cache too; from file to file the same bytes."""
     model = model_of(family)
     model.save_pretrained(tmp_path / "base")
     text = "0-2,3@1,4@2,5@1"
-    done = write(Loaded(model, None, str(tmp_path / "base")), plan_of(model, text), tmp_path / "out")
-    values = {check.name: check.value for check in done.proof.checks}
+    write(Loaded(model, None, str(tmp_path / "base")), plan_of(model, text), tmp_path / "out", prove=False)
+    proof = verify(tmp_path / "out", greedy=(1, 4))
+    values = {check.name: check.value for check in proof.checks}
+    assert proof.passed and proof.against == "the live plan"
     assert all(values[name] <= 1e-5 for name in ("logits uncached", "logits cached", "logits padded"))
     assert values["KV rows"] == "same" and values["KV per token"] == 3 * 2 * 2 * 8 * 4
-    assert verify(tmp_path / "out", greedy=(1, 4)).passed
     assert streamed(tmp_path / "base", text, tmp_path / "streamed").proof.passed
     written(tmp_path / "base", text, tmp_path / "again")
     assert content(tmp_path / "streamed") == content(tmp_path / "again")
     assert config_of(tmp_path / "streamed") == config_of(tmp_path / "again")
+
+
+def test_an_adapter_has_nothing_for_what_is_gone(tmp_path: Path) -> None:
+    model = model_of("gemma3n_text")
+    model.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings)
+    adapted.save_pretrained(tmp_path / "lora")
+    with running(adapted, plan_of(adapted, "0-4,5@3")), torch.no_grad():
+        live = adapted.eval()(input_ids=IDS[:1]).logits
+    loaded = Loaded(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), None, str(tmp_path / "base"))
+    plan = plan_of(loaded.model, "0-4,5@3")
+    out = write(loaded, plan, tmp_path / "out", prove=False, adapter=tmp_path / "lora").folder
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out), str(out / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=IDS[:1]).logits, live, atol=1e-5, rtol=0)
+    names = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert any("4.self_attn.k_proj" in name for name in names)
+    assert not any("5.self_attn.k_proj" in name for name in names)
 
 
 @pytest.mark.parametrize("family", SIZES)

@@ -31,11 +31,11 @@ class Origin(NamedTuple):
     with_mlp: bool
     """Whether it is those that come from here; otherwise all others."""
     lacks: tuple[str, ...] = ()
-    """The tensors of the layer that the slot does not have."""
+    """How the names of the layer's tensors begin that the slot does not have."""
 
     def holds(self, name: str) -> bool:
         """Whether the slot's tensor `name` is that of the layer here."""
-        return name.startswith(self.mlp_names) is self.with_mlp and name not in self.lacks
+        return name.startswith(self.mlp_names) is self.with_mlp and not name.startswith(self.lacks)
 
 
 class MlpHalf(NamedTuple):
@@ -65,7 +65,7 @@ class StackSlots(NamedTuple):
     readers: Readers = ()
     """The slots that read the KV of another, as the family's own class does."""
     lacks: tuple[tuple[int, tuple[str, ...]], ...] = ()
-    """(slot, the tensors of its base layer that it does not have, as it reads the KV of another)."""
+    """(slot, how the names begin of what its base layer has and it has not, as it reads the KV of another)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Blueprint:
     readers: Readers = ()
     """The slots that read the KV of another, as the family's own class does."""
     lacks: tuple[tuple[int, tuple[str, ...]], ...] = ()
-    """(slot, the tensors of its base layer that it does not have, as it reads the KV of another)."""
+    """(slot, how the names begin of what its base layer has and it has not, as it reads the KV of another)."""
 
     fewer: int = 0
     """Elements of the tensors that slots lack."""

@@ -28,7 +28,7 @@ def require_same_layers(
     modules, tensor shapes and settings. What a family makes of a layer's position shows up here, rule or no rule.
 
     `slots`: of each stack the base layer in each place; `readers`: the slots that read the KV of another. By stack:
-    (slot, tensors of its base layer that a reader does not have). Raises W207 and W208.
+    (slot, how the names begin of what a reader does not have of its base layer). Raises W207 and W208.
     """
     for stack in stacks:
         _same_numbers(stack, slots[stack.name])
@@ -58,7 +58,8 @@ def require_same_layers(
                 marks = family.sharing_marks if readers[stack.name] else ()
                 difference = first_difference(old, new, family.numbering + marks, fewer=reads)
                 if reads:
-                    lacks[stack.name] += ((slot, tuple(sorted(old.state_dict().keys() - new.state_dict().keys()))),)
+                    gone = dict(old.named_modules()).keys() - dict(new.named_modules()).keys()
+                    lacks[stack.name] += ((slot, tuple(f"{name}." for name in sorted(gone))),)
             if difference is not None:
                 raise WriteError(
                     f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "

@@ -96,8 +96,8 @@ def blueprint(
 
 def _lacking(stack: Stack, found: StackSlots) -> int:
     """Elements of the tensors that slots lack."""
-    held = {slot: stack.layer(found.slots[slot]).state_dict() for slot, _ in found.lacks}
-    return sum(held[slot][name].numel() for slot, names in found.lacks for name in names)
+    held = ((stack.layer(found.slots[slot]).state_dict(), names) for slot, names in found.lacks)
+    return sum(tensor.numel() for state, names in held for name, tensor in state.items() if name.startswith(names))
 
 
 def _replaced(
