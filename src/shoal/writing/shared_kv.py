@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shoal.models.families import family_of
 from shoal.models.opened import open_model
 from shoal.models.stacks import Stack
-from shoal.plan.steps import Step, runs
+from shoal.plan.steps import Step, kv_source, runs
 
 Readers = tuple[tuple[int, int], ...]
 """(slot, base layer whose keys and values it reads)."""
@@ -20,7 +20,11 @@ def native_readers(model: PreTrainedModel, stack: Stack, steps: tuple[Step, ...]
         return ()
     layers = open_model(model).spec.stack(stack.name).layers
     found = list(runs(steps))
-    sources = [run.kv.read if run.kv.read is not None else next(iter(layers[run.layer].needs), None) for run in found]
+    asked = [kv_source(run) for run in found]
+    sources = [
+        next(iter(layers[run.layer].needs), None) if read is None else read
+        for run, read in zip(found, asked, strict=True)
+    ]
     first = next((slot for slot, source in enumerate(sources) if source is not None), len(found))
     owners = {layers[run.layer].kind: run.layer for run in found[:first]}
     readers = tuple(
@@ -29,7 +33,7 @@ def native_readers(model: PreTrainedModel, stack: Stack, steps: tuple[Step, ...]
         if source is not None and source == owners.get(layers[found[slot].layer].kind)
     )
     whole = all(run.part == "layer" for run in found)
-    more = any(run.kv.read is not None for run in found)
+    more = any(read is not None for read in asked)
     return readers if more and whole and len(readers) == len(found) - first else ()
 
 
