@@ -93,7 +93,6 @@ class Blueprint:
     """The slots that read the KV of another, as the family's own class does."""
     lacks: tuple[tuple[int, tuple[str, ...]], ...] = ()
     """(slot, how the names begin of what its base layer has and it has not, as it reads the KV of another)."""
-
     fewer: int = 0
     """Elements of the tensors that slots lack."""
 
