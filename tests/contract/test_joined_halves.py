@@ -34,6 +34,7 @@ from .kinds import apart, inputs_of, kind, returned
 from .kinds import plan_of as plan_of_kind
 from .shares import every
 from .stream_folders import bases, config_of, content, streamed, weights, written
+from .test_cli import shoal
 
 __all__ = ["bases"]
 
@@ -177,6 +178,13 @@ def test_what_is_left_over_beside_a_layer_is_zeroed() -> None:
     assert sum(p.numel() for p in made.parameters()) == cost(plan, inspect(model)).written_params
     with running(model, plan):
         torch.testing.assert_close(logits(made)[0], logits(model)[0], **CLOSE)
+
+
+def test_the_command_names_what_is_half_zeros(bases: Any, tmp_path: Path) -> None:
+    command = ["write", str(bases("llama")), "--plan", "0,1m,2a,1m,3a", "--stream"]
+    assert "W201" in shoal(*command, "--output", str(tmp_path / "refused"), code=1)
+    said = shoal(*command, "--zero-parts", "--output", str(tmp_path / "out"))
+    assert "a whole layer each, with zeros in its other part: 1m, 3a" in said
 
 
 def test_ties_own_tensors_and_factors_of_either_half() -> None:

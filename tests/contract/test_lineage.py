@@ -106,6 +106,9 @@ def test_the_depth_of_a_decoder_with_an_encoder_is_its_own() -> None:
         {"silent": [[0]]},
         {"silent": [[0, "head"]]},
         {"silent": 3},
+        {"mlps": [[0]]},
+        {"mlps": [[0, -1]]},
+        {"mlps": {"0": 1}},
     ],
 )
 def test_a_note_that_does_not_fit_is_ignored(change: dict[str, Any]) -> None:
@@ -118,6 +121,17 @@ def test_a_damaged_chain_becomes_one_pruning_or_none() -> None:
         assert read_lineage(NOTE | {"chain": chain}, 3) == Lineage((0, 2, 3), BASE, ("0,2-3",))
     found = read_lineage(NOTE | {"chain": [], "plan": "| rm -r"}, 3)
     assert found is not None and found.chain == () and found.notation == "0,2-3"
+
+
+def test_mlps_of_other_layers_are_composed() -> None:
+    first = Lineage((5, 6, 7), BASE).then((0, 2), [], "0,2a,1m", {1: 1})
+    assert first.notation == "5,7a,6m" and first.mlps == {1: 6}
+    second = first.then((1, 1, 0), [(2, "mlp")], "1,1a,0m,0a", {1: 0})
+    assert second.notation == "7a,6m,7a,5m,5a" and second.mlps == {0: 6, 1: 5}
+    assert second.then((0, 1), [], "0a,1m,1a,0m", {0: 1, 1: 0}).notation == "7a,5m,7a,6m"
+    quiet = Lineage((5, 6), BASE, silent=frozenset({(0, "mlp"), (1, "attention")}))
+    assert quiet.then((0, 1), [], "0a,1m,1a,0m", {0: 1, 1: 0}).notation == "5a,6m"
+    assert read_lineage(second.to_note("1"), 3) == second
 
 
 def test_silent_parts_are_composed() -> None:

@@ -14,6 +14,7 @@ CORRECTED: dict[str, dict[str, dict[str, str]]] = {
         },
         "plans": {
             "own-tensors": "params counts no tensor of the base that new ones stand in for where nobody else reads it",
+            "parts": "an attention and the mlp behind it are one layer of a stock checkpoint",
         },
         "policies": {
             "ffn-skip:cold_first=1,cold_last=0,threshold=0.5": "the cosine is that of the mlp's own input and output",

@@ -11,7 +11,7 @@ import shoal
 from shoal.api.measuring import measure
 from shoal.api.prune import prune
 from shoal.models.load import Loaded
-from shoal.plan import Plan, Shape, Spec, cost, drop
+from shoal.plan import Plan, Shape, Spec, cost, drop, parse_plan
 from shoal.scores import Scores
 
 DEPTH, HIDDEN, PARAMS, LAYER_PARAMS = 30, 576, 134_515_008, 3_540_096
@@ -90,6 +90,21 @@ def test_six_layers_less_is_six_layers_less(spec: Spec, identity: Plan, shorter:
     assert predicted.kv_per_token == KV_PER_TOKEN * 24 // 30
     assert shorter.config.num_hidden_layers == 24
     assert type(shorter).__name__ == "LlamaForCausalLM"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["0a,0m,1-28a,0m,29a,0m", "0,1a,0m,2-29"])
+def test_halves_are_joined_to_stock_layers(smollm2: Loaded, model: Any, spec: Spec, identity: Plan, text: str) -> None:
+    """One mlp for all layers, and for two; a stock model of 30 layers holds a copy for each."""
+    text = text.replace("1-28a", ",".join(f"{layer}a,0m" for layer in range(1, 28)) + ",28a")
+    plan = parse_plan(text, identity)
+    made = shoal.rewrite(model, plan)
+    counted = sum(parameter.numel() for parameter in made.parameters())
+    assert counted == PARAMS == cost(plan, spec).written_params
+    assert made.config.num_hidden_layers == DEPTH
+    ids = prompt_ids(smollm2, PROMPTS[0])
+    with shoal.running(model, plan):
+        assert torch.equal(made(ids).logits, model(ids).logits)
 
 
 @torch.no_grad()

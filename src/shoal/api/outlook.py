@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shoal.errors import ShoalError
@@ -77,9 +77,10 @@ def outlook_of(
     changed: dict[str, tuple[Any, Any]] = {}
     refused = None
     slots: tuple[int, ...] = ()
+    fewer = 0
     try:
         plans = blueprint(model, plan, zero_parts=zero_parts, weights=weights)
-        changed, slots = plans.changed, plans.slots
+        changed, slots, fewer = plans.changed, plans.slots, plans.fewer
     except ShoalError as error:
         refused = error
     target = Target(
@@ -91,6 +92,7 @@ def outlook_of(
     itemsize = int(getattr(model.dtype, "itemsize", 4))
     before = cost(Plan.identity(spec), spec)
     after = cost(plan, spec, weights=shapes_of(weights or {}))
+    after = replace(after, written_params=after.written_params - fewer)
     return Outlook(plan, before, after, itemsize, changed, refused, verdicts(target))
 
 

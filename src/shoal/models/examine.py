@@ -190,7 +190,7 @@ class _Watcher:
                         if isinstance(v, torch.Tensor) and v is value
                     },
                     returns=self._returns[index],
-                    called=(without_values(args), without_values(kwargs)),
+                    called=(_without_values(args), _without_values(kwargs)),
                 )
             )
             self.calls.append((args, kwargs))
@@ -244,14 +244,14 @@ def _find_roles(layers: list[nn.Module], watcher: _Watcher) -> None:
         fact.roles = known[key]
 
 
-def without_values(value: Any) -> Any:
+def _without_values(value: Any) -> Any:
     """The same with tensors on the meta device, and None for a cache."""
     if isinstance(value, torch.Tensor):
         return torch.empty_like(value, device="meta", requires_grad=False)
     if isinstance(value, dict):
-        return {key: without_values(inner) for key, inner in value.items()}
+        return {key: _without_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(without_values, value)) if type(value) in (list, tuple) else None
+        return type(value)(map(_without_values, value)) if type(value) in (list, tuple) else None
     return None if isinstance(value, Cache) else value
 
 

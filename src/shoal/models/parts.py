@@ -77,31 +77,44 @@ def reads_attention(
 ) -> bool:
     """Whether the mlp of `layer` reads what its attention wrote, rather than both the same input.
 
-    Found in the graph that autograd keeps of the call, for which tensors need no values; no backward pass is run, which
-    is not ours to run on layers that others spread over processes. `args`, `kwargs`: what the layer is called with.
+    Two calls show it, in which the attention writes something else; on the meta device, where there are no values, the
+    graph that autograd keeps of a call. `args`, `kwargs`: what the layer is called with.
     """
-    written: list[torch.Tensor] = []
+    given = next(one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor))
     read: list[torch.Tensor] = []
 
-    def writes(x: torch.Tensor) -> torch.Tensor:
-        written.append(torch.zeros_like(x, requires_grad=True))
-        return written[-1] + 0  # a layer may add to it in place
+    def called(writes: Makes) -> list[torch.Tensor]:
+        made = stubs(layer, parts.attention, returns, writes) | stubs(layer, parts.mlp, returns, reads)
+        read.clear()
+        with _in_place(layer, made):
+            layer(*args, **kwargs)
+        return list(read)
 
     def reads(x: torch.Tensor) -> torch.Tensor:
         read.append(x)
         return torch.zeros_like(x)
 
-    made = stubs(layer, parts.attention, returns, writes) | stubs(layer, parts.mlp, returns, reads)
-    with torch.enable_grad(), _in_place(layer, made):
-        layer(*args, **kwargs)
-    made_of = [x.grad_fn for x in read]
-    seen = set[Any]()
-    while made_of:
-        node = made_of.pop()
+    if not given.is_meta:
+        pairs = zip(called(torch.zeros_like), called(_slope), strict=True)
+        return any(not torch.equal(one, other) for one, other in pairs)
+    leaf = torch.zeros_like(given, requires_grad=True)
+    with torch.enable_grad():
+        return any(_is_made_of(one, leaf) for one in called(lambda x: leaf.expand_as(x) + 0))
+
+
+def _slope(x: torch.Tensor) -> torch.Tensor:
+    """What no norm makes the same as zeros."""
+    return torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=x.dtype).expand_as(x)
+
+
+def _is_made_of(made: torch.Tensor, leaf: torch.Tensor) -> bool:
+    nodes, seen = [made.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            made_of += [before for before, _ in node.next_functions]
-    return any(getattr(node, "variable", None) is leaf for node in seen for leaf in written)
+            nodes += [before for before, _ in node.next_functions]
+    return any(getattr(node, "variable", None) is leaf for node in seen)
 
 
 @contextmanager

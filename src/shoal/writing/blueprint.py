@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from shoal.plan import Plan, Run, format_steps
+from shoal.plan import KV, Plan, Run, format_steps
 from shoal.plan.steps import PartName
+from shoal.writing.shared_kv import Readers
 
 Tensors = dict[str, torch.Tensor]
 
@@ -33,10 +34,12 @@ class Origin(NamedTuple):
     """How the names of the tensors begin that come with the mlp, where that is of another run."""
     with_mlp: bool
     """Whether it is those that come from here; otherwise all others."""
+    lacks: tuple[str, ...] = ()
+    """How the names of the layer's tensors begin that the slot does not have."""
 
     def holds(self, name: str) -> bool:
         """Whether the slot's tensor `name` is that of the layer here."""
-        return name.startswith(self.mlp_names) is self.with_mlp
+        return name.startswith(self.mlp_names) is self.with_mlp and not name.startswith(self.lacks)
 
 
 class MlpHalf(NamedTuple):
@@ -63,6 +66,10 @@ class StackSlots(NamedTuple):
     """(slot, base layer whose matrices it runs with)."""
     mlps: tuple[tuple[int, MlpHalf], ...] = ()
     """(slot, its mlp) where that is of another run; what is replaced and tied there says nothing of it."""
+    readers: Readers = ()
+    """The slots that read the KV of another, as the family's own class does."""
+    lacks: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    """(slot, how the names begin of what its base layer has and it has not, as it reads the KV of another)."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +93,26 @@ class Blueprint:
     """(slot, base layer whose matrices it runs with)."""
     mlps: tuple[tuple[int, MlpHalf], ...] = ()
     """(slot, its mlp) where that is of another run."""
+    readers: Readers = ()
+    """The slots that read the KV of another, as the family's own class does."""
+    lacks: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    """(slot, how the names begin of what its base layer has and it has not, as it reads the KV of another)."""
+    fewer: int = 0
+    """Elements of the tensors that slots lack."""
 
     def origins(self) -> Iterator[Origin]:
         """Slot by slot whose tensors it has."""
-        ids, ties, mlps = dict(self.replaced), dict(self.tied), dict(self.mlps)
+        ids, ties, mlps, lacks = dict(self.replaced), dict(self.tied), dict(self.mlps), dict(self.lacks)
         for slot, layer in enumerate(self.slots):
             mlp = mlps.get(slot)
             names = () if mlp is None else mlp.names
-            yield Origin(slot, layer, ids.get(slot), ties.get(slot), names, with_mlp=False)
+            yield Origin(slot, layer, ids.get(slot), ties.get(slot), names, with_mlp=False, lacks=lacks.get(slot, ()))
             if mlp is not None:
                 yield Origin(slot, mlp.layer, mlp.weights, mlp.tie, names, with_mlp=True)
 
     def of(self, stack: str) -> Blueprint:
         """The same with the slots of that stack as the main one's, and no other."""
-        mine = StackSlots(self.slots, self.zeroed, self.replaced, self.tied, self.mlps)
+        mine = StackSlots(*(getattr(self, name) for name in StackSlots._fields))
         found = dict(self.others).get(stack, mine)
         return replace(self, **found._asdict(), others=())
 
@@ -115,5 +128,8 @@ class Blueprint:
         """The plan of what a stock checkpoint runs: whole layers, also where a part is zeroed."""
         plan = self.plan
         for name, _ in plan.stacks:
-            plan = plan.with_steps(tuple(Run(layer) for layer in self.of(name).slots), name)
+            own = self.of(name)
+            reads = dict(own.readers)
+            whole = (Run(layer, kv=KV(reads.get(slot))) for slot, layer in enumerate(own.slots))
+            plan = plan.with_steps(tuple(whole), name)
         return plan

@@ -101,8 +101,8 @@ def write(
     the base, which is written beside it, in the folder `adapter`, with its layers renumbered, and proved to do there
     what it does on the live plan. The model of `loaded` is not changed.
 
-    Raises before any work `PlanError` (P122 while another plan runs on the model), the `WriteError`s W201-W215 of
-    `blueprint` and `require_writable`, and U524 no such size of shards, W220 output exists, W221 output and source
+    Raises before any work `PlanError` (P122 while another plan runs on the model), the `WriteError`s W201-W215 and W283
+    of `blueprint` and `require_writable`, and U524 no such size of shards, W220 output exists, W221 output and source
     overlap, W222 no parent folder, W223 too little disk space, W224 no permission, W225 output holds other things than
     a model, W295-W299 an adapter that cannot follow the plan. Raises later W216 configs that cannot be saved, W223 disk
     full, W226 another failure of the disk, W227 written twice at once, W230 failed proof, W231 no proof possible;

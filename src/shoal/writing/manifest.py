@@ -21,7 +21,7 @@ from shoal.models.opened import open_model
 from shoal.models.quantised import described_quantisation, quantisation_settings
 from shoal.models.shards import Stored
 from shoal.models.stacks import find_stacks
-from shoal.plan import Given, Plan, Run, Spec, cost, given_plan, require
+from shoal.plan import Given, Plan, Spec, cost, given_plan, require
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.container import Item
 from shoal.writing.lineage import config_note
@@ -62,8 +62,7 @@ class Manifest:
     @property
     def params(self) -> int:
         """By the plan's cost: a stock checkpoint holds whole layers, also where a part is zeroed."""
-        whole = self.plan.with_steps(tuple(Run(layer) for layer in self.plans.slots))
-        return cost(whole, self.spec).written_params
+        return cost(self.plans.whole, self.spec).written_params - self.plans.fewer
 
 
 def manifest_of(

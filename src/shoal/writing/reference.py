@@ -259,11 +259,12 @@ def quiet() -> Iterator[None]:
 def counts(plans: Blueprint, spec: Spec, model: PreTrainedModel, length: int) -> Expected:
     """A stock checkpoint runs whole layers, also where the plan silences a part, so that is what is costed."""
     priced = cost(plans.whole, spec, Shape(context=length))
-    layers = [spec.stack().layers[i] for i in plans.slots]
+    reads = dict(plans.readers)
+    layers = [spec.stack().layers[i] for slot, i in enumerate(plans.slots) if slot not in reads]
     # the plan's cost says how many tokens a window sees; transformers stores one less, as the next token brings its own
     less = sum(layer.kv.per_token for layer in layers if layer.kv.window is not None and layer.kv.window <= length)
     return Expected(
-        parameters=priced.written_params,
+        parameters=priced.written_params - plans.fewer,
         depth=len(plans.slots),
         kv_per_token=priced.kv_per_token * model.dtype.itemsize,
         kv_elements=priced.kv_elements - less,

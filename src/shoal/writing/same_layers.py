@@ -18,12 +18,17 @@ from shoal.writing.tensors import depth_dim
 
 
 def require_same_layers(
-    model: PreTrainedModel, stacks: tuple[Stack, ...], config: PreTrainedConfig, slots: dict[str, tuple[int, ...]]
-) -> None:
+    model: PreTrainedModel,
+    stacks: tuple[Stack, ...],
+    config: PreTrainedConfig,
+    slots: dict[str, tuple[int, ...]],
+    readers: dict[str, set[int]],
+) -> dict[str, tuple[tuple[int, tuple[str, ...]], ...]]:
     """Build the stock model without weights and compare every slot with the base layer that it stands for: the same
     modules, tensor shapes and settings. What a family makes of a layer's position shows up here, rule or no rule.
 
-    `slots`: of each stack the base layer in each place. Raises W207 and W208.
+    `slots`: of each stack the base layer in each place; `readers`: the slots that read the KV of another. By stack:
+    (slot, how the names begin of what a reader does not have of its base layer). Raises W207 and W208.
     """
     for stack in stacks:
         _same_numbers(stack, slots[stack.name])
@@ -43,17 +48,25 @@ def require_same_layers(
                 "depth, which is not written yet; run the plan live",
                 code="W208",
             )
+    lacks: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {stack.name: () for stack in stacks}
     for stack in stacks:
         for slot, layer in enumerate(slots[stack.name]):
+            family = family_of(stack.config)
+            reads = slot in readers[stack.name]
             with _in_place(stack, slot, layer):
                 old, new = stack.layer(layer), targets[stack.name].layer(slot)
-                difference = first_difference(old, new, family_of(stack.config).numbering)
+                marks = family.sharing_marks if readers[stack.name] else ()
+                difference = first_difference(old, new, family.numbering + marks, fewer=reads)
+                if reads:
+                    gone = dict(old.named_modules()).keys() - dict(new.named_modules()).keys()
+                    lacks[stack.name] += ((slot, tuple(f"{name}." for name in sorted(gone))),)
             if difference is not None:
                 raise WriteError(
                     f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
                     "run the plan live or keep this layer's place",
                     code="W207",
                 )
+    return lacks
 
 
 def _in_place(stack: Stack, slot: int, layer: int) -> AbstractContextManager[None]:
@@ -81,10 +94,12 @@ def _shapes_outside(model: nn.Module, stacks: tuple[Stack, ...]) -> dict[str, tu
     return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
 
 
-def first_difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:
+def first_difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...], *, fewer: bool = False) -> str | None:
     """The first fact in which two layers, or two modules of layers, differ, their index and what else only numbers them
-    aside; None when they are the same but for the values of tensors."""
+    aside; None when they are the same but for the values of tensors. `fewer`: `new` may lack modules."""
     olds, news = dict(old.named_modules()), dict(new.named_modules())
+    if fewer:
+        olds = {name: module for name, module in olds.items() if name in news}
     if olds.keys() != news.keys():
         return f"modules {sorted(olds.keys() ^ news.keys())[:3]}"
     for name, module in olds.items():

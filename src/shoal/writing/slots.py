@@ -18,6 +18,7 @@ from shoal.plan.select import paired
 from shoal.plan.steps import Step
 from shoal.writing.blueprint import AND, MlpHalf, StackSlots
 from shoal.writing.same_layers import first_difference
+from shoal.writing.shared_kv import native_readers
 
 Slot = tuple[Run, MlpHalf | None]
 """What one layer of a stock model runs: a layer or a part of it, or an attention and the mlp of another run."""
@@ -32,8 +33,9 @@ def slots_of(
     `zero_parts`: any other run of a part is a slot too, whose other part is zeroed. Raises W201-W205 and W210 for what
     no stock layer does, W283 for an attention and an mlp that are no layer together.
     """
+    readers = native_readers(model, stack, steps)
     for no in refusals(steps, "written"):
-        if no.trait != "part":
+        if no.trait != "part" and not (no.trait == "KV source" and readers):
             raise WriteError(no.message, code=no.code)
     pairs = paired(steps)
     found = [one for run, mlp in pairs for one in _slots(model, stack, run, mlp, zero_parts=zero_parts, joined=joined)]
@@ -47,6 +49,7 @@ def slots_of(
         tuple((slot, AND.join(run.ids)) for slot, (run, _) in enumerate(found) if run.ids),
         tuple((slot, run.tied_layer) for slot, (run, _) in enumerate(found) if run.tied_layer is not None),
         tuple((slot, half) for slot, (_, half) in enumerate(found) if half is not None),
+        readers,
     )
 
 

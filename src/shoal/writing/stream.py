@@ -87,9 +87,10 @@ def stream(
 
     `forward`: afterwards load both and prove the new one as `write` does; needs twice the base's weights in memory.
     Other options as in `write`. Raises before a byte is written `ModelError` M3xx for a folder that is no sound
-    checkpoint, `PlanError`, `UsageError` U524 shard size, `WriteError` W201-W210 of `blueprint`, W212 quantised, W217
-    a tensor that cannot be attributed, W218 one of another size, W219 too little memory for `forward`, W220-W225 as in
-    `write`; later W216, W223, W226, W227, W230 and W231. Nothing that was not there before is left then.
+    checkpoint, `PlanError`, `UsageError` U524 shard size, `WriteError` W201-W210 and W283 of `blueprint`, W212
+    quantised, W217 a tensor that cannot be attributed, W218 one of another size, W219 too little memory for `forward`,
+    W220-W225 as in `write`; later W216, W223, W226, W227, W230 and W231. Nothing that was not there before is left
+    then.
     """
     parse_size(shard_size)  # before anything is read
     with quiet():

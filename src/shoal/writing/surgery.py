@@ -32,6 +32,7 @@ from shoal.writing.assemble import assembled
 from shoal.writing.blueprint import AND, Blueprint, StackSlots, Tensors
 from shoal.writing.papers import generation_for
 from shoal.writing.same_layers import require_same_layers
+from shoal.writing.shared_kv import with_readers
 from shoal.writing.slots import slots_of
 from shoal.writing.stack_depths import described, refuse_cache, with_depths
 from shoal.writing.tensors import moved_tensors, resized_tensors
@@ -65,15 +66,16 @@ def blueprint(
     config, changed = model.config, dict[str, tuple[Any, Any]]()
     for stack in stacks:
         refuse_order(stack, by_stack[stack.name].slots)
-        config, fields = _permuted(model, config, stack, by_stack[stack.name].slots)
+        config, fields = _permuted(model, config, stack, by_stack[stack.name])
         changed |= fields if len(stacks) == 1 else {described(model, stack, name): v for name, v in fields.items()}
     slots = {name: found.slots for name, found in by_stack.items()}
+    readers = {name: {slot for slot, _ in found.readers} for name, found in by_stack.items()}
     config, others = for_other_readers(model, config, stacks, slots)
     changed |= others
     try:
         read_back = _read_back(config)
         refuse_cache(model.config, read_back, stacks, {name: len(found.slots) for name, found in by_stack.items()})
-        require_same_layers(model, stacks, read_back, slots)
+        lacks = require_same_layers(model, stacks, read_back, slots, readers)
     except (ValueError, AttributeError, StrictDataclassError) as error:  # its own checks, and mixed per-layer values
         why = str(error).strip().splitlines()[-1].strip()[:300]
         raise WriteError(
@@ -82,10 +84,20 @@ def blueprint(
     own: Tensors = {}
     for stack in stacks:
         by_stack[stack.name], mine = _replaced(stack, by_stack[stack.name], weights or {})
+        by_stack[stack.name] = by_stack[stack.name]._replace(lacks=lacks[stack.name])
         own |= mine
     main = by_stack[plan.stack_name()]
     beside = tuple((name, found) for name, found in by_stack.items() if name != plan.stack_name())
-    return Blueprint(plan, main.slots, main.zeroed, config, changed, main.replaced, own, beside, main.tied, main.mlps)
+    fewer = sum(_lacking(stack, by_stack[stack.name]) for stack in stacks)
+    return Blueprint(
+        plan=plan, config=config, changed=changed, weights=own, others=beside, fewer=fewer, **main._asdict()
+    )
+
+
+def _lacking(stack: Stack, found: StackSlots) -> int:
+    """Elements of the tensors that slots lack."""
+    held = ((stack.layer(found.slots[slot]).state_dict(), names) for slot, names in found.lacks)
+    return sum(tensor.numel() for state, names in held for name, tensor in state.items() if name.startswith(names))
 
 
 def _replaced(
@@ -196,12 +208,14 @@ def require_writable(model: nn.Module) -> PreTrainedModel:
 
 
 def _permuted(
-    model: PreTrainedModel, whole: PreTrainedConfig, stack: Stack, slots: tuple[int, ...]
+    model: PreTrainedModel, whole: PreTrainedConfig, stack: Stack, found: StackSlots
 ) -> tuple[PreTrainedConfig, dict[str, tuple[Any, Any]]]:
     """`whole`, the config of `model` with the stacks before this one in place, with this one in place too."""
+    slots = found.slots
     if stack.fields:
         return with_depths(whole, stack, slots)
     text, changed = permuted_config(stack.config, slots)
+    changed |= with_readers(text, stack, found.readers)
     changed |= renumbered_outputs(stack.config, text, slots)
     if stack.config is model.config:
         return text, changed

@@ -36,6 +36,11 @@ class Family:
     """{end of a tensor's name: dimension} of tensors outside the layers that hold one block for every layer."""
     numbering: tuple[str, ...] = ()
     """Attributes that follow a layer's position and change nothing it computes; every other such attribute does."""
+    shares_kv: str | None = None
+    """The config field that says how many of the last layers read the keys and values of another, the last of their
+    kind that stores its own."""
+    sharing_marks: tuple[str, ...] = ()
+    """Attributes by which such a layer, and the one that it reads, know what they are."""
     position_numbers: str | None = None
     """What the family computes from a layer's position: a rewritten model that shifts a layer would differ."""
 
