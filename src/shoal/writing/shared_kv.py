@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shoal.models.families import family_of
 from shoal.models.opened import open_model
 from shoal.models.stacks import Stack
-from shoal.plan.steps import Step, kv_source, runs
+from shoal.plan.steps import Step, key_source, runs
 
 Readers = tuple[tuple[int, int], ...]
 """(slot, base layer whose keys and values it reads)."""
@@ -20,7 +20,7 @@ def native_readers(model: PreTrainedModel, stack: Stack, steps: tuple[Step, ...]
         return ()
     layers = open_model(model).spec.stack(stack.name).layers
     found = list(runs(steps))
-    asked = [kv_source(run) for run in found]
+    asked = [key_source(run) for run in found]
     sources = [
         next(iter(layers[run.layer].needs), None) if read is None else read
         for run, read in zip(found, asked, strict=True)
