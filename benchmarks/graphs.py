@@ -56,7 +56,8 @@ def _decoding(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         "half of the layers": f"0-{depth // 2 - 1}",
         "every second kv": ",".join(f"{i}" if i % 2 == 0 else f"{i}@{i - 1}" for i in range(depth)),
     }
-    plans = {name: parse_plan(text, Plan.identity(spec)) for name, text in texts.items()}
+    wanted = {name for name in (*texts, *GRAPHS) if not args.only or name in args.only}
+    plans = {name: parse_plan(text, Plan.identity(spec)) for name, text in texts.items() if name in wanted}
     ids = random_tokens(model, 1, args.prompt + args.new, seed=0)
     said: dict[str, str] = {}
     sides: dict[str, Side] = {"dense": nullcontext}
@@ -65,6 +66,8 @@ def _decoding(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         name: partial(_steps, model, side, ids, args) for name, side in sides.items()
     }
     for name, graphs in GRAPHS.items():
+        if name not in wanted:
+            continue
         with fused(model, *graphs) as handle:
             said[name] = handle.describe()
         variants[name] = partial(_steps, model, partial(fused, model, *graphs), ids, args)
@@ -140,6 +143,7 @@ def _arguments() -> argparse.Namespace:
     parser = options(__doc__, pairs=10)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new", type=int, default=8, help="tokens to decode in a round (default: %(default)s)")
+    parser.add_argument("--only", action="append", help="a variant beside the dense one; again for more (default: all)")
     parser.add_argument("--depths", type=int, nargs="*", default=[], help="compile models of these depths, too: 2 8 30")
     parser.add_argument("--compile-only", action="store_true", help="time compiling alone")
     parser.add_argument("--backend", default="inductor", help="torch.compile's (default: %(default)s)")
