@@ -7,6 +7,7 @@ module makes. No value is read, so a model on the meta device tells as much, and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,7 +72,8 @@ def find_roles(layer: nn.Module, cache_at: int | str | None, call: Call) -> Head
         return None
     inside = list(_matrices(layer))
     try:
-        with torch.enable_grad(), _marked(layer, inside) as marks:
+        with warnings.catch_warnings(), torch.enable_grad(), _marked(layer, inside) as marks:
+            warnings.simplefilter("ignore")  # FSDP2 warns of what it would do in a backward pass, and there is none
             tables, marked = _with_marked_tables(call)
             seen = heard(layer, cache_at, marked, given=marks.cached, attend=no_context, into=marks.heard)
             if len(seen.stored) != 1:
