@@ -28,8 +28,10 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class PolicyExamples:
-    """A policy on the layers 0-3."""
+    """A policy on a plan of four runs."""
 
+    plan: str = "0-3"
+    """The plan that all but the refused texts are tried on."""
     deciding: tuple[str, ...] = ()
     """Each skips something of a generated text, and decides the same in one pass as token by token."""
     never: tuple[str, ...] = ()
