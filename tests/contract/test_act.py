@@ -207,6 +207,9 @@ def test_known_tokens_halt_behind_known_loops_with_the_mean_by_hand(cached: bool
     torch.testing.assert_close(got, mean(lambda token: PLANTED[token][2]), **CLOSE)
     for what in ("no remainder at the end", "interpolated"):
         assert not torch.allclose(got, mean(lambda token, what=what: released(PLANTED[token][0], what)), atol=0.01)
+    sums = torch.tensor([[sum(released(PLANTED[int(t)][0], "")) for t in row] for row in tokens])
+    basic = mean(lambda token: released(PLANTED[token][0], "")) - sums[..., None]
+    assert not torch.allclose(got, basic, atol=0.01), "its basic form: new x w + (old x 1 - w)"
     late = mean(lambda token: (0.0,) * (PLANTED[token][1] - 1) + (1.0,))
     assert not torch.allclose(got, late, atol=0.01), "the last state alone is not ACT"
 
