@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,10 +36,16 @@ def model_of(family: str) -> PreTrainedModel:
     return tiny(family, "eager" if family == "gemma2" else "sdpa")
 
 
+@torch.no_grad()
+def states(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return model(ids, output_hidden_states=True).hidden_states
+
+
 def unit_of(family: str, bias: float = -0.6) -> Unit:
     """A halting unit by which the tokens of one column halt behind different loops."""
     weight = torch.randn(SIZE, generator=torch.Generator().manual_seed(4))
-    size = model_of(family)(batch_of(1)["input_ids"], output_hidden_states=True).hidden_states[1].std().item()
+    # a copy: transformers leaves hooks on a model that is asked for its states
+    size = states(copy.deepcopy(model_of(family)), batch_of(1)["input_ids"])[1].std().item()
     return {"halt.halting": weight * (0.35 / max(size, 0.1)), "halt.halting_bias": torch.tensor([bias])}
 
 
