@@ -28,7 +28,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class PolicyExamples:
-    """A policy on the layers 0-3."""
+    """A policy on a plan of four runs."""
 
     deciding: tuple[str, ...] = ()
     """Each skips something of a generated text, and decides the same in one pass as token by token."""
@@ -37,6 +37,8 @@ class PolicyExamples:
     always: Mapping[str, str] = field(default_factory=dict)
     """Each decides the same for every token: the plan, as layers, that computes the same."""
     refused: tuple[Refusal, ...] = ()
+    plan: str = "0-3"
+    """What all but the refused texts are tried on."""
 
 
 @dataclass(frozen=True, slots=True)

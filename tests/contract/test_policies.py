@@ -73,35 +73,40 @@ def test_every_rule_is_what_the_layers_give_by_hand(family: str) -> None:
 
 
 POLICIES = {name: entry.examples for name, entry in entries("policies").items()}
-NEVER = [text for own in POLICIES.values() for text in own.never]
+NEVER = [(own.plan, text) for own in POLICIES.values() for text in own.never]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "falcon"])
 def test_a_policy_that_skips_nothing_is_bit_exact(family: str) -> None:
     model, batch = tiny(family), batch_of(2)
-    dense = whole(model, batch), stepped(model, batch, "dynamic")
-    for policy in NEVER:
-        with running(model, "0-3", policy=policy) as handle:
+    stock = whole(model, batch)
+    dense = {}
+    for plan in {plan for plan, _ in NEVER}:
+        with running(model, plan):
+            dense[plan] = whole(model, batch), stepped(model, batch, "dynamic")
+    assert torch.equal(dense["0-3"][0], stock)
+    for plan, policy in NEVER:
+        with running(model, plan, policy=policy) as handle:
             handle.prompt = 0
-            assert torch.equal(whole(model, batch), dense[0]), policy
+            assert torch.equal(whole(model, batch), dense[plan][0]), policy
             handle.prompt = None
-            assert torch.equal(stepped(model, batch, "dynamic"), dense[1]), policy
+            assert torch.equal(stepped(model, batch, "dynamic"), dense[plan][1]), policy
             counts = handle.trace.counts.to_dict()
         assert counts["executed"] == counts["asked"] == counts["tokens"] * DEPTH
         assert counts["simulated"] == counts["late"] == counts["projected"] == 0
-    assert torch.equal(whole(model, batch), dense[0])
+    assert torch.equal(whole(model, batch), stock)
 
 
-ALWAYS = {text: plan for own in POLICIES.values() for text, plan in own.always.items()}
+ALWAYS = {text: (own.plan, plan) for own in POLICIES.values() for text, plan in own.always.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_a_fixed_choice_is_the_static_plan(family: str) -> None:
     """In value, and in what hooks on the real layers count."""
     model, refused = tiny(family, attention_of(family)), set[str]()
-    for policy, plan in ALWAYS.items():
+    for policy, (base, plan) in ALWAYS.items():
         try:
-            with running(model, "0-3", policy=policy):
+            with running(model, base, policy=policy):
                 pass
         except ShoalError as error:
             refused.add(error.code)
@@ -110,7 +115,7 @@ def test_a_fixed_choice_is_the_static_plan(family: str) -> None:
         seen = batch["attention_mask"].bool()
         with running(model, plan):
             right = [whole(model, batch), *(stepped(model, batch, cache) for cache in ("dynamic", "static"))]
-        with running(model, "0-3", policy=policy) as handle:
+        with running(model, base, policy=policy) as handle:
             got = [whole(model, batch), *(stepped(model, batch, cache) for cache in ("dynamic", "static"))]
             counts = handle.trace.counts
         for one, other in zip(right, got, strict=True):
@@ -122,7 +127,7 @@ def test_a_fixed_choice_is_the_static_plan(family: str) -> None:
     assert refused == ({"P136"} if "gemma" in family else set())
 
 
-DECIDING = [text for own in POLICIES.values() for text in own.deciding]
+DECIDING = [(own.plan, text) for own in POLICIES.values() for text in own.deciding]
 
 
 @pytest.mark.parametrize("family", every(2, ["llama", "gpt2"]))
@@ -130,11 +135,11 @@ def test_one_pass_is_a_prefill_and_steps(family: str) -> None:
     """Every policy decides the same token by token, whether its text comes at once or as it is written."""
     model = tiny(family)
     depths = {}
-    for policy in DECIDING:
+    for plan, policy in DECIDING:
         for rows in (1, 2):
             batch = batch_of(rows)
             seen = batch["attention_mask"].bool()
-            with running(model, "0-3", policy=policy) as handle:
+            with running(model, plan, policy=policy) as handle:
                 handle.prompt = PREFILL
                 right, deep = whole(model, batch), handle.trace.depths
                 handle.prompt = None

@@ -16,7 +16,7 @@ from shoal.api.exit_table import finite, notes, row
 from shoal.api.risk_control import ControlledRisk, Settings, control_risk
 from shoal.atomic import write_atomically
 from shoal.data import Data
-from shoal.deciding.exit_heads import require_probes
+from shoal.deciding.exit_heads import require_units
 from shoal.deciding.policies.calibrated import Calibrated
 from shoal.deciding.policy import Policy
 from shoal.deciding.policy_file import Level, PolicyFile
@@ -114,7 +114,7 @@ def calibrate(
     whole, weights = plan_and_weights(identity if plan is None else plan, identity, weights)
     exits = held_to(exits, whole)
     gated = make_policy(exits.text, whole, spec).plan
-    require_probes(gated, weights or {}, exits.by)
+    require_units(gated, weights or {}, exits.by)
     text = text_of(loaded, data, split=split, length=length, limit=limit, seed=seed)
     found = _recorded(loaded, gated, text, prompt, weights, batch, progress, features)
     order = np.random.default_rng(seed).permutation(len(text))

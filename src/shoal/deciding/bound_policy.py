@@ -10,7 +10,7 @@ from torch import nn
 
 from shoal.deciding.asked import OneThread, prompt_length
 from shoal.deciding.decidable import require_decidable, require_heads, require_masks
-from shoal.deciding.exit_heads import Heads, require_probes
+from shoal.deciding.exit_heads import Heads, require_units
 from shoal.deciding.exit_readout import Readout
 from shoal.deciding.filling_executor import Known
 from shoal.deciding.gated_executor import GatedExecutor
@@ -45,7 +45,7 @@ class BoundPolicy:
         self.facts = self.opened.facts(self.stack.name)
         require_decidable(policy, spec, model, self.facts)
         require_heads(policy.plan, spec, weights)
-        require_probes(policy.plan, weights, policy.by)
+        require_units(policy.plan, weights, policy.by)
         self.known = self._found(policy.plan.steps())
         self.executor: GatedExecutor | None = None
         self.thread = OneThread()

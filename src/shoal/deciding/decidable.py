@@ -180,7 +180,7 @@ def require_heads(plan: Plan, spec: Spec, weights: Tensors) -> None:
     """Raise P113 for tensors of an exit's own head that have another name or shape than they must."""
     hidden, vocab = spec.stack().hidden, spec.vocab
     right = {"lens": (hidden, hidden), "lens_bias": (hidden,), "weight": (vocab, hidden), "bias": (vocab,),
-             "probe": (hidden,), "probe_bias": (1,)}  # fmt: skip
+             "probe": (hidden,), "probe_bias": (1,), "halting": (hidden,), "halting_bias": (1,)}  # fmt: skip
     for step in exits(plan.steps()):
         if unknown := [name for name in tensors_of(step.head, weights) if name not in right]:
             raise PlanError(

@@ -22,6 +22,7 @@ class Heads:
     `ID.lens` [hidden, hidden] and `ID.lens_bias` [hidden]: an affine map in front of the model's own norm and head (a
     tuned lens). `ID.weight` [vocabulary, hidden] and `ID.bias` [vocabulary]: a head behind the model's own final norm.
     `ID.probe` [hidden] and `ID.probe_bias` [1]: how likely it is that the exit is right, from the state alone.
+    `ID.halting` [hidden] and `ID.halting_bias` [1]: a halting unit, how much of a token's answer comes from here.
     """
 
     def __init__(self, model: Any, weights: Tensors, paused: Callable[[], bool] = lambda: False) -> None:
@@ -43,12 +44,15 @@ class Heads:
         lens, bias = self._near(hidden, head, "lens", "lens_bias")
         return hidden if lens is None else nn.functional.linear(hidden, lens, bias)
 
-    def probe(self, head: str, hidden: torch.Tensor) -> torch.Tensor:
-        """sigmoid(w . x / rms(x) + b), [batch, tokens], float32."""
-        weight, bias = self._near(hidden, head, "probe", "probe_bias")
-        assert weight is not None  # U623 was raised before anything ran
+    def unit(self, head: str, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens], float32: sigmoid(w . x / rms(x) + b) for the unit "probe", sigmoid(w . x + b) for
+        "halting"."""
+        state = scaled(hidden) if name == "probe" else hidden.float()
+        weight, bias = self._near(hidden, head, name, f"{name}_bias")
+        assert weight is not None  # U623 or U684 was raised before anything ran
         assert bias is not None
-        return (scaled(hidden) @ weight.float() + bias.float()).sigmoid()
+        found = (state @ weight.float() + bias.float()).sigmoid()
+        return found if found.dim() == 2 else found.mean(0)
 
     def owned(self, head: str) -> bool:
         """Whether a head's own matrix is given."""
@@ -94,11 +98,22 @@ def scaled(hidden: torch.Tensor) -> torch.Tensor:
 def has_probes(plan: Plan, weights: Tensors) -> bool:
     """Whether every exit of `plan` has a probe."""
     heads = {step.head for step in exits(plan.steps())}
-    return bool(heads) and all(f"{head}.{part}" in weights for head in heads for part in ("probe", "probe_bias"))
+    return bool(heads) and all(_has_unit(head, "probe", weights) for head in heads)
 
 
-def require_probes(plan: Plan, weights: Tensors, by: str) -> None:
-    """Raise U623 for by=probe at exits without one."""
+def _has_unit(head: str, name: str, weights: Tensors) -> bool:
+    return f"{head}.{name}" in weights and f"{head}.{name}_bias" in weights
+
+
+def require_units(plan: Plan, weights: Tensors, by: str) -> None:
+    """Raise U623 for by=probe at exits without one, U684 for heads without the halting unit that a policy reads."""
+    heads = {step.head for step in exits(plan.steps())} - {"base"}
+    if by == "halting" and (without := sorted(head for head in heads if not _has_unit(head, by, weights))):
+        raise UsageError(
+            f"{without[0]} has no halting unit: {without[0]}.halting and {without[0]}.halting_bias are not among the "
+            "plan's tensors; give them, or an exit without a head",
+            code="U684",
+        )
     if by == "probe" and not has_probes(plan, weights):
         raise UsageError(
             "by=probe reads a probe at every exit, and this plan has none; fit them with shoal fit-exits, and give "

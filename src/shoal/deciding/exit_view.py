@@ -23,20 +23,20 @@ class ExitView:
         hidden: torch.Tensor,
         before: torch.Tensor | None,
         read: Callable[[torch.Tensor], torch.Tensor],
-        probe: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        unit: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        self.hidden, self.before, self._read, self._probe = hidden, before, read, probe
+        self.hidden, self.before, self._read, self._unit = hidden, before, read, unit
         self._found: dict[str, torch.Tensor] = {}
 
     def read(self, what: str) -> torch.Tensor:
         """[batch, tokens]: "probability" of the likeliest token, its "margin" over the second, "certainty" (1 - entropy
         over the log of the vocabulary), "choice" (the likeliest token), "saturation" (cosine to the state one layer
-        before) or "probe" (what the exit's own probe makes of the state)."""
+        before), "probe" or "halting" (what the exit's own probe or halting unit makes of the state)."""
         if what == "saturation":
             return _cosine(self.before, self.hidden)
-        if what == "probe":
-            assert self._probe is not None  # U623 was raised before anything ran
-            return self._probe(self.hidden)
+        if what in ("probe", "halting"):
+            assert self._unit is not None  # U623 or U684 was raised before anything ran
+            return self._unit(what, self.hidden)
         if not self._found:
             self._found = self._looked()
         return self._found[what]

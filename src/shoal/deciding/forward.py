@@ -120,7 +120,7 @@ class GatedForward(Forward):
         share = (weight if where is True else weight * where.to(weight)).expand(self.view.rows, -1)
         if self.shares is not None:
             share = torch.minimum(share, 1 - self.shares.to(share.device))
-        own = over_states(share, state).to(state.dtype) * state
+        own = over_states(share, state) * state.to(torch.promote_types(state.dtype, torch.float32))
         self.shares = share if self.shares is None else self.shares + share.to(self.shares.device)
         self.given = own if self.given is None else self.given.to(own.device) + own
 
@@ -128,7 +128,9 @@ class GatedForward(Forward):
         """What is read of tokens that end with `state`: what earlier exits gave, and the rest of `state`."""
         if self.shares is None or self.given is None:
             return state
-        return self.given.to(state.device) + over_states(1 - self.shares, state).to(state.dtype) * state
+        # in float32 at least: shares that are rounded to a short type do not add up to 1
+        rest = over_states(1 - self.shares, state) * state.to(self.given.dtype)
+        return (self.given.to(state.device) + rest).to(state.dtype)
 
     def leave(self, where: Decision, state: torch.Tensor, head: str) -> None:
         """These tokens, none of which had left, end here with `state`, to be read by `head`."""

@@ -148,8 +148,8 @@ class GatedExecutor(FillingExecutor):
 
     def _exit(self, step: Exit, hidden: torch.Tensor) -> torch.Tensor:
         forward, heads = self._forward, self.known.heads
-        probe = None if heads is None else partial(heads.probe, step.head)
-        view = ExitView(hidden, forward.before, partial(self.read, step.head), probe)
+        unit = None if heads is None else partial(heads.unit, step.head)
+        view = ExitView(hidden, forward.before, partial(self.read, step.head), unit)
         answer = self.policy.should_exit(step, forward.view, view) if step.gate is not None else True
         leaves = hard_of(answer)
         new = collapse_uniform(and_not(leaves, forward.left))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
@@ -50,7 +50,7 @@ def with_exits(plan: Plan, spec: Spec, layers: Iterable[int], fill: Fill | None,
     """
     if decides(plan.steps()):
         return plan
-    wanted, specs = set(layers), spec.stack().layers
+    wanted = set(layers)
     last = {layer: at for at, step in enumerate(plan.steps()) for layer in layers_of(step)}
     if missing := sorted(wanted - set(last)):
         raise UsageError(
@@ -58,15 +58,21 @@ def with_exits(plan: Plan, spec: Spec, layers: Iterable[int], fill: Fill | None,
             "layer; name layers of the plan",
             code="U581",
         )
+    found: dict[int, list[Exit]] = {}
+    for layer in sorted(wanted):
+        own = Exit(f"after-{layer}", "base" if head == "base" else f"{head}-{layer}", EXIT)
+        found.setdefault(last[layer], []).append(own)
+    return with_exits_at(plan, spec, found, fill)
+
+
+def with_exits_at(plan: Plan, spec: Spec, found: Mapping[int, Iterable[Exit]], fill: Fill | None) -> Plan:
+    """`plan` with these exits behind its steps, by position, and `fill` for what is behind the first of them."""
     placed: list[Step] = []
+    specs = spec.stack().layers
     for at, step in enumerate(plan.steps()):
         run = run_of(step) if exits(tuple(placed)) else None
         placed.append(step if run is None else replace(run, kv=_filled(run, specs[run.layer], fill)))
-        placed += [
-            Exit(f"after-{layer}", "base" if head == "base" else f"{head}-{layer}", EXIT)
-            for layer in sorted(wanted)
-            if last[layer] == at
-        ]
+        placed += found.get(at, ())
     return plan.with_steps(tuple(placed))
 
 
