@@ -13,6 +13,8 @@ CORRECTED: dict[str, dict[str, dict[str, str]]] = {
             "method hsd": "the order of the policy by-position",
         },
         "plans": {
+            "kv-source": "what a run reads of another layer it does not make, and params and FLOPs do not count it",
+            "own-and-repeat": "what a run reads of another layer it does not make, and FLOPs do not count it",
             "own-tensors": "params counts no tensor of the base that new ones stand in for where nobody else reads it",
             "parts": "an attention and the mlp behind it are one layer of a stock checkpoint",
         },
