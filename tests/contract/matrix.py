@@ -21,7 +21,7 @@ from shoal.plan import Spec
 
 from .families import DEPTH, FAMILIES, VOCAB, tiny
 from .paged import paged_logits
-from .references import by_hand, shared_kv, silenced, tied, with_map_of
+from .references import by_hand, later_kv, shared_kv, silenced, tied, with_map_of
 
 PLANS = {
     "identity": "0-3",
@@ -35,7 +35,9 @@ PLANS = {
     "map": "0-1,~2,3",
     "tie": "0-1,2=1,3",
 }
-SHARED = {"KV source": "@", "keys alone": "@k", "values alone": "@v", "attention map": "@a"}
+SHARED = {"KV source": "@", "keys alone": "@k", "values alone": "@v", "attention map": "@a", "later source": "@"}
+EAGER = ("attention map", "later source")
+"""Kinds of plans whose reference is computed with eager attention."""
 KINDS = (*PLANS, *SHARED)
 ATTENTIONS = ("sdpa", "eager")
 CACHES = ("dynamic", "static", "paged")
@@ -105,7 +107,7 @@ def _judge(kind: str, expected: torch.Tensor, whole: torch.Tensor, steps: torch.
 def plan_text(kind: str, spec: Spec) -> str:
     """The plan of one kind for a model of 4 layers."""
     if kind in SHARED:
-        source, reader = kv_pair(spec)
+        source, reader = kv_pair(spec) if kind != "later source" else reversed(kv_pair(spec))
         return ",".join(f"{i}{SHARED[kind]}{source}" if i == reader else str(i) for i in range(DEPTH))
     return PLANS[kind]
 
@@ -148,7 +150,7 @@ def _map_weight() -> torch.Tensor:
 
 @cache
 def _expected(family: str, kind: str, attention: str, batch_kind: str) -> torch.Tensor | str:
-    model, batch = tiny(family, "eager" if kind == "attention map" else attention), _batch(batch_kind)
+    model, batch = tiny(family, "eager" if kind in EAGER else attention), _batch(batch_kind)
     try:
         return _reference(model, batch, kind)
     except (AssertionError, RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -176,6 +178,8 @@ def _reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str
         return _uncached(model, batch)
     if kind == "attention map":
         return with_map_of(model, batch, *kv_pair(inspect(model)))
+    if kind == "later source":
+        return later_kv(model, batch, *reversed(kv_pair(inspect(model))))
     if kind in SHARED:
         return shared_kv(model, batch, *kv_pair(inspect(model)), halves=SHARED[kind][1:] or "kv")
     if kind in ("attention only", "mlp only"):
@@ -246,7 +250,8 @@ def markdown(outcomes: dict[Cell, Outcome] | None = None) -> str:
         f"| {family} | " + " | ".join(_verdict(_of(outcomes, family, kind), notes) for kind in KINDS) + " |"
         for family in FAMILIES
     ]
-    columns = [f"{kind}<br>`{PLANS.get(kind, f'i{SHARED.get(kind)}j')}`".replace("|", r"\|") for kind in KINDS]
+    texts = PLANS | {kind: f"i{mark}j" for kind, mark in SHARED.items()} | {"later source": "i@j,j"}
+    columns = [f"{kind}<br>`{texts[kind]}`".replace("|", r"\|") for kind in KINDS]
     states = [outcome.state for outcome in outcomes.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     versions = f"Python {platform.python_version()}, torch {_release(torch)}, transformers {_release(transformers)}"

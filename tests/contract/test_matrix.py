@@ -25,7 +25,7 @@ REFUSED = {
         "tie": "P127",
     },
     # their attention does not go through transformers' interface
-    **{name: {"attention map": "P141"} for name in ("falcon", "bloom", "gptj", "gpt_neo")},
+    **{name: {"attention map": "P141", "later source": "P163"} for name in ("falcon", "bloom", "gptj", "gpt_neo")},
     # of these layers 1 and 2 are of two structures: dense and with experts, attention and recurrent
     **{name: {"tie": "P127"} for name in ("qwen2_moe", "qwen3_moe", "jamba", "llama4_text")},
     "deepseek_v3": {"tie": "P127", **dict.fromkeys(("keys alone", "values alone", "attention map"), "P109")},
@@ -35,7 +35,7 @@ NO_STATIC = {
     "bloom": "its alibi has the length of the mask, not of the cache",
     "gpt_neo": "it masks a static cache wrongly",
 }
-PAGED = {"keys alone": "P162", "values alone": "P162", "attention map": "P141"}
+PAGED = {"keys alone": "P162", "values alone": "P162", "attention map": "P141", "later source": "P163"}
 NO_PAGED = (
     "gpt2", "gemma2", "falcon", "bloom", "mamba2", "jamba", "gptj", "gpt_neo", "stablelm", "llama4_text", "deepseek_v3",
     "nemotron_h",
@@ -45,8 +45,8 @@ NO_PAGED = (
 
 def test_the_matrix_is_as_large_as_we_say() -> None:
     assert len(FAMILIES) >= 28
-    assert (len(KINDS), len(ATTENTIONS), len(CACHES), len(BATCHES), len(WAYS)) == (14, 2, 3, 2, 5)
-    assert len(set(cells())) == len(FAMILIES) * 140
+    assert (len(KINDS), len(ATTENTIONS), len(CACHES), len(BATCHES), len(WAYS)) == (15, 2, 3, 2, 5)
+    assert len(set(cells())) == len(FAMILIES) * 150
 
 
 def _by_default(family: str, attention: str) -> bool:

@@ -147,7 +147,8 @@ class _Reads:
             elements = (
                 layer.kv.elements(self.shape.context) * dims.get(half, 1) // max(1, sum(dims.values()) if half else 1)
             )
-            name = f"{self.stack.name}.kv.{layer.index}.{self._slots.get(layer.index, 0)}.{half}"
+            # what a later run stores is in its first row already
+            name = f"{self.stack.name}.kv.{layer.index}.{self._slots.get(layer.index, 1)}.{half}"
             yield _Read(name, self.shape.batch * elements * self.kv_size, is_kv=True)
 
 

@@ -22,6 +22,26 @@ PAGED_HALF = Refused(
     "P162",
     "layer {layer} stores keys or values alone, and paged attention stores both; call generate, or write @{source}",
 )
+CHECKPOINTED_LATER = Refused(
+    "P163",
+    "layer {layer} reads the KV of layer {source}, which runs later, and gradient checkpointing would not replay its "
+    "passes; switch one of them off",
+)
+PAGED_LATER = Refused(
+    "P163",
+    "layer {layer} reads the KV of layer {source}, which runs later, and paged attention has no pages for passes that "
+    "go over the prompt again; call generate, or name an earlier layer",
+)
+GATED_LATER = Refused(
+    "P133",
+    "layer {layer} reads the KV of layer {source}, which runs later, so no policy can decide in this plan; name an "
+    "earlier layer, or run it without gates and exits",
+)
+FAST_LATER = Refused(
+    "U568",
+    "layer {layer} reads the KV of layer {source}, which runs later, and the fast loop goes over no prompt again; call "
+    "model.generate without it",
+)
 GATED_HALF = Refused(
     "P133",
     "layer {layer} stores keys or values alone, which no fill makes up for, so no token can be without it; write it "

@@ -24,7 +24,8 @@ class NewTensors:
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """A source of keys and values: those of an earlier layer, as its latest run stored them."""
+    """A source of keys and values: those of an earlier layer, as its latest run stored them, or of one that runs later,
+    of the tokens before alone."""
 
     layer: int
     gives: ClassVar[frozenset[Product]] = STORED

@@ -49,7 +49,8 @@ def _names(*names: str | None) -> None:
 class KV:
     """Whose keys and values a run uses, and whose attention map; a layer is named by its base index.
 
-    `read`: an earlier layer whose keys and values this run attends to; None: its own. `keys`, `values`: the same of one
+    `read`: another layer whose keys and values this run attends to; None: its own. Of one that runs later it sees those
+    of the tokens before. `keys`, `values`: the same of one
     of the two alone. What it takes it does not store. `fill`: what is stored for tokens that a gate let skip this run.
     `attention`: an earlier layer whose attention map this run takes over; it then makes no queries and no keys.
     """
@@ -95,7 +96,7 @@ class Run:
 
     @property
     def layer_sources(self) -> tuple[LayerSource, ...]:
-        """The earlier runs of other layers that this run takes something from."""
+        """The runs of other layers that this run takes something from."""
         return self.kv.sources
 
     @property

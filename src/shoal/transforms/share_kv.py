@@ -19,7 +19,7 @@ EXAMPLES = TransformExamples(
     refused=(
         ((), {"pairs": "1"}, "U667"),
         ((), {"pairs": "0-1+1-2"}, "U667"),
-        ((), {"pairs": "1-0"}, "P107"),
+        ((), {"pairs": "1-0"}, "U681"),
         ((), {"pairs": "1-7"}, "U667"),
         ((2,), {"pairs": "1-2"}, "U667"),
         ((), {"pattern": "last"}, "U667"),
@@ -64,8 +64,8 @@ def share_kv(
     layers, this is worse than dropping the attention: the notes say what each layer loses.
 
     Raises U667 for layers that cannot be grouped, U668 for an attention whose matrices the closed form does not know (a
-    norm on keys, latent keys and values, layers of different rotations), U669 for a negative `ridge`, P107 to P109 as
-    any plan that shares.
+    norm on keys, latent keys and values, layers of different rotations), U669 for a negative `ridge`, U681 for a layer
+    that would be fitted to one that runs later, P107 to P109 as any plan that shares.
     """
     if not ridge >= 0:
         raise UsageError(f"share-kv takes a ridge of 0 or more, not {ridge:g}", code="U669")
