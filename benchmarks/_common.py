@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+from shoal.api.assess import text_of
+from shoal.data import Data
 from shoal.executing.timing import synchronized_time
 from shoal.models.compat import hide_own_bars
 from shoal.models.load import Loaded, load
@@ -139,3 +142,20 @@ def finish(
     }
     print(json.dumps(result, indent=2, default=str))  # paths
     return 1 if missed else 0
+
+
+def disjoint(loaded: Loaded, texts: dict[str, Data], args: argparse.Namespace) -> bool:
+    """Whether no window of the training text is one of the test texts', however they are cut: by the hashes of all
+    pieces of 64 tokens at every 64th place, against the same at every place of the test text."""
+    train = text_of(loaded, args.train, split="calibrate", length=args.length, limit=100_000, seed=args.seed)
+    pieces = {_digest(row[at : at + 64]) for row in train.ids for at in range(0, len(row) - 63, 64)}
+    return not any(
+        _digest(row[at : at + 64]) in pieces
+        for data in texts.values()
+        for row in data.ids
+        for at in range(len(row) - 63)
+    )
+
+
+def _digest(ids: torch.Tensor) -> bytes:
+    return hashlib.sha256(ids.numpy().tobytes()).digest()

@@ -14,7 +14,6 @@ Target: at equal tokens the default recipe is below `refit` on both texts.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -23,8 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from _common import finish, opened, options, say
+from _common import disjoint, finish, opened, options, say
 
 from shoal.api.assess import text_of
 from shoal.api.heal import heal
@@ -130,28 +128,11 @@ def _row(
         fitted = get("transforms", CLOSED_FORM).load()(job)
         made, weights, more = fitted.plan, dict(fitted.weights), {"tokens": train.ids.numel()}
     seconds = {"seconds": round(time.monotonic() - wall, 1), "cpu": round(time.process_time() - cpu, 1)}
-    disjoint = _disjoint(loaded, texts, args) if how else True
+    apart = disjoint(loaded, texts, args) if how else True
     with nullcontext() if name == "dense" else running(loaded.model, made, weights):
         found = {text: round(perplexity(loaded.model, data, batch=args.batch).value, 3) for text, data in texts.items()}
         greedy = generation_check(loaded.model, loaded.tokenizer, new_tokens=args.new, chat=False)
-    return {"run": name, **found, "repeated": round(greedy.repetition, 4), **more, **seconds, "disjoint": disjoint}
-
-
-def _disjoint(loaded: Loaded, texts: dict[str, Data], args: argparse.Namespace) -> bool:
-    """Whether no window of the training text is one of the test texts', however they are cut: by the hashes of all
-    pieces of 64 tokens at every 64th place, against the same at every place of the test text."""
-    train = text_of(loaded, args.train, split="calibrate", length=args.length, limit=100_000, seed=args.seed)
-    pieces = {_digest(row[at : at + 64]) for row in train.ids for at in range(0, len(row) - 63, 64)}
-    return not any(
-        _digest(row[at : at + 64]) in pieces
-        for data in texts.values()
-        for row in data.ids
-        for at in range(len(row) - 63)
-    )
-
-
-def _digest(ids: torch.Tensor) -> bytes:
-    return hashlib.sha256(ids.numpy().tobytes()).digest()
+    return {"run": name, **found, "repeated": round(greedy.repetition, 4), **more, **seconds, "disjoint": apart}
 
 
 def _page(args: argparse.Namespace, loaded: Loaded, rows: list[dict[str, Any]]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,8 +15,10 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from shoal.errors import ShoalError
+from shoal.executing.low_rank import is_linear, is_transposed, matrix_of
 from shoal.live import running
 from shoal.models.inspect import inspect
+from shoal.models.stacks import find_stack
 from shoal.plan import Spec
 
 from .families import DEPTH, FAMILIES, VOCAB, tiny
@@ -34,11 +36,15 @@ PLANS = {
     "parallel": "0,(1|2),3",
     "map": "0-1,~2,3",
     "tie": "0-1,2=1,3",
+    "relaxed tie": "0-1,2=1:own,3",
+    "shared matrices": "0-1,2=new:own,3",
 }
 SHARED = {"KV source": "@", "keys alone": "@k", "values alone": "@v", "attention map": "@a", "later source": "@"}
 EAGER = ("attention map", "later source")
 """Kinds of plans whose reference is computed with eager attention."""
 KINDS = (*PLANS, *SHARED)
+SHRUNK = 0.9
+"""Shared matrices are those of the layer times this."""
 ATTENTIONS = ("sdpa", "eager")
 CACHES = ("dynamic", "static", "paged")
 BATCHES = ("one", "left-padded")
@@ -75,9 +81,7 @@ def run_cell(
     if baseline is not None:
         return Outcome("not possible", baseline)
     notation = plan_text(kind, inspect(model))
-    weights = (
-        {"map-2-2.weight": _map_weight(), "map-2-2.bias": torch.linspace(-0.1, 0.1, 32)} if kind == "map" else None
-    )
+    weights = _weights(model, kind)
     expected = _expected(family, kind, attention, batch_kind)
     batch = _batch(batch_kind)
     try:
@@ -148,6 +152,45 @@ def _map_weight() -> torch.Tensor:
     return torch.eye(32) + 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(2))
 
 
+def _weights(model: PreTrainedModel, kind: str) -> dict[str, torch.Tensor] | None:
+    """The new tensors that the plan of a kind names."""
+    if kind == "map":
+        return {"map-2-2.weight": _map_weight(), "map-2-2.bias": torch.linspace(-0.1, 0.1, 32)}
+    if kind not in ("relaxed tie", "shared matrices"):
+        return None
+    path, (up, down) = _factors(model)
+    own = {f"own.{path}.up": up, f"own.{path}.down": down}
+    if kind == "relaxed tie":
+        return own
+    named = find_stack(model).layer(2).named_parameters()
+    return own | {f"new.{name}": SHRUNK * p.detach() for name, p in named if p.dim() > 1}
+
+
+def _factors(model: PreTrainedModel) -> tuple[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A linear module of layer 2, and a change of rank 2 of its matrix."""
+    path, module = next((n, m) for n, m in find_stack(model).layer(2).named_modules() if is_linear(m))
+    out, into = matrix_of(module).shape
+    generator = torch.Generator().manual_seed(4)
+    return path, (torch.randn(out, 2, generator=generator) * 0.2, torch.randn(2, into, generator=generator) * 0.2)
+
+
+@contextmanager
+def _changed(model: PreTrainedModel, factor: float = 1.0) -> Iterator[None]:
+    """The linear module's matrix with its change, and all matrices of its layer times `factor`."""
+    path, (up, down) = _factors(model)
+    layer = find_stack(model).layer(2)
+    module, change = layer.get_submodule(path), up @ down
+    saved = {name: p.detach().clone() for name, p in layer.named_parameters() if p.dim() > 1}
+    try:
+        for name in saved:
+            layer.get_parameter(name).data *= factor
+        module.weight.data += change.T if is_transposed(module) else change
+        yield
+    finally:
+        for name, value in saved.items():
+            layer.get_parameter(name).data.copy_(value)
+
+
 @cache
 def _expected(family: str, kind: str, attention: str, batch_kind: str) -> torch.Tensor | str:
     model, batch = tiny(family, "eager" if kind in EAGER else attention), _batch(batch_kind)
@@ -176,21 +219,29 @@ def _reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str
 
     if kind == "identity":
         return _uncached(model, batch)
-    if kind == "attention map":
-        return with_map_of(model, batch, *kv_pair(inspect(model)))
-    if kind == "later source":
-        return later_kv(model, batch, *reversed(kv_pair(inspect(model))))
     if kind in SHARED:
-        return shared_kv(model, batch, *kv_pair(inspect(model)), halves=SHARED[kind][1:] or "kv")
+        return _shared_reference(model, batch, kind)
     if kind in ("attention only", "mlp only"):
         with silenced(model, *((1, "mlp") if kind == "attention only" else (0, "attention"))):
             return _uncached(model, batch)
-    if kind == "tie":
-        with tied(model, 2, 1):
+    if kind in ("tie", "relaxed tie"):
+        with tied(model, 2, 1), _changed(model) if kind == "relaxed tie" else nullcontext():
+            return _uncached(model, batch)
+    if kind == "shared matrices":
+        with _changed(model, factor=SHRUNK):
             return _uncached(model, batch)
     orders = {"drop": (0, 1, 3), "drop first": (1, 2, 3), "repeat": (0, 1, 1, 2, 3), "reorder": (0, 2, 1, 3)}
     chain = in_order(*orders[kind]) if kind in orders else {"parallel": side_by_side, "map": mapped}[kind]
     return by_hand(model, batch, chain)
+
+
+def _shared_reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    source, reader = kv_pair(inspect(model))
+    if kind == "attention map":
+        return with_map_of(model, batch, source, reader)
+    if kind == "later source":
+        return later_kv(model, batch, source=reader, reader=source)
+    return shared_kv(model, batch, source, reader, halves=SHARED[kind][1:] or "kv")
 
 
 @cache

@@ -44,7 +44,7 @@ from .references import CLOSE, by_hand, later_kv, shared_kv, silenced, tied, wit
 
 PLANS: dict[Trait, str] = {
     "layer": "0-1,3",
-    "part": "0,1a,2m,3",
+    "part": "0,1m,2a,3",
     "new tensors": "0,1:x,2-3",
     "tie": "0-1,2=1,3",
     "KV source": "0-1,2@1,3",
@@ -177,7 +177,7 @@ def reference(model: PreTrainedModel, trait: Trait) -> torch.Tensor:
                 model, {name: weights["x.mlp.up_proj.weight"]}, (), batch | {"use_cache": False}
             ).logits
     orders: dict[str, tuple[Any, ...]] = {
-        "layer": (0, 1, 3), "part": (0, "1a", "2m", 3), "gate": (0, 1, 2, 3), "exit": (0, 1, 2, 3),
+        "layer": (0, 1, 3), "part": (0, "1m", "2a", 3), "gate": (0, 1, 2, 3), "exit": (0, 1, 2, 3),
         "repeat": (0, 1, 1, 2, 3), "other part": (0, "1a", "1m", 2, 3), "reorder": (0, 2, 1, 3),
     }  # fmt: skip
     chains = {"map": mapped, "parallel group": side_by_side}

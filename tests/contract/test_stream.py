@@ -69,7 +69,7 @@ def test_converted_files_keep_their_format(family: str, bases: Any, tmp_path: Pa
 
 
 def test_zero_parts(bases: Any, tmp_path: Path) -> None:
-    text, base = "0,1a,2m,3", bases("llama")
+    text, base = "0,2m,1a,3", bases("llama")
     with pytest.raises(WriteError, match="W201"):
         streamed(base, text, tmp_path / "refused")
     assert streamed(base, text, tmp_path / "a", zero_parts=True).proof.passed

@@ -74,7 +74,7 @@ def test_a_set_begins_as_it_is_told(start: Any, part: Any) -> None:
     model = tiny_of("llama", 6)
     spec = inspect(model)
     made = tie(job(model), unique=3, start=start, part=part)
-    assert str(made.plan) == "0:tie-0,1:tie-1,2:tie-2,3:tie-0,4:tie-1,5:tie-2"
+    assert str(made.plan) == "0=tie-0,1=tie-1,2=tie-2,3=tie-0,4=tie-1,5=tie-2"
     by_hand = copy.deepcopy(model)
     layers = [dict(find_stack(model).layer(n).named_parameters()) for n in range(6)]
     with torch.no_grad():

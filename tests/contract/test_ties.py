@@ -11,18 +11,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
-from shoal.api.heal import heal
 from shoal.errors import PlanError, UsageError, WriteError
 from shoal.live import apply, running
 from shoal.models.inspect import inspect
-from shoal.models.load import Loaded
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, cost, parse_plan
 from shoal.writing.adapter import refuse_adapter
 from shoal.writing.surgery import blueprint, rewrite
 
 from .families import VOCAB, tiny
-from .planted import random_data
+from .healing import learner_of
 from .references import CLOSE, tied
 from .shares import every
 from .stream_folders import bases, content, streamed, written  # noqa: F401
@@ -171,9 +169,11 @@ def test_the_written_model_has_copies(family: str, bases: Any, tmp_path: Path) -
 def test_what_a_tie_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
     model = own()
     plan = parse_plan("0-1,2=1,3", Plan.identity(inspect(model)))
-    with pytest.raises(UsageError, match="layer 2 of the plan is tied to layer 1") as caught:
-        heal(Loaded(model, None, "tiny"), plan, tokens=64, data=random_data(8, 16), length=16)
-    assert caught.value.code == "U679"
+    for learner in ("lora:rank=2", "all", "top:count=1"):
+        asked = learner_of(model, "cross-entropy", learn=[learner], plan="0-1,2=1")
+        with pytest.raises(UsageError, match="layer 2 of the plan has the matrices of 1") as caught, asked:
+            pass
+        assert caught.value.code == "U679"
     get_peft_model(own(), LoraConfig(target_modules=["up_proj"])).save_pretrained(tmp_path)
     with pytest.raises(WriteError, match="layer 2 of the plan runs with the matrices of layer 1") as refused:
         refuse_adapter(tmp_path, model, blueprint(model, plan))

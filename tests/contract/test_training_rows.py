@@ -66,7 +66,7 @@ def same(one: Found, other: Found, atol: float = 0.0) -> None:
 
 
 STOCK = {
-    "identity": "0-3", "drop": "0-1,3", "reorder": "0,2,1,3", "repeat": "0,1x2,2-3", "parts": "0,1a,2m,3",
+    "identity": "0-3", "drop": "0-1,3", "reorder": "0,2,1,3", "repeat": "0,1x2,2-3", "parts": "0,1m,2a,3",
     "replaced": "0,1:x,2-3",
 }  # fmt: skip
 

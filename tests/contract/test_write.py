@@ -29,7 +29,7 @@ from shoal.writing.reference import Reference, counted_reference, live_reference
 from .families import tiny
 
 SOUND = {
-    "llama": ("0,2,1,3", "0,1x2,3", "0,1a,2m,3"),
+    "llama": ("0,2,1,3", "0,1x2,3", "0,2m,1a,3"),
     "qwen2": ("0-1,3",),
     "gemma3_text": ("1-3",),
     "gpt2": ("0,3",),

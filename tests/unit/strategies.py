@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from shoal.plan import KV, Base, Exit, Map, Parallel, Plan, Run, Step
 from shoal.plan.notation import map_weights
-from shoal.plan.steps import FILLS, JOINS, PARTS
+from shoal.plan.sources import FILLS
+from shoal.plan.steps import JOINS, PARTS
 
-SIGNS = "0123456789-,amx@:?/()|~!=;. \n"
+SIGNS = "0123456789-,amxkv@:?/()[]|~!=;. \n"
 NAMES = ["g", "7", "a", "m", "x2", "w.1", "_+-.", "-", "base", "map-0-1", "project"]
 
 names = st.sampled_from(NAMES)
@@ -32,8 +33,11 @@ def layers(depth: int) -> st.SearchStrategy[int]:
 @cache
 def runs(depth: int) -> st.SearchStrategy[Run]:
     """Single runs with any mix of part, weights, sources, fill and gate."""
-    kvs = st.builds(KV, st.none() | layers(depth), fills, st.none() | layers(depth))
-    return st.builds(Run, layers(depth), parts, maybe_names, kvs, maybe_names, st.none() | layers(depth))
+    maybe = st.none() | layers(depth)
+    both = st.builds(KV, maybe, fills, maybe)
+    apart = st.builds(KV, st.none(), fills, maybe, maybe, maybe)
+    ties = maybe | st.sampled_from([name for name in NAMES if name != "7"])
+    return st.builds(Run, layers(depth), parts, maybe_names, both | apart, maybe_names, ties)
 
 
 def _ladder(first: int, last: int, part: str) -> list[Step]:

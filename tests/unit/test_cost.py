@@ -106,6 +106,36 @@ def test_both_halves_are_one_layer_in_storage() -> None:
     assert halves.kv_elements == whole.kv_elements
 
 
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("0,1a,1m", 2),
+        ("0,2a,1m", 2),
+        ("1a,0m,2a,0m,3m", 3),
+        ("0m,1a", 2),
+        ("0a,1a,1m,2m", 3),
+        ("0a,~1-2,3m", 2),
+        ("0a,1m:n", 1),
+    ],
+)
+def test_an_attention_and_the_mlp_behind_it_are_one_layer_of_a_stock_checkpoint(text: str, layers: int) -> None:
+    """Where the mlp reads what the attention wrote, and the two mlps are built alike."""
+    model = llama()
+    (stack,) = model.stacks
+    chained = tuple(replace(one, mlp_reads_attention=True) for one in stack.layers)
+    joined = replace(model, stacks=(replace(stack, layers=chained),))
+    maps = 16 * 17 * text.count("~")
+    assert _cost(text, joined).written_params == OTHER_PARAMS + layers * LAYER_PARAMS + maps
+    halves = len([piece for piece in text.split(",") if piece[0] != "~"])
+    assert _cost(text, model).written_params == OTHER_PARAMS + halves * LAYER_PARAMS + maps
+    assert replace(_cost(text, joined), written_params=0) == replace(_cost(text, model), written_params=0)
+    mlp = joined.stacks[0].layers[1].mlp
+    assert mlp is not None
+    wider = replace(chained[1], mlp=replace(mlp, params=mlp.params + 1), params=chained[1].params + 1)
+    mixed = replace(model, stacks=(replace(stack, layers=(chained[0], wider, *chained[2:])),))
+    assert _cost("0,2a,1m", mixed).written_params == OTHER_PARAMS + 3 * LAYER_PARAMS + 1
+
+
 def test_a_map_is_one_matrix_and_a_bias() -> None:
     found, without = _cost("0-1,~2-3,4"), _cost("0-1,4")
     assert found.params - without.params == found.written_params - without.written_params == 16 * 17

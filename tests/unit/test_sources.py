@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from shoal.plan import Exit, Map, Parallel, Run, format_steps, parse_steps
 from shoal.plan.notation import format_source
-from shoal.plan.sources import LayerKV, NewTensors
-from shoal.plan.steps import KV, key_source, layers_read, value_source, writes_kv
+from shoal.plan.sources import KV, LayerKV, NewTensors
+from shoal.plan.steps import key_source, layers_read, value_source, writes_kv
 
 
 def test_a_run_names_its_sources_in_the_order_of_its_text() -> None:

@@ -26,7 +26,6 @@ from shoal.models.adapter import is_adapted
 from shoal.models.kinds import is_causal, require_text, scores_text
 from shoal.models.load import Loaded
 from shoal.plan import Given, Plan, require, shapes_of
-from shoal.plan.steps import runs
 from shoal.record import plain
 from shoal.spelling import chosen
 
@@ -151,7 +150,6 @@ def heal(
             f"the plan {start} removes nothing, so there is nothing to heal; prune first (shoal prune --save-plan)",
             code="U641",
         )
-    _require_untied(start)
     other = None if teacher is None else opened(teacher, **options)
     if other is not None:
         _one_vocabulary(loaded, other)
@@ -248,17 +246,6 @@ def amount_of(tokens: int | None, minutes: float | None) -> dict[str, Any]:
 
 def _silent(_: str) -> None:
     """The first process speaks."""
-
-
-def _require_untied(plan: Plan) -> None:
-    for _, steps in plan.stacks:
-        for run in runs(steps):
-            if run.tie is not None:
-                raise UsageError(
-                    f"layer {run.layer} of the plan is tied to layer {run.tie}, and healing would give it matrices of "
-                    f"its own; train without the tie (write {run.layer})",
-                    code="U679",
-                )
 
 
 def _require_bare(loaded: Loaded) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,10 @@ from shoal.cli._shared import (
     unused,
 )
 from shoal.errors import UsageError, WriteError
+
+if TYPE_CHECKING:
+    from shoal.writing.folder import Written
+    from shoal.writing.stream import Streamed
 
 
 def write(
@@ -96,9 +100,7 @@ def write(
             )  # fmt: skip
         text = f"proved and written to {streamed.folder}: {streamed.params:,} parameters in {streamed.files} files"
         text += _dequantised(model)
-        _emit(
-            {"output": str(streamed.folder), "proof": streamed.proof.to_dict()}, text, streamed.left_out, as_json=json_
-        )
+        _emit({"output": str(streamed.folder), "proof": streamed.proof.to_dict()}, text, streamed, as_json=json_)
         return
     from shoal.api.prune import prune
     from shoal.api.publish import publish
@@ -115,15 +117,17 @@ def write(
     text = f"proved and written to {written.folder}: {chosen}, {written.params:,} parameters"
     text += "" if adapter is None else f"; its adapter: {written.folder / 'adapter'}"
     data = {"output": str(written.folder), "plan": str(chosen), "proof": written.proof.to_dict()}
-    _emit(data, text, written.left_out, as_json=json_)
+    _emit(data, text, written, as_json=json_)
 
 
-def _emit(data: dict[str, Any], text: str, left_out: tuple[str, ...], *, as_json: bool) -> None:
-    """The result, and which tensors of the base are not in the new folder, as no layer is theirs."""
+def _emit(data: dict[str, Any], text: str, made: Written | Streamed, *, as_json: bool) -> None:
+    """The result; which tensors of the base are not in the new folder, as no layer is theirs; which of its layers are
+    half zeros."""
     from shoal.writing.left_out import listed
 
-    text += f"\nleft out, as no part of the model: {listed(left_out)}" if left_out else ""
-    emit(data | {"left_out": list(left_out)}, text, as_json=as_json)
+    text += f"\nleft out, as no part of the model: {listed(made.left_out)}" if made.left_out else ""
+    text += f"\na whole layer each, with zeros in its other part: {listed(made.zeroed)}" if made.zeroed else ""
+    emit(data | {"left_out": list(made.left_out), "zeroed": list(made.zeroed)}, text, as_json=as_json)
 
 
 def _require_adapter_fits(adapter: Path | None, stream: bool, output: Path) -> None:

@@ -35,7 +35,8 @@ from shoal.models.examine import StackFacts
 from shoal.models.stacks import Stack
 from shoal.plan import Run, Step
 from shoal.plan.price import layers_run
-from shoal.plan.steps import Fill, runs
+from shoal.plan.sources import Fill
+from shoal.plan.steps import runs
 
 
 @dataclass

@@ -10,8 +10,9 @@ from shoal.deciding.policy import Schedule
 from shoal.errors import UsageError
 from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
 from shoal.plan.select import exits, run_of
+from shoal.plan.sources import KV, Fill
 from shoal.plan.spec import LayerSpec
-from shoal.plan.steps import KV, Fill, decides, layers_of, undecided, writes_kv
+from shoal.plan.steps import decides, layers_of, undecided, writes_kv
 
 EXIT = "exit"
 """The gate of exits that a policy places."""

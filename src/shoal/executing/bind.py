@@ -258,11 +258,11 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
 def _refuse_lent(stack: Stack, steps: tuple[Step, ...]) -> None:
     """Raise P124 for what the table refuses of layers whose weights are elsewhere, P153 of sharded ones."""
     for run in runs(steps):
-        if run.weights is not None:
+        if run.ids:
             refuse_sharded(stack.layer(run.layer), run)
-        if run.tie is not None:
+        if run.tied_layer is not None:
             refuse_sharded(stack.layer(run.layer), run)
-            refuse_sharded(stack.layer(run.tie), run)
+            refuse_sharded(stack.layer(run.tied_layer), run)
     for no in refusals(steps, "offloaded"):
         named = {index for run in runs((no.step,)) for index in run.layers_named}
         if any(p.is_meta for index in named for p in stack.layer(index).parameters()):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from shoal.plan import Parallel, Run
-from shoal.plan.steps import KV
+from shoal.plan.sources import KV
 
 Calls = Callable[[Run, int, torch.Tensor], torch.Tensor]
 """(run, the number of its branch, the state that it reads) -> the state that it leaves, [batch, tokens, hidden]."""

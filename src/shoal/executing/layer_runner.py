@@ -96,7 +96,7 @@ class LayerRunner:
         with what layer 0 owns for it. `around`: what else stands around the call. `shared`: keys and values that go
         into a checkpointed call and come out of it."""
         layer, (args, kwargs) = self.layer_of(run), call
-        if run.part != "layer" or run.tie is not None or self._lends(run) or self._unused(run):
+        if run.part != "layer" or run.tied_layer is not None or self._lends(run) or self._unused(run):
             around = (*around, lambda: self._exchange(run).in_place())
         if comes_first and run.layer != 0 and self.first is not None:
             around = (*around, partial(self.first.shared_with, layer))
@@ -167,19 +167,19 @@ class LayerRunner:
 
     def _lends(self, run: Run) -> bool:
         """Whether tensors of the plan stand in the base layer while it is called for `run`."""
-        return run.weights is not None and (self.modules is None or self.modules.layer(run.weights) is None)
+        return bool(run.ids) and (self.modules is None or self.modules.layer(run.weights) is None)
 
     def _lent(self, run: Run) -> Mapping[str, torch.Tensor]:
         """These tensors and those of the layer that it is tied to, by their names in the layer."""
-        own = TensorsOf(run.weights, self.tensors) if run.weights is not None and self._lends(run) else {}
-        if run.tie is None:
-            return own
-        both: list[Any] = [own, TiedTensors(self.layer_of(run), self.layer(run.tie))]
-        return ChainMap(*both)
+        ids = reversed(run.ids) if self._lends(run) else ()
+        held: list[Any] = [TensorsOf(weights_id, self.tensors) for weights_id in ids]
+        if run.tied_layer is not None:
+            held.append(TiedTensors(self.layer_of(run), self.layer(run.tied_layer)))
+        return held[0] if len(held) == 1 else ChainMap(*held)
 
     def _refuse_sharded(self, run: Run) -> None:
         """Raise P153 where tensors would be lent to, or by, a layer that is spread over processes."""
         if self._lends(run):
             refuse_sharded(self.layer_of(run), run)
-        for index in (run.layer, run.tie) if run.tie is not None else ():
+        for index in (run.layer, run.tied_layer) if run.tied_layer is not None else ():
             refuse_sharded(self.layer(index), run)

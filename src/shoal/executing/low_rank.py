@@ -24,7 +24,12 @@ def is_linear(module: nn.Module) -> bool:
 def matrix_of(module: nn.Module) -> torch.Tensor:
     """The matrix of a linear module, [out, in]."""
     weight: Any = module.weight
-    found: torch.Tensor = weight.detach()
+    return turned(module, weight)
+
+
+def turned(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A weight as the module would hold it, [out, in]."""
+    found = weight.detach()
     return found.T if is_transposed(module) else found
 
 

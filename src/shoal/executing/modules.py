@@ -117,7 +117,7 @@ def put_modules(opened: OpenedModel, plan: Plan, weights: Mapping[str, torch.Ten
                 )
             if run.weights is not None and run.tie is not None:
                 raise PlanError(
-                    f"layer {run.layer} has tensors of its own beside the matrices of layer {run.tie}, and as a module "
+                    f"layer {run.layer} has tensors of its own beside the matrices of {run.tie}, and as a module "
                     f"it would have all of its own; write {run.layer}:{run.weights}, or run the plan without modules",
                     code="P157",
                 )

@@ -15,7 +15,7 @@ from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
 from shoal.plan.low_rank import replaced_matrices
 from shoal.plan.steps import runs
-from shoal.plan.tensors import tensors_of
+from shoal.plan.tensors import tensors_of_run
 
 
 def tensors_read(opened: OpenedModel, plan: Plan, weights: Tensors) -> frozenset[str]:
@@ -31,7 +31,7 @@ def tensors_read(opened: OpenedModel, plan: Plan, weights: Tensors) -> frozenset
     for prefix, stack in stacks.items():
         facts = opened.facts(stack.name).layers
         for run in runs(plan.steps(stack.name)):
-            tied = None if run.tie is None else stack.layer(run.tie)
+            tied = None if run.tied_layer is None else stack.layer(run.tied_layer)
             for layer, name in _read(run, stack.layer(run.layer), tied, facts[run.layer], weights):
                 found.add(f"{prefix}{layer}.{name}")
         if (first := first_only(stack)) is not None:
@@ -50,10 +50,10 @@ def _read(
     if fact.roles is not None and run.part != "mlp":
         left_out = (*left_out, *fact.roles.unused(run.unmade))
     unread = tuple(f"{name}." for name in left_out)
-    names = {} if run.weights is None else tensors_of(run.weights, weights)
+    names = tensors_of_run(run, weights)
     own = names.keys() | replaced_matrices(names.keys())
     elsewhere = set() if tied is None else set(TiedTensors(layer, tied))
     for name in layer.state_dict():
         if name in own or name.startswith(unread):
             continue
-        yield (run.tie if run.tie is not None and name in elsewhere else run.layer), name
+        yield (run.tied_layer if run.tied_layer is not None and name in elsewhere else run.layer), name

@@ -25,6 +25,6 @@ def refuse_sharded(layer: nn.Module, run: Run) -> None:
     """Raise P153 for a layer whose tensors cannot be replaced for the length of a call: what shards it would put its
     own back, without a word."""
     if is_sharded(layer):
-        no = refused("new tensors" if run.weights is not None else "tie", "sharded", run)
+        no = refused("new tensors" if run.ids else "tie", "sharded", run)
         assert no is not None
         raise PlanError(no.message, code=no.code)

@@ -117,32 +117,32 @@ def refuse_unlike(stack: Stack, steps: tuple[Step, ...], weights: Tensors) -> No
     """Raise `PlanError` P129 for own tensors that fit by name and shape and still cannot stand in a layer: numbers of
     another kind than it holds (integers for floating-point numbers), or two values for one tensor with two names."""
     for run in runs(steps):
-        if run.weights is None:
+        for weights_id in run.ids:
+            _refuse_unlike(run.layer, weights_id, stack, weights)
+
+
+def _refuse_unlike(index: int, weights_id: str, stack: Stack, weights: Tensors) -> None:
+    layer, here = stack.layer(index), f"{stack.name} layer {index}"
+    held, places = _held(layer), dict[int, str]()
+    for module in factors_of(tensors_of(weights_id, weights), held):
+        if not is_linear(layer.get_submodule(module)):
+            raise PlanError(
+                f"{weights_id}.{module} has factors, and {module} in {here} is no linear module; give factors of "
+                "matrices that multiply what their module is given",
+                code="P129",
+            )
+    for name, old in held.items():
+        new, given = weights.get(f"{weights_id}.{name}"), f"{weights_id}.{name}"
+        if new is None:
             continue
-        held, places = _held(stack.layer(run.layer)), dict[int, str]()
-        for module in factors_of(tensors_of(run.weights, weights), held):
-            if not is_linear(stack.layer(run.layer).get_submodule(module)):
-                raise PlanError(
-                    f"{run.weights}.{module} has factors, and {module} in {stack.name} layer {run.layer} is no linear "
-                    "module; give factors of matrices that multiply what their module is given",
-                    code="P129",
-                )
-        for name, old in held.items():
-            new, given = weights.get(f"{run.weights}.{name}"), f"{run.weights}.{name}"
-            if new is None:
-                continue
-            if (new.is_floating_point(), new.is_complex()) != (old.is_floating_point(), old.is_complex()):
-                raise PlanError(
-                    f"{given} is {new.dtype} and {stack.name} layer {run.layer} holds {old.dtype} there; convert it",
-                    code="P129",
-                )
-            other = places.setdefault(id(old), given)
-            if other != given and not torch.equal(weights[other], new):
-                raise PlanError(
-                    f"{other} and {given} differ, and {stack.name} layer {run.layer} holds one tensor under both "
-                    "names; give one of them",
-                    code="P129",
-                )
+        if (new.is_floating_point(), new.is_complex()) != (old.is_floating_point(), old.is_complex()):
+            raise PlanError(f"{given} is {new.dtype} and {here} holds {old.dtype} there; convert it", code="P129")
+        other = places.setdefault(id(old), given)
+        if other != given and not torch.equal(weights[other], new):
+            raise PlanError(
+                f"{other} and {given} differ, and {here} holds one tensor under both names; give one of them",
+                code="P129",
+            )
 
 
 def _held(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -166,6 +166,6 @@ def _ids(step: Step) -> set[str]:
         case Exit():
             return set() if step.head == "base" else {step.head}
         case Run() | Parallel():
-            return {run.weights for run in runs((step,)) if run.weights is not None}
+            return {weights_id for run in runs((step,)) for weights_id in run.ids}
         case _:
             assert_never(step)

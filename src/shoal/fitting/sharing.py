@@ -13,7 +13,8 @@ from shoal.errors import UsageError
 from shoal.fitting.result import Job, Transformed
 from shoal.plan import Plan, Run, StackSpec
 from shoal.plan.edit import with_weights
-from shoal.plan.steps import KV, runs
+from shoal.plan.sources import KV
+from shoal.plan.steps import runs
 
 Group = tuple[int, ...]
 """The layer that is read, and those that read it."""

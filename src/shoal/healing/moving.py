@@ -67,14 +67,29 @@ class Moving:
 
 
 def whole_runs(job: LearnJob, positions: Sequence[int] | None = None) -> list[Run]:
-    """The runs at these positions of the steps (None: at all), branches of groups among them, each layer once."""
+    """The runs at these positions of the steps (None: at all), branches of groups among them, each layer once.
+
+    Raises U679 for tied runs, whose shared matrices would become their own.
+    """
     steps = job.steps if positions is None else [job.steps[n] for n in positions]
     found = [run for step in steps for run in _runs(step)]
+    if (tied := next((run for run in found if run.tie is not None), None)) is not None:
+        raise UsageError(
+            f"layer {tied.layer} of the plan has the matrices of {tied.tie}, and this learner would give it its own; "
+            "let the plan's own tensors learn (--learn plan, or RECIPE:learn=plan)",
+            code="U679",
+        )
     return list({(run.layer, run.weights): run for run in found}.values())
 
 
 def _runs(step: Step) -> tuple[Run, ...]:
     return step.branches if isinstance(step, Parallel) else (step,) if isinstance(step, Run) else ()
+
+
+def unused(job: LearnJob, run: Run) -> tuple[str, ...]:
+    """How the names in its layer begin of what a run does not call, as it takes that from another layer."""
+    roles = job.opened.facts(job.stack).layers[run.layer].roles
+    return () if roles is None else tuple(f"{name}." for name in roles.unused(run.unmade))
 
 
 def tensors_in(job: LearnJob, run: Run) -> dict[str, torch.Tensor]:
@@ -119,7 +134,10 @@ def cloned(
     fixed: dict[str, torch.Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
     for run in runs:
+        silent = unused(job, run)
         for name, tensor in tensors_in(job, run).items():
+            if name.startswith(silent):
+                continue
             full = f"{ids[run.layer, run.weights]}.{name}"
             dtypes[full] = tensor.dtype
             if keep(run.layer, name) and tensor.is_floating_point():

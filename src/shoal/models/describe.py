@@ -120,6 +120,7 @@ def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[o
                 kv=kv,
                 attention=_part(layer, fact.parts.attention, active, users) if fact.parts else None,
                 mlp=_part(layer, fact.parts.mlp, active, users) if fact.parts else None,
+                mlp_reads_attention=fact.mlp_reads_attention,
                 shared=tuple(
                     (names.setdefault(key, f"{stack.name}-shared-{len(names)}"), n)
                     for key, n in storages.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from shoal.models.evaluating import evaluating
 from shoal.models.inputs import sample_inputs
 from shoal.models.kinds import MEDIA, PICTURES, auto_of, is_causal
 from shoal.models.lists import Stack
-from shoal.models.parts import INDEX_NAMES, Parts, find_parts, without
+from shoal.models.parts import INDEX_NAMES, Parts, find_parts, reads_attention, without
 from shoal.models.roles import HeadRoles, find_roles
 
 
@@ -41,6 +42,10 @@ class LayerFacts:
     """For each child of `parts`: values returned besides its tensor, -1 for a bare tensor."""
     roles: HeadRoles | None = None
     """What the matrices of its attention make; None without keys and values, and where that cannot be told."""
+    mlp_reads_attention: bool = False
+    """Whether its mlp reads what its attention wrote; otherwise both read one input, or nobody knows."""
+    called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """What it was called with: tensors without their values, and no cache."""
 
 
 @dataclass
@@ -185,6 +190,7 @@ class _Watcher:
                         if isinstance(v, torch.Tensor) and v is value
                     },
                     returns=self._returns[index],
+                    called=(without_values(args), without_values(kwargs)),
                 )
             )
             self.calls.append((args, kwargs))
@@ -238,6 +244,17 @@ def _find_roles(layers: list[nn.Module], watcher: _Watcher) -> None:
         fact.roles = known[key]
 
 
+def without_values(value: Any) -> Any:
+    """The same with tensors on the meta device, and None for a cache."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta", requires_grad=False)
+    if isinstance(value, dict):
+        return {key: without_values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_values, value)) if type(value) in (list, tuple) else None
+    return None if isinstance(value, Cache) else value
+
+
 def tensors(value: Any) -> list[torch.Tensor]:
     """The tensors in a tensor, a list or a dict; None holds none."""
     if isinstance(value, torch.Tensor):
@@ -266,6 +283,8 @@ def _prove_parts(layers: list[nn.Module], watcher: _Watcher) -> str | None:
             same = x.device.type == "meta" or torch.equal(out[0] if isinstance(out, tuple) else out, x)
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):
             same = False
+        with suppress(RuntimeError, TypeError, ValueError, AttributeError, KeyError):
+            fact.mlp_reads_attention = same and reads_attention(layer, fact.parts, fact.returns, args, kwargs)
         if not same:
             fact.parts = None
             note = note or f"layer {index} ({type(layer).__name__}) does more than add its attention and its mlp"

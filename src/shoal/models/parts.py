@@ -13,6 +13,8 @@ from torch import nn
 
 from shoal.models.calls import class_function
 
+Makes = Callable[[torch.Tensor], torch.Tensor]
+"""What is added to the state in a child's place, from the child's input."""
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 """What families call the attribute by which an attention module knows its place."""
 
@@ -46,37 +48,84 @@ def _knows_its_place(module: nn.Module) -> bool:
     return any(index in one.__dict__ for one in module.modules() for index in INDEX_NAMES)
 
 
-def stubs(layer: nn.Module, names: tuple[str, ...], returns: Mapping[str, int]) -> dict[str, nn.Module]:
-    """For each of the children `names` of `layer` what stands for it while it contributes nothing.
+def stubs(
+    layer: nn.Module, names: tuple[str, ...], returns: Mapping[str, int], makes: Makes | None = None
+) -> dict[str, nn.Module]:
+    """For each of the children `names` of `layer` what stands for it while it contributes nothing, or only what `makes`
+    makes of its input.
 
     `returns` says how many values each child returns besides its tensor (-1: a bare tensor). Several bare `nn.Linear`
-    children are one chain (OPT keeps fc1 and fc2 inline): the last gives zeros and the others hand their input on.
+    children are one chain (OPT keeps fc1 and fc2 inline): the last contributes and the others hand their input on.
     """
     children = {name: layer._modules[name] for name in names}
     chain = len(names) > 1 and all(isinstance(child, nn.Linear) for child in children.values())
-    return {name: _Stub(child, returns.get(name, -1), chain and name != names[-1]) for name, child in children.items()}
+    return {
+        name: _Stub(child, returns.get(name, -1), chain and name != names[-1], makes)
+        for name, child in children.items()
+    }
 
 
 @contextmanager
 def without(layer: nn.Module, names: tuple[str, ...], returns: dict[str, int]) -> Iterator[None]:
     """Run `layer` while the children `names` contribute nothing, see `stubs`."""
+    with _in_place(layer, stubs(layer, names, returns)):
+        yield
+
+
+def reads_attention(
+    layer: nn.Module, parts: Parts, returns: Mapping[str, int], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the mlp of `layer` reads what its attention wrote, rather than both the same input.
+
+    Found in the graph that autograd keeps of the call, for which tensors need no values; no backward pass is run, which
+    is not ours to run on layers that others spread over processes. `args`, `kwargs`: what the layer is called with.
+    """
+    written: list[torch.Tensor] = []
+    read: list[torch.Tensor] = []
+
+    def writes(x: torch.Tensor) -> torch.Tensor:
+        written.append(torch.zeros_like(x, requires_grad=True))
+        return written[-1] + 0  # a layer may add to it in place
+
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        read.append(x)
+        return torch.zeros_like(x)
+
+    made = stubs(layer, parts.attention, returns, writes) | stubs(layer, parts.mlp, returns, reads)
+    with torch.enable_grad(), _in_place(layer, made):
+        layer(*args, **kwargs)
+    made_of = [x.grad_fn for x in read]
+    seen = set[Any]()
+    while made_of:
+        node = made_of.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            made_of += [before for before, _ in node.next_functions]
+    return any(getattr(node, "variable", None) is leaf for node in seen for leaf in written)
+
+
+@contextmanager
+def _in_place(layer: nn.Module, made: Mapping[str, nn.Module]) -> Iterator[None]:
     children = layer._modules
-    saved = {name: children[name] for name in names}
+    saved = {name: children[name] for name in made}
     try:
-        children.update(stubs(layer, names, returns))
+        children.update(made)
         yield
     finally:
         children.update(saved)
 
 
 class _Stub(nn.Module):
-    """Stands for a child that adds nothing. A child that is handed the residual adds to it itself: it gets it back."""
+    """Stands for a child that adds nothing, or what `makes` makes of its input.
 
-    def __init__(self, child: nn.Module | None, extra: int, passes: bool) -> None:
+    A child that is handed the residual adds to it itself: it gets it back.
+    """
+
+    def __init__(self, child: nn.Module | None, extra: int, passes: bool, makes: Makes | None = None) -> None:
         super().__init__()
         assert child is not None
         self._residual = residual_place(child.forward)
-        self._extra, self._passes = extra, passes
+        self._extra, self._passes, self._makes = extra, passes, makes
         self.__dict__["_child"] = child  # not registered: its parameters must not appear twice
 
     def __getattr__(self, name: str) -> Any:
@@ -86,11 +135,12 @@ class _Stub(nn.Module):
         x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
         if self.__dict__["_passes"]:
             return x
-        place = self.__dict__["_residual"]
+        place, makes = self.__dict__["_residual"], self.__dict__["_makes"]
         if place is not None:
             out = args[place] if len(args) > place else kwargs["residual"]
+            out = out if makes is None else out + makes(x)
         else:
-            out = torch.zeros_like(x)
+            out = torch.zeros_like(x) if makes is None else makes(x)
         extra = self.__dict__["_extra"]
         return out if extra < 0 else (out, *[None] * extra)
 

@@ -8,8 +8,9 @@ from shoal.plan.file import is_plan_file, load_plan, plan_from_json, plan_to_jso
 from shoal.plan.given import Given, given_plan, place_of
 from shoal.plan.notation import format_steps, parse_steps
 from shoal.plan.plan import Base, Plan, format_plan, parse_plan, strip
+from shoal.plan.sources import KV
 from shoal.plan.spec import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
-from shoal.plan.steps import KV, Exit, Map, Parallel, Run, Step
+from shoal.plan.steps import Exit, Map, Parallel, Run, Step
 from shoal.plan.tensors import shapes_of
 
 __all__ = [

@@ -59,7 +59,16 @@ from shoal.plan.source_answers import (
     SHARDED_TIE,
     WRITTEN_SHARED_MAP,
 )
-from shoal.plan.sources import AttentionMap, LayerKeys, LayerKV, LayerValues, NewTensors, Source, TiedLayer
+from shoal.plan.sources import (
+    AttentionMap,
+    LayerKeys,
+    LayerKV,
+    LayerValues,
+    NewTensors,
+    SharedMatrices,
+    Source,
+    TiedLayer,
+)
 from shoal.plan.steps import Exit, Map, Parallel, Run, Step, runs
 
 Trait = Literal[
@@ -244,7 +253,7 @@ def _of_source(source: Source) -> Trait:
             return "attention map"
         case TiedLayer():
             return "tie"
-        case NewTensors():
+        case NewTensors() | SharedMatrices():
             return "new tensors"
         case _:
             assert_never(source)
@@ -281,7 +290,7 @@ def _words(trait: Trait, step: Step) -> dict[str, object]:
     match step:
         case Run():
             source = step.tie if trait == "tie" else next((one.layer for one in step.layer_sources), None)
-            return words | {"layer": step.layer, "part": step.part, "source": source, "weights": step.weights}
+            return words | {"layer": step.layer, "part": step.part, "source": source, "weights": ", ".join(step.ids)}
         case Map():
             return words | {"span": f"{step.first}-{step.last}", "layer": f"{step.first}-{step.last}"}
         case Parallel() | Exit():

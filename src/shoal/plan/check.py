@@ -26,7 +26,7 @@ from shoal.plan.later import later_sources, unfit_later
 from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
 from shoal.plan.select import exits, groups, maps, run_of
-from shoal.plan.sources import STORED, AttentionMap, LayerKeys, LayerKV, LayerSource, LayerValues, NewTensors
+from shoal.plan.sources import STORED, AttentionMap, LayerKeys, LayerKV, LayerSource, LayerValues, TiedLayer
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Run, Step, map_source, runs, writes_kv
 from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
@@ -99,7 +99,8 @@ def _counts(depths: tuple[tuple[str, int], ...]) -> str:
 
 def _range(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     named = [(run.layer, "layer") for run in runs(steps)]
-    named += [(one.layer, one.noun) for run in runs(steps) for one in run.sources if not isinstance(one, NewTensors)]
+    named += [(one.layer, one.noun) for run in runs(steps) for one in run.layer_sources]
+    named += [(run.tied_layer, TiedLayer.noun) for run in runs(steps) if run.tied_layer is not None]
     named += [(end, "end of a map") for one in maps(steps) for end in (one.first, one.last)]
     for layer, what in named:
         if not 0 <= layer < stack.depth:

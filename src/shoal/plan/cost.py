@@ -20,10 +20,11 @@ from typing import Any, NamedTuple, assert_never
 from shoal.plan.given import Given, given_plan
 from shoal.plan.low_rank import INSTEAD, WORDS, replaced_matrices
 from shoal.plan.plan import Plan
+from shoal.plan.select import paired
 from shoal.plan.sources import STORED
 from shoal.plan.spec import KVSpec, LayerSpec, ProjectionSpec, Spec, StackSpec
-from shoal.plan.steps import Exit, Map, Parallel, Run, map_source, runs
-from shoal.plan.tensors import Shapes, tensors_of
+from shoal.plan.steps import Exit, Map, Parallel, Run, Step, map_source, runs
+from shoal.plan.tensors import Shapes, tensors_of, tensors_of_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Cost:
     """Unique storage of what the plan reads, as a planned checkpoint holds it: a repeated layer and the matrices of
     tied ones count once, and what new tensors stand in for counts no more where no other run reads it."""
     written_params: int
-    """Parameters of a stock checkpoint of this plan: a repeated layer counts as often as it runs."""
+    """Parameters of a stock checkpoint of this plan: a repeated layer counts as often as it runs, a half that is left
+    alone as a whole one, and an attention with the mlp behind it as one where they are a layer together."""
     layer_runs: int
     """Layers executed per token; an attention or mlp alone counts as a half run."""
     half_runs: int
@@ -149,6 +151,7 @@ def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> 
                 pass
             case _:
                 assert_never(step)
+    total.written -= _joined(plan.steps(stack.name), stack)
     if not stack.decodes:
         total.decode = 0
     return total
@@ -165,6 +168,18 @@ def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape, weights: 
     total.decode += size.flops
 
 
+def _joined(steps: tuple[Step, ...], stack: StackSpec) -> int:
+    """By how much a stock checkpoint is smaller as an attention run and the mlp run behind it are one layer."""
+    pairs = ((stack.layers[run.layer], stack.layers[mlp.layer]) for run, mlp in paired(steps) if mlp is not None)
+    return sum(
+        other.params for layer, other in pairs if layer.mlp_reads_attention and _mlp_size(layer) == _mlp_size(other)
+    )
+
+
+def _mlp_size(layer: LayerSpec) -> int | None:
+    return None if layer.mlp is None else layer.mlp.params
+
+
 def _own(weights_id: str, weights: Shapes) -> dict[str, int]:
     """Elements of the tensors of one id, by their names within it."""
     return {name: prod(shape) for name, shape in tensors_of(weights_id, weights).items()}
@@ -174,24 +189,22 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     layer = stack.layers[run.layer]
     params, flops = _size(layer, run)
     # the name of new weights is one for all stacks, and may look like a layer's number
-    own = {} if run.weights is None else _own(run.weights, weights)
-    storage = f"{stack.name}.{layer.index}" if run.weights is None or own else f":{run.weights}"
-    if own:
-        total.storages[f":{run.weights}"] = sum(own.values())
-    elif run.weights is not None:
-        total.assumed.add(run.weights)
-    tied = storage if run.tie is None else f"{stack.name}.{run.tie}"
+    own = {weights_id: _own(weights_id, weights) for weights_id in run.ids}
+    unknown = [weights_id for weights_id, sizes in own.items() if not sizes]
+    storage = f":{unknown[-1]}" if unknown else f"{stack.name}.{layer.index}"
+    total.storages |= {f":{weights_id}": sum(sizes.values()) for weights_id, sizes in own.items() if sizes}
+    total.assumed |= set(unknown)
+    tied = storage if run.tied_layer is None else f"{stack.name}.{run.tied_layer}"
+    new = tensors_of_run(run, weights)
     for piece, (matrices, vectors) in params.items():
         total.storages[f"{tied}.{piece}"] = matrices
         total.storages[f"{storage}.{piece}.vectors"] = vectors
-    total.readings += _readings(
-        run, layer, tied, storage, {} if run.weights is None else tensors_of(run.weights, weights)
-    )
+    total.readings += _readings(run, layer, tied, storage, new)
     total.written += layer.params  # a stock checkpoint holds whole layers
     total.shared |= dict(layer.shared)
     total.layer_runs += run.part == "layer"
     total.half_runs += run.part != "layer"
-    flops += _factor_flops({} if run.weights is None else tensors_of(run.weights, weights))
+    flops += _factor_flops(new)
     flops -= sum(one.flops for one in _left_out(layer, run))
     total.prefill += flops * shape.prompt
     total.decode += flops

@@ -10,20 +10,8 @@ from shoal.errors import PlanError
 from shoal.plan.notation import format_steps, map_weights
 from shoal.plan.plan import Plan
 from shoal.plan.select import run_of
-from shoal.plan.steps import (
-    KV,
-    Exit,
-    Fill,
-    Join,
-    Map,
-    Parallel,
-    PartName,
-    Run,
-    Step,
-    layers_of,
-    runs,
-    writes_kv,
-)
+from shoal.plan.sources import KV, Fill
+from shoal.plan.steps import Exit, Join, Map, Parallel, PartName, Run, Step, layers_of, runs, writes_kv
 
 
 def drop(plan: Plan, layers: Iterable[int], *, part: PartName = "layer", stack: str | None = None) -> Plan:

@@ -34,11 +34,11 @@ def replaced_matrices(own: Collection[str]) -> set[str]:
 
 
 def unfit_factors(
-    run: Run, stack: str, there: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
+    run: Run, weights_id: str, stack: str, there: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, int, str]]:
     """P129 for factors that are not whole, or do not fit the matrix of their module in the layer."""
     for module, found in factors_of(own, there).items():
-        here = f"{run.weights}.{module}"
+        here = f"{weights_id}.{module}"
         weight = there.get(f"{module}.weight")
         pair = WORDS[next(iter(found))]
         if weight is None or len(weight) != 2:

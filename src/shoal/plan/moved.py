@@ -120,10 +120,14 @@ class _Reads:
 
     def _matrices(self, run: Run) -> Iterator[_Read]:
         layer = self.stack.layers[run.layer]
-        own = tensors_of(run.weights, self.weights) if run.weights is not None else {}
-        new = sum(prod(shape) for shape in own.values() if len(shape) > 1)
-        yield _Read(f":{run.weights}", new * self.size)
-        home = f"{self.stack.name}.{layer.index}" if run.weights is None or own else f":{run.weights}"
+        own = {weights_id: tensors_of(weights_id, self.weights) for weights_id in run.ids}
+        new = 0
+        for weights_id, shapes in own.items():
+            size = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
+            yield _Read(f":{weights_id}", size * self.size)
+            new += size
+        unknown = [weights_id for weights_id, shapes in own.items() if not shapes]
+        home = f":{unknown[-1]}" if unknown else f"{self.stack.name}.{layer.index}"
         gone = sum(prod(shape) for one in layer.unused(run.unmade) for _, shape in one.tensors if len(shape) > 1)
         for name, flops, params in _pieces(layer, run):
             elements = min(params, self.shape.batch * flops // 2) - (gone if name == "attention" else 0)

@@ -2,6 +2,7 @@
 
     0-11,14-29      layers 0 to 11 and 14 to 29 (0-based, both ends included)      29-0   reversed
     12a   12m       only the attention, only the mlp of layer 12                   10x3   layer 10 three times
+    [10-14]x3       the span three times, as a loop; written out flat: 10-14,10-14,10-14
     (7|8)           layers 7 and 8 in parallel; (7|8)mean averages                 13@12  layer 13 reads layer 12's KV
     (7|8)bypass     in parallel, and 8's mlp also sees what 7's attention wrote
     ~12-15          a fitted map for layers 12 to 15; ~12-15:ID names its weights
@@ -9,6 +10,7 @@
     26@a25          layer 26 takes over layer 25's attention map
     15=0            layer 15 with the matrices of layer 0; its norms and biases are its own
     15-29=0-14      the same pair by pair; 1-29=0: all with those of layer 0
+    0=ID,15=ID      layers 0 and 15 with the new matrices ID; 15=ID:OWN and what OWN holds for it alone
     20:ID           layer 20 with the weights ID        20?g  behind gate g        20?g/project  and its KV fill
     !early          an exit; !early=ID with its own head, !early?g behind a gate
     encoder: 0-5; decoder: 0-11      several stacks
@@ -23,29 +25,27 @@ from typing import NoReturn, assert_never
 
 from shoal.errors import NotationError
 from shoal.plan.select import run_of
-from shoal.plan.sources import AttentionMap, LayerKeys, LayerKV, LayerValues, NewTensors, Source, TiedLayer
-from shoal.plan.steps import (
+from shoal.plan.sources import (
     FILLS,
-    JOINS,
     KV,
-    NAME,
-    Exit,
+    AttentionMap,
     Fill,
-    Join,
-    Map,
-    Parallel,
-    PartName,
-    Run,
-    Step,
-    runs,
+    LayerKeys,
+    LayerKV,
+    LayerValues,
+    NewTensors,
+    SharedMatrices,
+    Source,
+    TiedLayer,
 )
+from shoal.plan.steps import JOINS, NAME, Exit, Join, Map, Parallel, PartName, Run, Step, runs
 
 MAX_STEPS = 10_000
 _ID = NAME.pattern
 _NUM = r"\d{1,6}"
 _RUN = re.compile(
     rf"(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?P<part>[am])?(?:x(?P<times>{_NUM}))?"
-    rf"(?:=(?P<tie>{_NUM})(?:-(?P<tie_last>{_NUM}))?)?(?P<sources>(?:@[kva]?{_NUM})*)"
+    rf"(?:=(?:(?P<tie>{_NUM})(?:-(?P<tie_last>{_NUM}))?|(?P<shared>{_ID})))?(?P<sources>(?:@[kva]?{_NUM})*)"
     rf"(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?(?:/(?P<fill>[a-z]+))?",
     re.ASCII,
 )
@@ -53,6 +53,7 @@ _SOURCE = re.compile(rf"@([kva]?)({_NUM})", re.ASCII)
 _MAP = re.compile(rf"~(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _EXIT = re.compile(rf"!(?P<name>{_ID})(?:=(?P<head>{_ID}))?(?:\?(?P<gate>{_ID}))?", re.ASCII)
 _GROUP = re.compile(r"\((?P<body>[^()]*)\)(?P<join>[a-z]*)", re.ASCII)
+_LOOP = re.compile(rf"\[(?P<body>.*)\]x(?P<times>{_NUM})", re.ASCII | re.DOTALL)
 _PARTS: dict[str | None, PartName] = {None: "layer", "a": "attention", "m": "mlp"}
 _LETTER: dict[PartName, str] = {"layer": "", "attention": "a", "mlp": "m"}
 
@@ -110,16 +111,21 @@ def format_steps(steps: tuple[Step, ...]) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Pieces between commas that are not inside brackets."""
-    pieces, depth, start = [], 0, 0
+    """Pieces between commas that are not inside brackets: a group in round ones may stand inside square ones."""
+    pieces, inside, start = [], "", 0
     for position, char in enumerate(text):
-        depth += (char == "(") - (char == ")")
-        if depth < 0 or depth > 1:
+        if char in "([":
+            inside += char
+        elif char in ")]":
+            if inside[-1:] != {")": "(", "]": "["}[char]:
+                _fail(text[: position + 1][-20:], "brackets do not match")
+            inside = inside[:-1]
+        if inside not in ("", "(", "[", "[("):
             _fail(text[: position + 1][-20:], "brackets do not match")
-        if char == "," and depth == 0:
+        if char == "," and not inside:
             pieces.append(text[start:position])
             start = position + 1
-    if depth:
+    if inside:
         _fail(text[start:][:20], "a bracket is not closed")
     pieces.append(text[start:])
     stripped = [piece.strip() for piece in pieces]
@@ -132,6 +138,15 @@ def _split(text: str) -> list[str]:
 
 
 def _parse_piece(piece: str) -> list[Step]:
+    if found := _LOOP.fullmatch(piece):
+        if not found["body"].strip():
+            _fail(piece, "there is nothing to run between the brackets")
+        once, times = parse_steps(found["body"]), int(found["times"])
+        if times < 1:
+            _fail(piece, "a span cannot run 0 times; leave it out instead")
+        if len(once) * times > MAX_STEPS:
+            _fail(piece, f"the plan has more than {MAX_STEPS} steps")
+        return list(once) * times
     if found := _MAP.fullmatch(piece):
         first, last = int(found["first"]), int(found["last"] or found["first"])
         if last < first:
@@ -163,7 +178,9 @@ def _parse_runs(piece: str) -> list[Run]:
         _fail(piece, f"the plan has more than {MAX_STEPS} steps")
     kv = _kv(piece, found["sources"], _fill(piece, found["fill"]))
     order = range(first, last + 1) if last >= first else range(first, last - 1, -1)
-    ties = _ties(piece, found["tie"], found["tie_last"], len(order))
+    ties: list[int | None] | list[str] = _ties(piece, found["tie"], found["tie_last"], len(order))
+    if found["shared"] is not None:
+        ties = [found["shared"]] * len(order)
     return [
         Run(layer, _PARTS[found["part"]], found["weights"], kv, found["gate"], tie)
         for layer, tie in zip(order, ties, strict=True)
@@ -183,7 +200,7 @@ def _ties(piece: str, first: str | None, last: str | None, count: int) -> list[i
     return list(ties)
 
 
-def _tied_span(first: int | None, last: int | None) -> str:
+def _tied_span(first: int | str | None, last: int | str | None) -> str:
     return "" if first is None else f"={first}" if first == last else f"={first}-{last}"
 
 
@@ -236,6 +253,8 @@ def format_source(source: Source) -> str:
             return f"@a{source.layer}"
         case TiedLayer():
             return f"={source.layer}"
+        case SharedMatrices():
+            return f"={source.id}"
         case NewTensors():
             return f":{source.id}"
         case _:
@@ -259,12 +278,13 @@ def _fold(steps: tuple[Step, ...], start: int) -> int:
         return length
     following = run_of(steps[start + 1]) if start + 1 < len(steps) else None
     direction = 0 if following is None else following.layer - step.layer
-    turn = 0 if following is None or None in (step.tie, following.tie) else (following.tie or 0) - (step.tie or 0)
+    ties = step.tied_layer, None if following is None else following.tied_layer
+    turn = 0 if ties[0] is None or ties[1] is None else ties[1] - ties[0]
     if direction not in (1, -1) or turn not in (0, 1, -1):
         return 1
 
     def at(distance: int) -> Run:
-        tie = None if step.tie is None else step.tie + turn * distance
+        tie = step.tie + turn * distance if isinstance(step.tie, int) else step.tie
         return Run(step.layer + direction * distance, step.part, tie=tie)
 
     while start + length < len(steps) and steps[start + length] == at(length):

@@ -3,9 +3,10 @@ which the type checker names."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import assert_never
 
-from shoal.plan.steps import Exit, Map, Parallel, Run, Step
+from shoal.plan.steps import Exit, Map, Parallel, Run, Step, runs
 
 
 def run_of(step: Step) -> Run | None:
@@ -23,6 +24,24 @@ def whole_run(step: Step | None) -> Run | None:
     """The step when it is the run of a whole layer with the layer's own tensors; None for anything else."""
     run = None if step is None else run_of(step)
     return run if run is not None and run.part == "layer" and run.own_tensors else None
+
+
+def paired(steps: tuple[Step, ...]) -> Iterator[tuple[Run, Run | None]]:
+    """Each run, that of an attention together with that of an mlp where this is the next step."""
+    before: Run | None = None
+    for step in steps:
+        run = run_of(step)
+        if before is not None and run is not None and (before.part, run.part) == ("attention", "mlp"):
+            yield before, run
+            before = None
+            continue
+        if before is not None:
+            yield before, None
+        before = run
+        if run is None:
+            yield from ((one, None) for one in runs((step,)))
+    if before is not None:
+        yield before, None
 
 
 def maps(steps: tuple[Step, ...]) -> tuple[Map, ...]:

@@ -5,10 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from shoal.errors import PlanError
+
 Product = Literal["queries", "keys", "values"]
 """What a projection of an attention makes."""
 STORED: frozenset[Product] = frozenset({"keys", "values"})
 """What a layer stores of them."""
+Fill = Literal["project", "copy", "defer", "mask"]
+FILLS: tuple[Fill, ...] = ("project", "copy", "defer", "mask")
+
+
+def one_of(what: str, word: str | None, words: tuple[str | None, ...]) -> None:
+    """Raise P117 for a word that is none of `words`."""
+    if word not in words:
+        known = ", ".join(w for w in words if w is not None)
+        raise PlanError(f"there is no {what} {word!r:.60}; use one of {known}", code="P117")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +103,53 @@ class TiedLayer:
         return f"with the matrices of layer {self.layer}"
 
 
+@dataclass(frozen=True, slots=True)
+class SharedMatrices:
+    """A source of matrices: the plan's tensors ID.PARAMETER, which other runs may have too, stand in the place of the
+    run's own. Beside them it may have tensors that are its alone."""
+
+    id: str
+    summary: ClassVar[str] = "Tied matrices"
+
+    def __str__(self) -> str:
+        return f"with the shared matrices {self.id}"
+
+
 LayerSource = LayerKV | LayerKeys | LayerValues | AttentionMap
 """The sources that are runs of the base's layers: something that was computed in the same forward."""
-Source = LayerSource | TiedLayer | NewTensors
+Source = LayerSource | TiedLayer | SharedMatrices | NewTensors
 """Whose keys, values or matrices a run uses where it does not use its own layer's. A new kind of source is one more
 class here, and one more field of `Run` or `KV` that `Run.sources` turns into it; the type checker names the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class KV:
+    """Whose keys and values a run uses, and whose attention map; a layer is named by its base index.
+
+    `read`: another layer whose keys and values this run attends to; None: its own. Of one that runs later it sees those
+    of the tokens before. `keys`, `values`: those of one of the two alone, of an earlier layer. What it takes it
+    does not store. `fill`: what is stored for tokens that a gate let skip this run. `attention`: an
+    earlier layer whose attention map this run takes over; it then makes no queries and no keys.
+    """
+
+    read: int | None = None
+    fill: Fill | None = None
+    attention: int | None = None
+    keys: int | None = None
+    values: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("KV fill", self.fill, (None, *FILLS))
+        if self.read is not None and (self.keys is not None or self.values is not None):
+            raise PlanError(
+                f"keys and values come from layer {self.read} already; write @{self.read} alone, or @k and @v",
+                code="P117",
+            )
+
+    @property
+    def sources(self) -> tuple[LayerSource, ...]:
+        """What is taken from other layers, in the order of depth notation."""
+        found = (
+            (LayerKV, self.read), (LayerKeys, self.keys), (LayerValues, self.values), (AttentionMap, self.attention)
+        )  # fmt: skip
+        return tuple(kind(layer) for kind, layer in found if layer is not None)

@@ -95,6 +95,8 @@ class LayerSpec:
     """Why this layer must run first, if it must."""
     vectors: int = 0
     """How many of `params` are in tensors of one dimension."""
+    mlp_reads_attention: bool = False
+    """Whether its mlp reads what its attention wrote, so that the layer is the one and then the other."""
     projections: tuple[ProjectionSpec, ...] = ()
     """The matrices that a run leaves out where it takes all that they make from another layer, as far as known."""
 

@@ -9,31 +9,22 @@ from typing import Literal, assert_never
 
 from shoal.errors import PlanError
 from shoal.plan.sources import (
+    KV,
     STORED,
-    AttentionMap,
-    LayerKeys,
-    LayerKV,
     LayerSource,
-    LayerValues,
     NewTensors,
     Product,
+    SharedMatrices,
     Source,
     TiedLayer,
+    one_of,
 )
 
 PartName = Literal["layer", "attention", "mlp"]
-Fill = Literal["project", "copy", "defer", "mask"]
 Join = Literal["sum", "mean", "bypass"]
-FILLS: tuple[Fill, ...] = ("project", "copy", "defer", "mask")
 JOINS: tuple[Join, ...] = ("sum", "mean", "bypass")
 PARTS: tuple[PartName, ...] = ("layer", "attention", "mlp")
 NAME = re.compile(r"[A-Za-z0-9_.+\-]+")
-
-
-def _one_of(what: str, word: str | None, words: tuple[str | None, ...]) -> None:
-    if word not in words:
-        known = ", ".join(w for w in words if w is not None)
-        raise PlanError(f"there is no {what} {word!r:.60}; use one of {known}", code="P117")
 
 
 def _names(*names: str | None) -> None:
@@ -46,53 +37,37 @@ def _names(*names: str | None) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class KV:
-    """Whose keys and values a run uses, and whose attention map; a layer is named by its base index.
-
-    `read`: another layer whose keys and values this run attends to; None: its own. Of one that runs later it sees those
-    of the tokens before. `keys`, `values`: the same of one
-    of the two alone. What it takes it does not store. `fill`: what is stored for tokens that a gate let skip this run.
-    `attention`: an earlier layer whose attention map this run takes over; it then makes no queries and no keys.
-    """
-
-    read: int | None = None
-    fill: Fill | None = None
-    attention: int | None = None
-    keys: int | None = None
-    values: int | None = None
-
-    def __post_init__(self) -> None:
-        _one_of("KV fill", self.fill, (None, *FILLS))
-        if self.read is not None and (self.keys is not None or self.values is not None):
-            raise PlanError(
-                f"keys and values come from layer {self.read} already; write @{self.read} alone, or @k and @v",
-                code="P117",
-            )
-
-    @property
-    def sources(self) -> tuple[LayerSource, ...]:
-        """What is taken from other layers, in the order of depth notation."""
-        found = (
-            (LayerKV, self.read), (LayerKeys, self.keys), (LayerValues, self.values), (AttentionMap, self.attention)
-        )  # fmt: skip
-        return tuple(kind(layer) for kind, layer in found if layer is not None)
-
-
-@dataclass(frozen=True, slots=True)
 class Run:
     """Call one base layer, or only its attention or its mlp."""
 
     layer: int
     part: PartName = "layer"
     weights: str | None = None
-    kv: KV = KV()
+    kv: KV = KV()  # noqa: RUF009 - it is frozen
     gate: str | None = None
-    tie: int | None = None
-    """Base index of the layer whose matrices it has; None: its own."""
+    tie: int | str | None = None
+    """Base index of the layer whose matrices it has, or the id of new ones that runs share; None: its own."""
 
     def __post_init__(self) -> None:
-        _one_of("part", self.part, PARTS)
+        one_of("part", self.part, PARTS)
         _names(self.weights, self.gate)
+        if isinstance(self.tie, str):
+            _names(self.tie)
+            if re.fullmatch(r"\d+(-\d+)?", self.tie):
+                raise PlanError(
+                    f"the id {self.tie} of shared matrices reads as layers; give it another name, as tie-{self.tie}",
+                    code="P117",
+                )
+
+    @property
+    def tied_layer(self) -> int | None:
+        """The layer whose matrices it has; None: no other's."""
+        return self.tie if isinstance(self.tie, int) else None
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of the new tensors that it runs with; what a later one holds stands over what an earlier one does."""
+        return tuple(one for one in (self.tie, self.weights) if isinstance(one, str))
 
     @property
     def layer_sources(self) -> tuple[LayerSource, ...]:
@@ -125,13 +100,15 @@ class Run:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Everything that this run takes from elsewhere than its own layer, in the order of depth notation."""
-        tied = () if self.tie is None else (TiedLayer(self.tie),)
+        tied: tuple[Source, ...] = () if self.tied_layer is None else (TiedLayer(self.tied_layer),)
+        tied = (SharedMatrices(self.tie),) if isinstance(self.tie, str) else tied
         return (*tied, *self.layer_sources, *(() if self.weights is None else (NewTensors(self.weights),)))
 
     @property
     def layers_named(self) -> tuple[int, ...]:
         """The base layers that the run names: its own and those of its sources."""
-        return (self.layer, *(source.layer for source in self.sources if not isinstance(source, NewTensors)))
+        tied = () if self.tied_layer is None else (self.tied_layer,)
+        return (self.layer, *tied, *(source.layer for source in self.layer_sources))
 
     @property
     def own_tensors(self) -> bool:
@@ -169,7 +146,7 @@ class Parallel:
     join: Join = "sum"
 
     def __post_init__(self) -> None:
-        _one_of("join", self.join, JOINS)
+        one_of("join", self.join, JOINS)
 
 
 @dataclass(frozen=True, slots=True)

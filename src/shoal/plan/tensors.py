@@ -35,6 +35,12 @@ def tensors_of(weights_id: str, tensors: Mapping[str, T]) -> dict[str, T]:
     return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
+def tensors_of_run(run: Run, tensors: Mapping[str, T]) -> dict[str, T]:
+    """The new tensors of a run, or their shapes, by their names in its layer: those that runs share, and over them its
+    own."""
+    return {name: one for weights_id in run.ids for name, one in tensors_of(weights_id, tensors).items()}
+
+
 def map_tensors(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> Iterator[Finding]:
     """P112 and P113 for maps.
 
@@ -75,9 +81,11 @@ def map_tensors(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> It
 def missing_tensors(steps: tuple[Step, ...], shapes: Shapes) -> Iterator[Finding]:
     """P112 for tensors that a run or an exit's head names and that are not there; maps are `map_tensors`' question."""
     for run in runs(steps):
-        if run.weights is not None and not _given(run.weights, shapes):
-            missing = f"the weights {run.weights!r}, which are not given; remove :{run.weights}"
-            yield "P112", run.layer, f"layer {run.layer} should run with {missing}"
+        for weights_id in run.ids:
+            if not _given(weights_id, shapes):
+                mark = ":" if weights_id == run.weights else "="
+                missing = f"the weights {weights_id!r}, which are not given; remove {mark}{weights_id}"
+                yield "P112", run.layer, f"layer {run.layer} should run with {missing}"
     for step in exits(steps):
         if step.head != "base" and not _given(step.head, shapes):
             missing = f"the weights {step.head!r}, which are not given; remove ={step.head}"
@@ -95,19 +103,19 @@ def unfit_tensors(
     if layers is None:
         return
     for run in runs(steps):
-        if run.weights is not None:
+        for weights_id in run.ids:
             there = layers(stack.name, run.layer)
-            yield from _unfit(run, stack.name, there, shapes)
+            yield from _unfit(run, weights_id, stack.name, there, shapes)
 
 
-def _unfit(run: Run, stack: str, there: Shapes, shapes: Shapes) -> Iterator[Finding]:
-    own = tensors_of(run.weights or "", shapes)
-    yield from unfit_factors(run, stack, there, own)
+def _unfit(run: Run, weights_id: str, stack: str, there: Shapes, shapes: Shapes) -> Iterator[Finding]:
+    own = tensors_of(weights_id, shapes)
+    yield from unfit_factors(run, weights_id, stack, there, own)
     factors = {f"{module}.{word}" for module, found in factors_of(own, there).items() for word in found}
     for name, shape in own.items():
         if name in factors:
             continue
-        here, layer = f"{run.weights}.{name}", f"{stack} layer {run.layer}"
+        here, layer = f"{weights_id}.{name}", f"{stack} layer {run.layer}"
         if name not in there:
             leaf = name.rpartition(".")[2]
             near = next((n for n in there if n.rpartition(".")[2] == leaf), next(iter(there), "none"))

@@ -19,9 +19,9 @@ def unfit_ties(steps: tuple[Step, ...], stack: StackSpec, layers: Layers | None)
 
     Matrices are compared one by one, by name and shape, where `layers` tells them; else by their number of elements.
     """
-    tied = {run.layer for run in runs(steps) if run.tie is not None}
+    tied = {run.layer for run in runs(steps) if run.tied_layer is not None}
     for run in runs(steps):
-        if run.tie is None:
+        if run.tied_layer is None:
             continue
         here = f"layer {run.layer} should run with the matrices of layer {run.tie}"
         if run.tie == run.layer:
@@ -29,26 +29,25 @@ def unfit_ties(steps: tuple[Step, ...], stack: StackSpec, layers: Layers | None)
         elif run.tie in tied:
             why = f"{here}, which is tied itself; name the layer whose matrices they are"
             yield "P127", run.layer, why
-        elif differ := _differ(run, stack, layers):
+        elif differ := _differ(run, run.tied_layer, stack, layers):
             yield "P127", run.layer, f"{here}, but {differ}; tie layers of one structure"
 
 
-def _differ(run: Run, stack: StackSpec, layers: Layers | None) -> str | None:
+def _differ(run: Run, tie: int, stack: StackSpec, layers: Layers | None) -> str | None:
     """How the matrices of the two differ; None where they fit."""
-    assert run.tie is not None
-    own, other = stack.layers[run.layer], stack.layers[run.tie]
+    own, other = stack.layers[run.layer], stack.layers[tie]
     sizes = _size(own, run), _size(other, run)
     if sizes[0] != sizes[1]:
-        return f"the matrices of layer {run.layer} have {sizes[0]:,} numbers and those of layer {run.tie} {sizes[1]:,}"
+        return f"the matrices of layer {run.layer} have {sizes[0]:,} numbers and those of layer {tie} {sizes[1]:,}"
     if layers is None:
         return None
-    mine, theirs = (matrices_of(layers(stack.name, layer)) for layer in (run.layer, run.tie))
+    mine, theirs = (matrices_of(layers(stack.name, layer)) for layer in (run.layer, tie))
     if run.part != "layer":
         inside = tuple(f"{name}." for part in _parts(own, run) for name in part.modules)
         mine, theirs = ({n: s for n, s in held.items() if n.startswith(inside)} for held in (mine, theirs))
     for name in sorted(mine.keys() | theirs.keys()):
         if name in mine and name in theirs and mine[name] != theirs[name]:
-            return f"{name} is {list(mine[name])} in layer {run.layer} and {list(theirs[name])} in layer {run.tie}"
+            return f"{name} is {list(mine[name])} in layer {run.layer} and {list(theirs[name])} in layer {tie}"
     return None
 
 

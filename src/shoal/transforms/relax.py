@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
-from shoal.executing.low_rank import matrix_of
+from shoal.executing.low_rank import matrix_of, turned
 from shoal.fitting.low_rank import input_moments, linear_modules, two_factors
 from shoal.fitting.result import Job, Transformed
 from shoal.models.opened import open_model
-from shoal.plan import Step
+from shoal.plan import Run, Step
 from shoal.plan.select import run_of
 
 NEEDS_PLAN = False
@@ -19,7 +21,7 @@ EXAMPLES = TransformExamples(refused=(((), {"rank": 4}, "U559"),))
 
 
 def relax(job: Job, *, rank: int = 64, metric: Literal["inputs", "plain"] = "inputs") -> Transformed:
-    """Give each tied run of the plan a change up down of `rank` beside every matrix that it has from another layer.
+    """Give each tied run of the plan a change up down of `rank` beside every matrix that it shares.
 
     W_tied + up down [out, in] is the best approximation of the layer's own W: up [out, rank], down [rank, in] are the
     first singular vectors of W - W_tied (`metric` plain, as in the paper), or of what that difference makes of the
@@ -30,14 +32,14 @@ def relax(job: Job, *, rank: int = 64, metric: Literal["inputs", "plain"] = "inp
     Source: relaxed recursive transformers, Bae et al. 2024 (arXiv 2410.20672, section 2.2: initialisation by truncated
     singular values); the metric is that of `low-rank`.
 
-    How we differ: ties to layers alone, so its average of several layers is not relaxed.
+    How we differ: the layer that lends its own matrices (`0` in `15=0`) gets none, for it would be zero.
     """
     steps = list(job.plan.steps(job.stack))
     places = [(n, run) for n, step in enumerate(steps) if (run := run_of(step)) is not None and run.tie is not None]
     if rank < 1 or not places or any(run.weights is not None for _, run in places):
         raise UsageError(
-            f"relax:rank={rank} changes runs with the matrices of another layer and no tensors of their own, rank 1 or "
-            f"more, and the plan {job.plan} has none such; tie first (--with tie)",
+            f"relax:rank={rank} changes runs with shared matrices and no tensors of their own, rank 1 or more, and the "
+            f"plan {job.plan} has none such; tie first (--with tie)",
             code="U559",
         )
     opened = open_model(job.model)
@@ -46,12 +48,11 @@ def relax(job: Job, *, rank: int = 64, metric: Literal["inputs", "plain"] = "inp
     moments = input_moments(job, modules, planned=False) if metric == "inputs" else {}
     weights, notes = dict(job.weights), list[str]()
     for number, (place, run) in enumerate(places):
-        assert run.tie is not None
         name = f"relax-{run.layer}" if run.part == "layer" else f"relax-{run.layer}-{run.part}"
         errors = []
         for key, module in linear_modules(stack, facts, [run]).items():
             path = key.partition(".")[2]
-            difference = matrix_of(module) - matrix_of(stack.layer(run.tie).get_submodule(path))
+            difference = matrix_of(module) - _shared(job, run, path, module)
             most = min(rank, *difference.shape)
             up, down, error = two_factors(difference, most, moments.get(key))
             weights |= {f"{name}.{path}.up": up, f"{name}.{path}.down": down}
@@ -62,3 +63,11 @@ def relax(job: Job, *, rank: int = 64, metric: Literal["inputs", "plain"] = "inp
         job.tell(number + 1, len(places), "relax")
     changed: tuple[Step, ...] = tuple(steps)
     return Transformed(job.plan.with_steps(changed, job.stack), weights, notes=tuple(notes))
+
+
+def _shared(job: Job, run: Run, path: str, module: torch.nn.Module) -> torch.Tensor:
+    """The matrix [out, in] that the run has in the place of a module's own."""
+    if run.tied_layer is not None:
+        return matrix_of(open_model(job.model).stack(job.stack).layer(run.tied_layer).get_submodule(path))
+    new = job.weights.get(f"{run.tie}.{path}.weight")
+    return matrix_of(module) if new is None else turned(module, new)

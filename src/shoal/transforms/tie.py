@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, assert_never
 
@@ -25,7 +26,7 @@ EXAMPLES = TransformExamples(
     )
 )
 Pattern = Literal["sequence", "cycle", "cycle-rev", "sandwich", "all"]
-Start = Literal["first", "last", "stepwise", "average"]
+Start = Literal["first", "last", "stepwise", "average", "random"]
 
 
 def tie(
@@ -34,6 +35,7 @@ def tie(
     pattern: Pattern = "cycle",
     unique: int | None = None,
     start: Start = "first",
+    seed: int = 0,
     part: PartName = "layer",
 ) -> Transformed:
     """Let the layers that run share `unique` sets of matrices by a pattern; norms and biases stay their own.
@@ -44,10 +46,11 @@ def tie(
     all between them one (M = 3 always); `all` one for all.
     `start` says with which matrices a set begins: those of its `first` or `last` layer; `stepwise`, of the layer
     round(s (N - 1) / (M - 1)) for set s, so that first and last layer of the base are kept; `average`, the mean of its
-    layers'. `part`: only attentions or only mlps are tied. Stored parameters fall; FLOPs and KV do not. `unique` N
-    changes nothing. A tied model is hardly usable before it is trained: low rank alone at equal stored values is better
-    without training. Raises U559 for numbers that fit no layers, and where something else runs than whole layers with
-    their own tensors.
+    layers'; `random`, numbers of the same standard deviation, drawn with `seed`, to compare with. The last three are
+    new tensors that the runs share (`0=tie-0`), and so can learn (`shoal heal --learn plan`). `part`: only attentions
+    or only mlps are tied. Stored parameters fall; FLOPs and KV do not. `unique` N changes nothing. A tied model is
+    hardly usable before it is trained: low rank alone at equal stored values is better without training. Raises U559
+    for numbers that fit no layers, and where something else runs than whole layers with their own tensors.
 
     Source: Takase and Kiyono 2021 (sequence, cycle, cycle-rev; arXiv 2104.06022); Subformer, Reid et al. 2021
     (sandwich, arXiv 2101.00234); MobileLLM, Liu et al. 2024 (pairs, arXiv 2402.14905); ALBERT, Lan et al. 2019 (all,
@@ -70,10 +73,13 @@ def tie(
         elif start in ("first", "last"):
             steps += _tied(run, members[0 if start == "first" else -1], part)
         else:
-            steps.append(replace(run, weights=name))
+            steps += _tied(run, name, part)
             source = layers[round(sets[number] * (len(runs) - 1) / max(count - 1, 1))]
             shares = dict.fromkeys(members, 1 / len(members)) if start == "average" else {source: 1.0}
-            weights |= _shared(job, name, run.layer, shares, part)
+            if not any(key.startswith(f"{name}.") for key in weights):
+                weights |= _shared(job, name, run.layer, shares, part)
+                if start == "random":
+                    weights |= _drawn(weights, name, sets[number], seed)
         job.tell(number + 1, len(runs), "tie")
     return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights)
 
@@ -114,13 +120,23 @@ def _sets(pattern: Pattern, count: int, unique: int | None) -> list[int]:
             assert_never(pattern)
 
 
-def _tied(run: Run, owner: int, part: PartName) -> list[Step]:
-    """The run with the matrices of another layer, or of a part of it."""
+def _tied(run: Run, owner: int | str, part: PartName) -> list[Step]:
+    """The run with the matrices of another layer, or of a part of it; or with new ones, which are those of the part."""
     if owner == run.layer:
         return [run]
-    if part == "layer":
+    if part == "layer" or isinstance(owner, str):
         return [replace(run, tie=owner)]
     return [Run(run.layer, one, tie=owner if one == part else None) for one in ("attention", "mlp")]
+
+
+def _drawn(weights: Mapping[str, torch.Tensor], name: str, number: int, seed: int) -> dict[str, torch.Tensor]:
+    """Random matrices in the place of those of a set, each with the standard deviation of the one that it replaces."""
+    generator = torch.Generator().manual_seed(seed * 1000 + number)
+    old = {key: tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
+    return {
+        key: (torch.randn(tensor.shape, generator=generator) * tensor.float().std()).to(tensor)
+        for key, tensor in old.items()
+    }
 
 
 def _shared(job: Job, name: str, layer: int, shares: dict[int, float], part: PartName) -> dict[str, torch.Tensor]:

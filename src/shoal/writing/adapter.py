@@ -18,7 +18,7 @@ from shoal.models.adapter import CONFIG, WEIGHTS, adapter_config, adapter_shapes
 from shoal.models.kinds import is_causal
 from shoal.models.opened import open_model
 from shoal.models.stacks import Stack, find_stacks
-from shoal.writing.blueprint import Blueprint
+from shoal.writing.blueprint import Blueprint, Origin
 from shoal.writing.output import write_text
 from shoal.writing.side_files import copy_side_files
 
@@ -63,19 +63,19 @@ def refuse_adapter(folder: Path, model: PreTrainedModel, plans: Blueprint) -> No
     if not is_causal(model):
         raise WriteError("an adapter is renumbered beside causal language models only; merge it first", code="W298")
     for stack in find_stacks(model):
-        for slot, layer in plans.of(stack.name).tied:
-            raise WriteError(
-                f"layer {slot} of the plan runs with the matrices of layer {layer}, and the adapter was made for its "
-                "own; merge the adapter first (merge_and_unload), or write a plan without ties",
-                code="W296",
-            )
-        if (own := plans.of(stack.name).replaced) and own[0]:
-            slot, name = own[0]
-            raise WriteError(
-                f"layer {slot} of the plan runs with new tensors ({name}) and the adapter was made for others; merge "
-                "the adapter first (merge_and_unload), or write a plan without new tensors",
-                code="W296",
-            )
+        for one in plans.of(stack.name).origins():
+            if one.tie is not None:
+                raise WriteError(
+                    f"layer {one.slot} of the plan runs with the matrices of layer {one.tie}, and the adapter was made "
+                    "for its own; merge the adapter first (merge_and_unload), or write a plan without ties",
+                    code="W296",
+                )
+            if one.weights is not None:
+                raise WriteError(
+                    f"layer {one.slot} of the plan runs with new tensors ({one.weights}) and the adapter was made for "
+                    "others; merge the adapter first (merge_and_unload), or write a plan without new tensors",
+                    code="W296",
+                )
     _require_known(adapter_shapes(folder), folder, model)
 
 
@@ -123,7 +123,7 @@ class _Place:
     """Where the layers of a stack go."""
 
     stack: Stack
-    slots: tuple[int, ...]
+    origins: tuple[Origin, ...]
     silent: Mapping[int, tuple[str, ...]]
     """Names of the modules of a zeroed part, by slot."""
 
@@ -136,7 +136,7 @@ def _places(model: PreTrainedModel, plans: Blueprint) -> Iterator[_Place]:
             parts = facts[own.slots[slot]].parts
             assert parts is not None
             silent[slot] = parts.attention if part == "attention" else parts.mlp
-        yield _Place(stack, own.slots, silent)
+        yield _Place(stack, tuple(own.origins()), silent)
 
 
 def _renamed(name: str, places: Sequence[_Place]) -> list[str]:
@@ -146,7 +146,8 @@ def _renamed(name: str, places: Sequence[_Place]) -> list[str]:
         head = f"{place.stack.path}."
         number, _, rest = name[len(head) :].partition(".") if name.startswith(head) else ("", "", "")
         if number.isdecimal():
-            slots = [slot for slot, layer in enumerate(place.slots) if layer == int(number)]
+            here = [one for one in place.origins if one.layer == int(number)]
+            slots = sorted({one.slot for one in here if not rest or one.holds(f"{rest}.")})
             return [
                 f"{head}{slot}.{rest}".removesuffix(".")
                 for slot in slots

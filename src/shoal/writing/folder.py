@@ -68,6 +68,8 @@ class Written:
     """Of the safetensors files."""
     left_out: tuple[str, ...] = ()
     """The base's tensors that are no part of its model."""
+    zeroed: tuple[str, ...] = ()
+    """The halves that are layers of their own, as `2a`: the other part of each is zeroed."""
 
 
 def write(
@@ -156,7 +158,7 @@ def write(
         size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
         publish(staging, final, overwrite=overwrite)
     tell_stage(progress, "written")
-    return Written(final, proof, plans.changed, params, size, left_out)
+    return Written(final, proof, plans.changed, params, size, left_out, plans.halves)
 
 
 def tell_stage(progress: Progress | None, stage: str) -> None:

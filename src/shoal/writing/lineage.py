@@ -29,7 +29,8 @@ def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[
 
     base_layers: for each layer of the new model, in order, the layer of the ORIGINAL base that it is: a base that was
     itself pruned hands its own numbers on. plan: the same as depth notation, with a or m where a part is silent; a
-    layer whose two parts are silent does nothing and is left out of it. chain: the prunings, in the numbers of the
+    layer whose two parts are silent does nothing and is left out of it. mlps: [place, layer] where the mlp is another
+    layer's than base_layers says, which is then that of the attention. chain: the prunings, in the numbers of the
     model that each was applied to. silent: those parts, [place, part]. base: the original base, {family, fingerprint,
     layers, source}, without paths of this machine. A model of several stacks has base_layers and silent by stack, and
     all stacks in the plan.
@@ -39,9 +40,13 @@ def config_note(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[
     known = lineage_of(config)
     text = format_steps(plan.steps())
     if known is not None:
-        return known.then(plans.slots, plans.zeroed, text).to_note(__version__)
-    made = Lineage(plans.slots, _base(plan), (text,), frozenset(plans.zeroed))
-    return made.to_note(__version__)
+        return _then(known, plans, text).to_note(__version__)
+    depth = dict(plan.base.depths)[plan.stack_name()]
+    return _then(Lineage(tuple(range(depth)), _base(plan)), plans, text).to_note(__version__)
+
+
+def _then(known: Lineage, plans: Blueprint, text: str) -> Lineage:
+    return known.then(plans.slots, plans.zeroed, text, {slot: half.layer for slot, half in plans.mlps})
 
 
 def _several(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[str, Any]:
@@ -50,10 +55,7 @@ def _several(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[str
     if not isinstance(known, LineageByStack):
         base = _base(plan)
         known = LineageByStack({name: Lineage(tuple(range(depth)), base) for name, depth in depths.items()}, base)
-    after = {
-        name: part.then(plans.of(name).slots, plans.of(name).zeroed, format_steps(plan.steps(name)))
-        for name, part in known.stacks.items()
-    }
+    after = {name: _then(part, plans.of(name), format_steps(plan.steps(name))) for name, part in known.stacks.items()}
     note = {
         "base_layers": {name: list(part.layers) for name, part in after.items()},
         "plan": LineageByStack(after, known.base).notation,
@@ -62,7 +64,9 @@ def _several(config: PreTrainedConfig, plan: Plan, plans: Blueprint) -> dict[str
         "version": __version__,
     }
     silent = {name: sorted([slot, which] for slot, which in part.silent) for name, part in after.items()}
-    return note | ({"silent": silent} if any(silent.values()) else {})
+    note |= {"silent": silent} if any(silent.values()) else {}
+    mlps = {name: sorted(map(list, part.mlps.items())) for name, part in after.items()}
+    return note | ({"mlps": mlps} if any(mlps.values()) else {})
 
 
 def original_layers(config: PreTrainedConfig) -> tuple[int, ...]:

@@ -133,12 +133,13 @@ def _items(
     for file, name in names.items():
         if name.layer is not None:
             by_layer.setdefault(name.layer, []).append((file, name))
-    ties = dict(plans.tied)
-    for slot, layer in enumerate(plans.slots):
-        other = {name.rest: file for file, name in by_layer[ties[slot]]} if slot in ties else {}
-        zeroed = [part for place, part in plans.zeroed if place == slot]
-        quiet = tuple(f"{child}." for part in zeroed for child in getattr(parts[layer], part))
-        for file, name in by_layer[layer]:
-            source = stored[other[name.rest] if len(stored[file].shape) > 1 and name.rest in other else file]
-            items.append(Item(name.at(slot), source, bool(quiet) and name.rest.startswith(quiet)))
+    for one in plans.origins():
+        other = {} if one.tie is None else {name.tail: file for file, name in by_layer[one.tie]}
+        zeroed = [part for slot, part in plans.zeroed if slot == one.slot]
+        quiet = tuple(f"{child}." for part in zeroed for child in getattr(parts[one.layer], part))
+        for file, name in by_layer[one.layer]:
+            if one.holds(name.rest):
+                tied = len(stored[file].shape) > 1 and name.tail in other
+                source = stored[other[name.tail] if tied else file]
+                items.append(Item(name.at(one.slot), source, bool(quiet) and name.rest.startswith(quiet)))
     return tuple(sorted(items, key=lambda item: dot_natural_key(item.name)))

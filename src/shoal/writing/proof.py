@@ -18,21 +18,25 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from shoal.errors import ModelError, WriteError
 from shoal.evaluation import Progress
-from shoal.executing.weights import load_weights
+from shoal.executing.weights import Tensors, load_weights
 from shoal.models.checkpoint import read_json
 from shoal.models.load import Loaded, check_source, load, usable_device
 from shoal.models.opened import open_model
+from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, load_plan, require, shapes_of
 from shoal.record import environment
 from shoal.writing import proof_child
+from shoal.writing.blueprint import Blueprint
 from shoal.writing.checks import Check, conclusions, digest
 from shoal.writing.left_out import carried_tensors
 from shoal.writing.reference import Reference, counted_reference, live_reference, quiet
 from shoal.writing.reference_kinds import counted_kind, kind_reference, proves_as_causal
 from shoal.writing.references_check import references_check
+from shoal.writing.surgery import blueprint
 
 FORMAT = "shoal-proof/1"
 FILE = Path("shoal") / "proof.json"
@@ -117,13 +121,23 @@ def _verified(folder: Path, base: Loaded | None, how: dict[str, Any], options: d
                 base, why = None, f"{plan.base.source} is another model now ({fingerprint[:15]})"
     if base is not None:
         require(plan, open_model(base.model).spec, shapes_of(weights))
-        return prove(folder, base.model, plan, tokenizer=base.tokenizer, weights=weights, **options)
+        plans = _blueprint_of(empty, base.model, plan, weights)
+        return prove(folder, base.model, plan, tokenizer=base.tokenizer, weights=weights, plans=plans, **options)
     known = read_json(folder / FILE).get("environment", {}) if (folder / FILE).is_file() else {}
     sums = known.get("weights") if isinstance(known, dict) else None
     with quiet():
         counted = counted_reference if proves_as_causal(empty) else counted_kind
         reference = counted(empty, device=device, digest=sums)
     return prove_many([(folder, reference)], against=f"its own config, because {why}")[0]
+
+
+def _blueprint_of(empty: PreTrainedModel, base: PreTrainedModel, plan: Plan, weights: Tensors) -> Blueprint:
+    """How the folder of the model `empty` was made: earlier versions wrote an attention and the mlp behind it as two
+    layers, of each of which a part is zeroed."""
+    plans = blueprint(base, plan, zero_parts=True, weights=weights)
+    if all(len(plans.of(stack.name).slots) == stack.depth for stack in find_stacks(empty)):
+        return plans
+    return blueprint(base, plan, zero_parts=True, weights=weights, joined=False)
 
 
 def prove_many(jobs: Sequence[tuple[Path, Reference]], *, against: str = "the live plan") -> list[Proof]:

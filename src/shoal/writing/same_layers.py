@@ -47,7 +47,7 @@ def require_same_layers(
         for slot, layer in enumerate(slots[stack.name]):
             with _in_place(stack, slot, layer):
                 old, new = stack.layer(layer), targets[stack.name].layer(slot)
-                difference = _difference(old, new, family_of(stack.config).numbering)
+                difference = first_difference(old, new, family_of(stack.config).numbering)
             if difference is not None:
                 raise WriteError(
                     f"layer {layer} in place {slot} of a stock {type(model).__name__} would differ: {difference}; "
@@ -81,8 +81,9 @@ def _shapes_outside(model: nn.Module, stacks: tuple[Stack, ...]) -> dict[str, tu
     return {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith(inside)}
 
 
-def _difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:
-    """The first fact in which two layers differ, their index and what else only numbers them aside."""
+def first_difference(old: nn.Module, new: nn.Module, numbering: tuple[str, ...]) -> str | None:
+    """The first fact in which two layers, or two modules of layers, differ, their index and what else only numbers them
+    aside; None when they are the same but for the values of tensors."""
     olds, news = dict(old.named_modules()), dict(new.named_modules())
     if olds.keys() != news.keys():
         return f"modules {sorted(olds.keys() ^ news.keys())[:3]}"

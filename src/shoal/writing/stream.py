@@ -62,6 +62,8 @@ class Streamed:
     """Safetensors files."""
     left_out: tuple[str, ...] = ()
     """The base's tensors that are no part of its model."""
+    zeroed: tuple[str, ...] = ()
+    """The halves that are layers of their own, as `2a`: the other part of each is zeroed."""
 
 
 def stream(
@@ -147,8 +149,9 @@ def write_draft(
         )
         write_text(staging / "README.md", text)
         publish(staging, final, overwrite=overwrite)
+    plans = manifest.plans
     return Streamed(
-        final, proof, manifest.plans.changed, manifest.params, manifest.bytes, len(files), manifest.left_out
+        final, proof, plans.changed, manifest.params, manifest.bytes, len(files), manifest.left_out, plans.halves
     )
 
 

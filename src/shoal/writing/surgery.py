@@ -26,14 +26,13 @@ from shoal.models.other_readers import for_other_readers, renumbering
 from shoal.models.picture_features import renumbered_features
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Given, Plan
-from shoal.plan.capabilities import refusals
 from shoal.plan.low_rank import factors_of
-from shoal.plan.steps import Step, runs
 from shoal.plan.tensors import tensors_of
 from shoal.writing.assemble import assembled
-from shoal.writing.blueprint import Blueprint, StackSlots, Tensors
+from shoal.writing.blueprint import AND, Blueprint, StackSlots, Tensors
 from shoal.writing.papers import generation_for
 from shoal.writing.same_layers import require_same_layers
+from shoal.writing.slots import slots_of
 from shoal.writing.stack_depths import described, refuse_cache, with_depths
 from shoal.writing.tensors import moved_tensors, resized_tensors
 
@@ -44,6 +43,7 @@ def blueprint(
     *,
     zero_parts: bool = False,
     weights: Mapping[str, torch.Tensor] | None = None,
+    joined: bool = True,
 ) -> Blueprint:
     """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
@@ -54,10 +54,14 @@ def blueprint(
     the model adds what it sees in pictures.
 
     `zero_parts`: let a stock layer keep a dropped attention or mlp with all its tensors zero (exact, saves nothing).
-    `model` may be on the meta device.
+    `joined`: let an attention run and the mlp run behind it be one layer (W283 where they are none). `model` may be on
+    the meta device.
     """
     stacks = find_stacks(model)
-    by_stack = {stack.name: _slots(plan.steps(stack.name), zero_parts) for stack in stacks}
+    by_stack = {
+        stack.name: slots_of(model, stack, plan.steps(stack.name), zero_parts=zero_parts, joined=joined)
+        for stack in stacks
+    }
     config, changed = model.config, dict[str, tuple[Any, Any]]()
     for stack in stacks:
         refuse_order(stack, by_stack[stack.name].slots)
@@ -81,7 +85,7 @@ def blueprint(
         own |= mine
     main = by_stack[plan.stack_name()]
     beside = tuple((name, found) for name, found in by_stack.items() if name != plan.stack_name())
-    return Blueprint(plan, main.slots, main.zeroed, config, changed, main.replaced, own, beside, main.tied)
+    return Blueprint(plan, main.slots, main.zeroed, config, changed, main.replaced, own, beside, main.tied, main.mlps)
 
 
 def _replaced(
@@ -91,26 +95,38 @@ def _replaced(
 
     What the factors change is the matrix of the run: that of its own tensors, of the tied layer, or of the layer.
     """
-    ties, replaced, own = dict(found.tied), [], dict[str, torch.Tensor]()
+    ties, own = dict(found.tied), dict[str, torch.Tensor]()
+    replaced, mlps = dict(found.replaced), dict(found.mlps)
     for slot, weights_id in found.replaced:
         layer = found.slots[slot]
-        given = {name: t for name, t in weights.items() if name.startswith(f"{weights_id}.")}
-        factors = factors_of(tensors_of(weights_id, given), stack.layer(layer).state_dict())
-        if not factors:
-            own |= _fitting(stack, layer, weights_id, weights)
-            replaced.append((slot, weights_id))
-            continue
-        held = stack.layer(ties.get(slot, layer)).state_dict()
-        made = f"{weights_id}@{slot}"
-        whole = {f"{made}.{name}": t for name, t in tensors_of(weights_id, given).items() if name in held}
-        for module, pair in factors.items():
-            name = f"{made}.{module}.weight"
-            matrix = whole.get(name, held[f"{module}.weight"])
-            transposed = is_transposed(stack.layer(layer).get_submodule(module))
-            whole[name] = folded(matrix, pair, transposed=transposed)
-        own |= _fitting(stack, layer, made, whole)
-        replaced.append((slot, made))
-    return found._replace(replaced=tuple(replaced)), own
+        replaced[slot], made = _own(stack, layer, ties.get(slot, layer), weights_id, f"{weights_id}@{slot}", weights)
+        own |= made
+    for slot, half in found.mlps:
+        if half.weights is not None:
+            tied = half.layer if half.tie is None else half.tie
+            name, made = _own(stack, half.layer, tied, half.weights, f"{half.weights}@{slot}m", weights)
+            mlps[slot] = half._replace(weights=name)
+            own |= made
+    return found._replace(replaced=tuple(replaced.items()), mlps=tuple(mlps.items())), own
+
+
+def _own(
+    stack: Stack, layer: int, tied: int, weights_id: str, made: str, weights: Mapping[str, torch.Tensor]
+) -> tuple[str, Tensors]:
+    """The tensors of a run of `layer` with the matrices of `tied`, and their id: `made` where low-rank factors change
+    some, or some lie over those that runs share."""
+    given = {name: t for one in weights_id.split(AND) for name, t in tensors_of(one, weights).items()}
+    factors = factors_of(given, stack.layer(layer).state_dict())
+    if not factors and AND not in weights_id:
+        return weights_id, _fitting(stack, layer, weights_id, weights)
+    held = stack.layer(tied).state_dict()
+    whole = {f"{made}.{name}": t for name, t in given.items() if name in held}
+    for module, pair in factors.items():
+        name = f"{made}.{module}.weight"
+        matrix = whole.get(name, held[f"{module}.weight"])
+        transposed = is_transposed(stack.layer(layer).get_submodule(module))
+        whole[name] = folded(matrix, pair, transposed=transposed)
+    return made, _fitting(stack, layer, made, whole)
 
 
 def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
@@ -193,19 +209,6 @@ def _permuted(
     if stack.name == "decoder":
         changed |= renumbered_features(model.config, made, stack.depth, slots)
     return made, changed
-
-
-def _slots(steps: tuple[Step, ...], zero_parts: bool) -> StackSlots:
-    for no in refusals(steps, "written"):
-        if not (zero_parts and no.trait == "part"):
-            raise WriteError(no.message, code=no.code)
-    found = tuple(enumerate(runs(steps)))
-    return StackSlots(
-        tuple(run.layer for _, run in found),
-        tuple((slot, "mlp" if run.part == "attention" else "attention") for slot, run in found if run.part != "layer"),
-        tuple((slot, run.weights) for slot, run in found if run.weights is not None),
-        tuple((slot, run.tie) for slot, run in found if run.tie is not None),
-    )
 
 
 def _refusal(code: str, step: str, why: str, nearest: str) -> WriteError:

@@ -30,22 +30,21 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
         lent = {rest: by_layer[0].pop(rest) for rest in list(by_layer[0]) if rest.startswith(first.prefix)}
         moved |= {f"{prefix}0.{rest}": tensor for rest, tensor in lent.items()}
     used: set[int] = set()
-    ids, ties = dict(plans.replaced), dict(plans.tied)
-    matrices = {slot: set(TiedTensors(stack.layer(plans.slots[slot]), stack.layer(tie))) for slot, tie in plans.tied}
-    written: set[str] = set()
-    for slot, layer in enumerate(plans.slots):
-        zeroed = {part for s, part in plans.zeroed if s == slot}
-        quiet = tuple(f"{n}." for part in zeroed for n in getattr(facts[layer].parts, part))
-        for rest, tensor in by_layer[layer].items():
-            own = f"{ids[slot]}.{rest}" if slot in ids else ""
-            held = by_layer[ties[slot]][rest] if slot in ties and rest in matrices[slot] else tensor
+    for one in plans.origins():
+        tied = () if one.tie is None else set(TiedTensors(stack.layer(one.layer), stack.layer(one.tie)))
+        zeroed = {part for slot, part in plans.zeroed if slot == one.slot}
+        quiet = tuple(f"{n}." for part in zeroed for n in getattr(facts[one.layer].parts, part))
+        for rest, tensor in by_layer[one.layer].items():
+            if not one.holds(rest):
+                continue
+            own = "" if one.weights is None else f"{one.weights}.{rest}"
+            held = by_layer[one.tie][rest] if one.tie is not None and rest in tied else tensor
             value = plans.weights[own].to(tensor.device) if own in plans.weights else held
             value = torch.zeros_like(value) if quiet and rest.startswith(quiet) else value
             # two slots must not share storage: a stock checkpoint cannot say so
-            again = layer in used or own in written or value is not tensor
-            moved[f"{prefix}{slot}.{rest}"] = value.clone() if again else value
-            written |= {own} if own else set()
-        used.add(layer)
+            again = id(value) in used or value is not tensor
+            moved[f"{prefix}{one.slot}.{rest}"] = value.clone() if again else value
+            used.add(id(value))
     return moved
 
 

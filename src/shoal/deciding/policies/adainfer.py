@@ -10,7 +10,7 @@ from shoal.deciding.policy import Policy
 from shoal.deciding.policy_options import exit_layers
 from shoal.examples import PolicyExamples
 from shoal.plan import Exit, Plan, Spec
-from shoal.plan.steps import Fill
+from shoal.plan.sources import Fill
 
 EXAMPLES = PolicyExamples(
     deciding=("adainfer:first=0,bias=-0.8",),

@@ -14,7 +14,7 @@ from shoal.deciding.signals import Signal
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples
 from shoal.plan import Exit, Plan, Spec
-from shoal.plan.steps import Fill
+from shoal.plan.sources import Fill
 
 EXAMPLES = PolicyExamples(
     deciding=("calibrated:at=0:0.02+2:0.01",),

@@ -16,7 +16,7 @@ from shoal.deciding.signals import Signal
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Exit, Plan, Spec
-from shoal.plan.steps import Fill
+from shoal.plan.sources import Fill
 
 EXAMPLES = PolicyExamples(
     deciding=(

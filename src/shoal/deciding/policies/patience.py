@@ -13,7 +13,7 @@ from shoal.deciding.policy_options import exit_layers
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Exit, Plan, Spec
-from shoal.plan.steps import Fill
+from shoal.plan.sources import Fill
 
 EXAMPLES = PolicyExamples(
     deciding=("patience:first=0",),
