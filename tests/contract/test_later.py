@@ -304,8 +304,16 @@ def test_readers_that_are_filled_from_the_last_layer_are_a_transform() -> None:
     model = own("llama")
     plan = Plan.identity(open_model(model).spec)
     job = Job(model, random_data(3, 12), plan)
-    made = share_kv(job, pairs="3-1-2", how="first")
+    made = share_kv(job, pattern="later", readers=2, how="first")
     assert str(made.plan) == "0,1@3,2@3,3"
+    assert str(share_kv(job, pairs="3-1-2", how="first").plan) == str(made.plan)
+    mean = share_kv(job, pattern="later", readers=2, how="average")
+    for name in ("k_proj", "v_proj"):
+        three = [find_stack(model).layer(i).get_submodule(f"self_attn.{name}").weight for i in (1, 2, 3)]
+        (found,) = (tensor for key, tensor in mean.weights.items() if key.endswith(f"{name}.weight"))
+        torch.testing.assert_close(found, sum(three) / 3)
+    with running(model, mean.plan, mean.weights) as handle:
+        assert model(IDS).logits.isfinite().all() and handle.passes == Passes(10, 10, exact=True)
     with pytest.raises(UsageError, match="layer 3 runs later than layer 1") as no:
         share_kv(job, pairs="3-1-2")
     assert no.value.code == "U681"

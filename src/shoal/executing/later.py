@@ -33,7 +33,7 @@ from shoal.executing.tokens_before import Seen, tokens_before
 from shoal.plan import Run, Step
 from shoal.plan.capabilities import refused
 from shoal.plan.later import later_sources
-from shoal.plan.sources import STORED
+from shoal.plan.sources import STORED, LayerKV
 from shoal.plan.steps import runs
 
 
@@ -96,13 +96,13 @@ class LaterExecutor(Executor):
         self, step: Step, hidden: torch.Tensor, forward: Forward, *, cache: Cache | None = None
     ) -> torch.Tensor:
         """As in `Executor`. Raises P163 for a step that reads a later one: it does not run alone."""
-        reader = next((run for run in runs((step,)) if run.kv.read in self.source_rows), None)
-        if reader is not None:
-            raise PlanError(
-                f"layer {reader.layer} reads the KV of layer {reader.kv.read}, which runs later, so its step cannot "
-                "run alone, as fits and losses block by block ask; name an earlier layer",
-                code="P163",
-            )
+        for run in runs((step,)):
+            if (source := _read(run)) in self.source_rows:
+                raise PlanError(
+                    f"layer {run.layer} reads the KV of layer {source}, which runs later, so its step cannot run "
+                    "alone, as fits and losses block by block ask; name an earlier layer",
+                    code="P163",
+                )
         return super().run_step(step, hidden, forward, cache=cache)
 
     def _proxy_call_in_segment(self, segment: Segment, index: int, call: Any) -> Any:
@@ -171,7 +171,7 @@ class LaterExecutor(Executor):
 
     def _source(self, run: Run) -> int | None:
         """The later layer that this run reads; None for a run that reads none, or one that has run in this pass."""
-        read = run.kv.read
+        read = _read(run)
         return read if read in self.source_rows and read not in self._passing.fresh and run.part != "mlp" else None
 
     def _run(
@@ -201,7 +201,7 @@ class LaterExecutor(Executor):
         where, row = self._place(run, slot, cache)
         source = self._source(run)
         if source is not None:
-            return slot_view(where, row, read=self._read(source, cache))
+            return slot_view(where, row, read=self._seen(source, cache))
         if run.layer not in self.source_rows or run.stores != STORED:
             return super()._cache_for(run, slot, cache)
 
@@ -213,7 +213,7 @@ class LaterExecutor(Executor):
 
         return slot_view(where, row, take=take)
 
-    def _read(self, source: int, cache: Cache) -> KeysValues:
+    def _seen(self, source: int, cache: Cache) -> KeysValues:
         """What the source's row would hold behind this forward, with what the source made in the pass before."""
         now = self._passing
         if source not in now.seen:
@@ -238,3 +238,8 @@ class LaterExecutor(Executor):
         batch, tokens = hidden.shape[-3:-1]
         keys, values = (like.new_zeros((batch, heads, tokens, dim)) for _, heads, _, dim in (fact.keys, fact.values))
         return keys, values
+
+
+def _read(run: Run) -> int | None:
+    """The layer whose keys and values, the two of them, a run reads."""
+    return next((source.layer for source in run.layer_sources if isinstance(source, LayerKV)), None)

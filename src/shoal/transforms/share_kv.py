@@ -24,6 +24,7 @@ EXAMPLES = TransformExamples(
         ((2,), {"pairs": "1-2"}, "U667"),
         ((), {"pattern": "last"}, "U667"),
         ((), {"pattern": "last", "readers": 4}, "U667"),
+        ((), {"pattern": "later", "readers": 2}, "U681"),
         ((), {"pattern": "groups", "group": 0}, "U667"),
         ((), {"ridge": -1.0}, "U669"),
     )
@@ -45,8 +46,9 @@ def share_kv(
 
     `pattern`: which. pairs: every second layer reads the one before it (cross-layer attention); groups: the first of
     every `group` layers is read by the others; last: the last `readers` layers read the last one before them (YOCO,
-    Gemma 3n). `pairs` lists them instead: `4-5+9-10-11`, the layer that is read first. Layers of different kinds are
-    grouped among themselves. No layer in a group: nothing changes, bit for bit.
+    Gemma 3n); later: the `readers` layers before the last one read the last one, of the tokens before (LCKV), which
+    `how` average or first makes. `pairs` lists them instead: `4-5+9-10-11`, the layer that is read first. Layers of
+    different kinds are grouped among themselves. No layer in a group: nothing changes, bit for bit.
 
     `how`: aligned, in closed form. x_r ~ T x_s: what a reader is given, predicted from what its source is given,
     [hidden], with a `ridge` towards the best diagonal map, relative to each channel's mean square. Values: for each
@@ -57,7 +59,7 @@ def share_kv(
     the group's keys and values; first: it keeps its own (neither reads the text).
 
     Source: our own; nobody else is known to us who published the closed form. average: Zuhri et al. 2024 (MLKV, arXiv
-    2406.09297); the plan: Brandon et al. 2024 (CLA, arXiv 2405.12981).
+    2406.09297); the plan: Brandon et al. 2024 (CLA, arXiv 2405.12981), Wu and Tu 2024 (LCKV, arXiv 2405.10637).
 
     How we differ: MLKV's released code averages one layer after the other, so that of four the first two count an
     eighth each; here each counts the same. Where every reader loses more than it keeps, as in pairs of the first
