@@ -15,6 +15,7 @@ through all of them, where the paper leaves out the first ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,11 @@ class PassForward(Forward):
         )
 
 
+_UNTRACED: list[Callable[[LaterExecutor, torch.Tensor, Cache | None], torch.Tensor]] = []
+"""`LaterExecutor._in_passes`, which no compiler traces: how often it goes over the steps depends on what they make.
+Made with the first executor, as torch imports its compiler for it."""
+
+
 class LaterExecutor(Executor):
     """Runs the steps of a plan in which runs read later layers."""
 
@@ -84,6 +90,8 @@ class LaterExecutor(Executor):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        if not _UNTRACED:
+            _UNTRACED.append(torch.compiler.disable(LaterExecutor._in_passes))
         read = {source.layer for _, _, source in later_sources(self.steps)}
         self.source_rows: dict[int, int] = {}
         """By base layer that is read upwards the slot of its last run."""
@@ -130,7 +138,7 @@ class LaterExecutor(Executor):
         hidden = hidden_of((args, kwargs))
         if index < self.depth - 1:
             return self.as_bare_output(index, hidden)
-        hidden = self._in_passes(hidden, cache_of((args, kwargs)))
+        hidden = _UNTRACED[0](self, hidden, cache_of((args, kwargs)))
         returned = self.as_layer_output(index, hidden)
         self.now = Forward()
         return returned
