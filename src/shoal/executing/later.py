@@ -232,7 +232,9 @@ class LaterExecutor(Executor):
             begin: Any = 0
             if row is not None:
                 begin = row.get_seq_length() - row.get_mask_sizes(states[0].shape[-2])[1]
-                states = copied(row).update(*states)
+                ahead = copied(row)
+                ahead.prefetch()  # of a cache that keeps its rows elsewhere
+                states = ahead.update(*states)
             now.seen[source] = Seen(states, begin, new is not None)
         return now.seen[source].states
 
