@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
 from shoal.compressing.job import cache_job
 from shoal.decoding.fast import FastDecoder
@@ -286,6 +286,18 @@ def test_a_recorder_hears_the_last_pass_alone() -> None:
         with handle.bound.executor().recording(heard):
             assert torch.equal(pieces(model, dynamic(model), (6, 10)), want)
     assert heard.layers == heard.entered == [0, 1, 2, 3] * 2
+
+
+def test_a_compiled_forward_leaves_the_passes_to_python() -> None:
+    """As transformers compiles the decode step over a cache of fixed length on accelerators."""
+    model = own("llama")
+    compiled = CompileConfig(backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    asked = {"max_new_tokens": 5, "do_sample": False}
+    with running(model, LCKV):
+        want = model.generate(IDS, **asked)
+        found = model.generate(IDS, **asked, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(found, want)
 
 
 def test_losses_of_plans_with_later_sources_share_no_prefix() -> None:
