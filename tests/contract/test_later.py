@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +9,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
-from shoal.compressing.job import cache_job
-from shoal.decoding.fast import FastDecoder
-from shoal.errors import PlanError, ShoalError, UsageError
+from shoal.errors import UsageError
 from shoal.evaluation.plan_loss import PlanLoss
 from shoal.evaluation.scoring import sequence_nll
 from shoal.executing import tokens_before
@@ -20,10 +17,10 @@ from shoal.executing.bind import bind
 from shoal.executing.later import Passes
 from shoal.executing.recorder import Recorder, RunRecord
 from shoal.fitting.result import Job
-from shoal.live import apply, running
+from shoal.live import running
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
-from shoal.plan import Plan, check, cost, parse_plan
+from shoal.plan import Plan, cost, parse_plan
 from shoal.plan.later import later_sources
 from shoal.plan.moved import moved
 from shoal.plan.prefix import prefixes
@@ -329,84 +326,3 @@ def test_readers_that_are_filled_from_the_last_layer_are_a_transform() -> None:
     with pytest.raises(UsageError, match="layer 3 runs later than layer 1") as no:
         share_kv(job, pairs="3-1-2")
     assert no.value.code == "U681"
-
-
-def _step_alone(model: PreTrainedModel) -> None:
-    with running(model, LCKV) as handle:
-        executor = handle.bound.executor()
-        forward, state = executor.prepared(lambda: model(IDS)), torch.ones(2, 10, 32)
-        assert executor.run_step(executor.steps[0], state, forward).isfinite().all()
-        executor.run_step(executor.steps[1], state, forward)
-
-
-def _between(model: PreTrainedModel) -> None:
-    with running(model, LCKV) as handle, handle.bound.executor().between(2):
-        model(IDS)
-
-
-def _checkpointed(model: PreTrainedModel) -> None:
-    getattr(model.train(), "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    with running(model, LCKV):
-        model(IDS, use_cache=False)
-
-
-def _goes_on_elsewhere(model: PreTrainedModel) -> None:
-    cache = dynamic(model)
-    with running(model, LCKV):
-        model(IDS, past_key_values=cache)
-    with running(model, "0,1@0,2@0,3"):
-        model(IDS, past_key_values=cache)
-
-
-REFUSED: list[tuple[str, Any]] = [
-    ("P163", _step_alone),
-    ("P163", _between),
-    ("P163", _checkpointed),
-    ("P161", lambda model: [apply(model, LCKV), cache_job(model)]),
-    ("P133", lambda model: apply(model, LCKV, policy="exit:confidence=0.9")),
-    ("U568", lambda model: [apply(model, LCKV), FastDecoder(model, mode="off").generate(IDS, max_new_tokens=2)]),
-    ("U680", lambda model: apply(model, LCKV, passes=0)),
-    ("U680", lambda model: apply(model, LCKV, passes=True)),
-    ("U680", lambda model: apply(model, LCKV, passes=1.5)),  # type: ignore[arg-type]
-    ("U680", lambda model: apply(model, "0,1@0,2-3", passes=2)),
-    ("P164", lambda model: apply(model, "0,1@v3,2-3")),
-    ("P164", lambda model: apply(model, "0,1@k3,2-3")),
-    ("P164", lambda model: apply(model, "0,1@a3,2-3")),
-    ("P107", lambda model: apply(model, "0,1@3,2")),
-    ("P107", lambda model: apply(model, "0,1@2,2@1,3")),
-    ("P107", lambda model: apply(model, "0-2,3@3")),
-    ("P123", _goes_on_elsewhere),
-]
-
-
-@pytest.mark.parametrize(("code", "ask"), REFUSED)
-def test_what_cannot_be_is_refused_by_name(code: str, ask: Any) -> None:
-    model = own("llama")
-    with pytest.raises(ShoalError) as no:
-        ask(model)
-    assert no.value.code == code
-
-
-@pytest.mark.parametrize("family", ["falcon", "bloom", "gptj", "gpt_neo"])
-def test_an_attention_whose_mask_is_its_own_is_refused(family: str) -> None:
-    model = own(family, "eager")
-    with pytest.raises(PlanError, match="no way is known to the mask of the attention of layer 0") as no:
-        apply(model, "0@1,1-3")
-    assert no.value.code == "P163"
-
-
-def test_another_attention_than_sdpa_and_eager_is_refused() -> None:
-    model = own("llama")
-    attention: Any = find_stack(model).layer(1).self_attn
-    with running(model, LCKV):
-        attention.config = copy.copy(attention.config)
-        attention.config._attn_implementation_internal = "flash_attention_2"
-        with pytest.raises(PlanError, match="flash_attention_2 takes no mask of its own") as no:
-            model(**PADDED)
-    assert no.value.code == "P163"
-
-
-def test_a_source_of_another_kind_is_refused() -> None:
-    spec = open_model(own("gemma3_text")).spec
-    assert [(one.code, one.layer) for one in check("0@1,1-3", spec)] == [("P108", 0)]
-    assert check("0@2,1-3", spec) == []
