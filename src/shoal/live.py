@@ -16,6 +16,7 @@ from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
 from shoal.executing.bind import BoundPlan, bind, modules_for, refuse_graphs, refuse_second_plan, require_legal
 from shoal.executing.executor import Executor
+from shoal.executing.later import LaterExecutor, Passes
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.modules import ModuleTensors, take_modules_away
 from shoal.executing.weights import Tensors, plan_and_weights
@@ -56,6 +57,13 @@ class Running:
         if self.deciding is None:
             raise PlanError("this plan runs without a policy, so there is no trace; give policy=", code="P125")
         return self.deciding.trace
+
+    @property
+    def passes(self) -> Passes | None:
+        """How often the last forward went over its new tokens, and whether that was exact; None where no layer reads a
+        later one, and before the first forward."""
+        executor = self.bound.executor()
+        return executor.ran if isinstance(executor, LaterExecutor) else None
 
     @property
     def prompt(self) -> int | None:
@@ -122,6 +130,7 @@ def apply(
     *,
     policy: Policy | str | None = None,
     modules: bool = False,
+    passes: int | None = None,
 ) -> Running:
     """Run `plan` on `model` until `restore()` is called on the result.
 
@@ -134,12 +143,15 @@ def apply(
     it puts gates into a plan that has none, and the handle's `trace` says how deep each token went.
     `modules`: make the plan's tensors modules of the model until then, as what learns must be, see
     `shoal.executing.modules`; `handle.layers` has the replaced layers.
+    `passes`: where a layer reads one that runs later, at most so many passes over the new tokens of a forward; None: as
+    many as make it exact. Fewer are an approximate prefill, and `handle.passes` says so.
     It is all or nothing: when this raises, the model is as it was.
     Raises `PlanError` (P1xx) when the plan is not legal here, P109 for KV sharing beside an encoder, P122 when another
     plan is running already, U662 when a graph is on the model, P153 for replaced layers of a model that is sharded
     already, P154 for modules that two layers would share, P124 for replaced layers of a model that accelerate offloads,
     P125 for gates and exits without a policy, P126 for an order in which the family's layers cannot run, P129 for own
-    tensors that their layer has no place for, P130 to P138 for what a policy cannot decide on this model.
+    tensors that their layer has no place for, P130 to P138 for what a policy cannot decide on this model,
+    P163 for layers that read a later one and take no other mask, U680 for `passes` that have no use.
     """
     opened = open_model(model.model if isinstance(model, Loaded) else model)
     refuse_second_plan(opened)
@@ -150,6 +162,8 @@ def apply(
     else:
         handle = _decided(opened, planned, tensors, policy, modules)
     try:
+        if passes is not None:
+            handle.bound.limit_passes(passes)
         handle.bound.enter()
     except BaseException:
         handle.restore()
@@ -198,9 +212,10 @@ def running(
     *,
     policy: Policy | str | None = None,
     modules: bool = False,
+    passes: int | None = None,
 ) -> Iterator[Running]:
     """`with running(model, plan): ...` - the same as `apply`, restored at the end whatever happens."""
-    handle = apply(model, plan, weights, policy=policy, modules=modules)
+    handle = apply(model, plan, weights, policy=policy, modules=modules, passes=passes)
     try:
         yield handle
     finally:

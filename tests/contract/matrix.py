@@ -23,7 +23,7 @@ from shoal.plan import Spec
 
 from .families import DEPTH, FAMILIES, VOCAB, tiny
 from .paged import paged_logits
-from .references import by_hand, shared_kv, silenced, tied, with_map_of
+from .references import by_hand, later_kv, shared_kv, silenced, tied, with_map_of
 
 PLANS = {
     "identity": "0-3",
@@ -39,7 +39,9 @@ PLANS = {
     "relaxed tie": "0-1,2=1:own,3",
     "shared matrices": "0-1,2=new:own,3",
 }
-SHARED = {"KV source": "@", "keys alone": "@k", "values alone": "@v", "attention map": "@a"}
+SHARED = {"KV source": "@", "keys alone": "@k", "values alone": "@v", "attention map": "@a", "later source": "@"}
+EAGER = ("attention map", "later source")
+"""Kinds of plans whose reference is computed with eager attention."""
 KINDS = (*PLANS, *SHARED)
 SHRUNK = 0.9
 """Shared matrices are those of the layer times this."""
@@ -109,7 +111,7 @@ def _judge(kind: str, expected: torch.Tensor, whole: torch.Tensor, steps: torch.
 def plan_text(kind: str, spec: Spec) -> str:
     """The plan of one kind for a model of 4 layers."""
     if kind in SHARED:
-        source, reader = kv_pair(spec)
+        source, reader = kv_pair(spec) if kind != "later source" else reversed(kv_pair(spec))
         return ",".join(f"{i}{SHARED[kind]}{source}" if i == reader else str(i) for i in range(DEPTH))
     return PLANS[kind]
 
@@ -191,7 +193,7 @@ def _changed(model: PreTrainedModel, factor: float = 1.0) -> Iterator[None]:
 
 @cache
 def _expected(family: str, kind: str, attention: str, batch_kind: str) -> torch.Tensor | str:
-    model, batch = tiny(family, "eager" if kind == "attention map" else attention), _batch(batch_kind)
+    model, batch = tiny(family, "eager" if kind in EAGER else attention), _batch(batch_kind)
     try:
         return _reference(model, batch, kind)
     except (AssertionError, RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -217,10 +219,8 @@ def _reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str
 
     if kind == "identity":
         return _uncached(model, batch)
-    if kind == "attention map":
-        return with_map_of(model, batch, *kv_pair(inspect(model)))
     if kind in SHARED:
-        return shared_kv(model, batch, *kv_pair(inspect(model)), halves=SHARED[kind][1:] or "kv")
+        return _shared_reference(model, batch, kind)
     if kind in ("attention only", "mlp only"):
         with silenced(model, *((1, "mlp") if kind == "attention only" else (0, "attention"))):
             return _uncached(model, batch)
@@ -233,6 +233,15 @@ def _reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str
     orders = {"drop": (0, 1, 3), "drop first": (1, 2, 3), "repeat": (0, 1, 1, 2, 3), "reorder": (0, 2, 1, 3)}
     chain = in_order(*orders[kind]) if kind in orders else {"parallel": side_by_side, "map": mapped}[kind]
     return by_hand(model, batch, chain)
+
+
+def _shared_reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    source, reader = kv_pair(inspect(model))
+    if kind == "attention map":
+        return with_map_of(model, batch, source, reader)
+    if kind == "later source":
+        return later_kv(model, batch, source=reader, reader=source)
+    return shared_kv(model, batch, source, reader, halves=SHARED[kind][1:] or "kv")
 
 
 @cache
@@ -292,7 +301,8 @@ def markdown(outcomes: dict[Cell, Outcome] | None = None) -> str:
         f"| {family} | " + " | ".join(_verdict(_of(outcomes, family, kind), notes) for kind in KINDS) + " |"
         for family in FAMILIES
     ]
-    columns = [f"{kind}<br>`{PLANS.get(kind, f'i{SHARED.get(kind)}j')}`".replace("|", r"\|") for kind in KINDS]
+    texts = PLANS | {kind: f"i{mark}j" for kind, mark in SHARED.items()} | {"later source": "i@j,j"}
+    columns = [f"{kind}<br>`{texts[kind]}`".replace("|", r"\|") for kind in KINDS]
     states = [outcome.state for outcome in outcomes.values()]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     versions = f"Python {platform.python_version()}, torch {_release(torch)}, transformers {_release(transformers)}"

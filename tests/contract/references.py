@@ -105,10 +105,7 @@ def shared_kv(model: PreTrainedModel, batch: Batch, source: int, reader: int, ha
     stack, cache = find_stack(model), _SharingCache(source, reader, halves)
 
     def give(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        for name in ("past_key_values", "layer_past"):
-            if name in kwargs:
-                return args, kwargs | {name: cache}
-        return (args[0], cache, *args[2:]), kwargs  # GPT-2 passes the cache second
+        return _with_cache(args, kwargs, cache)
 
     handles = [stack.layer(i).register_forward_pre_hook(give, with_kwargs=True) for i in (source, reader)]
     try:
@@ -160,3 +157,80 @@ def with_map_of(model: PreTrainedModel, batch: Batch, source: int, follower: int
         return model(**batch, use_cache=False).logits
     finally:
         home.eager_attention_forward = eager  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def later_kv(model: PreTrainedModel, batch: Batch, source: int, reader: int) -> torch.Tensor:
+    """Logits of a model with eager attention, token after token, in which layer `reader` attends to what the later
+    layer `source` made of the tokens before.
+
+    For each token one pass without a cache over the text so far; the reader is given the keys and values that `source`
+    had made of the earlier tokens when these were the last ones, and in front an empty entry for tokens that see none.
+    """
+    stack, made, rows = find_stack(model), _Made(), list[torch.Tensor]()
+
+    def of_source(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _with_cache(args, kwargs, _GivenCache(made.note))
+
+    def of_reader(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        args, kwargs = _with_cache(args, kwargs, _GivenCache(made.before))
+        return tuple(_shifted(one) for one in args), {name: _shifted(one) for name, one in kwargs.items()}
+
+    hooks = [(source, of_source), (reader, of_reader)]
+    handles = [stack.layer(i).register_forward_pre_hook(hook, with_kwargs=True) for i, hook in hooks]
+    try:
+        for end in range(1, batch["input_ids"].shape[1] + 1):
+            made.end = end
+            rows.append(model(**{name: one[:, :end] for name, one in batch.items()}, use_cache=False).logits[:, -1:])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(rows, 1)
+
+
+class _Made:
+    """Keys and values by token, each as the source made them when that token was the last."""
+
+    def __init__(self) -> None:
+        self.end, self.known = 0, list[Any]()
+
+    def note(self, keys: torch.Tensor, values: torch.Tensor) -> Any:
+        assert len(self.known) == self.end - 1
+        self.known.append((keys[:, :, -1:], values[:, :, -1:]))
+        return keys, values
+
+    def before(self, keys: torch.Tensor, values: torch.Tensor) -> Any:
+        """An empty entry, those of the tokens before, and one for the last token, whose own are not made yet."""
+        empty = [[torch.zeros_like(one[:, :, :1])] for one in (keys, values)]
+        return tuple(torch.cat([*e, *(both[at] for both in self.known), *e], 2) for at, e in enumerate(empty))
+
+
+class _GivenCache(Cache):
+    """Answers each update with what a function makes of it."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        super().__init__(layers=[])
+        self.answer = answer
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *_: Any, **__: Any) -> Any:
+        return self.answer(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def _with_cache(args: Any, kwargs: Any, cache: Cache) -> tuple[Any, Any]:
+    for name in ("past_key_values", "layer_past"):
+        if name in kwargs:
+            return args, kwargs | {name: cache}
+    return (args[0], cache, *args[2:]), kwargs  # GPT-2 passes the cache second
+
+
+def _shifted(mask: Any) -> Any:
+    """An additive mask in which no token sees itself, with the empty entry in front for those that see nothing."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-1] != mask.shape[-2]:
+        return mask
+    least = torch.finfo(mask.dtype).min
+    others = torch.full_like(mask, least).triu() + mask.clamp_min(least / 4).tril(-1)
+    blind = (others < least / 8).all(-1, keepdim=True)
+    return torch.cat([torch.where(blind, 0.0, least), others], -1)

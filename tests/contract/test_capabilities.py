@@ -40,7 +40,7 @@ from .kinds import kind
 from .paged import paged_logits
 from .planted import random_data
 from .processes import one_process
-from .references import CLOSE, by_hand, shared_kv, silenced, tied, with_map_of
+from .references import CLOSE, by_hand, later_kv, shared_kv, silenced, tied, with_map_of
 
 PLANS: dict[Trait, str] = {
     "layer": "0-1,3",
@@ -50,6 +50,7 @@ PLANS: dict[Trait, str] = {
     "KV source": "0-1,2@1,3",
     "half KV source": "0-1,2@v1,3",
     "attention map": "0-1,2@a1,3",
+    "later source": "0,1@3,2-3",
     "map": "0,~1-2,3",
     "parallel group": "0,(1|2),3",
     "gate": "0-1,2?g/project,3",
@@ -66,6 +67,7 @@ GATED: dict[Trait, tuple[str, str]] = {
     "KV source": ("0-1,2@1?g,3", "0-1,3"),
     "half KV source": ("0-1,2@v1?g,3", ""),
     "attention map": ("0-1,2@a1?g,3", ""),
+    "later source": ("0,1@3,2?g/project,3", ""),
     "map": ("0,~1-2?g,3", ""),
     "parallel group": ("0,(1?g|2),3", ""),
     "gate": ("0-1,2?g/project,3", "0-1,3"),
@@ -166,6 +168,8 @@ def reference(model: PreTrainedModel, trait: Trait) -> torch.Tensor:
             return logits(model)
     if trait == "attention map":
         return with_map_of(copy.deepcopy(tiny("llama", "eager")), batch, 1, 2)
+    if trait == "later source":
+        return later_kv(copy.deepcopy(tiny("llama", "eager")), batch, 3, 1)
     if trait == "new tensors":
         name = f"{find_stack(model).path}.1.mlp.up_proj.weight"
         with torch.no_grad():

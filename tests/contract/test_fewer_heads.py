@@ -172,3 +172,17 @@ def test_the_transform_makes_the_mean_of_neighbours(how: Any) -> None:
     assert cost(made.plan, open_model(model).spec, weights=shapes_of(made.weights)).kv_per_token == 2 * 32 + 16
     with running(model, made.plan, made.weights):
         assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_later_source_may_make_fewer(attention: str) -> None:
+    model = tiny("llama", attention)
+    with running(widened(model, 3), "0,1@3,2-3") as by_hand:
+        want = logits(by_hand.model)
+    with running(model, "0,1@3,2,3:x", narrow(model, 3)):
+        torch.testing.assert_close(logits(model), want, **CLOSE)
+        cache = DynamicCache(config=model.config)
+        pieces = [
+            logits(model, input_ids=IDS[:, a:b], past_key_values=cache, use_cache=True) for a, b in ((0, 4), (4, 9))
+        ]
+        torch.testing.assert_close(torch.cat(pieces, 1), want, **CLOSE)

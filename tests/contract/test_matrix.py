@@ -26,7 +26,7 @@ REFUSED = {
         **UNTIED,
     },
     # their attention does not go through transformers' interface
-    **{name: {"attention map": "P141"} for name in ("falcon", "bloom", "gptj", "gpt_neo")},
+    **{name: {"attention map": "P141", "later source": "P163"} for name in ("falcon", "bloom", "gptj", "gpt_neo")},
     # of these layers 1 and 2 are of two structures: dense and with experts, attention and recurrent
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "jamba", "llama4_text"), UNTIED),
     "deepseek_v3": {**UNTIED, **dict.fromkeys(("keys alone", "values alone", "attention map"), "P109")},
@@ -36,7 +36,7 @@ NO_STATIC = {
     "bloom": "its alibi has the length of the mask, not of the cache",
     "gpt_neo": "it masks a static cache wrongly",
 }
-PAGED = {"keys alone": "P162", "values alone": "P162", "attention map": "P141"}
+PAGED = {"keys alone": "P162", "values alone": "P162", "attention map": "P141", "later source": "P163"}
 NO_PAGED = (
     "gpt2", "gemma2", "falcon", "bloom", "mamba2", "jamba", "gptj", "gpt_neo", "stablelm", "llama4_text", "deepseek_v3",
     "nemotron_h",
@@ -46,8 +46,8 @@ NO_PAGED = (
 
 def test_the_matrix_is_as_large_as_we_say() -> None:
     assert len(FAMILIES) >= 28
-    assert (len(KINDS), len(ATTENTIONS), len(CACHES), len(BATCHES), len(WAYS)) == (16, 2, 3, 2, 5)
-    assert len(set(cells())) == len(FAMILIES) * 160
+    assert (len(KINDS), len(ATTENTIONS), len(CACHES), len(BATCHES), len(WAYS)) == (17, 2, 3, 2, 5)
+    assert len(set(cells())) == len(FAMILIES) * 170
 
 
 def _by_default(family: str, attention: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from shoal.errors import PlanError, UsageError
-from shoal.executing.executor import Executor
+from shoal.executing.later import LaterExecutor
 from shoal.executing.layer_list import LayerProxyList
 from shoal.models.kinds import require_causal
 from shoal.models.opened import OpenedModel, open_model
@@ -107,7 +107,13 @@ def _written(opened: OpenedModel, depth: int) -> tuple[int, ...]:
     """The base rows in the order of the slots that the running plan writes; without a plan all of them."""
     layers = opened.stack("decoder").layers
     if isinstance(layers, LayerProxyList):
-        if type(layers.executor) is not Executor:
+        if isinstance(layers.executor, LaterExecutor):
+            raise PlanError(
+                "under this plan layers read others that run later, and a prompt is gone over again until nothing "
+                "changes, which rows that are compressed once cannot follow; leave --kv-cache out",
+                code="P161",
+            )
+        if layers.executor.decides:
             raise PlanError(
                 "a policy or a draft is running on this model, and decides itself what the KV cache is given; a "
                 "compressing cache goes with a plan alone",

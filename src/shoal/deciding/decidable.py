@@ -14,6 +14,7 @@ from shoal.models.examine import LayerFacts, StackFacts
 from shoal.models.kinds import is_causal
 from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
 from shoal.plan.capabilities import refusal, refused
+from shoal.plan.later import later_sources
 from shoal.plan.notation import format_source
 from shoal.plan.select import exits, run_of
 from shoal.plan.spec import LayerSpec
@@ -23,12 +24,14 @@ from shoal.plan.tensors import tensors_of
 
 def require_decidable(policy: Policy, spec: Spec, model: object, probe: StackFacts) -> None:
     """Raise `PlanError` for what cannot be decided while this model runs: P130 no causal decoder, P131 recurrent
-    layers, P132 gated groups or maps, P133 KV that others read, P134 a fill that is missing, P135 defer, P136 copy."""
+    layers, P132 gated groups or maps, P133 KV that others read
+    or that is read of later runs, P134 a fill that is missing, P135 defer, P136 copy."""
     if not is_causal(model) or [name for name, _ in policy.plan.stacks] != ["decoder"]:  # type: ignore[arg-type]
         no = refused("gate", "beside_encoder", policy.plan.steps()[0], model=type(model).__name__)
         assert no is not None
         raise PlanError(no.message, code=no.code)
     layers, steps = spec.stack().layers, policy.plan.steps()
+    _require_earlier(steps)
     read = layers_read(steps) | {source for run in runs(steps) for source in layers[run.layer].needs}
     skippable = {run.layer for step, _ in _skippable(steps) for run in runs((step,))}
     for step, behind in _skippable(steps):
@@ -43,6 +46,13 @@ def require_decidable(policy: Policy, spec: Spec, model: object, probe: StackFac
             if writes_kv(run) and layers[run.layer].kv.per_token:
                 _require_fill(run, policy, probe.layers[run.layer], behind)
     _require_sources(steps, probe)
+
+
+def _require_earlier(steps: tuple[Step, ...]) -> None:
+    """Passes go over the steps again, and a policy would decide anew in each."""
+    for _, run, _ in later_sources(steps):
+        if no := refused("later source", "gated", run):
+            raise PlanError(no.message, code=no.code)
 
 
 def _skippable(steps: tuple[Step, ...]) -> Iterator[tuple[Step, bool]]:

@@ -56,6 +56,8 @@ class Known:
 class FillingExecutor(Executor):
     """Calls the layers of runs that some token may skip, and stores what the fill says for those that do."""
 
+    decides = True
+
     def __init__(
         self,
         planned: LayerProxyList,

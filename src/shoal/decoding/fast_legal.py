@@ -13,7 +13,6 @@ from transformers.generation import GenerationMode
 
 from shoal.errors import UsageError
 from shoal.executing.asked import StandIn
-from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
 from shoal.models.stacks import unwrap
 from shoal.plan import Run
@@ -103,7 +102,7 @@ def refuse_deciding(lists: Iterable[Any]) -> None:
     """Raise `UsageError` U567 when a list of layers is run by something that decides at every token, a policy or a
     draft: a fixed step would decide once and for all; and for steps of a plan what the table says of them."""
     for layers in lists:
-        if isinstance(layers, LayerProxyList) and type(layers.executor) is not Executor:
+        if isinstance(layers, LayerProxyList) and layers.executor.decides:
             no = refused("gate", "fast", Run(0))
             assert no is not None
             raise UsageError(no.message, code=no.code)

@@ -29,8 +29,8 @@ size] and the map [batch, heads, queries, keys]."""
 
 def require_maps(layer: nn.Module, index: int) -> None:
     """Raise P141 for a layer whose attention hands out no map and takes none."""
-    module = _attention_of(layer)
-    if module is None or not hasattr(_home_of(module), "eager_attention_forward"):
+    module = attention_of(layer)
+    if module is None or not hasattr(home_of(module), "eager_attention_forward"):
         raise PlanError(
             f"no way is known to an attention map of layer {index} ({type(layer).__name__}); write the plan without @a",
             code="P141",
@@ -40,7 +40,7 @@ def require_maps(layer: nn.Module, index: int) -> None:
 @contextmanager
 def attending(layer: nn.Module, attend: Attend) -> Iterator[None]:
     """Meanwhile the attention of `layer` computes with `attend`. Raises P141 beside flash and other fused kernels."""
-    module: Any = _attention_of(layer)
+    module: Any = attention_of(layer)
     own = module.config
     if own._attn_implementation not in ("eager", "sdpa"):
         raise PlanError(
@@ -57,13 +57,19 @@ def attending(layer: nn.Module, attend: Attend) -> Iterator[None]:
         module.config = own
 
 
+def is_attending(layer: nn.Module) -> bool:
+    """Whether the attention of the layer computes with a function of ours at the moment."""
+    module: Any = attention_of(layer)
+    return module is not None and "_shoal_attend" in module.config.__dict__
+
+
 def made(keep: Callable[[torch.Tensor], None]) -> Attend:
     """The family's own eager attention, whose map is given to `keep`."""
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        eager = _home_of(module).eager_attention_forward
+        eager = home_of(module).eager_attention_forward
         key, value = (repeated(module, query, one) for one in (key, value))
-        out, weights = eager(module, query, key, value, _additive(module, mask, query, key), **options)
+        out, weights = eager(module, query, key, value, additive(module, mask, query, key), **options)
         keep(weights)
         return out, weights
 
@@ -73,7 +79,7 @@ def made(keep: Callable[[torch.Tensor], None]) -> Attend:
 def over_fewer_heads(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
     """The model's own attention, over keys and values of fewer heads than the module expects."""
     own = module.config._shoal_own._attn_implementation
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(own, _home_of(module).eager_attention_forward)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(own, home_of(module).eager_attention_forward)
     return function(module, query, repeated(module, query, key), repeated(module, query, value), mask, **options)
 
 
@@ -94,18 +100,19 @@ def _called(module: Any, *args: Any, **options: Any) -> Any:
 ALL_ATTENTION_FUNCTIONS.register(NAME, _called)
 
 
-def _attention_of(layer: nn.Module) -> nn.Module | None:
+def attention_of(layer: nn.Module) -> nn.Module | None:
     """The one module of the layer that knows its place and has a config, the innermost where one is within another."""
     found = [m for m in layer.modules() if "config" in m.__dict__ and any(name in m.__dict__ for name in INDEX_NAMES)]
     inner = [m for m in found if not any(other is not m and other in set(m.modules()) for other in found)]
     return inner[0] if len(inner) == 1 else None
 
 
-def _home_of(module: nn.Module) -> Any:
+def home_of(module: nn.Module) -> Any:
+    """The file of the family, where its own eager attention is."""
     return sys.modules[type(module).__module__]
 
 
-def _additive(module: Any, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+def additive(module: Any, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """A mask as eager attention takes it; sdpa is given none where causal order alone counts, or a boolean one."""
     if mask is None:
         tokens, keys = query.shape[-2], key.shape[-2]

@@ -12,11 +12,13 @@ from torch import nn
 from shoal.errors import PlanError, UsageError
 from shoal.executing.asked import stand_ins, warn_saving
 from shoal.executing.executor import Executor
+from shoal.executing.later import LaterExecutor
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.modules import ModuleTensors, put_modules, refuse_shared
 from shoal.executing.paged import PagedGuard
 from shoal.executing.sharded import refuse_sharded
 from shoal.executing.sharing import refuse_mapless
+from shoal.executing.tokens_before import refuse_unmaskable
 from shoal.executing.weights import Tensors, plan_and_weights, refuse_unlike, shapes_in
 from shoal.models.kinds import is_causal
 from shoal.models.lists import Stack
@@ -25,6 +27,7 @@ from shoal.models.order import refuse_order
 from shoal.plan import Given, Plan, require
 from shoal.plan.answers import Way
 from shoal.plan.capabilities import refusal, refusals
+from shoal.plan.later import reads_later
 from shoal.plan.steps import Step, runs, undecided
 from shoal.plan.tensors import shapes_of
 
@@ -47,8 +50,9 @@ class BoundPlan:
         self._paused = False
         for stack in opened.stacks:
             planned, steps = LayerProxyList(stack), plan.steps(stack.name)
+            kind = LaterExecutor if reads_later(steps) else Executor
             executor = (
-                Executor(planned, stack, opened.facts(stack.name), steps, tensors)
+                kind(planned, stack, opened.facts(stack.name), steps, tensors)
                 if make is None
                 else make(planned, stack, steps)
             )
@@ -79,6 +83,20 @@ class BoundPlan:
         self.tensors = tensors
         for _, planned in self._lists:
             planned.executor.use(tensors)
+
+    def limit_passes(self, passes: int) -> None:
+        """Go over new tokens at most so often, in a plan with later sources. Raises U680 for any other plan, and for
+        less than one pass."""
+        executor = self.executor()
+        if not isinstance(executor, LaterExecutor):
+            raise UsageError(
+                f"passes={passes} is for plans in which a layer reads the KV of one that runs later, as 3@29 in 0-29; "
+                "leave it out",
+                code="U680",
+            )
+        if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+            raise UsageError(f"passes={passes!r:.20} is no number of passes; write 1 or more", code="U680")
+        executor.passes = passes
 
     def enter(self) -> None:
         """Put the plan on the model. Raises P122 when another plan is running there."""
@@ -216,7 +234,8 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
     """The plan itself when it is legal on this model with these tensors. Raises what `check` finds, P129 for tensors of
     another kind than their layer holds, P126 for an order in which the family's layers cannot run, P124 for replaced
     layers that accelerate offloads, P153 for those that are sharded, P154 for modules at another layer than theirs,
-    P109 for KV sharing beside an encoder, P141 for layers that hand out no attention map."""
+    P109 for KV sharing beside an encoder, P141 for layers that hand out no attention map, P163 for those that read a
+    later layer and take no other mask."""
     modules = tensors if isinstance(tensors, ModuleTensors) else None
     shapes = shapes_of(tensors) if modules is None else modules.shapes
     require(plan, opened.spec, shapes, shapes_in(opened.stacks))
@@ -224,7 +243,6 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
     for stack in opened.stacks:
         steps = plan.steps(stack.name)
         refuse_order(stack, tuple(run.layer for run in runs(steps)))
-        refuse_mapless(steps, stack.layer)
         if modules is None:
             _refuse_lent(stack, steps)
             refuse_unlike(stack, steps, tensors)
@@ -232,6 +250,8 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
             refuse_shared(modules, stack, steps)
         if stack.name == "decoder" and beside_encoder:
             _refuse(undecided(steps), "beside_encoder", stack=stack.name, why=BETWEEN)
+        refuse_mapless(steps, stack.layer)
+        refuse_unmaskable(steps, stack.layer)
     return plan
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, assert_never
+from typing import Any, ClassVar, assert_never
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
@@ -45,6 +45,9 @@ class Executor(RunCalls):
     layer with a given state and end behind another; `recording` reports what runs see and make. `prepared` is the
     record that `run_step` needs: what the stock forward calls the layers with.
     """
+
+    decides: ClassVar[bool] = False
+    """Whether a policy or a draft says token by token what runs."""
 
     def __init__(
         self, planned: LayerProxyList, stack: Stack, facts: StackFacts, steps: tuple[Step, ...], weights: Tensors
@@ -141,7 +144,7 @@ class Executor(RunCalls):
         """Until the end of the block `recorder` is called for everything that runs."""
         before, self.recorder = self.recorder, recorder
         called = self.runner.called(self.steps) if recorder.wants_maps else []
-        handles = attention_hooks(called, recorder, lambda: self.paused)
+        handles = attention_hooks(called, recorder, lambda: self.paused or self.recorder is not recorder)
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ from typing import Any, assert_never
 import torch
 
 from shoal.errors import PlanError
-from shoal.executing.attention_maps import attending, made, over_fewer_heads, require_maps, taken
+from shoal.executing.attention_maps import attending, is_attending, made, over_fewer_heads, require_maps, taken
 from shoal.executing.calls import Place
 from shoal.executing.checkpointed import Around, SharedKV
 from shoal.executing.forward import Forward
@@ -73,6 +73,8 @@ class Sharing:
     def heads(self, run: Run, layer: Any) -> tuple[Around, ...]:
         """What else stands around the call of a run that may attend to fewer heads than its layer has."""
         if not self.fewer or run.part == "mlp" or run.layer in self.maps or map_source(run) is not None:
+            return ()
+        if is_attending(layer):  # of a later source; that function repeats heads itself
             return ()
         return (partial(attending, layer, over_fewer_heads),)
 

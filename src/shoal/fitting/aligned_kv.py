@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shoal.errors import UsageError
 from shoal.fitting.align import Lost, align
 from shoal.fitting.average import require_known
 from shoal.fitting.kv_moments import Moments, moments_of
@@ -13,6 +14,7 @@ from shoal.models.opened import open_model
 from shoal.models.projections import HeadMatrices, Projections
 from shoal.plan import Plan, require, shapes_of
 from shoal.plan.edit import share_kv
+from shoal.plan.later import later_sources
 from shoal.plan.tensors import tensors_of
 
 
@@ -28,7 +30,9 @@ class Aligner:
         self.stack = opened.stack(job.stack)
         own = sole_runs(job.plan, groups, opened.spec.stack(self.stack.name), what)
         for group in groups:
-            require(shared_plan(job.plan, (group,), self.stack.name), opened.spec, shapes_of(job.weights))
+            shared = shared_plan(job.plan, (group,), self.stack.name)
+            require(shared, opened.spec, shapes_of(job.weights))
+            refuse_later(shared, self.stack.name, what)
         self.known: dict[int, Projections] = {}
         for group in groups:
             self.known |= require_known(opened, group, self.stack.name, "aligned")
@@ -61,6 +65,17 @@ def shared_plan(plan: Plan, groups: Iterable[Group], stack: str) -> Plan:
         for reader in group[1:]:
             plan = share_kv(plan, reader, group[0], stack=stack)
     return plan
+
+
+def refuse_later(plan: Plan, stack: str, what: str) -> None:
+    """Raise U681 where a layer would read one that runs later: what it would be given depends on what it makes, so it
+    cannot be predicted from text that the model has read without it."""
+    for _, run, source in later_sources(plan.steps(stack)):
+        raise UsageError(
+            f"{what} fits what a layer reads to what the model makes, and layer {source.layer} runs later than layer "
+            f"{run.layer}, which would read it; name the layer that is read first, or give how=average or how=first",
+            code="U681",
+        )
 
 
 def _said(lost: Lost, source: int) -> str:

@@ -18,7 +18,7 @@ from shoal.plan.steps import runs
 
 Group = tuple[int, ...]
 """The layer that is read, and those that read it."""
-Pattern = Literal["pairs", "groups", "last"]
+Pattern = Literal["pairs", "groups", "last", "later"]
 _PIECE = re.compile(r"\d+(-\d+)+")
 
 
@@ -46,7 +46,8 @@ def patterned_groups(
     """The groups of a pattern over the layers of `plan` that store keys and values, in its order.
 
     pairs: every second layer reads the one before it. groups: the first of every `group` is read by the others. last:
-    the last `readers` layers read the last one before them. Layers of another kind (window, heads) are grouped among
+    the last `readers` layers read the last one before them. later: the `readers` layers before the last one read the
+    last. Layers of another kind (window, heads) are grouped among
     themselves. Raises U667 for a group of no layer and for as many readers as there are layers.
     """
     if group < 1:
@@ -55,7 +56,7 @@ def patterned_groups(
     order = [run.layer for run in runs(plan.steps(stack.name)) if can_share(run, stack)]
     for layer in order:
         by_kind.setdefault((stack.layers[layer].kv, stack.layers[layer].kind), []).append(layer)
-    if pattern != "last":
+    if pattern not in ("last", "later"):
         size = 2 if pattern == "pairs" else group
         cut = [kind[at : at + size] for kind in by_kind.values() for at in range(0, len(kind), size)]
         return tuple(sorted(tuple(one) for one in cut if len(one) > 1))
@@ -65,10 +66,13 @@ def patterned_groups(
             f"{what}: {asked}, and {len(order)} layers store keys and values; give readers=0 to {len(order) - 1}",
             code="U667",
         )
-    late = set(order[len(order) - readers :])
+    end = len(order) - (pattern == "later")
+    reading = set(order[max(0, end - readers) : end])
     groups = []
     for kind in by_kind.values():
-        before, after = [one for one in kind if one not in late], [one for one in kind if one in late]
+        if pattern == "later":
+            reading.discard(kind[-1])
+        before, after = [one for one in kind if one not in reading], [one for one in kind if one in reading]
         if after and not before:
             raise UsageError(
                 f"{what}: readers={readers} leaves no layer like {after[0]} that stores keys and values; take fewer",

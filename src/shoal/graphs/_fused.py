@@ -15,7 +15,6 @@ from shoal.errors import UsageError
 from shoal.evaluation.decoding import CACHE_NAMES
 from shoal.evaluation.scoring import accepts
 from shoal.executing.bind import with_graph
-from shoal.executing.executor import Executor
 from shoal.executing.layer_list import LayerProxyList
 from shoal.graphs._graph import Graph
 from shoal.models.calls import device_of, logits_in
@@ -99,7 +98,7 @@ def _comes_first(entry: Entry) -> bool:
 
 def _refuse_deciding(model: Any) -> None:
     for stack in open_model(model).stacks:
-        if isinstance(stack.layers, LayerProxyList) and type(stack.layers.executor) is not Executor:
+        if isinstance(stack.layers, LayerProxyList) and stack.layers.executor.decides:
             raise UsageError(
                 "--graph is for plans that decide nothing, and a policy or a draft is running; leave one of them out",
                 code="U662",

@@ -7,7 +7,7 @@ they cannot run) is not in the table: `check`, `refuse_order` and the policies' 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, assert_never
@@ -41,15 +41,20 @@ from shoal.plan.answers import (
     Row,
     Way,
 )
+from shoal.plan.later import later_sources
 from shoal.plan.notation import format_steps
 from shoal.plan.source_answers import (
+    CHECKPOINTED_LATER,
     CHECKPOINTED_MAP,
+    FAST_LATER,
     FAST_MAP,
     GATED_HALF,
+    GATED_LATER,
     GATED_MAP,
     MAP_BESIDE_ENCODER,
     OFFLOADED_TIE,
     PAGED_HALF,
+    PAGED_LATER,
     PAGED_MAP,
     SHARDED_TIE,
     WRITTEN_SHARED_MAP,
@@ -67,8 +72,8 @@ from shoal.plan.sources import (
 from shoal.plan.steps import Exit, Map, Parallel, Run, Step, runs
 
 Trait = Literal[
-    "layer", "part", "new tensors", "tie", "KV source", "half KV source", "attention map", "map", "parallel group",
-    "gate", "exit", "repeat", "other part", "reorder",
+    "layer", "part", "new tensors", "tie", "KV source", "half KV source", "attention map", "later source", "map",
+    "parallel group", "gate", "exit", "repeat", "other part", "reorder",
 ]  # fmt: skip
 """What there is to say of a step; see `traits`."""
 
@@ -94,18 +99,8 @@ def row(trait: Trait) -> Row:
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
                        offloaded=OFFLOADED_TIE, sharded=SHARDED_TIE, beside_encoder=OK, paged=OK, gated=OK,
                        drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=OK, gguf=NO_BLOCK)
-        case "KV source":
-            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
-                       offloaded=OK, sharded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=OK, gated=GATED_KV,
-                       drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
-        case "half KV source":
-            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
-                       offloaded=OK, sharded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=PAGED_HALF, gated=GATED_HALF,
-                       drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
-        case "attention map":
-            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_MAP,
-                       offloaded=OK, sharded=OK, beside_encoder=MAP_BESIDE_ENCODER, paged=PAGED_MAP, gated=GATED_MAP,
-                       drafted=NO_DRAFT, fast=FAST_MAP, streamed=ONE_BY_ONE, written=WRITTEN_SHARED_MAP, gguf=NO_BLOCK)
+        case "KV source" | "half KV source" | "attention map" | "later source":
+            return _taken(trait)
         case "map":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
                        sharded=OK, beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK,
@@ -118,6 +113,31 @@ def row(trait: Trait) -> Row:
             return _decided(trait)
         case "repeat" | "other part" | "reorder":
             return _placed(trait)
+        case _:
+            assert_never(trait)
+    # fmt: on
+
+
+def _taken(trait: Literal["KV source", "half KV source", "attention map", "later source"]) -> Row:
+    # fmt: off
+    match trait:
+        case "KV source":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
+                       offloaded=OK, sharded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=OK, gated=GATED_KV,
+                       drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
+        case "half KV source":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
+                       offloaded=OK, sharded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=PAGED_HALF, gated=GATED_HALF,
+                       drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
+        case "attention map":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_MAP,
+                       offloaded=OK, sharded=OK, beside_encoder=MAP_BESIDE_ENCODER, paged=PAGED_MAP, gated=GATED_MAP,
+                       drafted=NO_DRAFT, fast=FAST_MAP, streamed=ONE_BY_ONE, written=WRITTEN_SHARED_MAP, gguf=NO_BLOCK)
+        case "later source":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_LATER,
+                       offloaded=OK, sharded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=PAGED_LATER,
+                       gated=GATED_LATER, drafted=NO_DRAFT, fast=FAST_LATER, streamed=ONE_BY_ONE, written=WRITTEN_KV,
+                       gguf=NO_BLOCK)
         case _:
             assert_never(trait)
     # fmt: on
@@ -181,8 +201,12 @@ def traits(steps: tuple[Step, ...]) -> Iterator[tuple[Trait, Step, int]]:
     attended: set[int] = set()
     ran: set[int] = set()
     before = -1
-    for step in steps:
-        for trait, one in _own(step):
+    later: dict[int, list[Run]] = {}
+    for position, run, source in later_sources(steps):
+        if isinstance(source, LayerKV):
+            later.setdefault(position, []).append(run)
+    for position, step in enumerate(steps):
+        for trait, one in _own(step, later.get(position, ())):
             yield trait, one, before
         for run in runs((step,)):
             if run.layer in ran:
@@ -194,10 +218,12 @@ def traits(steps: tuple[Step, ...]) -> Iterator[tuple[Trait, Step, int]]:
             attended |= {run.layer} if run.part != "mlp" else set()
 
 
-def _own(step: Step) -> Iterator[tuple[Trait, Step]]:
+def _own(step: Step, later: Sequence[Run] = ()) -> Iterator[tuple[Trait, Step]]:
+    """Its traits alone. `later`: the runs in it whose KV source runs later."""
     match step:
         case Run():
-            yield from ((_of_source(source), step) for source in step.sources)
+            for source in step.sources:
+                yield "later source" if isinstance(source, LayerKV) and step in later else _of_source(source), step
             if step.gate is not None or step.kv.fill is not None:
                 yield "gate", step
             yield "layer" if step.part == "layer" else "part", step
@@ -208,7 +234,7 @@ def _own(step: Step) -> Iterator[tuple[Trait, Step]]:
         case Parallel():
             yield "parallel group", step
             for branch in step.branches:
-                yield from _own(branch)
+                yield from _own(branch, later)
                 if step.join == "bypass":
                     yield "part", branch
         case Exit():

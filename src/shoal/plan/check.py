@@ -2,13 +2,13 @@
 
 P101 made for another model          P102 unknown stack             P103 layer out of range
 P104 no step left                    P105 layer has no such part    P106 no layer left that counts tokens
-P107 KV source does not run before   P108 KV shapes differ          P109 layer has no KV to share
+P107 KV source does not run          P108 KV shapes differ          P109 layer has no KV to share
 P110 layer must run first            P111 a layer it reads is gone  P112 weights missing
 P113 weights of the wrong shape      P114 bad span                  P115 exit that hides steps, or named twice
 P116 KV fill that has no use         P117 unwritable name or word   P118 bad parallel group
 P119 a recurrent layer has no fill   P120 edit that this plan does not allow
 P127 matrices that do not fit the tied layer                       P128 source that takes over a map
-P129 a run's own tensors do not fit its layer
+P129 a run's own tensors do not fit its layer                      P164 what a later run cannot give
 
 P102, P104 and P117 come from `Plan` and the steps themselves, P120 from `shoal.plan.edit`; `check` finds the others.
 """
@@ -22,6 +22,7 @@ from typing import assert_never
 from shoal.errors import PlanError
 from shoal.plan.answers import NO_PARTS
 from shoal.plan.given import Given, given_plan
+from shoal.plan.later import later_sources, unfit_later
 from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
 from shoal.plan.select import exits, groups, maps, run_of
@@ -65,6 +66,7 @@ def check(plan: Given, spec: Spec, weights: Shapes | None = None, layers: Layers
             *missing_tensors(steps, weights or {}),
             *unfit_tensors(steps, stack, weights or {}, layers),
             *unfit_ties(steps, stack, layers),
+            *unfit_later(steps),
         ]
         problems += [Problem(code, stack.name, layer, message) for code, layer, message in found]
     return problems
@@ -134,12 +136,12 @@ def _counting(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
 
 def _sources(steps: tuple[Step, ...], stack: StackSpec) -> Iterator[Finding]:
     """Whether what a run takes from another layer is there and fits."""
-    before = _Before()
-    for step in steps:
+    before, later = _Before(), {(position, source) for position, _, source in later_sources(steps)}
+    for position, step in enumerate(steps):
         group = list(runs((step,)))
         for run in group:
             for source in run.layer_sources:
-                yield from _source(run, source, stack, before)
+                yield from _source(run, source, stack, before, later=(position, source) in later)
         before.keys.update(run.layer for run in group if "keys" in run.stores)
         before.values.update(run.layer for run in group if "values" in run.stores)
         before.maps.update({run.layer: map_source(run) is None for run in group if run.part != "mlp"})
@@ -157,14 +159,16 @@ class _Before:
     """The layers whose attention has run, and whether it made its map itself."""
 
 
-def _source(run: Run, source: LayerSource, stack: StackSpec, before: _Before) -> Iterator[Finding]:
+def _source(
+    run: Run, source: LayerSource, stack: StackSpec, before: _Before, *, later: bool = False
+) -> Iterator[Finding]:
     both = layer, other = stack.layers[run.layer], stack.layers[source.layer]
     here = f"layer {run.layer} {source}"
     taken_over = False
     facts: list[tuple[object, ...]]
     match source:
         case LayerKV():
-            mark, lacks, absent = "@", "has no KV to share", "which stores no KV of its own before it"
+            mark, lacks, absent = "@", "has no KV to share", "which does not run with KV of its own in another step"
             there, facts = source.layer in before.keys & before.values, [(one.kv, one.kind) for one in both]
         case LayerKeys():
             mark, lacks, absent = "@k", "has no keys to share", "which stores no keys of its own before it"
@@ -187,8 +191,9 @@ def _source(run: Run, source: LayerSource, stack: StackSpec, before: _Before) ->
         why = "keeps keys and values as one latent state, of which neither can be taken alone"
         yield "P109", run.layer, f"{here}, but layer {run.layer} {why}; share both, as in {run.layer}@{source.layer}"
     else:
-        if not there:
-            yield "P107", run.layer, f"{here}, {absent}; choose an earlier layer that does"
+        if not there and not later:
+            which = "a layer" if isinstance(source, LayerKV) else "an earlier layer"
+            yield "P107", run.layer, f"{here}, {absent}; choose {which} that does"
         if taken_over:
             yield "P128", run.layer, f"{here}, which takes over a map itself; name the layer that makes it"
         if facts[0] != facts[1]:

@@ -5,6 +5,8 @@ and their weighting (2 x width FLOPs per query and key, causal), the output head
 `generate` does it). Not counted: norms, activations, embedding look-ups, softmax; together under one per cent.
 What a run takes from another layer (keys, values, an attention map) it does not make: the matrices for it are not
 counted, where they make nothing else and are known (`LayerSpec.projections`).
+A run that reads a later one goes over the prompt in passes: `prefill_flops` is that of one pass, and an exact prefill
+takes as many as are needed until nothing changes, at most one for each token of the prompt. A decoded token takes one.
 Encoder and vision stacks run once, over `prompt` positions that all see each other, and not for a decoded token.
 Gated layers count as run and exits as not taken: this is the dearest token. The own head of an exit is not counted.
 """

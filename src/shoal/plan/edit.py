@@ -102,7 +102,7 @@ def parallel(plan: Plan, layers: Iterable[int], *, join: Join = "sum", stack: st
 
 
 def share_kv(plan: Plan, layer: int, source: int, *, stack: str | None = None) -> Plan:
-    """Let `layer` attend to the keys and values of the earlier layer `source` and store none of its own.
+    """Let `layer` attend to the keys and values of the layer `source` and store none of its own.
 
     Raises P103 when the attention of one of the two does not run.
     """

@@ -158,7 +158,8 @@ class _Reads:
             if half:
                 dims = {"keys": kv.key_dim, "values": kv.value_dim}
                 elements = elements * dims[half] // max(1, sum(dims.values()))
-            name = f"{self.stack.name}.kv.{layer.index}.{self._slots.get(layer.index, 0)}.{half}"
+            # what a later run stores is in its first row already
+            name = f"{self.stack.name}.kv.{layer.index}.{self._slots.get(layer.index, 1)}.{half}"
             yield _Read(name, self.shape.batch * elements * self.kv_size, is_kv=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shoal.plan.later import reads_later
 from shoal.plan.plan import Plan
 from shoal.plan.schedule import schedule
 from shoal.plan.steps import Step, runs
@@ -13,8 +14,11 @@ Prefix = tuple[int, tuple[Step, ...]]
 
 
 def prefixes(plan: Plan, stack: str | None = None) -> dict[int, Prefix]:
-    """Cut -> prefix, for each cut behind which no step reads what a layer before it left (KV, or arguments)."""
+    """Cut -> prefix, for each cut behind which no step reads what a layer before it left (KV, or arguments). None in a
+    plan with later sources, where every state depends on what runs behind it."""
     steps, depth = plan.steps(stack), plan.depth(stack)
+    if reads_later(steps):
+        return {}
     due, _ = schedule(steps, depth)
     found: dict[int, Prefix] = {}
     needs = depth

@@ -23,6 +23,26 @@ PAGED_HALF = Refused(
     "layer {layer} takes keys or values alone from layer {source}, and paged attention stores both as they are made; "
     "call generate, or write @{source}",
 )
+CHECKPOINTED_LATER = Refused(
+    "P163",
+    "layer {layer} reads the KV of layer {source}, which runs later, and gradient checkpointing would not replay its "
+    "passes; switch one of them off",
+)
+PAGED_LATER = Refused(
+    "P163",
+    "layer {layer} reads the KV of layer {source}, which runs later, and paged attention has no pages for passes that "
+    "go over the prompt again; call generate, or name an earlier layer",
+)
+GATED_LATER = Refused(
+    "P133",
+    "layer {layer} reads the KV of layer {source}, which runs later, so no policy can decide in this plan; name an "
+    "earlier layer, or run it without gates and exits",
+)
+FAST_LATER = Refused(
+    "U568",
+    "layer {layer} reads the KV of layer {source}, which runs later, and the fast loop goes over no prompt again; call "
+    "model.generate without it",
+)
 GATED_HALF = Refused(
     "P133",
     "layer {layer} takes keys or values alone from layer {source}, which no fill makes up for, so no token can be "

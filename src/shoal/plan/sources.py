@@ -35,7 +35,8 @@ class NewTensors:
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """A source of keys and values: those of an earlier layer, as its latest run stored them."""
+    """A source of keys and values: those of an earlier layer, as its latest run stored them, or of one that runs later,
+    of the tokens before alone."""
 
     layer: int
     gives: ClassVar[frozenset[Product]] = STORED
@@ -131,10 +132,11 @@ class here, and one more field of `Run` or `KV` that `Run.sources` turns into it
 class KV:
     """Whose keys and values a run uses, and whose attention map; a layer is named by its base index.
 
-    `read`: an earlier layer whose keys and values this run attends to; None: its own. `keys`, `values`: the same of one
-    of the two alone. What it takes it does not store; with `beside` the values that it takes are added to its own.
-    `fill`: what is stored for tokens that a gate let skip this run. `attention`: an earlier layer whose attention map
-    this run takes over; it then makes no queries and no keys.
+    `read`: another layer whose keys and values this run attends to; None: its own. Of one that runs later it sees those
+    of the tokens before. `keys`, `values`: those of one of the two alone, of an earlier layer. What it takes it does
+    not store; with `beside` the values that it takes are added to its own. `fill`: what is stored for tokens that a
+    gate let skip this run. `attention`: an earlier layer whose attention map this run takes over; it then makes no
+    queries and no keys.
     """
 
     read: int | None = None

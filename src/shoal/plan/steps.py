@@ -71,7 +71,7 @@ class Run:
 
     @property
     def layer_sources(self) -> tuple[LayerSource, ...]:
-        """The earlier runs of other layers that this run takes something from."""
+        """The runs of other layers that this run takes something from."""
         return self.kv.sources
 
     @property

@@ -19,11 +19,12 @@ EXAMPLES = TransformExamples(
     refused=(
         ((), {"pairs": "1"}, "U667"),
         ((), {"pairs": "0-1+1-2"}, "U667"),
-        ((), {"pairs": "1-0"}, "P107"),
+        ((), {"pairs": "1-0"}, "U681"),
         ((), {"pairs": "1-7"}, "U667"),
         ((2,), {"pairs": "1-2"}, "U667"),
         ((), {"pattern": "last"}, "U667"),
         ((), {"pattern": "last", "readers": 4}, "U667"),
+        ((), {"pattern": "later", "readers": 2}, "U681"),
         ((), {"pattern": "groups", "group": 0}, "U667"),
         ((), {"ridge": -1.0}, "U669"),
         ((), {"heads": 1}, "U667"),
@@ -48,8 +49,9 @@ def share_kv(
 
     `pattern`: which. pairs: every second layer reads the one before it (cross-layer attention); groups: the first of
     every `group` layers is read by the others; last: the last `readers` layers read the last one before them (YOCO,
-    Gemma 3n). `pairs` lists them instead: `4-5+9-10-11`, the layer that is read first. Layers of different kinds are
-    grouped among themselves. No layer in a group: nothing changes, bit for bit.
+    Gemma 3n); later: the `readers` layers before the last one read the last one, of the tokens before (LCKV), which
+    `how` average or first makes. `pairs` lists them instead: `4-5+9-10-11`, the layer that is read first. Layers of
+    different kinds are grouped among themselves. No layer in a group: nothing changes, bit for bit.
 
     `how`: aligned, in closed form. x_r ~ T x_s: what a reader is given, predicted from what its source is given,
     [hidden], with a `ridge` towards the best diagonal map, relative to each channel's mean square. Values: for each
@@ -61,7 +63,7 @@ def share_kv(
     how many heads the source makes keys and values; each is the mean of as many neighbours as it stands for.
 
     Source: our own; nobody else is known to us who published the closed form. average: Zuhri et al. 2024 (MLKV, arXiv
-    2406.09297); the plan: Brandon et al. 2024 (CLA, arXiv 2405.12981).
+    2406.09297); the plan: Brandon et al. 2024 (CLA, arXiv 2405.12981), Wu and Tu 2024 (LCKV, arXiv 2405.10637).
 
     How we differ: MLKV's released code averages one layer after the other, so that of four the first two count an
     eighth each; here each counts the same. Where every reader loses more than it keeps, as in pairs of the first
@@ -69,8 +71,8 @@ def share_kv(
 
     Raises U667 for layers that cannot be grouped and for `heads` that do not divide the layer's or go with aligned,
     U668 for an attention whose matrices the closed form does not know (a norm on keys, latent keys and values, layers
-    of different rotations) or that runs with all its heads alone, U669 for a negative `ridge`, P107 to P109 as any
-    plan that shares.
+    of different rotations) or that runs with all its heads alone, U669 for a negative `ridge`, U681 for a layer that
+    would be fitted to one that runs later, P107 to P109 as any plan that shares.
     """
     if not ridge >= 0:
         raise UsageError(f"share-kv takes a ridge of 0 or more, not {ridge:g}", code="U669")

@@ -26,7 +26,7 @@ EXAMPLES = TransformExamples(
         ((), {"span": "0-1"}, "U667"),
         ((), {"span": "3-2"}, "U667"),
         ((), {"span": "late"}, "U667"),
-        ((), {"pairs": "2-1"}, "P107"),
+        ((), {"pairs": "2-1"}, "P164"),
         ((2,), {"span": "2-3"}, "U667"),
     ),
 )
@@ -52,7 +52,7 @@ def share_maps(job: Job, *, span: str = "", pairs: str = "", matched: bool = Tru
     model, whatever the plan leaves out of it. Queries and keys of a follower are still made.
 
     Raises U667 for layers that cannot follow, U668 for an attention whose values and output the matching does not know,
-    P107 to P109 and P128 as any plan that shares a map, P141 and U537 for a model without maps.
+    P107 to P109, P128 and P164 as any plan that shares a map, P141 and U537 for a model without maps.
     """
     opened = open_model(job.model)
     spec, name = opened.spec, opened.stack(job.stack).name
