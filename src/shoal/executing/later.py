@@ -246,7 +246,9 @@ class LaterExecutor(Executor):
         held = getattr(row, "keys", None)
         like = held if isinstance(held, torch.Tensor) else hidden
         batch, tokens = hidden.shape[-3:-1]
-        keys, values = (like.new_zeros((batch, heads, tokens, dim)) for _, heads, _, dim in (fact.keys, fact.values))
+        # a row that is filled says how many heads the source stores, which tensors of its own may make fewer
+        heads = held.shape[1] if isinstance(held, torch.Tensor) and held.dim() == len(fact.keys) else fact.keys[1]
+        keys, values = (like.new_zeros((batch, heads, tokens, shape[-1])) for shape in (fact.keys, fact.values))
         return keys, values
 
 
