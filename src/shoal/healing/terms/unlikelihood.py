@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from shoal.errors import UsageError
+from shoal.healing.repeats import repeats
 from shoal.healing.seen import Seen
 
 _FLOOR = 1e-6
@@ -29,17 +30,4 @@ def unlikelihood(seen: Seen, *, ngram: int = 4) -> torch.Tensor:
         likely = student.softmax(-1).gather(-1, labels[:, None])
         return -(1 - likely).clamp(min=_FLOOR).log().sum()
 
-    return seen.over_logits(formula, "unlikelihood", columns=_repeats(seen.ids, ngram))
-
-
-def _repeats(ids: torch.Tensor, ngram: int) -> torch.Tensor:
-    """The columns whose next token ends an n-gram that stands earlier in its row, bool [batch, tokens]."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for row, tokens in enumerate(ids.tolist()):
-        known = set[tuple[int, ...]]()
-        for end in range(ngram, len(tokens) + 1):
-            piece = tuple(tokens[end - ngram : end])
-            # the column before the last token of the n-gram predicts that token
-            found[row, max(end - 2, 0)] = piece in known
-            known.add(piece)
-    return found
+    return seen.over_logits(formula, "unlikelihood", columns=repeats(seen.ids, ngram))
