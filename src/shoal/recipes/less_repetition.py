@@ -8,9 +8,9 @@ from shoal.healing.stage import Fit, Recipe, Settings, Stage, labels_and_kd
 
 def less_repetition(
     *,
-    weight: float = 0.75,
+    weight: float = 0.5,
     own: float = 0.33,
-    last: float = 0.43,
+    last: float = 0.5,
     labels: float = 0.5,
     windows: int = 32,
     learn: str = "lora:rank=16",
@@ -31,7 +31,7 @@ def less_repetition(
     if not (weight > 0 and 0 < own < 1 and 0 < last <= 1):
         raise UsageError(
             f"less-repetition: weight={weight:g} must be above 0, own={own:g} above 0 and below 1 and last={last:g} "
-            "above 0 and at most 1; write less-repetition:weight=0.75",
+            "above 0 and at most 1; write less-repetition:weight=0.5",
             code="U502",
         )
     terms, settings = labels_and_kd(labels), Settings(rate=rate)

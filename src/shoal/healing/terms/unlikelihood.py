@@ -16,7 +16,7 @@ def unlikelihood(seen: Seen, *, ngram: int = 4) -> torch.Tensor:
     """The unlikelihood -log(1 - q(y)) of each token y that ends an n-gram which stands earlier in its row.
 
     q = softmax of the student's logits [tokens, vocabulary]. Meant for text that the plan itself writes (`own`, see
-    the recipe `on-policy`): there it takes away from what starts a loop. It says nothing of any other token.
+    the recipe `less-repetition`): there it takes away from what starts a loop. It says nothing of any other token.
 
     Source: the sequence-level objective (equations 6 and 7) of Welleck et al. 2019 (arXiv 1908.04319).
 
