@@ -200,10 +200,11 @@ def test_what_is_worse_leaves_no_folder(folder: Path, tmp_path: Path, data: str)
     assert not out.exists()
 
 
-def test_a_stopped_run_goes_on_where_it_was(loaded: Loaded, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["restore", "less-repetition:windows=0"])
+def test_a_stopped_run_goes_on_where_it_was(recipe: str, loaded: Loaded, tmp_path: Path) -> None:
     """The second stage of a recipe is stopped: the first is not done again, and the end is the same."""
     steps: list[int] = []
-    how: dict[str, Any] = {**SMALL, "data": text(40), "watch": text(4, 1), "tokens": 512, "recipe": "restore"}
+    how: dict[str, Any] = {**SMALL, "data": text(40), "watch": text(4, 1), "tokens": 512, "recipe": recipe}
     whole = heal(loaded, folder=tmp_path / "whole", **how)
     stopped = heal(
         loaded, folder=tmp_path / "parts", stop=lambda: len(steps) > 12, progress=lambda *a: steps.append(a[0]), **how
