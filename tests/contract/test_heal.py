@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import shoal.api.heal as verb
 import shoal.api.heal_stages as stages
+import shoal.api.heal_texts as texts
 from shoal.api.heal import heal
 from shoal.cli.heal import stopping
 from shoal.data import Data
@@ -72,7 +73,7 @@ def test_each_round_reads_what_the_plan_of_its_start_writes(loaded: Loaded, monk
     """On-policy: greedily, behind beginnings of the text; the dense model writes something else."""
     seen: list[tuple[Data, Data]] = []
     writers: list[torch.Tensor] = []
-    real = stages.written_by
+    real = texts.written_by
 
     def noted(model: Any, data: Data, **more: Any) -> Data:
         seen.append((data, made := real(model, data, **more)))
@@ -83,7 +84,7 @@ def test_each_round_reads_what_the_plan_of_its_start_writes(loaded: Loaded, monk
         assert torch.equal(logits[:, start - 1 : -1].argmax(-1), made.ids[:, start:])
         return made
 
-    monkeypatch.setattr(stages, "written_by", noted)
+    monkeypatch.setattr(texts, "written_by", noted)
     words = SMALL | {"plan": "0-2,4", "tokens": 640, "data": text(), "watch": text(4, 1)}
     found = heal(loaded, recipe="on-policy:rounds=2,rate=1e-3,share=1", **words)
     (first, one), (second, two) = seen
@@ -92,6 +93,32 @@ def test_each_round_reads_what_the_plan_of_its_start_writes(loaded: Loaded, monk
     with running(loaded.model, found.start):
         assert torch.equal(real(loaded.model, first, temperature=0.0).ids, one.ids)
     assert not torch.equal(*writers)  # the second round's writer has learned in the first
+
+
+def test_what_is_held_out_is_also_what_the_plan_writes(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the plan's own writing has formulas of its own: in the same shares, by what the stage begins with; the text
+    alone decides elsewhere."""
+    seen: list[tuple[Data, Data]] = []
+    real = stages.train
+
+    def noted(learner: Any, data: tuple[Data, Data], *rest: Any, **more: Any) -> Any:
+        seen.append(data)
+        return real(learner, data, *rest, **more)
+
+    monkeypatch.setattr(stages, "train", noted)
+    words = SMALL | {"held": 4, "tokens": 320, "data": text(40), "watch": text(4, 1)}
+    heal(loaded, recipe="less-repetition:own=0.5,windows=0", **words)
+    (_, plain), (read, held) = seen
+    assert (plain.own, len(plain)) == (None, 4)
+    assert read.own is not None and held.own is not None
+    assert held.own.tolist() == [False] * 4 + [True] * 4
+    assert torch.equal(held.ids[:4], plain.ids)
+    assert torch.equal(held.ids[4:, :8], plain.ids[:, :8])  # the beginnings
+    assert not torch.equal(held.ids[4:], plain.ids)
+    assert float(read.own.float().mean()) == 0.5
+    seen.clear()
+    heal(loaded, recipe="on-policy:rounds=1", **words)
+    assert seen[0][1].own is None
 
 
 def test_no_tokens_leave_the_start_bit_for_bit(loaded: Loaded) -> None:
@@ -173,10 +200,11 @@ def test_what_is_worse_leaves_no_folder(folder: Path, tmp_path: Path, data: str)
     assert not out.exists()
 
 
-def test_a_stopped_run_goes_on_where_it_was(loaded: Loaded, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["restore", "less-repetition:windows=0"])
+def test_a_stopped_run_goes_on_where_it_was(recipe: str, loaded: Loaded, tmp_path: Path) -> None:
     """The second stage of a recipe is stopped: the first is not done again, and the end is the same."""
     steps: list[int] = []
-    how: dict[str, Any] = {**SMALL, "data": text(40), "watch": text(4, 1), "tokens": 512, "recipe": "restore"}
+    how: dict[str, Any] = {**SMALL, "data": text(40), "watch": text(4, 1), "tokens": 512, "recipe": recipe}
     whole = heal(loaded, folder=tmp_path / "whole", **how)
     stopped = heal(
         loaded, folder=tmp_path / "parts", stop=lambda: len(steps) > 12, progress=lambda *a: steps.append(a[0]), **how
@@ -205,7 +233,10 @@ def test_a_stopped_run_goes_on_where_it_was(loaded: Loaded, tmp_path: Path) -> N
         ("U501", {"recipe": "logit-dk"}),
         ("U502", {"recipe": "lora:rnak=3"}),
         ("U502", {"recipe": "lora:rank=0"}),
+        ("U502", {"recipe": "less-repetition:own=1"}),
+        ("U502", {"recipe": "less-repetition:weight=0"}),
         ("U502", {"terms": ["logit-kd:temperature=0"]}),
+        ("U502", {"terms": ["logit-kd:fresh=-1"]}),
         ("U502", {"terms": ["logit-kd:weight=-1"]}),
         ("U502", {"terms": ["hidden-kd:at=sometimes"]}),
         ("U502", {"learn": ["lora:rate=fast"]}),

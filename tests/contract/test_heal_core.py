@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from shoal.data import Data
 from shoal.healing.seen import Seen
-from shoal.healing.stage import Settings
+from shoal.healing.stage import Settings, term_of
 from shoal.healing.terms.logit_kd import _divergence
 from shoal.healing.train import Run, train
 from shoal.healing.windows import labels_of, part
@@ -116,6 +116,50 @@ def test_unlikelihood_is_of_the_last_token_of_what_repeats() -> None:
         found = next(iter(learner.parts.values())) * 22
     places = [(0, 7, 7), (0, 8, 8), (1, 7, 7)]
     torch.testing.assert_close(found, sum(-(1 - likely[place]).log() for place in places))
+
+
+def test_kl_leaves_out_what_ends_a_repeated_ngram() -> None:
+    """By hand, and with nothing left out where nothing repeats."""
+    model, batch = deep(), batch_of(2)
+    batch["ids"] = torch.tensor([[1, 5, 6, 7, 8, 2, 5, 6, 7, 8, 3, 4], [9, 5, 6, 7, 1, 2, 5, 6, 7, 8, 3, 4]])
+    batch["labels"] = torch.cat([batch["ids"][:, 1:], torch.full((2, 1), -100)], 1)
+    batch["shift_labels"] = batch["labels"]
+    with torch.no_grad():
+        p = model(batch["ids"]).logits.log_softmax(-1)
+        with running(model, CUT):
+            q = model(batch["ids"]).logits.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)[:, :-1]
+    with learner_of(model, "logit-kd:fresh=4") as learner, torch.no_grad():
+        found = learner(**batch)["loss"] * 22  # 2 x 11 columns count, the one before the second 8 does not
+    torch.testing.assert_close(found, kl.sum() - kl[0, 8])
+    with learner_of(model, "logit-kd:fresh=5") as learner, torch.no_grad():
+        torch.testing.assert_close(learner(**batch)["loss"] * 22, kl.sum())
+
+
+@pytest.mark.parametrize("own", [(1, 0, 0, 1), (0, 0, 0, 0), (1, 1, 1, 1)])
+def test_what_the_plan_wrote_has_formulas_of_its_own(own: tuple[int, ...]) -> None:
+    """The loss and its gradient are those of two learners that see a part of the windows each."""
+    batch = batch_of()
+    wrote = torch.tensor(own).bool()
+    items = batch["labels"].ne(-100).sum()
+    model, words = deep(), {"learn": ("near",)}
+    with learner_of(model, "cross-entropy", own_terms=[term_of("logit-kd:weight=0.5")], **words) as learner:
+        loss = learner(**batch, own=wrote, num_items_in_batch=items)["loss"].detach()
+        found = gradients(learner, batch | {"own": wrote}, 4)
+    parts = [(term, {k: t[rows] for k, t in batch.items()}) for term, rows in
+             (("cross-entropy", ~wrote), ("logit-kd:weight=0.5", wrote)) if rows.any()]  # fmt: skip
+    wanted, sums = torch.zeros(()), dict[str, torch.Tensor]()
+    for term, piece in parts:
+        with learner_of(model, term, **words) as learner:
+            one = learner(**piece, num_items_in_batch=items)["loss"]
+            one.backward()
+            wanted = wanted + one.detach()
+            for name, p in learner.moving_tensors.items():
+                sums[name] = sums.get(name, torch.zeros(())) + p.grad
+    torch.testing.assert_close(loss, wanted)
+    assert found.keys() == sums.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, sums[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(

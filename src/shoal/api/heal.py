@@ -224,7 +224,7 @@ def recipe_of(
         if isinstance(stage, Fit):
             chosen("transforms", stage.transform)
             continue
-        for one in stage.terms:
+        for one in (*stage.terms, *stage.own_terms):
             term_of(one)
         for one in stage.learn:
             selection_of(one)

@@ -6,29 +6,26 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shoal.api.assess import text_of
-from shoal.atomic import replacing
+from shoal.api.heal_texts import texts_of
 from shoal.data import Data
 from shoal.evaluation import Progress
 from shoal.executing.bind import bind
 from shoal.executing.weights import Tensors, used_by
 from shoal.fitting.result import Job, Transformed
-from shoal.healing.answers import written_by
 from shoal.healing.fading import with_removed
 from shoal.healing.learner import Learner, learning
 from shoal.healing.run_folder import RunFolder
 from shoal.healing.shown import Side
 from shoal.healing.stage import Fit, Recipe, Stage, selection_of, term_of
 from shoal.healing.train import Run, TrainedStage, seconds_a_step, train
-from shoal.healing.windows import Texts, concatenated, described
-from shoal.live import running
+from shoal.healing.windows import Texts
 from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.models.opened import OpenedModel
@@ -134,8 +131,8 @@ def _steps(run: HealRun, plan: Plan, weights: Tensors, amount: dict[str, Any], k
 def _learner(run: HealRun, stage: Stage, plan: Plan, weights: Tensors, data: Data) -> Any:
     return learning(
         run.loaded.opened, plan, weights, [selection_of(one) for one in stage.learn],
-        [term_of(one) for one in stage.terms], stack=run.stack, data=data, teacher=run.teacher, batch=run.run.batch,
-        seed=run.run.seed, fade=stage.fade,
+        [term_of(one) for one in stage.terms], [term_of(one) for one in stage.own_terms], stack=run.stack, data=data,
+        teacher=run.teacher, batch=run.run.batch, seed=run.run.seed, fade=stage.fade,
     )  # fmt: skip
 
 
@@ -156,7 +153,7 @@ def _trained(
     run: HealRun, stage: Stage, number: int, plan: Plan, weights: Tensors, texts: Texts, steps: int, kept: RunFolder
 ) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
     """One stage of training: the plan and tensors that it ends with."""
-    data = _data(run, stage, texts, steps, number, kept, (plan, weights))
+    data, held = texts_of(run, stage, texts, steps, number, kept, (plan, weights))
     name = f"stage {number} of {len(run.stages)}: {stage}"
     run.say(f"{name}, {steps} steps of {run.per_step:,} tokens")
     folder = kept.stage(number)
@@ -169,7 +166,7 @@ def _trained(
         moving = sum(p.numel() for p in learner.moving_tensors.values())
         run.say(f"{moving:,} numbers learn, {run.loaded.opened.spec.params:,} has the whole model")
         done = train(
-            learner, (data, texts.held), stage.settings, steps, run.run, folder=place, keep=folder is not None,
+            learner, (data, held), stage.settings, steps, run.run, folder=place, keep=folder is not None,
             causal=run.causal, tell=_teller(run, name, steps), resume=folder is not None,
         )  # fmt: skip
         made, tensors = learner.finished()
@@ -223,62 +220,6 @@ def _teller(run: HealRun, name: str, steps: int) -> Callable[[dict[str, Any], in
         run.say(f"step {done} of {steps}: held-out loss {entry['held_loss']:.4f}{loss}{pace}")
 
     return tell
-
-
-def _data(
-    run: HealRun, stage: Stage, texts: Texts, steps: int, number: int, kept: RunFolder, start: tuple[Plan, Tensors]
-) -> Data:
-    """The windows that a stage reads, of all its sources; `start` is what it begins with."""
-    windows = max(1, math.ceil(steps * run.per_step / run.length))
-    if stage.data == (("text", 1.0),):
-        return texts.train
-    total, parts = sum(share for _, share in stage.data), list[Data]()
-    for source, share in stage.data:
-        count = max(1, round(windows * share / total))
-        if source == "builtin":
-            parts.append(
-                text_of(run.loaded, "builtin", split="calibrate", length=run.length, limit=count, seed=run.run.seed)
-            )
-            continue
-        some = texts.train.only(range(min(count, len(texts.train))))
-        if source == "text":
-            parts.append(described(some, list(range(len(some)))))
-        elif source == "answers":
-            parts.append(_written(run, stage, some, f"answers-{number}", kept, None))
-        else:
-            # other beginnings in each round, as far as the text goes
-            some = texts.train.only([(n + (number - 1) * count) % len(texts.train) for n in range(len(some))])
-            parts.append(_written(run, stage, some, f"own-{number}", kept, start))
-    return concatenated(parts)
-
-
-def _written(
-    run: HealRun, stage: Stage, some: Data, name: str, kept: RunFolder, writer: tuple[Plan, Tensors] | None
-) -> Data:
-    """What the whole model writes, or `writer`, of several processes the first one's; kept beside the checkpoints, as
-    writing takes its time."""
-    from safetensors.torch import load_file, save_file
-
-    file = None if kept.place is None else kept.place / f"{name}.safetensors"
-    who = "the whole model" if writer is None else "the plan"
-
-    def tell(done: int, total: int) -> None:
-        if run.progress is not None:
-            run.progress(done, total, name)
-
-    def made() -> Data:
-        if file is not None and file.is_file():
-            found = load_file(file)
-            return described(Data(found["ids"], None, some.info, found["answers"]), list(range(len(found["ids"]))))
-        run.say(f"{who} writes {len(some)} answers")
-        with nullcontext() if writer is None else running(run.loaded.model, *writer):
-            answers = written_by(run.loaded.model, some, temperature=stage.temperature, seed=run.run.seed, tell=tell)
-        if file is not None and answers.answers is not None:
-            with replacing(file) as draft:
-                save_file({"ids": answers.ids, "answers": answers.answers}, draft)
-        return answers
-
-    return run.run.processes.told(made)
 
 
 def _least_first(run: HealRun, plan: Plan, texts: Texts) -> tuple[int, ...]:

@@ -34,6 +34,8 @@ class Data:
     answers: torch.Tensor | None = None
     """Which tokens an assistant wrote, its end of turn included, bool [count, length]; None where the text (plain text,
     a template that does not tell) or the tokenizer does not say."""
+    own: torch.Tensor | None = None
+    """Which windows the plan that reads them wrote itself, bool [count]; None for none. See `shoal.healing`."""
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or not len(self.ids):
@@ -53,6 +55,7 @@ class Data:
             ids=self.ids[at],
             mask=None if self.mask is None else self.mask[at],
             answers=None if self.answers is None else self.answers[at],
+            own=None if self.own is None else self.own[at],
         )
 
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

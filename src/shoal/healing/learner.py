@@ -19,6 +19,7 @@ from shoal.healing.moving import LearnJob, Moving, Tensors, nothing_moves
 from shoal.healing.seen import Seen
 from shoal.healing.shown import Around, Side
 from shoal.healing.stage import Selection, Term
+from shoal.healing.windows import NOT_COUNTED
 from shoal.models.evaluating import evaluating, keeping_modes
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan
@@ -31,13 +32,22 @@ class Learner(nn.Module):
     accepts_loss_kwargs = True
     """transformers' Trainer hands `num_items_in_batch` to the forward."""
 
-    def __init__(self, student: Side, teacher: Side, movings: Sequence[Moving], terms: Sequence[Term]) -> None:
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side,
+        movings: Sequence[Moving],
+        terms: Sequence[Term],
+        own_terms: Sequence[Term] = (),
+    ) -> None:
         super().__init__()
         self.model: nn.Module = student.opened.model
         own = {name: p for moving in movings for name, p in moving.parameters.items()}
         inside = {id(p) for p in self.model.parameters()}
         self.own = nn.ParameterList([p for p in own.values() if id(p) not in inside])
         self.moving_tensors, self.movings, self.terms = own, list(movings), list(terms)
+        self.own_terms = list(own_terms)
+        """Those of the windows that the plan wrote itself; none: `terms`, as of the others."""
         self.start: Tensors = {}
         """The tensors that the plan named before."""
         self.sides = (student, teacher)
@@ -51,20 +61,32 @@ class Learner(nn.Module):
         shift_labels: torch.Tensor,
         labels: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        own: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> dict[str, torch.Tensor]:
         """`loss`: the weighted sum of the terms over the columns of ids [batch, tokens] that count, divided by
         `num_items_in_batch`, the columns that count in all micro-batches and processes of the step (None: in these).
 
-        `shift_labels` [batch, tokens] holds what each column predicts, -100 where it does not count.
+        `shift_labels` [batch, tokens] holds what each column predicts, -100 where it does not count; `own` [batch] says
+        which windows the plan wrote itself.
         """
-        seen = Seen(*self.sides, ids, mask, shift_labels)
-        items = seen.counts.sum() if num_items_in_batch is None else num_items_in_batch
-        with self.precision():
-            sums = {term.text: term.weight * term.function(seen, **term.options) for term in self.terms}
+        items = shift_labels.ne(NOT_COUNTED).sum() if num_items_in_batch is None else num_items_in_batch
+        sums = dict[str, Any]()
+        for terms, rows in self._parted(own):
+            seen = Seen(*self.sides, ids[rows], None if mask is None else mask[rows], shift_labels[rows])
+            with self.precision():
+                for term in terms:
+                    value = term.weight * term.function(seen, **term.options)
+                    sums[term.text] = sums[term.text] + value if term.text in sums else value
         self.parts = {name: (value / items).detach() for name, value in sums.items()}
         total: torch.Tensor = sum(sums.values())
         return {"loss": total / items}
+
+    def _parted(self, own: torch.Tensor | None) -> list[tuple[list[Term], Any]]:
+        """Terms, with the rows of the batch that they read."""
+        if own is None or not self.own_terms or not bool(own.any()):
+            return [(self.terms, slice(None))]
+        return [(self.own_terms, own), *([] if bool(own.all()) else [(self.terms, ~own)])]
 
     def precision(self) -> AbstractContextManager[Any]:
         """What learns is float32: autocast on an accelerator that has bfloat16, and where the base is smaller."""
@@ -106,6 +128,7 @@ def learning(
     weights: Tensors,
     selections: Sequence[Selection],
     terms: Sequence[Term],
+    own_terms: Sequence[Term] = (),
     *,
     stack: str,
     data: Data | None = None,
@@ -139,7 +162,7 @@ def learning(
             after.enter_context(fading.installed())
             apart.append(fading.off)
         side = Side(base, stack, lambda: _several([lambda: evaluating(base.model, gradients=True), *apart]))
-        learner = Learner(student, side, movings, terms)
+        learner = Learner(student, side, movings, terms, own_terms)
         learner.fading, learner.start = fading, weights
         yield learner
 

@@ -53,6 +53,9 @@ class Stage:
 
     terms: tuple[str, ...] = ("logit-kd",)
     """Formulas as typed, NAME:option=value; `weight` is an option of each, 1 without it."""
+    own_terms: tuple[str, ...] = ()
+    """Formulas on the windows of the source `own`, in place of `terms` (without any: `terms`); the held-out text is
+    then read both as it is and as the plan writes it on, in the same shares."""
     learn: tuple[str, ...] = ("lora",)
     """What moves, as typed; `rate` is an option of each, `settings.rate` without it."""
     share: float = 1.0
@@ -73,7 +76,8 @@ class Stage:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{' + '.join(self.terms)} · {' + '.join(self.learn)}"
+        own = f"; on its own writing {' + '.join(self.own_terms)}" if self.own_terms else ""
+        return f"{' + '.join(self.terms)}{own} · {' + '.join(self.learn)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,8 +85,9 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         ids = self.data.ids[row]
         labels = labels_of(ids, self.data, row, causal=self.causal)
-        mask = {} if self.data.mask is None else {"mask": self.data.mask[row]}
-        return {"ids": ids, "shift_labels": labels, "labels": labels, **mask}
+        more = {"mask": self.data.mask, "own": self.data.own}
+        given = {name: tensor[row] for name, tensor in more.items() if tensor is not None}
+        return {"ids": ids, "shift_labels": labels, "labels": labels, **given}
 
     def counted(self) -> int:
         """Columns that count, in all."""
@@ -111,6 +112,8 @@ def concatenated(parts: list[Data]) -> Data:
     answers = [torch.ones_like(one.ids, dtype=torch.bool) if one.answers is None else one.answers for one in parts]
     whole = all(one.mask is None for one in parts)
     every = all(one.answers is None for one in parts)
+    own = [torch.zeros(len(one), dtype=torch.bool) if one.own is None else one.own for one in parts]
+    alike = all(one.own is None for one in parts)
     info = replace(
         parts[0].info,
         source=" + ".join(f"{one.info.source} ({len(one)})" for one in parts),
@@ -118,4 +121,7 @@ def concatenated(parts: list[Data]) -> Data:
         tokens=ids.numel(),
         sha256=sha256_of(ids),
     )
-    return Data(ids, None if whole else torch.cat(masks), info, None if every else torch.cat(answers))
+    return Data(
+        ids, None if whole else torch.cat(masks), info, None if every else torch.cat(answers),
+        None if alike else torch.cat(own),
+    )  # fmt: skip

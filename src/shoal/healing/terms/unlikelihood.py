@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from shoal.errors import UsageError
+from shoal.healing.repeats import repeats
 from shoal.healing.seen import Seen
 
 _FLOOR = 1e-6
@@ -15,7 +16,7 @@ def unlikelihood(seen: Seen, *, ngram: int = 4) -> torch.Tensor:
     """The unlikelihood -log(1 - q(y)) of each token y that ends an n-gram which stands earlier in its row.
 
     q = softmax of the student's logits [tokens, vocabulary]. Meant for text that the plan itself writes (`own`, see
-    the recipe `on-policy`): there it takes away from what starts a loop. It says nothing of any other token.
+    the recipe `less-repetition`): there it takes away from what starts a loop. It says nothing of any other token.
 
     Source: the sequence-level objective (equations 6 and 7) of Welleck et al. 2019 (arXiv 1908.04319).
 
@@ -29,17 +30,4 @@ def unlikelihood(seen: Seen, *, ngram: int = 4) -> torch.Tensor:
         likely = student.softmax(-1).gather(-1, labels[:, None])
         return -(1 - likely).clamp(min=_FLOOR).log().sum()
 
-    return seen.over_logits(formula, "unlikelihood", columns=_repeats(seen.ids, ngram))
-
-
-def _repeats(ids: torch.Tensor, ngram: int) -> torch.Tensor:
-    """The columns whose next token ends an n-gram that stands earlier in its row, bool [batch, tokens]."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for row, tokens in enumerate(ids.tolist()):
-        known = set[tuple[int, ...]]()
-        for end in range(ngram, len(tokens) + 1):
-            piece = tuple(tokens[end - ngram : end])
-            # the column before the last token of the n-gram predicts that token
-            found[row, max(end - 2, 0)] = piece in known
-            known.add(piece)
-    return found
+    return seen.over_logits(formula, "unlikelihood", columns=repeats(seen.ids, ngram))
