@@ -32,6 +32,7 @@ MAPS = ",".join(f"{n}@a{n - 1}" if n % 2 else str(n) for n in range(30))
 READ_14 = "0-14," + ",".join(f"{n}@14" for n in range(15, 30))
 READ_19 = "0-19," + ",".join(f"{n}@19" for n in range(20, 30))
 VALUES_0 = "0," + ",".join(f"{n}@v0" for n in range(1, 30))
+READ_29 = "0," + ",".join(f"{n}@29" for n in range(1, 29)) + ",29"
 FOLLOW_25 = "0-25," + ",".join(f"{n}@a25" for n in range(26, 30))
 ONE_MLP = "0," + ",".join(f"{n}a,{n}m=0" for n in range(1, 30))
 COUNTS = {
@@ -45,6 +46,7 @@ COUNTS = {
     PAIRS: (131_197_248, 5_760),
     READ_14: (131_197_248, 5_760),
     READ_19: (132_303_168, 7_680),
+    READ_29: (128_321_856, 768),
     VALUES_0: (131_307_840, 5_952),
     FOLLOW_25: (132_745_536, 10_752),
     MAPS: (127_879_488, 8_640),
