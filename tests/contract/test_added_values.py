@@ -141,3 +141,36 @@ def test_what_it_costs_and_what_is_refused() -> None:
         with pytest.raises(PlanError) as caught:
             running(model, plan, {name: torch.zeros(3)}).__enter__()
         assert caught.value.code == "P129"
+
+
+@pytest.mark.parametrize(
+    ("plan", "without"),
+    [
+        ("0-1,2@v0+@a1:mix,3", "0-1,2@a1,3"),
+        ("0-1,2@k1@v0+:mix,3", "0-1,2@k1,3"),
+        ("0-1,2@a1,3@v2+:mix", "0-1,2@a1,3"),
+    ],
+)
+def test_it_goes_with_keys_and_maps_of_others(plan: str, without: str) -> None:
+    """A run that stores values alone may add others to them, and have its own added elsewhere."""
+    model = tiny("llama", "eager")
+    with running(model, without):
+        plain = logits(model)
+    with running(model, plan, {"mix.values": torch.tensor([0.0, 1.0])}):
+        torch.testing.assert_close(logits(model), plain, **CLOSE)
+    with running(model, plan, {"mix.values": torch.tensor([0.4, 0.6])}):
+        want = logits(model)
+        cache = DynamicCache(config=model.config)
+        pieces = [
+            logits(model, input_ids=IDS[:, a:b], past_key_values=cache, use_cache=True) for a, b in ((0, 4), (4, 9))
+        ]
+        torch.testing.assert_close(torch.cat(pieces, 1), want, **CLOSE)
+        assert not torch.allclose(want, plain, atol=1e-4)
+    whole = copy.deepcopy(model)
+    layers: Any = find_stack(whole).layers
+    source, taker = (2, 3) if plan.endswith("mix") and "3@v2" in plan else (0, 2)
+    seen: list[torch.Tensor] = []
+    layers[source].self_attn.v_proj.register_forward_hook(lambda _, __, out: seen.append(out))
+    layers[taker].self_attn.v_proj.register_forward_hook(lambda _, __, out: 0.4 * seen[-1] + 0.6 * out)
+    with running(whole, without):
+        torch.testing.assert_close(logits(whole), want, **CLOSE)

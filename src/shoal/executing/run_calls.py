@@ -61,9 +61,10 @@ class RunCalls(InForward):
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
         keep = partial(self._keep, run) if run.layer in self.sharing.kv or self._tells_kv(run) else None
         where, row = self._place(run, slot, cache)
+        mix = self.sharing.added_to(run, self.now, self.weights)
         if run.half is not None:
-            return slot_view(where, row, take=self.sharing.halved(run, self.now, keep))
-        if (mix := self.sharing.added_to(run, self.now, self.weights)) is not None:
+            return slot_view(where, row, take=self.sharing.halved(run, self.now, mix, keep))
+        if mix is not None:
             return slot_view(where, row, take=_mixing(mix, keep))
         return slot_view(where, row, read=self.sharing.read(run, self.now), keep=keep)
 

@@ -124,14 +124,14 @@ class Sharing:
 
         return mixed
 
-    def halved(self, run: Run, forward: Forward, keep: Callable[[KeysValues], None] | None) -> Take:
+    def halved(self, run: Run, forward: Forward, mix: Mix | None, keep: Callable[[KeysValues], None] | None) -> Take:
         """What a run does with its cache that stores its keys, or its values, alone: they lie in the place of the row's
-        keys, by which transformers counts tokens, and the other half has no width. `keep` is given what the run
-        attends to."""
+        keys, by which transformers counts tokens, and the other half has no width. `mix`: see `added_to`. `keep` is
+        given what the run attends to."""
         mine = 0 if run.half == "keys" else 1
 
         def take(store: Store, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
-            own = (keys, values)[mine]
+            own = (keys, values if mix is None else mix(keys, values)[1])[mine]
             kept, _ = store(own, own[..., :0])
             taken = self._taken(run, forward)
             states = [kept if one is None else one for one in taken]
