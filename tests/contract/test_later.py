@@ -207,11 +207,27 @@ def test_two_of_four_rows_are_left() -> None:
 def test_readers_in_groups_parts_loops_and_two_sources() -> None:
     """Plans that are odd and legal: each is what token by token makes."""
     model = own("llama")
-    for plan in ("0,(1@3|2),3", "0,1a@3,1m,2-3", "0@1,1,2@3,3", "0,1@3,3,2,3", "0@2,2,1@2,3", "0,1@1,1", "3,0@1,2@3,1"):
+    for plan in (
+        "0,(1@3|2),3", "0,1a@3,1m,2-3", "0@1,1,2@3,3", "0,1@3,3,2,3", "0@2,2,1@2,3", "0,1@1,1", "3,0@1,2@3,1",
+        "0,1@2,2,3@v2+",
+    ):  # fmt: skip
         with running(model, plan):
             tokens = pieces(model, dynamic(model), range(1, 11))
             torch.testing.assert_close(model(**PADDED).logits[REAL], tokens[REAL], **EXACT)
             torch.testing.assert_close(pieces(model, static(model), (5, 10))[REAL], tokens[REAL], **EXACT)
+
+
+def test_a_source_whose_values_another_layers_are_added_to() -> None:
+    """`1@3` alone of `0,1@3,2,3@v0+` may not make what it makes without `@v0+`."""
+    model = own("llama")
+    with running(model, "0,1@3,2,3"):
+        without = model(**PADDED).logits[REAL]
+    with running(model, "0,1@3,2,3@v0+"):
+        tokens = pieces(model, dynamic(model), range(1, 11))[REAL]
+        torch.testing.assert_close(model(**PADDED).logits[REAL], tokens, **EXACT)
+        for make in (dynamic, static):
+            torch.testing.assert_close(pieces(model, make(model), (5, 10))[REAL], tokens, **EXACT)
+    assert (tokens - without).abs().max() > 0.01
 
 
 def test_a_source_that_runs_before_and_behind_is_the_earlier_one() -> None:

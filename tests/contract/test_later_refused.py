@@ -62,6 +62,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("U680", lambda model: apply(model, "0,1@0,2-3", passes=2)),
     ("P164", lambda model: apply(model, "0,1@v3,2-3")),
     ("P164", lambda model: apply(model, "0,1@k3,2-3")),
+    ("P164", lambda model: apply(model, "0,1@v3+,2-3")),
     ("P164", lambda model: apply(model, "0,1@a3,2-3")),
     ("P107", lambda model: apply(model, "0,1@3,2")),
     ("P107", lambda model: apply(model, "0,1@2,2@1,3")),

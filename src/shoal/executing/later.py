@@ -212,8 +212,11 @@ class LaterExecutor(Executor):
             return slot_view(where, row, read=self._seen(source, cache))
         if run.layer not in self.source_rows or run.stores != STORED:
             return super()._cache_for(run, slot, cache)
+        mix = self.sharing.added_to(run, self.now, self.weights)
 
         def take(store: Store, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
+            if mix is not None:
+                keys, values = mix(keys, values)
             self._passing.fresh[run.layer] = keys, values
             states = store(keys, values)
             self._keep(run, states)
