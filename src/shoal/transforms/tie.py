@@ -47,7 +47,7 @@ def tie(
     `start` says with which matrices a set begins: those of its `first` or `last` layer; `stepwise`, of the layer
     round(s (N - 1) / (M - 1)) for set s, so that first and last layer of the base are kept; `average`, the mean of its
     layers'; `random`, numbers of the same standard deviation, drawn with `seed`, to compare with. The last three are
-    new tensors that the runs share (`0=tie-0`), and so can learn (`shoal heal --learn plan`). `part`: only attentions
+    new tensors that the runs share (`0=tie-0`), and so can learn (the learner `plan`). `part`: only attentions
     or only mlps are tied. Stored parameters fall; FLOPs and KV do not. `unique` N changes nothing. A tied model is
     hardly usable before it is trained: low rank alone at equal stored values is better without training. Raises U559
     for numbers that fit no layers, and where something else runs than whole layers with their own tensors.
