@@ -64,7 +64,7 @@ def test_the_stock_config_has_a_layer_of_the_right_kind_for_each_slot(family: st
 
 def test_what_is_no_run_has_no_slots() -> None:
     opened = open_model(tiny("llama", "eager"))
-    for text in ("0,(1|2),3", "0-1,!e?g,2-3"):
+    for text in ("0,(1|2),3", "0-1,!e?g,2-3", "0,1@3,2-3"):
         assert engine_slots(opened, parse_plan(text, Plan.identity(opened.spec))) is None
     gemma = open_model(tiny("gemma3n_text", "eager"))
     identity = Plan.identity(gemma.spec)

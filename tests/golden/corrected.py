@@ -12,6 +12,10 @@ CORRECTED: dict[str, dict[str, dict[str, str]]] = {
             "method fusegpt": "influence is measured anew after every fusion",
             "method hsd": "the order of the policy by-position",
         },
+        "hashes": {
+            "llama 3@5,4-7": "a source may run later",
+            "alternating 3@5,4-7": "a source may run later",
+        },
         "plans": {
             "kv-source": "what a run reads of another layer it does not make, and params and FLOPs do not count it",
             "own-and-repeat": "what a run reads of another layer it does not make, and FLOPs do not count it",

@@ -208,7 +208,8 @@ def _projections(layer: nn.Module, fact: LayerFacts, users: Counter[object]) -> 
     if (roles := fact.roles) is None:
         return ()
     for name in roles.products:
-        own = {n: p for n, p in layer.get_submodule(name).named_parameters(prefix=name) if ".lora_" not in n}
+        named = layer.get_submodule(name).named_parameters(prefix=name)
+        own = {n.replace(".base_layer.", "."): p for n, p in named if ".lora_" not in n}
         if all(users[_key(p)] == 1 for p in own.values()):
             tensors = tuple((n, tuple(p.shape)) for n, p in own.items())
             found.append(ProjectionSpec(name, roles.makes(name), tensors))

@@ -121,8 +121,14 @@ def _matrices(layer: nn.Module) -> Iterator[str]:
     """The modules with matrices of their own within the child that knows its place."""
     for name, child in layer.named_children():
         if any(index in one.__dict__ for one in child.modules() for index in INDEX_NAMES):
+            wrapped: list[str] = []
             for inner, module in child.named_modules(prefix=name):
-                if any(p is not None and p.dim() >= 2 for p in module._parameters.values()):
+                if inner.startswith(tuple(wrapped)):
+                    continue
+                if isinstance(getattr(module, "base_layer", None), nn.Module):  # peft's, around the module of that name
+                    wrapped.append(f"{inner}.")
+                    yield inner
+                elif any(p is not None and p.dim() >= 2 for p in module._parameters.values()):
                     yield inner
 
 
