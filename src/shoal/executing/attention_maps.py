@@ -29,8 +29,7 @@ size] and the map [batch, heads, queries, keys]."""
 
 def require_maps(layer: nn.Module, index: int) -> None:
     """Raise P141 for a layer whose attention hands out no map and takes none."""
-    module = attention_of(layer)
-    if module is None or not hasattr(home_of(module), "eager_attention_forward"):
+    if not takes_attention(layer):
         raise PlanError(
             f"no way is known to an attention map of layer {index} ({type(layer).__name__}); write the plan without @a",
             code="P141",
@@ -105,6 +104,12 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     found = [m for m in layer.modules() if "config" in m.__dict__ and any(name in m.__dict__ for name in INDEX_NAMES)]
     inner = [m for m in found if not any(other is not m and other in set(m.modules()) for other in found)]
     return inner[0] if len(inner) == 1 else None
+
+
+def takes_attention(layer: nn.Module) -> bool:
+    """Whether the attention of the layer goes through transformers' interface, and so takes a function of ours."""
+    module = attention_of(layer)
+    return module is not None and hasattr(home_of(module), "eager_attention_forward")
 
 
 def home_of(module: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shoal.errors import PlanError
-from shoal.executing.attention_maps import Attend, additive, attention_of, home_of
+from shoal.executing.attention_maps import Attend, additive, attention_of, home_of, takes_attention
 from shoal.executing.fewer_heads import repeated
 from shoal.executing.slots import KeysValues
 from shoal.plan import Run, Step
@@ -78,8 +78,7 @@ def refuse_unmaskable(steps: tuple[Step, ...], layer: Callable[[int], Any]) -> N
     """Raise P163 for a run that reads a later layer, in a layer whose attention does not go through transformers'
     interface. `layer`: the model's by its base index."""
     for _, run, source in later_sources(steps):
-        module = attention_of(layer(run.layer))
-        if isinstance(source, LayerKV) and (module is None or not hasattr(home_of(module), "eager_attention_forward")):
+        if isinstance(source, LayerKV) and not takes_attention(layer(run.layer)):
             raise PlanError(
                 f"no way is known to the mask of the attention of layer {run.layer} "
                 f"({type(layer(run.layer)).__name__}), which reads the KV of layer {source.layer}, that runs later; "
