@@ -186,3 +186,11 @@ def test_a_later_source_may_make_fewer(attention: str) -> None:
             logits(model, input_ids=IDS[:, a:b], past_key_values=cache, use_cache=True) for a, b in ((0, 4), (4, 9))
         ]
         torch.testing.assert_close(torch.cat(pieces, 1), want, **CLOSE)
+
+
+@pytest.mark.parametrize("plan", ["0,1:x,2@v1+,3", "0,1@v0+:x,2-3"])
+def test_values_of_other_numbers_of_heads_are_not_added(plan: str) -> None:
+    model = tiny("llama", "eager")
+    with pytest.raises(PlanError, match="so they cannot be added") as caught:
+        running(model, plan, narrow(model)).__enter__()
+    assert caught.value.code == "P129"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from shoal.plan.fewer_heads import narrower, unlike_heads
+from shoal.plan.fewer_heads import heads_made, narrower, unlike_heads
 from shoal.plan.low_rank import factors_of, unfit_factors
 from shoal.plan.select import exits, maps
 from shoal.plan.spec import StackSpec
@@ -105,11 +105,18 @@ def unfit_tensors(
     """P129 for own tensors of a run that its layer has no place for, or that are of another shape there."""
     if layers is None:
         return
+    made: dict[int, int] = {}
     for run in runs(steps):
         for weights_id in run.ids:
             there = layers(stack.name, run.layer)
             yield from _unfit(run, weights_id, stack, there, shapes)
-        yield from unlike_heads(run, stack.layers[run.layer], tensors_of_run(run, shapes))
+        layer, own = stack.layers[run.layer], tensors_of_run(run, shapes)
+        yield from unlike_heads(run, layer, own)
+        made[run.layer] = heads_made(layer, own)
+        source = added_values(run)
+        if source is not None and made.get(source, made[run.layer]) != made[run.layer]:
+            heads = f"{made[source]} heads of values, and layer {run.layer} {made[run.layer]}"
+            yield "P129", run.layer, f"layer {source} makes {heads}, so they cannot be added; give as many for both"
 
 
 def _unfit(run: Run, weights_id: str, stack: StackSpec, there: Shapes, shapes: Shapes) -> Iterator[Finding]:
