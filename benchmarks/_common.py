@@ -40,6 +40,19 @@ def options(description: str | None, *, pairs: int) -> argparse.ArgumentParser:
     return parser
 
 
+def training_options(parser: argparse.ArgumentParser, *, windows: int) -> None:
+    """Add what benchmarks of healing read and how much of it; `windows` is the default of --windows."""
+    parser.add_argument("--train", required=True, help="text to train on")
+    parser.add_argument("--test", required=True, help="text of the same kind to judge by")
+    parser.add_argument("--second", required=True, help="text of another kind")
+    parser.add_argument("--text-key", help="the key of the second text, where it is .jsonl")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a training window (default: %(default)s)")
+    parser.add_argument("--held", type=int, default=6, help="windows that are held out (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="windows in a forward (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a test window (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=windows, help="of each test text (default: %(default)s)")
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _common import disjoint, finish, opened, options, say
+from _common import disjoint, finish, opened, options, say, training_options
 
 from shoal.api.assess import text_of
 from shoal.api.heal import heal
@@ -196,17 +196,9 @@ def _table(group: str, rows: list[dict[str, Any]]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = options(__doc__, pairs=1)
-    parser.add_argument("--train", required=True, help="text to fit and to train on")
-    parser.add_argument("--test", required=True, help="text of the same kind to judge by")
-    parser.add_argument("--second", required=True, help="text of another kind")
-    parser.add_argument("--text-key", help="the key of the second text, where it is .jsonl")
+    training_options(parser, windows=12)
     parser.add_argument("--tokens", default="12k", help="of each distillation (default: %(default)s)")
     parser.add_argument("--fit", type=int, default=16, help="windows to fit on (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a training window (default: %(default)s)")
-    parser.add_argument("--held", type=int, default=6, help="windows that are held out (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=2, help="windows in a forward (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a test window (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=12, help="of each test text (default: %(default)s)")
     parser.add_argument("--only", action="append", help="rows whose name holds this; again for more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--journal", type=Path, required=True, help="a line for each finished row")

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from _common import disjoint, finish, opened, options, say
+from _common import disjoint, finish, opened, options, say, training_options
 
 from shoal.api.assess import text_of
 from shoal.api.heal import heal
@@ -161,20 +161,12 @@ def _page(args: argparse.Namespace, loaded: Loaded, rows: list[dict[str, Any]]) 
 
 def _arguments() -> argparse.Namespace:
     parser = options(__doc__, pairs=1)
+    training_options(parser, windows=24)
     parser.add_argument("--plan", default=CUT, help="what is healed (default: %(default)s)")
-    parser.add_argument("--train", required=True, help="text to train on")
-    parser.add_argument("--test", required=True, help="text of the same kind to judge by")
-    parser.add_argument("--second", required=True, help="text of another kind")
-    parser.add_argument("--text-key", help="the key of the second text, where it is .jsonl")
     parser.add_argument("--recipe", action="append", help="again for more (default: every recipe)")
     parser.add_argument("--run", action="append", default=[], help="RECIPE=TOKENS, a run of one's own; again for more")
     parser.add_argument("--tokens", default="12k", help="of every recipe (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.0, help="of every recipe, in runs of their own (0: none)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a training window (default: %(default)s)")
-    parser.add_argument("--held", type=int, default=6, help="windows that are held out (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=2, help="windows in a forward (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a test window (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=24, help="of each test text (default: %(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens of a greedy answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--journal", type=Path, default=Path("healing.jsonl"), help="finished runs, a line each")
