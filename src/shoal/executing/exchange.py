@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from shoal.executing.affine import Affine
 from shoal.executing.looked_up import Converted
 from shoal.executing.low_rank import LowRank
 from shoal.models.parts import stubs
+from shoal.plan.around import affine_of, around_run
 from shoal.plan.low_rank import WORDS, factors_of
 from shoal.plan.tensors import SHARES
 
@@ -47,6 +49,7 @@ class Exchange:
         self._stubs: Entries = []
         self._places: list[tuple[str, torch.Tensor, list[tuple[dict[str, Any], str]]]] = []
         self._expected: list[tuple[dict[str, Any], str, Any]] = []
+        self._prepared = False
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -68,7 +71,7 @@ class Exchange:
 
     def is_prepared(self) -> bool:
         """Whether what is exchanged is still there."""
-        return bool(self._expected) and all(place.get(key) is old for place, key, old in self._expected)
+        return self._prepared and all(place.get(key) is old for place, key, old in self._expected)
 
     def _prepare(self) -> None:
         children: dict[str, Any] = self.layer._modules
@@ -79,29 +82,38 @@ class Exchange:
             owner, leaf = self._child(path)
             self._stubs.append((owner, leaf, _Unused(owner[leaf], width)))
         under = tuple(f"{path}." for path in self.unused)
-        names = [name for name in self.tensors if name != SHARES and not name.startswith(under)]
-        beside = self._beside(names)
+        all_held = (*self.layer.named_parameters(remove_duplicate=False), *self.layer.named_buffers())
+        there = {name for name, _ in all_held}
+        aside = {SHARES, *around_run(dict.fromkeys(self.tensors), there)}
+        names = [name for name in self.tensors if name not in aside and not name.startswith(under)]
+        beside = self._beside(names, there)
         self._stubs += [entry for entry, _ in beside]
         factors = {name for _, found in beside for name in found}
         for name in (name for name in names if name not in factors):
             held, leaf = _held(self.layer, name)
             old = held[leaf]
             self._places.append((name, old, [_held(self.layer, other) for other in shared.get(id(old), (name,))]))
-        there = [(place, key) for place, key, _ in self._stubs] + [
+        entries = [(place, key) for place, key, _ in self._stubs] + [
             one for _, _, places in self._places for one in places
         ]
-        self._expected = [(place, key, place[key]) for place, key in there]
+        self._expected = [(place, key, place[key]) for place, key in entries]
+        self._prepared = True
 
-    def _beside(self, names: list[str]) -> list[tuple[tuple[dict[str, Any], str, Any], list[str]]]:
-        """What stands for each module that has factors, with the names of these."""
-        if not any(name.rpartition(".")[2] in WORDS for name in names):
-            return []
-        there = dict([*self.layer.named_parameters(remove_duplicate=False), *self.layer.named_buffers()])
+    def _beside(self, names: list[str], there: set[str]) -> list[tuple[tuple[dict[str, Any], str, Any], list[str]]]:
+        """What stands for each module that has factors, or a scale or shift, with the names of these."""
+        own = {name: name for name in names}
+        factors, affine = factors_of(own, there), affine_of(own, there)
         found = []
-        for path, factors in factors_of({name: name for name in names}, there).items():
+        for path in dict.fromkeys((*factors, *affine)):
             owner, leaf = self._child(path)
-            stand_in = LowRank(owner[leaf], WORDS[next(iter(factors))], partial(self._factor, owner[leaf], factors))
-            found.append(((owner, leaf, stand_in), list(factors.values())))
+            child = stand_in = owner[leaf]
+            words = {**factors.get(path, {}), **affine.get(path, {})}
+            if path in factors:
+                pair = WORDS[next(iter(factors[path]))]
+                stand_in = LowRank(stand_in, pair, partial(self._factor, child, words))
+            if path in affine:
+                stand_in = Affine(stand_in, tuple(affine[path]), partial(self._factor, child, words))
+            found.append(((owner, leaf, stand_in), list(words.values())))
         return found
 
     def _child(self, path: str) -> tuple[dict[str, Any], str]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, assert_never
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from shoal.executing.around_runs import AroundRuns
 from shoal.executing.asked import SaidDepth, refuse_counting
 from shoal.executing.calls import Call, argument, caches_of, first_state, hidden_of, with_hidden
 from shoal.executing.checkpointed import Around, is_checkpointed
@@ -81,6 +82,8 @@ class Executor(RunCalls):
         self.cache: Cache | None = None
         """The cache that steps run alone write to, in the place of the one in the record."""
         self.use(weights)
+        if self.around_runs.reads:
+            self.passthrough = [False] * stack.depth
         prepare_views(DynamicCache, StaticCache, PassingCache)
 
     # what others call
@@ -94,6 +97,7 @@ class Executor(RunCalls):
         """From now on these are the plan's tensors. Whoever binds a plan has checked that they fit."""
         self.weights = weights
         self.runner = LayerRunner(self.planned, self.stack, self.facts, weights)
+        self.around_runs = AroundRuns(self.steps, weights, self.layer)
         self._cache_contents: CacheContents | None = None
 
     def prepared(self, forward: Callable[[], Any]) -> Forward:
@@ -194,12 +198,15 @@ class Executor(RunCalls):
         if index in self.needed_later:
             self.now.calls[index] = (args, kwargs)
         hidden = hidden_of((args, kwargs))
+        if index == 0:
+            self.around_runs.enter(hidden, self.now.states)
         if recorder is not None:
             recorder.enters(index, hidden)
         if self.carried:
             self.now.carried = {at: argument((args, kwargs), at) for at in self.carried}
         for position, step in self.steps_at[index]:
             hidden = self._step(position, step, hidden, index, args, kwargs)
+            self.around_runs.note(step, hidden, self.now.states)
         returned = self.as_layer_output(index, hidden)
         if index == self.depth - 1:
             self.now = Forward()  # nothing of this forward outlives it
@@ -262,16 +269,22 @@ class Executor(RunCalls):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
+        around_run = self.around_runs.of(run)
+        if around_run is not None:
+            hidden = around_run.front(hidden, self.now.states)
         call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
         layer, comes_first = self.runner.layer_of(run), self.now.extra is None
         shared = self._shared_kv(run) if is_checkpointed(layer) else None
         with self.exchanges.during(run.layer), self.sharing.around(run, layer, self.now):
             around = (*self.around, *self.sharing.heads(run, layer))
             out = self.runner.call(run, call, comes_first=comes_first, around=around, shared=shared)
+        state = first_state(out)
+        if around_run is not None:
+            state = around_run.behind(hidden, state)
         if self.recorder is not None:
             behind_attention = partial(self.runner.behind_attention, run, call)
-            self.recorder.ran(RunRecord(run, hidden_of(call), first_state(out), behind_attention))
+            self.recorder.ran(RunRecord(run, hidden_of(call), state, behind_attention))
         if isinstance(out, tuple | list):
             self.now.extra = tuple(out[1:])
             self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
-        return first_state(out)
+        return state

@@ -65,6 +65,7 @@ class PassForward(Forward):
         if not again:
             self.before = self.fresh
         self.fresh, self.seen, self.made, self.extra, self.passing = {}, {}, {}, None, None
+        self.states.clear()
 
     def is_settled(self) -> bool:
         """Whether this pass made what the one before it made."""
@@ -170,11 +171,13 @@ class LaterExecutor(Executor):
     def _pass(self, hidden: torch.Tensor, *, again: bool = False) -> torch.Tensor:
         self._passing.begin(again=again)
         self.now.carried = {at: argument(self.now.calls[0], at) for at in self.carried}
+        self.around_runs.enter(hidden, self.now.states)
         for index, due in enumerate(self.steps_at):
             if self.recorder is not None:
                 self.recorder.enters(index, hidden)
             for position, step in due:
                 hidden = self._step(position, step, hidden, -1, (), {})
+                self.around_runs.note(step, hidden, self.now.states)
         return hidden
 
     def _source(self, run: Run) -> int | None:

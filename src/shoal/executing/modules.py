@@ -29,7 +29,6 @@ from shoal.executing.weights import ids_of
 from shoal.models.lists import BESIDE, Stack
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
-from shoal.plan.low_rank import WORDS
 from shoal.plan.steps import Step, runs
 
 FIXED = ("limit",)
@@ -107,14 +106,8 @@ def put_modules(opened: OpenedModel, plan: Plan, weights: Mapping[str, torch.Ten
     for stack in opened.stacks:
         steps = plan.steps(stack.name)
         for run in runs(steps):
-            if run.weights is not None and any(
-                name.rpartition(".")[2] in WORDS for name in TensorsOf(run.weights, weights)
-            ):
-                raise PlanError(
-                    f"layer {run.layer} has low-rank factors ({run.weights}), and as a module it would have whole "
-                    "matrices; run the plan without modules",
-                    code="P157",
-                )
+            if run.weights is not None:
+                _refuse_beside(run, run.weights, stack, weights)
             if run.weights is not None and run.tie is not None:
                 raise PlanError(
                     f"layer {run.layer} has tensors of its own beside the matrices of {run.tie}, and as a module "
@@ -156,6 +149,18 @@ def _put_layer(made: ModuleTensors, stack: Stack, run: Run, weights: Mapping[str
     made.modules.layers._modules[_key(run.weights)] = layer
     made.base[run.weights] = stack.name, run.layer
     return None
+
+
+def _refuse_beside(run: Run, weights_id: str, stack: Stack, weights: Mapping[str, torch.Tensor]) -> None:
+    layer = stack.layer(run.layer)
+    held = {name for name, _ in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers())}
+    beside = next((name for name in TensorsOf(weights_id, weights) if name not in held), None)
+    if beside is not None:
+        raise PlanError(
+            f"layer {run.layer} has {weights_id}.{beside} beside its own tensors, and as a module it would have those "
+            "of a layer alone; run the plan without modules",
+            code="P157",
+        )
 
 
 def _require_place(tensors: ModuleTensors, stack: Stack, run: Run) -> None:

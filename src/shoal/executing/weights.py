@@ -17,6 +17,7 @@ from shoal.errors import PlanError, UsageError, WriteError
 from shoal.executing.low_rank import is_linear
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Given, Map, Parallel, Plan, Run, given_plan, place_of, save_plan, weights_hash
+from shoal.plan.around import affine_of
 from shoal.plan.low_rank import factors_of
 from shoal.plan.steps import Step, runs
 from shoal.plan.tensors import tensors_of
@@ -124,11 +125,12 @@ def refuse_unlike(stack: Stack, steps: tuple[Step, ...], weights: Tensors) -> No
 def _refuse_unlike(index: int, weights_id: str, stack: Stack, weights: Tensors) -> None:
     layer, here = stack.layer(index), f"{stack.name} layer {index}"
     held, places = _held(layer), dict[int, str]()
-    for module in factors_of(tensors_of(weights_id, weights), held):
+    own = tensors_of(weights_id, weights)
+    for module in (*factors_of(own, held), *affine_of(own, held)):
         if not is_linear(layer.get_submodule(module)):
             raise PlanError(
-                f"{weights_id}.{module} has factors, and {module} in {here} is no linear module; give factors of "
-                "matrices that multiply what their module is given",
+                f"{weights_id}.{module} has factors or a scale, and {module} in {here} is no linear module; give those "
+                "of matrices that multiply what their module is given",
                 code="P129",
             )
     for name, old in held.items():

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, NamedTuple, assert_never
 
+from shoal.plan.around import around_flops, is_beside
 from shoal.plan.fewer_heads import base_sizes, fewer_flops, stored_kv
 from shoal.plan.given import Given, given_plan
 from shoal.plan.low_rank import INSTEAD, WORDS, replaced_matrices
@@ -24,7 +25,7 @@ from shoal.plan.plan import Plan
 from shoal.plan.select import paired
 from shoal.plan.spec import LayerSpec, ProjectionSpec, Spec, StackSpec
 from shoal.plan.steps import Exit, Map, Parallel, Run, Step, map_source, runs
-from shoal.plan.tensors import Shapes, tensors_of, tensors_of_run
+from shoal.plan.tensors import SHARES, Shapes, tensors_of, tensors_of_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     total.shared |= dict(layer.shared)
     total.layer_runs += run.part == "layer"
     total.half_runs += run.part != "layer"
-    flops += _factor_flops(new)
+    flops += _factor_flops(new) + around_flops(new)
     flops -= sum(one.flops for one in _left_out(layer, run)) + fewer_flops(layer, new)
     total.prefill += flops * shape.prompt
     total.decode += flops
@@ -228,7 +229,7 @@ def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) 
     silent = [part for name, part in parts.items() if part is not None and run.part not in ("layer", name)]
     left_out = tuple(f"{name}." for part in silent for name in part.modules)
     base = base_sizes(layer)
-    gone = {n: base.get(n, prod(shape)) for n, shape in own.items() if n.rpartition(".")[2] not in WORDS}
+    gone = {n: base.get(n, prod(shape)) for n, shape in own.items() if not _is_more(n, shape)}
     for name in replaced_matrices(own):
         left, right = (own[f"{name.removesuffix('.weight')}.{word}"] for word in INSTEAD)
         gone[name] = left[0] * right[-1]
@@ -240,6 +241,11 @@ def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) 
         _Reading(where, matrices, left_out, {n: size for n, size in gone.items() if (n not in flat) == matrices})
         for matrices, where in ((True, tied), (False, storage))
     ]
+
+
+def _is_more(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a run's tensor comes to those of its layer, in whose place it does not stand."""
+    return name.rpartition(".")[2] in WORDS or name == SHARES or is_beside(name, shape)
 
 
 def _factor_flops(own: Shapes) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from shoal.plan.around import EMBEDDED, affine_of, around_run, unfit_around
 from shoal.plan.fewer_heads import heads_made, narrower, unlike_heads
 from shoal.plan.low_rank import factors_of, unfit_factors
 from shoal.plan.select import exits, maps
 from shoal.plan.spec import StackSpec
-from shoal.plan.steps import Run, Step, added_values, runs
+from shoal.plan.steps import Run, Step, added_values, layers_of, runs
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -106,10 +107,10 @@ def unfit_tensors(
     if layers is None:
         return
     made: dict[int, int] = {}
-    for run in runs(steps):
+    for run, before in _after(steps):
         for weights_id in run.ids:
             there = layers(stack.name, run.layer)
-            yield from _unfit(run, weights_id, stack, there, shapes)
+            yield from _unfit(run, weights_id, stack, there, shapes, before)
         layer, own = stack.layers[run.layer], tensors_of_run(run, shapes)
         yield from unlike_heads(run, layer, own)
         made[run.layer] = heads_made(layer, own)
@@ -119,13 +120,26 @@ def unfit_tensors(
             yield "P129", run.layer, f"layer {source} makes {heads}, so they cannot be added; give as many for both"
 
 
-def _unfit(run: Run, weights_id: str, stack: StackSpec, there: Shapes, shapes: Shapes) -> Iterator[Finding]:
+def _after(steps: tuple[Step, ...]) -> Iterator[tuple[Run, set[int]]]:
+    """Every run, with the layers that have run before its step."""
+    before = {EMBEDDED}
+    for step in steps:
+        for run in runs((step,)):
+            yield run, before
+        before = before | set(layers_of(step))
+
+
+def _unfit(
+    run: Run, weights_id: str, stack: StackSpec, there: Shapes, shapes: Shapes, before: set[int]
+) -> Iterator[Finding]:
     own = tensors_of(weights_id, shapes)
     yield from unfit_factors(run, weights_id, stack.name, there, own)
+    yield from unfit_around(run, weights_id, stack.hidden, there, own, before)
     fewer = narrower(stack.layers[run.layer], own)
-    factors = {f"{module}.{word}" for module, found in factors_of(own, there).items() for word in found}
+    modules = (*factors_of(own, there).items(), *affine_of(own, there).items())
+    beside = {*(f"{module}.{word}" for module, found in modules for word in found), *around_run(own, there)}
     for name, shape in own.items():
-        if name in factors or name in fewer or (name == SHARES and added_values(run) is not None and shape == (2,)):
+        if name in beside or name in fewer or (name == SHARES and added_values(run) is not None and shape == (2,)):
             continue
         here, layer = f"{weights_id}.{name}", f"{stack.name} layer {run.layer}"
         if name not in there:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import nn
 
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
 from shoal.fitting.holes import Pair
 from shoal.fitting.merge import middle
 from shoal.fitting.result import Fit, Job, Transformed
-from shoal.fitting.writers import Prober, folded_scale
+from shoal.fitting.writers import Prober, Writer, folded_scale, output_module
 from shoal.models.opened import open_model
 from shoal.models.precision import in_float64
 from shoal.plan import Run
@@ -20,15 +23,16 @@ EXAMPLES = TransformExamples(refused=(((1,), {"first": 0, "group": 3, "last": 2}
 
 
 def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, group: int = 2) -> Transformed:
-    """Let the layers `first`..`last` that run share matrices in groups: each child runs its parent's, the first of its
-    group.
+    """Let the layers `first`..`last` that run share matrices in groups: each child is tied to its parent, the first of
+    its group (`3=2:fold-3`).
 
     Without `first` and `last` these are the middle half of the stack. Removed layers among them stay removed. A child
-    keeps its norms, and what its parent's attention and mlp write for it is scaled by one number each, s = <d, r> / <d,
-    d> over the calibration tokens (each weighted by 1 / |y|^2), d what the parent's part writes on the stream as folded
-    so far and r = y - x what leads to the dense state y behind that part; s = 1 where that cannot be written into the
-    weights exactly, as before a norm, which the child keeps. Fewer stored parameters, the same FLOPs and KV. `group` 1
-    changes nothing. Raises U559 for a range or a group that holds no two layers, and where something else runs among
+    keeps its norms and biases, and what its parent's attention and mlp write for it is scaled by one number each, s =
+    <d, r> / <d, d> over the calibration tokens (each weighted by 1 / |y|^2), d what the parent's part writes on the
+    stream as folded so far and r = y - x what leads to the dense state y behind that part, stored as the scale [1] of
+    the module that writes it; s = 1 where that cannot be written into the weights exactly, as before a norm, which the
+    child keeps. A planned checkpoint holds the shared matrices once, a stock one copies; the same FLOPs and KV. `group`
+    1 changes nothing. Raises U559 for a range or a group that holds no two layers, and where something else runs among
     them than whole layers, upwards, with their own weights and KV.
 
     Source: Liu et al. 2024 (FoldGPT, arXiv 2407.00928).
@@ -49,7 +53,7 @@ def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, 
             own, made = _child(pair, prober, parent, child)
             weights_id = f"fold-{child}"
             weights |= {f"{weights_id}.{name}": tensor for name, tensor in own.items()}
-            steps[start + place] = Run(parent, weights=weights_id)
+            steps[start + place] = Run(child, weights=weights_id if own else None, tie=parent)
             fits.append(made)
         pair.pruned.advance(steps[start + place], weights)
         job.tell(place + 1, len(children), "fold groups")
@@ -86,22 +90,29 @@ def _require_parts(pair: Pair, children: list[int]) -> None:
 def _child(pair: Pair, prober: Prober, parent: int, child: int) -> tuple[dict[str, torch.Tensor], Fit]:
     """The tensors with which the parent stands in for the child, and how near it comes."""
     stack = open_model(pair.job.model).stack(pair.job.stack)
-    layer = stack.layer(parent)
-    parts = pair.inputs.facts.layers[child].parts
-    inner = tuple(f"{name}." for name in (*parts.attention, *parts.mlp)) if parts is not None else ("",)
-    own = {n: p.detach().clone() for n, p in stack.layer(child).named_parameters() if not n.startswith(inner)}
+    layer, own = stack.layer(parent), dict[str, torch.Tensor]()
     pair.dense_to(child)
     scales, start, error = [], list(pair.pruned.states), (0.0, 0.0)
     for part in ("attention", "mlp"):
         writers = prober.writers(parent, part)
-        scale, error = _scale(pair, Run(parent, part, "fold"), own, Run(child, part), free=bool(writers))
+        run = Run(child, part, "fold" if own else None, tie=parent)
+        scale, error = _scale(pair, run, own, Run(child, part), free=bool(writers))
         scales.append(f"{scale:.4g}" if writers else "1 (a norm is behind)")
-        own |= folded_scale(layer, writers, torch.full((start[0].shape[-1],), scale))
-        pair.pruned.advance(Run(parent, part, "fold"), {f"fold.{n}": t for n, t in own.items()})
+        own |= _scaled(layer, writers, scale, start[0].shape[-1])
+        run = replace(run, weights="fold" if own else None)
+        pair.pruned.advance(run, {f"fold.{n}": t for n, t in own.items()})
         pair.dense.advance(Run(child, part))
     pair.pruned.states = start
     pair.at = child + 1
     return own, Fit(str(child), *error, note=f"scales of attention and mlp {', '.join(scales)}; errors behind the mlp")
+
+
+def _scaled(layer: nn.Module, writers: tuple[Writer, ...], scale: float, hidden: int) -> dict[str, torch.Tensor]:
+    """One number beside the module that writes what a part adds; experts, which are several, are scaled themselves."""
+    module = output_module(layer, writers) if writers else None
+    if module is None:
+        return folded_scale(layer, writers, torch.full((hidden,), scale))
+    return {f"{module}.scale": torch.tensor([scale], dtype=layer.get_parameter(f"{module}.weight").dtype)}
 
 
 def _scale(

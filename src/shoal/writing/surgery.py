@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
+from shoal.executing.affine import folded_affine
 from shoal.executing.low_rank import folded, is_transposed
 from shoal.executing.weights import plan_and_weights
 from shoal.models.adapter import is_adapted
@@ -26,6 +27,7 @@ from shoal.models.other_readers import for_other_readers, renumbering
 from shoal.models.picture_features import renumbered_features
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Given, Plan
+from shoal.plan.around import affine_of, around_run
 from shoal.plan.low_rank import factors_of
 from shoal.plan.tensors import tensors_of
 from shoal.writing.assemble import assembled
@@ -129,7 +131,9 @@ def _own(
     some, or some lie over those that runs share."""
     given = {name: t for one in weights_id.split(AND) for name, t in tensors_of(one, weights).items()}
     factors = factors_of(given, stack.layer(layer).state_dict())
-    if not factors and AND not in weights_id:
+    _refuse_around(layer, weights_id, given, stack)
+    affine = affine_of(given, stack.layer(layer).state_dict())
+    if not factors and not affine and AND not in weights_id:
         return weights_id, _fitting(stack, layer, weights_id, weights)
     held = stack.layer(tied).state_dict()
     whole = {f"{made}.{name}": t for name, t in given.items() if name in held}
@@ -138,7 +142,24 @@ def _own(
         matrix = whole.get(name, held[f"{module}.weight"])
         transposed = is_transposed(stack.layer(layer).get_submodule(module))
         whole[name] = folded(matrix, pair, transposed=transposed)
+    for module, words in affine.items():
+        names = f"{made}.{module}.weight", f"{made}.{module}.bias"
+        matrix = whole.get(names[0], held[f"{module}.weight"])
+        bias = whole.get(names[1], stack.layer(layer).state_dict().get(f"{module}.bias"))
+        if bias is None and "shift" in words:
+            why = f"it shifts what {module} makes, which has no bias to hold that"
+            raise _refusal("W287", f"{layer}:{weights_id}", why, "write it --as planned")
+        transposed = is_transposed(stack.layer(layer).get_submodule(module))
+        new = folded_affine(matrix, bias, words, transposed=transposed)
+        whole |= {name: tensor for name, tensor in zip(names, new, strict=True) if tensor is not None}
     return made, _fitting(stack, layer, made, whole)
+
+
+def _refuse_around(layer: int, weights_id: str, given: Tensors, stack: Stack) -> None:
+    around = around_run(given, stack.layer(layer).state_dict())
+    if around:
+        why = f"the tensor {next(iter(around))} stands around the layer, where no stock model has one"
+        raise _refusal("W287", f"{layer}:{weights_id}", why, "write it --as planned")
 
 
 def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
