@@ -35,7 +35,7 @@ def test_the_layer_computes_with_the_tensors_and_has_its_own_back() -> None:
 
 def test_an_error_gives_them_back_as_well() -> None:
     layer, x = Layer(), torch.randn(3, 4)
-    plain, wrong = layer(x), {"up.weight": torch.zeros(8, 4), "up.scale": torch.zeros(1)}
+    plain, wrong = layer(x), {"up.weight": torch.zeros(8, 4), "up.other": torch.zeros(1)}
     with pytest.raises(RuntimeError), Exchange(layer, (), {}, {"up.weight": torch.zeros(8, 5)}).in_place():
         layer(x)
     with pytest.raises(KeyError), Exchange(layer, (), {}, wrong).in_place():

@@ -23,17 +23,17 @@ EXAMPLES = TransformExamples(refused=(((1,), {"first": 0, "group": 3, "last": 2}
 
 
 def fold_groups(job: Job, *, first: int | None = None, last: int | None = None, group: int = 2) -> Transformed:
-    """Let the layers `first`..`last` that run share matrices in groups: each child is tied to its parent, the first of
-    its group (`3=2:fold-3`).
+    """Let the layers `first`..`last` that run share matrices in groups, in which each child is tied to its parent.
 
-    Without `first` and `last` these are the middle half of the stack. Removed layers among them stay removed. A child
-    keeps its norms and biases, and what its parent's attention and mlp write for it is scaled by one number each, s =
-    <d, r> / <d, d> over the calibration tokens (each weighted by 1 / |y|^2), d what the parent's part writes on the
-    stream as folded so far and r = y - x what leads to the dense state y behind that part, stored as the scale [1] of
-    the module that writes it; s = 1 where that cannot be written into the weights exactly, as before a norm, which the
-    child keeps. A planned checkpoint holds the shared matrices once, a stock one copies; the same FLOPs and KV. `group`
-    1 changes nothing. Raises U559 for a range or a group that holds no two layers, and where something else runs among
-    them than whole layers, upwards, with their own weights and KV.
+    The parent is the first of its group, and a child is written `3=2:fold-3`. Without `first` and `last` these are the
+    middle half of the stack. Removed layers among them stay removed. A child keeps its norms and biases, and what its
+    parent's attention and mlp write for it is scaled by one number each, s = <d, r> / <d, d> over the calibration
+    tokens (each weighted by 1 / |y|^2), d what the parent's part writes on the stream as folded so far and r = y - x
+    what leads to the dense state y behind that part, stored as the scale [1] of the module that writes it; s = 1 where
+    that cannot be written into the weights exactly, as before a norm, which the child keeps. A planned checkpoint holds
+    the shared matrices once, a stock one copies; the same FLOPs and KV. `group` 1 changes nothing. Raises U559 for a
+    range or a group that holds no two layers, and where something else runs among them than whole layers, upwards, with
+    their own weights and KV.
 
     Source: Liu et al. 2024 (FoldGPT, arXiv 2407.00928).
 
