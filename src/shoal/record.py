@@ -100,8 +100,9 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def command_line() -> tuple[str, ...]:
-    """The command as the user typed it; the program's own path is reduced to its name."""
-    return (Path(sys.argv[0]).name, *sys.argv[1:])
+    """The command as the user typed it, the program by its name alone: shoal for `python -m shoal` too."""
+    name = Path(sys.argv[0]).name
+    return ("shoal" if name == "__main__.py" else name, *sys.argv[1:])
 
 
 def _version(package: str) -> str | None:

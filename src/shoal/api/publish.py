@@ -131,7 +131,8 @@ def _by_how_much(pruned: Pruned) -> str:
     """How many layers less or, where none is gone, more run than in the base."""
     gone = sum(len(pruned.plan.dropped(name)) for name, _ in pruned.plan.stacks)
     more = FIGURES["layers"](pruned.after) - FIGURES["layers"](pruned.before)
-    return f"{more:g} layers deeper" if more > 0 and not gone else f"{gone} layers shallower"
+    many, way = (more, "deeper") if more > 0 and not gone else (gone, "shallower")
+    return f"{many:g} layer{'' if many == 1 else 's'} {way}"
 
 
 def _twice(pruned: Pruned) -> dict[str, Any] | None:

@@ -15,11 +15,11 @@ _MEANS = {
     "Weights": "The share of one layer's matrices that is left when the other's, each times its best factor, are taken "
     "away. What is far from 0 everywhere has no matrices that could be tied as they are.",
     "Hidden states": "One minus the centred kernel alignment of the states in front of the layers (the last is the "
-    "output). A dark square beside the diagonal is a span that changes little but for a rotation.",
+    "output). A square of strong colour on the diagonal is a span that changes little but for a rotation.",
     "Keys and values": "One minus the cosine of what the cache holds of the same token, mean of keys and values. Pairs "
     "near 0 could share one slot.",
-    "Attention maps": "The divergence of the maps, heads averaged. A dark square is a span whose layers look at the "
-    "same tokens and could take over one map.",
+    "Attention maps": "The divergence of the maps, heads averaged. A square of strong colour is a span whose layers "
+    "look at the same tokens and could take over one map.",
 }
 
 
@@ -57,5 +57,5 @@ def _map(one: Data) -> str:
     ]
     title = f"{name}: how far apart every two layers are ({one['unit']})"
     drawn = heat_map(one["matrix"], alike(max(apart, default=1.0)), title=title, unit=str(one["unit"]))
-    pairs = ", ".join(f"{i} and {j} ({number(value, 3)})" for i, j, value in one["nearest"])
+    pairs = ", ".join(f"{i} and {j} ({number(value, 5)})" for i, j, value in one["nearest"])
     return f"<figure>{said}{drawn}<figcaption>{esc(_MEANS.get(name, ''))} Nearest: {esc(pairs)}.</figcaption></figure>"
