@@ -246,3 +246,19 @@ def test_a_sandwich_is_the_papers_order_and_none_is_the_plan_itself(family: str)
     assert str(do("sandwich", job(model, [])).plan) == "0-1a,0m,2a,1m,3a,2-3m", "6 of 16 of 4 layers is 1"
     ends = do("sandwich", job(model, []), coefficient=DEPTH)
     assert str(ends.plan) == "0-3a,0-3m"
+
+
+def test_an_order_is_that_of_the_scores() -> None:
+    """By a measure, either way round, within a range, at random; the layers are the same ones."""
+    model = tiny("llama")
+    scores = get("measures", "spectrum").load()(model).values
+    rising = sorted(range(DEPTH), key=lambda n: scores[n])
+    assert rising != sorted(rising), "else the test proves nothing"
+    assert list(do("order", job(model, []), highest="last").plan.layers()) == rising
+    assert list(do("order", job(model, [])).plan.layers()) == rising[::-1]
+    inner = do("order", job(model, []), first=1, last=2, highest="last").plan.layers()
+    assert list(inner) == [0, *sorted((1, 2), key=lambda n: scores[n]), 3]
+    drawn = {do("order", job(model, []), by="random", seed=seed).plan.layers() for seed in range(8)}
+    assert len(drawn) > 3 and all(sorted(one) == list(range(DEPTH)) for one in drawn)
+    with pytest.raises(UsageError):
+        do("order", job(model, []), by="no-such-measure")
