@@ -105,3 +105,23 @@ def test_a_follower_saves_queries_and_keys_with_their_scores() -> None:
     assert saved == 2 * heads * layer.kv.key_dim * 512 + 2 * matrices
     assert cost(plain, spec).params - cost(plan, spec).params == matrices
     assert cost(plain, spec).kv_per_token - cost(plan, spec).kv_per_token == layer.kv.heads * layer.kv.key_dim
+
+
+@pytest.mark.parametrize("family", PLANS)
+def test_gradients_go_through_a_map_under_gradient_checkpointing(family: str) -> None:
+    """The source is run again in the backward pass, and its followers, with the map that they share."""
+    model = own(family, "eager").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = []
+    with running(model, PLANS[family]):
+        for checkpointed in (False, True):
+            if checkpointed:
+                model.activation_checkpointing_enable()
+            model.zero_grad()
+            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0] and found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,22 @@ class SharedKV:
     """From the layer's own and `given` to what is attended to."""
     hand_on: Callable[[KeysValues], None]
     """Called once with that."""
+
+
+@dataclass(frozen=True)
+class SharedMap:
+    """An attention map that a run takes over, or makes for others."""
+
+    given: torch.Tensor | None
+    """The one that it takes over."""
+    attend: Callable[[torch.Tensor | None, Callable[[torch.Tensor], None]], AbstractContextManager[None]]
+    """What stands around the call, from the map that is given and what is to be told of one that is made."""
+    hand_on: Callable[[torch.Tensor], None]
+    """Called once with the map that was made."""
+
+    def around(self) -> AbstractContextManager[None]:
+        """What stands around a call that is not run again."""
+        return self.attend(self.given, self.hand_on)
 
 
 def is_checkpointed(layer: Any) -> bool:
@@ -67,27 +84,43 @@ def within(around: Sequence[Around], call: Callable[[], Any]) -> Any:
         return within(around[1:], call)
 
 
-def checkpointed(layer: Any, call: Call, around: Sequence[Around], shared: SharedKV | None = None) -> Any:
+def checkpointed(
+    layer: Any,
+    call: Call,
+    around: Sequence[Around],
+    shared: SharedKV | None = None,
+    shared_map: SharedMap | None = None,
+) -> Any:
     """What `layer` returns. The layer itself is told not to checkpoint within."""
     call = without_caches(
         call if call[0] else ((hidden_of(call),), {k: v for k, v in call[1].items() if k != "hidden_states"})
     )
     args, kwargs = call
-    bare, kept = [False], list[torch.Tensor]()
+    bare, kept, maps = [False], list[torch.Tensor](), list[torch.Tensor]()
+    taken = shared.given if shared else ()
+    map_given = () if shared_map is None or shared_map.given is None else (shared_map.given,)
 
     def run(*tensors: Any) -> tuple[Any, ...]:
         kept.clear()
-        own_args, own_kwargs = _sharing((tensors[: len(args)], kwargs), shared, tensors[len(args) :], kept)
+        maps.clear()
+        rest = tensors[len(args) :]
+        own_args, own_kwargs = _sharing((tensors[: len(args)], kwargs), shared, rest[: len(taken)], kept)
+        within_map: tuple[Around, ...] = ()
+        if shared_map is not None:
+            within_map = (partial(shared_map.attend, rest[-1] if map_given else None, maps.append),)
         had = layer.__dict__.get("gradient_checkpointing")
         layer.gradient_checkpointing = False
         try:
-            out = within(around, lambda: layer(*own_args, **own_kwargs))
+            out = within((*around, *within_map), lambda: layer(*own_args, **own_kwargs))
         finally:
             layer.gradient_checkpointing = had
         bare[0] = not isinstance(out, tuple | list)
-        return (*((out,) if bare[0] else out), *kept)
+        return (*((out,) if bare[0] else out), *kept, *maps)
 
-    made = layer._gradient_checkpointing_func(run, *args, *(shared.given if shared else ()))
+    made = layer._gradient_checkpointing_func(run, *args, *taken, *map_given)
+    if maps and shared_map is not None:
+        shared_map.hand_on(made[-1])
+        made = made[:-1]
     if kept and shared is not None:
         made, states = made[: -len(kept)], made[-len(kept) :]
         shared.hand_on(states)

@@ -275,9 +275,12 @@ class Executor(RunCalls):
         call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
         layer, comes_first = self.runner.layer_of(run), self.now.extra is None
         shared = self._shared_kv(run) if is_checkpointed(layer) else None
-        with self.exchanges.during(run.layer), self.sharing.around(run, layer, self.now):
+        shared_map = self.sharing.shared_map(run, layer, self.now)
+        with self.exchanges.during(run.layer):
             around = (*self.around, *self.sharing.heads(run, layer))
-            out = self.runner.call(run, call, comes_first=comes_first, around=around, shared=shared)
+            out = self.runner.call(
+                run, call, comes_first=comes_first, around=around, shared=shared, shared_map=shared_map
+            )
         state = first_state(out)
         if around_run is not None:
             state = around_run.behind(hidden, state)

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from shoal.executing.calls import Call, first_state
-from shoal.executing.checkpointed import Around, SharedKV, checkpointed, is_checkpointed, refuse_wrapped, within
+from shoal.executing.checkpointed import (
+    Around,
+    SharedKV,
+    SharedMap,
+    checkpointed,
+    is_checkpointed,
+    refuse_wrapped,
+    within,
+)
 from shoal.executing.exchange import Exchange
 from shoal.executing.fitted_map import FittedMap
 from shoal.executing.layer_list import LayerProxyList
@@ -91,20 +99,24 @@ class LayerRunner:
         comes_first: bool = False,
         around: Sequence[Around] = (),
         shared: SharedKV | None = None,
+        shared_map: SharedMap | None = None,
     ) -> Any:
         """What the layer of `run` returns. The layer that `comes_first` in a forward makes what all others are handed,
         with what layer 0 owns for it. `around`: what else stands around the call. `shared`: keys and values that go
-        into a checkpointed call and come out of it."""
+        into a checkpointed call and come out of it. `shared_map`: the attention map that it takes over or hands on."""
         layer, (args, kwargs) = self.layer_of(run), call
         if run.part != "layer" or run.tied_layer is not None or self._lends(run) or self._unused(run):
             around = (*around, lambda: self._exchange(run).in_place())
         if comes_first and run.layer != 0 and self.first is not None:
             around = (*around, partial(self.first.shared_with, layer))
-        if not around and shared is None:
+        if not around and shared is None and shared_map is None:
             return layer(*args, **kwargs)
         refuse_wrapped(layer, run)
-        if is_checkpointed(layer) and (shared is not None or torch.is_grad_enabled()):
-            return checkpointed(layer, call, around, shared)
+        shares = shared is not None or shared_map is not None
+        if is_checkpointed(layer) and (shares or torch.is_grad_enabled()):
+            return checkpointed(layer, call, around, shared, shared_map)
+        if shared_map is not None:
+            around = (*around, shared_map.around)
         return within(around, lambda: layer(*args, **kwargs))
 
     def behind_attention(self, run: Run, call: Call, *, made: Mapping[str, Any] | None = None) -> torch.Tensor:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, assert_never
 
 import torch
 
-from shoal.errors import PlanError
 from shoal.executing.attention_maps import attending, is_attending, made, over_fewer_heads, require_maps, taken
 from shoal.executing.calls import Place
-from shoal.executing.checkpointed import Around, SharedKV
+from shoal.executing.checkpointed import Around, SharedKV, SharedMap
 from shoal.executing.forward import Forward
 from shoal.executing.slots import KeysValues, Store, Take
 from shoal.executing.weights import Tensors
 from shoal.plan import Run, Step
-from shoal.plan.capabilities import refused
 from shoal.plan.sources import AttentionMap, LayerKeys, LayerKV, LayerValues
 from shoal.plan.steps import added_values, key_source, map_source, runs, sources_read, value_source
 from shoal.plan.tensors import SHARES
@@ -57,18 +55,17 @@ class Sharing:
                 case _:
                     assert_never(source)
 
-    def around(self, run: Run, layer: Any, forward: Forward) -> AbstractContextManager[None]:
-        """What stands around the call of a run whose attention map is made for others or is another layer's."""
+    def shared_map(self, run: Run, layer: Any, forward: Forward) -> SharedMap | None:
+        """The attention map of a run that makes it for others or takes over another layer's; None for any other run."""
         source = map_source(run)
         if not self.maps or run.part == "mlp" or (source is None and run.layer not in self.maps):
-            return nullcontext()
-        if layer.training and getattr(layer, "gradient_checkpointing", False):
-            no = refused("attention map", "checkpointed", run)
-            assert no is not None
-            raise PlanError(no.message, code=no.code)
-        if source is not None:
-            return attending(layer, taken(forward.made[AttentionMap(source)]))
-        return attending(layer, made(partial(forward.made.__setitem__, AttentionMap(run.layer))))
+            return None
+
+        def attend(given: torch.Tensor | None, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
+            return attending(layer, made(keep) if given is None else taken(given))
+
+        given = None if source is None else forward.made[AttentionMap(source)]
+        return SharedMap(given, attend, partial(forward.made.__setitem__, AttentionMap(run.layer)))
 
     def heads(self, run: Run, layer: Any) -> tuple[Around, ...]:
         """What else stands around the call of a run that may attend to fewer heads than its layer has."""

@@ -45,7 +45,6 @@ from shoal.plan.later import later_sources
 from shoal.plan.notation import format_steps
 from shoal.plan.source_answers import (
     CHECKPOINTED_LATER,
-    CHECKPOINTED_MAP,
     FAST_LATER,
     FAST_MAP,
     GATED_HALF,
@@ -130,7 +129,7 @@ def _taken(trait: Literal["KV source", "half KV source", "attention map", "later
                        offloaded=OK, sharded=OK, beside_encoder=KV_BESIDE_ENCODER, paged=PAGED_HALF, gated=GATED_HALF,
                        drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=WRITTEN_KV, gguf=NO_BLOCK)
         case "attention map":
-            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=CHECKPOINTED_MAP,
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
                        offloaded=OK, sharded=OK, beside_encoder=MAP_BESIDE_ENCODER, paged=PAGED_MAP, gated=GATED_MAP,
                        drafted=NO_DRAFT, fast=FAST_MAP, streamed=ONE_BY_ONE, written=WRITTEN_SHARED_MAP, gguf=NO_BLOCK)
         case "later source":

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from shoal.plan.answers import Refused
 
-CHECKPOINTED_MAP = Refused(
-    "P141",
-    "layer {layer} takes over an attention map, which gradient checkpointing would not replay; switch one of them off",
-)
 MAP_BESIDE_ENCODER = Refused(
     "P141",
     "decoder layer {layer} has two attentions, so it cannot take over the attention map of layer {source}; write it "
