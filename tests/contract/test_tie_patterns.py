@@ -121,6 +121,37 @@ def test_relaxed_at_full_rank_a_layer_is_its_own_again(part: Any, metric: Any) -
         assert {name.split(".")[0].split("-")[1] for name in made.weights} == {"3", "4", "5"}
         assert all(("mlp" in name) or part == "layer" for name in made.weights)
     assert errors[2] < 1e-3 < errors[1] < errors[0]
+    for rank in (0, 4):
+        made = relax(Job(model, random_data(2, 32), tied.plan, tied.weights), rank=rank, metric=metric, bias=True)
+        assert {name.rpartition(".")[2] for name in made.weights} == (
+            {"shift"} if not rank else {"up", "down", "shift"}
+        )
     with pytest.raises(UsageError) as caught:
         relax(job(model), rank=4)
     assert caught.value.code == "U559"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_bias_makes_good_what_a_tie_takes_from_the_mean(family: str) -> None:
+    """For what the whole model gives it each module of a tied run makes the mean that its own matrix makes."""
+    model, data = tiny_of(family, 4), random_data(2, 32)
+    tied = tie(Job(model, data, Plan.identity(inspect(model))), unique=2)
+    made = relax(Job(model, data, tied.plan, tied.weights), rank=2, bias=True)
+    layer, other = find_stack(model).layer(3), find_stack(model).layer(1)
+    seen: dict[str, torch.Tensor] = {}
+    linear = {n: m for n, m in layer.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].flatten(0, -2)))
+        for name, module in linear.items()
+    ]
+    with torch.no_grad():
+        model(input_ids=data.ids)
+    for handle in handles:
+        handle.remove()
+    assert linear and seen.keys() == linear.keys()
+    for name, module in linear.items():
+        turned = type(module).__name__ == "Conv1D"
+        own, shared = (m.weight.T if turned else m.weight for m in (module, other.get_submodule(name)))
+        x = seen[name].mean(0)
+        up, down, shift = (made.weights[f"relax-3.{name}.{word}"] for word in ("up", "down", "shift"))
+        torch.testing.assert_close(shared @ x + up @ (down @ x) + shift, own @ x, atol=1e-4, rtol=1e-4)

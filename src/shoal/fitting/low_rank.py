@@ -23,11 +23,14 @@ from shoal.plan import Run
 
 
 class Moments:
-    """Second moments x^T x [in, in] of what linear modules are given, over the tokens that count, in float64."""
+    """Second moments x^T x [in, in] and means [in] of what linear modules are given, over the tokens that count, in
+    float64."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self.modules = modules
         self.sums: dict[str, torch.Tensor] = {}
+        self._totals: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
         self.mask: torch.Tensor | None = None
         """[batch, tokens] of the batch that runs; None counts all."""
 
@@ -46,7 +49,14 @@ class Moments:
         if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
             x = x[self.mask.bool().to(x.device)]
         x = in_float64(x.reshape(-1, x.shape[-1])).to(float64_device(x.device))
-        self.sums[name] = self.sums.get(name, torch.zeros((), dtype=x.dtype, device=x.device)) + x.T @ x
+        none = torch.zeros((), dtype=x.dtype, device=x.device)
+        self.sums[name] = self.sums.get(name, none) + x.T @ x
+        self._totals[name] = self._totals.get(name, none) + x.sum(0)
+        self._counts[name] = self._counts.get(name, 0) + len(x)
+
+    def mean(self, name: str) -> torch.Tensor:
+        """What a module is given on average, [in]."""
+        return self._totals[name] / max(1, self._counts[name])
 
 
 def linear_modules(stack: Stack, facts: Sequence[LayerFacts], runs: Iterable[Run]) -> dict[str, nn.Module]:
@@ -64,13 +74,18 @@ def linear_modules(stack: Stack, facts: Sequence[LayerFacts], runs: Iterable[Run
 def input_moments(job: Job, modules: dict[str, nn.Module], *, planned: bool = True) -> dict[str, torch.Tensor]:
     """The second moments [in, in] of what each module is given over the text of the job: under its plan, or not
     `planned` in the whole model."""
+    return moments_of(job, modules, planned=planned).sums
+
+
+def moments_of(job: Job, modules: dict[str, nn.Module], *, planned: bool = True) -> Moments:
+    """The same with the means."""
     opened, found = open_model(job.model), Moments(modules)
     plan = running(opened, job.plan, job.weights) if planned else nullcontext()
     with torch.no_grad(), evaluating(opened.model), plan, found.seen():
         for ids, mask in job.data.batches(job.batch):
             found.mask = mask
             run_stack(opened.model, opened.stack(job.stack), ids, mask)
-    return found.sums
+    return found
 
 
 def two_factors(

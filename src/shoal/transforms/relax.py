@@ -10,7 +10,7 @@ import torch
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
 from shoal.executing.low_rank import matrix_of, turned
-from shoal.fitting.low_rank import input_moments, linear_modules, two_factors
+from shoal.fitting.low_rank import linear_modules, moments_of, two_factors
 from shoal.fitting.result import Job, Transformed
 from shoal.models.opened import open_model
 from shoal.plan import Run, Step
@@ -20,32 +20,39 @@ NEEDS_PLAN = False
 EXAMPLES = TransformExamples(refused=(((), {"rank": 4}, "U559"),))
 
 
-def relax(job: Job, *, rank: int = 64, metric: Literal["inputs", "plain"] = "inputs") -> Transformed:
+def relax(
+    job: Job, *, rank: int = 64, metric: Literal["inputs", "plain"] = "inputs", bias: bool = False
+) -> Transformed:
     """Give each tied run of the plan a change up down of `rank` beside every matrix that it shares.
 
     W_tied + up down [out, in] is the best approximation of the layer's own W: up [out, rank], down [rank, in] are the
     first singular vectors of W - W_tied (`metric` plain, as in the paper), or of what that difference makes of the
     module's inputs on the calibration text (inputs). At full rank the layer is its own again; at a `rank` at which the
-    factors hold as many numbers as the matrix the tie saves nothing. Raises U559 for a rank below 1, and for a plan
-    without ties or whose tied runs have tensors of their own.
+    factors hold as many numbers as the matrix the tie saves nothing. `bias`: what is then left of W x on average over
+    the text is added as a shift [out]; with `rank`=0 it is all that a run has of its own. Raises U559 for a rank below
+    1 without `bias`, and for a plan without ties or whose tied runs have tensors of their own.
 
     Source: relaxed recursive transformers, Bae et al. 2024 (arXiv 2410.20672, section 2.2: initialisation by truncated
     singular values); the metric is that of `low-rank`.
 
-    How we differ: the layer that lends its own matrices (`0` in `15=0`) gets none, for it would be zero.
+    Biases: EdgeFormer, Ge et al. 2022 (arXiv 2202.07959).
+
+    How we differ: EdgeFormer learns its biases, and has prefixes too; the layer that lends its own matrices (`0` in
+    `15=0`) gets none, for it would be zero.
     """
     steps = list(job.plan.steps(job.stack))
     places = [(n, run) for n, step in enumerate(steps) if (run := run_of(step)) is not None and run.tie is not None]
-    if rank < 1 or not places or any(run.weights is not None for _, run in places):
+    if rank < (0 if bias else 1) or not places or any(run.weights is not None for _, run in places):
         raise UsageError(
-            f"relax:rank={rank} changes runs with shared matrices and no tensors of their own, rank 1 or more, and the "
-            f"plan {job.plan} has none such; tie first (--with tie)",
+            f"relax:rank={rank} changes runs with shared matrices and no tensors of their own, rank 1 or more (0 with "
+            f"bias=true), and the plan {job.plan} has none such; tie first (--with tie)",
             code="U559",
         )
     opened = open_model(job.model)
     stack, facts = opened.stack(job.stack), opened.facts(job.stack).layers
     modules = linear_modules(stack, facts, [run for _, run in places])
-    moments = input_moments(job, modules, planned=False) if metric == "inputs" else {}
+    seen = moments_of(job, modules, planned=False) if bias or metric == "inputs" else None
+    moments = {} if seen is None or metric == "plain" else seen.sums
     weights, notes = dict(job.weights), list[str]()
     for number, (place, run) in enumerate(places):
         name = f"relax-{run.layer}" if run.part == "layer" else f"relax-{run.layer}-{run.part}"
@@ -55,7 +62,11 @@ def relax(job: Job, *, rank: int = 64, metric: Literal["inputs", "plain"] = "inp
             difference = matrix_of(module) - _shared(job, run, path, module)
             most = min(rank, *difference.shape)
             up, down, error = two_factors(difference, most, moments.get(key))
-            weights |= {f"{name}.{path}.up": up, f"{name}.{path}.down": down}
+            if most:
+                weights |= {f"{name}.{path}.up": up, f"{name}.{path}.down": down}
+            if bias and seen is not None:
+                mean = seen.mean(key).float().cpu()
+                weights[f"{name}.{path}.shift"] = difference.float().cpu() @ mean - up @ (down @ mean)
             errors.append(error)
         steps[place] = replace(run, weights=name)
         mean = (sum(error * error for error in errors) / max(1, len(errors))) ** 0.5
