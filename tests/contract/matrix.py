@@ -38,11 +38,14 @@ PLANS = {
     "tie": "0-1,2=1,3",
     "relaxed tie": "0-1,2=1:own,3",
     "shared matrices": "0-1,2=new:own,3",
+    "tensors around": "0-1,2:around,3",
 }
 SHARED = {"KV source": "@", "keys alone": "@k", "values alone": "@v", "attention map": "@a", "later source": "@"}
 EAGER = ("attention map", "later source")
 """Kinds of plans whose reference is computed with eager attention."""
 KINDS = (*PLANS, *SHARED)
+AROUND = {"keeps": 0.9, "reads.0": 0.2, "change": 0.5}
+"""The tensors [1] around a run."""
 SHRUNK = 0.9
 """Shared matrices are those of the layer times this."""
 ATTENTIONS = ("sdpa", "eager")
@@ -156,6 +159,8 @@ def _weights(model: PreTrainedModel, kind: str) -> dict[str, torch.Tensor] | Non
     """The new tensors that the plan of a kind names."""
     if kind == "map":
         return {"map-2-2.weight": _map_weight(), "map-2-2.bias": torch.linspace(-0.1, 0.1, 32)}
+    if kind == "tensors around":
+        return {f"around.{name}": torch.tensor([value]) for name, value in AROUND.items()}
     if kind not in ("relaxed tie", "shared matrices"):
         return None
     path, (up, down) = _factors(model)
@@ -217,6 +222,11 @@ def _reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str
         h = call(0, h)
         return call(3, call(1, h) + call(2, h) - h)
 
+    def around(call: Any, h: torch.Tensor) -> torch.Tensor:
+        behind = call(0, h)
+        before = call(1, behind) * AROUND["keeps"] + behind * AROUND["reads.0"]
+        return call(3, before + AROUND["change"] * (call(2, before) - before))
+
     if kind == "identity":
         return _uncached(model, batch)
     if kind in SHARED:
@@ -231,7 +241,11 @@ def _reference(model: PreTrainedModel, batch: dict[str, torch.Tensor], kind: str
         with _changed(model, factor=SHRUNK):
             return _uncached(model, batch)
     orders = {"drop": (0, 1, 3), "drop first": (1, 2, 3), "repeat": (0, 1, 1, 2, 3), "reorder": (0, 2, 1, 3)}
-    chain = in_order(*orders[kind]) if kind in orders else {"parallel": side_by_side, "map": mapped}[kind]
+    chain = (
+        in_order(*orders[kind])
+        if kind in orders
+        else {"parallel": side_by_side, "map": mapped, "tensors around": around}[kind]
+    )
     return by_hand(model, batch, chain)
 
 
