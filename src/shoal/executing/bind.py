@@ -24,7 +24,7 @@ from shoal.models.kinds import is_causal
 from shoal.models.lists import Stack
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.order import refuse_order
-from shoal.plan import Given, Plan, require
+from shoal.plan import Given, Plan, Run, require
 from shoal.plan.answers import Way
 from shoal.plan.capabilities import refusal, refusals
 from shoal.plan.later import reads_later
@@ -48,8 +48,10 @@ class BoundPlan:
         self._lists: list[tuple[Stack, LayerProxyList]] = []
         self._before: list[nn.ModuleList] = []
         self._paused = False
+        lists = {stack.name: LayerProxyList(stack) for stack in opened.stacks}
         for stack in opened.stacks:
-            planned, steps = LayerProxyList(stack), plan.steps(stack.name)
+            planned, steps = lists[stack.name], plan.steps(stack.name)
+            planned.beside({name: other for name, other in lists.items() if other is not planned})
             kind = LaterExecutor if reads_later(steps) else Executor
             executor = (
                 kind(planned, stack, opened.facts(stack.name), steps, tensors)
@@ -244,7 +246,7 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
         steps = plan.steps(stack.name)
         refuse_order(stack, tuple(run.layer for run in runs(steps)))
         if modules is None:
-            _refuse_lent(stack, steps)
+            _refuse_lent(opened, stack, steps)
             refuse_unlike(stack, steps, tensors)
         else:
             refuse_shared(modules, stack, steps)
@@ -255,18 +257,24 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
     return plan
 
 
-def _refuse_lent(stack: Stack, steps: tuple[Step, ...]) -> None:
+def _refuse_lent(opened: OpenedModel, stack: Stack, steps: tuple[Step, ...]) -> None:
     """Raise P124 for what the table refuses of layers whose weights are elsewhere, P153 of sharded ones."""
     for run in runs(steps):
         if run.ids:
             refuse_sharded(stack.layer(run.layer), run)
-        if run.tied_layer is not None:
-            refuse_sharded(stack.layer(run.layer), run)
-            refuse_sharded(stack.layer(run.tied_layer), run)
+        for layer in _tied_layers(opened, stack, run):
+            refuse_sharded(layer, run)
     for no in refusals(steps, "offloaded"):
         named = {index for run in runs((no.step,)) for index in run.layers_named}
-        if any(p.is_meta for index in named for p in stack.layer(index).parameters()):
+        layers = [stack.layer(index) for index in named]
+        layers += [layer for run in runs((no.step,)) for layer in _tied_layers(opened, stack, run)]
+        if any(p.is_meta for layer in layers for p in layer.parameters()):
             raise PlanError(no.message, code=no.code)
+
+
+def _tied_layers(opened: OpenedModel, stack: Stack, run: Run) -> tuple[nn.Module, ...]:
+    """The layer of a tied run and the one whose matrices it has; none for any other run."""
+    return () if run.tied_to is None else (stack.layer(run.layer), opened.layer_of(run.tied_to, stack))
 
 
 def _refuse(steps: tuple[Step, ...], way: Way, **names: object) -> None:

@@ -30,7 +30,7 @@ from shoal.plan.sources import STORED, AttentionMap, LayerKeys, LayerKV, LayerSo
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Run, Step, map_source, runs, writes_kv
 from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
-from shoal.plan.ties import unfit_ties
+from shoal.plan.ties import missing_stacks, unfit_ties
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,13 @@ def check(plan: Given, spec: Spec, weights: Shapes | None = None, layers: Layers
     problems: list[Problem] = []
     for stack in spec.stacks:
         steps = plan.steps(stack.name)
-        found = list(_range(steps, stack)) or [
+        found = [*_range(steps, stack), *missing_stacks(steps, spec)] or [
             *_parts(steps, stack, spec.parts_note),
             *(finding for rule in _RULES for finding in rule(steps, stack)),
             *map_tensors(steps, stack, weights or {}),
             *missing_tensors(steps, weights or {}),
             *unfit_tensors(steps, stack, weights or {}, layers),
-            *unfit_ties(steps, stack, layers),
+            *unfit_ties(plan, stack, spec, layers),
             *unfit_later(steps),
         ]
         problems += [Problem(code, stack.name, layer, message) for code, layer, message in found]

@@ -9,8 +9,9 @@ from typing import Any
 from shoal.atomic import replacing
 from shoal.errors import NotationError, UsageError, WriteError
 from shoal.plan.notation import format_steps, parse_steps
-from shoal.plan.plan import STACK_NAME, Base, Plan
+from shoal.plan.plan import Base, Plan
 from shoal.plan.select import maps
+from shoal.plan.sources import STACK_NAME
 from shoal.plan.steps import Step, runs
 
 FORMAT = "shoal-plan/1"
