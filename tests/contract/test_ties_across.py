@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from shoal.errors import PlanError, ShoalError
+from shoal.errors import ModelError, PlanError, ShoalError
 from shoal.fitting.result import Job
 from shoal.live import apply, running
+from shoal.models.load import Loaded, load
 from shoal.models.opened import open_model
 from shoal.plan import Plan, check, cost, diff, parse_plan, shapes_of
+from shoal.planned import PlannedCheckpoint
 from shoal.report.facts import PlannedStack, sentences
 from shoal.report.plan_diagram import plan_diagram
 from shoal.transforms.tie import tie
+from shoal.writing.planned_folder import write_planned
 from shoal.writing.surgery import rewrite
 
 from .families import tiny
@@ -244,3 +249,31 @@ def test_the_transform(name: str) -> None:
     short = Job(model, given.data, parse_plan("encoder: 0-5", given.plan), stack="encoder")
     with pytest.raises(ShoalError, match="0 encoder layers beside"):
         tie(short, pattern="encoder")
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_planned_checkpoint_holds_each_matrix_once(name: str, tmp_path: Path) -> None:
+    """Proved in a process that imports shoal.auto; reloaded, it is the live plan bit for bit, of as many parameters as
+    the cost says, and its decoder's runs share storage with its encoder."""
+    model = copy.deepcopy(kind(name))
+    plan, inputs = plan_of(model, "encoder: 0-2; decoder: 0-1=encoder.0-1,2=encoder.1:x,3=encoder.5"), inputs_of(model)
+    first = next(iter(by_hand(name)))
+    new = {f"x.{first}": torch.randn(layer(model, "decoder", 2).get_parameter(first).shape) * 0.1}
+    written = write_planned(Loaded(model, None, "tiny"), plan, tmp_path / "one", weights=new)
+    assert written.proof.passed
+    assert {"outputs", "weights", "parameters", "KV held"} <= {check.name for check in written.proof.checks}
+    with running(model, plan, new):
+        want = returned(model, inputs)
+    made = load(tmp_path / "one").model
+    assert equal(returned(made, inputs), want)
+    assert type(made).__name__ == type(model).__name__
+    assert isinstance(made, PlannedCheckpoint)
+    spec = open_model(model).spec
+    held = sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
+    assert held == written.parameters == cost(plan, spec, weights=shapes_of(new)).params
+    assert layer(made, "decoder", 0).get_parameter(first).numel() == 0
+    made.save_pretrained(tmp_path / "two")
+    assert equal(returned(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "two"), inputs), want)
+    with pytest.raises(ModelError, match="is loaded by AutoModelForSeq2SeqLM") as caught:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert caught.value.code == "M383"

@@ -63,8 +63,8 @@ def tie(
     Bae et al. 2024 (arXiv 2410.20672, section 2.2).
 
     How we differ: there norms are shared too, as the plan `0-14,0-14` does; the systems train from random numbers, but
-    for the last. Tied Transformers share the attention to the encoder with the self-attention as well, and the
-    embeddings, which are what the model ties.
+    for the last. Tied Transformers tie the whole of encoder and decoder, where here the attention to the encoder is the
+    decoder's own; and the embeddings, which here are tied as the model has them.
     """
     runs = _runs(job)
     if pattern == "encoder":
