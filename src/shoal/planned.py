@@ -35,7 +35,7 @@ from shoal.live import Running, apply
 from shoal.models.checkpoint import tensor_headers
 from shoal.models.engine_slots import engine_slots
 from shoal.models.folder_kinds import PLANNED
-from shoal.models.kinds import CAUSAL, SEQ2SEQ, auto_class, auto_for, auto_of
+from shoal.models.kinds import CAUSAL, LOADED_BY, SEQ2SEQ, auto_class, auto_for, auto_of
 from shoal.models.lists import BESIDE
 from shoal.models.meta import blank, meta_model
 from shoal.models.opened import OpenedModel, open_model
@@ -216,7 +216,7 @@ def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None
     new = HeldTensors({name.removeprefix(NEW): t for name, t in tensors.items() if name.startswith(NEW)}, model.dtype)
     opened = open_model(model)
     _require_all(folder, opened, plan, new, tensors)
-    kind = _planned_class(kind)
+    kind = _planned_class(kind, str(auto_of(model)))
     model.__class__ = kind
     model.add_module(BESIDE, new.module)
     handle = apply(model, plan, new)
@@ -232,8 +232,9 @@ def _class_of(config: PreTrainedConfig) -> Any:
 
 
 @cache
-def _planned_class(kind: Any) -> Any:
-    return type(kind.__name__, (PlannedCheckpoint, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+def _planned_class(kind: Any, auto: str) -> Any:
+    own = {"__module__": kind.__module__, "__doc__": kind.__doc__, LOADED_BY: auto}
+    return type(kind.__name__, (PlannedCheckpoint, kind), own)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -270,7 +270,7 @@ def test_a_planned_checkpoint_holds_each_matrix_once(name: str, tmp_path: Path) 
     assert isinstance(made, PlannedCheckpoint)
     spec = open_model(model).spec
     held = sum({(p.data_ptr(), p.numel()): p.numel() for p in made.parameters()}.values())
-    assert held == written.parameters == cost(plan, spec, weights=shapes_of(new)).params
+    assert held == written.params == cost(plan, spec, weights=shapes_of(new)).params
     assert layer(made, "decoder", 0).get_parameter(first).numel() == 0
     made.save_pretrained(tmp_path / "two")
     assert equal(returned(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "two"), inputs), want)

@@ -12,6 +12,7 @@ from torch import nn
 from shoal.errors import PlanError, UsageError
 from shoal.executing.asked import stand_ins, warn_saving
 from shoal.executing.executor import Executor
+from shoal.executing.exit_heads import heads_of
 from shoal.executing.later import LaterExecutor
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.modules import ModuleTensors, put_modules, refuse_shared
@@ -58,8 +59,12 @@ class BoundPlan:
                 if make is None
                 else make(planned, stack, steps)
             )
+            if make is None:
+                executor.heads = heads_of(opened, stack, steps, tensors)
             planned.attach(executor)
             self._lists.append((stack, planned))
+        # a policy's heads listen as long as the policy does
+        self._heads = [] if make is not None else [one.executor.heads for _, one in self._lists]
         self._paged = PagedGuard(self.executor().unpaged if is_causal(opened.model) else None)
         checks = {
             "_validate_generation_mode": self._refuse_asked,
@@ -108,6 +113,9 @@ class BoundPlan:
         for stack, planned in self._lists:
             stack.owner._modules[stack.attr] = planned
         self._paged.begin(self.model)
+        for heads in self._heads:
+            if heads is not None:
+                heads.put()
         for one in self._stand_ins:
             one.put()
 
@@ -122,6 +130,9 @@ class BoundPlan:
         if self._before:
             for one in self._stand_ins:
                 one.take_away()
+            for heads in self._heads:
+                if heads is not None:
+                    heads.remove()
             self._paged.end(self.model)
         self._before = []
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from shoal.executing.asked import SaidDepth, refuse_counting
 from shoal.executing.calls import Call, argument, caches_of, first_state, hidden_of, with_hidden
 from shoal.executing.checkpointed import Around, is_checkpointed
+from shoal.executing.exit_heads import Heads
 from shoal.executing.fewer_heads import makes_fewer
 from shoal.executing.forward import Forward, Segment
 from shoal.executing.groups import joined
@@ -34,6 +35,7 @@ from shoal.executing.weights import Tensors
 from shoal.models.examine import StackFacts
 from shoal.models.lists import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
+from shoal.plan.heads import depths_read, ends_in
 from shoal.plan.schedule import schedule, slots_of
 from shoal.plan.steps import runs, undecided, writes_kv
 
@@ -68,6 +70,10 @@ class Executor(RunCalls):
             self.plain and i not in self.needed_later and [step for _, step in due] == [Run(i)]
             for i, due in enumerate(self.steps_at)
         ]
+        self.noted = depths_read(steps, weights)
+        """The layers whose states heads of the plan read, -1 for what comes in."""
+        for layer in self.noted:
+            self.passthrough[max(0, layer)] = False
         if self.needed_later:
             self.passthrough[-1] = False  # where what was kept is forgotten
         self.unpaged: Obstacle | None = "heads" if self.sharing.fewer else paging_obstacle(steps)
@@ -76,6 +82,8 @@ class Executor(RunCalls):
         """Who decides at run time, if anybody does: nobody else may go on with a cache that was filled so."""
         self.paused = False
         """Whether the plan was taken away for a while: what the model computes is not the plan's."""
+        self.heads: Heads | None = None
+        """Of the plan's exits, where they have any of their own."""
         self.recorder: Recorder | None = None
         self.segment: Segment | None = None
         self.cache: Cache | None = None
@@ -95,6 +103,8 @@ class Executor(RunCalls):
         self.weights = weights
         self.runner = LayerRunner(self.planned, self.stack, self.facts, weights)
         self._cache_contents: CacheContents | None = None
+        if self.heads is not None:
+            self.heads.weights = weights
 
     def prepared(self, forward: Callable[[], Any]) -> Forward:
         """What the stock forward calls every layer with, and what it hands the first one, while none of them runs.
@@ -120,7 +130,7 @@ class Executor(RunCalls):
         self.now, self.cache = forward, cache
         try:
             # no layer has the index -1: every run finds what its own layer is called with in the record
-            return self._step(-1, step, hidden, -1, (), {})
+            return self._noting(-1, step, hidden, -1, (), {})
         finally:
             self.now, self.cache = outer
 
@@ -156,7 +166,7 @@ class Executor(RunCalls):
     def cache_contents(self) -> CacheContents:
         """The runs and tensors with which this executor fills a KV cache."""
         if self._cache_contents is None:
-            steps = undecided(self.steps)
+            steps = tuple(step for step in undecided(self.steps) if not isinstance(step, Exit))
             whole = steps == tuple(Run(i) for i in range(self.depth))
             stored = max((fact.row for fact in self.facts if fact.keys is not None), default=-1)
             self._cache_contents = CacheContents(self.rows, steps, self.weights, whole, self.owner, stored)
@@ -196,14 +206,18 @@ class Executor(RunCalls):
         hidden = hidden_of((args, kwargs))
         if recorder is not None:
             recorder.enters(index, hidden)
+        if index == 0 and -1 in self.noted:
+            self.now.behind[-1] = hidden
         if self.carried:
             self.now.carried = {at: argument((args, kwargs), at) for at in self.carried}
         for position, step in self.steps_at[index]:
-            hidden = self._step(position, step, hidden, index, args, kwargs)
+            hidden = self._noting(position, step, hidden, index, args, kwargs)
         returned = self.as_layer_output(index, hidden)
         if index == self.depth - 1:
+            behind = self.now.behind
             self.now = Forward()  # nothing of this forward outlives it
             if recorder is not None:
+                recorder.noted(behind)
                 recorder.leaves(hidden)
         return returned
 
@@ -234,6 +248,15 @@ class Executor(RunCalls):
         extra = self.now.extra
         return (hidden, *(extra if extra is not None and len(extra) == tail else [None] * tail))
 
+    def _noting(
+        self, position: int, step: Step, hidden: torch.Tensor, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """What a step makes, noted where a head reads it."""
+        out = self._step(position, step, hidden, index, args, kwargs)
+        if self.noted:
+            self.now.behind |= dict.fromkeys(self.noted & ends_in(step), out)
+        return out
+
     def _step(
         self, position: int, step: Step, hidden: torch.Tensor, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
@@ -249,7 +272,7 @@ class Executor(RunCalls):
             case Map():
                 return self.runner.map(step, hidden)
             case Exit():
-                return hidden
+                return hidden if self.heads is None else self.heads.at_the_end(step.head, hidden, self.now.behind)
             case _:
                 assert_never(step)
 

@@ -33,6 +33,8 @@ class Forward:
     """By base layer, what the stock forward calls it with: for layers that run later than at their own place."""
     made: dict[LayerSource, Any] = field(default_factory=dict)
     """What layers made that later runs take from them: of a `LayerKV` the keys and values that it attended to."""
+    behind: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By base layer the state behind its latest run, of those that a head of the plan reads; -1: what came in."""
     passing: PassingCache | None = None
     """The cache of a pass without one in which runs share keys and values."""
     carried: dict[str | int, Any] = field(default_factory=dict)

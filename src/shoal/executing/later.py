@@ -164,17 +164,20 @@ class LaterExecutor(Executor):
             return hidden
         rewind()
         hidden = self._pass(entering, again=True)
+        recorder.noted(self.now.behind)
         recorder.leaves(hidden)
         return hidden
 
     def _pass(self, hidden: torch.Tensor, *, again: bool = False) -> torch.Tensor:
         self._passing.begin(again=again)
         self.now.carried = {at: argument(self.now.calls[0], at) for at in self.carried}
+        if -1 in self.noted:
+            self.now.behind[-1] = hidden
         for index, due in enumerate(self.steps_at):
             if self.recorder is not None:
                 self.recorder.enters(index, hidden)
             for position, step in due:
-                hidden = self._step(position, step, hidden, -1, (), {})
+                hidden = self._noting(position, step, hidden, -1, (), {})
         return hidden
 
     def _source(self, run: Run) -> int | None:

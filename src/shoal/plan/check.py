@@ -9,6 +9,7 @@ P116 KV fill that has no use         P117 unwritable name or word   P118 bad par
 P119 a recurrent layer has no fill   P120 edit that this plan does not allow
 P127 matrices that do not fit the tied layer                       P128 source that takes over a map
 P129 a run's own tensors do not fit its layer                      P164 what a later run cannot give
+P165 a head reads a layer that does not run
 
 P102, P104 and P117 come from `Plan` and the steps themselves, P120 from `shoal.plan.edit`; `check` finds the others.
 """
@@ -22,6 +23,7 @@ from typing import assert_never
 from shoal.errors import PlanError
 from shoal.plan.answers import NO_PARTS
 from shoal.plan.given import Given, given_plan
+from shoal.plan.heads import unfit_heads
 from shoal.plan.later import later_sources, unfit_later
 from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
@@ -64,6 +66,7 @@ def check(plan: Given, spec: Spec, weights: Shapes | None = None, layers: Layers
             *(finding for rule in _RULES for finding in rule(steps, stack)),
             *map_tensors(steps, stack, weights or {}),
             *missing_tensors(steps, weights or {}),
+            *unfit_heads(steps, stack, spec.vocab, weights or {}),
             *unfit_tensors(steps, stack, weights or {}, layers),
             *unfit_ties(plan, stack, spec, layers),
             *unfit_later(steps),

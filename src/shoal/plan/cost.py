@@ -8,7 +8,7 @@ counted, where they make nothing else and are known (`LayerSpec.projections`).
 A run that reads a later one goes over the prompt in passes: `prefill_flops` is that of one pass, and an exact prefill
 takes as many as are needed until nothing changes, at most one for each token of the prompt. A decoded token takes one.
 Encoder and vision stacks run once, over `prompt` positions that all see each other, and not for a decoded token.
-Gated layers count as run and exits as not taken: this is the dearest token. The own head of an exit is not counted.
+Gated layers count as run and exits as not taken: this is the dearest token. Own heads of gated exits are not counted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, assert_never
 
 from shoal.plan.fewer_heads import base_sizes, fewer_flops, stored_kv
 from shoal.plan.given import Given, given_plan
+from shoal.plan.heads import LOGITS, depths_in
 from shoal.plan.layer_size import causal_pairs, layer_size, score_width
 from shoal.plan.low_rank import INSTEAD, WORDS, replaced_matrices
 from shoal.plan.plan import Plan
@@ -154,7 +155,7 @@ def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes, spe
                     if isinstance(run.tied_to, StackLayer):
                         _add_across(total, run, run.tied_to, stack, spec, weights)
             case Exit():
-                pass
+                _add_head(total, step, spec, weights)
             case _:
                 assert_never(step)
     total.written -= _joined(plan.steps(stack.name), stack)
@@ -172,6 +173,17 @@ def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape, weights: 
     total.written += size.params
     total.prefill += size.flops * shape.prompt
     total.decode += size.flops
+
+
+def _add_head(total: _Total, step: Exit, spec: Spec, weights: Shapes) -> None:
+    """The tensors of the head at the end of the plan, and the products with the head that it needs beside the last."""
+    own = _own(step.head, weights)
+    if step.gate is None and step.head != "base":
+        total.storages[f":{step.head}"] = sum(own.values())
+        more = max(0, len(depths_in(step.head, LOGITS, weights)) - 1)
+        total.prefill += more * spec.head_flops
+        total.decode += more * spec.head_flops
+        total.assumed |= set() if own else {step.head}
 
 
 def _joined(steps: tuple[Step, ...], stack: StackSpec) -> int:

@@ -161,7 +161,10 @@ class Parallel:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """A place where the pass may end; `head` is "base" or the id of its own weights."""
+    """A place where the pass may end; `head` is "base" or the id of its own weights.
+
+    Without a gate it stands at the end of the plan: nothing is decided there, and its head is the plan's own.
+    """
 
     name: str
     head: str = "base"
@@ -223,21 +226,11 @@ def gate_of(step: Step) -> str | None:
 
 def decides(steps: tuple[Step, ...]) -> bool:
     """Whether anything is decided at run time."""
-    return any(_is_exit(step) or gate_of(step) is not None for step in steps)
-
-
-def _is_exit(step: Step) -> bool:
-    match step:
-        case Exit():
-            return True
-        case Run() | Map() | Parallel():
-            return False
-        case _:
-            assert_never(step)
+    return any(gate_of(step) is not None for step in steps)
 
 
 def undecided(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """What runs when nothing is skipped and nobody leaves: without gates, fills and exits."""
+    """What runs when nothing is skipped and nobody leaves: without gates, fills and exits but the plan's own head."""
     plain: list[Step] = []
     for step in steps:
         match step:
@@ -248,7 +241,7 @@ def undecided(steps: tuple[Step, ...]) -> tuple[Step, ...]:
             case Parallel():
                 plain.append(replace(step, branches=tuple(map(_ungated, step.branches))))
             case Exit():
-                pass
+                plain += [step] if step.gate is None else []
             case _:
                 assert_never(step)
     return tuple(plain)

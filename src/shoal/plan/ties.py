@@ -21,15 +21,20 @@ def paired_matrices(own: Shapes, other: Shapes) -> dict[str, str]:
 
     Two go together that have one name and shape; of the rest those that have one shape and one name but for numbers,
     where no other has that name. So the mlp of a decoder's layer is found behind its attention to the encoder, where
-    families count the parts of a layer, and that attention has nothing in an encoder.
+    families count the parts of a layer, and that attention has nothing in an encoder. What a loaded planned checkpoint
+    holds without its rows, as no run reads it, has its place all the same.
     """
-    found = {name: name for name, shape in own.items() if other.get(name) == shape}
+    found = {name: name for name, shape in own.items() if name in other and _alike(shape, other[name])}
     mine, theirs = (_unnumbered(name for name in held if name not in found) for held in (own, other))
     for bare, names in mine.items():
         places = theirs.get(bare, [])
-        if len(names) == len(places) == 1 and own[names[0]] == other[places[0]]:
+        if len(names) == len(places) == 1 and _alike(own[names[0]], other[places[0]]):
             found[names[0]] = places[0]
     return found
+
+
+def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return one == other or (one[1:] == other[1:] and 0 in (one[0], other[0]))
 
 
 def tied_names(run: Run, layer: LayerSpec, other: LayerSpec) -> dict[str, str]:
