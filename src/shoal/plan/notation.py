@@ -13,7 +13,7 @@
     0-5=encoder.0-5 with the matrices of layers of another stack
     0=ID,15=ID      layers 0 and 15 with the new matrices ID; 15=ID:OWN and what OWN holds for it alone
     20:ID           layer 20 with the weights ID        20?g  behind gate g        20?g/project  and its KV fill
-    !early          an exit; !early=ID with its own head, !early?g behind a gate
+    !early?g        an exit behind a gate; !early=ID?g with its own head; !end=ID at the end: the plan's own head
     encoder: 0-5; decoder: 0-11      several stacks
 
 `parse_steps(format_steps(s)) == s` for every legal tuple of steps; the formatter writes one canonical text.
