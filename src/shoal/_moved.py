@@ -63,6 +63,8 @@ MOVED = {
     "models.agree": "models.matching_tensors",
     "models.stages": "models.backbone_outputs",
     "deciding.readout": "deciding.exit_readout",
+    "deciding.exit_readout": "executing.exit_readout",
+    "deciding.exit_heads": "executing.exit_heads",
     "writing.twins": "writing.copy_check",
     "writing.sides": "writing.side_files",
     "writing.several": "writing.stack_depths",

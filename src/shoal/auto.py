@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from shoal.planned import ShoalConfig, ShoalForCausalLM
+from shoal.planned import ShoalConfig, ShoalForCausalLM, ShoalForSeq2SeqLM
 
-__all__ = ["ShoalConfig", "ShoalForCausalLM"]
+__all__ = ["ShoalConfig", "ShoalForCausalLM", "ShoalForSeq2SeqLM"]

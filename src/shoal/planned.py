@@ -18,19 +18,30 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from shoal.errors import ModelError, WriteError, first_line
+from shoal.executing.held_tensors import HeldTensors
 from shoal.executing.read_tensors import tensors_read
 from shoal.executing.weights import Tensors, used_by
 from shoal.live import Running, apply
 from shoal.models.checkpoint import tensor_headers
 from shoal.models.engine_slots import engine_slots
 from shoal.models.folder_kinds import PLANNED
+from shoal.models.kinds import CAUSAL, LOADED_BY, SEQ2SEQ, auto_class, auto_for, auto_of
 from shoal.models.lists import BESIDE
 from shoal.models.meta import blank, meta_model
 from shoal.models.opened import OpenedModel, open_model
+from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_from_json, plan_to_json
+from shoal.plan.file import in_order
 
 MODEL_TYPE = PLANNED
 NEW = "shoal."
@@ -55,8 +66,7 @@ class ShoalConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def base_config(self) -> PreTrainedConfig:
-        """The base's config, of its own class. Raises M383 where this transformers makes no causal language model of
-        it."""
+        """The base's config, of its own class. Raises M383 where this transformers makes no language model of it."""
         fields = dict(self.base) if isinstance(self.base, dict) else {}
         kind = str(fields.pop("model_type", ""))
         try:
@@ -64,7 +74,7 @@ class ShoalConfig(PreTrainedConfig):
             _class_of(found)
         except Exception as error:  # odd numbers in a config raise whatever its class raises
             raise ModelError(
-                f"of the base of this checkpoint (type {kind!r:.60}) transformers makes no causal language model "
+                f"of the base of this checkpoint (type {kind!r:.60}) transformers makes no language model "
                 f"({first_line(error)}); install a newer one, or write the checkpoint anew",
                 code="M383",
             ) from None
@@ -104,11 +114,17 @@ class ShoalForCausalLM(PreTrainedModel):
         """The model of a planned checkpoint, in evaluation mode with its plan on it.
 
         `dtype`: as transformers takes it; "auto" and None are the checkpoint's. `device_map`: one device. Raises
-        `ModelError` M310 for tensors that are not there, M383 for an unknown base, M384 for several devices,
+        `ModelError` M310 for tensors that are not there, M383 for an unknown base or one of another kind, M384 for
+        several devices,
         `NotationError` for a plan that cannot be read, `PlanError` for one that does not belong to the base.
         """
         folder = _folder(pretrained_model_name_or_path, revision, bool(others.get("local_files_only")))
         given = config if isinstance(config, ShoalConfig) else ShoalConfig.from_pretrained(folder)
+        if cls.__name__ not in (given.architectures or [cls.__name__]):
+            raise ModelError(
+                f"the planned checkpoint {folder} is loaded by {auto_for(given)}, and not as {cls.__name__}; call that",
+                code="M383",
+            )
         device = _one_device(device_map)
         model = _loaded(folder, given, dtype, attn_implementation)
         made = model if device is None else model.to(device)
@@ -116,16 +132,21 @@ class ShoalForCausalLM(PreTrainedModel):
         return (made, info) if output_loading_info else made
 
 
+class ShoalForSeq2SeqLM(ShoalForCausalLM):
+    """The same for encoder-decoders."""
+
+
 def config_of(opened: OpenedModel, plan: Plan) -> ShoalConfig:
     """The config of the planned checkpoint of a base model under a plan."""
     model = opened.model
     base = model.config.to_dict()
-    base["dtype"] = str(model.dtype).removeprefix("torch.")
+    base |= {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
+    kind = ShoalForSeq2SeqLM if auto_of(model) == SEQ2SEQ else ShoalForCausalLM
     text = model.config.get_text_config(decoder=True)
     special = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return ShoalConfig(
         base=json.loads(json.dumps(base)), plan=json.loads(plan_to_json(plan)), vocab_size=text.vocab_size,
-        dtype=base["dtype"], architectures=[ShoalForCausalLM.__name__], slots=engine_slots(opened, plan), **special,
+        dtype=base["dtype"], architectures=[kind.__name__], slots=engine_slots(opened, plan), **special,
     )  # fmt: skip
 
 
@@ -179,22 +200,23 @@ def _one_device(device_map: Any) -> Any:
 
 def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None) -> PreTrainedModel:
     base = config.base_config()
-    plan = plan_from_json(json.dumps(config.plan))
+    empty = meta_model(base)
+    plan = plan_from_json(json.dumps(in_order(config.plan, [stack.name for stack in find_stacks(empty)])))
     tensors = dict(_tensors(folder))
     wanted = config.dtype if dtype in (None, "auto") else dtype
     kind = _class_of(base)
     how = {} if attention is None else {"attn_implementation": attention}
-    blanks = {name: blank(t) for name, t in meta_model(base).state_dict().items()}
+    blanks = {name: blank(t) for name, t in empty.state_dict().items()}
     model: PreTrainedModel = kind.from_pretrained(None, config=base, state_dict=blanks, dtype=wanted, **how)
     model.load_state_dict(_cast(folder, tensors, model), assign=True, strict=False)
     model.tie_weights(recompute_mapping=False)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
-    new = _NewTensors({name.removeprefix(NEW): t for name, t in tensors.items() if name.startswith(NEW)}, model.dtype)
+    new = HeldTensors({name.removeprefix(NEW): t for name, t in tensors.items() if name.startswith(NEW)}, model.dtype)
     opened = open_model(model)
     _require_all(folder, opened, plan, new, tensors)
-    kind = _planned_class(kind)
+    kind = _planned_class(kind, str(auto_of(model)))
     model.__class__ = kind
     model.add_module(BESIDE, new.module)
     handle = apply(model, plan, new)
@@ -205,37 +227,14 @@ def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
-    """The class of the causal language model of a config."""
-    return AutoModelForCausalLM._model_mapping[type(config)]
+    """The class of the language model of a config: a causal one, or an encoder-decoder where the config names one."""
+    return auto_class(SEQ2SEQ if auto_for(config) == SEQ2SEQ else CAUSAL)._model_mapping[type(config)]
 
 
 @cache
-def _planned_class(kind: Any) -> Any:
-    return type(kind.__name__, (PlannedCheckpoint, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-
-
-class _NewTensors(Mapping[str, torch.Tensor]):
-    """The plan's new tensors by the plan's names, as parameters of a module that goes where the model goes."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-        self.module = nn.Module()
-        self._keys = {name: name.replace(".", "%2E") for name in tensors}
-        for name, tensor in tensors.items():
-            value = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            if value.is_floating_point():
-                self.module.register_parameter(self._keys[name], nn.Parameter(value))
-            else:
-                self.module.register_buffer(self._keys[name], value)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        found: torch.Tensor = getattr(self.module, self._keys[name])
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
+def _planned_class(kind: Any, auto: str) -> Any:
+    own = {"__module__": kind.__module__, "__doc__": kind.__doc__, LOADED_BY: auto}
+    return type(kind.__name__, (PlannedCheckpoint, kind), own)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -279,13 +278,12 @@ def _empty(opened: OpenedModel, read: frozenset[str]) -> None:
 
 
 def require_plannable(model: PreTrainedModel, plan: Plan) -> None:
-    """Raise W275 for a model that no planned checkpoint can hold: not a causal language model of a class that
-    transformers has."""
-    mapped = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
-    if mapped is not type(model):
+    """Raise W275 for a model that no planned checkpoint can hold: not a causal language model or an encoder-decoder of
+    a class that transformers has."""
+    if auto_of(model) not in (CAUSAL, SEQ2SEQ):
         raise WriteError(
-            f"a planned checkpoint holds causal language models that AutoModelForCausalLM makes, and "
-            f"{type(model).__name__} is none; run the plan live",
+            f"a planned checkpoint holds what {CAUSAL} and {SEQ2SEQ} make, and {type(model).__name__} is none of that; "
+            "run the plan live",
             code="W275",
         )
 
@@ -298,3 +296,4 @@ def handle_of(model: nn.Module) -> Running | None:
 
 AutoConfig.register(MODEL_TYPE, ShoalConfig, exist_ok=True)
 AutoModelForCausalLM.register(ShoalConfig, ShoalForCausalLM, exist_ok=True)
+AutoModelForSeq2SeqLM.register(ShoalConfig, ShoalForSeq2SeqLM, exist_ok=True)

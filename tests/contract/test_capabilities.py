@@ -55,6 +55,7 @@ PLANS: dict[Trait, str] = {
     "parallel group": "0,(1|2),3",
     "gate": "0-1,2?g/project,3",
     "exit": "0-1,!e?g,2/project,3/project",
+    "own head": "0-3,!e=h",
     "repeat": "0,1x2,2-3",
     "other part": "0,1a,1m,2-3",
     "reorder": "0,2,1,3",
@@ -72,6 +73,7 @@ GATED: dict[Trait, tuple[str, str]] = {
     "parallel group": ("0,(1?g|2),3", ""),
     "gate": ("0-1,2?g/project,3", "0-1,3"),
     "exit": ("0-1,!e?g,2/project,3/project", "0-1"),
+    "own head": ("0-1,2?g/project,3,!e=h", "0-1,3,!e=h"),
     "repeat": ("0,1,1?g/project,2-3", "0-3"),
     "other part": ("0,1a,1m?g,2-3", "0,1a,2-3"),
     "reorder": ("0,2,1?g/project,3", "0,2-3"),
@@ -105,6 +107,10 @@ def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {
         "x.mlp.up_proj.weight": torch.randn(old.shape, generator=generator) * 0.1,
         "map-1-2.weight": torch.eye(size) + 0.1 * torch.randn(size, size, generator=generator),
+        "h.keeps": torch.tensor([0.5]),
+        "h.reads.1": torch.randn(size, generator=generator) * 0.5,
+        "h.logits.0": torch.randn(VOCAB, generator=generator) * 0.3,
+        "h.logits.3": torch.randn(VOCAB, generator=generator),
     }
 
 
@@ -136,6 +142,20 @@ def live(trait: Trait, _: Path) -> None:
         assert logits(model).isfinite().all()
 
 
+def with_head(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    weights, heard = weights_of(model), list[torch.Tensor]()
+
+    def noted(call: Any, h: torch.Tensor) -> torch.Tensor:
+        for layer in range(4):
+            h = call(layer, h)
+            heard.append(h)
+        return 0.5 * h + weights["h.reads.1"] * heard[1]
+
+    last = by_hand(model, batch, noted).log_softmax(-1)
+    first = by_hand(model, batch, lambda call, h: call(0, h)).log_softmax(-1)
+    return weights["h.logits.0"] * first + weights["h.logits.3"] * last
+
+
 def reference(model: PreTrainedModel, trait: Trait) -> torch.Tensor:
     """The logits by stock layers called by hand."""
     weights = weights_of(model)
@@ -159,17 +179,19 @@ def reference(model: PreTrainedModel, trait: Trait) -> torch.Tensor:
         return call(3, call(1, h) + call(2, h) - h)
 
     batch = {"input_ids": IDS}
-    if trait == "KV source":
-        return shared_kv(model, batch, 1, 2)
-    if trait == "half KV source":
-        return shared_kv(model, batch, 1, 2, "v")
+    eager = copy.deepcopy(tiny("llama", "eager"))
+    references: dict[str, Callable[[], torch.Tensor]] = {
+        "own head": lambda: with_head(model, batch),
+        "KV source": lambda: shared_kv(model, batch, 1, 2),
+        "half KV source": lambda: shared_kv(model, batch, 1, 2, "v"),
+        "attention map": lambda: with_map_of(eager, batch, 1, 2),
+        "later source": lambda: later_kv(eager, batch, 3, 1),
+    }
+    if trait in references:
+        return references[trait]()
     if trait == "tie":
         with tied(model, 2, 1):
             return logits(model)
-    if trait == "attention map":
-        return with_map_of(copy.deepcopy(tiny("llama", "eager")), batch, 1, 2)
-    if trait == "later source":
-        return later_kv(copy.deepcopy(tiny("llama", "eager")), batch, 3, 1)
     if trait == "new tensors":
         name = f"{find_stack(model).path}.1.mlp.up_proj.weight"
         with torch.no_grad():
@@ -259,6 +281,8 @@ def beside_encoder(trait: Trait, _: Path) -> None:
     if trait in ("new tensors", "map"):
         old = find_stack(model, "decoder").layer(1).fc1.weight
         weights = {"x.fc1.weight": old.detach() * 0.5, "map-1-2.weight": torch.eye(old.shape[1]) * 0.9}
+    elif trait == "own head":
+        weights = {"h.keeps": torch.tensor([0.5]), "h.reads.1": torch.full((model.config.d_model,), 0.5)}
     plan = plan_of(model, "decoder: " + PLANS[trait])
     policy = Always(plan, True) if "?" in PLANS[trait] else None
     text = {"input_ids": IDS, "decoder_input_ids": IDS[:, :6]}

@@ -14,12 +14,12 @@ from transformers import DynamicCache
 from shoal.deciding import policy
 from shoal.deciding.decidable import require_decidable
 from shoal.deciding.decisions import Decision
-from shoal.deciding.exit_heads import Heads
 from shoal.deciding.forward import ForwardView
 from shoal.deciding.gating import fill_for
 from shoal.deciding.policy import Policy, Schedule
 from shoal.deciding.policy_text import make_policy
 from shoal.errors import ShoalError
+from shoal.executing.exit_heads import Heads
 from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.opened import open_model
@@ -222,6 +222,7 @@ def test_an_own_head_follows_the_state_to_its_device(bias: bool) -> None:
 
     tensors = {"own.weight": torch.zeros(16, 8)} | ({"own.bias": torch.zeros(16)} if bias else {})
     heads = Heads(Headed(), tensors)
+    heads.put()
     heads.now = [(torch.ones(1, 3, dtype=torch.bool), "own")]
     try:
         assert Headed.head(torch.empty(1, 3, 8, device="meta")).device.type == "meta"

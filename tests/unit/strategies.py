@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shoal.plan import KV, Base, Exit, Map, Parallel, Plan, Run, Step
 from shoal.plan.notation import map_weights
-from shoal.plan.sources import FILLS
+from shoal.plan.sources import FILLS, StackLayer
 from shoal.plan.steps import JOINS, PARTS
 
 SIGNS = "0123456789-,amxkv@:?/()[]|~!=;. \n"
@@ -37,7 +37,8 @@ def runs(depth: int) -> st.SearchStrategy[Run]:
     both = st.builds(KV, maybe, fills, maybe)
     apart = st.builds(KV, st.none(), fills, maybe, maybe, maybe)
     added = st.builds(KV, st.none(), fills, maybe, maybe, layers(depth), st.just(True))
-    ties = maybe | st.sampled_from([name for name in NAMES if name != "7"])
+    across = st.builds(StackLayer, st.sampled_from(["encoder", "_2"]), layers(depth))
+    ties = maybe | across | st.sampled_from([name for name in NAMES if name not in ("7", "w.1")])
     return st.builds(Run, layers(depth), parts, maybe_names, both | apart | added, maybe_names, ties)
 
 
@@ -47,9 +48,11 @@ def _ladder(first: int, last: int, part: str) -> list[Step]:
     return [Run(i, part) for i in order]  # type: ignore[arg-type]
 
 
-def _tied(ladder: list[Step], tie: int, turn: int, depth: int) -> list[Step]:
-    """The same, each tied to one layer, or to layers up or down."""
-    return [replace(run, tie=(tie + turn * n) % depth) for n, run in enumerate(ladder) if isinstance(run, Run)]
+def _tied(ladder: list[Step], tie: int, turn: int, depth: int, stack: str | None) -> list[Step]:
+    """The same, each tied to one layer, or to layers up or down, of this stack or of another."""
+    places = [(tie + turn * n) % depth for n in range(len(ladder))]
+    ties = [place if stack is None else StackLayer(stack, place) for place in places]
+    return [replace(run, tie=tie) for run, tie in zip(ladder, ties, strict=True) if isinstance(run, Run)]
 
 
 def _map(one: int, other: int, weights: str | None, gate: str | None) -> list[Step]:
@@ -64,7 +67,12 @@ def pieces(depth: int) -> st.SearchStrategy[list[Step]]:
     return st.one_of(
         st.builds(_ladder, number, number, parts),
         st.builds(
-            _tied, st.builds(_ladder, number, number, parts), number, st.sampled_from([0, 1, -1]), st.just(depth)
+            _tied,
+            st.builds(_ladder, number, number, parts),
+            number,
+            st.sampled_from([0, 1, -1]),
+            st.just(depth),
+            st.sampled_from([None, None, "encoder"]),
         ),
         st.builds(lambda i, part, times: [Run(i, part)] * times, number, parts, st.integers(1, 3)),
         st.builds(lambda step, times: [step] * times, run, st.integers(1, 3)),

@@ -16,7 +16,7 @@ from shoal.api.exit_table import finite, notes, row
 from shoal.api.risk_control import ControlledRisk, Settings, control_risk
 from shoal.atomic import write_atomically
 from shoal.data import Data
-from shoal.deciding.exit_heads import require_units
+from shoal.deciding.exit_units import require_units
 from shoal.deciding.policies.calibrated import Calibrated
 from shoal.deciding.policy import Policy
 from shoal.deciding.policy_file import Level, PolicyFile

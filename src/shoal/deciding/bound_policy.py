@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from shoal.deciding.asked import OneThread, prompt_length
-from shoal.deciding.decidable import require_decidable, require_heads, require_masks
-from shoal.deciding.exit_heads import Heads, require_units
-from shoal.deciding.exit_readout import Readout
+from shoal.deciding.decidable import require_decidable, require_masks
+from shoal.deciding.exit_units import require_units
 from shoal.deciding.filling_executor import Known
 from shoal.deciding.gated_executor import GatedExecutor
 from shoal.deciding.kv_projection import projections_of
@@ -19,6 +18,8 @@ from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.policy import Policy
 from shoal.deciding.trace import Trace, count_calls
 from shoal.executing.asked import stand_ins
+from shoal.executing.exit_heads import heads_of
+from shoal.executing.exit_readout import Readout
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.weights import Tensors
 from shoal.models.calls import logits_in, named_arguments
@@ -44,7 +45,6 @@ class BoundPolicy:
         self.stack: Stack = self.opened.stack()
         self.facts = self.opened.facts(self.stack.name)
         require_decidable(policy, spec, model, self.facts)
-        require_heads(policy.plan, spec, weights)
         require_units(policy.plan, weights, policy.by)
         self.known = self._found(policy.plan.steps())
         self.executor: GatedExecutor | None = None
@@ -61,6 +61,7 @@ class BoundPolicy:
             count_calls(executor.runner.called(steps), self.facts.layers, executor.trace.counts, self._paused)
         )
         if self.known.heads is not None:
+            self.known.heads.put()
             self._removes.append(self.known.heads.remove)
         listen = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._removes.append(listen.remove)
@@ -100,8 +101,7 @@ class BoundPolicy:
             known.projections = projections_of(self.opened)
         if placed:
             known.readout = Readout(self.opened, self._ending)
-        if any(step.head != "base" for step in placed):
-            known.heads = Heads(self.model, self.weights, self._paused)
+        known.heads = heads_of(self.opened, self.stack, steps, self.weights, self._paused)
         return known
 
     def _ending(self, state: torch.Tensor) -> Any:

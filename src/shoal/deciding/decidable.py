@@ -9,17 +9,15 @@ from shoal.deciding.forward import kv_kind
 from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.policy import Policy
 from shoal.errors import PlanError
-from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts, StackFacts
 from shoal.models.kinds import is_causal
-from shoal.plan import Exit, Map, Parallel, Plan, Run, Spec, Step, format_steps
+from shoal.plan import Exit, Map, Parallel, Run, Spec, Step, format_steps
 from shoal.plan.capabilities import refusal, refused
 from shoal.plan.later import later_sources
 from shoal.plan.notation import format_source
-from shoal.plan.select import exits, run_of
+from shoal.plan.select import run_of
 from shoal.plan.spec import LayerSpec
 from shoal.plan.steps import gate_of, layers_read, runs, writes_kv
-from shoal.plan.tensors import tensors_of
 
 
 def require_decidable(policy: Policy, spec: Spec, model: object, probe: StackFacts) -> None:
@@ -184,25 +182,3 @@ def require_masks(steps: tuple[Step, ...], arguments: Arguments) -> None:
                 f"{run.kv.fill} needs; take the fill project",
                 code="P137",
             )
-
-
-def require_heads(plan: Plan, spec: Spec, weights: Tensors) -> None:
-    """Raise P113 for tensors of an exit's own head that have another name or shape than they must."""
-    hidden, vocab = spec.stack().hidden, spec.vocab
-    right = {"lens": (hidden, hidden), "lens_bias": (hidden,), "weight": (vocab, hidden), "bias": (vocab,),
-             "probe": (hidden,), "probe_bias": (1,), "halting": (hidden,), "halting_bias": (1,)}  # fmt: skip
-    for step in exits(plan.steps()):
-        if unknown := [name for name in tensors_of(step.head, weights) if name not in right]:
-            raise PlanError(
-                f"{step.head}.{unknown[0]} of exit {step.name} is no tensor of a head; its tensors are called "
-                f"{', '.join(right)}",
-                code="P113",
-            )
-        for name, shape in right.items():
-            found = weights.get(f"{step.head}.{name}")
-            if found is not None and tuple(found.shape) != shape:
-                raise PlanError(
-                    f"{step.head}.{name} of exit {step.name} is {list(found.shape)} instead of {list(shape)}; fit "
-                    "it on this model",
-                    code="P113",
-                )

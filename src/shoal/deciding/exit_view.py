@@ -22,7 +22,7 @@ class ExitView:
         self,
         hidden: torch.Tensor,
         before: torch.Tensor | None,
-        read: Callable[[torch.Tensor], torch.Tensor],
+        read: Callable[[torch.Tensor, slice], torch.Tensor],
         unit: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.hidden, self.before, self._read, self._unit = hidden, before, read, unit
@@ -47,8 +47,9 @@ class ExitView:
         at = 0
         while at < tokens:
             # the first column tells how long a column of logits is
-            states = self.hidden[..., at : at + max(1, step), :]
-            logits = self._read(states).float()
+            columns = slice(at, at + max(1, step))
+            states = self.hidden[..., columns, :]
+            logits = self._read(states, columns).float()
             found.append(confidence_of(logits))
             at += states.shape[-2]
             step = max(1, ELEMENTS // (logits.shape[0] * logits.shape[-1]))

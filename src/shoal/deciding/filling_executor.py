@@ -9,8 +9,6 @@ import torch
 from transformers.cache_utils import Cache
 
 from shoal.deciding.decisions import Decision
-from shoal.deciding.exit_heads import Heads
-from shoal.deciding.exit_readout import Readout
 from shoal.deciding.forward import GatedForward, kinds_of
 from shoal.deciding.kv_fills import (
     CopiedKV,
@@ -28,6 +26,8 @@ from shoal.deciding.trace import Trace
 from shoal.executing.calls import Call, cache_of, with_argument
 from shoal.executing.checkpointed import SharedKV
 from shoal.executing.executor import Executor
+from shoal.executing.exit_heads import Heads
+from shoal.executing.exit_readout import Readout
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.slots import PassingCache, Take, slot_view
 from shoal.executing.weights import Tensors

@@ -59,7 +59,7 @@ class GatedExecutor(FillingExecutor):
         known: Known,
     ) -> None:
         super().__init__(planned, stack, facts, steps, weights, known)
-        self.policy = policy
+        self.policy, self.heads = policy, known.heads
         self.owner = policy
         self.unpaged = "policy"
         if any(isinstance(step, Exit) for step in steps) or self.copied or policy.watches:
@@ -114,14 +114,14 @@ class GatedExecutor(FillingExecutor):
             rows, tokens, past, self.prompt, real, memory=state.memory, learning=self.learning
         )
         self.trace.begin(past, rows)
-        if self.known.heads is not None:
-            self.known.heads.now = []
+        if self.heads is not None:
+            self.heads.answers_for([], {})
         return GatedForward(view=view, cache=cache, kv_state=state, ids=ids)
 
     def _end(self, hidden: torch.Tensor) -> torch.Tensor:
-        forward, counts, heads = self._forward, self.trace.counts, self.known.heads
-        if heads is not None:
-            heads.now = [(where, head) for where, head in forward.heads if heads.owned(head)]
+        forward, counts = self._forward, self.trace.counts
+        if self.heads is not None:
+            self.heads.answers_for(forward.heads, forward.behind)
         depths = forward.depths()
         counts.asked += float(depths.sum())
         counts.tokens += forward.all_tokens
@@ -147,15 +147,16 @@ class GatedExecutor(FillingExecutor):
                 assert_never(step)
 
     def _exit(self, step: Exit, hidden: torch.Tensor) -> torch.Tensor:
-        forward, heads = self._forward, self.known.heads
+        forward, heads = self._forward, self.heads
         unit = None if heads is None else partial(heads.unit, step.head)
-        view = ExitView(hidden, forward.before, partial(self.read, step.head), unit)
+        read = hidden if heads is None else heads.summed(step.head, hidden, forward.behind)
+        view = ExitView(read, forward.before, partial(self.read, step.head), unit)
         answer = self.policy.should_exit(step, forward.view, view) if step.gate is not None else True
         leaves = hard_of(answer)
         new = collapse_uniform(and_not(leaves, forward.left))
         if new is False and not isinstance(answer, Soft):
             return hidden
-        state = hidden if heads is None else heads.lens(step.head, hidden)
+        state = read if heads is None else heads.lens(step.head, read)
         if isinstance(answer, Soft):
             self._require_one_head(step)
             forward.give(answer.weight, and_not(logical_not(leaves), forward.left), state)
@@ -164,21 +165,23 @@ class GatedExecutor(FillingExecutor):
         return hidden
 
     def _require_one_head(self, step: Exit) -> None:
-        if self.known.heads is not None and self.known.heads.owned(step.head):
+        if self.heads is not None and self.heads.owned(step.head):
             raise PlanError(
                 f"exit {step.name} has the head {step.head} of its own, and a weighted sum of states is read by one "
                 "head alone; give the exit a lens, or the model's head",
                 code="P156",
             )
 
-    def read(self, head: str, states: torch.Tensor) -> torch.Tensor:
-        """The logits of hidden states at an exit with this head; counted as looks."""
-        readout, heads = self.known.readout, self.known.heads
+    def read(self, head: str, states: torch.Tensor, columns: slice) -> torch.Tensor:
+        """The logits of hidden states at an exit with this head, which are those of these columns of the forward;
+        counted as looks."""
+        readout, heads = self.known.readout, self.heads
         assert readout is not None
         self.trace.counts.heads += states.shape[-3] * states.shape[-2]
         if heads is None:
             return readout(states)
-        with heads.only(head):
+        behind = {} if not heads.depths(head) else {n: h[..., columns, :] for n, h in self.now.behind.items()}
+        with heads.only(head, behind):
             return readout(heads.lens(head, states))
 
     def _decided(self, position: int, step: Run, hidden: torch.Tensor, call: Call) -> torch.Tensor:

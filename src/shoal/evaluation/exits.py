@@ -18,7 +18,7 @@ import torch
 from shoal.atomic import write_atomically
 from shoal.data import Data
 from shoal.deciding.decisions import Decision
-from shoal.deciding.exit_heads import has_probes
+from shoal.deciding.exit_units import has_probes
 from shoal.deciding.exit_view import ExitView, confidence_of
 from shoal.deciding.forward import ForwardView
 from shoal.deciding.policy import Policy
@@ -133,7 +133,7 @@ class _Recorder(Policy):
         self.headless: list[str] = []
 
     def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision:
-        found = _looked(lambda part: self.read(step.head, view.hidden[:, part]), self.ids, self.first)
+        found = _looked(lambda part: self.read(step.head, view.hidden[:, part], part), self.ids, self.first)
         self.rows.append(found | {name: view.read(name)[:, self.first : -1].cpu() for name in self.headless})
         return False
 

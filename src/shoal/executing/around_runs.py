@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 from shoal.errors import PlanError
+from shoal.executing.depth_sum import Behind, depth_sum
 from shoal.executing.looked_up import Converted, TensorsOf
 from shoal.executing.weights import Tensors
 from shoal.plan import Run
 from shoal.plan.around import EMBEDDED, around_run, states_read
-from shoal.plan.steps import Step, layers_of, runs
-
-States = dict[int, torch.Tensor]
-"""By layer the state behind its latest run, [batch, tokens, hidden]; of `EMBEDDED` that behind the embeddings."""
+from shoal.plan.steps import Step, runs
 
 
 class AroundRun:
@@ -28,22 +26,22 @@ class AroundRun:
         self.reads = sorted(states_read(tensors))
         self._converted = Converted()
 
-    def front(self, hidden: torch.Tensor, states: States) -> torch.Tensor:
+    def front(self, hidden: torch.Tensor, behind: Behind) -> torch.Tensor:
         """What the run is given: keeps * x + sum of reads.N h_N + shift. Raises P170 where a state that it reads was
         not made in this forward."""
-        keeps, shift = self._tensor("keeps", hidden), self._tensor("shift", hidden)
-        found = hidden if keeps is None else hidden * keeps
+        keeps, shift, read = self._tensor("keeps", hidden), self._tensor("shift", hidden), []
         for layer in self.reads:
-            if layer not in states:
+            if layer not in behind:
                 where = "the embeddings" if layer == EMBEDDED else f"layer {layer}"
                 raise PlanError(
                     f"layer {self.run.layer} reads the state behind {where}, so its step cannot run alone, as fits and "
                     f"losses block by block ask; leave out the tensor reads.{layer}",
                     code="P170",
                 )
-            share, state = self._tensor(f"reads.{layer}", hidden), states[layer].to(hidden)
+            share = self._tensor(f"reads.{layer}", hidden)
             assert share is not None  # it is named in `reads`
-            found = found + (nn.functional.linear(state, share) if share.dim() == 2 else state * share)
+            read.append((share, behind[layer]))
+        found = depth_sum(hidden, keeps, read)
         return found if shift is None else found + shift
 
     def behind(self, entered: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
@@ -66,23 +64,11 @@ class AroundRuns:
         """`layer`: the model's by its base index."""
         self._runs = {run: found for run in runs(steps) if (found := _around(run, weights, layer)) is not None}
         self.reads = {layer for one in self._runs.values() for layer in one.reads}
-
-    def __bool__(self) -> bool:
-        return bool(self._runs)
+        """The layers whose states they read, `EMBEDDED` for the embeddings."""
 
     def of(self, run: Run) -> AroundRun | None:
         """Those around `run`; None where there are none."""
         return self._runs.get(run)
-
-    def note(self, step: Step, hidden: torch.Tensor, states: States) -> None:
-        """Keep the state behind `step` where a later run reads it."""
-        if self.reads:
-            states.update((layer, hidden) for layer in layers_of(step) if layer in self.reads)
-
-    def enter(self, hidden: torch.Tensor, states: States) -> None:
-        """Keep the state with which a forward begins where a run reads it."""
-        if EMBEDDED in self.reads:
-            states[EMBEDDED] = hidden
 
 
 def _around(run: Run, weights: Tensors, layer: Callable[[int], Any]) -> AroundRun | None:

@@ -12,6 +12,7 @@ from torch import nn
 from shoal.errors import PlanError, UsageError
 from shoal.executing.asked import stand_ins, warn_saving
 from shoal.executing.executor import Executor
+from shoal.executing.exit_heads import heads_of
 from shoal.executing.later import LaterExecutor
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.modules import ModuleTensors, put_modules, refuse_shared
@@ -24,7 +25,7 @@ from shoal.models.kinds import is_causal
 from shoal.models.lists import Stack
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.order import refuse_order
-from shoal.plan import Given, Plan, require
+from shoal.plan import Given, Plan, Run, require
 from shoal.plan.answers import Way
 from shoal.plan.capabilities import refusal, refusals
 from shoal.plan.later import reads_later
@@ -48,16 +49,22 @@ class BoundPlan:
         self._lists: list[tuple[Stack, LayerProxyList]] = []
         self._before: list[nn.ModuleList] = []
         self._paused = False
+        lists = {stack.name: LayerProxyList(stack) for stack in opened.stacks}
         for stack in opened.stacks:
-            planned, steps = LayerProxyList(stack), plan.steps(stack.name)
+            planned, steps = lists[stack.name], plan.steps(stack.name)
+            planned.beside({name: other for name, other in lists.items() if other is not planned})
             kind = LaterExecutor if reads_later(steps) else Executor
             executor = (
                 kind(planned, stack, opened.facts(stack.name), steps, tensors)
                 if make is None
                 else make(planned, stack, steps)
             )
+            if make is None:
+                executor.heads = heads_of(opened, stack, steps, tensors)
             planned.attach(executor)
             self._lists.append((stack, planned))
+        # a policy's heads listen as long as the policy does
+        self._heads = [] if make is not None else [one.executor.heads for _, one in self._lists]
         self._paged = PagedGuard(self.executor().unpaged if is_causal(opened.model) else None)
         checks = {
             "_validate_generation_mode": self._refuse_asked,
@@ -106,6 +113,9 @@ class BoundPlan:
         for stack, planned in self._lists:
             stack.owner._modules[stack.attr] = planned
         self._paged.begin(self.model)
+        for heads in self._heads:
+            if heads is not None:
+                heads.put()
         for one in self._stand_ins:
             one.put()
 
@@ -120,6 +130,9 @@ class BoundPlan:
         if self._before:
             for one in self._stand_ins:
                 one.take_away()
+            for heads in self._heads:
+                if heads is not None:
+                    heads.remove()
             self._paged.end(self.model)
         self._before = []
 
@@ -244,7 +257,7 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
         steps = plan.steps(stack.name)
         refuse_order(stack, tuple(run.layer for run in runs(steps)))
         if modules is None:
-            _refuse_lent(stack, steps)
+            _refuse_lent(opened, stack, steps)
             refuse_unlike(stack, steps, tensors)
         else:
             refuse_shared(modules, stack, steps)
@@ -255,18 +268,24 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
     return plan
 
 
-def _refuse_lent(stack: Stack, steps: tuple[Step, ...]) -> None:
+def _refuse_lent(opened: OpenedModel, stack: Stack, steps: tuple[Step, ...]) -> None:
     """Raise P124 for what the table refuses of layers whose weights are elsewhere, P153 of sharded ones."""
     for run in runs(steps):
         if run.ids:
             refuse_sharded(stack.layer(run.layer), run)
-        if run.tied_layer is not None:
-            refuse_sharded(stack.layer(run.layer), run)
-            refuse_sharded(stack.layer(run.tied_layer), run)
+        for layer in _tied_layers(opened, stack, run):
+            refuse_sharded(layer, run)
     for no in refusals(steps, "offloaded"):
         named = {index for run in runs((no.step,)) for index in run.layers_named}
-        if any(p.is_meta for index in named for p in stack.layer(index).parameters()):
+        layers = [stack.layer(index) for index in named]
+        layers += [layer for run in runs((no.step,)) for layer in _tied_layers(opened, stack, run)]
+        if any(p.is_meta for layer in layers for p in layer.parameters()):
             raise PlanError(no.message, code=no.code)
+
+
+def _tied_layers(opened: OpenedModel, stack: Stack, run: Run) -> tuple[nn.Module, ...]:
+    """The layer of a tied run and the one whose matrices it has; none for any other run."""
+    return () if run.tied_to is None else (stack.layer(run.layer), opened.layer_of(run.tied_to, stack))
 
 
 def _refuse(steps: tuple[Step, ...], way: Way, **names: object) -> None:

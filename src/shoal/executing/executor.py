@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, assert_never
 
 import torch
@@ -18,15 +17,15 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from shoal.executing.around_runs import AroundRuns
 from shoal.executing.asked import SaidDepth, refuse_counting
-from shoal.executing.calls import Call, argument, caches_of, first_state, hidden_of, with_hidden
-from shoal.executing.checkpointed import Around, is_checkpointed
+from shoal.executing.calls import Call, argument, caches_of, hidden_of, with_hidden
+from shoal.executing.exit_heads import Heads
 from shoal.executing.fewer_heads import makes_fewer
 from shoal.executing.forward import Forward, Segment
 from shoal.executing.groups import joined
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.layer_runner import LayerRunner
 from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
-from shoal.executing.recorder import Recorder, RunRecord, attention_hooks
+from shoal.executing.recorder import Recorder, attention_hooks
 from shoal.executing.run_calls import RunCalls
 from shoal.executing.sharing import Sharing
 from shoal.executing.slots import CacheContents, PassingCache, prepare_rows, prepare_views
@@ -35,8 +34,9 @@ from shoal.executing.weights import Tensors
 from shoal.models.examine import StackFacts
 from shoal.models.lists import Stack
 from shoal.plan import Exit, Map, Parallel, Run, Step
+from shoal.plan.heads import depths_read
 from shoal.plan.schedule import schedule, slots_of
-from shoal.plan.steps import runs, undecided, writes_kv
+from shoal.plan.steps import ends_in, runs, undecided, writes_kv
 
 
 class Executor(RunCalls):
@@ -77,13 +77,17 @@ class Executor(RunCalls):
         """Who decides at run time, if anybody does: nobody else may go on with a cache that was filled so."""
         self.paused = False
         """Whether the plan was taken away for a while: what the model computes is not the plan's."""
+        self.heads: Heads | None = None
+        """Of the plan's exits, where they have any of their own."""
         self.recorder: Recorder | None = None
         self.segment: Segment | None = None
         self.cache: Cache | None = None
         """The cache that steps run alone write to, in the place of the one in the record."""
         self.use(weights)
-        if self.around_runs.reads:
-            self.passthrough = [False] * stack.depth
+        self.noted = depths_read(steps, weights) | self.around_runs.reads
+        """The layers whose states runs or heads of the plan read, -1 for what comes in."""
+        for layer in self.noted:
+            self.passthrough[max(0, layer)] = False
         prepare_views(DynamicCache, StaticCache, PassingCache)
 
     # what others call
@@ -99,6 +103,8 @@ class Executor(RunCalls):
         self.runner = LayerRunner(self.planned, self.stack, self.facts, weights)
         self.around_runs = AroundRuns(self.steps, weights, self.layer)
         self._cache_contents: CacheContents | None = None
+        if self.heads is not None:
+            self.heads.weights = weights
 
     def prepared(self, forward: Callable[[], Any]) -> Forward:
         """What the stock forward calls every layer with, and what it hands the first one, while none of them runs.
@@ -124,7 +130,7 @@ class Executor(RunCalls):
         self.now, self.cache = forward, cache
         try:
             # no layer has the index -1: every run finds what its own layer is called with in the record
-            return self._step(-1, step, hidden, -1, (), {})
+            return self._noting(-1, step, hidden, -1, (), {})
         finally:
             self.now, self.cache = outer
 
@@ -160,7 +166,7 @@ class Executor(RunCalls):
     def cache_contents(self) -> CacheContents:
         """The runs and tensors with which this executor fills a KV cache."""
         if self._cache_contents is None:
-            steps = undecided(self.steps)
+            steps = tuple(step for step in undecided(self.steps) if not isinstance(step, Exit))
             whole = steps == tuple(Run(i) for i in range(self.depth))
             stored = max((fact.row for fact in self.facts if fact.keys is not None), default=-1)
             self._cache_contents = CacheContents(self.rows, steps, self.weights, whole, self.owner, stored)
@@ -178,7 +184,6 @@ class Executor(RunCalls):
     # the way of a forward
 
     _preparing: Forward | None = None
-    around: tuple[Around, ...] = ()
 
     def proxy_call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called by the stock loop in place of layer `index`."""
@@ -198,19 +203,20 @@ class Executor(RunCalls):
         if index in self.needed_later:
             self.now.calls[index] = (args, kwargs)
         hidden = hidden_of((args, kwargs))
-        if index == 0:
-            self.around_runs.enter(hidden, self.now.states)
         if recorder is not None:
             recorder.enters(index, hidden)
+        if index == 0 and -1 in self.noted:
+            self.now.behind[-1] = hidden
         if self.carried:
             self.now.carried = {at: argument((args, kwargs), at) for at in self.carried}
         for position, step in self.steps_at[index]:
-            hidden = self._step(position, step, hidden, index, args, kwargs)
-            self.around_runs.note(step, hidden, self.now.states)
+            hidden = self._noting(position, step, hidden, index, args, kwargs)
         returned = self.as_layer_output(index, hidden)
         if index == self.depth - 1:
+            behind = self.now.behind
             self.now = Forward()  # nothing of this forward outlives it
             if recorder is not None:
+                recorder.noted(behind)
                 recorder.leaves(hidden)
         return returned
 
@@ -241,6 +247,15 @@ class Executor(RunCalls):
         extra = self.now.extra
         return (hidden, *(extra if extra is not None and len(extra) == tail else [None] * tail))
 
+    def _noting(
+        self, position: int, step: Step, hidden: torch.Tensor, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """What a step makes, noted where a run or a head reads it."""
+        out = self._step(position, step, hidden, index, args, kwargs)
+        if self.noted:
+            self.now.behind |= dict.fromkeys(self.noted & ends_in(step), out)
+        return out
+
     def _step(
         self, position: int, step: Step, hidden: torch.Tensor, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
@@ -256,38 +271,6 @@ class Executor(RunCalls):
             case Map():
                 return self.runner.map(step, hidden)
             case Exit():
-                return hidden
+                return hidden if self.heads is None else self.heads.at_the_end(step.head, hidden, self.now.behind)
             case _:
                 assert_never(step)
-
-    def _run(
-        self,
-        run: Run,
-        slot: int | None,
-        hidden: torch.Tensor,
-        index: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        around_run = self.around_runs.of(run)
-        if around_run is not None:
-            hidden = around_run.front(hidden, self.now.states)
-        call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
-        layer, comes_first = self.runner.layer_of(run), self.now.extra is None
-        shared = self._shared_kv(run) if is_checkpointed(layer) else None
-        shared_map = self.sharing.shared_map(run, layer, self.now)
-        with self.exchanges.during(run.layer):
-            around = (*self.around, *self.sharing.heads(run, layer))
-            out = self.runner.call(
-                run, call, comes_first=comes_first, around=around, shared=shared, shared_map=shared_map
-            )
-        state = first_state(out)
-        if around_run is not None:
-            state = around_run.behind(hidden, state)
-        if self.recorder is not None:
-            behind_attention = partial(self.runner.behind_attention, run, call)
-            self.recorder.ran(RunRecord(run, hidden_of(call), state, behind_attention))
-        if isinstance(out, tuple | list):
-            self.now.extra = tuple(out[1:])
-            self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
-        return state

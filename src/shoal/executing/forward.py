@@ -10,7 +10,6 @@ import torch
 from transformers.cache_utils import Cache
 
 from shoal.errors import PlanError
-from shoal.executing.around_runs import States
 from shoal.executing.calls import Call, Place, cache_of, with_argument
 from shoal.executing.slots import PassingCache
 from shoal.plan import Run
@@ -34,8 +33,8 @@ class Forward:
     """By base layer, what the stock forward calls it with: for layers that run later than at their own place."""
     made: dict[LayerSource, Any] = field(default_factory=dict)
     """What layers made that later runs take from them: of a `LayerKV` the keys and values that it attended to."""
-    states: States = field(default_factory=dict)
-    """The states behind layers that later runs read with tensors around them."""
+    behind: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By base layer the state behind its latest run, of those that a later run or a head reads; -1: what came in."""
     passing: PassingCache | None = None
     """The cache of a pass without one in which runs share keys and values."""
     carried: dict[str | int, Any] = field(default_factory=dict)

@@ -65,7 +65,7 @@ class PassForward(Forward):
         if not again:
             self.before = self.fresh
         self.fresh, self.seen, self.made, self.extra, self.passing = {}, {}, {}, None, None
-        self.states.clear()
+        self.behind = {}
 
     def is_settled(self) -> bool:
         """Whether this pass made what the one before it made."""
@@ -165,19 +165,20 @@ class LaterExecutor(Executor):
             return hidden
         rewind()
         hidden = self._pass(entering, again=True)
+        recorder.noted(self.now.behind)
         recorder.leaves(hidden)
         return hidden
 
     def _pass(self, hidden: torch.Tensor, *, again: bool = False) -> torch.Tensor:
         self._passing.begin(again=again)
         self.now.carried = {at: argument(self.now.calls[0], at) for at in self.carried}
-        self.around_runs.enter(hidden, self.now.states)
+        if -1 in self.noted:
+            self.now.behind[-1] = hidden
         for index, due in enumerate(self.steps_at):
             if self.recorder is not None:
                 self.recorder.enters(index, hidden)
             for position, step in due:
-                hidden = self._step(position, step, hidden, -1, (), {})
-                self.around_runs.note(step, hidden, self.now.states)
+                hidden = self._noting(position, step, hidden, -1, (), {})
         return hidden
 
     def _source(self, run: Run) -> int | None:

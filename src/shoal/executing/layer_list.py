@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, Protocol
 
 from torch import nn
@@ -31,12 +31,20 @@ class LayerProxyList(nn.ModuleList):
     def __init__(self, stack: Stack) -> None:
         super().__init__()
         self._modules = stack.layers._modules  # shared: what PEFT or accelerate change later is seen here too
-        self.__dict__["_proxies"] = []
+        self.__dict__.update(_proxies=[], _others={})
 
     def attach(self, executor: ProxyTarget) -> None:
         """From now on calls of the proxies go to `executor`."""
         self.__dict__["executor"] = executor
         self.__dict__["_proxies"] = [LayerProxy(executor, i) for i in range(len(self._modules))]
+
+    def real(self, index: int, stack: str | None = None) -> Any:
+        """The real layer of this stack, or of another one that stands `beside` it."""
+        return (self if stack is None else self.__dict__["_others"][stack])._modules[str(index)]
+
+    def beside(self, others: Mapping[str, LayerProxyList]) -> None:
+        """The stand-ins for the other stacks of the model, by name."""
+        self.__dict__["_others"] = dict(others)
 
     @property
     def executor(self) -> Any:

@@ -6,7 +6,7 @@ from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 
@@ -31,6 +31,7 @@ from shoal.models.examine import LayerFacts
 from shoal.models.first import first_only
 from shoal.models.lists import Stack
 from shoal.plan import Map, Run, Step
+from shoal.plan.sources import StackLayer
 from shoal.plan.steps import runs
 
 
@@ -77,7 +78,7 @@ class LayerRunner:
 
     def layer(self, index: int) -> Any:
         """The real layer, looked up anew: PEFT or accelerate may have exchanged it."""
-        return self.planned._modules[str(index)]
+        return self.planned.real(index)
 
     def layer_of(self, run: Run) -> Any:
         """What is called for `run`: the module of its own tensors where they are one, else the base layer."""
@@ -105,7 +106,7 @@ class LayerRunner:
         with what layer 0 owns for it. `around`: what else stands around the call. `shared`: keys and values that go
         into a checkpointed call and come out of it. `shared_map`: the attention map that it takes over or hands on."""
         layer, (args, kwargs) = self.layer_of(run), call
-        if run.part != "layer" or run.tied_layer is not None or self._lends(run) or self._unused(run):
+        if run.part != "layer" or run.tied_to is not None or self._lends(run) or self._unused(run):
             around = (*around, lambda: self._exchange(run).in_place())
         if comes_first and run.layer != 0 and self.first is not None:
             around = (*around, partial(self.first.shared_with, layer))
@@ -185,13 +186,26 @@ class LayerRunner:
         """These tensors and those of the layer that it is tied to, by their names in the layer."""
         ids = reversed(run.ids) if self._lends(run) else ()
         held: list[Any] = [TensorsOf(weights_id, self.tensors) for weights_id in ids]
-        if run.tied_layer is not None:
-            held.append(TiedTensors(self.layer_of(run), self.layer(run.tied_layer)))
+        if (other := self._tied_to(run)) is not None:
+            held.append(TiedTensors(self.layer_of(run), other, across=run.tied_layer is None))
         return held[0] if len(held) == 1 else ChainMap(*held)
 
     def _refuse_sharded(self, run: Run) -> None:
         """Raise P153 where tensors would be lent to, or by, a layer that is spread over processes."""
         if self._lends(run):
             refuse_sharded(self.layer_of(run), run)
-        for index in (run.layer, run.tied_layer) if run.tied_layer is not None else ():
-            refuse_sharded(self.layer(index), run)
+        if (other := self._tied_to(run)) is not None:
+            refuse_sharded(self.layer(run.layer), run)
+            refuse_sharded(other, run)
+
+    def _tied_to(self, run: Run) -> Any:
+        """The layer whose matrices the run has; None: no other's."""
+        match run.tied_to:
+            case None:
+                return None
+            case int():
+                return self.layer(run.tied_to)
+            case StackLayer():
+                return self.planned.real(run.tied_to.layer, run.tied_to.stack)
+            case _:
+                assert_never(run.tied_to)

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from shoal.models.lists import multiplied
 from shoal.plan.tensors import tensors_of
+from shoal.plan.ties import paired_matrices
 
 
 class TensorsOf(Mapping[str, torch.Tensor]):
@@ -28,26 +30,34 @@ class TensorsOf(Mapping[str, torch.Tensor]):
 
 
 class TiedTensors(Mapping[str, torch.Tensor]):
-    """The matrices of another layer by the names that they have in both: parameters of two and more dimensions.
+    """The matrices of another layer, parameters of two and more dimensions, by the names that they have here: the same
+    within a stack, those of `paired_matrices` where the other layer is of another stack (`across`).
 
     Names are found whenever they are asked for, and tensors at each use: what an adapter or an optimiser puts into one
     of the two is seen.
     """
 
-    def __init__(self, layer: nn.Module, other: nn.Module) -> None:
-        self._layer, self._other = layer, other
+    def __init__(self, layer: nn.Module, other: nn.Module, *, across: bool = False) -> None:
+        self._layer, self._other, self._across = layer, other, across
+        self.places: dict[str, str] = self._found()
+        """By name here the name there, as they were when names were last asked for."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._other.get_parameter(name)
+        return self._other.get_parameter(self.places[name])
 
     def __iter__(self) -> Iterator[str]:
-        theirs = {name for name, _ in self._other.named_parameters(remove_duplicate=False)}
-        for name, own in self._layer.named_parameters(remove_duplicate=False):
-            if own.dim() > 1 and name in theirs:
-                yield name
+        self.places = self._found()
+        return iter(self.places)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def _found(self) -> dict[str, str]:
+        if self._across:
+            return paired_matrices(multiplied(self._layer), multiplied(self._other))
+        theirs = {name for name, _ in self._other.named_parameters(remove_duplicate=False)}
+        held = self._layer.named_parameters(remove_duplicate=False)
+        return {name: name for name, own in held if own.dim() > 1 and name in theirs}
 
 
 class Converted:

@@ -179,11 +179,16 @@ def _put_tensors(
 ) -> None:
     owner = nn.Module()
     for name, tensor in TensorsOf(weights_id, weights).items():
-        own = tensor.detach().to(device, copy=True)
+        own, place = tensor.detach().to(device, copy=True), owner
+        *path, leaf = name.split(".")
+        for piece in path:
+            if piece not in place._modules:
+                place.add_module(piece, nn.Module())
+            place = place.get_submodule(piece)
         if name in FIXED or not own.is_floating_point():
-            owner.register_buffer(name, own)
+            place.register_buffer(leaf, own)
         else:
-            owner.register_parameter(name, nn.Parameter(own))
+            place.register_parameter(leaf, nn.Parameter(own))
     made.modules.tensors._modules[_key(weights_id)] = owner
 
 

@@ -10,10 +10,11 @@ from shoal.executing.looked_up import TiedTensors
 from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts
 from shoal.models.first import first_only
-from shoal.models.lists import BESIDE
+from shoal.models.lists import BESIDE, Stack
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
 from shoal.plan.low_rank import replaced_matrices
+from shoal.plan.sources import StackLayer
 from shoal.plan.steps import runs
 from shoal.plan.tensors import tensors_of_run
 
@@ -31,18 +32,26 @@ def tensors_read(opened: OpenedModel, plan: Plan, weights: Tensors) -> frozenset
     for prefix, stack in stacks.items():
         facts = opened.facts(stack.name).layers
         for run in runs(plan.steps(stack.name)):
-            tied = None if run.tied_layer is None else stack.layer(run.tied_layer)
-            for layer, name in _read(run, stack.layer(run.layer), tied, facts[run.layer], weights):
-                found.add(f"{prefix}{layer}.{name}")
+            tied = None if run.tied_to is None else opened.layer_of(run.tied_to, stack)
+            there = _prefix(opened, run, stack)
+            for other, name in _read(run, stack.layer(run.layer), tied, facts[run.layer], weights):
+                found.add(f"{there if other else f'{prefix}{run.layer}.'}{name}")
         if (first := first_only(stack)) is not None:
             found |= {name for name in names if name.startswith(f"{prefix}0.{first.prefix}")}
     return frozenset(found & names)
 
 
+def _prefix(opened: OpenedModel, run: Run, stack: Stack) -> str:
+    """What stands in front of the names of the layer that the run is tied to."""
+    if isinstance(run.tied_to, StackLayer):
+        return f"{opened.stack(run.tied_to.stack).path}.{run.tied_to.layer}."
+    return f"{stack.path}.{run.tied_to}."
+
+
 def _read(
     run: Run, layer: nn.Module, tied: nn.Module | None, fact: LayerFacts, weights: Tensors
-) -> Iterator[tuple[int, str]]:
-    """(base layer, name in it) of what one run reads."""
+) -> Iterator[tuple[bool, str]]:
+    """(whether it is of the tied layer, name in its layer) of what one run reads."""
     left_out: tuple[str, ...] = ()
     if run.part != "layer":
         assert fact.parts is not None  # check P105
@@ -52,8 +61,8 @@ def _read(
     unread = tuple(f"{name}." for name in left_out)
     names = tensors_of_run(run, weights)
     own = names.keys() | replaced_matrices(names.keys())
-    elsewhere = set() if tied is None else set(TiedTensors(layer, tied))
+    elsewhere = {} if tied is None else TiedTensors(layer, tied, across=run.tied_layer is None).places
     for name in layer.state_dict():
         if name in own or name.startswith(unread):
             continue
-        yield (run.tied_layer if run.tied_layer is not None and name in elsewhere else run.layer), name
+        yield name in elsewhere, elsewhere.get(name, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,9 @@ class Recorder:
 
     def ran(self, record: RunRecord) -> None:
         """A layer was run, whole or in part."""
+
+    def noted(self, behind: Mapping[int, torch.Tensor]) -> None:
+        """The states that heads of the plan read, by base layer; called before `leaves`."""
 
     def leaves(self, hidden: torch.Tensor) -> None:
         """The stock forward gets this state back from its last layer."""

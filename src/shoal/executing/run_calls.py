@@ -1,20 +1,23 @@
-"""What the layer of a run is called with: its state, its row of the cache, what runs hand to each other."""
+"""How the layer of a run is called: with which state, which row of the cache, and what runs hand to each other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from shoal.executing.calls import Call
-from shoal.executing.checkpointed import SharedKV
+from shoal.executing.around_runs import AroundRuns
+from shoal.executing.calls import Call, first_state, hidden_of
+from shoal.executing.checkpointed import Around, SharedKV, is_checkpointed
 from shoal.executing.forward import with_passing_cache
-from shoal.executing.recorder import Recorder
+from shoal.executing.layer_runner import LayerRunner
+from shoal.executing.recorder import Recorder, RunRecord
 from shoal.executing.sharing import Mix, Sharing
 from shoal.executing.slots import KeysValues, Store, Take, slot_view
-from shoal.executing.threads import InForward
+from shoal.executing.threads import Exchanges, InForward
 from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts
 from shoal.plan import Run
@@ -22,14 +25,50 @@ from shoal.plan.sources import LayerKV
 
 
 class RunCalls(InForward):
-    """Of an executor: from what the stock forward calls a layer with to what a run calls it with."""
+    """Of an executor: from what the stock forward calls a layer with to what a run makes of its state."""
 
     facts: list[LayerFacts]
+    runner: LayerRunner
+    around_runs: AroundRuns
+    exchanges: Exchanges
+    around: tuple[Around, ...] = ()
     sharing: Sharing
     carried: dict[str | int, int]
     recorder: Recorder | None
     cache: Cache | None
     weights: Tensors
+
+    def _run(
+        self,
+        run: Run,
+        slot: int | None,
+        hidden: torch.Tensor,
+        index: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        around_run = self.around_runs.of(run)
+        if around_run is not None:
+            hidden = around_run.front(hidden, self.now.behind)
+        call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
+        layer, comes_first = self.runner.layer_of(run), self.now.extra is None
+        shared = self._shared_kv(run) if is_checkpointed(layer) else None
+        shared_map = self.sharing.shared_map(run, layer, self.now)
+        with self.exchanges.during(run.layer):
+            around = (*self.around, *self.sharing.heads(run, layer))
+            out = self.runner.call(
+                run, call, comes_first=comes_first, around=around, shared=shared, shared_map=shared_map
+            )
+        state = first_state(out)
+        if around_run is not None:
+            state = around_run.behind(hidden, state)
+        if self.recorder is not None:
+            behind_attention = partial(self.runner.behind_attention, run, call)
+            self.recorder.ran(RunRecord(run, hidden_of(call), state, behind_attention))
+        if isinstance(out, tuple | list):
+            self.now.extra = tuple(out[1:])
+            self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
+        return state
 
     def _call_of(self, run: Run, slot: int | None, hidden: torch.Tensor, call: Call) -> Call:
         """What the layer of `run` is called with: this state, its own row of the cache, what was carried along."""

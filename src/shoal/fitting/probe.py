@@ -11,11 +11,11 @@ from scipy.optimize import minimize
 
 from shoal.data import Data
 from shoal.deciding.decisions import Decision
-from shoal.deciding.exit_heads import scaled
 from shoal.deciding.exit_view import ExitView
 from shoal.deciding.forward import ForwardView
 from shoal.deciding.policy import Policy
 from shoal.evaluation.scoring import logits_of
+from shoal.executing.exit_heads import scaled
 from shoal.executing.weights import Tensors
 from shoal.live import running
 from shoal.models.evaluating import evaluating

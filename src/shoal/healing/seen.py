@@ -85,7 +85,7 @@ class Seen:
             return formula(student.logits(chunk[None])[0].float(), wanted, labels[part])
 
         vocabulary = student.opened.model.config.get_text_config(decoder=True).vocab_size
-        return summed(states, of, vocabulary, most=self.ids.shape[1])
+        return summed(states, of, vocabulary, most=self.ids.shape[1], learning=student.learning_head())
 
     def _teacher(self) -> Side:
         if self.sides[1] is None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from shoal.deciding.exit_readout import Readout
 from shoal.executing.bind import BoundPlan
 from shoal.executing.executor import Executor
+from shoal.executing.exit_readout import Readout
 from shoal.executing.forward import Forward
 from shoal.executing.inputs import backbone_of, inputs_of, run_stack
 from shoal.executing.recorder import Recorder, RunRecord
 from shoal.models.opened import OpenedModel
+from shoal.plan import Exit
 
 Around = Callable[[], AbstractContextManager[object]]
 
@@ -27,7 +28,9 @@ class Shown(Recorder):
         self.first: torch.Tensor
         """What enters the first layer."""
         self.last: torch.Tensor
-        """What norm and head are given."""
+        """What norm and head are given, and behind it along the last dimension other states that a head reads."""
+        self.depths: dict[int, torch.Tensor] = {}
+        """By base layer the states that heads of the plan read."""
 
     def enters(self, layer: int, hidden: torch.Tensor) -> None:
         if layer == 0:
@@ -35,6 +38,9 @@ class Shown(Recorder):
 
     def ran(self, record: RunRecord) -> None:
         self.behind[record.run.layer] = record.output
+
+    def noted(self, behind: Mapping[int, torch.Tensor]) -> None:
+        self.depths = dict(behind)
 
     def leaves(self, hidden: torch.Tensor) -> None:
         self.last = hidden
@@ -67,6 +73,7 @@ class Side:
         shown = Shown()
         with self.around(), self.bound.running(), self.executor.recording(shown):
             run_stack(self.opened.model, self.stack, ids, mask)
+        shown.last = torch.cat([shown.last, *(shown.depths[depth] for depth in self._head[1])], -1)
         return shown
 
     def prepared(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Forward:
@@ -77,11 +84,33 @@ class Side:
             return self.executor.prepared(lambda: backbone(**inputs_of(backbone, ids, mask), **more))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """What norm and head make of states [batch, tokens, hidden], [batch, tokens, vocabulary]."""
+        """What norm and head make of states as `Shown.last` has them, [batch, tokens, hidden] and more, [batch, tokens,
+        vocabulary]."""
         if self._readout is None:
             self._readout = Readout(self.opened, self._ending)
-        with self.around():
-            return self._readout(states)
+        (head, depths), heads = self._head, self.executor.heads
+        if heads is None:
+            with self.around():
+                return self._readout(states)
+        state, *others = states.chunk(1 + len(depths), -1)
+        # where the stock forward is run to read the state, it puts the plan on itself
+        on = nullcontext() if self._readout.chain is None else self.bound.running()
+        with self.around(), on, heads.only(head, dict(zip(depths, others, strict=True))):
+            return self._readout(state)
+
+    def learning_head(self) -> list[torch.Tensor]:
+        """The tensors that learn of what makes logits of a state."""
+        heads = self.executor.heads
+        found = [] if heads is None else heads.scoring(self._head[0])
+        return [tensor for tensor in found if tensor.requires_grad]
+
+    @property
+    def _head(self) -> tuple[str, tuple[int, ...]]:
+        """The head at the end of the plan, and the depths of which it reads logits beside the last."""
+        heads, last = self.executor.heads, self.executor.steps[-1]
+        if heads is None or not isinstance(last, Exit):
+            return "base", ()
+        return last.head, heads.depths(last.head)
 
     @contextmanager
     def _ending(self, state: torch.Tensor) -> Iterator[None]:

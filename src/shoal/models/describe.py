@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shoal.models.examine import LayerFacts, StackFacts
 from shoal.models.families import Family, family_of
 from shoal.models.first import first_only
-from shoal.models.lists import BESIDE
+from shoal.models.lists import BESIDE, multiplied
 from shoal.models.meta import meta_model
 from shoal.models.spread import is_spread
 from shoal.models.stacks import Stack, find_stacks
@@ -30,7 +30,10 @@ def describe(model: PreTrainedModel, stacks: tuple[Stack, ...], facts: Mapping[s
     counted = _unquantised(model)
     whole = stacks if counted is model else find_stacks(counted)
     users = _storage_users(whole)
-    built = tuple(_stack_spec(stack, size, facts[stack.name], users) for stack, size in zip(stacks, whole, strict=True))
+    built = tuple(
+        _stack_spec(stack, size, facts[stack.name], users, several=len(stacks) > 1)
+        for stack, size in zip(stacks, whole, strict=True)
+    )
     inside = {name for stack in whole for i in range(stack.depth) for name in _own_storages(stack, i)}
     everything = _storages(counted)
     head = counted.get_output_embeddings()
@@ -96,8 +99,8 @@ def _storage_users(stacks: tuple[Stack, ...]) -> Counter[object]:
     return Counter(key for stack in stacks for layer in stack.layers._modules.values() for key in _storages(layer))
 
 
-def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[object]) -> StackSpec:
-    """`counted`: the same stack with the weights that are counted."""
+def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[object], *, several: bool) -> StackSpec:
+    """`counted`: the same stack with the weights that are counted. `several`: whether the model has other stacks."""
     kinds = layer_kinds(stack.config, stack.depth)
     family = family_of(stack.config)
     sharing = _native_sharing(stack.config, kinds)
@@ -129,6 +132,7 @@ def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[o
                 needs=sharing.get(index, ()),
                 projections=_projections(layer, fact, users),
                 pinned=family.pinned if index == 0 and _pins(family, stack.config) else None,
+                matrices=tuple(multiplied(layer).items()) if several else (),
             )
         )
     hidden = int(getattr(stack.config, "hidden_size", 0))

@@ -27,7 +27,7 @@ _OF_THE_FILE = ("_name_or_path", "architectures", "transformers_version")
 def engine_slots(opened: OpenedModel, plan: Plan) -> dict[str, Any] | None:
     """The slots of a plan: `architectures` and `config` of a stock model with a layer for each run, `slots` and, by
     base layer, `parts`. None where no stock config can have them, where something else than runs and maps
-    happens, and where a run takes something from a later one.
+    happens, where a run takes something from a later one, and for models of several stacks.
 
     A slot has `base`, the layer whose place and tensors it has; `part`; `tie`, a layer whose matrices stand in place of
     its own; `own`, the ids of new tensors (shoal.ID.NAME) over these, later ones last; `keys`, `values` and `map`, the
@@ -35,7 +35,7 @@ def engine_slots(opened: OpenedModel, plan: Plan) -> dict[str, Any] | None:
     """
     stack = opened.stack(plan.stack_name())
     steps = plan.steps(stack.name)
-    made = None if any(later_sources(steps)) else _slots(steps)
+    made = None if any(later_sources(steps)) or len(opened.stacks) > 1 else _slots(steps)
     if made is None or stack.config is not opened.model.config:
         return None
     slots, behind = made

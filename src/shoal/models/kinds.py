@@ -25,6 +25,10 @@ AUTO = (
 """The Auto classes that are looked through, in this order: a class that several name belongs to the first."""
 
 
+LOADED_BY = "_shoal_loaded_by"
+"""Where the class of a loaded planned checkpoint says which Auto class makes its base."""
+
+
 def auto_class(name: str) -> Any:
     """The Auto class of that name."""
     return getattr(transformers, name)
@@ -34,6 +38,12 @@ def auto_of(model: nn.Module) -> str | None:
     """The Auto class that makes a model of this very class from its config; None when there is none."""
     kind = type(getattr(model, "config", None))
     return next((name for name in AUTO if type(model) in _classes(name, kind)), None)
+
+
+def loaded_by(model: nn.Module) -> str | None:
+    """The same, of a loaded planned checkpoint, whose class is its own, that of its base."""
+    found: str | None = getattr(type(model), LOADED_BY, None)
+    return auto_of(model) if found is None else found
 
 
 def auto_for(config: PreTrainedConfig) -> str:
@@ -54,7 +64,7 @@ def is_causal(model: nn.Module) -> bool:
     sound beside text, and for a class that no Auto class names: the decoder of all of these is planned, and what makes
     pictures into tokens is carried along. Encoders that a config can turn into decoders are none until it does."""
     config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig) or (auto := auto_of(model)) in (CAUSAL, None):
+    if not isinstance(config, PreTrainedConfig) or (auto := loaded_by(model)) in (CAUSAL, None):
         return True
     if auto in DECODERS:
         return not config.is_encoder_decoder
@@ -70,7 +80,7 @@ def is_decoder(config: PreTrainedConfig) -> bool:
 def scores_text(model: nn.Module) -> bool:
     """Whether the model is a decoder with next-token scores: what `AutoModelForCausalLM` makes and what reads pictures
     or sound too."""
-    return is_causal(model) and auto_of(model) in DECODERS
+    return is_causal(model) and loaded_by(model) in DECODERS
 
 
 def require_causal(model: nn.Module, what: str) -> None:
@@ -87,7 +97,7 @@ def require_causal(model: nn.Module, what: str) -> None:
 def require_answers(model: nn.Module, what: str) -> None:
     """Raise M322 when `what`, which reads or writes a text token by token after another one, is asked of a model that
     is neither a causal language model nor an encoder-decoder with a head."""
-    if auto_of(model) != SEQ2SEQ:
+    if loaded_by(model) != SEQ2SEQ:
         require_causal(model, what)
 
 

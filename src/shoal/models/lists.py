@@ -50,6 +50,14 @@ class Stack:
         return len(self.layers._modules)
 
 
+def multiplied(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of the matrices of a layer by name, without tables that are looked up (`nn.Embedding`: T5's bias by
+    position): of these another stack has others, as it counts positions in another way."""
+    tables = {id(p) for module in layer.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    held = layer.named_parameters(remove_duplicate=False)
+    return {name: tuple(p.shape) for name, p in held if p.dim() > 1 and id(p) not in tables}
+
+
 def layer_lists(root: nn.Module, depth: int | None, strict: bool) -> list[tuple[nn.Module, str]]:
     """(owner, attribute) of every list of `depth` layers; lists inside another hit (experts) are left out. `strict`:
     only lists of `GradientCheckpointingLayer`s."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from shoal.errors import ModelError, UsageError, first_line, note
 from shoal.models.adapter import Adapter, adapter_config, attach
@@ -121,8 +121,8 @@ def _planned(folder: Path, tokenizer: Any, device: str, dtype: Any, attention: s
     import_module(
         "shoal.auto"
     )  # by name: it stands above this room, and tells transformers how such a folder is loaded
-    auto = auto_class("AutoModelForCausalLM")
     with hide_offload_note():
+        auto = auto_class(auto_for(AutoConfig.from_pretrained(folder)))
         model = auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     return Loaded(_moved(model, device, str(folder)), tokenizer or load_tokenizer(folder), str(folder), folder)
 

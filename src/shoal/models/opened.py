@@ -19,6 +19,7 @@ from shoal.models.examine import StackFacts, examine
 from shoal.models.lists import beside
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Spec
+from shoal.plan.sources import StackLayer
 
 T = TypeVar("T")
 _KEY = "_shoal_opened"
@@ -42,6 +43,12 @@ class OpenedModel:
         if wanted not in stacks:
             raise ModelError(f"the model has no stack {wanted!r}; it has {', '.join(stacks)}", code="M304")
         return stacks[wanted]
+
+    def layer_of(self, place: int | StackLayer, stack: Stack) -> nn.Module:
+        """The layer that a plan names so in `stack`: of that stack by its base index, or of another one."""
+        if isinstance(place, StackLayer):
+            return self.stack(place.stack).layer(place.layer)
+        return stack.layer(place)
 
     def facts(self, name: str | None = None) -> StackFacts:
         """What the layers of a stack do, by one forward of one token. Raises M305, see `examine`."""

@@ -165,6 +165,19 @@ WRITTEN_EXIT = Refused(
     "step {step} cannot be written as a stock checkpoint: a stock model always runs all its layers; drop the layers "
     "behind it",
 )
+WRITTEN_HEAD = Refused(
+    "W284",
+    "step {step} cannot be written as a stock checkpoint: a stock model has the base's head alone; write --as planned, "
+    "or leave it out",
+)
+FAST_HEAD = Refused(
+    "U568",
+    "{step} is a head of the plan's own, and the fast loop calls the model's; call model.generate without it",
+)
+NO_HEAD = Refused(
+    "W261",
+    "step {step} cannot be copied into a GGUF file: it is a head of the plan's own; leave it out",
+)
 WRITTEN_GATE = Refused(
     "W205",
     "step {step} cannot be written as a stock checkpoint: a stock model decides nothing at run time; keep or drop "

@@ -14,11 +14,13 @@ from typing import Literal, assert_never
 
 from shoal.plan.answers import (
     DECIDING,
+    FAST_HEAD,
     GATED_KV,
     KV_BESIDE_ENCODER,
     NO_BLOCK,
     NO_CAUSAL_DECODER,
     NO_DRAFT,
+    NO_HEAD,
     NO_PARTS,
     OFFLOADED_TENSORS,
     OK,
@@ -32,6 +34,7 @@ from shoal.plan.answers import (
     WRITTEN_EXIT,
     WRITTEN_GATE,
     WRITTEN_GROUP,
+    WRITTEN_HEAD,
     WRITTEN_KV,
     WRITTEN_MAP,
     WRITTEN_PART,
@@ -72,7 +75,7 @@ from shoal.plan.steps import Exit, Map, Parallel, Run, Step, runs
 
 Trait = Literal[
     "layer", "part", "new tensors", "tie", "KV source", "half KV source", "attention map", "later source", "map",
-    "parallel group", "gate", "exit", "repeat", "other part", "reorder",
+    "parallel group", "gate", "exit", "own head", "repeat", "other part", "reorder",
 ]  # fmt: skip
 """What there is to say of a step; see `traits`."""
 
@@ -100,15 +103,11 @@ def row(trait: Trait) -> Row:
                        drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=OK, gguf=NO_BLOCK)
         case "KV source" | "half KV source" | "attention map" | "later source":
             return _taken(trait)
-        case "map":
+        case "map" | "parallel group":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
                        sharded=OK, beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK,
-                       streamed=ONE_BY_ONE, written=WRITTEN_MAP, gguf=NO_BLOCK)
-        case "parallel group":
-            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
-                       sharded=OK, beside_encoder=OK, paged=OK, gated=UNGATED, drafted=NO_DRAFT, fast=OK,
-                       streamed=ONE_BY_ONE, written=WRITTEN_GROUP, gguf=NO_BLOCK)
-        case "gate" | "exit":
+                       streamed=ONE_BY_ONE, written=WRITTEN_MAP if trait == "map" else WRITTEN_GROUP, gguf=NO_BLOCK)
+        case "gate" | "exit" | "own head":
             return _decided(trait)
         case "repeat" | "other part" | "reorder":
             return _placed(trait)
@@ -142,17 +141,18 @@ def _taken(trait: Literal["KV source", "half KV source", "attention map", "later
     # fmt: on
 
 
-def _decided(trait: Literal["gate", "exit"]) -> Row:
+def _decided(trait: Literal["gate", "exit", "own head"]) -> Row:
     # fmt: off
     match trait:
-        case "gate":
+        case "gate" | "exit":
             return Row(live=UNDECIDED, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
                        offloaded=OK, sharded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK,
-                       drafted=NO_DRAFT, fast=DECIDING, streamed=ONE_BY_ONE, written=WRITTEN_GATE, gguf=NO_BLOCK)
-        case "exit":
-            return Row(live=UNDECIDED, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
-                       offloaded=OK, sharded=OK, beside_encoder=NO_CAUSAL_DECODER, paged=PAGED_POLICY, gated=OK,
-                       drafted=NO_DRAFT, fast=DECIDING, streamed=ONE_BY_ONE, written=WRITTEN_EXIT, gguf=NO_BLOCK)
+                       drafted=NO_DRAFT, fast=DECIDING, streamed=ONE_BY_ONE, gguf=NO_BLOCK,
+                       written=WRITTEN_GATE if trait == "gate" else WRITTEN_EXIT)
+        case "own head":
+            return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
+                       sharded=OK, beside_encoder=OK, paged=OK, gated=OK, drafted=NO_DRAFT, fast=FAST_HEAD,
+                       streamed=ONE_BY_ONE, written=WRITTEN_HEAD, gguf=NO_HEAD)
         case _:
             assert_never(trait)
     # fmt: on
@@ -237,7 +237,7 @@ def _own(step: Step, later: Sequence[Run] = ()) -> Iterator[tuple[Trait, Step]]:
                 if step.join == "bypass":
                     yield "part", branch
         case Exit():
-            yield "exit", step
+            yield "own head" if step.gate is None else "exit", step
         case _:
             assert_never(step)
 

@@ -9,6 +9,7 @@ P116 KV fill that has no use         P117 unwritable name or word   P118 bad par
 P119 a recurrent layer has no fill   P120 edit that this plan does not allow
 P127 matrices that do not fit the tied layer                       P128 source that takes over a map
 P129 a run's own tensors do not fit its layer                      P164 what a later run cannot give
+P165 a head reads a layer that does not run
 
 P102, P104 and P117 come from `Plan` and the steps themselves, P120 from `shoal.plan.edit`; `check` finds the others.
 """
@@ -22,6 +23,7 @@ from typing import assert_never
 from shoal.errors import PlanError
 from shoal.plan.answers import NO_PARTS
 from shoal.plan.given import Given, given_plan
+from shoal.plan.heads import unfit_heads
 from shoal.plan.later import later_sources, unfit_later
 from shoal.plan.notation import format_steps
 from shoal.plan.plan import Plan
@@ -30,7 +32,7 @@ from shoal.plan.sources import STORED, AttentionMap, LayerKeys, LayerKV, LayerSo
 from shoal.plan.spec import LayerSpec, Spec, StackSpec
 from shoal.plan.steps import Run, Step, map_source, runs, writes_kv
 from shoal.plan.tensors import Finding, Layers, Shapes, map_tensors, missing_tensors, unfit_tensors
-from shoal.plan.ties import unfit_ties
+from shoal.plan.ties import missing_stacks, unfit_ties
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,14 @@ def check(plan: Given, spec: Spec, weights: Shapes | None = None, layers: Layers
     problems: list[Problem] = []
     for stack in spec.stacks:
         steps = plan.steps(stack.name)
-        found = list(_range(steps, stack)) or [
+        found = [*_range(steps, stack), *missing_stacks(steps, spec)] or [
             *_parts(steps, stack, spec.parts_note),
             *(finding for rule in _RULES for finding in rule(steps, stack)),
             *map_tensors(steps, stack, weights or {}),
             *missing_tensors(steps, weights or {}),
+            *unfit_heads(steps, stack, spec.vocab, weights or {}),
             *unfit_tensors(steps, stack, weights or {}, layers),
-            *unfit_ties(steps, stack, layers),
+            *unfit_ties(plan, stack, spec, layers),
             *unfit_later(steps),
         ]
         problems += [Problem(code, stack.name, layer, message) for code, layer, message in found]

@@ -8,7 +8,7 @@ counted, where they make nothing else and are known (`LayerSpec.projections`).
 A run that reads a later one goes over the prompt in passes: `prefill_flops` is that of one pass, and an exact prefill
 takes as many as are needed until nothing changes, at most one for each token of the prompt. A decoded token takes one.
 Encoder and vision stacks run once, over `prompt` positions that all see each other, and not for a decoded token.
-Gated layers count as run and exits as not taken: this is the dearest token. The own head of an exit is not counted.
+Gated layers count as run and exits as not taken: this is the dearest token. Own heads of gated exits are not counted.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, NamedTuple, assert_never
 
-from shoal.plan.around import around_flops, is_beside
+from shoal.plan.around import around_flops
 from shoal.plan.fewer_heads import base_sizes, fewer_flops, stored_kv
 from shoal.plan.given import Given, given_plan
+from shoal.plan.heads import LOGITS, depths_in
+from shoal.plan.layer_size import causal_pairs, layer_size, score_width
 from shoal.plan.low_rank import INSTEAD, WORDS, replaced_matrices
 from shoal.plan.plan import Plan
 from shoal.plan.select import paired
+from shoal.plan.sources import StackLayer
 from shoal.plan.spec import LayerSpec, ProjectionSpec, Spec, StackSpec
-from shoal.plan.steps import Exit, Map, Parallel, Run, Step, map_source, runs
-from shoal.plan.tensors import SHARES, Shapes, tensors_of, tensors_of_run
+from shoal.plan.steps import Exit, Map, Parallel, Run, Step, runs
+from shoal.plan.tensors import Shapes, stands_beside, tensors_of, tensors_of_run
+from shoal.plan.ties import tied_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +80,12 @@ def cost(plan: Given, spec: Spec, shape: Shape | None = None, weights: Shapes | 
     """
     plan = plan if isinstance(plan, Plan) else given_plan(plan, Plan.identity(spec))
     shape = shape or Shape()
-    totals = [_stack_cost(plan, stack, shape, weights or {}) for stack in spec.stacks]
+    totals = [_stack_cost(plan, stack, shape, weights or {}, spec) for stack in spec.stacks]
     storages = {name: count for total in totals for name, count in total.storages.items()}
     shared = sum({name: count for total in totals for name, count in total.shared.items()}.values())
+    readings = [one for total in totals for one in total.readings]
     return Cost(
-        params=spec.other_params + sum(storages.values()) + shared - sum(_unread(total.readings) for total in totals),
+        params=spec.other_params + sum(storages.values()) + shared - _unread(readings),
         written_params=spec.other_params + sum(total.written for total in totals) + shared,
         layer_runs=sum(total.layer_runs for total in totals),
         half_runs=sum(total.half_runs for total in totals),
@@ -139,7 +144,7 @@ class _Total:
     readings: list[_Reading] = field(default_factory=list)
 
 
-def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> _Total:
+def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes, spec: Spec) -> _Total:
     total = _Total()
     for step in plan.steps(stack.name):
         match step:
@@ -148,8 +153,10 @@ def _stack_cost(plan: Plan, stack: StackSpec, shape: Shape, weights: Shapes) -> 
             case Run() | Parallel():
                 for run in runs((step,)):
                     _add_run(total, run, stack, shape, weights)
+                    if isinstance(run.tied_to, StackLayer):
+                        _add_across(total, run, run.tied_to, stack, spec, weights)
             case Exit():
-                pass
+                _add_head(total, step, spec, weights)
             case _:
                 assert_never(step)
     total.written -= _joined(plan.steps(stack.name), stack)
@@ -167,6 +174,17 @@ def _add_map(total: _Total, step: Map, stack: StackSpec, shape: Shape, weights: 
     total.written += size.params
     total.prefill += size.flops * shape.prompt
     total.decode += size.flops
+
+
+def _add_head(total: _Total, step: Exit, spec: Spec, weights: Shapes) -> None:
+    """The tensors of the head at the end of the plan, and the products with the head that it needs beside the last."""
+    own = _own(step.head, weights)
+    if step.gate is None and step.head != "base":
+        total.storages[f":{step.head}"] = sum(own.values())
+        more = max(0, len(depths_in(step.head, LOGITS, weights)) - 1)
+        total.prefill += more * spec.head_flops
+        total.decode += more * spec.head_flops
+        total.assumed |= set() if own else {step.head}
 
 
 def _joined(steps: tuple[Step, ...], stack: StackSpec) -> int:
@@ -188,7 +206,7 @@ def _own(weights_id: str, weights: Shapes) -> dict[str, int]:
 
 def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: Shapes) -> None:
     layer = stack.layers[run.layer]
-    params, flops = _size(layer, run)
+    params, flops = layer_size(layer, run)
     # the name of new weights is one for all stacks, and may look like a layer's number
     own = {weights_id: _own(weights_id, weights) for weights_id in run.ids}
     unknown = [weights_id for weights_id, sizes in own.items() if not sizes]
@@ -210,13 +228,29 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
     total.prefill += flops * shape.prompt
     total.decode += flops
     if run.part != "mlp":
-        pairs = _causal_pairs(shape.prompt, layer.kv.window) if stack.decodes else shape.prompt**2
-        width = _score_width(layer, run)
+        pairs = causal_pairs(shape.prompt, layer.kv.window) if stack.decodes else shape.prompt**2
+        width = score_width(layer, run)
         total.prefill += 2 * width * pairs
         total.decode += 2 * width * min(shape.context, layer.kv.window or shape.context)
     stored = stored_kv(layer, run, new)
     total.kv_per_token += stored.per_token
     total.kv_elements += stored.elements(shape.context)
+
+
+def _add_across(total: _Total, run: Run, tie: StackLayer, stack: StackSpec, spec: Spec, weights: Shapes) -> None:
+    """A run with the matrices of a layer of another stack: what it reads there, and so not of its own layer."""
+    layer, other = stack.layers[run.layer], spec.stack(tie.stack).layers[tie.layer]
+    for piece, (matrices, _) in layer_size(other, Run(tie.layer))[0].items():
+        total.storages[f"{tie.stack}.{tie.layer}.{piece}"] = matrices
+    own = total.readings[-2]
+    assert own.matrices
+    taken = {name: there for name, there in tied_names(run, layer, other).items() if name not in own.replaced}
+    shapes = dict(layer.matrices)
+    total.readings[-2] = own._replace(replaced=own.replaced | {name: prod(shapes[name]) for name in taken})
+    there = {name: prod(shape) for name, shape in other.matrices}
+    rest = {"": other.params - other.vectors - sum(there.values())}
+    unread = {name: size for name, size in (there | rest).items() if name not in taken.values()}
+    total.readings.append(_Reading(f"{tie.stack}.{tie.layer}", True, (), unread))
 
 
 def _left_out(layer: LayerSpec, run: Run) -> tuple[ProjectionSpec, ...]:
@@ -229,7 +263,7 @@ def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) 
     silent = [part for name, part in parts.items() if part is not None and run.part not in ("layer", name)]
     left_out = tuple(f"{name}." for part in silent for name in part.modules)
     base = base_sizes(layer)
-    gone = {n: base.get(n, prod(shape)) for n, shape in own.items() if not _is_more(n, shape)}
+    gone = {n: base.get(n, prod(shape)) for n, shape in own.items() if not stands_beside(n, shape)}
     for name in replaced_matrices(own):
         left, right = (own[f"{name.removesuffix('.weight')}.{word}"] for word in INSTEAD)
         gone[name] = left[0] * right[-1]
@@ -241,11 +275,6 @@ def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) 
         _Reading(where, matrices, left_out, {n: size for n, size in gone.items() if (n not in flat) == matrices})
         for matrices, where in ((True, tied), (False, storage))
     ]
-
-
-def _is_more(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a run's tensor comes to those of its layer, in whose place it does not stand."""
-    return name.rpartition(".")[2] in WORDS or name == SHARES or is_beside(name, shape)
 
 
 def _factor_flops(own: Shapes) -> int:
@@ -265,34 +294,3 @@ def _unread(readings: list[_Reading]) -> int:
         for name, size in sizes.items():
             found += size if all(name in one.replaced for one in mine if not name.startswith(one.left_out)) else 0
     return found
-
-
-def _score_width(layer: LayerSpec, run: Run) -> int:
-    """Half the FLOPs of a query and a key: of their score, and of the value that it weighs."""
-    if map_source(run) is None:
-        return layer.width
-    return layer.width - layer.width * layer.kv.key_dim // max(1, layer.kv.key_dim + layer.kv.value_dim)
-
-
-def _size(layer: LayerSpec, run: Run) -> tuple[dict[str, tuple[int, int]], int]:
-    """Parameters by piece (so that 12a and 12m together count a layer once), those in matrices and those in vectors
-    apart, and FLOPs for one token."""
-    parts = {"attention": layer.attention, "mlp": layer.mlp}
-    there = {name: part for name, part in parts.items() if part is not None}
-    pieces = {name: (part.params - part.vectors, part.vectors) for name, part in there.items()}
-    vectors = layer.vectors - sum(one for _, one in pieces.values())
-    matrices = layer.params - layer.vectors - sum(one for one, _ in pieces.values())
-    pieces["rest"] = matrices, vectors
-    flops = layer.flops
-    for name, part in there.items():
-        if run.part not in ("layer", name):
-            del pieces[name]
-            flops -= part.flops
-    return pieces, flops
-
-
-def _causal_pairs(tokens: int, window: int | None) -> int:
-    """Query-key pairs of a causal pass over `tokens` tokens, each query seeing at most `window` keys."""
-    full = tokens * (tokens + 1) // 2
-    beyond = tokens - window if window is not None and window < tokens else 0
-    return full - beyond * (beyond + 1) // 2

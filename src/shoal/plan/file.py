@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.atomic import replacing
 from shoal.errors import NotationError, UsageError, WriteError
 from shoal.plan.notation import format_steps, parse_steps
-from shoal.plan.plan import STACK_NAME, Base, Plan
+from shoal.plan.plan import Base, Plan
 from shoal.plan.select import maps
+from shoal.plan.sources import STACK_NAME
 from shoal.plan.steps import Step, runs
 
 FORMAT = "shoal-plan/1"
@@ -54,6 +56,16 @@ def plan_from_json(text: str | bytes, *, where: str = "the plan") -> Plan:
             f"{where} was edited by hand: its steps do not match its hash; remove the hash to accept them"
         )
     return plan
+
+
+def in_order(data: object, stacks: Sequence[str]) -> object:
+    """The content of a plan.json that a file with sorted fields held: with the stacks in the model's order again."""
+    base = data.get("base") if isinstance(data, dict) else None
+    depths = base.get("stacks") if isinstance(base, dict) else None
+    if not isinstance(data, dict) or not isinstance(base, dict) or not isinstance(depths, dict):
+        return data
+    ordered = {name: depths[name] for name in stacks} if set(depths) == set(stacks) else depths
+    return data | {"base": base | {"stacks": ordered}}
 
 
 def save_plan(plan: Plan, path: str | Path, *, weights: str | None = None) -> None:

@@ -10,9 +10,10 @@
     26@a25          layer 26 takes over layer 25's attention map
     15=0            layer 15 with the matrices of layer 0; its norms and biases are its own
     15-29=0-14      the same pair by pair; 1-29=0: all with those of layer 0
+    0-5=encoder.0-5 with the matrices of layers of another stack
     0=ID,15=ID      layers 0 and 15 with the new matrices ID; 15=ID:OWN and what OWN holds for it alone
     20:ID           layer 20 with the weights ID        20?g  behind gate g        20?g/project  and its KV fill
-    !early          an exit; !early=ID with its own head, !early?g behind a gate
+    !early?g        an exit behind a gate; !early=ID?g with its own head; !end=ID at the end: the plan's own head
     encoder: 0-5; decoder: 0-11      several stacks
 
 `parse_steps(format_steps(s)) == s` for every legal tuple of steps; the formatter writes one canonical text.
@@ -24,10 +25,12 @@ import re
 from typing import NoReturn, assert_never
 
 from shoal.errors import NotationError
+from shoal.plan.folding import folded, tied_span
 from shoal.plan.select import run_of
 from shoal.plan.sources import (
     FILLS,
     KV,
+    STACK_NAME,
     AttentionMap,
     Fill,
     LayerKeys,
@@ -36,6 +39,7 @@ from shoal.plan.sources import (
     NewTensors,
     SharedMatrices,
     Source,
+    StackLayer,
     TiedLayer,
 )
 from shoal.plan.steps import JOINS, NAME, Exit, Join, Map, Parallel, PartName, Run, Step, runs
@@ -45,7 +49,8 @@ _ID = NAME.pattern
 _NUM = r"\d{1,6}"
 _RUN = re.compile(
     rf"(?P<first>{_NUM})(?:-(?P<last>{_NUM}))?(?P<part>[am])?(?:x(?P<times>{_NUM}))?"
-    rf"(?:=(?:(?P<tie>{_NUM})(?:-(?P<tie_last>{_NUM}))?|(?P<shared>{_ID})))?(?P<sources>(?:@(?:[ka]?{_NUM}|v{_NUM}\+?))*)"
+    rf"(?:=(?:(?:(?P<stack>{STACK_NAME.pattern})\.)?(?P<tie>{_NUM})(?:-(?P<tie_last>{_NUM}))?|(?P<shared>{_ID})))?"
+    rf"(?P<sources>(?:@(?:[ka]?{_NUM}|v{_NUM}\+?))*)"
     rf"(?::(?P<weights>{_ID}))?(?:\?(?P<gate>{_ID}))?(?:/(?P<fill>[a-z]+))?",
     re.ASCII,
 )
@@ -84,14 +89,14 @@ def format_steps(steps: tuple[Step, ...]) -> str:
     position = 0
     while position < len(steps):
         step = steps[position]
-        length = _fold(steps, position)
+        length = folded(steps, position)
         match step:
             case Run() if length > 1 and steps[position + 1] == step:
                 pieces.append(_format_run(step, f"x{length}"))
             case Run() if length > 1:
                 last = run_of(steps[position + length - 1])
                 assert last is not None
-                pieces.append(f"{step.layer}-{last.layer}{_LETTER[step.part]}{_tied_span(step.tie, last.tie)}")
+                pieces.append(f"{step.layer}-{last.layer}{_LETTER[step.part]}{tied_span(step.tie, last.tie)}")
             case Run():
                 pieces.append(_format_run(step))
             case Map():
@@ -178,9 +183,9 @@ def _parse_runs(piece: str) -> list[Run]:
         _fail(piece, f"the plan has more than {MAX_STEPS} steps")
     kv = _kv(piece, found["sources"], _fill(piece, found["fill"]))
     order = range(first, last + 1) if last >= first else range(first, last - 1, -1)
-    ties: list[int | None] | list[str] = _ties(piece, found["tie"], found["tie_last"], len(order))
-    if found["shared"] is not None:
-        ties = [found["shared"]] * len(order)
+    ties: list[int | StackLayer | str | None] = [found["shared"]] * len(order)
+    if found["tie"] is not None:
+        ties = _ties(piece, found["stack"], int(found["tie"]), found["tie_last"], len(order))
     return [
         Run(layer, _PARTS[found["part"]], found["weights"], kv, found["gate"], tie)
         for layer, tie in zip(order, ties, strict=True)
@@ -188,20 +193,16 @@ def _parse_runs(piece: str) -> list[Run]:
     ]
 
 
-def _ties(piece: str, first: str | None, last: str | None, count: int) -> list[int | None]:
+def _ties(
+    piece: str, stack: str | None, first: int, last: str | None, count: int
+) -> list[int | StackLayer | str | None]:
     """The tied layer of each of so many layers."""
-    start = _layer(first)
-    if start is None or last is None:
-        return [start] * count
-    end = int(last)
-    ties = range(start, end + 1) if end >= start else range(start, end - 1, -1)
-    if len(ties) != count:
-        _fail(piece, f"{count} layers cannot be tied pair by pair to {len(ties)}; name as many, or one")
-    return list(ties)
-
-
-def _tied_span(first: int | str | None, last: int | str | None) -> str:
-    return "" if first is None else f"={first}" if first == last else f"={first}-{last}"
+    end = first if last is None else int(last)
+    span = range(first, end + 1) if end >= first else range(first, end - 1, -1)
+    if last is not None and len(span) != count:
+        _fail(piece, f"{count} layers cannot be tied pair by pair to {len(span)}; name as many, or one")
+    layers = [first] * count if last is None else span
+    return [layer if stack is None else StackLayer(stack, layer) for layer in layers]
 
 
 def _kv(piece: str, sources: str, fill: Fill | None) -> KV:
@@ -214,10 +215,6 @@ def _kv(piece: str, sources: str, fill: Fill | None) -> KV:
     if "" in found and ("k" in found or "v" in found):
         _fail(piece, f"keys and values come from layer {found['']} already; write @{found['']} alone, or @k and @v")
     return KV(found.get(""), fill, found.get("a"), found.get("k"), found.get("v"), "+" in sources)
-
-
-def _layer(digits: str | None) -> int | None:
-    return None if digits is None else int(digits)
 
 
 def _fill(piece: str, word: str | None) -> Fill | None:
@@ -263,36 +260,6 @@ def format_source(source: Source) -> str:
 
 def _gate(name: str | None) -> str:
     return "" if name is None else f"?{name}"
-
-
-def _fold(steps: tuple[Step, ...], start: int) -> int:
-    """How many steps from `start` on are written as one piece: equal runs, or runs up or down by one that are plain or
-    tied to one layer or to layers up or down by one."""
-    step = run_of(steps[start])
-    if step is None:
-        return 1
-    length = 1
-    while start + length < len(steps) and steps[start + length] == step:
-        length += 1
-    if length > 1 or step != Run(step.layer, step.part, tie=step.tie):
-        return length
-    following = run_of(steps[start + 1]) if start + 1 < len(steps) else None
-    direction = 0 if following is None else following.layer - step.layer
-    ties = step.tied_layer, None if following is None else following.tied_layer
-    turn = 0 if ties[0] is None or ties[1] is None else ties[1] - ties[0]
-    if direction not in (1, -1) or turn not in (0, 1, -1):
-        return 1
-
-    def at(distance: int) -> Run:
-        tie = step.tie + turn * distance if isinstance(step.tie, int) else step.tie
-        return Run(step.layer + direction * distance, step.part, tie=tie)
-
-    while start + length < len(steps) and steps[start + length] == at(length):
-        length += 1
-    # a run that itself repeats belongs to the next piece: 0,1,2x3 and not 0-2,2x2
-    while length > 1 and start + length < len(steps) and steps[start + length] == steps[start + length - 1]:
-        length -= 1
-    return length
 
 
 def _fail(piece: str, why: str) -> NoReturn:

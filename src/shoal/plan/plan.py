@@ -10,10 +10,10 @@ from typing import assert_never
 
 from shoal.errors import NotationError, PlanError
 from shoal.plan.notation import format_steps, parse_steps
+from shoal.plan.sources import STACK_NAME
 from shoal.plan.spec import Spec
 from shoal.plan.steps import Exit, Map, Parallel, Run, Step, layers_of, runs
 
-STACK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STACK = re.compile(rf"\s*(?:(?P<name>{STACK_NAME.pattern})\s*:)?(?P<steps>.*)", re.DOTALL | re.ASCII)
 
 

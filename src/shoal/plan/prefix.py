@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from shoal.plan.later import reads_later
 from shoal.plan.plan import Plan
 from shoal.plan.schedule import schedule
+from shoal.plan.select import exits
 from shoal.plan.steps import Step, runs
 
 Prefix = tuple[int, tuple[Step, ...]]
@@ -15,9 +16,10 @@ Prefix = tuple[int, tuple[Step, ...]]
 
 def prefixes(plan: Plan, stack: str | None = None) -> dict[int, Prefix]:
     """Cut -> prefix, for each cut behind which no step reads what a layer before it left (KV, or arguments). None in a
-    plan with later sources, where every state depends on what runs behind it."""
+    plan with later sources, where every state depends on what runs behind it, and where a head may read earlier states.
+    """
     steps, depth = plan.steps(stack), plan.depth(stack)
-    if reads_later(steps):
+    if reads_later(steps) or any(step.head != "base" for step in exits(steps)):
         return {}
     due, _ = schedule(steps, depth)
     found: dict[int, Prefix] = {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from shoal.errors import PlanError
+
+STACK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 Product = Literal["queries", "keys", "values"]
 """What a projection of an attention makes."""
@@ -94,14 +97,30 @@ class AttentionMap:
 
 
 @dataclass(frozen=True, slots=True)
+class StackLayer:
+    """A layer of another stack than the one that names it."""
+
+    stack: str
+    layer: int
+
+    def __post_init__(self) -> None:
+        if not STACK_NAME.fullmatch(self.stack):
+            raise PlanError(f"a stack cannot be called {self.stack!r:.60}; use letters, digits and _", code="P117")
+
+    def __str__(self) -> str:
+        return f"{self.stack}.{self.layer}"
+
+
+@dataclass(frozen=True, slots=True)
 class TiedLayer:
-    """A source of matrices: those of another layer of the base stand in the place of the run's own, by their names.
+    """A source of matrices: those of another layer of the base stand in the place of the run's own. Within a stack they
+    go by their names, across stacks as `shoal.plan.ties.paired_matrices` says.
 
     Matrices are the parameters of two and more dimensions; norms and biases stay the run's own, as do its mask, rotary
     tables and window, and the row of the KV cache.
     """
 
-    layer: int
+    layer: int | StackLayer
     noun: ClassVar[str] = "tied layer"
     summary: ClassVar[str] = "Tied matrices"
 

@@ -102,6 +102,10 @@ class LayerSpec:
     projections: tuple[ProjectionSpec, ...] = ()
     """The matrices that a run leaves out where it takes all that they make from another layer, as far as known."""
 
+    matrices: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """(name within the layer, shape) of the matrices that a tie across stacks speaks of, in models of several stacks:
+    what is multiplied, and no table that is looked up, such as a bias by position."""
+
     def unused(self, taken: Set[Product]) -> tuple[ProjectionSpec, ...]:
         """The projections that make nothing but what is `taken` from another layer."""
         return tuple(one for one in self.projections if one.makes <= taken)

@@ -10,12 +10,14 @@ from typing import Literal, assert_never
 from shoal.errors import PlanError
 from shoal.plan.sources import (
     KV,
+    STACK_NAME,
     STORED,
     LayerSource,
     NewTensors,
     Product,
     SharedMatrices,
     Source,
+    StackLayer,
     TiedLayer,
     one_of,
 )
@@ -25,6 +27,8 @@ Join = Literal["sum", "mean", "bypass"]
 JOINS: tuple[Join, ...] = ("sum", "mean", "bypass")
 PARTS: tuple[PartName, ...] = ("layer", "attention", "mlp")
 NAME = re.compile(r"[A-Za-z0-9_.+\-]+")
+_LAYERS = re.compile(rf"({STACK_NAME.pattern}\.)?\d+(-\d+)?", re.ASCII)
+"""What depth notation reads as layers behind a `=`."""
 
 
 def _names(*names: str | None) -> None:
@@ -45,23 +49,29 @@ class Run:
     weights: str | None = None
     kv: KV = KV()  # noqa: RUF009 - it is frozen
     gate: str | None = None
-    tie: int | str | None = None
-    """Base index of the layer whose matrices it has, or the id of new ones that runs share; None: its own."""
+    tie: int | StackLayer | str | None = None
+    """Base index of the layer whose matrices it has, a layer of another stack, or the id of new ones that runs share;
+    None: its own."""
 
     def __post_init__(self) -> None:
         one_of("part", self.part, PARTS)
         _names(self.weights, self.gate)
         if isinstance(self.tie, str):
             _names(self.tie)
-            if re.fullmatch(r"\d+(-\d+)?", self.tie):
+            if _LAYERS.fullmatch(self.tie):
                 raise PlanError(
                     f"the id {self.tie} of shared matrices reads as layers; give it another name, as tie-{self.tie}",
                     code="P117",
                 )
 
     @property
+    def tied_to(self) -> int | StackLayer | None:
+        """The layer whose matrices it has, of its own stack or of another; None: no other's."""
+        return None if isinstance(self.tie, str) else self.tie
+
+    @property
     def tied_layer(self) -> int | None:
-        """The layer whose matrices it has; None: no other's."""
+        """The layer of its own stack whose matrices it has; None: none of that stack."""
         return self.tie if isinstance(self.tie, int) else None
 
     @property
@@ -100,13 +110,13 @@ class Run:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Everything that this run takes from elsewhere than its own layer, in the order of depth notation."""
-        tied: tuple[Source, ...] = () if self.tied_layer is None else (TiedLayer(self.tied_layer),)
+        tied: tuple[Source, ...] = () if self.tied_to is None else (TiedLayer(self.tied_to),)
         tied = (SharedMatrices(self.tie),) if isinstance(self.tie, str) else tied
         return (*tied, *self.layer_sources, *(() if self.weights is None else (NewTensors(self.weights),)))
 
     @property
     def layers_named(self) -> tuple[int, ...]:
-        """The base layers that the run names: its own and those of its sources."""
+        """The base layers of its stack that the run names: its own and those of its sources."""
         tied = () if self.tied_layer is None else (self.tied_layer,)
         return (self.layer, *tied, *(source.layer for source in self.layer_sources))
 
@@ -151,7 +161,10 @@ class Parallel:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """A place where the pass may end; `head` is "base" or the id of its own weights."""
+    """A place where the pass may end; `head` is "base" or the id of its own weights.
+
+    Without a gate it stands at the end of the plan: nothing is decided there, and its head is the plan's own.
+    """
 
     name: str
     head: str = "base"
@@ -213,21 +226,11 @@ def gate_of(step: Step) -> str | None:
 
 def decides(steps: tuple[Step, ...]) -> bool:
     """Whether anything is decided at run time."""
-    return any(_is_exit(step) or gate_of(step) is not None for step in steps)
-
-
-def _is_exit(step: Step) -> bool:
-    match step:
-        case Exit():
-            return True
-        case Run() | Map() | Parallel():
-            return False
-        case _:
-            assert_never(step)
+    return any(gate_of(step) is not None for step in steps)
 
 
 def undecided(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """What runs when nothing is skipped and nobody leaves: without gates, fills and exits."""
+    """What runs when nothing is skipped and nobody leaves: without gates, fills and exits but the plan's own head."""
     plain: list[Step] = []
     for step in steps:
         match step:
@@ -238,7 +241,7 @@ def undecided(steps: tuple[Step, ...]) -> tuple[Step, ...]:
             case Parallel():
                 plain.append(replace(step, branches=tuple(map(_ungated, step.branches))))
             case Exit():
-                pass
+                plain += [step] if step.gate is None else []
             case _:
                 assert_never(step)
     return tuple(plain)
@@ -274,5 +277,18 @@ def layers_of(step: Step) -> Sequence[int]:
             return range(step.first, step.last + 1)
         case Exit():
             return ()
+        case _:
+            assert_never(step)
+
+
+def ends_in(step: Step) -> frozenset[int]:
+    """The layers whose state the step makes: what it runs, and the last that a map stands for."""
+    match step:
+        case Run() | Parallel():
+            return frozenset(run.layer for run in runs((step,)))
+        case Map():
+            return frozenset({step.last})
+        case Exit():
+            return frozenset()
         case _:
             assert_never(step)

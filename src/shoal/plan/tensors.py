@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from shoal.plan.around import EMBEDDED, affine_of, around_run, unfit_around
+from shoal.plan.around import EMBEDDED, affine_of, around_run, is_beside, unfit_around
 from shoal.plan.fewer_heads import heads_made, narrower, unlike_heads
-from shoal.plan.low_rank import factors_of, unfit_factors
+from shoal.plan.low_rank import WORDS, factors_of, unfit_factors
 from shoal.plan.select import exits, maps
 from shoal.plan.spec import StackSpec
-from shoal.plan.steps import Run, Step, added_values, layers_of, runs
+from shoal.plan.steps import Run, Step, added_values, ends_in, runs
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -43,6 +43,11 @@ def tensors_of_run(run: Run, tensors: Mapping[str, T]) -> dict[str, T]:
     """The new tensors of a run, or their shapes, by their names in its layer: those that runs share, and over them its
     own."""
     return {name: one for weights_id in run.ids for name, one in tensors_of(weights_id, tensors).items()}
+
+
+def stands_beside(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a run's tensor comes to those of its layer, in the place of none of them."""
+    return name.rpartition(".")[2] in WORDS or name == SHARES or is_beside(name, shape)
 
 
 def map_tensors(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> Iterator[Finding]:
@@ -126,7 +131,7 @@ def _after(steps: tuple[Step, ...]) -> Iterator[tuple[Run, set[int]]]:
     for step in steps:
         for run in runs((step,)):
             yield run, before
-        before = before | set(layers_of(step))
+        before = before | ends_in(step)
 
 
 def _unfit(

@@ -101,7 +101,8 @@ def sentences(stack: PlannedStack) -> list[str]:
         **_shared(stack),
         "Own weights": ranges(sorted({run.layer for run in stack.runs if run.weights is not None})),
         "Behind a gate": ranges(sorted({run.layer for run in stack.runs if run.gate is not None})),
-        "Exits": ", ".join(esc(step.name) for step in exits(stack.steps)),
+        "Exits": ", ".join(esc(step.name) for step in exits(stack.steps) if step.gate is not None),
+        "A head of its own": ", ".join(esc(step.head) for step in exits(stack.steps) if step.gate is None),
     }
     said += [f"{what}: {which}." for what, which in facts.items() if which]
     return said if stack.ascending else [*said, "The layers run in another order than in the base model."]

@@ -7,7 +7,7 @@ from typing import assert_never
 
 from shoal.plan import Exit, Map, Parallel, Run, Step
 from shoal.plan.notation import format_source
-from shoal.plan.sources import NewTensors
+from shoal.plan.sources import NewTensors, Source, StackLayer, TiedLayer
 from shoal.plan.steps import PartName
 from shoal.report.formatting import TIMES, esc
 
@@ -121,8 +121,14 @@ def run_title(run: Run) -> str:
 
 
 def reads(run: Run) -> str:
-    """What the run takes from other layers, in depth notation."""
-    return "".join(format_source(source) for source in run.sources if not isinstance(source, NewTensors))
+    """What the run takes from other layers, in depth notation; of another stack the first letter has to do."""
+    return "".join(_short(source) for source in run.sources if not isinstance(source, NewTensors))
+
+
+def _short(source: Source) -> str:
+    if isinstance(source, TiedLayer) and isinstance(source.layer, StackLayer):
+        return f"={source.layer.stack[0]}{source.layer.layer}"
+    return format_source(source)
 
 
 def kinds(steps: tuple[Step, ...]) -> set[str]:
@@ -146,7 +152,8 @@ def kinds(steps: tuple[Step, ...]) -> set[str]:
 def _run_kinds(run: Run) -> set[str]:
     marks = {
         "reads": bool(run.layer_sources),
-        "tie": run.tie is not None,
+        "tie": run.tie is not None and not isinstance(run.tie, StackLayer),
+        "tie across": isinstance(run.tie, StackLayer),
         "weights": run.weights is not None,
         "gate": run.gate is not None,
     }

@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from shoal.deciding.exit_readout import Readout
 from shoal.errors import PlanError, UsageError
 from shoal.executing.bind import bind, refuse_second_plan
+from shoal.executing.exit_readout import Readout
 from shoal.executing.forward import Forward
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order

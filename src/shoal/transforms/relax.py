@@ -9,6 +9,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
+from shoal.executing.looked_up import TiedTensors
 from shoal.executing.low_rank import matrix_of, turned
 from shoal.fitting.low_rank import linear_modules, moments_of, two_factors
 from shoal.fitting.result import Job, Transformed
@@ -59,7 +60,9 @@ def relax(
         errors = []
         for key, module in linear_modules(stack, facts, [run]).items():
             path = key.partition(".")[2]
-            difference = matrix_of(module) - _shared(job, run, path, module)
+            if (shared := _shared(job, run, path, module)) is None:
+                continue
+            difference = matrix_of(module) - shared
             most = min(rank, *difference.shape)
             up, down, error = two_factors(difference, most, moments.get(key))
             if most:
@@ -76,9 +79,13 @@ def relax(
     return Transformed(job.plan.with_steps(changed, job.stack), weights, notes=tuple(notes))
 
 
-def _shared(job: Job, run: Run, path: str, module: torch.nn.Module) -> torch.Tensor:
-    """The matrix [out, in] that the run has in the place of a module's own."""
-    if run.tied_layer is not None:
-        return matrix_of(open_model(job.model).stack(job.stack).layer(run.tied_layer).get_submodule(path))
+def _shared(job: Job, run: Run, path: str, module: torch.nn.Module) -> torch.Tensor | None:
+    """The matrix [out, in] that the run has in the place of a module's own; None where it has its own, as a decoder's
+    attention to the encoder beside the matrices of an encoder's layer."""
+    if run.tied_to is not None:
+        opened = open_model(job.model)
+        stack = opened.stack(job.stack)
+        tied = TiedTensors(stack.layer(run.layer), opened.layer_of(run.tied_to, stack), across=run.tied_layer is None)
+        return turned(module, tied[f"{path}.weight"]) if f"{path}.weight" in tied.places else None
     new = job.weights.get(f"{run.tie}.{path}.weight")
     return matrix_of(module) if new is None else turned(module, new)

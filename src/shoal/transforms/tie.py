@@ -15,6 +15,7 @@ from shoal.fitting.result import Job, Transformed
 from shoal.models.opened import open_model
 from shoal.plan import Run, Step
 from shoal.plan.select import run_of
+from shoal.plan.sources import StackLayer
 from shoal.plan.steps import PartName
 
 NEEDS_PLAN = False
@@ -23,9 +24,11 @@ EXAMPLES = TransformExamples(
         ((), {"unique": 0}, "U559"),
         ((), {"unique": 99}, "U559"),
         ((), {"pattern": "sandwich", "unique": 2}, "U559"),
+        ((), {"pattern": "encoder"}, "U559"),
     )
 )
-Pattern = Literal["sequence", "cycle", "cycle-rev", "sandwich", "all"]
+Within = Literal["sequence", "cycle", "cycle-rev", "sandwich", "all"]
+Pattern = Within | Literal["encoder"]
 Start = Literal["first", "last", "stepwise", "average", "random"]
 
 
@@ -43,7 +46,9 @@ def tie(
     Of N layers with M unique sets (without `unique` half of them; one for `all`, three for `sandwich`), layer i has
     set: `sequence` floor(i M / N), neighbours alike (M = N / 2: immediate sharing in pairs); `cycle` i mod M;
     `cycle-rev` the same, in the last M layers from the other end; `sandwich` the first and the last layer their own and
-    all between them one (M = 3 always); `all` one for all.
+    all between them one (M = 3 always); `all` one for all. `encoder`, of encoder-decoders: each layer of the decoder
+    has the matrices of the encoder's layer of its number (`0-5=encoder.0-5`); its attention to the encoder, for which
+    the encoder has none, is its own.
     `start` says with which matrices a set begins: those of its `first` or `last` layer; `stepwise`, of the layer
     round(s (N - 1) / (M - 1)) for set s, so that first and last layer of the base are kept; `average`, the mean of its
     layers'; `random`, numbers of the same standard deviation, drawn with `seed`, to compare with. The last three are
@@ -54,12 +59,18 @@ def tie(
 
     Source: Takase and Kiyono 2021 (sequence, cycle, cycle-rev; arXiv 2104.06022); Subformer, Reid et al. 2021
     (sandwich, arXiv 2101.00234); MobileLLM, Liu et al. 2024 (pairs, arXiv 2402.14905); ALBERT, Lan et al. 2019 (all,
-    arXiv 1909.11942). Starts: relaxed recursive transformers, Bae et al. 2024 (arXiv 2410.20672, section 2.2).
+    arXiv 1909.11942); Tied Transformers, Xia et al. 2019 (encoder; AAAI 33). Starts: relaxed recursive transformers,
+    Bae et al. 2024 (arXiv 2410.20672, section 2.2).
 
     How we differ: there norms are shared too, as the plan `0-14,0-14` does; the systems train from random numbers, but
-    for the last.
+    for the last. Tied Transformers tie the whole of encoder and decoder, where here the attention to the encoder is the
+    decoder's own; and the embeddings, which here are tied as the model has them.
     """
     runs = _runs(job)
+    if pattern == "encoder":
+        _require_encoder(job, runs, whole=(unique, start, part) == (None, "first", "layer"))
+        tied = tuple(replace(run, tie=StackLayer("encoder", run.layer)) for run in runs)
+        return Transformed(job.plan.with_steps(tied, job.stack), job.weights)
     sets = _sets(pattern, len(runs), unique)
     layers = [run.layer for run in runs]
     weights = dict(job.weights)
@@ -97,7 +108,19 @@ def _runs(job: Job) -> list[Run]:
     return found
 
 
-def _sets(pattern: Pattern, count: int, unique: int | None) -> list[int]:
+def _require_encoder(job: Job, runs: list[Run], *, whole: bool) -> None:
+    """Raise U559 where the runs cannot each have the matrices of an encoder's layer. `whole`: nothing else is asked."""
+    depths = {name: depth for name, depth in job.plan.base.depths if name != job.plan.stack_name(job.stack)}
+    if not whole or max(run.layer for run in runs) >= depths.get("encoder", 0):
+        raise UsageError(
+            "tie:pattern=encoder gives the layers of a decoder the matrices of the encoder's layers of the same "
+            f"numbers, whole and as they are, and this model has {depths.get('encoder', 0)} encoder layers beside; "
+            "leave the other options out, or name an encoder-decoder whose encoder is as deep",
+            code="U559",
+        )
+
+
+def _sets(pattern: Within, count: int, unique: int | None) -> list[int]:
     """The set of each of so many layers. Raises U559 for numbers that fit no layers."""
     fixed = {"all": 1, "sandwich": 3}.get(pattern)
     number = fixed or (count // 2 if unique is None else unique)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from shoal.plan import KV, Plan, Run, format_steps
+from shoal.plan.sources import StackLayer
 from shoal.plan.steps import PartName
 from shoal.writing.shared_kv import Readers
 
@@ -28,8 +29,8 @@ class Origin(NamedTuple):
     """Base layer."""
     weights: str | None
     """The id of the tensors that stand in the place of the layer's."""
-    tie: int | None
-    """Base layer whose matrices do."""
+    tie: int | StackLayer | None
+    """Base layer, of this stack or of another, whose matrices do."""
     mlp_names: tuple[str, ...]
     """How the names of the tensors begin that come with the mlp, where that is of another run."""
     with_mlp: bool
@@ -50,7 +51,7 @@ class MlpHalf(NamedTuple):
     names: tuple[str, ...]
     """How the names of the tensors begin that come with it."""
     weights: str | None = None
-    tie: int | None = None
+    tie: int | StackLayer | None = None
 
 
 class StackSlots(NamedTuple):
@@ -62,7 +63,7 @@ class StackSlots(NamedTuple):
     """(slot, part) whose tensors are zeroed."""
     replaced: tuple[tuple[int, str], ...] = ()
     """(slot, ids of the weights that it runs with, `AND` between them)."""
-    tied: tuple[tuple[int, int], ...] = ()
+    tied: tuple[tuple[int, int | StackLayer], ...] = ()
     """(slot, base layer whose matrices it runs with)."""
     mlps: tuple[tuple[int, MlpHalf], ...] = ()
     """(slot, its mlp) where that is of another run; what is replaced and tied there says nothing of it."""
@@ -89,7 +90,7 @@ class Blueprint:
     """The tensors of these ids, ID.PARAMETER, in the dtype of the base's."""
     others: tuple[tuple[str, StackSlots], ...] = ()
     """(name, its slots, and what is zeroed, replaced and tied there) of every stack beside the main one."""
-    tied: tuple[tuple[int, int], ...] = ()
+    tied: tuple[tuple[int, int | StackLayer], ...] = ()
     """(slot, base layer whose matrices it runs with)."""
     mlps: tuple[tuple[int, MlpHalf], ...] = ()
     """(slot, its mlp) where that is of another run."""

@@ -142,6 +142,7 @@ def _plan(plan: Plan, base_layers: Layers, chain: Sequence[str]) -> str:
 
 
 def _loading(title: str, auto: str, planned: bool) -> str:
+    first = "import shoal.auto\n" if planned else ""
     if auto in DECODERS[1:]:
         code = (
             f"from transformers import {auto}, AutoProcessor\n\n"
@@ -149,11 +150,10 @@ def _loading(title: str, auto: str, planned: bool) -> str:
             f"processor = AutoProcessor.from_pretrained({_line(title)!r})"
         )
     elif auto != CAUSAL:
-        code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({_line(title)!r})"
+        code = f"{first}from transformers import {auto}\n\nmodel = {auto}.from_pretrained({_line(title)!r})"
     else:
         code = (
-            f"{'import shoal.auto' + chr(10) if planned else ''}"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({_line(title)!r})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({_line(title)!r})"
         )

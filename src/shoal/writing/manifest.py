@@ -133,7 +133,8 @@ def _items(
         if name.layer is not None:
             by_layer.setdefault(name.layer, []).append((file, name))
     for one in plans.origins():
-        other = {} if one.tie is None else {name.tail: file for file, name in by_layer[one.tie]}
+        # one stack is streamed (W240), so no tie leads to another
+        other = {name.tail: file for file, name in by_layer[one.tie]} if isinstance(one.tie, int) else {}
         zeroed = [part for slot, part in plans.zeroed if slot == one.slot]
         quiet = tuple(f"{child}." for part in zeroed for child in getattr(parts[one.layer], part))
         for file, name in by_layer[one.layer]:

@@ -17,10 +17,11 @@ from shoal.errors import WriteError
 from shoal.evaluation import Progress
 from shoal.executing.bind import refuse_second_plan, require_legal
 from shoal.executing.weights import Tensors, plan_and_weights
+from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded, load
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.own_code import runs_own_code
-from shoal.plan import Given, Plan
+from shoal.plan import Given, Plan, Shape, cost, shapes_of
 from shoal.plan.capabilities import refusal
 from shoal.planned import NEW, checkpoint_tensors, require_plannable, save_checkpoint
 from shoal.writing import proof_child as measure
@@ -40,6 +41,7 @@ from shoal.writing.output import (
 )
 from shoal.writing.proof import FILE, Proof, prove_many
 from shoal.writing.reference import Expected, Reference, live_side, load_settings, quiet
+from shoal.writing.reference_kinds import depth_paths, kind_side, proves_as_causal
 from shoal.writing.side_files import copy_side_files
 from shoal.writing.surgery import require_writable
 
@@ -75,7 +77,8 @@ def write_planned(
     refuse_second_plan(opened)
     plan, tensors = plan_and_weights(plan, Plan.identity(opened.spec), weights)
     require_legal(opened, plan, tensors)
-    if (no := refusal(plan.steps(), "live")) is not None:
+    refused = (refusal(steps, "live") for _, steps in plan.stacks)
+    if (no := next((one for one in refused if one is not None), None)) is not None:
         raise WriteError(f"{no.message}; a planned checkpoint has no policy", code=no.code)
     require_plannable(inner, plan)
     if runs_own_code(inner, inner.config, loaded.tokenizer):
@@ -103,7 +106,7 @@ def write_planned(
             write_text(staging / FILE, json.dumps(proof.to_dict(), indent=1) + "\n")
         text = model_card(
             plan, origin(loaded.source, loaded.folder), title=final.name, base_layers=plan.layers(), rows=card or (),
-            command=command, proof=proof if prove else None, planned=True,
+            command=command, proof=proof if prove else None, planned=True, auto=auto_of(inner) or CAUSAL,
         )  # fmt: skip
         write_text(staging / "README.md", text)
         if page is not None:
@@ -128,15 +131,23 @@ def _fill(staging: Path, loaded: Loaded, opened: OpenedModel, plan: Plan, weight
 
 
 def _proved(folder: Path, loaded: Loaded, opened: OpenedModel, plan: Plan, weights: Tensors) -> Proof:
-    side = live_side(opened.model, plan, tokenizer=loaded.tokenizer, greedy=(3, 32), weights=weights)
+    causal = proves_as_causal(opened.model)
+    make = live_side if causal else kind_side
+    side = make(opened.model, plan, tokenizer=loaded.tokenizer, greedy=(3, 32), weights=weights)
     held = checkpoint_tensors(opened, plan, weights)
     kv = side.rows or {"per_token": 0, "elements": 0, "rows": None}
     expected = Expected(
         _parameters(opened.model, held), opened.stack().depth, kv["per_token"], kv["elements"], kv["rows"],
         weights=_sums(opened.model, held),
     )  # fmt: skip
+    if not causal:
+        length = side.tensors["random.in.decoder_input_ids"].shape[1]
+        priced = cost(plan, opened.spec, Shape(context=length), shapes_of(weights))
+        depths = {stack.name: stack.depth for stack in opened.stacks}
+        expected = replace(expected, kv_elements=priced.kv_elements, depths=depths)
     reference = Reference(
         expected, side.tensors, prompts=side.prompts, tokens=side.tokens, greedy=side.greedy, largest=side.largest,
+        auto=auto_of(opened.model) or CAUSAL, depths=None if causal else depth_paths(opened.model),
         needs_shoal=True, **load_settings(opened.model),
     )  # fmt: skip
     proof = prove_many([(folder, reference)])[0]

@@ -200,12 +200,13 @@ def expected_weights(model: PreTrainedModel, plans: Blueprint) -> tuple[dict[str
     """The bit sum of every tensor of the stock model, from those of `model`; and by how many elements the tensors
     outside the layers become smaller."""
     state = model.state_dict()
-    moved = {name: torch.tensor(value) for name, value in measure.bit_sums(state).items()}
+    base = {name: torch.tensor(value) for name, value in measure.bit_sums(state).items()}
+    moved, opened = base, open_model(model)
     new = {name: torch.tensor(value) for name, value in measure.bit_sums(plans.weights).items()}
     fewer = 0
     for stack in find_stacks(model):
         own = plans.of(stack.name)
-        moved = moved_tensors(moved, stack, replace(own, weights=new), open_model(model).facts(stack.name).layers)
+        moved = moved_tensors(moved, stack, replace(own, weights=new), opened, base)
         resized = resized_tensors(state, stack, own.slots)
         fewer += sum(state[name].numel() - tensor.numel() for name, tensor in resized.items())
         moved |= {name: torch.tensor(value) for name, value in measure.bit_sums(resized).items()}

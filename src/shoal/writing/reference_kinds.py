@@ -14,18 +14,15 @@ from shoal.live import running
 from shoal.models.depth import depth_fields
 from shoal.models.evaluating import evaluating
 from shoal.models.inputs import Inputs, sample_inputs
-from shoal.models.kinds import auto_of, scores_text
+from shoal.models.kinds import SEQ2SEQ, auto_of, scores_text
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stacks, unwrap
 from shoal.plan import Plan
 from shoal.writing import proof_child as measure
 from shoal.writing.blueprint import Blueprint, StackSlots
-from shoal.writing.reference import TEXTS, TOKENS, Reference, counts, expected_weights, load_settings, quiet
+from shoal.writing.reference import TEXTS, TOKENS, LiveSide, Reference, counts, expected_weights, load_settings, quiet
 from shoal.writing.stack_depths import described
 from shoal.writing.surgery import blueprint
-
-GENERATES = "AutoModelForSeq2SeqLM"
-"""Whose greedy tokens are compared. Speech models generate by rules of their own; their cached passes are compared."""
 
 
 def kind_reference(
@@ -38,13 +35,36 @@ def kind_reference(
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Reference:
     """As `live_reference`, for any model but a causal one: every tensor that it returns for random and padded inputs
-    and a text, one by one and, with a decoder, by cached passes and greedy tokens."""
+    and a text, one by one and, with a decoder, by cached passes and greedy tokens. Of speech models, which generate by
+    rules of their own, no tokens are compared."""
     inner = unwrap(model)
     plans = plans or blueprint(inner, plan, zero_parts=True, weights=weights)
     sums, fewer = expected_weights(inner, plans)
+    side = kind_side(inner, plan, tokenizer=tokenizer, greedy=greedy, weights=weights)
+    expected = _expected(inner, plans, input_sets(inner, tokenizer))
+    return Reference(
+        replace(expected, parameters=expected.parameters - fewer, weights=sums),
+        side.tensors,
+        tokens=side.tokens,
+        greedy=side.greedy,
+        largest=side.largest,
+        auto=str(auto_of(inner)),
+        depths=depth_paths(inner),
+        **load_settings(inner),
+    )
+
+
+def kind_side(
+    inner: PreTrainedModel,
+    plan: Plan,
+    *,
+    tokenizer: Any,
+    greedy: tuple[int, int],
+    weights: Mapping[str, torch.Tensor] | None,
+) -> LiveSide:
+    """The forwards of the proof on a model of another kind under a plan. `rows` and `prompts` are a causal model's."""
     sets = input_sets(inner, tokenizer)
-    auto = str(auto_of(inner))
-    tokens = min(greedy[1], _positions(inner)) if auto == GENERATES and _starts(inner) else 0
+    tokens = min(greedy[1], _positions(inner)) if auto_of(inner) == SEQ2SEQ and _starts(inner) else 0
     tensors: dict[str, torch.Tensor] = {}
     chosen, largest = [], 0.0
     with quiet(), evaluating(inner), running(inner, plan, weights):
@@ -57,17 +77,8 @@ def kind_reference(
                 tensors[f"{name}.cached"], _ = measure.decoded(inner, inputs)
             if tokens:
                 chosen.append(measure.written(inner, inputs, tokens))
-    expected = _expected(inner, plans, sets)
-    return Reference(
-        replace(expected, parameters=expected.parameters - fewer, weights=sums),
-        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
-        tokens=tokens,
-        greedy=tuple(chosen),
-        largest=largest,
-        auto=auto,
-        depths=depth_paths(inner),
-        **load_settings(inner),
-    )
+    held = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return LiveSide(held, None, (), tokens, tuple(chosen), largest)
 
 
 def counted_kind(model: PreTrainedModel, *, device: str, digest: str | None = None) -> Reference:

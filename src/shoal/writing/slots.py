@@ -47,7 +47,7 @@ def slots_of(
             if run.part != "layer" and half is None
         ),
         tuple((slot, AND.join(run.ids)) for slot, (run, _) in enumerate(found) if run.ids),
-        tuple((slot, run.tied_layer) for slot, (run, _) in enumerate(found) if run.tied_layer is not None),
+        tuple((slot, run.tied_to) for slot, (run, _) in enumerate(found) if run.tied_to is not None),
         tuple((slot, half) for slot, (_, half) in enumerate(found) if half is not None),
         readers,
     )
@@ -85,7 +85,7 @@ def _joined(model: PreTrainedModel, stack: Stack, attention: Run, mlp: Run) -> t
         return None, found
     if same:
         return (replace(attention, part="layer"), None), ""
-    return (attention, MlpHalf(mlp.layer, found, AND.join(mlp.ids) or None, mlp.tied_layer)), ""
+    return (attention, MlpHalf(mlp.layer, found, AND.join(mlp.ids) or None, mlp.tied_to)), ""
 
 
 def _tried(model: PreTrainedModel, stack: Stack, attention: int, mlp: int, *, same: bool) -> tuple[str, ...] | str:

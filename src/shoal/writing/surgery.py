@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
 from shoal.executing.affine import folded_affine
+from shoal.executing.looked_up import TiedTensors
 from shoal.executing.low_rank import folded, is_transposed
 from shoal.executing.weights import plan_and_weights
 from shoal.models.adapter import is_adapted
@@ -29,6 +30,7 @@ from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Given, Plan
 from shoal.plan.around import affine_of, around_run
 from shoal.plan.low_rank import factors_of
+from shoal.plan.sources import StackLayer
 from shoal.plan.tensors import tensors_of
 from shoal.writing.assemble import assembled
 from shoal.writing.blueprint import AND, Blueprint, StackSlots, Tensors
@@ -85,7 +87,7 @@ def blueprint(
         ) from error
     own: Tensors = {}
     for stack in stacks:
-        by_stack[stack.name], mine = _replaced(stack, by_stack[stack.name], weights or {})
+        by_stack[stack.name], mine = _replaced(model, stack, by_stack[stack.name], weights or {})
         by_stack[stack.name] = by_stack[stack.name]._replace(lacks=lacks[stack.name])
         own |= mine
     main = by_stack[plan.stack_name()]
@@ -103,7 +105,7 @@ def _lacking(stack: Stack, found: StackSlots) -> int:
 
 
 def _replaced(
-    stack: Stack, found: StackSlots, weights: Mapping[str, torch.Tensor]
+    model: PreTrainedModel, stack: Stack, found: StackSlots, weights: Mapping[str, torch.Tensor]
 ) -> tuple[StackSlots, dict[str, torch.Tensor]]:
     """The slots with an id of its own for each in which low-rank factors become a matrix, and the tensors of all ids.
 
@@ -113,21 +115,32 @@ def _replaced(
     replaced, mlps = dict(found.replaced), dict(found.mlps)
     for slot, weights_id in found.replaced:
         layer = found.slots[slot]
-        replaced[slot], made = _own(stack, layer, ties.get(slot, layer), weights_id, f"{weights_id}@{slot}", weights)
+        held = _matrices(model, stack, layer, ties.get(slot))
+        replaced[slot], made = _own(stack, layer, held, weights_id, f"{weights_id}@{slot}", weights)
         own |= made
     for slot, half in found.mlps:
         if half.weights is not None:
-            tied = half.layer if half.tie is None else half.tie
-            name, made = _own(stack, half.layer, tied, half.weights, f"{half.weights}@{slot}m", weights)
+            held = _matrices(model, stack, half.layer, half.tie)
+            name, made = _own(stack, half.layer, held, half.weights, f"{half.weights}@{slot}m", weights)
             mlps[slot] = half._replace(weights=name)
             own |= made
     return found._replace(replaced=tuple(replaced.items()), mlps=tuple(mlps.items())), own
 
 
+def _matrices(model: PreTrainedModel, stack: Stack, index: int, tie: int | StackLayer | None) -> Tensors:
+    """What a run of a layer has before its own tensors: those of the layer, and the matrices of the tied one."""
+    layer = stack.layer(index)
+    held: Tensors = layer.state_dict()
+    if tie is None:
+        return held
+    tied = TiedTensors(layer, open_model(model).layer_of(tie, stack), across=isinstance(tie, StackLayer))
+    return held | {name: tensor.detach() for name, tensor in tied.items()}
+
+
 def _own(
-    stack: Stack, layer: int, tied: int, weights_id: str, made: str, weights: Mapping[str, torch.Tensor]
+    stack: Stack, layer: int, held: Tensors, weights_id: str, made: str, weights: Mapping[str, torch.Tensor]
 ) -> tuple[str, Tensors]:
-    """The tensors of a run of `layer` with the matrices of `tied`, and their id: `made` where low-rank factors change
+    """The tensors of a run of `layer`, which has `held` before them, and their id: `made` where low-rank factors change
     some, or some lie over those that runs share."""
     given = {name: t for one in weights_id.split(AND) for name, t in tensors_of(one, weights).items()}
     factors = factors_of(given, stack.layer(layer).state_dict())
@@ -135,7 +148,6 @@ def _own(
     affine = affine_of(given, stack.layer(layer).state_dict())
     if not factors and not affine and AND not in weights_id:
         return weights_id, _fitting(stack, layer, weights_id, weights)
-    held = stack.layer(tied).state_dict()
     whole = {f"{made}.{name}": t for name, t in given.items() if name in held}
     for module, pair in factors.items():
         name = f"{made}.{module}.weight"
@@ -198,7 +210,7 @@ def rewrite(
     tensors = dict(base)
     for stack in find_stacks(inner):
         own = plans.of(stack.name)
-        tensors = moved_tensors(tensors, stack, own, open_model(inner).facts(stack.name).layers)
+        tensors = moved_tensors(tensors, stack, own, open_model(inner), base)
         tensors |= resized_tensors(base, stack, own.slots)
     made = assembled(inner, plans.config, tensors)
     if getattr(inner, "generation_config", None) is not None:  # encoders have none

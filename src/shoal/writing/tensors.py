@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from shoal.executing.looked_up import TiedTensors
 from shoal.models.families import family_of
 from shoal.models.first import first_only
+from shoal.models.opened import OpenedModel
 from shoal.models.stacks import Stack
+from shoal.plan.sources import StackLayer
 from shoal.writing.blueprint import Blueprint, Tensors
 
 
-def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[Any]) -> Tensors:
+def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, opened: OpenedModel, base: Tensors) -> Tensors:
     """The state dict of the stock model: tensors of layer i under the name of each slot that runs it. Those of
-    `resized_tensors` are as they were."""
-    prefix = f"{stack.path}."
+    `resized_tensors` are as they were.
+
+    `tensors`: of the model in which the stacks before this one have their slots; `base`: before any had.
+    """
+    prefix, facts = f"{stack.path}.", opened.facts(stack.name).layers
     by_layer: dict[int, Tensors] = {}
     moved: Tensors = {}
     for name, tensor in tensors.items():
@@ -31,14 +34,14 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
         moved |= {f"{prefix}0.{rest}": tensor for rest, tensor in lent.items()}
     used: set[int] = set()
     for one in plans.origins():
-        tied = () if one.tie is None else set(TiedTensors(stack.layer(one.layer), stack.layer(one.tie)))
+        tied = {} if one.tie is None else _tied(opened, stack, one.layer, one.tie)
         zeroed = {part for slot, part in plans.zeroed if slot == one.slot}
         quiet = tuple(f"{n}." for part in zeroed for n in getattr(facts[one.layer].parts, part))
         for rest, tensor in by_layer[one.layer].items():
             if not one.holds(rest):
                 continue
             own = "" if one.weights is None else f"{one.weights}.{rest}"
-            held = by_layer[one.tie][rest] if one.tie is not None and rest in tied else tensor
+            held = base[tied[rest]] if rest in tied else tensor
             value = plans.weights[own].to(tensor.device) if own in plans.weights else held
             value = torch.zeros_like(value) if quiet and rest.startswith(quiet) else value
             # two slots must not share storage: a stock checkpoint cannot say so
@@ -46,6 +49,15 @@ def moved_tensors(tensors: Tensors, stack: Stack, plans: Blueprint, facts: list[
             moved[f"{prefix}{one.slot}.{rest}"] = value.clone() if again else value
             used.add(id(value))
     return moved
+
+
+def _tied(opened: OpenedModel, stack: Stack, layer: int, tie: int | StackLayer) -> dict[str, str]:
+    """By name in the layer, the names in the state dict of the matrices that it has from another one."""
+    across = isinstance(tie, StackLayer)
+    names = TiedTensors(stack.layer(layer), opened.layer_of(tie, stack), across=across).places
+    path = opened.stack(tie.stack).path if isinstance(tie, StackLayer) else stack.path
+    number = tie.layer if isinstance(tie, StackLayer) else tie
+    return {name: f"{path}.{number}.{there}" for name, there in names.items()}
 
 
 def resized_tensors(tensors: Tensors, stack: Stack, slots: tuple[int, ...]) -> Tensors:

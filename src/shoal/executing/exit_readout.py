@@ -41,7 +41,17 @@ class Readout:
         return logits
 
 
-def _chain(model: Any, stack: Stack) -> list[nn.Module] | None:
+def chain_of(opened: OpenedModel) -> list[nn.Module] | None:
+    """The modules behind the last layer that make logits of its state, in order; None where the forward does more. Runs
+    the model, which must be whole, on one token, once.
+
+    Columns may be cut out between two of them, as for `logits_to_keep`: who calls these modules does it in a forward,
+    where the head has been called and its columns are known.
+    """
+    return opened.remember("norm and head", lambda: _chain(opened.model, opened.stack(), cut=True))
+
+
+def _chain(model: Any, stack: Stack, *, cut: bool = False) -> list[nn.Module] | None:
     called: list[tuple[nn.Module, Any, Any]] = []
     last: list[Any] = []
 
@@ -67,7 +77,7 @@ def _chain(model: Any, stack: Stack) -> list[nn.Module] | None:
             handle.remove()
     state, chain = last[0], []
     for module, given, out in called:
-        if given is state and isinstance(out, torch.Tensor):
+        if (given is state or (cut and _is_view(given, state))) and isinstance(out, torch.Tensor):
             chain.append(module)
             state = out
     if state.shape != logits.shape or not torch.equal(state, logits):
@@ -77,3 +87,8 @@ def _chain(model: Any, stack: Stack) -> list[nn.Module] | None:
         for module in chain:
             state = module(state)
     return chain if torch.equal(state, logits) else None
+
+
+def _is_view(given: Any, state: torch.Tensor) -> bool:
+    """Whether it is all of the state, cut out of it."""
+    return isinstance(given, torch.Tensor) and given.shape == state.shape and given.data_ptr() == state.data_ptr()
