@@ -35,7 +35,7 @@ from shoal.live import Running, apply
 from shoal.models.checkpoint import tensor_headers
 from shoal.models.engine_slots import engine_slots
 from shoal.models.folder_kinds import PLANNED
-from shoal.models.kinds import CAUSAL, LOADED_BY, SEQ2SEQ, auto_class, auto_for, auto_of
+from shoal.models.kinds import CAUSAL, LOADED_BY, SEQ2SEQ, auto_class, auto_for, auto_of, loaded_by
 from shoal.models.lists import BESIDE
 from shoal.models.meta import blank, meta_model
 from shoal.models.opened import OpenedModel, open_model
@@ -141,7 +141,7 @@ def config_of(opened: OpenedModel, plan: Plan) -> ShoalConfig:
     model = opened.model
     base = model.config.to_dict()
     base |= {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
-    kind = ShoalForSeq2SeqLM if auto_of(model) == SEQ2SEQ else ShoalForCausalLM
+    kind = ShoalForSeq2SeqLM if loaded_by(model) == SEQ2SEQ else ShoalForCausalLM
     text = model.config.get_text_config(decoder=True)
     special = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return ShoalConfig(

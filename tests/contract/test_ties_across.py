@@ -15,10 +15,12 @@ from shoal.fitting.result import Job
 from shoal.live import apply, running
 from shoal.models.load import Loaded, load
 from shoal.models.opened import open_model
-from shoal.plan import Plan, check, cost, diff, parse_plan, shapes_of
+from shoal.plan import Plan, Run, check, cost, diff, parse_plan, shapes_of
+from shoal.plan.sources import StackLayer
 from shoal.planned import PlannedCheckpoint
 from shoal.report.facts import PlannedStack, sentences
 from shoal.report.plan_diagram import plan_diagram
+from shoal.transforms.relax import relax
 from shoal.transforms.tie import tie
 from shoal.writing.planned_folder import write_planned
 from shoal.writing.surgery import rewrite
@@ -277,3 +279,26 @@ def test_a_planned_checkpoint_holds_each_matrix_once(name: str, tmp_path: Path) 
     with pytest.raises(ModelError, match="is loaded by AutoModelForSeq2SeqLM") as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     assert caught.value.code == "M383"
+
+
+@pytest.mark.parametrize("metric", ["plain", "inputs"])
+@pytest.mark.parametrize("name", every(1, SAME))
+def test_relaxed_at_full_rank_it_is_its_own_again(name: str, metric: Any) -> None:
+    """The attention to the encoder shares nothing and gets no change."""
+    model = kind(name)
+    plan = plan_of(model, "decoder: 0-1,2=encoder.1,3-5")
+    made = relax(Job(model, random_data(4, 9), plan, stack="decoder"), rank=64, metric=metric)
+    assert str(made.plan).endswith("decoder: 0-1,2=encoder.1:relax-2,3-5")
+    assert {key.removeprefix("relax-2.").rpartition(".")[0] + ".weight" for key in made.weights} == set(by_hand(name))
+    inputs = inputs_of(model)
+    before = returned(model, inputs)
+    with running(model, made.plan, made.weights):
+        for key, tensor in returned(model, inputs).items():
+            torch.testing.assert_close(tensor, before[key], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [lambda: Run(0, tie="w.1"), lambda: Run(0, tie="w.1-3"), lambda: StackLayer("9x", 0)])
+def test_an_id_does_not_read_as_a_layer_of_another_stack(make: Any) -> None:
+    with pytest.raises(PlanError) as caught:
+        make()
+    assert caught.value.code == "P117"

@@ -69,6 +69,7 @@ ILLEGAL = [
     ("P164", "llama", "4@v5,5", {}, 4, ["layer 4 reads the values of layer 5", "write 4@5"]),
     ("P164", "llama", "0,4@5@a0,5", {}, 4, ["layer 4 reads the KV of layer 5", "write 4@5 alone"]),
     ("P164", "llama", "0,1@3,2@a1,3", {}, 2, ["map of layer 1", "reads a layer that runs later", "name another"]),
+    ("P165", "llama", "0-2,!end=h", {"h.reads.4": (1,)}, 4, ["h.reads.4 of exit end", "does not run in front of it"]),
     ("P107", "llama", "0,1m,2@a1", {}, 2, ["map of layer 1, whose attention does not run before it"]),
     ("P107", "llama", "0,(1|2@a1)", {}, 2, ["map of layer 1", "choose an earlier layer"]),
     ("P108", "alternating", "0,1@a0", {}, 1, ["attention map of layer 0", "window 4", "a source of the same kind"]),

@@ -61,6 +61,7 @@ class Heads:
         logits, where heads read logits of several depths; `ends`: by head the layers in front of its exit."""
         self.weights, self._paused, self._chain, self._ends = weights, paused, chain or [], dict(ends or {})
         self._local = _Now()
+        self._known: dict[tuple[str, str], tuple[int, ...]] = {}
         self._converted = Converted()
         self.head = model.get_output_embeddings()
         self.handle: Any = None
@@ -96,7 +97,7 @@ class Heads:
         one of them has no state."""
         (keeps,) = self._near(hidden, head, KEEPS)
         read = []
-        for depth in depths_in(head, READS, self.weights):
+        for depth in self._named(head, READS):
             (weight,) = self._near(hidden, head, f"{READS}.{depth}")
             assert weight is not None  # it is among the names
             read.append((weight, _state(head, depth, behind)))
@@ -124,17 +125,17 @@ class Heads:
 
     def owned(self, head: str) -> bool:
         """Whether a head's own matrix is given, or what it makes of logits of several depths."""
-        return f"{head}.weight" in self.weights or bool(depths_in(head, LOGITS, self.weights))
+        return f"{head}.weight" in self.weights or bool(self._named(head, LOGITS))
 
     def scoring(self, head: str) -> list[torch.Tensor]:
         """The tensors with which this head makes scores of states."""
         names = [f"{head}.{name}" for name in ("weight", "bias")]
-        names += [f"{head}.{LOGITS}.{depth}" for depth in depths_in(head, LOGITS, self.weights)]
+        names += [f"{head}.{LOGITS}.{depth}" for depth in self._named(head, LOGITS)]
         return [self.weights[name] for name in names if name in self.weights]
 
     def depths(self, head: str) -> tuple[int, ...]:
         """The layers of whose states, beside the exit's own, this head reads logits."""
-        found = depths_in(head, LOGITS, self.weights)
+        found = self._named(head, LOGITS)
         return tuple(depth for depth in found if depth not in self._ends.get(head, ()))
 
     @contextmanager
@@ -146,6 +147,12 @@ class Heads:
             yield
         finally:
             self.now, self._local.behind = before
+
+    def _named(self, head: str, what: str) -> tuple[int, ...]:
+        """The depths of the tensors HEAD.WHAT.N. Names are found once, tensors at each use."""
+        if (head, what) not in self._known:
+            self._known[head, what] = depths_in(head, what, self.weights)
+        return self._known[head, what]
 
     def _near(self, state: torch.Tensor, head: str, *names: str) -> tuple[torch.Tensor | None, ...]:
         """Tensors of a head where the state is and in its dtype: the layers of one model, and its head, may be on
@@ -168,7 +175,7 @@ class Heads:
         """What this head says, of the exit's own state behind the final norm and the model's logits of it."""
         weight, bias = self._near(state, head, "weight", "bias")
         own = logits if weight is None else nn.functional.linear(state, weight, bias)
-        depths = depths_in(head, LOGITS, self.weights)
+        depths = self._named(head, LOGITS)
         if not depths:
             return own
         likely, total = own.float().log_softmax(-1), torch.zeros((), device=own.device)
