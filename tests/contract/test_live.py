@@ -207,7 +207,15 @@ def test_compiled_plans_are_captured_whole(family: str, plan: str, cached: bool)
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("plan", ["0,1?g,2-3", "0-1,!early?g,2-3", "0-3,!end", "0,(1|2?g),3"])
+@pytest.mark.parametrize("plan", ["0,1?g,2-3", "0-1,!early?g,2-3", "0-3,!end?g", "0,(1|2?g),3"])
 def test_a_gate_that_nobody_decides_is_refused(plan: str) -> None:
     with pytest.raises(PlanError, match=r"P125: step .* is decided at run time"), running(tiny("llama"), plan):
         pass
+
+
+def test_an_exit_at_the_end_without_a_gate_is_the_end() -> None:
+    """Nobody is asked: the model's own head reads the last state."""
+    model = tiny("llama")
+    want = logits(model)
+    with running(model, "0-3,!end"):
+        assert torch.equal(logits(model), want)
