@@ -116,16 +116,16 @@ class ShoalForCausalLM(PreTrainedModel):
         return (made, info) if output_loading_info else made
 
 
-def config_of(opened: OpenedModel, plan: Plan) -> ShoalConfig:
-    """The config of the planned checkpoint of a base model under a plan."""
+def config_of(opened: OpenedModel, plan: Plan, weights: Tensors) -> ShoalConfig:
+    """The config of the planned checkpoint of a base model under a plan with its new tensors."""
     model = opened.model
-    base = model.config.to_dict()
-    base["dtype"] = str(model.dtype).removeprefix("torch.")
+    base = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
     text = model.config.get_text_config(decoder=True)
     special = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return ShoalConfig(
         base=json.loads(json.dumps(base)), plan=json.loads(plan_to_json(plan)), vocab_size=text.vocab_size,
-        dtype=base["dtype"], architectures=[ShoalForCausalLM.__name__], slots=engine_slots(opened, plan), **special,
+        slots=engine_slots(opened, plan, weights), dtype=base["dtype"], architectures=[ShoalForCausalLM.__name__],
+        **special,
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def save_checkpoint(
     """Write config, tensors and generation config of a planned checkpoint into a folder that exists."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint_tensors(opened, plan, weights).items()}
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
-    config_of(opened, plan).save_pretrained(folder)
+    config_of(opened, plan, weights).save_pretrained(folder)
     if opened.model.generation_config is not None:
         opened.model.generation_config.save_pretrained(folder)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from shoal.executing.looked_up import Converted
 from shoal.executing.low_rank import LowRank
+from shoal.models.linear import said_width
 from shoal.models.parts import stubs
 from shoal.plan.low_rank import WORDS, factors_of
 from shoal.plan.tensors import SHARES
@@ -57,6 +58,8 @@ class Exchange:
         for name, old, places in self._places:
             new = self._converted.like(name, self.tensors[name], old)
             entries += [(*place, new) for place in places]
+            if new.shape != old.shape:
+                entries += self._said(name, new)
         before = [place[key] for place, key, _ in entries]
         try:
             for place, key, new in entries:
@@ -103,6 +106,12 @@ class Exchange:
             stand_in = LowRank(owner[leaf], WORDS[next(iter(factors))], partial(self._factor, owner[leaf], factors))
             found.append(((owner, leaf, stand_in), list(factors.values())))
         return found
+
+    def _said(self, name: str, new: torch.Tensor) -> Entries:
+        """What a module says of its width, where it has a weight of another."""
+        path, _, leaf = name.rpartition(".")
+        module = self.layer.get_submodule(path)
+        return [(module.__dict__, key, value) for key, value in said_width(module, leaf, new).items()]
 
     def _child(self, path: str) -> tuple[dict[str, Any], str]:
         """The dictionary that holds a module of the layer, and its key."""

@@ -26,6 +26,7 @@ from torch import nn
 from shoal.errors import PlanError
 from shoal.executing.looked_up import TensorsOf
 from shoal.executing.weights import ids_of
+from shoal.models.linear import said_width
 from shoal.models.lists import BESIDE, Stack
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
@@ -150,12 +151,22 @@ def _put_layer(made: ModuleTensors, stack: Stack, run: Run, weights: Mapping[str
     held = dict([*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)])
     with torch.no_grad():
         for name, tensor in TensorsOf(run.weights, weights).items():
+            if held[name].shape != tensor.shape:
+                _resize(layer, name, held[name], tensor)
             held[name].copy_(tensor)
     for parameter in layer.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     made.modules.layers._modules[_key(run.weights)] = layer
     made.base[run.weights] = stack.name, run.layer
     return None
+
+
+def _resize(layer: nn.Module, name: str, held: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Make room for fewer heads or another number of neurons than the base layer has."""
+    held.data = held.data.new_empty(tensor.shape)
+    path, _, leaf = name.rpartition(".")
+    module = layer.get_submodule(path)
+    module.__dict__.update(said_width(module, leaf, tensor))
 
 
 def _require_place(tensors: ModuleTensors, stack: Stack, run: Run) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from shoal.atomic import replacing
 from shoal.errors import PlanError, UsageError, WriteError
-from shoal.executing.low_rank import is_linear
+from shoal.models.linear import is_linear
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Given, Map, Parallel, Plan, Run, given_plan, place_of, save_plan, weights_hash
 from shoal.plan.low_rank import factors_of

@@ -8,6 +8,7 @@ values or attention map it takes. Tensors are those of the folder.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,18 +17,20 @@ from shoal.errors import WriteError
 from shoal.models.depth import permuted_config
 from shoal.models.examine import LayerFacts
 from shoal.models.opened import OpenedModel
-from shoal.plan import Exit, Map, Parallel, Plan, Run, Step
+from shoal.plan import Exit, Map, Parallel, Plan, Run, Step, shapes_of
 from shoal.plan.later import later_sources
-from shoal.plan.steps import key_source, map_source, value_source
+from shoal.plan.steps import key_source, map_source, runs, value_source
+from shoal.plan.tensors import Shapes, of_another_shape, tensors_of_run
 
 _OF_THE_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Fields that say where a config was read."""
 
 
-def engine_slots(opened: OpenedModel, plan: Plan) -> dict[str, Any] | None:
+def engine_slots(opened: OpenedModel, plan: Plan, weights: Mapping[str, Any]) -> dict[str, Any] | None:
     """The slots of a plan: `architectures` and `config` of a stock model with a layer for each run, `slots` and, by
     base layer, `parts`. None where no stock config can have them, where something else than runs and maps
-    happens, and where a run takes something from a later one.
+    happens, where a run takes something from a later one, and where tensors that it has of its own (`weights`) are of
+    another shape than its layer's.
 
     A slot has `base`, the layer whose place and tensors it has; `part`; `tie`, a layer whose matrices stand in place of
     its own; `own`, the ids of new tensors (shoal.ID.NAME) over these, later ones last; `keys`, `values` and `map`, the
@@ -37,6 +40,8 @@ def engine_slots(opened: OpenedModel, plan: Plan) -> dict[str, Any] | None:
     steps = plan.steps(stack.name)
     made = None if any(later_sources(steps)) else _slots(steps)
     if made is None or stack.config is not opened.model.config:
+        return None
+    if _of_another_shape(opened, stack.name, steps, shapes_of(weights)):
         return None
     slots, behind = made
     try:
@@ -54,6 +59,11 @@ def engine_slots(opened: OpenedModel, plan: Plan) -> dict[str, Any] | None:
         "behind": behind,
         "parts": {str(base): _parts(facts[base]) for base in sorted({slot["base"] for slot in slots})},
     }
+
+
+def _of_another_shape(opened: OpenedModel, stack: str, steps: tuple[Step, ...], weights: Shapes) -> bool:
+    layers = opened.spec.stack(stack).layers
+    return any(of_another_shape(layers[run.layer], tensors_of_run(run, weights)) for run in runs(steps))
 
 
 def _slots(steps: tuple[Step, ...]) -> tuple[list[dict[str, Any]], list[str]] | None:

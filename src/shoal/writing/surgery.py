@@ -13,12 +13,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
-from shoal.executing.low_rank import folded, is_transposed
+from shoal.executing.low_rank import folded
 from shoal.executing.weights import plan_and_weights
 from shoal.models.adapter import is_adapted
 from shoal.models.backbone_outputs import renumbered_outputs
 from shoal.models.depth import permuted_config
 from shoal.models.kinds import CAUSAL, auto_of
+from shoal.models.linear import is_transposed
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.order import refuse_order
@@ -36,6 +37,7 @@ from shoal.writing.shared_kv import with_readers
 from shoal.writing.slots import slots_of
 from shoal.writing.stack_depths import described, refuse_cache, with_depths
 from shoal.writing.tensors import moved_tensors, resized_tensors
+from shoal.writing.widths import refuse_widths
 
 
 def blueprint(
@@ -50,7 +52,7 @@ def blueprint(
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
     depth, W209 replaced weights that are not given or do not fit the layer, W216 a config that its own class does not
     accept, W241 a decoder deeper than its encoder where transformers sizes the cache by the encoder, W242 a numbered
-    output of a layer that is gone.
+    output of a layer that is gone, W276 another number of neurons than the layers have.
     Raises `PlanError` P126 for an order in which the family's layers cannot run, P151 and P152 for layers beside which
     the model adds what it sees in pictures.
 
@@ -59,6 +61,7 @@ def blueprint(
     the meta device.
     """
     stacks = find_stacks(model)
+    refuse_widths(open_model(model), plan, weights or {})
     by_stack = {
         stack.name: slots_of(model, stack, plan.steps(stack.name), zero_parts=zero_parts, joined=joined)
         for stack in stacks
