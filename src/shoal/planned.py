@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from shoal.errors import ModelError, WriteError, first_line
 from shoal.executing.read_tensors import tensors_read
-from shoal.executing.weights import Tensors, used_by
+from shoal.executing.weights import Tensors, as_stored, used_by
 from shoal.live import Running, apply
 from shoal.models.checkpoint import tensor_headers
 from shoal.models.engine_slots import engine_slots
@@ -149,7 +149,7 @@ def save_checkpoint(
     folder: Path, opened: OpenedModel, plan: Plan, weights: Tensors, *, max_shard_size: int | str = "5GB"
 ) -> None:
     """Write config, tensors and generation config of a planned checkpoint into a folder that exists."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint_tensors(opened, plan, weights).items()}
+    tensors = {name: as_stored(t) for name, t in checkpoint_tensors(opened, plan, weights).items()}
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
     config_of(opened, plan, weights).save_pretrained(folder)
     if opened.model.generation_config is not None:

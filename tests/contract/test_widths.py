@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, PreTrainedModel, ViTConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, PreTrainedModel, ViTConfig
 
+import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
 from shoal.errors import UsageError
 from shoal.executing.bind import bind
 from shoal.fitting.clusters import k_means, means, ward
@@ -20,6 +22,7 @@ from shoal.models.stacks import find_stack
 from shoal.plan import Plan, cost, parse_plan, shapes_of
 from shoal.transforms.fold_width import fold_width
 from shoal.transforms.narrow import narrow
+from shoal.writing.planned_folder import write_planned
 
 from .families import tiny
 from .planted import data_of, random_data
@@ -235,9 +238,8 @@ def test_the_important_neurons_are_kept(family: str, by: Any) -> None:
                     one.dim, large + half * spec.count, 4 * tensor.index_select(one.dim, large + half * spec.count)
                 )
     made = narrow(job(model), keep=0.25, layers="1", by=by)
-    want = logits(without_others(model, large, 1))
-    if by != "activation" or family != "opt":  # a bias may let a small neuron answer more than a large one
-        torch.testing.assert_close(under(model, made), want, **CLOSE)
+    if by == "magnitude" or family in ("llama", "phi3"):  # a bias may let a small neuron answer more than a large one
+        torch.testing.assert_close(under(model, made), logits(without_others(model, large, 1)), **CLOSE)
     worse = [narrow(job(model), keep=0.25, layers="1", by="random", seed=seed) for seed in range(3)]
     assert layer_error(model, made, 1) < min(layer_error(model, one, 1) for one in worse)
 
@@ -255,8 +257,9 @@ def test_padding_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_narrower_mlps_are_views_of_the_wide_one(family: str) -> None:
-    """Bound plans of several widths hold one set of tensors, and each computes what its own copy computes."""
+def test_narrower_mlps_are_views_of_the_wide_one(family: str, tmp_path: Path) -> None:
+    """Bound plans of several widths hold one set of tensors, and each computes what its own copy computes; a planned
+    checkpoint of one width holds no more than that."""
     model = tiny(family)
     wide = narrow(job(model), keep=1)
     bound = {}
@@ -268,6 +271,11 @@ def test_narrower_mlps_are_views_of_the_wide_one(family: str) -> None:
             assert tensor.untyped_storage().data_ptr() == wide.weights[name].untyped_storage().data_ptr()
             assert torch.equal(tensor, alone.weights[name])
         bound[keep] = bind(model, made.plan, made.weights), under(model, alone)
+        written = write_planned(model, made.plan, tmp_path / f"{keep}", weights=made.weights, prove=False)
+        assert written.params == cost(made.plan, open_model(model).spec, weights=shapes_of(made.weights)).params
+        assert written.bytes < 1.1 * 4 * written.params + 4096
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"{keep}")
+        torch.testing.assert_close(logits(loaded), bound[keep][1], **CLOSE)
     for keep in (0.5, 1.0, 0.25, 0.5):
         with bound[keep][0].running():
             torch.testing.assert_close(logits(model), bound[keep][1], **CLOSE)
@@ -292,7 +300,7 @@ def test_what_a_run_has_of_its_own_goes_with_it() -> None:
 def test_without_neurons_nothing_can_be_narrowed(family: str, plan: str) -> None:
     for transform in (fold_width, narrow):
         with pytest.raises(UsageError, match="no layer of") as caught:
-            transform(job(tiny(family), plan))
+            transform(job(tiny(family, "eager"), plan))
         assert caught.value.code == "U687"
 
 

@@ -102,6 +102,12 @@ def used_by(plan: Plan, weights: Tensors) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in weights.items() if _owned(name, ids)}
 
 
+def as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, and no view of a part of something larger, which a file does not hold."""
+    found = tensor.detach().cpu().contiguous()
+    return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
+
+
 def ids_of(steps: Iterable[Step]) -> set[str]:
     """The ids of new tensors that steps name."""
     return {name for step in steps for name in _ids(step)}

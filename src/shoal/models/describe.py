@@ -221,7 +221,7 @@ def _neurons(layer: nn.Module, fact: LayerFacts, users: Counter[object]) -> Neur
     """The neurons of a layer's mlp, where no other layer uses its weights and they are counted as they are held."""
     if fact.neurons is None:
         return None
-    held = dict(layer.named_parameters())
+    held = {name.replace(".base_layer.", "."): p for name, p in layer.named_parameters()}
     alike = all(
         one.name in held and tuple(held[one.name].shape) == one.shape and users[_key(held[one.name])] == 1
         for one in fact.neurons.tensors

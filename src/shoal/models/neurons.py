@@ -25,17 +25,18 @@ from shoal.plan.spec import NeuronSpec, NeuronTensor
 def find_neurons(layer: nn.Module, parts: Parts, returns: Mapping[str, int], call: Call) -> NeuronSpec | None:
     """The neurons of a layer whose split is `parts` and that is called as in `call`; None where no one matrix of its
     mlp reads what all others have made, or where the layer runs with as many neurons alone."""
-    linears = _linears(layer, parts)
-    if len(linears) < 2:
-        return None
-    try:
-        with warnings.catch_warnings(), without(layer, parts.attention, dict(returns)):
-            warnings.simplefilter("ignore")  # FSDP2 warns of what it would do in a backward pass, and there is none
-            reader = _reader(layer, linears, call)
-            found = None if reader is None else _described(linears, reader)
-            return found if found is not None and _runs_with_one_less(layer, found, call) else None
-    except FAILS:
-        return None
+    with _without_adapters(layer), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP2 warns of what it would do in a backward pass, and there is none
+        linears = _linears(layer, parts)
+        if len(linears) < 2:
+            return None
+        try:
+            with without(layer, parts.attention, dict(returns)):
+                reader = _reader(layer, linears, call)
+                found = None if reader is None else _described(linears, reader)
+                return found if found is not None and _runs_with_one_less(layer, found, call) else None
+        except FAILS:
+            return None
 
 
 @contextmanager
@@ -55,6 +56,24 @@ def with_neurons(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Itera
     finally:
         for held, key, old in reversed(saved):
             held[key] = old
+
+
+@contextmanager
+def _without_adapters(layer: nn.Module) -> Iterator[None]:
+    """Meanwhile the layer has the modules that peft has wrapped in place of the wrappers, and so the base's names."""
+    wrapped = [
+        (module._modules, key, child)
+        for module in list(layer.modules())
+        for key, child in module._modules.items()
+        if isinstance(getattr(child, "base_layer", None), nn.Module)
+    ]
+    try:
+        for held, key, child in wrapped:
+            held[key] = getattr(child, "base_layer", None)
+        yield
+    finally:
+        for held, key, child in wrapped:
+            held[key] = child
 
 
 def _linears(layer: nn.Module, parts: Parts) -> dict[str, nn.Module]:
