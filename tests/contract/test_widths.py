@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, PreTrainedModel, ViTConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, PreTrainedModel, ViTConfig
 
 import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
-from shoal.errors import UsageError
+from shoal.errors import UsageError, WriteError
 from shoal.executing.bind import bind
 from shoal.fitting.clusters import k_means, means, ward
 from shoal.fitting.result import Job, Transformed
@@ -22,6 +22,7 @@ from shoal.models.stacks import find_stack
 from shoal.plan import Plan, cost, parse_plan, shapes_of
 from shoal.transforms.fold_width import fold_width
 from shoal.transforms.narrow import narrow
+from shoal.writing.folder import write
 from shoal.writing.planned_folder import write_planned
 
 from .families import tiny
@@ -280,6 +281,46 @@ def test_narrower_mlps_are_views_of_the_wide_one(family: str, tmp_path: Path) ->
         with bound[keep][0].running():
             torch.testing.assert_close(logits(model), bound[keep][1], **CLOSE)
     torch.testing.assert_close(logits(model), bound[1.0][1], **CLOSE)
+
+
+PLANS = {"0-3": "0,1,2,3", "a layer twice": "0,1,1,3", "without one": "0,2,3"}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_one_width_for_all_layers_is_a_stock_checkpoint(family: str, plan: str, tmp_path: Path) -> None:
+    """Proved in a fresh process; which field of the config says the width is tried, also where it leaves it open."""
+    model = without_n_inner() if family == "gpt2" else tiny(family)
+    spec, made = open_model(model).spec, narrow(job(model), keep=0.5, by="random")
+    text = ",".join(f"{layer}:narrow-{layer}" for layer in plan.split(","))
+    written = write(model, text, tmp_path / "m", weights=made.weights)
+    assert written.proof.passed
+    sizes = spec.stack().layers[0].sizes
+    less = sum(
+        sizes[name.removeprefix("narrow-0.")] - tensor.numel()
+        for name, tensor in made.weights.items()
+        if name.startswith("narrow-0.")
+    )
+    assert cost(plan, spec).written_params - written.params == len(plan.split(",")) * less
+    assert cost(text, spec, weights=shapes_of(made.weights)).written_params == written.params
+    assert neurons(model).count // 2 in {new for _, new in written.changed.values()}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    with running(model, text, made.weights):
+        torch.testing.assert_close(logits(loaded), logits(model), **CLOSE)
+
+
+def without_n_inner() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=4, n_embd=32, n_head=4, vocab_size=64, n_positions=64, n_inner=None)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("layers", ["1", "0-2"])
+def test_two_widths_are_no_stock_checkpoint(layers: str, tmp_path: Path) -> None:
+    made = narrow(job(tiny("llama")), keep=0.5, layers=layers, by="random")
+    with pytest.raises(WriteError, match="--as planned") as caught:
+        write(tiny("llama"), made.plan, tmp_path / "m", weights=made.weights)
+    assert caught.value.code == "W276" and not (tmp_path / "m").exists()
 
 
 def test_what_a_run_has_of_its_own_goes_with_it() -> None:

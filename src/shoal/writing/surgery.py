@@ -26,8 +26,10 @@ from shoal.models.order import refuse_order
 from shoal.models.other_readers import for_other_readers, renumbering
 from shoal.models.picture_features import renumbered_features
 from shoal.models.stacks import Stack, find_stacks, unwrap
-from shoal.plan import Given, Plan
+from shoal.plan import Given, Plan, shapes_of
 from shoal.plan.low_rank import factors_of
+from shoal.plan.neurons import resized
+from shoal.plan.spec import LayerSpec
 from shoal.plan.tensors import tensors_of
 from shoal.writing.assemble import assembled
 from shoal.writing.blueprint import AND, Blueprint, StackSlots, Tensors
@@ -37,7 +39,9 @@ from shoal.writing.shared_kv import with_readers
 from shoal.writing.slots import slots_of
 from shoal.writing.stack_depths import described, refuse_cache, with_depths
 from shoal.writing.tensors import moved_tensors, resized_tensors
-from shoal.writing.widths import refuse_widths
+from shoal.writing.widths import with_width
+
+Layers = tuple[LayerSpec, ...]
 
 
 def blueprint(
@@ -52,7 +56,7 @@ def blueprint(
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
     depth, W209 replaced weights that are not given or do not fit the layer, W216 a config that its own class does not
     accept, W241 a decoder deeper than its encoder where transformers sizes the cache by the encoder, W242 a numbered
-    output of a layer that is gone, W276 another number of neurons than the layers have.
+    output of a layer that is gone, W276 unlike numbers of neurons.
     Raises `PlanError` P126 for an order in which the family's layers cannot run, P151 and P152 for layers beside which
     the model adds what it sees in pictures.
 
@@ -61,7 +65,6 @@ def blueprint(
     the meta device.
     """
     stacks = find_stacks(model)
-    refuse_widths(open_model(model), plan, weights or {})
     by_stack = {
         stack.name: slots_of(model, stack, plan.steps(stack.name), zero_parts=zero_parts, joined=joined)
         for stack in stacks
@@ -84,14 +87,17 @@ def blueprint(
         raise WriteError(
             f"no config of {stacks[0].config.model_type} describes these layers: {why}; run the plan live", code="W216"
         ) from error
+    config, fields, narrower = with_width(model, config, by_stack, weights or {})
+    changed |= fields
     own: Tensors = {}
     for stack in stacks:
-        by_stack[stack.name], mine = _replaced(stack, by_stack[stack.name], weights or {})
+        layers = open_model(model).spec.stack(stack.name).layers
+        by_stack[stack.name], mine = _replaced(stack, layers, by_stack[stack.name], weights or {})
         by_stack[stack.name] = by_stack[stack.name]._replace(lacks=lacks[stack.name])
         own |= mine
     main = by_stack[plan.stack_name()]
     beside = tuple((name, found) for name, found in by_stack.items() if name != plan.stack_name())
-    fewer = sum(_lacking(stack, by_stack[stack.name]) for stack in stacks)
+    fewer = narrower + sum(_lacking(stack, by_stack[stack.name]) for stack in stacks)
     return Blueprint(
         plan=plan, config=config, changed=changed, weights=own, others=beside, fewer=fewer, **main._asdict()
     )
@@ -104,7 +110,7 @@ def _lacking(stack: Stack, found: StackSlots) -> int:
 
 
 def _replaced(
-    stack: Stack, found: StackSlots, weights: Mapping[str, torch.Tensor]
+    stack: Stack, layers: Layers, found: StackSlots, weights: Mapping[str, torch.Tensor]
 ) -> tuple[StackSlots, dict[str, torch.Tensor]]:
     """The slots with an id of its own for each in which low-rank factors become a matrix, and the tensors of all ids.
 
@@ -114,24 +120,25 @@ def _replaced(
     replaced, mlps = dict(found.replaced), dict(found.mlps)
     for slot, weights_id in found.replaced:
         layer = found.slots[slot]
-        replaced[slot], made = _own(stack, layer, ties.get(slot, layer), weights_id, f"{weights_id}@{slot}", weights)
+        tied = ties.get(slot, layer)
+        replaced[slot], made = _own(stack, layers[layer], tied, weights_id, f"{weights_id}@{slot}", weights)
         own |= made
     for slot, half in found.mlps:
         if half.weights is not None:
             tied = half.layer if half.tie is None else half.tie
-            name, made = _own(stack, half.layer, tied, half.weights, f"{half.weights}@{slot}m", weights)
+            name, made = _own(stack, layers[half.layer], tied, half.weights, f"{half.weights}@{slot}m", weights)
             mlps[slot] = half._replace(weights=name)
             own |= made
     return found._replace(replaced=tuple(replaced.items()), mlps=tuple(mlps.items())), own
 
 
 def _own(
-    stack: Stack, layer: int, tied: int, weights_id: str, made: str, weights: Mapping[str, torch.Tensor]
+    stack: Stack, layer: LayerSpec, tied: int, weights_id: str, made: str, weights: Mapping[str, torch.Tensor]
 ) -> tuple[str, Tensors]:
     """The tensors of a run of `layer` with the matrices of `tied`, and their id: `made` where low-rank factors change
     some, or some lie over those that runs share."""
     given = {name: t for one in weights_id.split(AND) for name, t in tensors_of(one, weights).items()}
-    factors = factors_of(given, stack.layer(layer).state_dict())
+    factors = factors_of(given, stack.layer(layer.index).state_dict())
     if not factors and AND not in weights_id:
         return weights_id, _fitting(stack, layer, weights_id, weights)
     held = stack.layer(tied).state_dict()
@@ -139,20 +146,22 @@ def _own(
     for module, pair in factors.items():
         name = f"{made}.{module}.weight"
         matrix = whole.get(name, held[f"{module}.weight"])
-        transposed = is_transposed(stack.layer(layer).get_submodule(module))
+        transposed = is_transposed(stack.layer(layer.index).get_submodule(module))
         whole[name] = folded(matrix, pair, transposed=transposed)
     return made, _fitting(stack, layer, made, whole)
 
 
-def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
-    """The tensors of one id, ID.PARAMETER, in the dtypes of the layer that runs with them."""
-    there = stack.layer(index).state_dict()
+def _fitting(stack: Stack, layer: LayerSpec, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
+    """The tensors of one id, ID.PARAMETER, in the dtypes of the layer that runs with them. Those of another number of
+    neurons have passed `with_width`."""
+    index = layer.index
+    there, other = stack.layer(index).state_dict(), resized(layer, tensors_of(weights_id, shapes_of(weights)))
     own = {name: tensor for name, tensor in weights.items() if name.startswith(f"{weights_id}.")}
     if not own:
         raise _refusal("W209", f"{index}:{weights_id}", f"the tensors {weights_id}.* are not given", f"write {index}")
     for name, tensor in own.items():
         old = there.get(name[len(weights_id) + 1 :])
-        if old is None or old.shape != tensor.shape:
+        if old is None or (old.shape != tensor.shape and name[len(weights_id) + 1 :] not in other):
             why = f"{name} is {list(tensor.shape)} and the layer holds {None if old is None else list(old.shape)} there"
             raise _refusal("W209", f"{index}:{weights_id}", why, f"write {index}")
     return {name: tensor.to(there[name[len(weights_id) + 1 :]].dtype) for name, tensor in own.items()}
