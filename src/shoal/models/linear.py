@@ -37,6 +37,5 @@ def said_width(module: nn.Module, leaf: str, tensor: torch.Tensor) -> dict[str, 
     who put adapters in, read it. Nothing for a bias, the other `leaf` that it may have."""
     if leaf != "weight":
         return {}
-    if isinstance(module, Conv1D):
-        return {"nx": tensor.shape[0], "nf": tensor.shape[1]}
-    return {"in_features": tensor.shape[1], "out_features": tensor.shape[0]} if isinstance(module, nn.Linear) else {}
+    words = ("nx", "nf") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    return {word: size for word, size in zip(words, tensor.shape, strict=False) if word in module.__dict__}
