@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
+from shoal.decoding.fast import FastDecoder
 from shoal.errors import PlanError, WriteError
 from shoal.live import apply, running
 from shoal.models.inspect import inspect
@@ -194,6 +195,17 @@ def test_they_learn_as_modules_too(family: str) -> None:
     for name, gradient in found[0].items():
         assert gradient is not None and bool(gradient.any())
         torch.testing.assert_close(found[1][name], gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", ["off", "layers"])
+def test_the_fast_loop_writes_the_same(mode: Any) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    new, asked = of_neurons(model, KEPT), {"max_new_tokens": 8, "do_sample": False}
+    with running(model, "0:x,1-3", new):
+        want = model.generate(IDS, **asked)
+    fast = FastDecoder(model, "0:x,1-3", new, mode=mode, backend="eager")
+    assert torch.equal(fast.generate(IDS, **asked), want)
+    assert not torch.equal(model.generate(IDS, **asked), want)
 
 
 UNFIT: dict[str, tuple[str, dict[str, tuple[int, ...]], str]] = {

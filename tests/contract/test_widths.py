@@ -28,7 +28,7 @@ from shoal.writing.planned_folder import write_planned
 from .families import tiny
 from .planted import data_of, random_data
 from .references import CLOSE
-from .shares import every
+from .shares import every, pairs
 from .test_neurons import DENSE, IDS, logits, neurons, of_neurons, twice, without_others
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
@@ -286,8 +286,7 @@ def test_narrower_mlps_are_views_of_the_wide_one(family: str, tmp_path: Path) ->
 PLANS = {"0-3": "0,1,2,3", "a layer twice": "0,1,1,3", "without one": "0,2,3"}
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+@pytest.mark.parametrize(("family", "plan"), pairs(4, ["llama", "gpt2", "phi3", "opt"], PLANS.values()))
 def test_one_width_for_all_layers_is_a_stock_checkpoint(family: str, plan: str, tmp_path: Path) -> None:
     """Proved in a fresh process; which field of the config says the width is tried, also where it leaves it open."""
     model = without_n_inner() if family == "gpt2" else tiny(family)
