@@ -56,11 +56,13 @@ class NeuronPlaces:
 
     def first(self, tensors: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
         """Of `tensors` those of the first `count` neurons: views, where the places of these stand together."""
-        made = self.chosen(tensors, torch.arange(count))
+        made = {}
         for one in self.spec.tensors:
-            each = self.places[one.name].shape[1]
-            if torch.equal(self.places[one.name].flatten(), torch.arange(self.spec.count * each)):
-                made[one.name] = tensors[one.name].narrow(one.dim, 0, count * each)
+            places, tensor = self.places[one.name].flatten(), tensors[one.name]
+            if torch.equal(places, torch.arange(len(places))):
+                made[one.name] = tensor.narrow(one.dim, 0, self.spec.places(one, count))
+            else:
+                made[one.name] = self.tensor(one.name, self.rows(one.name, tensor)[:count])
         return made
 
 

@@ -41,7 +41,8 @@ def fold_width(
     keep x n clusters. Of the k neurons of a cluster, W_in [rows of each, hidden] becomes their mean and W_out [hidden]
     their sum: what they make together where all k are the same. `repair` fold-ar takes back the spread that the mean of
     unlike rows loses: each mean row times k / sqrt(k + (k^2 - k) r), r the mean cosine of two rows of the cluster;
-    biases stay. `layers`: 3-5+9 names them; without it all whose neurons can be told. `keep` 1 changes nothing.
+    biases stay. `layers`: 3-5+9 names them; without it all whose neurons can be told. `keep` 1 changes nothing. Neurons
+    of pretrained models are seldom alike: on SmolLM2 it is worse than dropping as many at random (docs/widths.md).
 
     Source: Wang et al. 2025 (Model Folding, arXiv 2502.10216): clusters, mean and sum, Fold-AR (there the correlation
     of activations, for inputs that are not correlated, which is the cosine of rows).
