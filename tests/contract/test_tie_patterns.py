@@ -99,7 +99,7 @@ def test_joined_mlps_make_the_mean_of_all(family: str) -> None:
     model = copy.deepcopy(tiny_of(family, 4))
     spec = inspect(model)
     made = tie(job(model, "0-3"), pattern="sequence", unique=2, start="joined", part="mlp")
-    assert str(made.plan) == "0=tie-0,1=tie-0,2=tie-1,3=tie-1"
+    assert str(made.plan) == "0-1=tie-0,2-3=tie-1"
     neurons = spec.stack().layers[0].neurons
     assert neurons is not None
     reader = neurons.reads.name.rpartition(".")[0]

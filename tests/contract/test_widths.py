@@ -26,6 +26,7 @@ from shoal.writing.folder import write
 from shoal.writing.planned_folder import write_planned
 
 from .families import tiny
+from .healing import batch_of, gradients, learner_of
 from .planted import data_of, random_data
 from .references import CLOSE
 from .shares import every, pairs
@@ -281,6 +282,24 @@ def test_narrower_mlps_are_views_of_the_wide_one(family: str, tmp_path: Path) ->
         with bound[keep][0].running():
             torch.testing.assert_close(logits(model), bound[keep][1], **CLOSE)
     torch.testing.assert_close(logits(model), bound[1.0][1], **CLOSE)
+
+
+@pytest.mark.parametrize("learn", ["all", "plan", "lora:rank=2"])
+def test_a_narrower_model_is_healed(learn: str) -> None:
+    """One gradient step; what comes out has the width that went in, and runs."""
+    model = tiny("llama")
+    made = narrow(job(model), keep=0.5, layers="1-2")
+    with learner_of(model, "cross-entropy", learn=[learn], plan=str(made.plan), weights=dict(made.weights)) as learner:
+        found = gradients(learner, batch_of(2), 2)
+        assert any(bool(gradient.any()) for gradient in found.values())
+        with torch.no_grad():
+            for name, parameter in learner.moving_tensors.items():
+                parameter.sub_(found[name], alpha=0.1)
+        plan, tensors = learner.finished()
+    assert sum(name.endswith("mlp.down_proj.weight") and t.shape[1] == 32 for name, t in tensors.items()) == 2
+    with running(model, plan, tensors):
+        healed = logits(model)
+    assert healed.isfinite().all() and not torch.allclose(healed, under(model, made), atol=1e-4)
 
 
 PLANS = {"0-3": "0,1,2,3", "a layer twice": "0,1,1,3", "without one": "0,2,3"}
