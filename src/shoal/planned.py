@@ -30,7 +30,7 @@ from transformers import (
 from shoal.errors import ModelError, WriteError, first_line
 from shoal.executing.held_tensors import HeldTensors
 from shoal.executing.read_tensors import tensors_read
-from shoal.executing.weights import Tensors, used_by
+from shoal.executing.weights import Tensors, as_stored, used_by
 from shoal.live import Running, apply
 from shoal.models.checkpoint import tensor_headers
 from shoal.models.engine_slots import engine_slots
@@ -136,8 +136,8 @@ class ShoalForSeq2SeqLM(ShoalForCausalLM):
     """The same for encoder-decoders."""
 
 
-def config_of(opened: OpenedModel, plan: Plan) -> ShoalConfig:
-    """The config of the planned checkpoint of a base model under a plan."""
+def config_of(opened: OpenedModel, plan: Plan, weights: Tensors) -> ShoalConfig:
+    """The config of the planned checkpoint of a base model under a plan with its new tensors."""
     model = opened.model
     base = model.config.to_dict()
     base |= {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
@@ -146,7 +146,7 @@ def config_of(opened: OpenedModel, plan: Plan) -> ShoalConfig:
     special = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return ShoalConfig(
         base=json.loads(json.dumps(base)), plan=json.loads(plan_to_json(plan)), vocab_size=text.vocab_size,
-        dtype=base["dtype"], architectures=[kind.__name__], slots=engine_slots(opened, plan), **special,
+        dtype=base["dtype"], architectures=[kind.__name__], slots=engine_slots(opened, plan, weights), **special,
     )  # fmt: skip
 
 
@@ -170,9 +170,9 @@ def save_checkpoint(
     folder: Path, opened: OpenedModel, plan: Plan, weights: Tensors, *, max_shard_size: int | str = "5GB"
 ) -> None:
     """Write config, tensors and generation config of a planned checkpoint into a folder that exists."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint_tensors(opened, plan, weights).items()}
+    tensors = {name: as_stored(t) for name, t in checkpoint_tensors(opened, plan, weights).items()}
     save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
-    config_of(opened, plan).save_pretrained(folder)
+    config_of(opened, plan, weights).save_pretrained(folder)
     if opened.model.generation_config is not None:
         opened.model.generation_config.save_pretrained(folder)
 

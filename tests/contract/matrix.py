@@ -15,9 +15,9 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from shoal.errors import ShoalError
-from shoal.executing.low_rank import is_linear, is_transposed, matrix_of
 from shoal.live import running
 from shoal.models.inspect import inspect
+from shoal.models.linear import is_linear, is_transposed, matrix_of
 from shoal.models.stacks import find_stack
 from shoal.plan import Spec
 

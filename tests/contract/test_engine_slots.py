@@ -25,7 +25,7 @@ FAMILIES = ["llama", "gpt2", "opt", "qwen2", "gemma3_text", "mixtral", "cohere2"
 
 def slots_of(family: str, text: str) -> dict[str, Any]:
     opened = open_model(tiny(family, "eager"))
-    found = engine_slots(opened, parse_plan(text, Plan.identity(opened.spec)))
+    found = engine_slots(opened, parse_plan(text, Plan.identity(opened.spec)), {})
     assert found is not None
     return found
 
@@ -65,10 +65,10 @@ def test_the_stock_config_has_a_layer_of_the_right_kind_for_each_slot(family: st
 def test_what_is_no_run_has_no_slots() -> None:
     opened = open_model(tiny("llama", "eager"))
     for text in ("0,(1|2),3", "0-1,!e?g,2-3", "0,1@3,2-3"):
-        assert engine_slots(opened, parse_plan(text, Plan.identity(opened.spec))) is None
+        assert engine_slots(opened, parse_plan(text, Plan.identity(opened.spec)), {}) is None
     gemma = open_model(tiny("gemma3n_text", "eager"))
     identity = Plan.identity(gemma.spec)
-    assert engine_slots(gemma, identity.with_steps((*identity.steps(), identity.steps()[0]))) is None
+    assert engine_slots(gemma, identity.with_steps((*identity.steps(), identity.steps()[0])), {}) is None
 
 
 def test_the_folder_has_them_beside_the_plan(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
 from shoal.errors import PlanError
-from shoal.executing.low_rank import matrix_of
 from shoal.fitting.result import Job
 from shoal.live import running
+from shoal.models.linear import matrix_of
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, check, cost, parse_plan, shapes_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import prod
 from typing import Any
 
 import pytest
@@ -89,6 +90,59 @@ def test_a_set_begins_as_it_is_told(start: Any, part: Any) -> None:
         torch.testing.assert_close(logits(model), want, atol=3e-5, rtol=3e-5)
     numbers = sum(p.numel() for n, p in layers[0].items() if p.dim() > 1 and (part == "layer" or n.startswith("mlp.")))
     assert cost(made.plan, spec, weights=shapes_of(made.weights)).params == spec.params - 3 * numbers
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_joined_mlps_make_the_mean_of_all(family: str) -> None:
+    """One wide feed-forward of all neurons: at each place the mean of what the mlps would make of its input; of equal
+    mlps it is the model. As many parameters in matrices as before."""
+    model = copy.deepcopy(tiny_of(family, 4))
+    spec = inspect(model)
+    made = tie(job(model, "0-3"), pattern="sequence", unique=2, start="joined", part="mlp")
+    assert str(made.plan) == "0-1=tie-0,2-3=tie-1"
+    neurons = spec.stack().layers[0].neurons
+    assert neurons is not None
+    reader = neurons.reads.name.rpartition(".")[0]
+    by_hand = copy.deepcopy(model)
+    for n, other in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        # the reader of each layer gives the mean of what both mlps make of what the layer's own mlp is given
+        mean_with(find_stack(by_hand).layer(n), find_stack(model).layer(other), reader)
+    want = logits(by_hand)
+    with running(model, made.plan, made.weights):
+        torch.testing.assert_close(logits(model), want, atol=3e-5, rtol=3e-5)
+    priced = cost(made.plan, spec, weights=shapes_of(made.weights))
+    size = sum(prod(one.shape) for one in neurons.tensors)
+    assert priced.params == spec.params and priced.decode_flops > cost("0-3", spec).decode_flops
+    assert sum(t.numel() for t in made.weights.values()) == 4 * size
+
+
+def mean_with(layer: torch.nn.Module, other: torch.nn.Module, reader: str) -> None:
+    """Let the mlp of `layer` make the mean of what its own makes and what that of `other` makes of the same input; the
+    bias behind it is its own."""
+    seen: list[torch.Tensor] = []
+    inside = f"{reader.rpartition('.')[0]}." if "." in reader else "fc1"
+    maker = next(m for n, m in layer.named_modules() if n.startswith(inside) and n != reader and hasattr(m, "weight"))
+    maker.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+    def answer(module: torch.nn.Module, _: Any, out: torch.Tensor) -> torch.Tensor:
+        theirs: list[torch.Tensor] = []
+        handle = other.get_submodule(reader).register_forward_hook(lambda _, __, made: theirs.append(made))
+        if reader == "fc2":  # OPT keeps its mlp in the layer
+            other.fc2(other.activation_fn(other.fc1(seen[-1])))
+        else:
+            other.get_submodule(reader.rpartition(".")[0])(seen[-1])
+        handle.remove()
+        bias = getattr(module, "bias", None)
+        foreign = 0 if bias is None else other.get_submodule(reader).bias - bias
+        return (out + theirs[0] - foreign) / 2
+
+    layer.get_submodule(reader).register_forward_hook(answer)
+
+
+def test_mlps_of_experts_are_not_joined() -> None:
+    with pytest.raises(UsageError, match="cannot be joined") as caught:
+        tie(job(tiny_of("mixtral", 4), "0-3"), start="joined", part="mlp")
+    assert caught.value.code == "U559"
 
 
 def test_what_runs_otherwise_is_refused() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.executing.low_rank import is_linear, is_transposed, matrix_of
 from shoal.live import running
+from shoal.models.linear import is_linear, is_transposed, matrix_of
 from shoal.models.opened import open_model
 from shoal.plan import cost, shapes_of
 from shoal.writing.surgery import rewrite

@@ -13,6 +13,7 @@ from torch import nn
 from shoal.executing.affine import Affine
 from shoal.executing.looked_up import Converted
 from shoal.executing.low_rank import LowRank
+from shoal.models.linear import said_width
 from shoal.models.parts import stubs
 from shoal.plan.around import affine_of, around_run
 from shoal.plan.low_rank import WORDS, factors_of
@@ -60,6 +61,8 @@ class Exchange:
         for name, old, places in self._places:
             new = self._converted.like(name, self.tensors[name], old)
             entries += [(*place, new) for place in places]
+            if new.shape != old.shape:
+                entries += self._said(name, new)
         before = [place[key] for place, key, _ in entries]
         try:
             for place, key, new in entries:
@@ -115,6 +118,12 @@ class Exchange:
                 stand_in = Affine(stand_in, tuple(affine[path]), partial(self._factor, child, words))
             found.append(((owner, leaf, stand_in), list(words.values())))
         return found
+
+    def _said(self, name: str, new: torch.Tensor) -> Entries:
+        """What a module says of its width, where it has a weight of another."""
+        path, _, leaf = name.rpartition(".")
+        module = self.layer.get_submodule(path)
+        return [(module.__dict__, key, value) for key, value in said_width(module, leaf, new).items()]
 
     def _child(self, path: str) -> tuple[dict[str, Any], str]:
         """The dictionary that holds a module of the layer, and its key."""

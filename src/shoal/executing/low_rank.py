@@ -7,35 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from shoal.plan.low_rank import BESIDE
 
 Lookup = Callable[[str], torch.Tensor]
 """From the word of a factor to its tensor, in the dtype and on the device of the module's matrix."""
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies what it is given by one matrix: factors can stand beside it."""
-    inner = getattr(module, "base_layer", module)  # as peft wraps it
-    return isinstance(inner, nn.Linear | Conv1D)
-
-
-def matrix_of(module: nn.Module) -> torch.Tensor:
-    """The matrix of a linear module, [out, in]."""
-    weight: Any = module.weight
-    return turned(module, weight)
-
-
-def turned(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A weight as the module would hold it, [out, in]."""
-    found = weight.detach()
-    return found.T if is_transposed(module) else found
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear module holds its matrix as [in, out], as GPT-2's do."""
-    return isinstance(getattr(module, "base_layer", module), Conv1D)
 
 
 class LowRank(nn.Module):

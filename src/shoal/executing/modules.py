@@ -26,6 +26,7 @@ from torch import nn
 from shoal.errors import PlanError
 from shoal.executing.looked_up import TensorsOf
 from shoal.executing.weights import ids_of
+from shoal.models.linear import said_width
 from shoal.models.lists import BESIDE, Stack
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
@@ -143,6 +144,8 @@ def _put_layer(made: ModuleTensors, stack: Stack, run: Run, weights: Mapping[str
     held = dict([*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)])
     with torch.no_grad():
         for name, tensor in TensorsOf(run.weights, weights).items():
+            if held[name].shape != tensor.shape:
+                _resize(layer, name, held[name], tensor)
             held[name].copy_(tensor)
     for parameter in layer.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -161,6 +164,14 @@ def _refuse_beside(run: Run, weights_id: str, stack: Stack, weights: Mapping[str
             "of a layer alone; run the plan without modules",
             code="P157",
         )
+
+
+def _resize(layer: nn.Module, name: str, held: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Make room for fewer heads or another number of neurons than the base layer has."""
+    held.data = held.data.new_empty(tensor.shape)
+    path, _, leaf = name.rpartition(".")
+    module = layer.get_submodule(path)
+    module.__dict__.update(said_width(module, leaf, tensor))
 
 
 def _require_place(tensors: ModuleTensors, stack: Stack, run: Run) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from shoal.atomic import replacing
 from shoal.errors import PlanError, UsageError, WriteError
-from shoal.executing.low_rank import is_linear
+from shoal.models.linear import is_linear
 from shoal.models.stacks import Stack
 from shoal.plan import Exit, Given, Map, Parallel, Plan, Run, given_plan, place_of, save_plan, weights_hash
 from shoal.plan.around import affine_of
@@ -101,6 +101,12 @@ def used_by(plan: Plan, weights: Tensors) -> dict[str, torch.Tensor]:
     """Those of `weights` that a step of `plan` names."""
     ids = {name for _, steps in plan.stacks for name in ids_of(steps)}
     return {name: tensor for name, tensor in weights.items() if _owned(name, ids)}
+
+
+def as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, and no view of a part of something larger, which a file does not hold."""
+    found = tensor.detach().cpu().contiguous()
+    return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
 
 
 def ids_of(steps: Iterable[Step]) -> set[str]:

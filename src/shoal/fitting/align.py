@@ -97,7 +97,7 @@ def _align_values(
         own = matrices[layer]
         columns = torch.cat([own.columns(reader) for reader in own.known.readers(head)])
         roots.append(metric_root(columns.T @ columns, weighted))
-    shared, backs = _subspace(rows.seen, roots, _of(moments.own[group[0]], rows.seen[0]))
+    shared, backs = common_subspace(rows.seen, roots, _of(moments.own[group[0]], rows.seen[0]))
     matrices[group[0]].put_rows(one, head, shared)
     for place, (layer, back) in enumerate(zip(group, backs, strict=True)):
         own = matrices[layer]
@@ -120,30 +120,40 @@ def _align_keys(
     tables = [matrices[layer].rows(sides[layer].keys, head) for layer in group]
     rows = _rows(group, tables, matrices[group[0]].biased(side.keys), maps)
     moment = _of(moments.own[group[0]], rows.seen[0])
-    shared = torch.zeros_like(rows.seen[0])
-    backs = [torch.zeros(2 * [len(shared)], dtype=shared.dtype, device=shared.device) for _ in group]
     energies = [
-        _query_energy(matrices[layer], sides[layer], moments.own[layer], head).to(shared.device) for layer in group
+        query_energy(matrices[layer], sides[layer], moments.own[layer], head).to(moment.device) for layer in group
     ]
-    if side.pairs:
-        _common_numbers(side.pairs, rows.seen, energies, moment, weighted, shared, backs)
-    if side.plain:
-        plain = torch.tensor(side.plain, device=shared.device)
-        blocks = [energy[plain][:, plain] for energy in energies]
-        part, own = _subspace(
-            [seen[plain] for seen in rows.seen], [metric_root(block, weighted) for block in blocks], moment
-        )
-        shared[plain] = part
-        for back, mine in zip(backs, own, strict=True):
-            back[plain[:, None], plain] = mine
+    shared, backs = common_key(side, rows.seen, energies, moment, weighted)
     matrices[group[0]].put_rows(side.keys, head, shared)
     for place, (layer, back) in enumerate(zip(group, backs, strict=True)):
         own_matrices, queries = matrices[layer], sides[layer].queries
         for reader in own_matrices.known.readers(head):
             mine = own_matrices.rows(queries, reader)
             own_matrices.put_rows(queries, reader, back.T.to(mine.device) @ mine)
-        weights = metric_root(_turning(energies[place], side))
+        weights = metric_root(turning(energies[place], side))
         _note(lost[layer], 0, weights, rows.own[place], back @ shared, moments, layer, group[0])
+
+
+def common_key(
+    side: ScoreSide, seen: list[torch.Tensor], energies: list[torch.Tensor], moment: torch.Tensor, weighted: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The key [dim, inputs] that heads with the rows `seen` [dim, inputs] of keys can share, and for each the way back
+    [dim, dim]. `energies` [dim, dim]: of the queries that meet each; `moment` [inputs, inputs] of what is given."""
+    shared = torch.zeros_like(seen[0])
+    backs = [torch.zeros(2 * [len(shared)], dtype=shared.dtype, device=shared.device) for _ in seen]
+    energies = [energy.to(shared.device) for energy in energies]
+    if side.pairs:
+        _common_numbers(side.pairs, seen, energies, moment, weighted, shared, backs)
+    if side.plain:
+        plain = torch.tensor(side.plain, device=shared.device)
+        blocks = [energy[plain][:, plain] for energy in energies]
+        part, own = common_subspace(
+            [one[plain] for one in seen], [metric_root(block, weighted) for block in blocks], moment
+        )
+        shared[plain] = part
+        for back, mine in zip(backs, own, strict=True):
+            back[plain[:, None], plain] = mine
+    return shared, backs
 
 
 def _scores(matrices: HeadMatrices) -> ScoreSide:
@@ -152,7 +162,7 @@ def _scores(matrices: HeadMatrices) -> ScoreSide:
     return scores
 
 
-def _query_energy(own: HeadMatrices, side: ScoreSide, moment: torch.Tensor, head: int) -> torch.Tensor:
+def query_energy(own: HeadMatrices, side: ScoreSide, moment: torch.Tensor, head: int) -> torch.Tensor:
     """E[q q^T] [dim, dim] over the heads that ask the keys of `head`."""
     total: torch.Tensor | float = 0.0
     for reader in own.known.readers(head):
@@ -162,7 +172,7 @@ def _query_energy(own: HeadMatrices, side: ScoreSide, moment: torch.Tensor, head
     return total / moment[-1, -1].to(total.device)
 
 
-def _turning(energy: torch.Tensor, side: ScoreSide) -> torch.Tensor:
+def turning(energy: torch.Tensor, side: ScoreSide) -> torch.Tensor:
     """`energy` as keys at all distances meet it: of two channels that turn together only the sum of both counts."""
     met = energy.clone()
     turned = torch.tensor([channel for pair in side.pairs for channel in pair], dtype=torch.long, device=energy.device)
@@ -201,7 +211,7 @@ def _common_numbers(
         one[re, im], one[im, re] = -back[:, place].imag, back[:, place].imag
 
 
-def _subspace(
+def common_subspace(
     seen: list[torch.Tensor], roots: list[torch.Tensor], moment: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What `seen` [dim, inputs] of all layers have most in common, [dim, inputs], and for each layer the way back

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from shoal.executing.inputs import run_stack
-from shoal.executing.low_rank import is_linear
 from shoal.fitting.result import Job
 from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.examine import LayerFacts
+from shoal.models.linear import is_linear
 from shoal.models.opened import open_model
 from shoal.models.precision import float64_device, in_float64
 from shoal.models.stacks import Stack

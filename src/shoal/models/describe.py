@@ -18,7 +18,7 @@ from shoal.models.meta import meta_model
 from shoal.models.spread import is_spread
 from shoal.models.stacks import Stack, find_stacks
 from shoal.plan import KVSpec, LayerSpec, PartSpec, Spec, StackSpec
-from shoal.plan.spec import KVKind, ProjectionSpec
+from shoal.plan.spec import KVKind, NeuronSpec, ProjectionSpec
 
 
 def describe(model: PreTrainedModel, stacks: tuple[Stack, ...], facts: Mapping[str, StackFacts]) -> Spec:
@@ -131,6 +131,7 @@ def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[o
                 ),
                 needs=sharing.get(index, ()),
                 projections=_projections(layer, fact, users),
+                neurons=_neurons(layer, fact, users),
                 pinned=family.pinned if index == 0 and _pins(family, stack.config) else None,
                 matrices=tuple(multiplied(layer).items()) if several else (),
             )
@@ -218,6 +219,18 @@ def _projections(layer: nn.Module, fact: LayerFacts, users: Counter[object]) -> 
             tensors = tuple((n, tuple(p.shape)) for n, p in own.items())
             found.append(ProjectionSpec(name, roles.makes(name), tensors))
     return tuple(found)
+
+
+def _neurons(layer: nn.Module, fact: LayerFacts, users: Counter[object]) -> NeuronSpec | None:
+    """The neurons of a layer's mlp, where no other layer uses its weights and they are counted as they are held."""
+    if fact.neurons is None:
+        return None
+    held = {name.replace(".base_layer.", "."): p for name, p in layer.named_parameters()}
+    alike = all(
+        one.name in held and tuple(held[one.name].shape) == one.shape and users[_key(held[one.name])] == 1
+        for one in fact.neurons.tensors
+    )
+    return fact.neurons if alike else None
 
 
 def _active_share(config: PreTrainedConfig) -> float:

@@ -8,6 +8,7 @@ values or attention map it takes. Tensors are those of the folder.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,18 +17,21 @@ from shoal.errors import WriteError
 from shoal.models.depth import permuted_config
 from shoal.models.examine import LayerFacts
 from shoal.models.opened import OpenedModel
-from shoal.plan import Exit, Map, Parallel, Plan, Run, Step
+from shoal.plan import Exit, Map, Parallel, Plan, Run, Step, shapes_of
+from shoal.plan.around import around_run
 from shoal.plan.later import later_sources
-from shoal.plan.steps import key_source, map_source, value_source
+from shoal.plan.steps import key_source, map_source, runs, value_source
+from shoal.plan.tensors import Shapes, of_another_shape, tensors_of_run
 
 _OF_THE_FILE = ("_name_or_path", "architectures", "transformers_version")
 """Fields that say where a config was read."""
 
 
-def engine_slots(opened: OpenedModel, plan: Plan) -> dict[str, Any] | None:
+def engine_slots(opened: OpenedModel, plan: Plan, weights: Mapping[str, Any]) -> dict[str, Any] | None:
     """The slots of a plan: `architectures` and `config` of a stock model with a layer for each run, `slots` and, by
     base layer, `parts`. None where no stock config can have them, where something else than runs and maps
-    happens, where a run takes something from a later one, and for models of several stacks.
+    happens, where a run takes something from a later one, for models of several stacks, and where tensors that a run
+    has of its own (`weights`) are of another shape than its layer's, or stand around it.
 
     A slot has `base`, the layer whose place and tensors it has; `part`; `tie`, a layer whose matrices stand in place of
     its own; `own`, the ids of new tensors (shoal.ID.NAME) over these, later ones last; `keys`, `values` and `map`, the
@@ -37,6 +41,8 @@ def engine_slots(opened: OpenedModel, plan: Plan) -> dict[str, Any] | None:
     steps = plan.steps(stack.name)
     made = None if any(later_sources(steps)) or len(opened.stacks) > 1 else _slots(steps)
     if made is None or stack.config is not opened.model.config:
+        return None
+    if _fits_no_layer(opened, stack.name, steps, shapes_of(weights)):
         return None
     slots, behind = made
     try:
@@ -54,6 +60,12 @@ def engine_slots(opened: OpenedModel, plan: Plan) -> dict[str, Any] | None:
         "behind": behind,
         "parts": {str(base): _parts(facts[base]) for base in sorted({slot["base"] for slot in slots})},
     }
+
+
+def _fits_no_layer(opened: OpenedModel, stack: str, steps: tuple[Step, ...], weights: Shapes) -> bool:
+    layers = opened.spec.stack(stack).layers
+    own = [(layers[run.layer], tensors_of_run(run, weights)) for run in runs(steps)]
+    return any(of_another_shape(layer, tensors) or around_run(tensors) for layer, tensors in own)
 
 
 def _slots(steps: tuple[Step, ...]) -> tuple[list[dict[str, Any]], list[str]] | None:

@@ -16,9 +16,12 @@ from shoal.errors import ModelError
 from shoal.models.evaluating import evaluating
 from shoal.models.inputs import sample_inputs
 from shoal.models.kinds import MEDIA, PICTURES, auto_of, is_causal
+from shoal.models.listening import Call, without_cache, without_values
 from shoal.models.lists import Stack
-from shoal.models.parts import INDEX_NAMES, Parts, find_parts, reads_attention, without
+from shoal.models.neurons import find_neurons
+from shoal.models.parts import INDEX_NAMES, Parts, built_alike, find_parts, reads_attention, without
 from shoal.models.roles import HeadRoles, find_roles
+from shoal.plan.spec import NeuronSpec
 
 
 @dataclass
@@ -44,6 +47,8 @@ class LayerFacts:
     """What the matrices of its attention make; None without keys and values, and where that cannot be told."""
     mlp_reads_attention: bool = False
     """Whether its mlp reads what its attention wrote; otherwise both read one input, or nobody knows."""
+    neurons: NeuronSpec | None = None
+    """The neurons of its mlp, also where its parts are not known apart."""
     called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     """What it was called with: tensors without their values, and no cache."""
 
@@ -72,6 +77,7 @@ def examine(model: PreTrainedModel, stack: Stack) -> StackFacts:
             if stack.name == "decoder":
                 _read_cache(_cache_of(out), watcher.facts)
                 _find_roles(layers, watcher)
+            _find_neurons(layers, watcher)
             note = _prove_parts(layers, watcher)
             forward = True
     except ModelError:
@@ -151,7 +157,7 @@ class _Watcher:
         self.layers, self.by_name = layers, by_name
         self.order: list[int] = []
         self.facts: list[LayerFacts] = []
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Call] = []
         self._returns: dict[int, dict[str, int]] = {i: {} for i in range(len(layers))}
         self._tail: list[Any] = []
 
@@ -190,7 +196,7 @@ class _Watcher:
                         if isinstance(v, torch.Tensor) and v is value
                     },
                     returns=self._returns[index],
-                    called=(_without_values(args), _without_values(kwargs)),
+                    called=(without_values(args), without_values(kwargs)),
                 )
             )
             self.calls.append((args, kwargs))
@@ -235,24 +241,21 @@ def _find_roles(layers: list[nn.Module], watcher: _Watcher) -> None:
     for layer, fact, call in zip(layers, watcher.facts, watcher.calls, strict=True):
         if fact.keys is None:
             continue
-        shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
-        held = (item for module in layer.modules() for item in vars(module).items() if item[0] not in INDEX_NAMES)
-        settings = tuple((name, value) for name, value in held if isinstance(value, bool | int | str))
-        key = (type(layer), shapes, settings, fact.cache_at)
+        key = (built_alike(layer), fact.cache_at)
         if key not in known:
             known[key] = find_roles(layer, fact.cache_at, call)
         fact.roles = known[key]
 
 
-def _without_values(value: Any) -> Any:
-    """The same with tensors on the meta device, and None for a cache."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty_like(value, device="meta", requires_grad=False)
-    if isinstance(value, dict):
-        return {key: _without_values(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_without_values, value)) if type(value) in (list, tuple) else None
-    return None if isinstance(value, Cache) else value
+def _find_neurons(layers: list[nn.Module], watcher: _Watcher) -> None:
+    """Of layers with an mlp, once for all that are built alike."""
+    known: dict[Hashable, NeuronSpec | None] = {}
+    for layer, fact, call in zip(layers, watcher.facts, watcher.calls, strict=True):
+        if fact.parts is not None:
+            key = built_alike(layer)
+            if key not in known:
+                known[key] = find_neurons(layer, fact.parts, fact.returns, without_cache(call))
+            fact.neurons = known[key]
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -274,8 +277,7 @@ def _prove_parts(layers: list[nn.Module], watcher: _Watcher) -> str | None:
             fact.parts = None  # many encoders norm the sum, which only values show
             note = note or "without weights nothing proves that a layer only adds its attention and its mlp"
             continue
-        args = tuple(None if isinstance(a, Cache) else a for a in call[0])
-        kwargs = {k: None if isinstance(v, Cache) else v for k, v in call[1].items()}
+        args, kwargs = without_cache(call)
         x: Any = args[0] if args else kwargs["hidden_states"]
         try:
             with without(layer, (*fact.parts.attention, *fact.parts.mlp), fact.returns):

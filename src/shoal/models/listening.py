@@ -103,6 +103,26 @@ def no_context(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) 
     return values.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
 
 
+def without_cache(call: Call) -> Call:
+    """The call with None in the place of a cache."""
+    args, kwargs = call
+    return (
+        tuple(None if isinstance(a, Cache) else a for a in args),
+        {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()},
+    )
+
+
+def without_values(value: Any) -> Any:
+    """The same with tensors on the meta device, and None for a cache."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta", requires_grad=False)
+    if isinstance(value, dict):
+        return {key: without_values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_values, value)) if type(value) in (list, tuple) else None
+    return None if isinstance(value, Cache) else value
+
+
 class _Listening(Cache):
     """A cache that holds nothing and asks a function what is to be attended to."""
 

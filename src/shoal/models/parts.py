@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -175,3 +175,10 @@ def residual_place(forward: Callable[..., Any]) -> int | None:
 def _place_in(forward: Callable[..., Any]) -> int | None:
     parameters = [name for name in inspect.signature(forward).parameters if name != "self"]
     return parameters.index("residual") if "residual" in parameters else None
+
+
+def built_alike(layer: nn.Module) -> Hashable:
+    """What two layers have in common that are built alike, whatever their place."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+    held = (item for module in layer.modules() for item in vars(module).items() if item[0] not in INDEX_NAMES)
+    return type(layer), shapes, tuple((name, value) for name, value in held if isinstance(value, bool | int | str))

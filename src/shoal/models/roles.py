@@ -20,7 +20,8 @@ from shoal.models.listening import Call, Heard, KeysValues, heard, no_context
 from shoal.models.parts import INDEX_NAMES
 from shoal.plan.sources import Product
 
-_FAILS = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
+FAILS = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
+"""What a layer may raise that is probed in a way in which its model does not call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def find_roles(layer: nn.Module, cache_at: int | str | None, call: Call) -> Head
             if len(seen.stored) != 1:
                 return None
             keys, values = (marks.behind(one) for one in seen.stored[0])
-            rotated = bool(_leaves(seen.stored[0][0]) & {id(one) for one in tables})
+            rotated = bool(leaves_of(seen.stored[0][0]) & {id(one) for one in tables})
             apart = True
             if seen.asked:
                 apart = all(marks.halves(made) == {half} for half, made in enumerate(seen.asked[0][1:]))
@@ -90,7 +91,7 @@ def find_roles(layer: nn.Module, cache_at: int | str | None, call: Call) -> Head
                 out = marks.behind(heard(layer, cache_at, call, given=given).out)
                 found = keys, values, out & early, out - early
             heads = bool(seen.asked) and _runs_with_one_head(layer, cache_at, call, keys, values)
-    except _FAILS:
+    except FAILS:
         return None
     made_keys, made_values, made_queries, output = (tuple(n for n in inside if n in one) for one in found)
     return HeadRoles(made_queries, made_keys, made_values, output, rotated, apart, heads, marks.widths)
@@ -109,7 +110,7 @@ def _runs_with_one_head(layer: nn.Module, cache_at: int | str, call: Call, keys:
     ]
     try:
         seen = heard(layer, cache_at, call, attend=no_context)
-    except _FAILS:
+    except FAILS:
         return False
     finally:
         for handle in handles:
@@ -163,12 +164,12 @@ class _Marks:
 
     def halves(self, made: torch.Tensor) -> set[int]:
         """Of which of the two `made` was made: 0 for the stored keys, 1 for the stored values."""
-        leaves = _leaves(made)
+        leaves = leaves_of(made)
         return {half for half, mark in enumerate(self.stored) if id(mark) in leaves}
 
     def behind(self, made: torch.Tensor | None) -> set[str]:
         """The modules of whose answers `made` was made."""
-        return {self.names[leaf] for leaf in _leaves(made) if leaf in self.names}
+        return {self.names[leaf] for leaf in leaves_of(made) if leaf in self.names}
 
 
 @contextmanager
@@ -184,7 +185,7 @@ def _marked(layer: nn.Module, inside: list[str]) -> Iterator[_Marks]:
             handle.remove()
 
 
-def _leaves(made: torch.Tensor | None) -> set[int]:
+def leaves_of(made: torch.Tensor | None) -> set[int]:
     """The identities of the leaves of torch's graph behind a tensor."""
     found, seen = set[int](), set[Any]()
     todo = [None if made is None else made.grad_fn]

@@ -18,7 +18,7 @@ from math import prod
 from typing import Any, NamedTuple, assert_never
 
 from shoal.plan.around import around_flops
-from shoal.plan.fewer_heads import base_sizes, fewer_flops, stored_kv
+from shoal.plan.fewer_heads import stored_kv
 from shoal.plan.given import Given, given_plan
 from shoal.plan.heads import LOGITS, depths_in
 from shoal.plan.layer_size import causal_pairs, layer_size, score_width
@@ -28,7 +28,7 @@ from shoal.plan.select import paired
 from shoal.plan.sources import StackLayer
 from shoal.plan.spec import LayerSpec, ProjectionSpec, Spec, StackSpec
 from shoal.plan.steps import Exit, Map, Parallel, Run, Step, runs
-from shoal.plan.tensors import Shapes, stands_beside, tensors_of, tensors_of_run
+from shoal.plan.tensors import Shapes, smaller_by, stands_beside, tensors_of, tensors_of_run
 from shoal.plan.ties import tied_names
 
 
@@ -219,12 +219,14 @@ def _add_run(total: _Total, run: Run, stack: StackSpec, shape: Shape, weights: S
         total.storages[f"{tied}.{piece}"] = matrices
         total.storages[f"{storage}.{piece}.vectors"] = vectors
     total.readings += _readings(run, layer, tied, storage, new)
-    total.written += layer.params  # a stock checkpoint holds whole layers
+    less = smaller_by(layer, run, new)
+    total.written += layer.params - sum(less.values())  # a stock checkpoint holds whole layers
     total.shared |= dict(layer.shared)
     total.layer_runs += run.part == "layer"
     total.half_runs += run.part != "layer"
     flops += _factor_flops(new) + around_flops(new)
-    flops -= sum(one.flops for one in _left_out(layer, run)) + fewer_flops(layer, new)
+    flops -= sum(one.flops for one in _left_out(layer, run))
+    flops -= sum(2 * size for name, size in less.items() if len(new[name]) > 1)
     total.prefill += flops * shape.prompt
     total.decode += flops
     if run.part != "mlp":
@@ -259,10 +261,7 @@ def _left_out(layer: LayerSpec, run: Run) -> tuple[ProjectionSpec, ...]:
 
 
 def _readings(run: Run, layer: LayerSpec, tied: str, storage: str, own: Shapes) -> list[_Reading]:
-    parts = {"attention": layer.attention, "mlp": layer.mlp}
-    silent = [part for name, part in parts.items() if part is not None and run.part not in ("layer", name)]
-    left_out = tuple(f"{name}." for part in silent for name in part.modules)
-    base = base_sizes(layer)
+    left_out, base = layer.left_out(run.part), layer.sizes
     gone = {n: base.get(n, prod(shape)) for n, shape in own.items() if not stands_beside(n, shape)}
     for name in replaced_matrices(own):
         left, right = (own[f"{name.removesuffix('.weight')}.{word}"] for word in INSTEAD)

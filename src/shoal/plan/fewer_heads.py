@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import prod
 
 from shoal.plan.sources import STORED
 from shoal.plan.spec import KVSpec, LayerSpec
@@ -57,17 +56,6 @@ def unlike_heads(run: Run, layer: LayerSpec, own: Shapes) -> Iterator[tuple[str,
     if fewer and len(set().union(*made.values())) > 1:
         words = " and ".join(f"{'/'.join(map(str, sorted(counts)))} of {half}" for half, counts in made.items())
         yield "P129", run.layer, f"the tensors of layer {run.layer} make {words} heads; give as many for both"
-
-
-def fewer_flops(layer: LayerSpec, own: Shapes) -> int:
-    """By how many FLOPs for one token the matrices of fewer heads are cheaper."""
-    base = _base(layer)
-    return sum(2 * (prod(base[name]) - prod(own[name])) for name in narrower(layer, own) if len(own[name]) > 1)
-
-
-def base_sizes(layer: LayerSpec) -> dict[str, int]:
-    """The elements of the layer's own tensors of queries, keys and values, by name."""
-    return {name: prod(shape) for name, shape in _base(layer).items()}
 
 
 def _base(layer: LayerSpec) -> dict[str, tuple[int, ...]]:

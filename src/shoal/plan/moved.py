@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from shoal.errors import UsageError
 from shoal.plan.cost import Shape, map_size
-from shoal.plan.fewer_heads import base_sizes, stored_kv
+from shoal.plan.fewer_heads import stored_kv
 from shoal.plan.given import Given, given_plan
 from shoal.plan.plan import Plan
 from shoal.plan.sources import KV
@@ -125,7 +125,7 @@ class _Reads:
     def _matrices(self, run: Run) -> Iterator[_Read]:
         layer = self.stack.layers[run.layer]
         own = {weights_id: tensors_of(weights_id, self.weights) for weights_id in run.ids}
-        base, new = base_sizes(layer), 0
+        base, new = layer.sizes, 0
         for weights_id, shapes in own.items():
             matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) > 1}
             yield _Read(f":{weights_id}", sum(matrices.values()) * self.size)

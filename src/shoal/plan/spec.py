@@ -75,6 +75,37 @@ class ProjectionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class NeuronTensor:
+    """A tensor of an mlp in which every neuron has places of its own."""
+
+    name: str
+    """Within the layer."""
+    shape: tuple[int, ...]
+    dim: int
+    """The dimension along which the places are."""
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronSpec:
+    """The neurons of a dense mlp: what stands between the matrices that make them and the one that reads them. The
+    layer runs with another number of them (`neurons.py`)."""
+
+    count: int
+    makes: tuple[NeuronTensor, ...]
+    """Matrices, and biases, of one or more places for each neuron."""
+    reads: NeuronTensor
+    """The matrix of one place for each."""
+
+    @property
+    def tensors(self) -> tuple[NeuronTensor, ...]:
+        return (*self.makes, self.reads)
+
+    def places(self, tensor: NeuronTensor, count: int) -> int:
+        """How many places so many neurons have in a tensor."""
+        return tensor.shape[tensor.dim] // self.count * count
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One layer of the base model, named by its 0-based index for ever."""
 
@@ -101,6 +132,20 @@ class LayerSpec:
     """Whether its mlp reads what its attention wrote, so that the layer is the one and then the other."""
     projections: tuple[ProjectionSpec, ...] = ()
     """The matrices that a run leaves out where it takes all that they make from another layer, as far as known."""
+    neurons: NeuronSpec | None = None
+    """None where the mlp has experts, or runs with as many neurons alone."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The elements of the tensors in whose place a run may have some of another shape, by their names in it."""
+        found = {name: prod(shape) for one in self.projections for name, shape in one.tensors}
+        return found | {one.name: prod(one.shape) for one in (self.neurons.tensors if self.neurons else ())}
+
+    def left_out(self, part: str) -> tuple[str, ...]:
+        """How the names of tensors begin of what a run of one `part` leaves out; nothing for the whole layer."""
+        parts = {"attention": self.attention, "mlp": self.mlp}
+        silent = [one for name, one in parts.items() if one is not None and part not in ("layer", name)]
+        return tuple(f"{name}." for one in silent for name in one.modules)
 
     matrices: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """(name within the layer, shape) of the matrices that a tie across stacks speaks of, in models of several stacks:

@@ -6,13 +6,15 @@ P112 a tensor is missing   P113 a map's tensor does not fit   P129 a run's own t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import Any, TypeVar
 
 from shoal.plan.around import EMBEDDED, affine_of, around_run, is_beside, unfit_around
 from shoal.plan.fewer_heads import heads_made, narrower, unlike_heads
 from shoal.plan.low_rank import WORDS, factors_of, unfit_factors
+from shoal.plan.neurons import resized, unlike_neurons
 from shoal.plan.select import exits, maps
-from shoal.plan.spec import StackSpec
+from shoal.plan.spec import LayerSpec, StackSpec
 from shoal.plan.steps import Run, Step, added_values, ends_in, runs
 
 T = TypeVar("T")
@@ -48,6 +50,20 @@ def tensors_of_run(run: Run, tensors: Mapping[str, T]) -> dict[str, T]:
 def stands_beside(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a run's tensor comes to those of its layer, in the place of none of them."""
     return name.rpartition(".")[2] in WORDS or name == SHARES or is_beside(name, shape)
+
+
+def of_another_shape(layer: LayerSpec, own: Shapes) -> set[str]:
+    """The names of those tensors of one run of `layer` that rightly have another shape than the layer's: fewer heads of
+    keys and values, or another number of neurons."""
+    return narrower(layer, own) | resized(layer, own)
+
+
+def smaller_by(layer: LayerSpec, run: Run, own: Shapes) -> dict[str, int]:
+    """By name how many elements less than the layer's those of the run's own tensors have that are of another shape,
+    in the parts that it calls; below 0 where they have more."""
+    base, silent = layer.sizes, layer.left_out(run.part)
+    other = (name for name in of_another_shape(layer, own) if not name.startswith(silent))
+    return {name: base[name] - prod(own[name]) for name in other}
 
 
 def map_tensors(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> Iterator[Finding]:
@@ -118,6 +134,7 @@ def unfit_tensors(
             yield from _unfit(run, weights_id, stack, there, shapes, before)
         layer, own = stack.layers[run.layer], tensors_of_run(run, shapes)
         yield from unlike_heads(run, layer, own)
+        yield from unlike_neurons(run, layer, own)
         made[run.layer] = heads_made(layer, own)
         source = added_values(run)
         if source is not None and made.get(source, made[run.layer]) != made[run.layer]:
@@ -140,11 +157,11 @@ def _unfit(
     own = tensors_of(weights_id, shapes)
     yield from unfit_factors(run, weights_id, stack.name, there, own)
     yield from unfit_around(run, weights_id, stack.hidden, there, own, before)
-    fewer = narrower(stack.layers[run.layer], own)
+    other = of_another_shape(stack.layers[run.layer], own)
     modules = (*factors_of(own, there).items(), *affine_of(own, there).items())
     beside = {*(f"{module}.{word}" for module, found in modules for word in found), *around_run(own, there)}
     for name, shape in own.items():
-        if name in beside or name in fewer or (name == SHARES and added_values(run) is not None and shape == (2,)):
+        if name in beside or name in other or (name == SHARES and added_values(run) is not None and shape == (2,)):
             continue
         here, layer = f"{weights_id}.{name}", f"{stack.name} layer {run.layer}"
         if name not in there:

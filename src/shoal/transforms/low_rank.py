@@ -9,9 +9,9 @@ from torch import nn
 
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
-from shoal.executing.low_rank import matrix_of
 from shoal.fitting.low_rank import input_moments, linear_modules, two_factors
 from shoal.fitting.result import Job, Transformed
+from shoal.models.linear import matrix_of
 from shoal.models.opened import open_model
 from shoal.plan import Run, Step
 from shoal.plan.select import run_of

@@ -10,9 +10,9 @@ import torch
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
 from shoal.executing.looked_up import TiedTensors
-from shoal.executing.low_rank import matrix_of, turned
 from shoal.fitting.low_rank import linear_modules, moments_of, two_factors
 from shoal.fitting.result import Job, Transformed
+from shoal.models.linear import matrix_of, turned
 from shoal.models.opened import open_model
 from shoal.plan import Run, Step
 from shoal.plan.select import run_of

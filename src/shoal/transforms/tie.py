@@ -12,6 +12,7 @@ from shoal.errors import UsageError
 from shoal.examples import TransformExamples
 from shoal.fitting.merge import combined
 from shoal.fitting.result import Job, Transformed
+from shoal.models.neuron_places import neuron_places
 from shoal.models.opened import open_model
 from shoal.plan import Run, Step
 from shoal.plan.select import run_of
@@ -25,11 +26,12 @@ EXAMPLES = TransformExamples(
         ((), {"unique": 99}, "U559"),
         ((), {"pattern": "sandwich", "unique": 2}, "U559"),
         ((), {"pattern": "encoder"}, "U559"),
+        ((), {"start": "joined"}, "U559"),
     )
 )
 Within = Literal["sequence", "cycle", "cycle-rev", "sandwich", "all"]
 Pattern = Within | Literal["encoder"]
-Start = Literal["first", "last", "stepwise", "average", "random"]
+Start = Literal["first", "last", "stepwise", "average", "random", "joined"]
 
 
 def tie(
@@ -51,16 +53,20 @@ def tie(
     the encoder has none, is its own.
     `start` says with which matrices a set begins: those of its `first` or `last` layer; `stepwise`, of the layer
     round(s (N - 1) / (M - 1)) for set s, so that first and last layer of the base are kept; `average`, the mean of its
-    layers'; `random`, numbers of the same standard deviation, drawn with `seed`, to compare with. The last three are
-    new tensors that the runs share (`0=tie-0`), and so can learn (the learner `plan`). `part`: only attentions
-    or only mlps are tied. Stored parameters fall; FLOPs and KV do not. `unique` N changes nothing. A tied model is
-    hardly usable before it is trained: low rank alone at equal stored values is better without training. Raises U559
-    for numbers that fit no layers, and where something else runs than whole layers with their own tensors.
+    layers'; `random`, numbers of the same standard deviation, drawn with `seed`, to compare with; `joined` (with
+    `part` mlp), all neurons of the set's layers in one wider mlp, which makes the mean of what their mlps make: as many
+    parameters as before, and as many times the FLOPs as layers share it. The last four are new tensors that the runs
+    share (`0=tie-0`), and so can learn (the learner `plan`). `part`: only attentions or only mlps are tied. Stored
+    parameters fall (but of `joined`); FLOPs and KV do not. `unique` N changes nothing. A tied model is hardly usable
+    before it is trained: low rank alone at equal stored values is better without training. Raises U559 for numbers that
+    fit no layers, for mlps that cannot be joined, and where something else runs than whole layers with their own
+    tensors.
 
     Source: Takase and Kiyono 2021 (sequence, cycle, cycle-rev; arXiv 2104.06022); Subformer, Reid et al. 2021
     (sandwich, arXiv 2101.00234); MobileLLM, Liu et al. 2024 (pairs, arXiv 2402.14905); ALBERT, Lan et al. 2019 (all,
-    arXiv 1909.11942); Tied Transformers, Xia et al. 2019 (encoder; AAAI 33). Starts: relaxed recursive transformers,
-    Bae et al. 2024 (arXiv 2410.20672, section 2.2).
+    arXiv 1909.11942); One Wide Feedforward, Pessoa Pires et al. 2023 (arXiv 2309.01826: one mlp for all, `joined` its
+    width at equal parameters); Tied Transformers, Xia et al. 2019 (encoder; AAAI 33). Starts: relaxed recursive
+    transformers, Bae et al. 2024 (arXiv 2410.20672, section 2.2).
 
     How we differ: there norms are shared too, as the plan `0-14,0-14` does; the systems train from random numbers, but
     for the last. Tied Transformers tie the whole of encoder and decoder, where here the attention to the encoder is the
@@ -72,6 +78,10 @@ def tie(
         tied = tuple(replace(run, tie=StackLayer("encoder", run.layer)) for run in runs)
         return Transformed(job.plan.with_steps(tied, job.stack), job.weights)
     sets = _sets(pattern, len(runs), unique)
+    if start == "joined" and part != "mlp":
+        raise UsageError(
+            f"tie: start=joined joins neurons of mlps, and part={part} ties more; give part=mlp", code="U559"
+        )
     layers = [run.layer for run in runs]
     weights = dict(job.weights)
     steps: list[Step] = []
@@ -88,7 +98,8 @@ def tie(
             source = layers[round(sets[number] * (len(runs) - 1) / max(count - 1, 1))]
             shares = dict.fromkeys(members, 1 / len(members)) if start == "average" else {source: 1.0}
             if not any(key.startswith(f"{name}.") for key in weights):
-                weights |= _shared(job, name, run.layer, shares, part)
+                joined = start == "joined"
+                weights |= _joined(job, name, members) if joined else _shared(job, name, run.layer, shares, part)
                 if start == "random":
                     weights |= _drawn(weights, name, sets[number], seed)
         job.tell(number + 1, len(runs), "tie")
@@ -150,6 +161,25 @@ def _tied(run: Run, owner: int | str, part: PartName) -> list[Step]:
     if part == "layer" or isinstance(owner, str):
         return [replace(run, tie=owner)]
     return [Run(run.layer, one, tie=owner if one == part else None) for one in ("attention", "mlp")]
+
+
+def _joined(job: Job, name: str, members: list[int]) -> dict[str, torch.Tensor]:
+    """Under ID.NAME the tensors of all neurons of these layers, read by as much less as there are layers."""
+    opened = open_model(job.model)
+    stack, made = opened.stack(job.stack), dict[str, torch.Tensor]()
+    known = neuron_places(opened, members, job.stack)
+    first = known[members[0]]
+    for layer, one in known.items():
+        if isinstance(one, str) or isinstance(first, str) or one.spec != first.spec:
+            why = one if isinstance(one, str) else f"it has not the neurons of layer {members[0]}"
+            raise UsageError(f"tie: the mlp of layer {layer} cannot be joined with others: {why}", code="U559")
+        for tensor in one.spec.tensors:
+            held = stack.layer(layer).get_parameter(tensor.name).detach()
+            rows = one.rows(tensor.name, held) / (len(members) if tensor == one.spec.reads else 1)
+            before = made.get(tensor.name)
+            made[tensor.name] = rows if before is None else torch.cat([before, rows.to(before)])
+    assert not isinstance(first, str)
+    return {f"{name}.{key}": first.tensor(key, rows) for key, rows in made.items()}
 
 
 def _drawn(weights: Mapping[str, torch.Tensor], name: str, number: int, seed: int) -> dict[str, torch.Tensor]:

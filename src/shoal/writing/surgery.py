@@ -13,9 +13,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import WriteError
-from shoal.executing.affine import folded_affine
-from shoal.executing.looked_up import TiedTensors
-from shoal.executing.low_rank import folded, is_transposed
 from shoal.executing.weights import plan_and_weights
 from shoal.models.adapter import is_adapted
 from shoal.models.backbone_outputs import renumbered_outputs
@@ -28,18 +25,16 @@ from shoal.models.other_readers import for_other_readers, renumbering
 from shoal.models.picture_features import renumbered_features
 from shoal.models.stacks import Stack, find_stacks, unwrap
 from shoal.plan import Given, Plan
-from shoal.plan.around import affine_of, around_run
-from shoal.plan.low_rank import factors_of
-from shoal.plan.sources import StackLayer
-from shoal.plan.tensors import tensors_of
 from shoal.writing.assemble import assembled
-from shoal.writing.blueprint import AND, Blueprint, StackSlots, Tensors
+from shoal.writing.blueprint import Blueprint, StackSlots, Tensors
+from shoal.writing.own_tensors import own_tensors
 from shoal.writing.papers import generation_for
 from shoal.writing.same_layers import require_same_layers
 from shoal.writing.shared_kv import with_readers
 from shoal.writing.slots import slots_of
 from shoal.writing.stack_depths import described, refuse_cache, with_depths
 from shoal.writing.tensors import moved_tensors, resized_tensors
+from shoal.writing.widths import with_width
 
 
 def blueprint(
@@ -54,7 +49,7 @@ def blueprint(
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
     depth, W209 replaced weights that are not given or do not fit the layer, W216 a config that its own class does not
     accept, W241 a decoder deeper than its encoder where transformers sizes the cache by the encoder, W242 a numbered
-    output of a layer that is gone.
+    output of a layer that is gone, W276 unlike numbers of neurons.
     Raises `PlanError` P126 for an order in which the family's layers cannot run, P151 and P152 for layers beside which
     the model adds what it sees in pictures.
 
@@ -85,14 +80,17 @@ def blueprint(
         raise WriteError(
             f"no config of {stacks[0].config.model_type} describes these layers: {why}; run the plan live", code="W216"
         ) from error
+    config, fields, narrower = with_width(model, config, by_stack, weights or {})
+    changed |= fields
     own: Tensors = {}
     for stack in stacks:
-        by_stack[stack.name], mine = _replaced(model, stack, by_stack[stack.name], weights or {})
+        layers = open_model(model).spec.stack(stack.name).layers
+        by_stack[stack.name], mine = own_tensors(model, stack, layers, by_stack[stack.name], weights or {})
         by_stack[stack.name] = by_stack[stack.name]._replace(lacks=lacks[stack.name])
         own |= mine
     main = by_stack[plan.stack_name()]
     beside = tuple((name, found) for name, found in by_stack.items() if name != plan.stack_name())
-    fewer = sum(_lacking(stack, by_stack[stack.name]) for stack in stacks)
+    fewer = narrower + sum(_lacking(stack, by_stack[stack.name]) for stack in stacks)
     return Blueprint(
         plan=plan, config=config, changed=changed, weights=own, others=beside, fewer=fewer, **main._asdict()
     )
@@ -102,90 +100,6 @@ def _lacking(stack: Stack, found: StackSlots) -> int:
     """Elements of the tensors that slots lack."""
     held = ((stack.layer(found.slots[slot]).state_dict(), names) for slot, names in found.lacks)
     return sum(tensor.numel() for state, names in held for name, tensor in state.items() if name.startswith(names))
-
-
-def _replaced(
-    model: PreTrainedModel, stack: Stack, found: StackSlots, weights: Mapping[str, torch.Tensor]
-) -> tuple[StackSlots, dict[str, torch.Tensor]]:
-    """The slots with an id of its own for each in which low-rank factors become a matrix, and the tensors of all ids.
-
-    What the factors change is the matrix of the run: that of its own tensors, of the tied layer, or of the layer.
-    """
-    ties, own = dict(found.tied), dict[str, torch.Tensor]()
-    replaced, mlps = dict(found.replaced), dict(found.mlps)
-    for slot, weights_id in found.replaced:
-        layer = found.slots[slot]
-        held = _matrices(model, stack, layer, ties.get(slot))
-        replaced[slot], made = _own(stack, layer, held, weights_id, f"{weights_id}@{slot}", weights)
-        own |= made
-    for slot, half in found.mlps:
-        if half.weights is not None:
-            held = _matrices(model, stack, half.layer, half.tie)
-            name, made = _own(stack, half.layer, held, half.weights, f"{half.weights}@{slot}m", weights)
-            mlps[slot] = half._replace(weights=name)
-            own |= made
-    return found._replace(replaced=tuple(replaced.items()), mlps=tuple(mlps.items())), own
-
-
-def _matrices(model: PreTrainedModel, stack: Stack, index: int, tie: int | StackLayer | None) -> Tensors:
-    """What a run of a layer has before its own tensors: those of the layer, and the matrices of the tied one."""
-    layer = stack.layer(index)
-    held: Tensors = layer.state_dict()
-    if tie is None:
-        return held
-    tied = TiedTensors(layer, open_model(model).layer_of(tie, stack), across=isinstance(tie, StackLayer))
-    return held | {name: tensor.detach() for name, tensor in tied.items()}
-
-
-def _own(
-    stack: Stack, layer: int, held: Tensors, weights_id: str, made: str, weights: Mapping[str, torch.Tensor]
-) -> tuple[str, Tensors]:
-    """The tensors of a run of `layer`, which has `held` before them, and their id: `made` where low-rank factors change
-    some, or some lie over those that runs share."""
-    given = {name: t for one in weights_id.split(AND) for name, t in tensors_of(one, weights).items()}
-    factors = factors_of(given, stack.layer(layer).state_dict())
-    _refuse_around(layer, weights_id, given, stack)
-    affine = affine_of(given, stack.layer(layer).state_dict())
-    if not factors and not affine and AND not in weights_id:
-        return weights_id, _fitting(stack, layer, weights_id, weights)
-    whole = {f"{made}.{name}": t for name, t in given.items() if name in held}
-    for module, pair in factors.items():
-        name = f"{made}.{module}.weight"
-        matrix = whole.get(name, held[f"{module}.weight"])
-        transposed = is_transposed(stack.layer(layer).get_submodule(module))
-        whole[name] = folded(matrix, pair, transposed=transposed)
-    for module, words in affine.items():
-        names = f"{made}.{module}.weight", f"{made}.{module}.bias"
-        matrix = whole.get(names[0], held[f"{module}.weight"])
-        bias = whole.get(names[1], stack.layer(layer).state_dict().get(f"{module}.bias"))
-        if bias is None and "shift" in words:
-            why = f"it shifts what {module} makes, which has no bias to hold that"
-            raise _refusal("W287", f"{layer}:{weights_id}", why, "write it --as planned")
-        transposed = is_transposed(stack.layer(layer).get_submodule(module))
-        new = folded_affine(matrix, bias, words, transposed=transposed)
-        whole |= {name: tensor for name, tensor in zip(names, new, strict=True) if tensor is not None}
-    return made, _fitting(stack, layer, made, whole)
-
-
-def _refuse_around(layer: int, weights_id: str, given: Tensors, stack: Stack) -> None:
-    around = around_run(given, stack.layer(layer).state_dict())
-    if around:
-        why = f"the tensor {next(iter(around))} stands around the layer, where no stock model has one"
-        raise _refusal("W287", f"{layer}:{weights_id}", why, "write it --as planned")
-
-
-def _fitting(stack: Stack, index: int, weights_id: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
-    """The tensors of one id, ID.PARAMETER, in the dtypes of the layer that runs with them."""
-    there = stack.layer(index).state_dict()
-    own = {name: tensor for name, tensor in weights.items() if name.startswith(f"{weights_id}.")}
-    if not own:
-        raise _refusal("W209", f"{index}:{weights_id}", f"the tensors {weights_id}.* are not given", f"write {index}")
-    for name, tensor in own.items():
-        old = there.get(name[len(weights_id) + 1 :])
-        if old is None or old.shape != tensor.shape:
-            why = f"{name} is {list(tensor.shape)} and the layer holds {None if old is None else list(old.shape)} there"
-            raise _refusal("W209", f"{index}:{weights_id}", why, f"write {index}")
-    return {name: tensor.to(there[name[len(weights_id) + 1 :]].dtype) for name, tensor in own.items()}
 
 
 def rewrite(
@@ -256,10 +170,6 @@ def _permuted(
     if stack.name == "decoder":
         changed |= renumbered_features(model.config, made, stack.depth, slots)
     return made, changed
-
-
-def _refusal(code: str, step: str, why: str, nearest: str) -> WriteError:
-    return WriteError(f"step {step} cannot be written as a stock checkpoint: {why}; {nearest}", code=code)
 
 
 def _whole_config(
