@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
 import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
 from shoal.errors import UsageError, WriteError
 from shoal.executing.bind import bind
+from shoal.executing.weights import used_by
 from shoal.fitting.clusters import k_means, means, ward
 from shoal.fitting.result import Job, Transformed
 from shoal.live import running
@@ -296,6 +297,7 @@ def test_a_narrower_model_is_healed(learn: str) -> None:
             for name, parameter in learner.moving_tensors.items():
                 parameter.sub_(found[name], alpha=0.1)
         plan, tensors = learner.finished()
+    tensors = used_by(plan, tensors)
     assert sum(name.endswith("mlp.down_proj.weight") and t.shape[1] == 32 for name, t in tensors.items()) == 2
     with running(model, plan, tensors):
         healed = logits(model)

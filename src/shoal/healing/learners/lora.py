@@ -27,7 +27,7 @@ from shoal.healing.moving import (
 )
 from shoal.models.adapter import Adapter, require_peft
 from shoal.plan import Plan, Run
-from shoal.plan.tensors import tensors_of
+from shoal.plan.tensors import tensors_of, tensors_of_run
 
 NAME = "shoal-heal"
 COMES_LAST = True
@@ -48,9 +48,10 @@ def lora(
 
     W is [out, in]; A [rank, in] and B [out, rank] learn, and B is 0 at first.
     So the start is the plan itself, bit for bit, and the whole model without its adapters is the teacher. `alpha` None:
-    twice the rank. Matrices that fused kernels read by themselves (`out_proj` of Mamba) get none. `where` near: only
-    the `width` layers before and behind each removed span. At the end W + (alpha / rank) B A is computed in float32 and
-    cast once: the result is a stock checkpoint of the plan's size.
+    twice the rank. Matrices that fused kernels read by themselves (`out_proj` of Mamba) get none, nor do those in whose
+    place a run has narrower or wider ones (`--learn plan` moves these). `where` near: only the `width` layers before
+    and behind each removed span. At the end W + (alpha / rank) B A is computed in float32 and cast once: the result is
+    a stock checkpoint of the plan's size.
 
     Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), by peft; as healing: Gromov et al. 2024 (arXiv 2403.17887).
     """
@@ -84,7 +85,17 @@ def _targets(job: LearnJob, runs: list[Run], part: str) -> list[str]:
         for root in roots:
             found |= {names[id(m)]: None for m in root.modules() if _is_matrix(m)}
     fused = FUSED.get(getattr(job.opened.model.config, "model_type", ""), frozenset())
-    return [name for name in found if name.rpartition(".")[2] not in fused]
+    other = {f"{names[id(job.layer(run.layer))]}.{module}" for run in runs for module in _of_another_shape(job, run)}
+    return [name for name in found if name.rpartition(".")[2] not in fused and name not in other]
+
+
+def _of_another_shape(job: LearnJob, run: Run) -> Iterator[str]:
+    """The modules of a run's layer for which it has a matrix of another shape, beside which the layer's cannot have an
+    adapter."""
+    for name, tensor in tensors_of_run(run, job.weights).items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and job.layer(run.layer).get_parameter(name).shape != tensor.shape:
+            yield module
 
 
 def _is_matrix(module: nn.Module) -> bool:
