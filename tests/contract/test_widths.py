@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, PreTrainedModel, ViTConfig
 
 import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
-from shoal.errors import UsageError, WriteError
+from shoal.errors import PlanError, UsageError, WriteError
 from shoal.executing.bind import bind
 from shoal.executing.weights import used_by
 from shoal.fitting.clusters import k_means, means, ward
@@ -369,3 +369,24 @@ def test_a_tied_mlp_is_not_changed_beneath_others() -> None:
     with pytest.raises(UsageError, match="once with matrices of its own") as caught:
         narrow(job(tiny("llama"), "0-2,3=0"), layers="3")
     assert caught.value.code == "U686"
+
+
+@pytest.mark.parametrize(("word", "shape"), [("scale", (48,)), ("shift", (48,)), ("up", (48, 2)), ("scale", (1,))])
+def test_what_stands_beside_a_matrix_of_another_size_is_refused(word: str, shape: tuple[int, ...]) -> None:
+    """A factor, a scale or a shift beside a matrix whose neurons are fewer is P129; one number for all of them fits."""
+    model = tiny("llama")
+    made = narrow(job(model), keep=0.5, layers="1", by="magnitude")
+    (weights_id,) = {name.partition(".")[0] for name in made.weights}
+    size = places(model, 1).spec.count
+    whole = tuple(size if n == 48 else n for n in shape)
+    beside = {f"{weights_id}.mlp.up_proj.{word}": torch.ones(whole)}
+    if word == "up":
+        beside[f"{weights_id}.mlp.up_proj.down"] = torch.ones(2, 32)
+    if shape == (1,):
+        with running(model, made.plan, {**made.weights, **beside}):
+            assert torch.isfinite(model(input_ids=torch.arange(3, 9)[None]).logits).all()
+        return
+    with pytest.raises(PlanError) as caught, running(model, made.plan, {**made.weights, **beside}):
+        pass
+    assert caught.value.code == "P129"
+    assert "stands beside" in str(caught.value)

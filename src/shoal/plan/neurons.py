@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from shoal.plan.around import AFFINE
 from shoal.plan.low_rank import WORDS
 from shoal.plan.spec import LayerSpec, NeuronTensor
 from shoal.plan.steps import Run
@@ -31,8 +32,8 @@ def resized(layer: LayerSpec, own: Shapes) -> set[str]:
 
 
 def unlike_neurons(run: Run, layer: LayerSpec, own: Shapes) -> Iterator[tuple[str, int, str]]:
-    """P129 where the tensors that the run has of its mlp are for different numbers of neurons, or have factors beside
-    another number than the layer's."""
+    """P129 where the tensors that the run has of its mlp are for different numbers of neurons, or have factors, scales
+    or shifts beside another number than the layer's."""
     other = resized(layer, own)
     if layer.neurons is None or not other or run.part == "attention":
         return
@@ -44,9 +45,9 @@ def unlike_neurons(run: Run, layer: LayerSpec, own: Shapes) -> Iterator[tuple[st
     modules = {name.rpartition(".")[0] for name in counts}
     for name in own:
         module, _, word = name.rpartition(".")
-        if module in modules and word in WORDS:
-            words = f"the tensors of layer {run.layer} make {counts[first]} neurons, and {name} is a factor"
-            yield "P129", run.layer, f"{words} at a matrix of {layer.neurons.count}; multiply it into the matrix"
+        if module in modules and (word in WORDS or (word in AFFINE and own[name] != (1,))):
+            words = f"the tensors of layer {run.layer} make {counts[first]} neurons, and {name} stands beside"
+            yield "P129", run.layer, f"{words} a matrix of {layer.neurons.count}; multiply it into the matrix"
             return
 
 
