@@ -127,6 +127,13 @@ def test_no_tokens_leave_the_start_bit_for_bit(loaded: Loaded) -> None:
     assert found.texts["held out"].before.nll == found.texts["held out"].after.nll
 
 
+def test_a_closed_form_is_fitted_on_as_many_windows_as_it_asks_for(loaded: Loaded, data: str) -> None:
+    """However few tokens are trained on: fitted on two windows, it is a system with more unknowns than equations."""
+    said: list[str] = []
+    heal(loaded, recipe="refit-kd:windows=5", tokens=32, data=data, say=said.append, **SMALL)
+    assert any("fitted on 80 tokens" in line for line in said), said
+
+
 def test_minutes_are_turned_into_tokens(loaded: Loaded) -> None:
     said: list[str] = []
     found = heal(loaded, minutes=0.02, data=text(), watch=text(4, 1), say=said.append, **SMALL)

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,10 @@ def run_recipe(run: HealRun, plan: Plan, weights: Tensors, amount: dict[str, Any
     """All stages of the recipe, from `plan` with its `weights`."""
     start, whole = (plan, dict(weights)), plan
     steps = _steps(run, plan, weights, amount, kept)
-    texts = run.texts(max(1, math.ceil(sum(steps) * run.per_step / run.length)))
+    trained = max(1, math.ceil(sum(steps) * run.per_step / run.length))
+    # a transform is fitted on as many windows as it asks for, however few are trained on
+    read = run.texts(max([trained, *(stage.windows for stage in run.stages if isinstance(stage, Fit))]))
+    texts = replace(read, train=read.train.only(range(min(trained, len(read.train)))))
     order = _least_first(run, plan, texts) if any(isinstance(s, Stage) and s.removed < 1 for s in run.stages) else ()
     said: list[dict[str, Any]] = []
     current, tensors = start
@@ -89,7 +92,7 @@ def run_recipe(run: HealRun, plan: Plan, weights: Tensors, amount: dict[str, Any
             said.append(record)
             continue
         if isinstance(stage, Fit):
-            current, tensors, record = _fitted(run, stage, current, tensors, texts)
+            current, tensors, record = _fitted(run, stage, current, tensors, read)
         else:
             current = _cut_to(current, run.stack, whole, order, stage.removed)
             if steps[number - 1] == 0:
