@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, PreTrainedModel, ViTConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    DynamicCache,
+    GPT2Config,
+    PreTrainedModel,
+    ViTConfig,
+)
 
 import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
 from shoal.errors import PlanError, UsageError, WriteError
@@ -283,6 +291,12 @@ def test_narrower_mlps_are_views_of_the_wide_one(family: str, tmp_path: Path) ->
         with bound[keep][0].running():
             torch.testing.assert_close(logits(model), bound[keep][1], **CLOSE)
     torch.testing.assert_close(logits(model), bound[1.0][1], **CLOSE)
+    cache = DynamicCache(config=model.config)
+    with bound[0.5][0].running():
+        logits(model, input_ids=IDS[:, :4], past_key_values=cache, use_cache=True)
+    with bound[1.0][0].running(), pytest.raises(PlanError) as caught:
+        logits(model, input_ids=IDS[:, 4:5], past_key_values=cache, use_cache=True)
+    assert caught.value.code == "P123", "keys and values of one width are not those of another"
 
 
 @pytest.mark.parametrize("learn", ["all", "plan", "lora:rank=2"])

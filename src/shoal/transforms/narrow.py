@@ -63,11 +63,8 @@ def narrow(
     if by == "order":
         new = {one.layer: one.known.first(one.tensors, kept(one.count, keep, "narrow")) for one in mlps}
         return Transformed(job.plan, job.weights) if keep == 1 else with_mlps(job, new, mlps, "narrow", ())
-    found = (
-        _by_text(job, mlps, by)
-        if by in ("activation", "output")
-        else {one.layer: _alone(one, by, seed) for one in mlps}
-    )
+    reads = by in ("activation", "output")
+    found = _by_text(job, mlps, by) if reads else {one.layer: _alone(one, by, seed) for one in mlps}
     new, notes = {}, list[str]()
     for one in mlps:
         importance = found[one.layer]
@@ -75,7 +72,8 @@ def narrow(
         order = importance.argsort(descending=True, stable=True)[:count]
         new[one.layer] = one.known.chosen(one.tensors, order)
         share = float(importance[order].sum() / importance.sum().clamp(min=1e-30))
-        notes.append(f"layer {one.layer}: {count} of {one.count} neurons, {share:.1%} of their {by}")
+        said = "" if by == "random" else f", {share:.1%} of their {by}"
+        notes.append(f"layer {one.layer}: {count} of {one.count} neurons{said}")
     return with_mlps(job, new, mlps, "narrow", tuple(notes))
 
 
