@@ -22,6 +22,7 @@ from shoal.report.facts import PlannedStack, sentences
 from shoal.report.plan_diagram import plan_diagram
 from shoal.transforms.relax import relax
 from shoal.transforms.tie import tie
+from shoal.writing.folder import write
 from shoal.writing.planned_folder import write_planned
 from shoal.writing.surgery import rewrite
 
@@ -302,3 +303,11 @@ def test_an_id_does_not_read_as_a_layer_of_another_stack(make: Any) -> None:
     with pytest.raises(PlanError) as caught:
         make()
     assert caught.value.code == "P117"
+
+
+@pytest.mark.parametrize("name", every(1, SAME))
+def test_a_written_model_has_copies_and_is_proved(name: str, tmp_path: Path) -> None:
+    """With the decoder shorter, and the encoder too: the matrices are those of the base's layers."""
+    model = copy.deepcopy(kind(name))
+    plan = plan_of(model, "encoder: 0-3; decoder: 0=encoder.4,2=encoder.1")
+    assert write(Loaded(model, None, "tiny"), plan, tmp_path / "one").proof.passed
