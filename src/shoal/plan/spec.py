@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Literal
 
@@ -132,8 +132,9 @@ class LayerSpec:
     """Whether its mlp reads what its attention wrote, so that the layer is the one and then the other."""
     projections: tuple[ProjectionSpec, ...] = ()
     """The matrices that a run leaves out where it takes all that they make from another layer, as far as known."""
-    neurons: NeuronSpec | None = None
-    """None where the mlp has experts, or runs with as many neurons alone."""
+    neurons: NeuronSpec | None = field(default=None, compare=False)
+    """None where the mlp has experts, or runs with as many neurons alone. Not compared: where the weights are packed or
+    spread over processes nobody can tell, and the layer is the same one."""
 
     @property
     def sizes(self) -> dict[str, int]:
