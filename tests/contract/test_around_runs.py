@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import shoal.auto
+from shoal.deciding.policy import Policy
 from shoal.errors import PlanError, WriteError
 from shoal.live import apply, running
 from shoal.models.inspect import inspect
@@ -235,3 +236,37 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(WriteError) as told:
         rewrite(model, "0-1,2:x,3", weights={"x.mlp.down_proj.shift": torch.ones(hidden)})
     assert told.value.code == "W287"
+
+
+class _Some(Policy):
+    """A gated step runs for the tokens in even columns."""
+
+    def should_run(self, run: Any, forward: Any, hidden: torch.Tensor) -> Any:
+        return forward.each(lambda column: column % 2 == 0, hidden.device)
+
+
+@pytest.mark.parametrize("fill", ["project", "mask", "copy"])
+def test_under_a_policy_what_stands_around_a_run_is_for_its_tokens_alone(fill: str) -> None:
+    """Tokens that skip the run keep their state, and their keys and values are made of what the run would be given."""
+    model = own()
+    weights = around(size_of(model))
+    plan = parse_plan(f"0-1,2:x?g/{fill},3", Plan.identity(inspect(model)))
+    with running(model, plan, weights, policy=_Some(plan)):
+        whole = logits(model)
+        cache = DynamicCache(config=model.config)
+        steps = [logits(model, IDS[:, n : n + 1], past_key_values=cache) for n in range(IDS.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, **CLOSE)
+    with running(model, "0-1,2:x,3", weights):
+        first = logits(model, IDS[:, :1])
+    torch.testing.assert_close(whole[:, :1], first, **CLOSE)
+
+
+def test_beside_a_later_source_a_prompt_is_token_by_token() -> None:
+    """States are noted anew in each pass."""
+    model = own()
+    weights = around(size_of(model))
+    with running(model, "0,1@3,2:x,3", weights):
+        found = logits(model)
+        cache = DynamicCache(config=model.config)
+        steps = [logits(model, IDS[:, n : n + 1], past_key_values=cache) for n in range(IDS.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, 1), found, **CLOSE)
