@@ -4,6 +4,7 @@ place."""
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import shoal.auto
 from shoal.deciding.policy import Policy
 from shoal.errors import PlanError, WriteError
+from shoal.executing.bind import bind
 from shoal.live import apply, running
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
+from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, cost, parse_plan, shapes_of
 from shoal.writing.planned_folder import write_planned
@@ -270,3 +273,17 @@ def test_beside_a_later_source_a_prompt_is_token_by_token() -> None:
         cache = DynamicCache(config=model.config)
         steps = [logits(model, IDS[:, n : n + 1], past_key_values=cache) for n in range(IDS.shape[1])]
     torch.testing.assert_close(torch.cat(steps, 1), found, **CLOSE)
+
+
+def test_a_step_that_reads_other_states_does_not_run_alone() -> None:
+    """P170, where a fit or a loss block by block asks for it; a step that reads none does."""
+    model = own()
+    plan = parse_plan("0-1,2:x,3", Plan.identity(inspect(model)))
+    for tensors, alone in (({"x.change": torch.ones(1)}, True), ({"x.reads.0": torch.ones(1)}, False)):
+        bound = bind(open_model(model), plan, tensors)
+        with bound.running(), torch.no_grad():
+            executor = bound.executor()
+            forward = executor.prepared(lambda: model(input_ids=IDS, use_cache=False))
+            state = torch.randn(2, IDS.shape[1], size_of(model))
+            with nullcontext() if alone else pytest.raises(PlanError, match="P170"):
+                executor.run_step(executor.steps[2], state, forward)
