@@ -131,8 +131,8 @@ def test_foldgpt_shares_the_matrices_of_what_sleb_leaves() -> None:
     task = random_task()
     left = sleb(task, drop=1).plan.layers()
     found = foldgpt(task, drop=1)
-    assert str(found.plan) == f"{left[0]},{left[0]}:fold-{left[1]},{left[2]}"
-    assert not any("proj" in name and "o_proj" not in name and "down_proj" not in name for name in found.weights)
+    assert str(found.plan) == f"{left[0]},{left[1]}={left[0]}:fold-{left[1]},{left[2]}"
+    assert all(name.endswith(".scale") and tensor.shape == (1,) for name, tensor in found.weights.items())
     assert foldgpt(task, drop=1, group=1).plan == sleb(task, drop=1).plan
     assert foldgpt(task, drop=3).weights == {}
 

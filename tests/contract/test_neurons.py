@@ -14,18 +14,21 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
 from shoal.decoding.fast import FastDecoder
 from shoal.errors import PlanError, WriteError
+from shoal.fitting.result import Job
 from shoal.live import apply, running
 from shoal.models.inspect import inspect
 from shoal.models.load import inspect_source
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
-from shoal.plan import cost, shapes_of
+from shoal.plan import Plan, cost, shapes_of
 from shoal.plan.moved import moved
 from shoal.plan.spec import NeuronSpec
+from shoal.transforms.narrow import narrow
 from shoal.writing.folder import write
 from shoal.writing.planned_folder import write_planned
 
 from .families import FAMILIES, VOCAB, tiny
+from .planted import random_data
 from .references import CLOSE
 from .shares import every
 
@@ -246,3 +249,21 @@ def test_a_stock_checkpoint_of_unlike_widths_is_refused(tmp_path: Path) -> None:
         write(model, "0:x,1-3", tmp_path / "m", weights=of_neurons(model, KEPT))
     assert caught.value.code == "W276"
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("word", ["scale", "shift", "up"])
+def test_what_stands_beside_a_matrix_of_another_size_is_refused(word: str) -> None:
+    """A factor, a scale or a shift beside a matrix whose neurons are fewer is P129; one number for all of them fits."""
+    model = tiny("llama")
+    made = narrow(Job(model, random_data(2, 8), Plan.identity(inspect(model))), keep=0.5, layers="1", by="magnitude")
+    out = find_stack(model).layer(1).mlp.up_proj.weight.shape[0]
+    beside = {f"narrow-1.mlp.up_proj.{word}": torch.ones((out, 2) if word == "up" else (out,))}
+    beside |= {"narrow-1.mlp.up_proj.down": torch.ones(2, 32)} if word == "up" else {}
+    with (
+        pytest.raises(PlanError, match="stands beside") as caught,
+        running(model, made.plan, {**made.weights, **beside}),
+    ):
+        pass
+    assert caught.value.code == "P129"
+    with running(model, made.plan, {**made.weights, "narrow-1.mlp.up_proj.scale": torch.ones(1)}):
+        assert torch.isfinite(logits(model)).all()

@@ -383,24 +383,3 @@ def test_a_tied_mlp_is_not_changed_beneath_others() -> None:
     with pytest.raises(UsageError, match="once with matrices of its own") as caught:
         narrow(job(tiny("llama"), "0-2,3=0"), layers="3")
     assert caught.value.code == "U686"
-
-
-@pytest.mark.parametrize(("word", "shape"), [("scale", (48,)), ("shift", (48,)), ("up", (48, 2)), ("scale", (1,))])
-def test_what_stands_beside_a_matrix_of_another_size_is_refused(word: str, shape: tuple[int, ...]) -> None:
-    """A factor, a scale or a shift beside a matrix whose neurons are fewer is P129; one number for all of them fits."""
-    model = tiny("llama")
-    made = narrow(job(model), keep=0.5, layers="1", by="magnitude")
-    (weights_id,) = {name.partition(".")[0] for name in made.weights}
-    size = places(model, 1).spec.count
-    whole = tuple(size if n == 48 else n for n in shape)
-    beside = {f"{weights_id}.mlp.up_proj.{word}": torch.ones(whole)}
-    if word == "up":
-        beside[f"{weights_id}.mlp.up_proj.down"] = torch.ones(2, 32)
-    if shape == (1,):
-        with running(model, made.plan, {**made.weights, **beside}):
-            assert torch.isfinite(model(input_ids=torch.arange(3, 9)[None]).logits).all()
-        return
-    with pytest.raises(PlanError) as caught, running(model, made.plan, {**made.weights, **beside}):
-        pass
-    assert caught.value.code == "P129"
-    assert "stands beside" in str(caught.value)

@@ -9,6 +9,7 @@ CORRECTED: dict[str, dict[str, dict[str, str]]] = {
     "set1": {
         "figures": {
             "method cqil": "no mlp sees a later attention",
+            "method foldgpt": "layers that share matrices are ties with scales, in the places of their own",
             "method fusegpt": "influence is measured anew after every fusion",
             "method hsd": "the order of the policy by-position",
         },

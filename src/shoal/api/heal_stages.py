@@ -80,8 +80,10 @@ def run_recipe(run: HealRun, plan: Plan, weights: Tensors, amount: dict[str, Any
     steps = _steps(run, plan, weights, amount, kept)
     trained = max(1, math.ceil(sum(steps) * run.per_step / run.length))
     # a transform is fitted on as many windows as it asks for, however few are trained on
-    read = run.texts(max([trained, *(stage.windows for stage in run.stages if isinstance(stage, Fit))]))
-    texts = replace(read, train=read.train.only(range(min(trained, len(read.train)))))
+    fitted = max((stage.windows for stage in run.stages if isinstance(stage, Fit)), default=0)
+    texts = read = run.texts(max(trained, fitted))
+    if fitted > trained:
+        texts = replace(read, train=read.train.only(range(min(trained, len(read.train)))))
     order = _least_first(run, plan, texts) if any(isinstance(s, Stage) and s.removed < 1 for s in run.stages) else ()
     said: list[dict[str, Any]] = []
     current, tensors = start

@@ -55,7 +55,9 @@ def _made(found: StackSlots, layers: tuple[LayerSpec, ...], weights: Tensors) ->
         given = (ids.get(slot) if half is None else half.weights) or ""
         own = {name: t for one in given.split(AND) for name, t in tensors_of(one, weights).items()}
         zeroed = (slot, "mlp") in found.zeroed
-        yield layer, neurons_made(layer, {} if zeroed else shapes_of(own))
+        # tensors that fit no number of neurons are refused where the slots' tensors are made (W209)
+        count = neurons_made(layer, {} if zeroed else shapes_of(own))
+        yield layer, count or (0 if layer.neurons is None else layer.neurons.count)
 
 
 def _candidates(config: PreTrainedConfig, count: int) -> list[str]:
