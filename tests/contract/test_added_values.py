@@ -135,6 +135,7 @@ def test_what_it_costs_and_what_is_refused() -> None:
     model = tiny("llama", "eager")
     spec = open_model(model).spec
     plain, added = cost("0-3", spec), cost("0-2,3@v0+", spec)
+    assert cost("0-2,3@v0+:mix", spec, weights={"mix.values": (2,)}).params == plain.params + 2
     assert (added.params, added.kv_per_token) == (plain.params, plain.kv_per_token)
     assert [p.code for p in check("0-2,3@v3+", spec)] == ["P107"]
     for plan, name in (("0-2,3@v0+:x", "x.values"), ("0-2,3:x", "x.values")):
