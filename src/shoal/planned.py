@@ -34,14 +34,13 @@ from shoal.executing.weights import Tensors, as_stored, used_by
 from shoal.live import Running, apply
 from shoal.models.checkpoint import tensor_headers
 from shoal.models.engine_slots import engine_slots
-from shoal.models.folder_kinds import PLANNED
 from shoal.models.kinds import CAUSAL, LOADED_BY, SEQ2SEQ, auto_class, auto_for, auto_of, loaded_by
 from shoal.models.lists import BESIDE
 from shoal.models.meta import blank, meta_model
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_from_json, plan_to_json
-from shoal.plan.file import in_order
+from shoal.plan.file import PLANNED, in_order
 
 MODEL_TYPE = PLANNED
 NEW = "shoal."

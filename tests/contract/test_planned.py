@@ -213,6 +213,9 @@ def test_shards_and_the_command_line(tmp_path: Path) -> None:
     for words_of in (["inspect"], ["show", "0-2", "--model"], ["doctor"]):
         text = command(*words_of, str(out), code=1)
         assert "M382" in text and "planned checkpoint" in text
+    for words_of in (["show"], ["evaluate", "smollm2", "--plan"]):  # it is no place of a plan either
+        text = command(*words_of, str(out), code=1)
+        assert "N001" in text and "planned checkpoint" in text
     for option in (["--zero-parts"], ["--stream"]):
         assert "U525" in command("write", *words, "--overwrite", *option, code=1)
     with pytest.raises(PlanError, match="P122"), running(loaded.model, "0-3"):

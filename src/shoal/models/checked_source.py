@@ -15,12 +15,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from shoal.errors import ModelError, first_line, note
 from shoal.models import gguf
 from shoal.models.depth import depth_of
-from shoal.models.folder_kinds import is_planned, planned_refusal, refuse_other_kind_of_hub
+from shoal.models.folder_kinds import planned_refusal, refuse_other_kind_of_hub
 from shoal.models.hub import fetched
 from shoal.models.matching_tensors import ShapesOrNames, require_matching_tensors
 from shoal.models.meta import meta_model
 from shoal.models.shards import Stored, check_folder
 from shoal.models.unread_fields import drop_notes
+from shoal.plan.file import is_planned
 
 BUILTIN = "smollm2"
 MAX_DEPTH = 1_000

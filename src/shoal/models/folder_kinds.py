@@ -17,8 +17,6 @@ OTHER_LIBRARIES = {
     ".mlpackage": "Core ML", ".engine": "TensorRT", ".nemo": "NeMo", ".ckpt.index": "TensorFlow 1",
 }  # fmt: skip
 """Ending of a file or folder -> whose weights it holds; OpenVINO's is found by its pair of files."""
-PLANNED = "shoal"
-"""The model type of a planned checkpoint: `shoal.planned` knows how it is loaded."""
 _NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "scaler")
 """How pickles of a training that hold no weights begin."""
 _MAX_JSON = 1_000_000
@@ -35,12 +33,6 @@ def refuse_other_kind(folder: Path) -> None:
     """
     for kind in (refuse_adapter, _pipeline, _modules, _gguf, _training, _several, _own_format, _library, _tokenizer):
         kind(folder)
-
-
-def is_planned(folder: Path) -> bool:
-    """Whether a folder is a planned checkpoint, by its config."""
-    config = _json(folder / CONFIG)
-    return isinstance(config, dict) and config.get("model_type") == PLANNED
 
 
 def planned_refusal(source: str) -> ModelError:

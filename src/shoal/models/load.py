@@ -25,12 +25,12 @@ from shoal.models.checked_source import (
     unreadable,
 )
 from shoal.models.compat import hide_offload_note
-from shoal.models.folder_kinds import is_planned
 from shoal.models.kinds import auto_class, auto_for
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.quantised import require_quantiser
 from shoal.models.streamed import device_map, require_streamable
 from shoal.plan import Spec
+from shoal.plan.file import is_planned
 
 __all__ = [
     "BUILTIN", "MAX_DEPTH", "Loaded", "check_source", "default_device", "dtype_of", "gguf_file", "inspect_source",

@@ -17,6 +17,8 @@ from shoal.plan.steps import Step, runs
 
 FORMAT = "shoal-plan/1"
 MAX_BYTES = 4_000_000
+PLANNED = "shoal"
+"""The model type of a planned checkpoint: `shoal.planned` knows how it is loaded."""
 
 
 def plan_to_json(plan: Plan, *, weights: str | None = None) -> str:
@@ -120,9 +122,23 @@ def _bytes(path: str | Path) -> tuple[bytes, str]:
             raise NotationError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB; this is not a plan.json")
         return path.read_bytes(), str(path)
     except OSError as error:
+        if is_planned(path.parent.parent):
+            raise NotationError(
+                f"{path.parent.parent} is a planned checkpoint, which holds its plan in its config; give it as the "
+                "model, or the plan that it was written with"
+            ) from None
         raise NotationError(
             f"cannot read the plan {path}: {error.strerror}; give a plan.json or a folder that shoal wrote"
         ) from None
+
+
+def is_planned(folder: Path) -> bool:
+    """Whether a folder is a planned checkpoint, by its config."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == PLANNED
 
 
 def _read(text: str | bytes, where: str) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from shoal.errors import ShoalError
 from shoal.models.checkpoint import read_json, read_json_list
-from shoal.models.folder_kinds import PLANNED
 from shoal.models.load import load_config
 from shoal.models.shards import INDEX
 from shoal.models.unread_fields import CODE, unread
+from shoal.plan.file import PLANNED
 from shoal.writing.checks import Check
 from shoal.writing.papers import MODULES, PAPERS, lost_code, lost_modules
 

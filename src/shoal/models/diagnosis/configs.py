@@ -11,8 +11,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from shoal.errors import ModelError
 from shoal.models.compat import decoded
 from shoal.models.depth import DECODER_DEPTHS, INDEX_LISTS, PER_LAYER, RULES, Rule
-from shoal.models.folder_kinds import PLANNED, planned_refusal
+from shoal.models.folder_kinds import planned_refusal
 from shoal.models.load import structure
+from shoal.plan.file import PLANNED
 
 Fields = dict[str, Any]
 _TEXT = ("text_config", "decoder", "generator")
