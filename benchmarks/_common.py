@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -37,6 +38,21 @@ def options(description: str | None, *, pairs: int) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=_positive, default=1, help="threads of torch (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator torch finds, else the CPU)")
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: as shoal.load has it)")
+    return parser
+
+
+def fitting_options(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with what benchmarks ask for that fit on one text and judge by another, row by row."""
+    parser = options(doc, pairs=1)
+    parser.add_argument("--calibrate", required=True, help="text to fit and to choose on")
+    parser.add_argument("--test", required=True, help="text to judge by")
+    parser.add_argument("--sequences", type=int, default=8, help="of the calibration text (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=3, help="of the test text (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", help="rows whose name holds this; again for more")
+    parser.add_argument("--journal", type=Path, required=True, help="a line for each finished row")
+    parser.add_argument("--page", type=Path, help="write the table here")
     return parser
 
 

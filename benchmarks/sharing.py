@@ -17,11 +17,10 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from _common import finish, opened, options, say
+from _common import finish, fitting_options, opened, say
 
 from shoal.api.assess import text_of
 from shoal.api.journal import journaled
@@ -141,17 +140,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = options(__doc__, pairs=1)
-    parser.add_argument("--calibrate", required=True, help="text to fit and to choose on")
-    parser.add_argument("--test", required=True, help="text to judge by")
-    parser.add_argument("--sequences", type=int, default=8, help="of the calibration text (default: %(default)s)")
+    parser = fitting_options(__doc__)
     parser.add_argument("--judged", type=int, default=2, help="of these, to choose layers by (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=3, help="of the test text (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="append", help="rows whose name holds this; again for more")
-    parser.add_argument("--journal", type=Path, required=True, help="a line for each finished row")
-    parser.add_argument("--page", type=Path, help="write the table here")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     return args

@@ -6,27 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from shoal.executing.low_rank import Lookup
+from shoal.executing.linear_stand_in import LinearStandIn
 
 
-class Affine(nn.Module):
+class Affine(LinearStandIn):
     """Stands for a linear module: y * scale + shift."""
-
-    def __init__(self, child: nn.Module, words: tuple[str, ...], lookup: Lookup) -> None:
-        super().__init__()
-        self.__dict__.update(_child=child, _words=words, _lookup=lookup)  # parameters must not appear twice
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_child"], name)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x` [..., in] to [..., out]."""
-        words, lookup = self.__dict__["_words"], self.__dict__["_lookup"]
-        made: torch.Tensor = self.__dict__["_child"](x, *args, **kwargs)
-        made = made * lookup("scale") if "scale" in words else made
-        return made + lookup("shift") if "shift" in words else made
+        made: torch.Tensor = self.child(x, *args, **kwargs)
+        made = made * self.lookup("scale") if "scale" in self.words else made
+        return made + self.lookup("shift") if "shift" in self.words else made
 
 
 def folded_affine(

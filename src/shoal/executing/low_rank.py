@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from shoal.executing.linear_stand_in import LinearStandIn
 from shoal.plan.low_rank import BESIDE
 
-Lookup = Callable[[str], torch.Tensor]
-"""From the word of a factor to its tensor, in the dtype and on the device of the module's matrix."""
 
-
-class LowRank(nn.Module):
+class LowRank(LinearStandIn):
     """Stands for a linear module: y + up(down x), or left(right x) + bias."""
-
-    def __init__(self, child: nn.Module, words: tuple[str, ...], lookup: Lookup) -> None:
-        super().__init__()
-        self.__dict__.update(_child=child, _words=words, _lookup=lookup)  # parameters must not appear twice
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_child"], name)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x` [..., in] to [..., out]."""
-        child, (wide, narrow), lookup = self.__dict__["_child"], self.__dict__["_words"], self.__dict__["_lookup"]
+        (wide, narrow), lookup = self.words, self.lookup
         change = nn.functional.linear(nn.functional.linear(x, lookup(narrow)), lookup(wide))
         if (wide, narrow) == BESIDE:
-            made: torch.Tensor = child(x, *args, **kwargs)
+            made: torch.Tensor = self.child(x, *args, **kwargs)
             return made + change
-        bias = getattr(child, "bias", None)
+        bias = getattr(self.child, "bias", None)
         return change if bias is None else change + bias
 
 
