@@ -18,6 +18,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
+from shoal.plan.low_rank import by_module
 from shoal.plan.steps import Run
 
 T = TypeVar("T")
@@ -41,12 +42,7 @@ def states_read(own: Collection[str], there: Collection[str] = ()) -> set[int]:
 
 def affine_of(own: Mapping[str, T], there: Collection[str] = ()) -> dict[str, dict[str, T]]:
     """By module the scale and the shift of what it makes."""
-    found: dict[str, dict[str, T]] = {}
-    for name, tensor in own.items():
-        module, _, word = name.rpartition(".")
-        if module and word in AFFINE and name not in there:
-            found.setdefault(module, {})[word] = tensor
-    return found
+    return by_module(own, there, AFFINE)
 
 
 def is_beside(name: str, shape: tuple[int, ...]) -> bool:

@@ -19,10 +19,15 @@ WORDS = {**dict.fromkeys(BESIDE, BESIDE), **dict.fromkeys(INSTEAD, INSTEAD)}
 def factors_of(own: Mapping[str, T], there: Collection[str]) -> dict[str, dict[str, T]]:
     """By module the factors among the tensors `own` of one id; `there`: names that the layer has itself, none of which
     is a factor."""
+    return by_module(own, there, WORDS)
+
+
+def by_module(own: Mapping[str, T], there: Collection[str], words: Collection[str]) -> dict[str, dict[str, T]]:
+    """By module those of the tensors `own` that are called MODULE.WORD for one of `words`, unless they are `there`."""
     found: dict[str, dict[str, T]] = {}
     for name, tensor in own.items():
         module, _, word = name.rpartition(".")
-        if word in WORDS and module and name not in there:
+        if word in words and module and name not in there:
             found.setdefault(module, {})[word] = tensor
     return found
 
