@@ -19,7 +19,7 @@ from shoal.data import Data
 from shoal.executing.timing import synchronized_time
 from shoal.models.compat import hide_own_bars
 from shoal.models.load import Loaded, load
-from shoal.record import environment
+from shoal.record import append_line, environment, read_objects
 
 PRUNED = "0-11,15-16,18-24,27-29"
 """The 24-layer plan of the 30-layer built-in model."""
@@ -54,6 +54,18 @@ def fitting_options(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--journal", type=Path, required=True, help="a line for each finished row")
     parser.add_argument("--page", type=Path, help="write the table here")
     return parser
+
+
+def journalled(args: argparse.Namespace, rows: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The finished ones of `rows` by name, in order: those in --journal, and those that are made now, which --only
+    may restrict."""
+    known = {row["row"]: row for row in read_objects(args.journal) if row}
+    for name, make in rows.items():
+        if name not in known and (not args.only or any(one in name for one in args.only)):
+            known[name] = make()
+            append_line(args.journal, known[name])
+            say(json.dumps(known[name]))
+    return {name: known[name] for name in rows if name in known}
 
 
 def training_options(parser: argparse.ArgumentParser, *, windows: int) -> None:

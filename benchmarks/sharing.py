@@ -13,14 +13,14 @@ Target: aligned sharing of seven pairs below 45, of all fifteen below 700, where
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from _common import finish, fitting_options, opened, say
+from _common import finish, fitting_options, journalled, opened
 
 from shoal.api.assess import text_of
 from shoal.api.journal import journaled
@@ -32,7 +32,6 @@ from shoal.methods._job import PruningJob
 from shoal.models.calls import device_of
 from shoal.models.load import Loaded
 from shoal.plan import Plan, check, cost, drop
-from shoal.record import append_line, read_objects
 from shoal.registry import get
 
 FOUR = "4-5+9-10+25-26+28-29"
@@ -57,14 +56,9 @@ def main() -> int:
     size: dict[str, Any] = {"length": args.length}
     test = text_of(loaded, args.test, split="test", limit=args.windows, **size)
     text = text_of(loaded, args.calibrate, split="calibrate", limit=args.sequences, seed=args.seed, **size)
-    known = {row["row"]: row for row in read_objects(args.journal) if row}
     rows = _rows(loaded, text, args)
-    for name, make in rows.items():
-        if name not in known and (not args.only or any(one in name for one in args.only)):
-            known[name] = _row(loaded, name, make, test)
-            append_line(args.journal, known[name])
-            say(json.dumps(known[name]))
-    found = [known[name] for name in rows if name in known]
+    known = journalled(args, {name: partial(_row, loaded, name, make, test) for name, make in rows.items()})
+    found = list(known.values())
     if args.page is not None:
         args.page.write_text(_table(found), encoding="utf-8", newline="\n")
     value = {
