@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from shoal.data import Data
 from shoal.errors import PlanError
+from shoal.evaluation.resumable import Resumable, SharedStates
 from shoal.evaluation.scoring import Progress, require_context, require_scored, windows
 from shoal.executing.bind import BoundPlan, bind
-from shoal.executing.inputs import require_whole
+from shoal.executing.inputs import forward_without_head, require_whole
 from shoal.executing.weights import used_by
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
@@ -83,7 +84,8 @@ def compare_each(
 
     `forward` runs one batch of (ids, mask); `change` takes the dense side and the plan's side to one or more figures,
     each [batch, length - 1], a number for each predicted token. Each batch is run dense and under every plan before the
-    next, so that two sides are held at a time. A plan that the family cannot run (P126) is not judged.
+    next, so that two sides are held at a time. A plan begins where it parts from the dense side, with the state that
+    this left there (see `SharedStates`). A plan that the family cannot run (P126) is not judged.
     """
     require_context(model, data.ids.shape[1])
     plans, refused = list(candidates.plans), list(candidates.refused)
@@ -95,7 +97,8 @@ def compare_each(
         except PlanError as error:
             refused.append(f"layer {place} was not judged: {error}")
             bound.append(None)
-    whole = None if candidates.whole is None else bind(model, candidates.whole, candidates.weights)
+    whole = bind(model, candidates.whole, candidates.weights)
+    shared = SharedStates(whole, bound, Resumable(whole.opened, data.ids, partial(forward_without_head, whole.opened)))
     parts: list[list[torch.Tensor]] = [[] for _ in plans]
     counts: list[int] = []
     done, total = 0, len(data) * (1 + len(plans))
@@ -107,18 +110,19 @@ def compare_each(
             progress(done, total, what)
 
     for ids, mask, keep in windows(data, batch, None, what):
-        with nullcontext() if whole is None else whole.running(), evaluating(model):
+        with whole.running(), evaluating(model), shared.kept():
             dense = forward(ids, mask)
         counts += keep.sum(-1).tolist()
         report(len(ids))
         for place, one in enumerate(bound):
             if one is not None:
                 # `evaluating` inside, so that modules which the plan puts in leave training mode too
-                with one.running(), evaluating(model):
+                with one.running(), evaluating(model), shared.begun(place, one):
                     side = forward(ids, mask)
                 figures = torch.stack([figure.cpu().double() for figure in change(dense, side)])
                 parts[place].append(torch.where(keep, figures, 0.0).sum(-1))
             report(len(ids))
+    shared.close()
     require_scored(sum(counts), data)
     number = next((len(own[0]) for own in parts if own), 1)
     nothing = [[math.nan] * len(data)] * number

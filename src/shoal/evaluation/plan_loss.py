@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
 
 from shoal.data import Data
+from shoal.evaluation.resumable import Entering, Resumable
 from shoal.evaluation.scoring import (
     batch_tokens,
     logits_of,
@@ -19,7 +21,6 @@ from shoal.evaluation.scoring import (
     windows,
 )
 from shoal.executing.bind import BoundPlan, bind
-from shoal.executing.recorder import Recorder
 from shoal.ledger import Ledger
 from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
@@ -30,8 +31,6 @@ from shoal.recording.state_store import StateStore
 
 BLOCK = 8
 """Neighbouring tokens whose losses count as one sample of a race."""
-TRIAL_TOKENS = 8
-"""Tokens with which it is proved that a forward may begin in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +79,7 @@ class PlanLoss:
         self._memo = Ledger[Any]() if memo is None else memo
         self._name = f"{data.info.sha256} {batch}"
         self._share = share and len(self.opened.stacks) == 1
-        self._exact: dict[int, bool] = {}
-        self._probed: dict[int, torch.Tensor] = {}
-        self._answer: torch.Tensor | None = None
+        self.resumable = Resumable(self.opened, data.ids, partial(logits_of, model))
         self._prefixes: dict[Plan, dict[int, Prefix]] = {}
 
     def __call__(self, plan: Plan) -> float:
@@ -151,46 +148,8 @@ class PlanLoss:
                 self.states.put((number, prefix), hidden)
 
         executor = bound.executor()
-        with executor.between(cut if state is not None else 0, state), executor.recording(_Entering(enters)):
+        with executor.between(cut if state is not None else 0, state), executor.recording(Entering(enters)):
             return part_of(batch_tokens(self.model, ids, mask, keep), keep)
-
-    def resumable(self, cut: int) -> bool:
-        """Whether the base model gives the same logits, bit for bit, when it begins at `cut`."""
-        if cut not in self._exact:
-            with evaluating(self.model), bind(self.opened).running() as bound:
-                self._exact[cut] = self._tried(bound, cut)
-        return self._exact[cut]
-
-    def _tried(self, bound: BoundPlan, cut: int) -> bool:
-        ids = self.data.ids[:1, :TRIAL_TOKENS]
-        mask = torch.ones_like(ids)  # without one, a padding token among them makes some versions warn
-        executor = bound.executor()
-
-        def keep(index: int, hidden: Any) -> None:
-            if isinstance(hidden, torch.Tensor):
-                self._probed[index] = hidden.clone()
-
-        if self._answer is None:
-            with executor.recording(_Entering(keep)):
-                self._answer = logits_of(self.model, ids, mask)
-        if cut not in self._probed:
-            return False
-        try:
-            with executor.between(cut, self._probed[cut].clone()):
-                again = logits_of(self.model, ids, mask)
-        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError):
-            return False  # a layer behind the cut asks for what one before it would have left
-        return torch.equal(again, self._answer)
-
-
-class _Entering(Recorder):
-    """Hands the state that enters each layer to a function."""
-
-    def __init__(self, enters: Callable[[int, Any], None]) -> None:
-        self._enters = enters
-
-    def enters(self, layer: int, hidden: torch.Tensor) -> None:
-        self._enters(layer, hidden)
 
 
 def mean_of(parts: Iterable[BatchLoss]) -> float:
