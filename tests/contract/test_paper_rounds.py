@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from shoal.errors import UsageError
 from shoal.fitting.fused import around, beside
 from shoal.fitting.holes import Hole
+from shoal.ledger import Ledger
 from shoal.methods.fusegpt import fusegpt
 from shoal.methods.prune_and_comp import prune_and_comp
 from shoal.plan import drop
@@ -95,6 +96,17 @@ def test_fusegpt_looks_again_at_the_fused_model() -> None:
     assert all(name.split(".")[0] in str(second.plan) for name in second.weights)
     once = fusegpt(TASK, drop=2, epochs=2, once=True)
     assert once.plan.dropped() == tuple(sorted(sorted(values, key=values.__getitem__)[:2]))
+
+
+def test_the_rounds_of_a_small_budget_are_not_measured_again_for_a_large_one() -> None:
+    memo: Ledger[Any] = Ledger()
+    fusegpt(replace(TASK, memo=memo), drop=2, epochs=2)
+    assert len(memo) == 2 and memo.saved == 0
+    large = fusegpt(replace(TASK, memo=memo), drop=3, epochs=2)
+    assert len(memo) == 3 and memo.saved > 0
+    assert large.trace == fusegpt(TASK, drop=3, epochs=2).trace
+    fusegpt(replace(TASK, memo=memo), drop=2, epochs=1)
+    assert len(memo) == 4, "its second round is of another model"
 
 
 def test_a_layer_that_took_another_in_goes_into_others_as_it_is_then() -> None:

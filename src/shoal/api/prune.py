@@ -172,6 +172,7 @@ def prune(
                         pool=pool,
                     ),
                     keep=_keeper(entry, identity=identity, path=journal, memo=memo),
+                    memo=Ledger() if memo is None else memo,
                     stack=stack,
                     batch=batch,
                     seed=seed,

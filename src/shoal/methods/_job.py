@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from shoal.errors import UsageError
 from shoal.evaluation.tasks import Tasks, load_tasks, score_tasks
 from shoal.evaluation.translations import Translations, load_translations, score_translations
 from shoal.fitting.result import Job, Transformed
+from shoal.ledger import Ledger
 from shoal.live import running
 from shoal.models.kinds import require_answers
 from shoal.plan import Plan, Spec
@@ -37,6 +38,8 @@ class PruningJob(Job):
     keep: Callable[[Objective, str], Objective] = lambda own, name: own
     """A method's own objective and a name that tells what it is computed on -> the same, each plan computed once and
     kept in the journal."""
+    memo: Ledger[Any] = field(default_factory=Ledger)
+    """What the searches on this model have computed, by what it was computed from; nothing as large as a weight."""
     budget: Budget | None = None
     """What the result may cost, when that was asked for; a method that is given `drop` removes so many layers."""
     tokenizer: Any = None

@@ -7,13 +7,13 @@ from dataclasses import replace
 from shoal.errors import UsageError
 from shoal.evaluation.final_states import final_state_change
 from shoal.examples import MethodExamples
-from shoal.executing.weights import used_by
+from shoal.executing.weights import hash_of_used, used_by
 from shoal.fitting.fused import Fusing, around, fused
 from shoal.fitting.holes import find_holes
 from shoal.fitting.result import Job, Transformed
 from shoal.methods._job import PruningJob
 from shoal.plan import drop as drop_layers
-from shoal.scores import Candidate, Found
+from shoal.scores import Candidate, Found, Scores
 from shoal.search.one_shot import one_shot
 from shoal.transforms.fuse_group import fuse_group
 
@@ -37,10 +37,7 @@ def fusegpt(job: PruningJob, *, drop: int, rank: int = 8, epochs: int = 4, group
     rounds = 1 if once else drop
     bare, made, trace = job.plan, Found(job.plan), list[Candidate]()
     for number in range(rounds):
-        scores = final_state_change(
-            job.model, job.data, plan=made.plan if number else None, weights=made.weights, stack=job.stack,
-            batch=job.batch, progress=job.in_round(number, rounds),
-        )  # fmt: skip
+        scores = _influence(job, made, number, rounds)
         found = one_shot(bare, scores=scores, drop=drop // rounds, legal=job.legal, stack=job.stack)
         gone = sorted(set(bare.layers(job.stack)) - set(found.plan.layers(job.stack)))
         trace += found.trace
@@ -52,6 +49,18 @@ def fusegpt(job: PruningJob, *, drop: int, rank: int = 8, epochs: int = 4, group
             made = job.then(_into_neighbours, left, layer=gone[0], group=group, how=Fusing(rank, epochs, 1e-3))
             made = replace(made, weights=used_by(made.plan, made.weights))
     return replace(made, trace=tuple(trace))
+
+
+def _influence(job: PruningJob, made: Found, number: int, rounds: int) -> Scores:
+    """Macro influence on the model as fused so far. The first rounds of a large budget are those of a small one."""
+    text = job.data.info.sha256
+    return job.memo.once(
+        ("macro-influence", text, job.batch, job.stack, str(made.plan), hash_of_used(made.plan, made.weights)),
+        lambda: final_state_change(
+            job.model, job.data, plan=made.plan if number else None, weights=made.weights, stack=job.stack,
+            batch=job.batch, progress=job.in_round(number, rounds),
+        ),
+    )  # fmt: skip
 
 
 def _into_neighbours(job: Job, *, layer: int, group: int, how: Fusing) -> Transformed:
