@@ -12,6 +12,8 @@ from shoal.examples import PolicyExamples
 from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.plan import Plan, parse_plan
+from shoal.plan.price import layers_run
+from shoal.plan.steps import runs
 from shoal.registry import entries
 
 from .families import DEPTH, FAMILIES, tiny
@@ -86,6 +88,8 @@ def test_a_policy_that_skips_nothing_is_bit_exact(family: str) -> None:
             dense[plan] = whole(model, batch), stepped(model, batch, "dynamic")
     assert torch.equal(dense["0-3"][0], stock)
     for plan, policy in NEVER:
+        if family == "falcon" and "halves" in policy:  # refused by name: its halves stand side by side
+            continue
         with running(model, plan, policy=policy) as handle:
             handle.prompt = 0
             assert torch.equal(whole(model, batch), dense[plan][0]), policy
@@ -120,9 +124,9 @@ def test_a_fixed_choice_is_the_static_plan(family: str) -> None:
             counts = handle.trace.counts
         for one, other in zip(right, got, strict=True):
             assert (one - other)[seen].abs().max() <= 1e-5, policy
-        kept = sorted(parse_plan(plan, Plan.identity(inspect(model))).layers())
-        assert counts.layers == dict.fromkeys(kept, 3 * 2 * LENGTH), policy
-        assert counts.asked == 3 * 2 * LENGTH * len(kept)
+        left = tuple(runs(parse_plan(plan, Plan.identity(inspect(model))).steps()))
+        assert counts.layers == {run.layer: 3 * 2 * LENGTH for run in left}, policy
+        assert counts.asked == 3 * 2 * LENGTH * layers_run(left)
         assert counts.to_dict()["simulated"] == 0
     assert refused == ({"P136"} if "gemma" in family else set())
 

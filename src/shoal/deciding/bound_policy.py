@@ -46,6 +46,7 @@ class BoundPolicy:
         self.facts = self.opened.facts(self.stack.name)
         require_decidable(policy, spec, model, self.facts)
         require_units(policy.plan, weights, policy.by)
+        policy.check_tensors(weights, spec)
         self.known = self._found(policy.plan.steps())
         self.executor: GatedExecutor | None = None
         self.thread = OneThread()

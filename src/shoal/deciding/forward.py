@@ -14,6 +14,7 @@ from shoal.deciding.kv_state import KVState
 from shoal.deciding.learning import Learning
 from shoal.executing.forward import Forward
 from shoal.executing.slots import KeysValues
+from shoal.executing.weights import Tensors
 from shoal.models.examine import LayerFacts, StackFacts
 
 KVKind = tuple[Any, ...]
@@ -48,6 +49,8 @@ class ForwardView:
     memory: dict[str, Any] = field(default_factory=dict)
     """Whatever it wants to remember of these sequences: it stays beside their KV cache, is empty when the cache is, and
     ends with the forward when there is none."""
+    tensors: Tensors = field(default_factory=dict)
+    """Those that the plan names, by which a gate may have some of its own (GATE.weight)."""
     learning: Learning | None = None
     """In training: how far it is, what is drawn from, and where a policy writes down what its terms need."""
 

@@ -111,7 +111,7 @@ class GatedExecutor(FillingExecutor):
         if self.learning is not None:
             self.learning.begin()
         view = self.last = ForwardView(
-            rows, tokens, past, self.prompt, real, memory=state.memory, learning=self.learning
+            rows, tokens, past, self.prompt, real, memory=state.memory, tensors=self.weights, learning=self.learning
         )
         self.trace.begin(past, rows)
         if self.heads is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
@@ -18,8 +18,11 @@ EXIT = "exit"
 """The gate of exits that a policy places."""
 
 
-def with_gates(plan: Plan, spec: Spec, layers: Iterable[int], gate: str, fill: Fill | None) -> Plan:
-    """`plan` with `gate` at every run of `layers`, and `fill` where such a run stores keys and values.
+def with_gates(
+    plan: Plan, spec: Spec, layers: Iterable[int], gate: str | Callable[[Run], str], fill: Fill | None
+) -> Plan:
+    """`plan` with `gate`, or what it says for each, at every run of `layers`, and `fill` where such a run stores keys
+    and values.
 
     A plan that has gates or exits already is handed back as it is: who wrote them chose the places and the fills.
     Raises U581 for a layer that the plan does not run whole.
@@ -31,12 +34,13 @@ def with_gates(plan: Plan, spec: Spec, layers: Iterable[int], gate: str, fill: F
     for at, step in enumerate(gated):
         run = run_of(step)
         if run is not None and run.layer in wanted:
-            gated[at] = replace(run, gate=gate, kv=_filled(run, specs[run.layer], fill))
+            own = gate if isinstance(gate, str) else gate(run)
+            gated[at] = replace(run, gate=own, kv=_filled(run, specs[run.layer], fill))
             there.add(run.layer)
     if missing := sorted(wanted - there):
         raise UsageError(
-            f"the policy {gate} would decide about layer {missing[0]}, which {format_steps(plan.steps())} does not run "
-            "as a step of its own; name layers of the plan",
+            f"a policy would decide about layer {missing[0]}, which {format_steps(plan.steps())} does not run as a "
+            "step of its own; name layers of the plan",
             code="U581",
         )
     return plan.with_steps(tuple(gated))

@@ -12,7 +12,8 @@ import torch
 from shoal.deciding.decisions import Decision, Soft, and_not, collapse_uniform, logical_and, logical_or
 from shoal.deciding.exit_view import ExitView
 from shoal.deciding.forward import ForwardView
-from shoal.plan import Exit, Plan, Run
+from shoal.executing.weights import Tensors
+from shoal.plan import Exit, Plan, Run, Spec
 from shoal.plan.steps import PartName
 
 __all__ = ["Decision", "ExitView", "ForwardView", "Grain", "Policy", "Schedule", "Soft", "needs_no_fill"]
@@ -46,6 +47,8 @@ class Policy:
     consistent: bool = False
     """True when it is proved that a layer never runs again for a sequence that has skipped it: no KV fill is needed."""
 
+    only_training: ClassVar[bool] = False
+    """Whether nothing is decided behind the training, so that the plan that learned runs without it."""
     tensors: str | None = None
     """Hash of the plan's tensors with which it was made (`hash_of_used`); None: whatever they are."""
 
@@ -60,6 +63,13 @@ class Policy:
                 setattr(cls, new, _adapted(old, cls.__dict__[old]))
             elif new in cls.__dict__ and old != "wrote":
                 setattr(cls, old, cls.__dict__[new])  # what a subclass of this one may still call
+
+    def start(self, spec: Spec) -> dict[str, torch.Tensor]:
+        """The tensors that it begins to learn with, by the names by which it finds them in `forward.tensors`."""
+        return {}
+
+    def check_tensors(self, tensors: Tensors, spec: Spec) -> None:
+        """Raise U710 and U711 for tensors that it needs and that are missing, or do not fit the model."""
 
     def begin(self, forward: ForwardView) -> None:
         """A forward begins."""

@@ -18,8 +18,9 @@ class Counts:
 
     layers: dict[int, int] = field(default_factory=dict)
     """By base layer: tokens for which the layer was called whole or in part."""
+    attentions: dict[int, int] = field(default_factory=dict)
     mlps: dict[int, int] = field(default_factory=dict)
-    """By base layer: tokens for which its mlp was called (layers whose parts are known)."""
+    """By base layer: tokens for which its attention, and its mlp, was called (layers whose parts are known)."""
     asked: float = 0.0
     """Tokens x layers that the policy asked for, halves for a layer without its mlp."""
     late: int = 0
@@ -34,14 +35,14 @@ class Counts:
         """Plain data. `simulated`: tokens x layers that ran although the policy had skipped them, because another token
         of the same call needed the layer; `mean_depth`: layers per token as the policy decided, the
         prompt's tokens included."""
-        called = sum(self.layers.values())
-        halves = sum(n - self.mlps[layer] for layer, n in self.layers.items() if layer in self.mlps) / 2
+        halves = sum(self.attentions.values()) / 2 + sum(self.mlps.values()) / 2
+        executed = sum(n for layer, n in self.layers.items() if layer not in self.mlps) + halves
         return {
             "tokens": self.tokens,
             "mean_depth": self.asked / self.tokens if self.tokens else 0.0,
-            "executed": called - halves,
+            "executed": executed,
             "asked": self.asked,
-            "simulated": called - halves - self.asked - self.late,
+            "simulated": executed - self.asked - self.late,
             "late": self.late,
             "projected": self.projected,
             "heads": self.heads,
@@ -88,16 +89,17 @@ class Trace:
 def count_calls(
     layers: Iterable[tuple[int, nn.Module]], facts: list[LayerFacts], counts: Counts, paused: Callable[[], bool]
 ) -> Callable[[], None]:
-    """Hooks on every layer, given with its base index, and on its mlp that fill `counts` while nothing is `paused`; the
-    answer takes them away."""
+    """Hooks on every layer, given with its base index, and on its parts, that fill `counts` while nothing is `paused`;
+    the answer takes them away."""
     handles = []
     for index, layer in layers:
         parts = facts[index].parts
         handles.append(layer.register_forward_hook(_counting(counts.layers, index, paused), with_kwargs=True))
         if parts is not None:
-            counts.mlps[index] = 0
-            child = layer.get_submodule(parts.mlp[0])
-            handles.append(child.register_forward_hook(_counting_mlp(counts, index, paused), with_kwargs=True))
+            for of, names in ((counts.attentions, parts.attention), (counts.mlps, parts.mlp)):
+                of[index] = 0
+                child = layer.get_submodule(names[0])
+                handles.append(child.register_forward_hook(_counting_part(of, index, paused), with_kwargs=True))
 
     def remove() -> None:
         for handle in handles:
@@ -116,10 +118,10 @@ def _counting(counts: dict[int, int], index: int, paused: Callable[[], bool]) ->
     return count
 
 
-def _counting_mlp(counts: Counts, index: int, paused: Callable[[], bool]) -> Callable[..., None]:
+def _counting_part(counts: dict[int, int], index: int, paused: Callable[[], bool]) -> Callable[..., None]:
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         state = next((given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor)), None)
         if state is not None and not paused():
-            counts.mlps[index] += state.shape[:-1].numel()
+            counts[index] += state.shape[:-1].numel()
 
     return count

@@ -19,7 +19,7 @@ from shoal.models.stacks import Stack
 from shoal.plan import Exit, Given, Map, Parallel, Plan, Run, given_plan, place_of, save_plan, weights_hash
 from shoal.plan.around import affine_of
 from shoal.plan.low_rank import factors_of
-from shoal.plan.steps import Step, runs
+from shoal.plan.steps import Step, gate_of, runs
 from shoal.plan.tensors import tensors_of
 
 FILE = "weights.safetensors"
@@ -98,8 +98,8 @@ def save_planned(plan: Plan, folder: str | Path, weights: Tensors | None = None)
 
 
 def used_by(plan: Plan, weights: Tensors) -> dict[str, torch.Tensor]:
-    """Those of `weights` that a step of `plan` names."""
-    ids = {name for _, steps in plan.stacks for name in ids_of(steps)}
+    """Those of `weights` that a step of `plan` names: as its own, or as those of the gate that it stands behind."""
+    ids = {name for _, steps in plan.stacks for name in (*ids_of(steps), *map(gate_of, steps)) if name is not None}
     return {name: tensor for name, tensor in weights.items() if _owned(name, ids)}
 
 

@@ -1,0 +1,305 @@
+"""Routed: a learned gate at each layer says which tokens, or which sequences, run it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from shoal.deciding.decisions import Decision, Soft, straight_through
+from shoal.deciding.forward import ForwardView
+from shoal.deciding.gating import with_gates
+from shoal.deciding.policy import Grain, Policy
+from shoal.deciding.policy_options import layer_list
+from shoal.errors import UsageError
+from shoal.examples import PolicyExamples, Refusal
+from shoal.executing.exit_heads import scaled
+from shoal.executing.weights import Tensors
+from shoal.plan import Plan, Run, Spec, Step
+from shoal.plan.sources import Fill
+from shoal.plan.steps import PartName, decides, runs
+
+EXAMPLES = PolicyExamples(
+    deciding=(
+        "routed:layers=1-2,bias=-1", "routed:layers=1-2,bias=-1,part=mlp", "routed:layers=1-2,bias=-1,part=halves",
+        "routed:layers=2,bias=-1,fill=mask", "routed:layers=1,bias=-1,grain=row", "routed:layers=3,bias=-1,grain=none",
+    ),
+    never=("routed:bias=1", "routed:bias=1,part=halves", "routed:bias=1,grain=row", "routed:bias=0.1,part=mlp"),
+    always={"routed:layers=1-2,bias=-1": "0,3", "routed:layers=1,bias=-1,part=mlp": "0,1a,2,3",
+            "routed:layers=2-3,bias=-2,grain=none": "0,1"},
+    refused=(
+        Refusal("gates that have not learned", "routed", "U710", "route-1"),
+        Refusal("a layer that is not there", "routed:layers=7,bias=1", "U581", "layer 7"),
+        Refusal("a threshold of 1", "routed:threshold=1,bias=1", "U711", "threshold=1"),
+        Refusal("no capacity", "routed:capacity=0,bias=1", "U711", "capacity=0"),
+        Refusal("a temperature of 0", "routed:temperature=0,bias=1", "U711", "temperature=0"),
+        Refusal("the mask of a whole sequence", "routed:grain=row,fill=mask,bias=1", "U711", "fill=mask"),
+        Refusal("halves side by side", "routed:part=halves,bias=1", "U711", "layer 0", family="falcon"),
+        Refusal("tokens ranked by a gate that reads none", "routed:grain=none,relax=top-k,bias=1", "U711", "top-k"),
+    ),
+)  # fmt: skip
+Relax = Literal["straight-through", "gumbel", "soft", "sample", "top-k"]
+GATE = "route"
+"""What the names of its gates begin with."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How gates read, decide and learn."""
+
+    grain: Grain | Literal["none"]
+    net: Literal["linear", "mlp"]
+    bias: float | None
+    threshold: float
+    scale: bool
+    relax: Relax
+    capacity: float
+    temperature: float
+    final_temperature: float
+
+
+def routed(
+    plan: Plan,
+    spec: Spec,
+    *,
+    layers: str = "",
+    part: Literal["layer", "mlp", "halves"] = "layer",
+    grain: Literal["token", "row", "none"] = "token",
+    net: Literal["linear", "mlp"] = "linear",
+    threshold: float = 0.5,
+    scale: bool = False,
+    relax: Relax = "straight-through",
+    capacity: float = 0.5,
+    temperature: float = 1.0,
+    final_temperature: float | None = None,
+    bias: float | None = None,
+    fill: Literal["auto", "project", "copy", "mask"] = "auto",
+) -> Policy:
+    """Run a layer for the tokens that its gate lets through; the gates learn by `shoal heal`.
+
+    At each gate g the score of a token is s = w . x + b for its state x [hidden], scaled to a root mean square of 1 in
+    float32, so that a gate does not depend on the growth of the stream; with `net` mlp s = w . silu(V x) + b. The token
+    runs the layer where sigmoid(s) > `threshold`, and keeps its state otherwise. `scale`: what the layer changes is
+    multiplied by sigmoid(s), out = x + sigmoid(s) (f(x) - x). The tensors are g.weight [1, hidden] (with `net` mlp
+    [1, hidden / 4] beside g.inner [hidden / 4, hidden]) and g.bias [1], and stand beside the plan's. `layers` (3-5,7)
+    have gates; without them all of the plan but the first. `part`: layer; mlp, so that its attention always runs; or
+    halves, a gate for each of the two. `grain`: token; row, one answer for each sequence, of the mean of x over the
+    prompt's real tokens, kept until the sequence ends; none, the gate is its bias alone and reads nothing.
+
+    In training hard decisions get gradients by `relax`: straight-through, h + s' - sg(s') with s' = sigmoid(s / T);
+    gumbel, the same of s plus logistic noise (the difference of two Gumbel draws); soft, all run, with the weight s';
+    sample, h drawn with probability s', which `reinforce` scores; top-k, the `capacity` of each row's tokens with the
+    highest scores. T goes from `temperature` to `final_temperature` over the stage. `bias`: gates without tensors,
+    which score it for every token: before anything has learned. A row decides before the first token that it writes, so
+    no key is ever missing (`fill` auto: none); a token's keys and values are made of the state that was carried past
+    the layer (auto: project), or nobody sees them (mask).
+
+    Source: a router for each token, with its keys kept: Zeng et al. 2023 (SkipLayer, arXiv 2311.15436); top-k: Raposo
+    et al. 2024 (Mixture-of-Depths, arXiv 2404.02258); for a sequence: Jain et al. 2024 (FiRST, arXiv 2410.12513).
+
+    How we differ: states are scaled before they are read, and the base stands still unless a recipe says otherwise.
+    Behind training nothing is ranked: `threshold` decides, so that what is cached is what one pass computes. Raises
+    U710 for gates without tensors and without `bias`, U711 for an option out of range, and for halves of layers whose
+    mlp does not read what the attention wrote.
+    """
+    options = _Options(
+        grain, net, bias, threshold, scale, relax, capacity, temperature,
+        temperature if final_temperature is None else final_temperature,
+    )  # fmt: skip
+    _require_sound(options, fill)
+    if part == "halves":
+        plan = _halved(plan, spec)
+    named = plan.layers()[1:] if not layers else layer_list(layers)
+    rule: Fill | None = None if grain == "row" or part == "mlp" else "project" if fill == "auto" else fill
+    placed = with_gates(plan, spec, named, _name, rule)
+    made = _OfMlp if part == "mlp" else _ByRow if grain == "row" else Routed
+    return made(placed, options)
+
+
+class Routed(Policy):
+    """Asks a gate at each run."""
+
+    def __init__(self, plan: Plan, options: _Options) -> None:
+        super().__init__(plan)
+        self.options = options
+        self.gated = [run for run in runs(plan.steps()) if run.gate is not None]
+
+    def start(self, spec: Spec) -> dict[str, torch.Tensor]:
+        """Gates that let all through, sigmoid(2) = 0.88, and read nothing yet; an inner layer is drawn from torch's
+        generator."""
+        hidden, made = spec.stack().hidden, dict[str, torch.Tensor]()
+        inner = hidden if self.options.net == "linear" else max(1, hidden // 4)
+        for gate in self._gates:
+            if self.options.grain != "none":
+                made[f"{gate}.weight"] = torch.zeros(1, inner)
+                if self.options.net == "mlp":
+                    made[f"{gate}.inner"] = torch.randn(inner, hidden) / math.sqrt(hidden)
+            made[f"{gate}.bias"] = torch.tensor([2.0])
+        return made
+
+    def check_tensors(self, tensors: Tensors, spec: Spec) -> None:
+        if self.options.bias is not None:
+            return
+        for name, right in self.start(spec).items():
+            found = tensors.get(name)
+            if found is None:
+                raise UsageError(
+                    f"the gate {name.rpartition('.')[0]} has no tensor {name}, so it has not learned; train it (shoal "
+                    "heal --recipe skip-layer), or give all gates one score (routed:bias=1)",
+                    code="U710",
+                )
+            if found.shape != right.shape:
+                raise UsageError(
+                    f"{name} is {list(found.shape)} instead of {list(right.shape)}; give the options with which the "
+                    "gates learned (net, grain), or train them on this model",
+                    code="U710",
+                )
+
+    @property
+    def _gates(self) -> list[str]:
+        return list(dict.fromkeys(run.gate for run in self.gated if run.gate is not None))
+
+    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision | Soft:
+        scores = self._scores(run, forward, hidden)
+        answer = self._learned(scores, forward) if _learns(forward) else self._hard(scores)
+        if forward.learning is not None:
+            weight = answer.weight if isinstance(answer, Soft) else answer.to(scores.dtype)
+            forward.learning.note("gates", weight.expand(forward.rows, forward.tokens))
+            forward.learning.note("scores", scores.expand(forward.rows, forward.tokens))
+        return answer
+
+    def _scores(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> torch.Tensor:
+        """Of each token, float32 [batch or 1, tokens]."""
+        if self.options.bias is not None:
+            return torch.full((1, forward.tokens), self.options.bias, device=hidden.device)
+        own = {name: one.to(hidden.device).float() for name, one in self._own(run, forward).items()}
+        if self.options.grain == "none":
+            return own["bias"].expand(1, forward.tokens)
+        state = scaled(hidden if hidden.dim() == 3 else hidden.flatten(0, -4).mean(0))
+        return self._read(run, own, state, forward)
+
+    def _read(self, run: Run, own: dict[str, torch.Tensor], state: torch.Tensor, forward: ForwardView) -> torch.Tensor:
+        if "inner" in own:
+            state = torch.nn.functional.silu(state @ own["inner"].T)
+        return (state @ own["weight"].T + own["bias"])[..., 0]
+
+    def _own(self, run: Run, forward: ForwardView) -> dict[str, torch.Tensor]:
+        names = {name: f"{run.gate}.{name}" for name in ("weight", "inner", "bias")}
+        return {name: forward.tensors[full] for name, full in names.items() if full in forward.tensors}
+
+    def _hard(self, scores: torch.Tensor) -> torch.Tensor | Soft:
+        at = math.log(self.options.threshold / (1 - self.options.threshold))
+        hard = scores > at
+        return Soft(hard, scores.sigmoid() * hard) if self.options.scale else hard
+
+    def _learned(self, scores: torch.Tensor, forward: ForwardView) -> Soft:
+        """The decision in training, with the weight through which its gradient flows."""
+        learning, options = forward.learning, self.options
+        assert learning is not None
+        warm = options.temperature * (options.final_temperature / options.temperature) ** learning.progress
+        if options.relax in ("gumbel", "sample"):
+            drawn = torch.rand(scores.shape, generator=learning.generator).clamp(1e-6, 1 - 1e-6).to(scores.device)
+            noise = drawn.log() - (1 - drawn).log()
+        else:
+            noise = torch.zeros_like(scores)
+        probability = ((scores + noise) / warm).sigmoid()
+        if options.relax == "top-k":
+            hard = _highest(scores, options.capacity)
+        else:
+            hard = scores + noise > (0 if options.relax in ("gumbel", "sample") else self._level)
+        if options.relax == "soft":
+            return Soft(torch.ones_like(hard), (scores / warm).sigmoid())
+        if options.scale:
+            return Soft(hard, scores.sigmoid() * hard)
+        if options.relax == "sample":
+            return Soft(hard, hard.to(scores.dtype))
+        return straight_through(hard, probability)
+
+    @property
+    def _level(self) -> float:
+        """The score above which a token runs."""
+        return math.log(self.options.threshold / (1 - self.options.threshold))
+
+
+class _OfMlp(Routed):
+    leaves_out: ClassVar[PartName] = "mlp"
+
+
+class _ByRow(Routed):
+    grain: ClassVar[Grain] = "row"
+    consistent = True
+
+    def _read(self, run: Run, own: dict[str, torch.Tensor], state: torch.Tensor, forward: ForwardView) -> torch.Tensor:
+        decided = forward.memory.setdefault("scores", {})
+        if forward.past == 0 or run.gate not in decided:
+            columns = min(forward.tokens, forward.tokens if forward.prompt is None else max(1, forward.prompt))
+            real = torch.ones_like(state[..., 0]) if forward.real is None else forward.real.to(state)
+            counted = real * (torch.arange(forward.tokens, device=state.device) < columns)
+            mean = (state * counted[..., None]).sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
+            decided[run.gate] = super()._read(run, own, mean[:, None], forward)
+        kept: torch.Tensor = decided[run.gate]
+        return kept.expand(-1, forward.tokens)
+
+
+def _learns(forward: ForwardView) -> bool:
+    return forward.learning is not None and torch.is_grad_enabled()
+
+
+def _highest(scores: torch.Tensor, capacity: float) -> torch.Tensor:
+    """Which tokens have the highest scores of their row, bool [batch or 1, tokens]."""
+    count = max(1, round(capacity * scores.shape[-1]))
+    chosen = scores.topk(count, -1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, value=True)
+
+
+def _name(run: Run) -> str:
+    return f"{GATE}-{run.layer}{'' if run.part == 'layer' else run.part[0]}"
+
+
+def _halved(plan: Plan, spec: Spec) -> Plan:
+    """The plan with the attention and the mlp of each run as steps of their own. Raises U711 for a layer whose mlp does
+    not read what its attention wrote: its halves, one behind the other, are another layer."""
+    if decides(plan.steps()):
+        return plan
+    steps: list[Step] = []
+    for step in plan.steps():
+        if not isinstance(step, Run) or step.part != "layer":
+            steps.append(step)
+            continue
+        if not spec.stack().layers[step.layer].mlp_reads_attention:
+            raise UsageError(
+                f"routed: part=halves needs an mlp that reads what the attention wrote, and in layer {step.layer} of "
+                f"this {spec.family} that is not so; write part=layer or part=mlp",
+                code="U711",
+            )
+        steps += [replace(step, part="attention"), replace(step, part="mlp")]
+    return plan.with_steps(tuple(steps))
+
+
+def _require_sound(options: _Options, fill: str) -> None:
+    """Raise U711 for an option out of range."""
+    wrong = [
+        (not 0 < options.threshold < 1, f"threshold={options.threshold:g} is outside (0, 1); write threshold=0.5"),
+        (not 0 < options.capacity <= 1, f"capacity={options.capacity:g} is no share of the tokens; write capacity=0.5"),
+        (
+            not 0 < options.temperature < math.inf,
+            f"temperature={options.temperature:g} must be above 0; write temperature=1",
+        ),
+        (
+            not 0 < options.final_temperature < math.inf,
+            f"final_temperature={options.final_temperature:g} must be above 0; write final_temperature=0.5",
+        ),
+        (
+            options.grain == "row" and fill != "auto",
+            f"fill={fill} is for gates that decide token by token, and with grain=row no key is missing; leave it out",
+        ),
+        (
+            options.grain == "none" and options.relax == "top-k",
+            "relax=top-k ranks tokens, and with grain=none all have one score; write relax=straight-through",
+        ),
+    ]
+    for is_wrong, what in wrong:
+        if is_wrong:
+            raise UsageError(f"routed: {what}", code="U711")
