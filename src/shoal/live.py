@@ -8,24 +8,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from shoal.deciding.bound_policy import BoundPolicy
+from shoal.deciding.bound_policy import BoundPolicy, bind_policy
 from shoal.deciding.learning import Learning
 from shoal.deciding.policy import Policy
 from shoal.deciding.policy_text import policy_for, require_tensors
 from shoal.deciding.trace import Trace
 from shoal.errors import PlanError
 from shoal.executing.bind import BoundPlan, bind, modules_for, refuse_graphs, refuse_second_plan, require_legal
-from shoal.executing.executor import Executor
 from shoal.executing.later import LaterExecutor, Passes
-from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.modules import ModuleTensors, take_modules_away
 from shoal.executing.weights import Tensors, plan_and_weights
-from shoal.models.lists import Stack
 from shoal.models.load import Loaded
 from shoal.models.opened import OpenedModel, open_model
 from shoal.models.settings import SettingsBefore
 from shoal.plan import Given, Plan
-from shoal.plan.steps import Step
 
 
 class Running:
@@ -187,18 +183,10 @@ def _decided(opened: OpenedModel, plan: Plan, weights: Tensors, policy: Policy |
     require_tensors(who, weights)
     plan = require_legal(opened, who.plan, weights)
     tensors = modules_for(opened, plan, weights) if modules else weights
-    deciding: BoundPolicy | None = None
     try:
-        deciding = BoundPolicy(opened.model, spec, who, tensors)
-        made = deciding.make_executor
-
-        def make(planned: LayerProxyList, stack: Stack, steps: tuple[Step, ...]) -> Executor:
-            return made(planned, stack, opened.facts(stack.name), steps, tensors)
-
-        return Running(BoundPlan(opened, plan, tensors, make), deciding, owns_modules=modules)
+        bound, deciding = bind_policy(opened, plan, tensors, who)
+        return Running(bound, deciding, owns_modules=modules)
     except BaseException:
-        if deciding is not None:
-            deciding.remove()
         if modules:
             take_modules_away(opened)
         raise

@@ -64,7 +64,7 @@ def test_every_recipe_takes_two_steps(recipe: str, loaded: Loaded) -> None:
     assert all(torch.equal(p, before[name]) for name, p in loaded.model.named_parameters())
     assert found.texts.keys() == {"held out", "watched"}
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["tokens"] >= 64
-    with running(loaded.model, found.plan, found.weights), torch.no_grad():
+    with running(loaded.model, found.plan, found.weights, policy=found.policy or None), torch.no_grad():
         assert torch.isfinite(loaded.model(text().ids[:1]).logits).all()
     assert found.plan.dropped() == (2,)
 

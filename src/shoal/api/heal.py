@@ -38,7 +38,7 @@ class Healed:
     start: Plan
     plan: Plan
     weights: Mapping[str, Any] = field(repr=False)
-    """The tensors that `plan` names, in the dtypes of the base."""
+    """The tensors that `plan` names, in the dtypes of the base; those of gates in float32."""
     recipe: str
     stages: tuple[dict[str, Any], ...]
     """What each stage was told and did: steps, tokens, seconds, curve."""
@@ -49,6 +49,8 @@ class Healed:
     stopped: bool = False
     """Whether it was told to stop; its checkpoints are kept then."""
     asked: dict[str, Any] = field(default_factory=dict)
+    policy: str = ""
+    """Who decides at the gates of `plan`, as `--policy` takes it; "" for nobody."""
 
     @property
     def tokens(self) -> int:
@@ -57,10 +59,11 @@ class Healed:
 
     @property
     def better(self) -> bool:
-        """Whether held-out text likes the result better than the start; True where nothing was trained."""
+        """Whether held-out text likes the result better than the start; True where nothing was trained. Where a policy
+        decides it is the objective that counts, since layers are left out that the start ran."""
         if not self.tokens and not any("transform" in stage for stage in self.stages):
             return True
-        if HELD in self.texts:
+        if HELD in self.texts and not self.policy:
             return self.texts[HELD].after.nll < self.texts[HELD].before.nll
         trained = [stage for stage in self.stages if "held_after" in stage]
         return not trained or trained[-1]["held_after"] < trained[-1]["held_before"]
@@ -72,6 +75,7 @@ class Healed:
                 "start": str(self.start),
                 "plan": str(self.plan),
                 "hash": self.plan.hash,
+                "policy": self.policy,
                 "recipe": self.recipe,
                 "asked": self.asked,
                 "stages": list(self.stages),
@@ -145,7 +149,7 @@ def heal(
     start, own = plan_and_weights(plan, base, weights)
     own = used_by(start, own)
     require(start, loaded.opened.spec, shapes_of(own), shapes_in(loaded.opened.stacks))
-    if start.is_identity():
+    if start.is_identity() and not any(isinstance(stage, Stage) and stage.policy for stage in stages):
         raise UsageError(
             f"the plan {start} removes nothing, so there is nothing to heal; prune first (shoal prune --save-plan)",
             code="U641",
@@ -198,7 +202,7 @@ def heal(
         made = run_recipe(run, start, own, amount, kept)
     found, stopped = dict[str, Judged](), made.stopped
     if watched is not None and not stopped:
-        sides = {"dense": None, "before": (start, own), "after": (made.plan, made.weights)}
+        sides = {"dense": None, "before": (start, own, ""), "after": (made.plan, made.weights, made.policy)}
         asked = {HELD: made.held, WATCHED: watched}
         found = judged(loaded, asked, sides, kept, batch=batch, stop=stop, progress=progress)
         stopped = len(found) < 2
@@ -207,6 +211,7 @@ def heal(
         {"train": made.train.info.to_dict(), "held": made.held.info.to_dict()},
         sum(stage["seconds"] for stage in made.stages), stopped,
         {**amount, "length": length, "batch": batch, "accumulate": accumulate, "seed": seed, "processes": group.count},
+        made.policy,
     )  # fmt: skip
 
 
@@ -228,6 +233,8 @@ def recipe_of(
             term_of(one)
         for one in stage.learn:
             selection_of(one)
+        if stage.policy:
+            chosen("policies", stage.policy)
     return named, stages
 
 
@@ -265,4 +272,4 @@ def _stack_of(plan: Plan, stack: str | None) -> str:
         raise UsageError(
             f"the plan changes the stacks {' and '.join(changed)}, and one is healed; name it (--stack)", code="U653"
         )
-    return plan.stack_name(stack if stack is not None else changed[0])
+    return plan.stack_name(stack if stack is not None or not changed else changed[0])

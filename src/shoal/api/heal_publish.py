@@ -11,6 +11,7 @@ from shoal.api.judged import HELD, WATCHED
 from shoal.api.prune import Pruned
 from shoal.api.publish import page_data
 from shoal.atomic import publish, staged
+from shoal.deciding.policy_file import LearnedPolicy
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, load_weights, save_planned
@@ -57,7 +58,9 @@ def publish_healed(
         "heal", healed.to_dict(), plan=healed.plan.hash, base=healed.plan.base.fingerprint, seed=seed, command=command
     )
     if why_no_checkpoint(healed.loaded, healed.plan, healed.weights) is not None:
-        return publish_plan(healed.plan, healed.weights, output, record, overwrite=overwrite)
+        made = {"recipe": healed.recipe, "tokens": healed.tokens, "command": " ".join(command), "time": record.time}
+        policy = LearnedPolicy.of(healed.policy, healed.plan, healed.weights, made) if healed.policy else None
+        return publish_plan(healed.plan, healed.weights, output, record, overwrite=overwrite, policy=policy)
     return write(
         healed.loaded,
         healed.plan,
@@ -117,13 +120,18 @@ def _page(healed: Healed, proof: Proof, command: str, created: str) -> dict[str,
     return page_data(plain, proof, command, created) | {"title": title, "quality": rows, "healing": healed.to_dict()}
 
 
-def publish_plan(plan: Plan, weights: Tensors, output: str | Path, record: Record, *, overwrite: bool = False) -> Path:
-    """Write `plan` with the tensors that it names and the record of how it was made to the folder `output`, which
-    `--plan` takes; the folder. Raises what `shoal.write` raises for a folder that cannot be written."""
+def publish_plan(
+    plan: Plan, weights: Tensors, output: str | Path, record: Record, *, overwrite: bool = False,
+    policy: LearnedPolicy | None = None,
+) -> Path:  # fmt: skip
+    """Write `plan` with the tensors that it names, the record of how it was made and the `policy` to the folder
+    `output`, which `--plan` takes; the folder. Raises what `shoal.write` raises for a folder that cannot be written."""
     final = final_path(Path(output))
     refuse_output(final, overwrite=overwrite)
     with disk_errors(final), staged(final) as staging:
         save_planned(plan, staging, dict(weights))
+        if policy is not None:
+            policy.save(staging / "shoal" / "policy.json")
         text = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
         (staging / "shoal" / "records.jsonl").write_text(text, encoding="utf-8")
         load_weights(staging)  # reads what was written, and compares the hash

@@ -16,13 +16,13 @@ import torch
 from shoal.api.heal_texts import texts_of
 from shoal.data import Data
 from shoal.evaluation import Progress
-from shoal.executing.bind import bind
+from shoal.executing.bind import require_legal
 from shoal.executing.weights import Tensors, used_by
 from shoal.fitting.result import Job, Transformed
 from shoal.healing.fading import with_removed
 from shoal.healing.learner import Learner, learning
 from shoal.healing.run_folder import RunFolder
-from shoal.healing.shown import Side
+from shoal.healing.shown import Shown, side_of
 from shoal.healing.stage import Fit, Recipe, Stage, selection_of, term_of
 from shoal.healing.train import Run, TrainedStage, seconds_a_step, train
 from shoal.healing.windows import Texts
@@ -68,6 +68,8 @@ class Made:
 
     plan: Plan
     weights: dict[str, Any]
+    policy: str
+    """Who decides at the gates of the plan, as typed; "" for nobody."""
     stages: tuple[dict[str, Any], ...]
     train: Data
     held: Data
@@ -86,11 +88,12 @@ def run_recipe(run: HealRun, plan: Plan, weights: Tensors, amount: dict[str, Any
         texts = replace(read, train=read.train.only(range(min(trained, len(read.train)))))
     order = _least_first(run, plan, texts) if any(isinstance(s, Stage) and s.removed < 1 for s in run.stages) else ()
     said: list[dict[str, Any]] = []
-    current, tensors = start
+    (current, tensors), policy = start, ""
     for number, stage in enumerate(run.stages, 1):
         done = kept.finished_stage(number)
         if done is not None:
             current, tensors, record = done
+            policy = record.get("policy", policy)
             said.append(record)
             continue
         if isinstance(stage, Fit):
@@ -99,12 +102,14 @@ def run_recipe(run: HealRun, plan: Plan, weights: Tensors, amount: dict[str, Any
             current = _cut_to(current, run.stack, whole, order, stage.removed)
             if steps[number - 1] == 0:
                 continue
-            current, tensors, record = _trained(run, stage, number, current, tensors, texts, steps[number - 1], kept)
+            told = replace(stage, policy=stage.policy or policy)  # a later stage goes on with it
+            current, tensors, record = _trained(run, told, number, current, tensors, texts, steps[number - 1], kept)
+            policy = record["policy"]
         said.append(record)
         if record.get("stopped"):
-            return Made(current, tensors, tuple(said), texts.train, texts.held, stopped=True)
+            return Made(current, tensors, policy, tuple(said), texts.train, texts.held, stopped=True)
         kept.finish_stage(number, current, tensors, record)
-    return Made(current, used_by(current, tensors), tuple(said), texts.train, texts.held, stopped=False)
+    return Made(current, used_by(current, tensors), policy, tuple(said), texts.train, texts.held, stopped=False)
 
 
 def _steps(run: HealRun, plan: Plan, weights: Tensors, amount: dict[str, Any], kept: RunFolder) -> list[int]:
@@ -137,7 +142,7 @@ def _learner(run: HealRun, stage: Stage, plan: Plan, weights: Tensors, data: Dat
     return learning(
         run.loaded.opened, plan, weights, [selection_of(one) for one in stage.learn],
         [term_of(one) for one in stage.terms], [term_of(one) for one in stage.own_terms], stack=run.stack, data=data,
-        teacher=run.teacher, batch=run.run.batch, seed=run.run.seed, fade=stage.fade,
+        teacher=run.teacher, batch=run.run.batch, seed=run.run.seed, fade=stage.fade, policy=stage.policy,
     )  # fmt: skip
 
 
@@ -177,15 +182,24 @@ def _trained(
         made, tensors = learner.finished()
         probe = texts.held.ids[:1, : min(64, run.length)]
         live = _last_state(learner, probe)
-    with torch.no_grad():
-        found = Side(bind(run.loaded.opened, made, tensors), run.stack, lambda: evaluating(run.loaded.model)).show(
-            probe, None
-        )
+    found = _shown(run, made, tensors, learner.policy, probe)
     error = float((found.last.float() - live).norm() / live.norm())
     before = kept.found(f"seconds {number}") or 0.0  # of runs that were stopped
     kept.remember(f"seconds {number}", before + done.seconds)
-    record = _record(stage, done, moving, error)
+    record = {**_record(stage, done, moving, error), "policy": learner.policy}
     return made, used_by(made, tensors), {**record, "seconds": before + done.seconds}
+
+
+@torch.no_grad()
+def _shown(run: HealRun, plan: Plan, weights: Tensors, policy: str, ids: torch.Tensor) -> Shown:
+    """What a plan that has learned shows, bound anew."""
+    opened = run.loaded.opened
+    legal = require_legal(opened, plan, weights)
+    side = side_of(opened, legal, weights, run.stack, policy, lambda: evaluating(opened.model))
+    try:
+        return side.show(ids, None)
+    finally:
+        side.remove()
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ from shoal.record import plain
 HELD, WATCHED = "held out", "watched"
 """The two texts that say what healing did: windows held out of the training text, and a second text."""
 WATCHED_WINDOWS = 8
+Ran = tuple[Plan, Tensors, str]
+"""A plan, its tensors, and who decides at its gates, as typed; "" for nobody."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Judged:
 def judged(
     loaded: Loaded,
     texts: Mapping[str, Data],
-    sides: Mapping[str, tuple[Plan, Tensors] | None],
+    sides: Mapping[str, Ran | None],
     kept: RunFolder,
     *,
     batch: int,
@@ -67,15 +69,13 @@ def judged(
     return found
 
 
-def _worth(
-    loaded: Loaded, text: Data, ran: tuple[Plan, Tensors] | None, kept: RunFolder, name: str, batch: int
-) -> Perplexity:
+def _worth(loaded: Loaded, text: Data, ran: Ran | None, kept: RunFolder, name: str, batch: int) -> Perplexity:
     """The perplexity of the whole model, or of a plan with its tensors; from the run's folder if it is known there."""
     known = kept.found(name)
     if known is not None and known["info"]["sha256"] == text.info.sha256:
         each = {key: tuple(known[key]) for key in ("per_sequence", "per_sequence_tokens")}
         return Perplexity(**{**known, **each, "info": text.info})
-    with nullcontext() if ran is None else running(loaded.model, *ran):
+    with nullcontext() if ran is None else running(loaded.model, *ran[:2], policy=ran[2] or None):
         found = perplexity(loaded.model, text, batch=batch)
     if math.isfinite(found.nll):
         kept.remember(name, found.to_dict())

@@ -70,14 +70,15 @@ def heal(
 ) -> None:
     """Train what --plan left of MODEL, by distillation from the whole model or on labels, and write the result, proved,
     when held-out text likes it better."""
-    need(plan, "say what is healed: --plan 0-11,14-29 or --plan plan.json")
     from shoal.api.heal import recipe_of
     from shoal.registry import get
     from shoal.spelling import read
 
     asked = read(recipe)
     own = get("recipes", asked.name).typed([*(settings or []), *asked.pairs])
-    recipe_of(asked.name, own, term or [], learn or [])
+    _, stages = recipe_of(asked.name, own, term or [], learn or [])
+    if not any(getattr(stage, "policy", "") for stage in stages):
+        need(plan, "say what is healed: --plan 0-11,14-29 or --plan plan.json")
     amount = None if tokens is None else tokens_of(tokens)
     if term or learn:
         unused("--term and --learn say what is done", "recipe", "settings")
@@ -89,6 +90,7 @@ def heal(
     from shoal.api.heal import heal as run
     from shoal.data.spelled import keyed, templated
     from shoal.healing.processes import Processes
+    from shoal.plan import Plan
     from shoal.writing.folder import refuse_output
 
     require_plan_place(save_plan)
@@ -101,6 +103,7 @@ def heal(
     say = saying(quiet)
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        chosen = Plan.identity(loaded.opened.spec, source=loaded.source) if chosen is None else chosen
         folder = None if output is None else _folder(output, loaded, chosen, weights, say)
         with stopping() as stop:
             healed = run(
@@ -241,4 +244,5 @@ def _said(healed: Any, written: Any) -> tuple[dict[str, Any], str]:
     if hasattr(written, "proof"):
         data["proof"] = written.proof.to_dict()
         return data, "\n".join([*lines, f"proved and written to {place}: {written.params:,} parameters"])
-    return data, "\n".join([*lines, f"written to {place}: a plan with its tensors, for --plan {place}"])
+    gates = f" --policy {place}/shoal/policy.json" if healed.policy else ""
+    return data, "\n".join([*lines, f"written to {place}: a plan with its tensors, for --plan {place}{gates}"])

@@ -18,17 +18,32 @@ from shoal.deciding.layer_arguments import Arguments
 from shoal.deciding.policy import Policy
 from shoal.deciding.trace import Trace, count_calls
 from shoal.executing.asked import stand_ins
+from shoal.executing.bind import BoundPlan
 from shoal.executing.exit_heads import heads_of
 from shoal.executing.exit_readout import Readout
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.weights import Tensors
 from shoal.models.calls import logits_in, named_arguments
 from shoal.models.examine import StackFacts
-from shoal.models.opened import open_model
+from shoal.models.opened import OpenedModel, open_model
 from shoal.models.stacks import Stack
-from shoal.plan import Spec, Step
+from shoal.plan import Plan, Spec, Step
 from shoal.plan.select import exits
 from shoal.plan.steps import runs
+
+
+def bind_policy(opened: OpenedModel, plan: Plan, weights: Tensors, policy: Policy) -> tuple[BoundPlan, BoundPolicy]:
+    """A plan that its policy decides about, legal on this model, and the policy, which listens until `remove()`."""
+    deciding = BoundPolicy(opened.model, opened.spec, policy, weights)
+
+    def make(planned: LayerProxyList, stack: Stack, steps: tuple[Step, ...]) -> GatedExecutor:
+        return deciding.make_executor(planned, stack, opened.facts(stack.name), steps, weights)
+
+    try:
+        return BoundPlan(opened, plan, weights, make), deciding
+    except BaseException:
+        deciding.remove()
+        raise
 
 
 class BoundPolicy:

@@ -1,4 +1,5 @@
-"""policy.json: thresholds for each exit at several levels, as plain data; `shoal calibrate` writes it."""
+"""policy.json as plain data: thresholds for each exit at several levels, by `shoal calibrate`, or who decides with the
+tensors that `shoal heal` trained."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any, get_args
 from shoal.atomic import write_atomically
 from shoal.deciding.signals import Signal
 from shoal.errors import NotationError, UsageError
+from shoal.executing.weights import Tensors, hash_of_used
 from shoal.plan import Plan
 from shoal.record import plain
 
@@ -67,16 +69,7 @@ class PolicyFile:
 
     def require(self, plan: Plan, where: str) -> None:
         """Raise U605 when the policy was calibrated for another model or plan."""
-        if self.fingerprint != plan.base.fingerprint:
-            raise UsageError(
-                f"{where} was calibrated for a {self.family} of another shape, not for this {plan.base.family}; run "
-                "shoal calibrate on this model",
-                code="U605",
-            )
-        if self.plan != plan.hash:
-            raise UsageError(
-                f"{where} was calibrated for another plan than {plan}; run shoal calibrate with this plan", code="U605"
-            )
+        _require_same(self, plan, where, "calibrated", "shoal calibrate")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `save` writes it."""
@@ -90,8 +83,50 @@ class PolicyFile:
         write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n", "the policy")
 
 
-def load_policy(path: str | Path) -> PolicyFile:
-    """Read a policy.json; any bytes give a `PolicyFile` or a `NotationError` N006, never another exception."""
+@dataclass(frozen=True, slots=True)
+class LearnedPolicy:
+    """A policy whose tensors are those of a plan, as `shoal heal` trained them together."""
+
+    text: str
+    """NAME:key=value,... as `--policy` takes it."""
+    family: str
+    fingerprint: str
+    plan: str
+    """Hash of the plan with its gates."""
+    weights: str | None
+    """Hash of the tensors of plan and gates."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """Recipe, data, versions, command."""
+
+    @staticmethod
+    def of(text: str, plan: Plan, weights: Tensors, made: dict[str, Any]) -> LearnedPolicy:
+        """What `text` decides about `plan` with its `weights`."""
+        base = plan.base
+        return LearnedPolicy(text, base.family, base.fingerprint, plan.hash, hash_of_used(plan, weights), made)
+
+    def require(self, plan: Plan, where: str) -> None:
+        """Raise U605 when the policy was trained for another model or plan."""
+        _require_same(self, plan, where, "trained", "shoal heal")
+
+    def save(self, path: str | Path) -> None:
+        """Write it, whole or not at all. Raises W229 when that is not possible."""
+        data = {"format": FORMAT, "policy": "learned", **plain(asdict(self))}
+        write_atomically(path, json.dumps(data, indent=1) + "\n", "the policy")
+
+
+def _require_same(file: PolicyFile | LearnedPolicy, plan: Plan, where: str, how: str, command: str) -> None:
+    if file.fingerprint != plan.base.fingerprint:
+        raise UsageError(
+            f"{where} was {how} for a {file.family} of another shape, not for this {plan.base.family}; run {command} "
+            "on this model",
+            code="U605",
+        )
+    if file.plan != plan.hash:
+        raise UsageError(f"{where} was {how} for another plan than {plan}; run {command} with this plan", code="U605")
+
+
+def load_policy(path: str | Path) -> PolicyFile | LearnedPolicy:
+    """Read a policy.json; any bytes give what it holds or a `NotationError` N006, never another exception."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -111,9 +146,13 @@ def load_policy(path: str | Path) -> PolicyFile:
         ) from None
 
 
-def _read(data: dict[str, Any]) -> PolicyFile:
-    if data["format"] != FORMAT or data["policy"] != "calibrated":
+def _read(data: dict[str, Any]) -> PolicyFile | LearnedPolicy:
+    if data["format"] != FORMAT or data["policy"] not in ("calibrated", "learned"):
         raise ValueError(f"its format is {data['format']!r}")
+    if data["policy"] == "learned":
+        weights = None if data.get("weights") is None else str(data["weights"])
+        words = {name: str(data[name]) for name in ("text", "family", "fingerprint", "plan")}
+        return LearnedPolicy(**words, weights=weights, made=dict(data.get("made") or {}))
     levels = tuple(
         Level(
             str(level["name"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal.deciding.gating import ungated
 from shoal.deciding.policy import Policy
+from shoal.deciding.policy_file import LearnedPolicy, load_policy
 from shoal.errors import PlanError, UsageError
 from shoal.executing.weights import Tensors, hash_of_used
 from shoal.plan import Plan, Spec, format_steps
@@ -12,11 +13,17 @@ from shoal.spelling import chosen
 
 def make_policy(text: str, plan: Plan, spec: Spec) -> Policy:
     """NAME or NAME:key=value,key=value, as in `exit:confidence=0.9` or `skip:listed=3-5,7`, for this plan and model; or
-    the policy.json of `shoal calibrate`.
+    the policy.json of `shoal calibrate` or `shoal heal`.
 
     Raises U501 for a name and U502 for an option that does not exist, and what the policy itself raises.
     """
     if text.endswith(".json") and ":" not in text:
+        read = load_policy(text)
+        if isinstance(read, LearnedPolicy):
+            read.require(plan, text)
+            learned = make_policy(read.text, plan, spec)
+            learned.tensors = read.weights
+            return learned
         text = f"calibrated:file={text}"
     entry, options = chosen("policies", text)
     made: Policy = entry.load()(plan, spec, **options)
@@ -40,7 +47,7 @@ def require_tensors(policy: Policy, weights: Tensors | None) -> None:
     """Raise U605 when the policy was made with other tensors, so that its promise does not hold for these."""
     if policy.tensors not in (None, hash_of_used(policy.plan, weights)):
         raise UsageError(
-            "this policy was calibrated with other lenses or heads than the plan has now; run shoal calibrate with "
+            "this policy was made with other tensors than the plan has now; run shoal calibrate, or shoal heal, with "
             "this plan",
             code="U605",
         )

@@ -156,6 +156,10 @@ class BoundPlan:
             if self._paused:
                 self.enter()
 
+    def rest(self) -> None:
+        """Until the plan is put on the model, who listens on the model's own modules hears nothing."""
+        self._say(paused=True)
+
     def _say(self, *, paused: bool) -> None:
         """Who listens on the model's own modules hears no forward of the whole model."""
         self._paused = paused

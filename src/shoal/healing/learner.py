@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from shoal.data import Data
+from shoal.deciding.gating import ungated
+from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError
-from shoal.executing.bind import BoundPlan, bind
+from shoal.executing.bind import bind
+from shoal.healing.averages import Averages
 from shoal.healing.fading import Fading, with_removed
 from shoal.healing.moving import LearnJob, Moving, Tensors, nothing_moves
 from shoal.healing.seen import Seen
-from shoal.healing.shown import Around, Side
+from shoal.healing.shown import Around, Side, side_of
 from shoal.healing.stage import Selection, Term
 from shoal.healing.windows import NOT_COUNTED
 from shoal.models.evaluating import evaluating, keeping_modes
@@ -52,6 +55,9 @@ class Learner(nn.Module):
         """The tensors that the plan named before."""
         self.sides = (student, teacher)
         self.fading: Fading | None = None
+        self.averages = Averages()
+        self.policy = ""
+        """Who decides about what has learned, as typed; "" for nobody."""
         self.parts: dict[str, torch.Tensor] = {}
         """Each term's share of the last loss, weighted."""
 
@@ -73,7 +79,8 @@ class Learner(nn.Module):
         items = shift_labels.ne(NOT_COUNTED).sum() if num_items_in_batch is None else num_items_in_batch
         sums = dict[str, Any]()
         for terms, rows in self._parted(own):
-            seen = Seen(*self.sides, ids[rows], None if mask is None else mask[rows], shift_labels[rows])
+            cut = None if mask is None else mask[rows]
+            seen = Seen(*self.sides, ids[rows], cut, shift_labels[rows], self.averages)
             with self.precision():
                 for term in terms:
                     value = term.weight * term.function(seen, **term.options)
@@ -118,7 +125,7 @@ class Learner(nn.Module):
         plan, tensors = self.sides[0].bound.plan, dict(self.start)
         for moving in self.movings:
             plan, tensors = moving.finish(tensors)
-        return plan, tensors
+        return plan if self.policy else ungated(plan), tensors
 
 
 @contextmanager
@@ -136,10 +143,12 @@ def learning(
     batch: int = 1,
     seed: int = 0,
     fade: bool = False,
+    policy: str = "",
 ) -> Iterator[Learner]:
     """A learner on the opened model, whose parameters, modules and modes are at the end as they were.
 
     `teacher`: another model in place of the whole student. `fade`: what the plan removes fades out meanwhile.
+    `policy`: who decides at gates meanwhile, as typed.
     Raises U675 where nothing learns, and what the learners raise.
     """
     asked = [parameter for parameter in opened.model.parameters() if parameter.requires_grad]
@@ -149,11 +158,13 @@ def learning(
         after.enter_context(keeping_modes(opened.model))
         after.callback(_put_back, opened.model, asked)
         whole = bind(opened)  # before adapters are put in: they make it another model
-        job = LearnJob(opened, plan, weights, stack, data, batch, seed)
+        who = make_policy(policy, plan, opened.spec) if policy else None
+        job = LearnJob(opened, plan if who is None else who.plan, weights, stack, data, batch, seed, who)
         movings = _movings(job, selections, after)
         last = movings[-1]
         running = with_removed(last.plan, stack) if fade else last.plan
-        student = Side(BoundPlan(opened, running, last.weights), stack)
+        student = side_of(opened, running, last.weights, stack, policy)
+        after.callback(student.remove)
         base = whole if teacher is None else bind(teacher)
         apart: list[Around] = [one.without for one in movings] if teacher is None else []
         fading = None
@@ -164,6 +175,7 @@ def learning(
         side = Side(base, stack, lambda: _several([lambda: evaluating(base.model, gradients=True), *apart]))
         learner = Learner(student, side, movings, terms, own_terms)
         learner.fading, learner.start = fading, weights
+        learner.policy = "" if who is None or who.only_training else policy
         yield learner
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from shoal.deciding.policy import Policy
 from shoal.errors import UsageError
 from shoal.models.opened import OpenedModel
 from shoal.plan import Parallel, Plan, Run, Step
@@ -34,6 +35,8 @@ class LearnJob:
     """Text, for a learner that chooses by what the model does."""
     batch: int = 1
     seed: int = 0
+    policy: Policy | None = None
+    """Who decides at the plan's gates."""
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -9,6 +9,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.executing.forward import Forward
+from shoal.healing.averages import Averages
 from shoal.healing.shown import Shown, Side
 from shoal.healing.summed import summed
 from shoal.models.kinds import require_causal
@@ -23,11 +24,18 @@ class Seen:
     """Student and teacher on one batch of tokens."""
 
     def __init__(
-        self, student: Side, teacher: Side | None, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor
+        self,
+        student: Side,
+        teacher: Side | None,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        labels: torch.Tensor,
+        averages: Averages | None = None,
     ) -> None:
         """`ids`, `mask` and `labels` are [batch, tokens]; `labels` holds the token that each column predicts, -100
         where the column does not count."""
         self.sides = student, teacher
+        self.averages = averages or Averages()
         self.ids, self.mask, self.labels = ids, mask, labels
 
     @property
@@ -55,6 +63,19 @@ class Seen:
         """What the teacher's forward shows, without gradients. Raises U675 where there is no teacher."""
         with torch.no_grad():
             return self._teacher().show(self.ids, self.mask)
+
+    def noted(self, name: str, what: str) -> torch.Tensor:
+        """What the policy wrote down under `name` at each gate in turn in the student's forward, [gates, batch,
+        tokens]; gradients flow. Raises U675 where no policy did; `what` names the term then."""
+        self.student  # noqa: B018 - its forward asks the policy
+        found = self.sides[0].learning.ledger.get(name)
+        if not found:
+            raise UsageError(
+                f"{what} reads the gates of a policy that learns and there is none; use a recipe that has one, as "
+                "skip-layer",
+                code="U675",
+            )
+        return torch.stack([one.to(self.labels.device) for one in found])
 
     @cached_property
     def prepared(self) -> Forward:

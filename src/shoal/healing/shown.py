@@ -7,14 +7,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from shoal.deciding.bound_policy import BoundPolicy, bind_policy
+from shoal.deciding.learning import Learning
+from shoal.deciding.policy_text import make_policy
 from shoal.executing.bind import BoundPlan
 from shoal.executing.executor import Executor
 from shoal.executing.exit_readout import Readout
 from shoal.executing.forward import Forward
 from shoal.executing.inputs import backbone_of, inputs_of, run_stack
 from shoal.executing.recorder import Recorder, RunRecord
+from shoal.executing.weights import Tensors
 from shoal.models.opened import OpenedModel
-from shoal.plan import Exit
+from shoal.plan import Exit, Plan
 
 Around = Callable[[], AbstractContextManager[object]]
 
@@ -53,10 +57,19 @@ class Shown(Recorder):
 class Side:
     """A model under a plan that is put on for the length of a call, and taken away behind it."""
 
-    def __init__(self, bound: BoundPlan, stack: str, around: Around = nullcontext) -> None:
-        """`around` stands around each call: modes, adapters."""
-        self.bound, self.stack, self.around = bound, bound.opened.stack(stack), around
+    def __init__(
+        self, bound: BoundPlan, stack: str, around: Around = nullcontext, deciding: BoundPolicy | None = None
+    ) -> None:
+        """`around` stands around each call: modes, adapters. `deciding`: who decides about the plan's gates."""
+        self.bound, self.stack, self.around, self.deciding = bound, bound.opened.stack(stack), around, deciding
+        self.learning = Learning()
+        """The training step, as that policy is told of it."""
         self._readout: Readout | None = None
+
+    def remove(self) -> None:
+        """The policy does not listen any more."""
+        if self.deciding is not None:
+            self.deciding.remove()
 
     @property
     def opened(self) -> OpenedModel:
@@ -71,6 +84,8 @@ class Side:
     def show(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Shown:
         """What a forward over ids and mask [batch, tokens] shows; the head is not run."""
         shown = Shown()
+        if self.deciding is not None and (gated := self.deciding.executor) is not None:
+            gated.inputs, gated.learning = (ids, mask), self.learning
         with self.around(), self.bound.running(), self.executor.recording(shown):
             run_stack(self.opened.model, self.stack, ids, mask)
         shown.last = torch.cat([shown.last, *(shown.depths[depth] for depth in self._head[1])], -1)
@@ -116,3 +131,14 @@ class Side:
     def _ending(self, state: torch.Tensor) -> Iterator[None]:
         with self.bound.running(), self.executor.between(begin=self.stack.depth, state=state):
             yield
+
+
+def side_of(
+    opened: OpenedModel, plan: Plan, weights: Tensors, stack: str, policy: str = "", around: Around = nullcontext
+) -> Side:
+    """A legal plan as a side, with the policy, as typed, that decides at its gates."""
+    if not policy:
+        return Side(BoundPlan(opened, plan, weights), stack, around)
+    bound, deciding = bind_policy(opened, plan, weights, make_policy(policy, plan, opened.spec))
+    bound.rest()
+    return Side(bound, stack, around, deciding)

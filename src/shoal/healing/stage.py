@@ -58,6 +58,8 @@ class Stage:
     then read both as it is and as the plan writes it on, in the same shares."""
     learn: tuple[str, ...] = ("lora",)
     """What moves, as typed; `rate` is an option of each, `settings.rate` without it."""
+    policy: str = ""
+    """Who decides at gates meanwhile, as typed (`shoal ls policies`); it puts them into a plan that has none."""
     share: float = 1.0
     """Of the tokens of the whole recipe, beside the other stages' shares."""
     data: tuple[tuple[str, float], ...] = (("text", 1.0),)

@@ -86,8 +86,9 @@ def train(
         every=settings.steps_between(steps, steps * run.windows, len(rest)),
     )  # fmt: skip
     pace = Pace(
-        run.save_every if keep else None, run.stop, evaluates=bool(settings.evaluations), processes=run.processes
-    )
+        run.save_every if keep else None, run.stop, evaluates=bool(settings.evaluations), processes=run.processes,
+        averages=learner.averages,
+    )  # fmt: skip
     trainer = HealTrainer(
         learner, held, settings, tell, run.processes, args=args, train_dataset=windows, eval_dataset=rest,
         data_collator=collated,

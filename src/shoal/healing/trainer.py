@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from shoal.deciding.learning import Learning
+from shoal.healing.averages import Averages
 from shoal.healing.learner import Learner
 from shoal.healing.processes import Processes
 from shoal.healing.stage import Settings
 
-LEARNT, BEST = "learnt.safetensors", "best.safetensors"
+LEARNT, BEST, AVERAGES = "learnt.safetensors", "best.safetensors", "averages.json"
 Tell = Callable[[dict[str, Any], int, int], None]
 """Called with what is known of a step, steps done and steps in all."""
 
@@ -51,16 +53,29 @@ class HealTrainer(Trainer):
         self.best: dict[str, torch.Tensor] | None = None
         """What held-out text likes best, when that is not the start."""
         self.best_loss, self.worse = math.inf, 0
+        self._step, self._micro = 0, 0
         super().__init__(model=learner, **options)
         self.remove_callback(PrinterCallback)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        if self.learner.fading is not None:
-            self.learner.fading.progress = self.state.global_step / max(1, self.state.max_steps)
+        self._tell_step()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.processes.any(not bool(torch.isfinite(loss).all()))[0]:
             raise NotFiniteError(self.state.global_step + 1)
         return loss
+
+    def _tell_step(self) -> None:
+        """What fades, and a policy that learns, know how far the stage is; what is drawn is other in each step, in each
+        of its micro-batches and in each process, and the same after a kill."""
+        step = self.state.global_step
+        if step != self._step:
+            self._step, self._micro = step, 0
+        progress = step / max(1, self.state.max_steps)
+        if self.learner.fading is not None:
+            self.learner.fading.progress = progress
+        number = (step * self.args.gradient_accumulation_steps + self._micro) * self.processes.count
+        self.learner.sides[0].learning = Learning(progress, self.args.seed * 1_000_003 + number + self.processes.rank)
+        self._micro += 1
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The objective on held-out text, which decides what is kept and when to stop."""
@@ -88,11 +103,13 @@ class HealTrainer(Trainer):
         save_file({n: t.contiguous() for n, t in self.learner.copies().items()}, place / LEARNT)
         if self.best is not None:
             save_file({name: tensor.contiguous() for name, tensor in self.best.items()}, place / BEST)
+        (place / AVERAGES).write_text(json.dumps(self.learner.averages.known), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         place = Path(resume_from_checkpoint)
         self.learner.put(load_file(place / LEARNT))
         self.best = load_file(place / BEST) if (place / BEST).is_file() else None
+        self.learner.averages.known = json.loads((place / AVERAGES).read_text(encoding="utf-8"))
         seen = TrainerState.load_from_json(str(place / "trainer_state.json")).log_history
         for loss in (entry["held_loss"] for entry in seen if "held_loss" in entry):
             self.worse = 0 if loss < self.best_loss else self.worse + 1
@@ -102,8 +119,17 @@ class HealTrainer(Trainer):
 class Pace(TrainerCallback):
     """Saves by the clock, and when the run is told to stop; evaluates at the very end."""
 
-    def __init__(self, every: float | None, stop: Callable[[], bool], *, evaluates: bool, processes: Processes) -> None:
+    def __init__(
+        self,
+        every: float | None,
+        stop: Callable[[], bool],
+        *,
+        evaluates: bool,
+        processes: Processes,
+        averages: Averages,
+    ) -> None:
         """`every`: seconds between two checkpoints (None: no checkpoint); `stop` is asked after each step."""
+        self.averages = averages
         self.every, self.stop, self.evaluates, self.last = every, stop, evaluates, time.monotonic()
         self.processes = processes
         self.stopped = False
@@ -112,6 +138,7 @@ class Pace(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self.averages.step(self.processes)
         control.should_evaluate |= bool(self.evaluates and state.global_step >= state.max_steps)
         due = self.every is not None and self.processes.first and time.monotonic() - self.last >= self.every
         self.stopped, due = self.processes.any(self.stop(), due)

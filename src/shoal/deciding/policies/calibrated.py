@@ -57,6 +57,10 @@ def calibrated(
         placed = with_exits(plan, spec, found.thresholds, fill, head)
         return Calibrated(placed, (found,), by, prefill)
     read = load_policy(file)
+    if not isinstance(read, PolicyFile):
+        raise UsageError(
+            f"{file} has no thresholds, as shoal heal wrote it; give it itself, --policy {file}", code="U604"
+        )
     read.require(plan, file)
     chosen = read.level(level)
     placed = with_exits(plan, spec, read.exits, read.fill, read.head)  # type: ignore[arg-type]

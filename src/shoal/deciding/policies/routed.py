@@ -190,8 +190,7 @@ class Routed(Policy):
         return {name: forward.tensors[full] for name, full in names.items() if full in forward.tensors}
 
     def _hard(self, scores: torch.Tensor) -> torch.Tensor | Soft:
-        at = math.log(self.options.threshold / (1 - self.options.threshold))
-        hard = scores > at
+        hard = scores > self._level
         return Soft(hard, scores.sigmoid() * hard) if self.options.scale else hard
 
     def _learned(self, scores: torch.Tensor, forward: ForwardView) -> Soft:
@@ -199,18 +198,14 @@ class Routed(Policy):
         learning, options = forward.learning, self.options
         assert learning is not None
         warm = options.temperature * (options.final_temperature / options.temperature) ** learning.progress
+        level = self._level
         if options.relax in ("gumbel", "sample"):
             drawn = torch.rand(scores.shape, generator=learning.generator).clamp(1e-6, 1 - 1e-6).to(scores.device)
-            noise = drawn.log() - (1 - drawn).log()
-        else:
-            noise = torch.zeros_like(scores)
-        probability = ((scores + noise) / warm).sigmoid()
-        if options.relax == "top-k":
-            hard = _highest(scores, options.capacity)
-        else:
-            hard = scores + noise > (0 if options.relax in ("gumbel", "sample") else self._level)
+            scores, level = scores + drawn.log() - (1 - drawn).log(), 0.0
+        probability = (scores / warm).sigmoid()
+        hard = _highest(scores, options.capacity) if options.relax == "top-k" else scores > level
         if options.relax == "soft":
-            return Soft(torch.ones_like(hard), (scores / warm).sigmoid())
+            return Soft(torch.ones_like(hard), probability)
         if options.scale:
             return Soft(hard, scores.sigmoid() * hard)
         if options.relax == "sample":
