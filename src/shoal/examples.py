@@ -110,6 +110,14 @@ class MethodExamples:
     """Options with which its plan names new tensors, where its own are those of a layer of the base."""
 
 
+@dataclass(frozen=True, slots=True)
+class RecipeExamples:
+    """A recipe, on a model of five layers."""
+
+    plan: str = "0-1,3-4"
+    """What it heals."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatExamples:
     """A format of another tool."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def heal(
     start, own = plan_and_weights(plan, base, weights)
     own = used_by(start, own)
     require(start, loaded.opened.spec, shapes_of(own), shapes_in(loaded.opened.stacks))
-    if start.is_identity() and not any(isinstance(stage, Stage) and stage.policy for stage in stages):
+    if start.is_identity() and not trains_whole(stages):
         raise UsageError(
             f"the plan {start} removes nothing, so there is nothing to heal; prune first (shoal prune --save-plan)",
             code="U641",
@@ -236,6 +237,15 @@ def recipe_of(
         if stage.policy:
             chosen("policies", stage.policy)
     return named, stages
+
+
+def trains_whole(stages: Recipe) -> bool:
+    """Whether there is something to learn for a plan that removes nothing: gates, or exits."""
+    trained = [stage for stage in stages if isinstance(stage, Stage)]
+    terms = [term_of(text) for stage in trained for text in stage.terms]
+    return any(stage.policy for stage in trained) or any(
+        getattr(import_module(term.entry.module), "TRAINS_WHOLE", False) for term in terms
+    )
 
 
 def amount_of(tokens: int | None, minutes: float | None) -> dict[str, Any]:

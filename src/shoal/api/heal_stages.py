@@ -31,6 +31,7 @@ from shoal.models.load import Loaded
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan
 from shoal.plan.edit import drop
+from shoal.plan.steps import decides
 from shoal.registry import get
 from shoal.spelling import chosen
 
@@ -102,13 +103,15 @@ def run_recipe(run: HealRun, plan: Plan, weights: Tensors, amount: dict[str, Any
             current = _cut_to(current, run.stack, whole, order, stage.removed)
             if steps[number - 1] == 0:
                 continue
-            told = replace(stage, policy=stage.policy or policy)  # a later stage goes on with it
+            # a later stage goes on with it, as long as it has something to decide
+            told = replace(stage, policy=stage.policy or (policy if decides(current.steps(run.stack)) else ""))
             current, tensors, record = _trained(run, told, number, current, tensors, texts, steps[number - 1], kept)
             policy = record["policy"]
         said.append(record)
         if record.get("stopped"):
             return Made(current, tensors, policy, tuple(said), texts.train, texts.held, stopped=True)
         kept.finish_stage(number, current, tensors, record)
+    policy = policy if decides(current.steps(run.stack)) else ""
     return Made(current, used_by(current, tensors), policy, tuple(said), texts.train, texts.held, stopped=False)
 
 

@@ -70,14 +70,14 @@ def heal(
 ) -> None:
     """Train what --plan left of MODEL, by distillation from the whole model or on labels, and write the result, proved,
     when held-out text likes it better."""
-    from shoal.api.heal import recipe_of
+    from shoal.api.heal import recipe_of, trains_whole
     from shoal.registry import get
     from shoal.spelling import read
 
     asked = read(recipe)
     own = get("recipes", asked.name).typed([*(settings or []), *asked.pairs])
     _, stages = recipe_of(asked.name, own, term or [], learn or [])
-    if not any(getattr(stage, "policy", "") for stage in stages):
+    if not trains_whole(stages):
         need(plan, "say what is healed: --plan 0-11,14-29 or --plan plan.json")
     amount = None if tokens is None else tokens_of(tokens)
     if term or learn:

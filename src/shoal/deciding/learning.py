@@ -18,6 +18,8 @@ class Learning:
 
     progress: float = 1.0
     """The share of the stage that is done, 0 to 1."""
+    step: int = 0
+    """Steps of the stage that are done."""
     seed: int = 0
     """Of this step; another one for each step, micro-batch and process."""
     ledger: dict[str, list[torch.Tensor]] = field(default_factory=dict, init=False)

@@ -84,26 +84,42 @@ class Seen:
             return self.sides[0].prepared(self.ids, self.mask)
 
     def over_logits(
-        self, formula: Formula, what: str, *, teacher: bool = False, columns: torch.Tensor | None = None
+        self,
+        formula: Formula,
+        what: str,
+        *,
+        teacher: bool = False,
+        columns: torch.Tensor | None = None,
+        behind: torch.Tensor | None = None,
+        head: str = "base",
     ) -> torch.Tensor:
         """The sum of `formula` over the columns that count, a chunk of them at a time: logits of all of them, which
         are [batch, tokens, vocabulary], are never held. With `teacher` its logits are given too, without gradients.
-        `columns` [batch, tokens], bool: only those of the columns that count.
+        `columns` [batch, tokens], bool: only those of the columns that count. `behind` [batch, tokens, hidden]: states
+        of the student that are read in place of its last ones, by the plan's own `head` or by the model's; the student
+        itself stands in the teacher's place then, its last logits without gradients.
 
         Raises M322 for a model without next-token scores; `what` names the term then.
         """
         student = self.sides[0]
         require_causal(student.opened.model, what)
         read = self.counts if columns is None else self.counts & columns
-        told = self.teacher.last[read] if teacher else None  # first: no graph of the student lies beside it
-        states, labels = self.student.last[read], self.labels[read]
+        if behind is not None:
+            told = self.student.last[read].detach() if teacher else None
+            states = behind[read]
+        else:
+            told = self.teacher.last[read] if teacher else None  # first: no graph of the student lies beside it
+            states = self.student.last[read]
+        labels = self.labels[read]
 
         def of(part: slice, chunk: torch.Tensor) -> torch.Tensor:
             wanted = None
             if told is not None:
                 with torch.no_grad():
-                    wanted = self._teacher().logits(told[part][None])[0].float()
-            return formula(student.logits(chunk[None])[0].float(), wanted, labels[part])
+                    tells = self._teacher() if behind is None else student
+                    wanted = tells.logits(told[part][None])[0].float()
+            made = student.logits(chunk[None]) if behind is None else student.exit_logits(chunk[None], head)
+            return formula(made[0].float(), wanted, labels[part])
 
         vocabulary = student.opened.model.config.get_text_config(decoder=True).vocab_size
         return summed(states, of, vocabulary, most=self.ids.shape[1], learning=student.learning_head())

@@ -33,6 +33,8 @@ class Shown(Recorder):
         """What enters the first layer."""
         self.last: torch.Tensor
         """What norm and head are given, and behind it along the last dimension other states that a head reads."""
+        self.gated: dict[str, RunRecord] = {}
+        """By gate what the run behind it was given and made, where it was called."""
         self.depths: dict[int, torch.Tensor] = {}
         """By base layer the states that heads of the plan read."""
 
@@ -42,6 +44,8 @@ class Shown(Recorder):
 
     def ran(self, record: RunRecord) -> None:
         self.behind[record.run.layer] = record.output
+        if record.run.gate is not None:
+            self.gated[record.run.gate] = record
 
     def noted(self, behind: Mapping[int, torch.Tensor]) -> None:
         self.depths = dict(behind)
@@ -97,6 +101,19 @@ class Side:
         more = {"use_cache": False} if self.stack.name == "decoder" else {}
         with self.around(), self.bound.running():
             return self.executor.prepared(lambda: backbone(**inputs_of(backbone, ids, mask), **more))
+
+    def exit_logits(self, states: torch.Tensor, head: str = "base") -> torch.Tensor:
+        """What norm and head, or those of the plan's own `head`, make of states behind any layer, [batch, tokens,
+        hidden], as logits [batch, tokens, vocabulary]."""
+        if self._readout is None:
+            self._readout = Readout(self.opened, self._ending)
+        heads = self.executor.heads
+        if heads is None or head == "base":
+            with self.around():
+                return self._readout(states)
+        on = nullcontext() if self._readout.chain is None else self.bound.running()
+        with self.around(), on, heads.only(head, {}):
+            return self._readout(heads.lens(head, states))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """What norm and head make of states as `Shown.last` has them, [batch, tokens, hidden] and more, [batch, tokens,

@@ -74,7 +74,8 @@ class HealTrainer(Trainer):
         if self.learner.fading is not None:
             self.learner.fading.progress = progress
         number = (step * self.args.gradient_accumulation_steps + self._micro) * self.processes.count
-        self.learner.sides[0].learning = Learning(progress, self.args.seed * 1_000_003 + number + self.processes.rank)
+        seed = self.args.seed * 1_000_003 + number + self.processes.rank
+        self.learner.sides[0].learning = Learning(progress, step, seed)
         self._micro += 1
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

@@ -13,7 +13,7 @@ from shoal.deciding.policy_options import share
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Exit, Plan, Spec, Step
-from shoal.plan.select import run_of
+from shoal.plan.select import exits, run_of
 from shoal.plan.sources import Fill
 from shoal.plan.steps import decides
 
@@ -88,12 +88,21 @@ class _ACT(Policy):
         super().__init__(plan)
         self.bias, self.threshold = bias, threshold
 
+    def start(self, spec: Spec) -> dict[str, torch.Tensor]:
+        """A halting unit for each name, with the bias of one that has not learned."""
+        units = {step.head for step in exits(self.plan.steps())} - {"base"}
+        hidden = spec.stack().hidden
+        made = {f"{unit}.halting": torch.zeros(hidden) for unit in sorted(units)}
+        return made | {f"{unit}.halting_bias": torch.tensor([self.bias]) for unit in sorted(units)}
+
     def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Soft:
         if step.head == "base":
             bias = torch.full((1, forward.tokens), self.bias, dtype=torch.float32, device=view.hidden.device)
             probability = bias.sigmoid()
         else:
             probability = view.read("halting")
+        if forward.learning is not None:
+            forward.learning.note("halting", probability.expand(forward.rows, forward.tokens))
         before = forward.notes.get("halting")
         reached = probability if before is None else before.to(probability.device) + probability
         forward.notes["halting"] = reached

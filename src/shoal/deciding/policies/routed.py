@@ -200,7 +200,8 @@ class Routed(Policy):
         warm = options.temperature * (options.final_temperature / options.temperature) ** learning.progress
         level = self._level
         if options.relax in ("gumbel", "sample"):
-            drawn = torch.rand(scores.shape, generator=learning.generator).clamp(1e-6, 1 - 1e-6).to(scores.device)
+            each = scores if options.grain == "token" else scores[..., :1]  # a sequence decides once
+            drawn = torch.rand(each.shape, generator=learning.generator).clamp(1e-6, 1 - 1e-6).to(scores.device)
             scores, level = scores + drawn.log() - (1 - drawn).log(), 0.0
         probability = (scores / warm).sigmoid()
         hard = _highest(scores, options.capacity) if options.relax == "top-k" else scores > level
@@ -291,8 +292,8 @@ def _require_sound(options: _Options, fill: str) -> None:
             f"fill={fill} is for gates that decide token by token, and with grain=row no key is missing; leave it out",
         ),
         (
-            options.grain == "none" and options.relax == "top-k",
-            "relax=top-k ranks tokens, and with grain=none all have one score; write relax=straight-through",
+            options.grain != "token" and options.relax == "top-k",
+            f"relax=top-k ranks tokens, and with grain={options.grain} all have one score; write relax=gumbel",
         ),
     ]
     for is_wrong, what in wrong:

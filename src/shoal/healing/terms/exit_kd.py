@@ -1,0 +1,56 @@
+"""The end of the model teaches its exits."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.errors import UsageError
+from shoal.healing.exits import depths_of, heads_of_exits, open_exits
+from shoal.healing.seen import Seen
+
+TRAINS_WHOLE = True
+
+
+def exit_kd(seen: Seen, *, at: str = "exits", which: str = "all", temperature: float = 1.0) -> torch.Tensor:
+    """T^2 KL(p_end || p_l), meaned over exits l, summed over the tokens that count.
+
+    p_l = softmax(logits / T) behind layer l, p_end that of the same pass at the end, without gradients. `at` exits: the
+    plan's own exits, by their heads or lenses; every:N: behind each N-th layer of the base, by norm and head of the
+    model. `which`: as for `exit-loss`.
+
+    Source: Phuong and Lampert 2019 (distillation-based training of multi-exit architectures, ICCV); lenses on exits:
+    Belrose et al. 2023 (tuned lens, arXiv 2303.08112).
+    """
+    if temperature <= 0:
+        raise UsageError(f"exit-kd: temperature={temperature:g} must be above 0; write temperature=1", code="U502")
+    places = _places(seen, at)
+    learning = seen.sides[0].learning
+    chosen = open_exits(len(places), which, learning.step, learning.progress, "exit-kd")
+
+    def formula(student: torch.Tensor, end: torch.Tensor | None, _: torch.Tensor) -> torch.Tensor:
+        assert end is not None
+        p, q = (end / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
+        return temperature**2 * torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+
+    found = [
+        seen.over_logits(formula, "exit-kd", teacher=True, behind=seen.student.behind[layer], head=head)
+        for (layer, head), on in zip(places, chosen, strict=True)
+        if on
+    ]
+    return torch.stack(found).mean()
+
+
+def _places(seen: Seen, at: str) -> list[tuple[int, str]]:
+    """Layers and heads of the exits that are read."""
+    word, _, number = at.partition(":")
+    if word == "every" and number.isdigit() and int(number):
+        found = [(layer, "base") for layer in depths_of(seen)[:-1] if (layer + 1) % int(number) == 0]
+    elif at == "exits":
+        found = list(heads_of_exits(seen).items())
+    else:
+        raise UsageError(f"exit-kd: at={at} is not one of exits, every:4; write exit-kd:at=every:4", code="U502")
+    if not found:
+        raise UsageError(
+            "exit-kd finds no exit; give a plan that has some (shoal fit-exits), or at=every:4", code="U502"
+        )
+    return found

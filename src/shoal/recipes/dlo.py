@@ -1,0 +1,25 @@
+"""Routers that learn which tokens a layer changes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from shoal.healing.stage import Recipe, Settings, Stage
+
+
+def dlo(
+    *, capacity: float = 0.8, scope: Literal["layer", "all"] = "layer", labels: float = 1.0, rate: float = 1e-2,
+    learn: str = "lora:rank=16,rate=5e-4",
+) -> Recipe:  # fmt: skip
+    """A gate for each token at each layer learns whether the layer changes the token; model and gates learn together.
+
+    The loss is cross-entropy + `labels` x `similarity-labels`: the `capacity` share of tokens that a layer turns most
+    shall run it.
+
+    Source: Tan et al. 2024 (DLO, arXiv 2407.11030). Its expansion comes before: shoal prune --method with the transform
+    grow.
+
+    How we differ: LoRA learns where all tensors do there.
+    """
+    terms = ("cross-entropy", f"similarity-labels:capacity={capacity},scope={scope},weight={labels}")
+    return (Stage(terms=terms, learn=("gates", learn), policy="routed", settings=Settings(rate=rate)),)

@@ -1,0 +1,25 @@
+"""Only the tokens that score highest run a layer."""
+
+from __future__ import annotations
+
+from shoal.healing.stage import Recipe, Settings, Stage
+
+
+def mod(
+    *, capacity: float = 0.5, layers: str = "", labels: float = 0.1, learn: str = "lora:rank=16,rate=5e-4",
+    rate: float = 1e-3,
+) -> Recipe:  # fmt: skip
+    """In each gated layer the `capacity` share of a row's tokens runs, and only they are seen by its attention.
+
+    The loss is KL to the whole model + `labels` x `capacity-labels`, which makes the gates say without later tokens
+    what the ranking of a whole row says; behind training they alone decide. What a layer changes is multiplied by
+    sigmoid(score), through which gates learn. `layers` (1,3,5) have gates; without them all but the first, where the
+    paper has every second one.
+
+    Source: Raposo et al. 2024 (Mixture-of-Depths, arXiv 2404.02258).
+
+    How we differ: the paper trains from random numbers, and its weights are scores that no sigmoid bounds.
+    """
+    policy = f"routed:relax=top-k,capacity={capacity},scale=true,fill=mask" + (f",layers={layers}" if layers else "")
+    terms = ("logit-kd", f"capacity-labels:capacity={capacity},weight={labels}")
+    return (Stage(terms=terms, learn=("gates", learn), policy=policy, settings=Settings(rate=rate)),)
