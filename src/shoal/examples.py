@@ -111,6 +111,17 @@ class MethodExamples:
 
 
 @dataclass(frozen=True, slots=True)
+class TermExamples:
+    """A term, on random tokens and a model of six layers; `gates` have random tensors and so does LoRA."""
+
+    text: str
+    """It with options by which it has something to say there."""
+    plan: str = "0,1,4,5"
+    policy: str = ""
+    learn: tuple[str, ...] = ("lora:rank=4",)
+
+
+@dataclass(frozen=True, slots=True)
 class RecipeExamples:
     """A recipe, on a model of five layers."""
 

@@ -12,6 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from shoal.data import Data
+from shoal.examples import TermExamples
+from shoal.healing.processes import Processes
 from shoal.healing.seen import Seen
 from shoal.healing.stage import Settings, term_of
 from shoal.healing.terms.logit_kd import _divergence
@@ -28,10 +30,6 @@ from .planted import LINEAR, answers, data_of, random_data, silence
 from .shares import every
 
 TERMS = sorted(entries("terms"))
-LEARN = {"block-local": ("near",)}
-TOLD = {"unlikelihood": "unlikelihood:ngram=1"}
-"""What is asked of a term where it has nothing to say about random tokens."""
-
 MERGED = {"rtol": 3e-4, "atol": 3e-5}
 """Of logits by W + s B A against those by W and B A apart; a tenth of it was seen."""
 
@@ -40,11 +38,13 @@ MERGED = {"rtol": 3e-4, "atol": 3e-5}
 def test_four_micro_batches_are_one_batch(term: str) -> None:
     batch = batch_of()
     batch["labels"][0, 3:] = batch["shift_labels"][0, 3:] = -100  # rows that count differently
-    with learner_of(deep(), TOLD.get(term, term), learn=LEARN.get(term, ("lora:rank=4",))) as learner:
-        if term != "block-local":
-            for name, parameter in learner.moving_tensors.items():  # B is 0 at first, and so the gradient of A
-                if "lora_B" in name:
-                    torch.nn.init.normal_(parameter, 0, 0.1)
+    own = entries("terms")[term].examples or TermExamples(term)
+    with learner_of(deep(), own.text, learn=own.learn, plan=own.plan, policy=own.policy) as learner:
+        for name, parameter in learner.moving_tensors.items():  # B is 0 at first, and so the gradient of A
+            if "lora_B" in name or own.policy:
+                torch.nn.init.normal_(parameter, 0, 0.1)
+        gradients(learner, batch, 2)
+        learner.averages.step(Processes())  # what a term knows of the step before
         whole, pieces = gradients(learner, batch, 4), gradients(learner, batch, 1)
     assert whole.keys() == pieces.keys()
     assert any(float(one.abs().max()) > 1e-4 for one in whole.values())

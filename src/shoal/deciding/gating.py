@@ -99,6 +99,26 @@ def _filled(run: Run, layer: LayerSpec, fill: Fill | None) -> KV:
     return replace(run.kv, fill=fill) if stores else run.kv
 
 
+def halved(plan: Plan, spec: Spec) -> Plan:
+    """The plan with the attention and the mlp of each run as steps of their own. Raises U711 for a layer whose mlp does
+    not read what its attention wrote: its halves, one behind the other, are another layer."""
+    if decides(plan.steps()):
+        return plan
+    steps: list[Step] = []
+    for step in plan.steps():
+        if not isinstance(step, Run) or step.part != "layer":
+            steps.append(step)
+            continue
+        if not spec.stack().layers[step.layer].mlp_reads_attention:
+            raise UsageError(
+                f"part=halves needs an mlp that reads what the attention wrote, and in layer {step.layer} of "
+                f"this {spec.family} that is not so; write part=layer or part=mlp",
+                code="U711",
+            )
+        steps += [replace(step, part="attention"), replace(step, part="mlp")]
+    return plan.with_steps(tuple(steps))
+
+
 def fill_for(schedule: Schedule, fill: str) -> Fill | None:
     """`fill`, where "auto" is none at all when it is proved that none is needed, and "project" otherwise.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from shoal.healing.stage import Recipe, Settings, Stage
 
 
-def block_drop(*, cost: float = 1.0, rate: float = 1e-2) -> Recipe:
+def block_drop(*, cost: float = 1.0, layers: str = "", rate: float = 1e-2) -> Recipe:
     """A gate for each sequence at each layer, by self-critical policy gradient: few layers, and right all the same.
 
     The reward of a sequence is a (1 - k^2) - (1 - a) `cost`, k the share of open gates and a the share of next tokens
-    that are predicted right, less that of its likeliest choices.
+    that are predicted right, less that of its likeliest choices. `layers` (3-28) have gates; without them all but the
+    first.
 
     Source: Wu et al. 2018 (BlockDrop, arXiv 1711.08393): its reward, on Transformer layers.
 
@@ -18,5 +19,5 @@ def block_drop(*, cost: float = 1.0, rate: float = 1e-2) -> Recipe:
     tuning of gates and model together follows.
     """
     terms = (f"reinforce:reward=right,cost={cost},baseline=greedy",)
-    policy = "routed:grain=row,relax=sample"
+    policy = "routed:grain=row,relax=sample" + (f",layers={layers}" if layers else "")
     return (Stage(terms=terms, learn=("gates",), policy=policy, settings=Settings(rate=rate)),)

@@ -6,11 +6,16 @@ from shoal.healing.stage import Recipe, Settings, Stage
 
 
 def had_skip(
-    *, budget: float = 0.8, strength: float = 10.0, rate: float = 1e-2, learn: str = "lora:rank=16,rate=5e-4"
+    *,
+    most: float = 0.8,
+    layers: str = "",
+    strength: float = 10.0,
+    rate: float = 1e-2,
+    learn: str = "lora:rank=16,rate=5e-4",
 ) -> Recipe:
     """A gate for each sequence at each layer, soft at first and hard in the end, held below a budget of layers.
 
-    The loss is KL to the whole model + `strength` max(0, d - `budget`)^2, d the mean share of the layers that sequences
+    The loss is KL to the whole model + `strength` max(0, d - `most`)^2, d the mean share of the layers that sequences
     run. A layer counts with sigmoid(s / T), T falling from 1 to 0.05, so that the problem goes over from all gates
     open to gates that are 0 or 1.
 
@@ -19,6 +24,6 @@ def had_skip(
     How we differ: its exact gate and penalty could not be read; a budget on the mean is held here, not one for each
     batch.
     """
-    policy = "routed:grain=row,relax=soft,final_temperature=0.05"
-    terms = ("logit-kd", f"density:target={budget},by=above,weight={strength}")
+    policy = "routed:grain=row,relax=soft,final_temperature=0.05" + (f",layers={layers}" if layers else "")
+    terms = ("logit-kd", f"density:target={most},by=above,weight={strength}")
     return (Stage(terms=terms, learn=("gates", learn), policy=policy, settings=Settings(rate=rate)),)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from shoal.deciding.decisions import Decision, Soft, straight_through
 from shoal.deciding.forward import ForwardView
-from shoal.deciding.gating import with_gates
+from shoal.deciding.gating import halved, with_gates
 from shoal.deciding.policy import Grain, Policy
 from shoal.deciding.policy_options import layer_list
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.executing.exit_heads import scaled
 from shoal.executing.weights import Tensors
-from shoal.plan import Plan, Run, Spec, Step
+from shoal.plan import Plan, Run, Spec
 from shoal.plan.sources import Fill
-from shoal.plan.steps import PartName, decides, runs
+from shoal.plan.steps import PartName, runs
 
 EXAMPLES = PolicyExamples(
     deciding=(
@@ -91,10 +91,11 @@ def routed(
     In training hard decisions get gradients by `relax`: straight-through, h + s' - sg(s') with s' = sigmoid(s / T);
     gumbel, the same of s plus logistic noise (the difference of two Gumbel draws); soft, all run, with the weight s';
     sample, h drawn with probability s', which `reinforce` scores; top-k, the `capacity` of each row's tokens with the
-    highest scores. T goes from `temperature` to `final_temperature` over the stage. `bias`: gates without tensors,
-    which score it for every token: before anything has learned. A row decides before the first token that it writes, so
-    no key is ever missing (`fill` auto: none); a token's keys and values are made of the state that was carried past
-    the layer (auto: project), or nobody sees them (mask).
+    highest scores, while a predictor, g.causal [1, hidden] and g.causal_bias [1], learns who that is and decides behind
+    training. T goes from `temperature` to `final_temperature` over the stage. `bias`: gates without tensors, which
+    score it for every token: before anything has learned. A row decides before the first token that it writes, so no
+    key is ever missing (`fill` auto: none); a token's keys and values are made of the state that was carried past the
+    layer (auto: project), or nobody sees them (mask).
 
     Source: a router for each token, with its keys kept: Zeng et al. 2023 (SkipLayer, arXiv 2311.15436); top-k: Raposo
     et al. 2024 (Mixture-of-Depths, arXiv 2404.02258); for a sequence: Jain et al. 2024 (FiRST, arXiv 2410.12513).
@@ -110,7 +111,7 @@ def routed(
     )  # fmt: skip
     _require_sound(options, fill)
     if part == "halves":
-        plan = _halved(plan, spec)
+        plan = halved(plan, spec)
     named = plan.layers()[1:] if not layers else layer_list(layers)
     rule: Fill | None = None if grain == "row" or part == "mlp" else "project" if fill == "auto" else fill
     placed = with_gates(plan, spec, named, _name, rule)
@@ -137,6 +138,8 @@ class Routed(Policy):
                 if self.options.net == "mlp":
                     made[f"{gate}.inner"] = torch.randn(inner, hidden) / math.sqrt(hidden)
             made[f"{gate}.bias"] = torch.tensor([2.0])
+            if self.options.relax == "top-k":
+                made[f"{gate}.causal"], made[f"{gate}.causal_bias"] = torch.zeros(1, hidden), torch.zeros(1)
         return made
 
     def check_tensors(self, tensors: Tensors, spec: Spec) -> None:
@@ -163,34 +166,44 @@ class Routed(Policy):
 
     def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision | Soft:
         scores = self._scores(run, forward, hidden)
-        answer = self._learned(scores, forward) if _learns(forward) else self._hard(scores)
+        causal = self._causal(run, forward, hidden)
+        answer = self._learned(scores, forward) if _learns(forward) else self._hard(scores, causal)
         if forward.learning is not None:
             weight = answer.weight if isinstance(answer, Soft) else answer.to(scores.dtype)
             forward.learning.note("gates", weight.expand(forward.rows, forward.tokens))
             forward.learning.note("scores", scores.expand(forward.rows, forward.tokens))
+            if causal is not None:
+                forward.learning.note("causal", causal)
         return answer
 
     def _scores(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> torch.Tensor:
         """Of each token, float32 [batch or 1, tokens]."""
         if self.options.bias is not None:
             return torch.full((1, forward.tokens), self.options.bias, device=hidden.device)
-        own = {name: one.to(hidden.device).float() for name, one in self._own(run, forward).items()}
+        own = self._own(run, forward, hidden, "weight", "inner", "bias")
         if self.options.grain == "none":
             return own["bias"].expand(1, forward.tokens)
-        state = scaled(hidden if hidden.dim() == 3 else hidden.flatten(0, -4).mean(0))
-        return self._read(run, own, state, forward)
+        return self._read(run, own, _state(hidden), forward)
+
+    def _causal(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What a predictor of the ranking says of each token, [batch, tokens]; None where nothing is ranked."""
+        own = self._own(run, forward, hidden, "causal", "causal_bias")
+        if self.options.relax != "top-k" or self.options.bias is not None:
+            return None
+        return (_state(hidden.detach()) @ own["causal"].T + own["causal_bias"])[..., 0]
 
     def _read(self, run: Run, own: dict[str, torch.Tensor], state: torch.Tensor, forward: ForwardView) -> torch.Tensor:
         if "inner" in own:
             state = torch.nn.functional.silu(state @ own["inner"].T)
         return (state @ own["weight"].T + own["bias"])[..., 0]
 
-    def _own(self, run: Run, forward: ForwardView) -> dict[str, torch.Tensor]:
-        names = {name: f"{run.gate}.{name}" for name in ("weight", "inner", "bias")}
-        return {name: forward.tensors[full] for name, full in names.items() if full in forward.tensors}
+    def _own(self, run: Run, forward: ForwardView, hidden: torch.Tensor, *names: str) -> dict[str, torch.Tensor]:
+        full = {name: f"{run.gate}.{name}" for name in names}
+        there = {name: forward.tensors[one] for name, one in full.items() if one in forward.tensors}
+        return {name: one.to(hidden.device).float() for name, one in there.items()}
 
-    def _hard(self, scores: torch.Tensor) -> torch.Tensor | Soft:
-        hard = scores > self._level
+    def _hard(self, scores: torch.Tensor, causal: torch.Tensor | None) -> torch.Tensor | Soft:
+        hard = scores > self._level if causal is None else causal > 0
         return Soft(hard, scores.sigmoid() * hard) if self.options.scale else hard
 
     def _learned(self, scores: torch.Tensor, forward: ForwardView) -> Soft:
@@ -239,6 +252,11 @@ class _ByRow(Routed):
         return kept.expand(-1, forward.tokens)
 
 
+def _state(hidden: torch.Tensor) -> torch.Tensor:
+    """What gates read, [batch, tokens, hidden]; of several streams the mean."""
+    return scaled(hidden if hidden.dim() == 3 else hidden.flatten(0, -4).mean(0))
+
+
 def _learns(forward: ForwardView) -> bool:
     return forward.learning is not None and torch.is_grad_enabled()
 
@@ -252,26 +270,6 @@ def _highest(scores: torch.Tensor, capacity: float) -> torch.Tensor:
 
 def _name(run: Run) -> str:
     return f"{GATE}-{run.layer}{'' if run.part == 'layer' else run.part[0]}"
-
-
-def _halved(plan: Plan, spec: Spec) -> Plan:
-    """The plan with the attention and the mlp of each run as steps of their own. Raises U711 for a layer whose mlp does
-    not read what its attention wrote: its halves, one behind the other, are another layer."""
-    if decides(plan.steps()):
-        return plan
-    steps: list[Step] = []
-    for step in plan.steps():
-        if not isinstance(step, Run) or step.part != "layer":
-            steps.append(step)
-            continue
-        if not spec.stack().layers[step.layer].mlp_reads_attention:
-            raise UsageError(
-                f"routed: part=halves needs an mlp that reads what the attention wrote, and in layer {step.layer} of "
-                f"this {spec.family} that is not so; write part=layer or part=mlp",
-                code="U711",
-            )
-        steps += [replace(step, part="attention"), replace(step, part="mlp")]
-    return plan.with_steps(tuple(steps))
 
 
 def _require_sound(options: _Options, fill: str) -> None:

@@ -7,11 +7,14 @@ from typing import Literal
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import TermExamples
 from shoal.executing.forward import Forward
 from shoal.healing.blocks import blocks_at_gaps, blocks_of_layers
 from shoal.healing.seen import Seen
 
 NEEDS_TEACHER = True
+
+EXAMPLES = TermExamples(text="block-local", learn=("near",))
 
 
 def block_local(

@@ -7,9 +7,12 @@ from typing import Literal
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import TermExamples
 from shoal.healing.seen import Seen
 from shoal.plan.price import layers_run
 from shoal.plan.steps import runs
+
+EXAMPLES = TermExamples(text="density:target=0.5", policy="routed", learn=("gates",))
 
 
 def density(

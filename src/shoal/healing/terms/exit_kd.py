@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import TermExamples
 from shoal.healing.exits import depths_of, heads_of_exits, open_exits
 from shoal.healing.seen import Seen
 
 TRAINS_WHOLE = True
+
+EXAMPLES = TermExamples(text="exit-kd:at=every:1")
 
 
 def exit_kd(seen: Seen, *, at: str = "exits", which: str = "all", temperature: float = 1.0) -> torch.Tensor:

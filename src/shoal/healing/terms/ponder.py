@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import TermExamples
 from shoal.healing.seen import Seen
+
+EXAMPLES = TermExamples(text="ponder", plan="0,1,5x3", policy="act:unit=halt", learn=("gates",))
 
 
 def ponder(seen: Seen, *, threshold: float = 0.99) -> torch.Tensor:

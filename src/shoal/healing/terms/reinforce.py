@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy as nll
 
 from shoal.errors import UsageError
+from shoal.examples import TermExamples
 from shoal.healing.seen import Seen
+
+EXAMPLES = TermExamples(text="reinforce:reward=loss,baseline=mean", policy="routed:grain=row", learn=("gates",))
 
 
 def reinforce(
@@ -39,8 +43,8 @@ def reinforce(
     if baseline == "greedy" and torch.is_grad_enabled():
         before = _greedy(seen, reward, cost)
     else:
-        each = reached.repeat_interleave(counts)[None]
-        before = seen.averages.of(f"reinforce {reward} {cost}", each, float(reached.mean()))
+        known = seen.averages.of(f"reinforce {reward} {cost}", reached.repeat_interleave(counts)[None], math.nan)
+        before = torch.where(known.isnan(), reached, known)  # the first step knows no mean yet, and moves nothing
     return -((reached - before) * log_pi * counts).sum()
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 from shoal.errors import UsageError
+from shoal.examples import TermExamples
 from shoal.healing.repeats import repeats
 from shoal.healing.seen import Seen
 
 _FLOOR = 1e-6
 """The least that 1 - q(y) counts as: at q(y) = 1 the formula is infinite."""
+
+EXAMPLES = TermExamples(text="unlikelihood:ngram=1")
 
 
 def unlikelihood(seen: Seen, *, ngram: int = 4) -> torch.Tensor:

@@ -1,0 +1,231 @@
+"""Gates that learn: on a layer that half of the tokens do not need, by every recipe; saved, cached and read again."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.api.heal import Healed, heal
+from shoal.api.heal_publish import publish_healed
+from shoal.data import Data
+from shoal.deciding.policies.routed import Routed
+from shoal.deciding.policy_text import make_policy
+from shoal.errors import UsageError
+from shoal.executing.weights import load_weights
+from shoal.live import apply, running
+from shoal.models.load import Loaded
+from shoal.models.opened import open_model
+from shoal.models.stacks import find_stack
+from shoal.plan import Plan, load_plan
+
+from .families import VOCAB, tiny
+from .planted import data_of
+from .shares import every
+from .test_policies import stepped, whole
+
+USEFUL = 2
+"""The layer that half of the tokens need."""
+HALF = VOCAB // 2
+
+
+@cache
+def half_useful() -> Any:
+    """A model whose layer `USEFUL` changes the tokens of the upper half of the vocabulary, much, and no other.
+
+    The first number of a state says which half its token is of; the layer's mlp is shut where it is negative.
+    """
+    model: Any = copy.deepcopy(tiny("llama"))
+    hidden = model.config.hidden_size
+    model.tie_weights = lambda *_, **__: None
+    with torch.no_grad():
+        embedded = model.get_input_embeddings().weight
+        embedded[:, 0] = torch.where(torch.arange(VOCAB) < HALF, -4.0, 4.0)
+        for number, layer in enumerate(find_stack(model).layers):
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                weight = layer.get_submodule(name).weight
+                weight.mul_(0.1)
+                weight[0] = 0.0  # nobody changes the mark
+            if number == USEFUL:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.gate_proj.weight.zero_()
+                layer.mlp.gate_proj.weight[:, 0] = 20.0
+                layer.mlp.down_proj.weight.copy_(torch.randn(hidden, layer.mlp.down_proj.in_features) * 0.3)
+                layer.mlp.down_proj.weight[0] = 0.0
+    return model
+
+
+def upper(ids: torch.Tensor) -> torch.Tensor:
+    return ids >= HALF
+
+
+def text(count: int = 24, length: int = 16, *, rows: bool = False) -> Data:
+    """Random tokens; with `rows` each sequence has those of one half alone."""
+    ids = torch.randint(3, VOCAB, (count, length), generator=torch.Generator().manual_seed(7))
+    if rows:
+        draw = torch.Generator().manual_seed(8)
+        low = torch.randint(3, HALF, (count, length), generator=draw)
+        ids = low + (HALF - 3) * torch.randint(0, 2, (count, 1), generator=draw)
+    return data_of(ids)
+
+
+def healed(recipe: str, tokens: int = 6000, *, rows: bool = False, **settings: Any) -> Healed:
+    loaded = Loaded(half_useful(), None, "planted")
+    return heal(
+        loaded, Plan.identity(loaded.opened.spec), recipe, settings=settings, tokens=tokens, batch=4, held=32,
+        data=text(400, rows=rows), watch=text(4),
+    )  # fmt: skip
+
+
+def open_at(found: Healed, data: Data) -> torch.Tensor:
+    """Which tokens run the planted layer."""
+    seen: list[torch.Tensor] = []
+    with running(found.loaded.model, found.plan, found.weights, policy=found.policy) as handle, torch.no_grad():
+        policy = handle.policy
+        assert policy is not None
+        real = policy.should_run
+
+        def noted(run: Any, forward: Any, hidden: torch.Tensor) -> Any:
+            answer = real(run, forward, hidden)
+            if run.layer == USEFUL and run.part != "attention":
+                hard: Any = getattr(answer, "hard", answer)
+                seen.append(hard.expand(len(data.ids), -1))
+            return answer
+
+        policy.should_run = noted  # type: ignore[method-assign]
+        found.loaded.model(data.ids)
+        policy.should_run = real  # type: ignore[method-assign]
+        depth = handle.trace.counts.asked / handle.trace.counts.tokens
+    assert depth <= 4
+    return seen[0]
+
+
+ONE = {"layers": str(USEFUL), "rate": 0.05}
+TOKENS: dict[str, dict[str, Any]] = {
+    "skip-layer": {**ONE, "target": 0.875, "recover": "gates"},
+    "mod": {**ONE, "capacity": 0.5, "learn": "gates"},
+    "dlo": {**ONE, "capacity": 0.5, "learn": "gates"},
+    "skip-gpt": {"rate": 0.05, "target": 0.9375, "recover": "gates"},
+}
+"""Recipes that choose tokens; half of them are not to run one layer of four, or its mlp."""
+ROWS: dict[str, dict[str, Any]] = {
+    "first": {**ONE, "skip": 0.3, "recover": "gates"},
+    "had-skip": {**ONE, "most": 0.875, "learn": "gates"},
+    "conv-aig": {**ONE, "target": 0.5, "strength": 1.0},
+    "skip-net": {**ONE, "cost": 0.3},
+}
+"""Recipes that choose sequences."""
+
+
+@pytest.mark.parametrize("recipe", every(2, sorted({**TOKENS, **ROWS})))
+def test_a_gate_finds_the_tokens_that_need_its_layer(recipe: str) -> None:
+    """And leaves out the others: the density is theirs."""
+    rows = recipe in ROWS
+    found, held = healed(recipe, 12_000, rows=rows, **{**TOKENS, **ROWS}[recipe]), text(64, rows=rows)
+    asked, wanted = open_at(found, held).float(), upper(held.ids).float()
+    assert (asked == wanted).float().mean() > 0.95
+    assert abs(asked.mean() - wanted.mean()) < (0.03 if recipe == "mod" else 0.02)
+
+
+def test_what_has_learned_is_read_again_and_cached(tmp_path: Path) -> None:
+    """The folder has plan, tensors and policy; a pass is a prefill and steps; another plan or other tensors are
+    refused."""
+    found = healed("skip-layer", 3000, **TOKENS["skip-layer"])
+    place = publish_healed(found, tmp_path / "routed", anyway=True)
+    assert isinstance(place, Path)
+    policy, model = str(place / "shoal" / "policy.json"), found.loaded.model
+    plan, tensors = load_plan(place), load_weights(place)
+    assert plan == found.plan and tensors.keys() == found.weights.keys()
+    batch = {"input_ids": text(2, 12).ids, "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    with running(model, plan, tensors, policy=policy):
+        one, steps = whole(model, batch), stepped(model, batch, "dynamic")
+    assert (one - steps).abs().max() < 1e-4
+    with running(model, found.plan, found.weights, policy=found.policy):
+        assert torch.equal(whole(model, batch), one)
+    other = {name: tensor + 1 for name, tensor in tensors.items()}
+    with pytest.raises(UsageError, match="U605"):
+        apply(model, plan, other, policy=policy)
+    with pytest.raises(UsageError, match="U605"):
+        apply(model, "0-1,3", policy=policy)
+    with pytest.raises(UsageError, match=r"U604.*no thresholds"):
+        apply(model, plan, tensors, policy=f"calibrated:file={policy}")
+
+
+@pytest.mark.parametrize("grain", ["token", "row", "none"])
+@pytest.mark.parametrize("net", ["linear", "mlp"])
+def test_open_gates_are_the_dense_model_and_closed_ones_the_plan_without_their_layers(grain: str, net: str) -> None:
+    """Bit for bit, with tensors that have learned nothing but that."""
+    model, batch = tiny("llama"), {"input_ids": text(2, 12).ids}
+    asked = f"routed:layers=1-2,grain={grain},net={net}"
+    policy = make_policy(asked, Plan.identity(open_model(model).spec), open_model(model).spec)
+    tensors = policy.start(open_model(model).spec)
+    for bias, static in ((20.0, "0-3"), (-20.0, "0,3")):
+        own = {name: torch.tensor([bias]) if name.endswith("bias") else one for name, one in tensors.items()}
+        with torch.no_grad(), running(model, "0-3", own, policy=asked):
+            got = model(**batch).logits
+        with torch.no_grad(), running(model, static):
+            assert torch.equal(got, model(**batch).logits), (grain, net, static)
+
+
+class Ranked(Routed):
+    """Mixture-of-Depths as it is trained: behind training too a row's tokens are ranked."""
+
+    def _hard(self, scores: torch.Tensor, causal: torch.Tensor | None) -> Any:
+        hard = torch.zeros_like(scores, dtype=torch.bool)
+        return hard.scatter(-1, scores.topk(max(1, scores.shape[-1] // 2), -1).indices, value=True)
+
+
+def test_a_ranking_of_all_tokens_is_not_causal_and_its_predictor_is() -> None:
+    found = healed("mod", 3000, **TOKENS["mod"])
+    model, batch = found.loaded.model, {"input_ids": text(2, 12).ids}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    made = make_policy(found.policy, found.plan, found.loaded.opened.spec)
+    assert isinstance(made, Routed)
+    errors = []
+    for policy in (made, Ranked(made.plan, made.options)):
+        with running(model, found.plan, found.weights, policy=policy):
+            errors.append((whole(model, batch) - stepped(model, batch, "dynamic")).abs().max().item())
+    assert errors[0] < 1e-4
+    assert errors[1] > 0.1
+
+
+def test_gates_that_read_nothing_become_a_static_plan() -> None:
+    found = healed("fold-gates", 6000, target=0.75, rate=0.3, recover="all")
+    assert len(found.plan.layers()) == 3 and not found.policy
+    assert [stage.get("transform") for stage in found.stages] == [None, "close-gates", None]
+
+
+def test_no_gate_learns_without_a_policy() -> None:
+    with pytest.raises(UsageError, match=r"U675.*no policy"):
+        healed_by_hand(learn=["gates"])
+    with pytest.raises(UsageError, match=r"U675.*density"):
+        healed_by_hand(terms=["density"])
+
+
+def healed_by_hand(**asked: Any) -> Healed:
+    return heal(Loaded(half_useful(), None, "planted"), "0-1,3", tokens=100, data=text(), watch=text(4), **asked)
+
+
+def test_what_is_drawn_is_the_same_after_a_stop(tmp_path: Path) -> None:
+    """Gumbel noise and the mean density of the step before among it."""
+    asked = {**TOKENS["skip-layer"], "target": 0.8}
+    loaded = Loaded(half_useful(), None, "planted")
+    told: dict[str, Any] = {"settings": asked, "tokens": 1600, "batch": 2, "accumulate": 2, "held": 4,
+                            "data": text(200), "watch": text(4)}  # fmt: skip
+    steps: list[int] = []
+
+    def stop() -> bool:
+        steps.append(1)
+        return len(steps) == 9
+
+    plan = Plan.identity(loaded.opened.spec)
+    straight = heal(loaded, plan, "skip-layer", **told)
+    half = heal(loaded, plan, "skip-layer", folder=tmp_path / "run", stop=stop, **told)
+    assert half.stopped
+    again = heal(loaded, plan, "skip-layer", folder=tmp_path / "run", resume=True, **told)
+    assert again.weights.keys() == straight.weights.keys()
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in straight.weights.items())
