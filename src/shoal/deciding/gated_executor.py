@@ -95,11 +95,6 @@ class GatedExecutor(FillingExecutor):
             self._forward.ran(1.0, True)
         return out
 
-    def as_layer_output(self, index: int, hidden: torch.Tensor) -> Any:
-        if index == self.depth - 1:
-            hidden = self._end(hidden)
-        return super().as_layer_output(index, hidden)
-
     def _begin(self, call: Call) -> GatedForward:
         hidden, cache = hidden_of(call), cache_of(call)
         rows, tokens = hidden.shape[-3], hidden.shape[-2]

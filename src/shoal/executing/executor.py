@@ -211,6 +211,8 @@ class Executor(RunCalls):
             self.now.carried = {at: argument((args, kwargs), at) for at in self.carried}
         for position, step in self.steps_at[index]:
             hidden = self._noting(position, step, hidden, index, args, kwargs)
+        if index == self.depth - 1:
+            hidden = self._end(hidden)
         returned = self.as_layer_output(index, hidden)
         if index == self.depth - 1:
             behind = self.now.behind
@@ -238,6 +240,10 @@ class Executor(RunCalls):
         if index == segment.begin and segment.state is not None:
             call = with_hidden(call, segment.state)
         return self._proxy_call(index, *call)
+
+    def _end(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The state that norm and head read, where `hidden` is that behind the last step."""
+        return hidden
 
     def as_layer_output(self, index: int, hidden: torch.Tensor) -> Any:
         """`hidden` in the shape in which layer `index` returns it."""

@@ -19,9 +19,10 @@ def halting(*, tau: float = 0.01, unit: str = "halt", learn: str = "", rate: flo
     How we differ: the teacher is the model before its layers were tied; there labels teach.
     """
     more = (learn,) if learn else ()
+    cost = (f"ponder:weight={tau}",) if tau else ()
     return (
         Stage(
-            terms=("logit-kd", f"ponder:weight={tau}"),
+            terms=("logit-kd", *cost),
             learn=("gates", *more),
             policy=f"act:unit={unit}",
             settings=Settings(rate=rate),

@@ -22,7 +22,7 @@ def reinforce(
     cost: float = 1.0,
     baseline: Literal["mean", "greedy"] = "mean",
 ) -> torch.Tensor:
-    """-(R - b) log pi for each sequence, times its tokens that count: policy gradient of choices that were drawn.
+    """Policy gradient of choices that were drawn: -(R - b) log pi for each sequence, times its tokens that count.
 
     pi is the probability of a row's drawn choices, a product over gates (of one answer for each row, grain=row; of
     answers for each token their mean). R by `reward` loss: minus the row's mean cross-entropy, minus `cost` times the
