@@ -13,7 +13,7 @@ import torch
 
 from shoal.api.measuring import measure
 from shoal.errors import DataError, PlanError, UsageError
-from shoal.evaluation.scoring import logits_of
+from shoal.evaluation.scoring import logits_of, token_nll
 from shoal.evaluation.tasks import Item, load_tasks
 from shoal.executing.bind import bind
 from shoal.live import running
@@ -107,6 +107,8 @@ def test_the_lens_is_the_models_own_norm_and_head(family: str) -> None:
     assert scores.detail["depth"][0] == pytest.approx(sum(settled) / 33)
     assert scores.detail["saturation"] == pytest.approx([settled.count(i) / 33 for i in range(DEPTH)])
     assert scores.values == pytest.approx((1 - same.double().mean((1, 2))).tolist())
+    losses = [token_nll(_ending_with(model, states[i]), DATA.ids).mean().item() for i in range(DEPTH)]
+    assert scores.detail["nll"] == pytest.approx(losses, rel=1e-5)
 
 
 def _ending_with(model: Any, state: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.mean_scores import mean_scores
-from shoal.evaluation.scoring import logits_of, require_context, require_scored, windows
+from shoal.evaluation.scoring import logits_of, require_context, require_scored, token_nll, windows
 from shoal.executing.bind import bind
 from shoal.executing.inputs import require_whole
 from shoal.executing.recorder import Outputs
@@ -32,9 +32,9 @@ def logit_lens(
 
     d_i = E_t[ argmax_v q_i,t(v) != argmax_v p_t(v) ], p_t [vocab] the model's distribution and q_i,t [vocab] the one
     that its own norm and head make of the output of layer i; 0 for the last layer. The detail holds `kl`, KL(p || q_i)
-    in nats per token by layer, `saturation`, the share of tokens whose first choice stays the same from that layer on
-    and not from the one before, and `depth`, the mean of that layer with its standard error. A diagnostic: it says
-    where a model may leave early, not which layer may go.
+    in nats per token by layer; `nll`, -log q_i of the text's own next token in nats; `saturation`, the share of tokens
+    whose first choice stays the same from that layer on and not from the one before; and `depth`, the mean of that
+    layer with its standard error. A diagnostic: it says where a model may leave early, not which layer may go.
 
     Source: nostalgebraist 2020 (the logit lens); saturation: Geva et al. 2022 (arXiv 2203.14680).
 
@@ -48,7 +48,7 @@ def logit_lens(
     executor = whole.executor(found.name)
     changed: list[list[float]] = [[] for _ in range(found.depth)]
     divergence = torch.zeros(found.depth, dtype=torch.float64)
-    settled = torch.zeros(found.depth, dtype=torch.float64)
+    loss, settled = torch.zeros_like(divergence), torch.zeros_like(divergence)
     depths: list[float] = []
     counts: list[int] = []
     for ids, mask, keep in windows(data, batch, None, "logit lens"):
@@ -58,7 +58,9 @@ def logit_lens(
                 dense = logits_of(model, ids, mask)
             for layer in range(found.depth):
                 with executor.between(found.depth, outputs.states.pop(layer)):
-                    kl, same = compare_logits(dense, logits_of(model, ids, mask))
+                    read = logits_of(model, ids, mask)
+                kl, same = compare_logits(dense, read)
+                loss[layer] += torch.where(keep, token_nll(read, ids), 0.0).sum()
                 agree.append(same[:, :-1])
                 changed[layer] += (keep & ~same[:, :-1]).sum(-1).tolist()
                 divergence[layer] += torch.where(keep, kl[:, :-1], 0.0).sum()
@@ -77,6 +79,7 @@ def logit_lens(
         notes=(f"the first choice stays from layer {depth.values[0]:.1f} on, mean over tokens",),
         detail={
             "kl": (divergence / total).tolist(),
+            "nll": (loss / total).tolist(),
             "saturation": (settled / total).tolist(),
             "depth": [depth.values[0], math.nan if depth.errors[0] is None else depth.errors[0]],
         },
