@@ -121,6 +121,20 @@ def test_layers_are_left_out_for_whole_sequences_and_on_held_out_text_never() ->
         assert torch.equal(whole, model(ids).logits)
 
 
+def test_a_menu_of_depths_is_run_by_sequences() -> None:
+    """The first row runs the largest, the second the smallest, as the static plans of these depths do."""
+    model, ids = deep(), batch_of(4)["ids"]
+    with running(model, "0-5", policy="sampled:menu=2+4+6") as handle, handle.learning(Learning(seed=1)):
+        drawn = model(ids).logits
+    rights = []
+    for plan in ("0-5", "0,5", "0,2,3,5"):
+        with running(model, plan), torch.no_grad():
+            rights.append(model(ids).logits)
+    assert torch.allclose(drawn[0], rights[0][0], atol=1e-5)
+    assert torch.allclose(drawn[1], rights[1][1], atol=1e-5)
+    assert all(any(torch.allclose(drawn[row], right[row], atol=1e-5) for right in rights) for row in (2, 3))
+
+
 def test_nothing_is_left_out_at_a_rate_of_zero() -> None:
     batch = batch_of()
     with learner_of(deep(), "cross-entropy", plan="0-5", policy="dropped:most=0") as learner:

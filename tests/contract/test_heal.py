@@ -58,7 +58,9 @@ def test_every_recipe_takes_two_steps(recipe: str, loaded: Loaded) -> None:
     """Each stage moves what it says, and the model is afterwards what it was."""
     before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
     own = entries("recipes")[recipe].examples or RecipeExamples()
-    found = heal(loaded, recipe=recipe, tokens=64, data=text(), watch=text(4, 1), **SMALL | {"plan": own.plan})
+    weights = {f"own.{name}": tensor for name, tensor in loaded.model.model.layers[3].named_parameters()}
+    asked = SMALL | {"plan": own.plan, "weights": weights if ":own" in own.plan else None}
+    found = heal(loaded, recipe=recipe, tokens=64, data=text(), watch=text(4, 1), **asked)
     stages = [stage for stage in found.stages if "curve" in stage]
     assert stages
     assert all(stage["steps"] >= 1 and stage["moving"] > 0 for stage in stages)
