@@ -1,0 +1,175 @@
+"""Learned routers against static plans of the same mean depth, after as much training.
+
+Each router recipe of `shoal heal` trains on --tokens of the training text at its own defaults, but for --target, the
+share of the depth where it has such an option. Then --tests say how good it is, and its trace on them how deep tokens
+went, layers a token. Its static rival is the plan of as many layers, rounded up, without those of the least block
+influence, distilled on as many tokens (logit-kd, LoRA). What a router skips for some tokens of a call only is masked
+here and not saved: speed is simulated and not in the table. Each finished row is a line of --journal, and the same
+command goes on after a stop; --page renders the journal, winners and losers.
+
+Target: a router beats the static plan of its depth on the second text, on which nothing was trained.
+
+    python benchmarks/routers.py --train wikitext-2-valid.txt --test wikitext-2-raw-test.txt \\
+        --second lambada_openai.jsonl --text-key context --tokens 12k --journal routers.jsonl --page routers.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _common import disjoint, finish, journalled, opened, options, say, training_options
+
+from shoal.api.assess import text_of
+from shoal.api.heal import Healed, heal
+from shoal.cli.heal import tokens_of
+from shoal.data import Data
+from shoal.data.spelled import keyed
+from shoal.evaluation import perplexity
+from shoal.live import running
+from shoal.models.calls import device_of
+from shoal.models.load import Loaded
+from shoal.plan import Plan, drop
+from shoal.registry import entries, get
+
+SHARES = ("target", "most", "capacity")
+"""Options of recipes that say the share of the depth."""
+
+
+def main() -> int:
+    """Run what the journal lacks, print, and write the page if asked; the exit status says if the target is met."""
+    args = _arguments()
+    loaded = opened(args)
+    size: dict[str, Any] = {"length": args.window, "limit": args.windows}
+    texts = {
+        "test": text_of(loaded, args.test, split="test", **size),
+        "second": text_of(loaded, args.second_text, split="test", **size),
+    }
+    rows: dict[str, Callable[[], dict[str, Any]]] = {
+        name: partial(_router, loaded, name, texts, args) for name in args.recipe or _recipes()
+    }
+    found = journalled(args, rows)
+    depths = sorted({math.ceil(row["layers"]) for row in found.values()})
+    found |= journalled(
+        args, {f"{depth} layers, static": partial(_static, loaded, depth, texts, args) for depth in depths}
+    )
+    if args.page is not None:
+        args.page.write_text(_page(args, loaded, found), encoding="utf-8", newline="\n")
+    wins = {name: _rival(found, row)["second"] / row["second"] for name, row in found.items() if "static" not in name}
+    return finish(
+        "routers", args, target=dict.fromkeys(wins, 1.0), value=wins, figures={"rows": list(found.values())},
+        device=device_of(loaded.model),
+    )  # fmt: skip
+
+
+def _recipes() -> list[str]:
+    """Those whose policy still decides when they are done."""
+    found = []
+    for name, entry in entries("recipes").items():
+        stages = entry.load()()
+        if any(getattr(stage, "policy", "").startswith("routed") for stage in stages) and name != "fold-gates":
+            found.append(name)
+    return sorted(found)
+
+
+def _router(loaded: Loaded, name: str, texts: dict[str, Data], args: argparse.Namespace) -> dict[str, Any]:
+    share = {key: args.target for key in SHARES if key in get("recipes", name).options()}
+    return _row(loaded, name, Plan.identity(loaded.opened.spec, source=loaded.source), name, share, texts, args)
+
+
+def _static(loaded: Loaded, depth: int, texts: dict[str, Data], args: argparse.Namespace) -> dict[str, Any]:
+    text = text_of(loaded, args.train, split="calibrate", length=args.length, limit=16, seed=args.seed)
+    scores = get("measures", "block-influence").load()(loaded.model, text)
+    whole = Plan.identity(loaded.opened.spec, source=loaded.source)
+    gone = sorted(range(whole.depth()), key=lambda layer: scores.values[layer])[: whole.depth() - depth]
+    return _row(loaded, f"{depth} layers, static", drop(whole, gone) if gone else whole, "logit-kd", {}, texts, args)
+
+
+def _row(
+    loaded: Loaded, name: str, plan: Plan, recipe: str, settings: dict[str, Any], texts: dict[str, Data],
+    args: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    say(f"{name}: {recipe} {settings}")
+    cpu = time.process_time()
+    healed = None
+    if not plan.is_identity() or recipe != "logit-kd":
+        healed = heal(
+            loaded, plan, recipe, settings=settings, tokens=tokens_of(args.tokens), data=args.train,
+            watch=args.second_text, length=args.length, held=args.held, batch=args.batch, seed=args.seed, say=say,
+        )  # fmt: skip
+    seconds = round(time.process_time() - cpu, 1)
+    return {
+        "row": name, "recipe": recipe, "settings": settings, "tokens": 0 if healed is None else healed.tokens,
+        **_judged(loaded, plan, healed, texts, args), "cpu": seconds, "disjoint": disjoint(loaded, texts, args),
+    }  # fmt: skip
+
+
+def _judged(
+    loaded: Loaded, plan: Plan, healed: Healed | None, texts: dict[str, Data], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Perplexity on both texts, and layers a token on the first."""
+    ran = (plan, {}, None) if healed is None else (healed.plan, dict(healed.weights), healed.policy or None)
+    with running(loaded.model, ran[0], ran[1], policy=ran[2]) as handle:
+        found: dict[str, Any] = {
+            text: round(perplexity(loaded.model, data, batch=args.batch).value, 3) for text, data in texts.items()
+        }
+        counts = None if handle.policy is None else handle.trace.counts
+        layers = float(len(ran[0].layers())) if counts is None else counts.asked / counts.tokens
+    return {**found, "layers": round(layers, 3), "plan": str(ran[0]), "policy": ran[2]}
+
+
+def _rival(found: dict[str, dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    return found[f"{math.ceil(row['layers'])} layers, static"]
+
+
+def _page(args: argparse.Namespace, loaded: Loaded, found: dict[str, dict[str, Any]]) -> str:
+    """The table in Markdown, the best on the second text first."""
+    head = (
+        "# Routers and static plans\n\n"
+        "<!-- Generated by benchmarks/routers.py; do not edit. -->\n\n"
+        f"`{loaded.source}` of {loaded.opened.spec.stack().depth} layers, {args.threads} thread. Each router recipe at "
+        f"its defaults, with a share of {args.target:g} of the depth where it has such an option, on "
+        f"{tokens_of(args.tokens):,} tokens of `{Path(args.train).name}` ({args.batch} windows of {args.length} a "
+        f"step, seed {args.seed}); static plans lack the layers of the least block influence and are distilled on as "
+        f"many tokens. Perplexity over {args.windows} windows of {args.window} tokens of `{Path(args.test).name}` and "
+        f"of `{Path(args.second).name}`, of which nothing was read before. Layers a token are counted; what they would "
+        f"save is not measured. {datetime.now(UTC):%Y-%m-%d}.\n\n"
+        "| plan | layers a token | first text | second text | beats the static plan of its depth | CPU seconds |\n"
+        "|---|---:|---:|---:|---|---:|\n"
+    )
+    lines = []
+    for name, row in sorted(found.items(), key=lambda pair: pair[1]["second"]):
+        verdict = ""
+        if "static" not in name:
+            rival = _rival(found, row)
+            beaten = [text for text in ("test", "second") if row[text] < rival[text]]
+            words = {("test", "second"): "on both texts", ("test",): "on the first", ("second",): "on the second"}
+            verdict = words.get(tuple(beaten), "no")
+        figures = f"{row['layers']:.2f} | {row['test']:,.2f} | {row['second']:,.2f}"
+        lines.append(f"| `{name}` | {figures} | {verdict} | {row['cpu']:.0f} |")
+    return head + "\n".join(lines) + "\n"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = options(__doc__, pairs=1)
+    training_options(parser, windows=12)
+    parser.add_argument("--tokens", default="12k", help="of each training (default: %(default)s)")
+    parser.add_argument("--target", type=float, default=0.8, help="share of the depth (default: %(default)s)")
+    parser.add_argument("--recipe", action="append", help="router recipe; again for more (default: all)")
+    parser.add_argument("--only", action="append", help="rows whose name holds this; again for more")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--journal", type=Path, required=True, help="a line for each finished row")
+    parser.add_argument("--page", type=Path, help="Markdown file to write")
+    args = parser.parse_args()
+    args.second_text = keyed(args.second, args.text_key, None)
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
