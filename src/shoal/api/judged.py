@@ -31,6 +31,8 @@ class Judged:
     dense: Perplexity
     before: Perplexity
     after: Perplexity
+    layers: float | None = None
+    """Layers that a token of this text ran on average, where a policy decides about the plan after healing."""
 
     @property
     def back(self) -> float:
@@ -42,7 +44,8 @@ class Judged:
         """Plain data."""
         sides = {name: getattr(self, name) for name in ("dense", "before", "after")}
         figures = {name: {"perplexity": one.value, "nll": one.nll, "error": one.error} for name, one in sides.items()}
-        return plain({**figures, "back": self.back, "data": self.dense.info.to_dict()})
+        depth = {} if self.layers is None else {"layers": self.layers}
+        return plain({**figures, **depth, "back": self.back, "data": self.dense.info.to_dict()})
 
 
 def judged(
@@ -58,25 +61,32 @@ def judged(
     """What each text says of each side; those that are done when the run is told to stop."""
     found: dict[str, Judged] = {}
     for name, text in texts.items():
-        worth: dict[str, Perplexity] = {}
+        worth, layers = dict[str, Perplexity](), None
         for side, ran in sides.items():
             if stop():
                 return found
-            worth[side] = _worth(loaded, text, ran, kept, f"{side}, {name}", batch)
+            worth[side], layers = _worth(loaded, text, ran, kept, f"{side}, {name}", batch)
             if progress is not None:
                 progress(len(found) * 3 + len(worth), 6, "both texts")
-        found[name] = Judged(**worth)
+        found[name] = Judged(**worth, layers=layers)
     return found
 
 
-def _worth(loaded: Loaded, text: Data, ran: Ran | None, kept: RunFolder, name: str, batch: int) -> Perplexity:
-    """The perplexity of the whole model, or of a plan with its tensors; from the run's folder if it is known there."""
+def _worth(
+    loaded: Loaded, text: Data, ran: Ran | None, kept: RunFolder, name: str, batch: int
+) -> tuple[Perplexity, float | None]:
+    """The perplexity of the whole model, or of a plan with its tensors, and under a policy the layers of a token; from
+    the run's folder if it is known there."""
     known = kept.found(name)
     if known is not None and known["info"]["sha256"] == text.info.sha256:
         each = {key: tuple(known[key]) for key in ("per_sequence", "per_sequence_tokens")}
-        return Perplexity(**{**known, **each, "info": text.info})
-    with nullcontext() if ran is None else running(loaded.model, *ran[:2], policy=ran[2] or None):
+        layers = known.pop("layers", None)
+        return Perplexity(**{**known, **each, "info": text.info}), layers
+    layers = None
+    with nullcontext() if ran is None else running(loaded.model, *ran[:2], policy=ran[2] or None) as handle:
         found = perplexity(loaded.model, text, batch=batch)
+        if handle is not None and handle.policy is not None:
+            layers = handle.trace.counts.asked / handle.trace.counts.tokens
     if math.isfinite(found.nll):
-        kept.remember(name, found.to_dict())
-    return found
+        kept.remember(name, {**found.to_dict(), **({} if layers is None else {"layers": layers})})
+    return found, layers

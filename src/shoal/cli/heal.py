@@ -104,7 +104,7 @@ def heal(
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
         chosen = Plan.identity(loaded.opened.spec, source=loaded.source) if chosen is None else chosen
-        folder = None if output is None else _folder(output, loaded, chosen, weights, say)
+        folder = None if output is None else _folder(output, loaded, chosen, weights, say, stages)
         with stopping() as stop:
             healed = run(
                 loaded, chosen, asked.name, settings=own, weights=weights, terms=term or [], learn=learn or [],
@@ -124,15 +124,16 @@ def heal(
     emit(*_said(healed, written), as_json=json_)
 
 
-def _folder(output: Path, loaded: Any, plan: Any, weights: Any, say: Any) -> Path:
-    """Where the checkpoints are; says what the result will be."""
+def _folder(output: Path, loaded: Any, plan: Any, weights: Any, say: Any, stages: Any) -> Path:
+    """Where the checkpoints are; says what the result will be, unless that depends on what gates learn."""
     from shoal.api.heal_publish import why_no_checkpoint
     from shoal.healing.run_folder import RunFolder
     from shoal.writing.output import final_path, require_apart
 
     require_apart(final_path(output), [] if loaded.folder is None else [loaded.folder])
-    why = why_no_checkpoint(loaded, plan, weights)
-    say("the result will be " + ("a stock checkpoint" if why is None else f"a plan with its tensors ({why})"))
+    if not any(getattr(stage, "policy", "") for stage in stages):
+        why = why_no_checkpoint(loaded, plan, weights)
+        say("the result will be " + ("a stock checkpoint" if why is None else f"a plan with its tensors ({why})"))
     return RunFolder.beside(final_path(output))
 
 
@@ -221,13 +222,15 @@ def tell_healed(healed: Any, quiet: bool) -> None:
 
 def healed_lines(healed: Any) -> list[str]:
     """What healing did, as text."""
+    gated = [] if not healed.policy else ["layers a token"]
     rows = [
         [name, text.dense.value, text.before.value, text.after.value, round(text.back, 3)]
+        + [round(text.layers, 2) for _ in gated]
         for name, text in healed.texts.items()
     ]
     lines = [f"plan {healed.plan}   ({healed.recipe}, {healed.tokens:,} tokens in {healed.seconds:.0f} s)"]
     if rows:
-        lines.append(table(rows, ["perplexity", "dense", "before", "healed", "back"]))
+        lines.append(table(rows, ["perplexity", "dense", "before", "healed", "back", *gated]))
     watched = healed.texts.get("watched")
     if watched is not None and watched.after.nll > watched.before.nll:
         lines.append("the second text got worse: what was learned is the training text")
