@@ -56,28 +56,30 @@ def half_useful() -> Any:
                 layer.mlp.gate_proj.weight[:, 0] = 20.0
                 layer.mlp.down_proj.weight.copy_(torch.randn(hidden, layer.mlp.down_proj.in_features) * 0.3)
                 layer.mlp.down_proj.weight[0] = 0.0
+        # a token is followed by one of its own half
+        model.lm_head.weight[:, 0] = torch.where(torch.arange(VOCAB) < HALF, -1.5, 1.5)
     return model
+
+
+def foreseen(count: int) -> Data:
+    """What the model writes, each sequence in one half: of the upper half nothing is right without the layer."""
+    begun = torch.randint(3, VOCAB, (count, 1), generator=torch.Generator().manual_seed(9))
+    return data_of(half_useful().generate(begun, max_new_tokens=15, do_sample=False))
 
 
 def upper(ids: torch.Tensor) -> torch.Tensor:
     return ids >= HALF
 
 
-def text(count: int = 24, length: int = 16, *, rows: bool = False) -> Data:
-    """Random tokens; with `rows` each sequence has those of one half alone."""
-    ids = torch.randint(3, VOCAB, (count, length), generator=torch.Generator().manual_seed(7))
-    if rows:
-        draw = torch.Generator().manual_seed(8)
-        low = torch.randint(3, HALF, (count, length), generator=draw)
-        ids = low + (HALF - 3) * torch.randint(0, 2, (count, 1), generator=draw)
-    return data_of(ids)
+def text(count: int = 24, length: int = 16) -> Data:
+    return data_of(torch.randint(3, VOCAB, (count, length), generator=torch.Generator().manual_seed(7)))
 
 
-def healed(recipe: str, tokens: int = 6000, *, rows: bool = False, **settings: Any) -> Healed:
+def healed(recipe: str, tokens: int = 6000, *, rows: bool = False, data: Data | None = None, **settings: Any) -> Healed:
     loaded = Loaded(half_useful(), None, "planted")
     return heal(
         loaded, Plan.identity(loaded.opened.spec), recipe, settings=settings, tokens=tokens, batch=4, held=32,
-        data=text(400, rows=rows), watch=text(4),
+        data=data or text(400), watch=text(4),
     )  # fmt: skip
 
 
@@ -117,6 +119,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "had-skip": {**ONE, "most": 0.875, "learn": "gates"},
     "conv-aig": {**ONE, "target": 0.5, "strength": 1.0},
     "skip-net": {**ONE, "cost": 0.3},
+    "block-drop": {**ONE, "cost": 0.3},
 }
 """Recipes that choose sequences."""
 
@@ -124,8 +127,8 @@ ROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("recipe", every(2, sorted({**TOKENS, **ROWS})))
 def test_a_gate_finds_the_tokens_that_need_its_layer(recipe: str) -> None:
     """And leaves out the others: the density is theirs."""
-    rows = recipe in ROWS
-    found, held = healed(recipe, 12_000, rows=rows, **{**TOKENS, **ROWS}[recipe]), text(64, rows=rows)
+    given, held = (foreseen(400), foreseen(64)) if recipe in ROWS else (text(400), text(64))
+    found = healed(recipe, 12_000, data=given, **{**TOKENS, **ROWS}[recipe])
     asked, wanted = open_at(found, held).float(), upper(held.ids).float()
     assert (asked == wanted).float().mean() > 0.95
     assert abs(asked.mean() - wanted.mean()) < (0.03 if recipe == "mod" else 0.02)
@@ -143,7 +146,7 @@ def test_what_has_learned_is_read_again_and_cached(tmp_path: Path) -> None:
     batch = {"input_ids": text(2, 12).ids, "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     with running(model, plan, tensors, policy=policy):
         one, steps = whole(model, batch), stepped(model, batch, "dynamic")
-    assert (one - steps).abs().max() < 1e-4
+    assert (one - steps).abs().max() < 1e-5
     with running(model, found.plan, found.weights, policy=found.policy):
         assert torch.equal(whole(model, batch), one)
     other = {name: tensor + 1 for name, tensor in tensors.items()}
@@ -189,7 +192,7 @@ def test_a_ranking_of_all_tokens_is_not_causal_and_its_predictor_is() -> None:
     for policy in (made, Ranked(made.plan, made.options)):
         with running(model, found.plan, found.weights, policy=policy):
             errors.append((whole(model, batch) - stepped(model, batch, "dynamic")).abs().max().item())
-    assert errors[0] < 1e-4
+    assert errors[0] < 1e-5
     assert errors[1] > 0.1
 
 
