@@ -103,6 +103,12 @@ def labels_and_kd(labels: float) -> tuple[str, ...]:
     return tuple(f"{name}:weight={weight}" for name, weight in weights.items() if weight)
 
 
+def routed(options: str = "", layers: str = "") -> str:
+    """The policy `routed` as typed, with these options; `layers` that have gates, without any all but the first."""
+    own = [text for text in (options, f"layers={layers}" if layers else "") if text]
+    return ":".join(["routed", ",".join(own)] if own else ["routed"])
+
+
 Recipe = tuple[Stage | Fit, ...]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.healing.stage import Recipe, Settings, Stage
+from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def block_drop(*, cost: float = 1.0, layers: str = "", rate: float = 1e-2) -> Recipe:
@@ -19,5 +19,5 @@ def block_drop(*, cost: float = 1.0, layers: str = "", rate: float = 1e-2) -> Re
     tuning of gates and model together follows.
     """
     terms = (f"reinforce:reward=right,cost={cost},baseline=greedy",)
-    policy = "routed:grain=row,relax=sample" + (f",layers={layers}" if layers else "")
+    policy = routed("grain=row,relax=sample", layers)
     return (Stage(terms=terms, learn=("gates",), policy=policy, settings=Settings(rate=rate)),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.healing.stage import Recipe, Settings, Stage
+from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def conv_aig(*, target: float = 0.8, layers: str = "", strength: float = 10.0, rate: float = 1e-2) -> Recipe:
@@ -14,5 +14,5 @@ def conv_aig(*, target: float = 0.8, layers: str = "", strength: float = 10.0, r
     Source: Veit and Belongie 2017 (ConvNet-AIG, arXiv 1711.11503): its gates and target rates, on Transformer layers.
     """
     terms = ("cross-entropy", f"density:target={target},each=true,weight={strength}")
-    policy = "routed:grain=row,relax=gumbel,net=mlp" + (f",layers={layers}" if layers else "")
+    policy = routed("grain=row,relax=gumbel,net=mlp", layers)
     return (Stage(terms=terms, learn=("gates",), policy=policy, settings=Settings(rate=rate)),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from shoal.healing.stage import Recipe, Settings, Stage
+from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def dlo(
@@ -21,6 +21,6 @@ def dlo(
 
     How we differ: LoRA learns where all tensors do there.
     """
-    policy = f"routed:layers={layers}" if layers else "routed"
+    policy = routed(layers=layers)
     terms = ("cross-entropy", f"similarity-labels:capacity={capacity},scope={scope},weight={labels}")
     return (Stage(terms=terms, learn=("gates", learn), policy=policy, settings=Settings(rate=rate)),)

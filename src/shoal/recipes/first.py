@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.healing.stage import Recipe, Settings, Stage
+from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def first(
@@ -19,7 +19,7 @@ def first(
 
     How we differ: in training the mean over the whole window decides, which is its own prompt there.
     """
-    policy = "routed:grain=row,relax=gumbel" + (f",layers={layers}" if layers else "")
+    policy = routed("grain=row,relax=gumbel", layers)
     terms = ("cross-entropy", f"density:by=linear,weight={skip}")
     settings = Settings(rate=rate)
     return (

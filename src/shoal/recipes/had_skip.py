@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.healing.stage import Recipe, Settings, Stage
+from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def had_skip(
@@ -24,6 +24,6 @@ def had_skip(
     How we differ: its exact gate and penalty could not be read; a budget on the mean is held here, not one for each
     batch.
     """
-    policy = "routed:grain=row,relax=soft,final_temperature=0.05" + (f",layers={layers}" if layers else "")
+    policy = routed("grain=row,relax=soft,final_temperature=0.05", layers)
     terms = ("logit-kd", f"density:target={most},by=above,weight={strength}")
     return (Stage(terms=terms, learn=("gates", learn), policy=policy, settings=Settings(rate=rate)),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.healing.stage import Recipe, Settings, Stage
+from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def mod(
@@ -20,6 +20,6 @@ def mod(
 
     How we differ: the paper trains from random numbers, and its weights are scores that no sigmoid bounds.
     """
-    policy = f"routed:relax=top-k,capacity={capacity},scale=true,fill=mask" + (f",layers={layers}" if layers else "")
+    policy = routed(f"relax=top-k,capacity={capacity},scale=true,fill=mask", layers)
     terms = ("logit-kd", f"capacity-labels:capacity={capacity},weight={labels}")
     return (Stage(terms=terms, learn=("gates", learn), policy=policy, settings=Settings(rate=rate)),)

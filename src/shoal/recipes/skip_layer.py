@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from shoal.healing.stage import Recipe, Settings, Stage
+from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def skip_layer(
@@ -30,7 +30,7 @@ def skip_layer(
     How we differ: it trains model and routers from random numbers on labels; here a model that can be used already is
     its own teacher, and stands still while the gates learn.
     """
-    policy = f"routed:relax={relax},net={net}" + (f",layers={layers}" if layers else "")
+    policy = routed(f"relax={relax},net={net}", layers)
     terms = ("logit-kd", f"density:target={target},weight={strength}")
     settings = Settings(rate=rate)
     first = Stage(terms=terms, learn=("gates",), policy=policy, share=gates, settings=settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.healing.stage import Recipe, Settings, Stage
+from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def skip_net(*, cost: float = 1.0, layers: str = "", soft: float = 0.5, rate: float = 1e-2) -> Recipe:
@@ -17,7 +17,7 @@ def skip_net(*, cost: float = 1.0, layers: str = "", soft: float = 0.5, rate: fl
     How we differ: a gate reads the mean of the states in front of its layer; one net for all gates (an LSTM) is not
     there. The base stands still.
     """
-    policy = "routed:grain=row" + (f",layers={layers}" if layers else "")
+    policy = routed("grain=row", layers)
     settings = Settings(rate=rate)
     first = ("cross-entropy", f"density:by=linear,weight={cost}")
     return (
