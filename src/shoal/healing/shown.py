@@ -102,32 +102,30 @@ class Side:
         with self.around(), self.bound.running():
             return self.executor.prepared(lambda: backbone(**inputs_of(backbone, ids, mask), **more))
 
-    def exit_logits(self, states: torch.Tensor, head: str = "base") -> torch.Tensor:
-        """What norm and head, or those of the plan's own `head`, make of states behind any layer, [batch, tokens,
-        hidden], as logits [batch, tokens, vocabulary]."""
-        if self._readout is None:
-            self._readout = Readout(self.opened, self._ending)
-        heads = self.executor.heads
-        if heads is None or head == "base":
-            with self.around():
-                return self._readout(states)
-        on = nullcontext() if self._readout.chain is None else self.bound.running()
-        with self.around(), on, heads.only(head, {}):
-            return self._readout(heads.lens(head, states))
-
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """What norm and head make of states as `Shown.last` has them, [batch, tokens, hidden] and more, [batch, tokens,
         vocabulary]."""
+        head, depths = self._head
+        state, *others = states.chunk(1 + len(depths), -1)
+        return self._read(state, head, dict(zip(depths, others, strict=True)))
+
+    def exit_logits(self, states: torch.Tensor, head: str = "base") -> torch.Tensor:
+        """What norm and head, or those of the plan's own `head`, make of states behind any layer, [batch, tokens,
+        hidden], as logits [batch, tokens, vocabulary]."""
+        heads = self.executor.heads
+        return self._read(states if heads is None or head == "base" else heads.lens(head, states), head, {})
+
+    def _read(self, state: torch.Tensor, head: str, behind: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """The logits of a state by a head, which may read others `behind` layers."""
         if self._readout is None:
             self._readout = Readout(self.opened, self._ending)
-        (head, depths), heads = self._head, self.executor.heads
+        heads = self.executor.heads
         if heads is None:
             with self.around():
-                return self._readout(states)
-        state, *others = states.chunk(1 + len(depths), -1)
+                return self._readout(state)
         # where the stock forward is run to read the state, it puts the plan on itself
         on = nullcontext() if self._readout.chain is None else self.bound.running()
-        with self.around(), on, heads.only(head, dict(zip(depths, others, strict=True))):
+        with self.around(), on, heads.only(head, dict(behind)):
             return self._readout(state)
 
     def learning_head(self) -> list[torch.Tensor]:
