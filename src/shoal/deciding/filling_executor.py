@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -118,8 +118,9 @@ class FillingExecutor(Executor):
             if projection is None or not alone:
                 self._with(None, run, gated.slot, hidden, call)
             else:
+                # found on the whole layer: what stands for its mlp in a half is not what stands for it here
                 with projection.of(hidden):
-                    self._with(store_alone, run, gated.slot, hidden, call)
+                    self._with(store_alone, replace(run, part="layer"), gated.slot, hidden, call)
         finally:
             self.recorder = recorder
         self.now.extra, self.now.carried = extra, carried
