@@ -1,4 +1,4 @@
-"""Oracles and the other probes that look back: naive references, planted answers, null settings, refusals."""
+"""Oracles and replaced prompts: naive references, planted answers, null settings, refusals."""
 
 from __future__ import annotations
 
