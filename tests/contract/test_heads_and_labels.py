@@ -19,6 +19,7 @@ from shoal.measures.value_drain import value_drain
 from shoal.models.stacks import find_stack
 
 from .families import DEPTH, tiny
+from .kinds import kind
 from .planted import DEEP, NULL, answers, data_of, outputs_of, random_data
 from .test_api import byte_tokenizer
 from .test_measures import ragged
@@ -167,6 +168,8 @@ def test_without_a_file_the_label_is_the_token_before() -> None:
     find_stack(model).layer(0).attn.c_proj.weight.data.zero_()
     blind = label_probe(model, text)
     assert blind.values[0] > 0.5 and blind.values[0] > blind.values[-1] + 0.05
+    encoder = label_probe(kind("bert"), random_data(4, 9, vocab=8))
+    assert len(encoder.values) == 6 and encoder.stack == "encoder" and max(encoder.values) <= 1
     padded = ragged()
     alone = label_probe(tiny("llama"), padded)
     assert alone.tokens <= int(padded.mask.sum()) - 5

@@ -50,7 +50,8 @@ def depth_oracle(
     token; the whole model where there is none. d_u(S), mean over the tokens of u: the rise of the cross-entropy in nats
     (`judge="loss"`), or the share of other first choices than the whole model's (`"choice"`). Menus: `"even"`, for each
     number of layers those at equal distances with both ends; `"first"`, the first so many (early exit); `"greedy"`, for
-    each sequence the layers that are left when the one whose removal costs it least goes, as long as d_u stays within.
+    each sequence the layers that are left when the one whose removal costs it least goes, as long as d_u stays within
+    (a layer that may not go is always needed).
     The detail holds `layers`, the mean number of layers with its standard error, `change`, the mean of d_u(S_u),
     `fixed`, the fewest layers of one plan for the whole text with d <= `within` (greedy: chosen in the same way), and
     for the two menus without search `curve`, for each plan [layers, d, its error, share of u for which it is good

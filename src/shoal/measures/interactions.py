@@ -70,7 +70,7 @@ def interactions(
     require_context(model, data.ids.shape[1])
     whole, found = bind(model), open_model(model).stack(stack)
     seen: list[torch.Tensor] = []
-    orders: list[float] = []
+    orders: list[torch.Tensor] = []
     for row, ids in enumerate(data.ids):
         own = ids if data.mask is None else ids[data.mask[row].bool()]
         if len(own) < 4:

@@ -52,14 +52,14 @@ def label_probe(
     e_i = E_n[ argmax_c (W_i z_i,n + b_i)_c != label_n ], z_i,n [hidden] the mean over the tokens of item n of what
     layer i makes, or its last one, standardised; W_i, b_i the softmax regression with a `ridge`, every label weighing
     the same, on the items of the other of `folds` parts. Items are the first `limit` lines {"text": ..., "label": ...}
-    of a .jsonl `file`; without one the tokens of `data`, each with the token in front of it as its label, of those
-    labels the `classes` most frequent. The detail holds `labels`, each with its number of items, `majority`, the share
-    that always saying the most frequent one gets wrong, and `macro_f1` by layer, the mean over labels of F1. A
-    diagnostic: where the curve is lowest the label is easiest to read, so that a task head could stand there and the
-    layers above could go for that task alone.
+    of a .jsonl `file` (of a text beyond the context the end is read); without one the tokens of `data`, each with the
+    token in front of it as its label, of those labels the `classes` most frequent. The detail holds `labels`, each with
+    its number of items, `majority`, the share that always saying the most frequent one gets wrong, and `macro_f1` by
+    layer, the mean over labels of F1. A diagnostic: where the curve is lowest the label is easiest to read, so that a
+    task head could stand there and the layers above could go for that task alone.
 
     Source: Akash et al. 2024 (doi 10.1007/978-3-031-57853-3_25), classifiers on each layer of BERT for a data set of
-    chats (Gittercom).
+    chats (Gittercom); linear classifiers on the states of each layer are Alain and Bengio's (2016, arXiv 1610.01644).
 
     How we differ: only the title of the paper was at hand. The classifier is linear where theirs is an MLP, so that it
     reads what is there and computes nothing of its own; rare labels weigh more, where SMOTE makes up items between two
@@ -75,22 +75,21 @@ def label_probe(
             code="U696",
         )
     if file is not None:
-        given = _items(model, file, limit, tokenizer, batch)
+        given = _items(model, file, limit, tokenizer, folds, batch)
     elif data is not None:
-        given = _tokens(data, classes, batch)
+        given = _tokens(data, classes, folds, batch)
     else:
         raise UsageError("label-probe has nothing to read; give a file of labelled items or text", code="U532")
-    parts = _parts(given, min(folds, len(given.names) if file is None else len(given.labels)))
     states = _states(model, given, pool if file is not None else None, stack, progress)
-    sums, scores = [], []
+    sums, f1 = [], []
     for layer, x in enumerate(states):
         guess = torch.zeros_like(given.labels)
-        for part in parts.unique():
-            held = parts == part
+        for part in given.parts.unique():
+            held = given.parts == part
             guess[held] = fit_classifier(x[~held], given.labels[~held], len(given.words), ridge)(x[held])
         wrong = (guess != given.labels).double()
         sums.append(torch.zeros(len(given.names)).double().index_add(0, given.group, wrong).tolist())
-        scores.append(_macro_f1(guess, given.labels, len(given.words)))
+        f1.append(_macro_f1(guess, given.labels, len(given.words)))
         if progress is not None:
             progress(len(given.names) + layer + 1, len(given.names) + len(states), WHAT)
     sizes = torch.bincount(given.labels, minlength=len(given.words)).tolist()
@@ -106,7 +105,7 @@ def label_probe(
         notes=(note,), removal=False,
         detail={
             "labels": [[word, size] for word, size in zip(given.words, sizes, strict=True)], "majority": majority,
-            "macro_f1": scores,
+            "macro_f1": f1,
         },
     )  # fmt: skip
 
@@ -123,11 +122,24 @@ class _Given:
     labels: torch.Tensor
     """int64, by what is classified, in the order of `counted`."""
     group: torch.Tensor
+    """Which group each is of."""
+    parts: torch.Tensor
+    """In which part each is judged; a group stays together."""
     words: list[str]
     said: Any
 
+    def __post_init__(self) -> None:
+        groups = len(self.group.unique())
+        if len(self.words) < 2 or groups < 2:
+            raise UsageError(
+                f"there are {len(self.words)} labels on {groups} items or sequences, and nothing to tell apart or to "
+                "judge by; give two or more of each",
+                code="U696",
+            )
 
-def _items(model: Any, file: str, limit: int, tokenizer: Any, batch: int) -> _Given:
+
+def _items(model: Any, file: str, limit: int, tokenizer: Any, folds: int, batch: int) -> _Given:
+    """The items of a file, dealt out to the parts label by label."""
     _, rows, _ = rows_of(file, limit=limit)
     if tokenizer is None:
         raise UsageError(f"reading the items of {file} needs the model's tokenizer; pass tokenizer=", code="U532")
@@ -150,12 +162,15 @@ def _items(model: Any, file: str, limit: int, tokenizer: Any, batch: int) -> _Gi
         batches.append((padded, real))
         counted.append(real.bool())
     labels = torch.tensor([words.index(label) for _, label in pairs])
+    every = torch.arange(len(pairs))
+    parts = torch.empty_like(labels)
+    parts[labels.argsort(stable=True)] = every % folds
     said = f"{Path(file).name}, {len(pairs)} items"
-    return _told_apart(_Given(batches, range(len(pairs)), counted, labels, torch.arange(len(pairs)), words, said))
+    return _Given(batches, range(len(pairs)), counted, labels, every, parts, words, said)
 
 
-def _tokens(data: Data, classes: int, batch: int) -> _Given:
-    """Every token behind another one, with that as its label."""
+def _tokens(data: Data, classes: int, folds: int, batch: int) -> _Given:
+    """Every token behind another one, with that as its label; sequences go to the parts in turn."""
     real = torch.ones_like(data.ids) if data.mask is None else data.mask.cpu()
     before = torch.cat([torch.full_like(data.ids[:, :1], -1), data.ids[:, :-1]], 1)
     before[:, 1:][(real[:, 1:] * real[:, :-1]) == 0] = -1
@@ -165,29 +180,10 @@ def _tokens(data: Data, classes: int, batch: int) -> _Given:
     keep = torch.tensor([[label in number for label in row] for row in before.tolist()])
     labels = torch.tensor([number[label] for label in before[keep].tolist()], dtype=torch.long)
     group = torch.arange(len(data))[:, None].expand_as(keep)[keep]
+    parts = group.unique(return_inverse=True)[1] % folds
     words = [f"token {label}" for label, _ in chosen]
-    return _told_apart(
-        _Given(list(data.batches(batch)), range(len(data)), list(keep.split(batch)), labels, group, words, data)
-    )
-
-
-def _told_apart(given: _Given) -> _Given:
-    if len(given.words) < 2 or len(given.group.unique()) < 2:
-        raise UsageError(
-            f"there are {len(given.words)} labels on {len(given.group.unique())} items or sequences, and nothing to "
-            "tell apart or to judge by; give two or more of each",
-            code="U696",
-        )
-    return given
-
-
-def _parts(given: _Given, folds: int) -> torch.Tensor:
-    """The part of each that is classified: items dealt out label by label, sequences in turn."""
-    if len(given.labels) > len(given.names):
-        return given.group % folds
-    parts = torch.empty_like(given.labels)
-    parts[given.labels.argsort(stable=True)] = torch.arange(len(parts)) % folds
-    return parts
+    counted = list(keep.split(batch))
+    return _Given(list(data.batches(batch)), range(len(data)), counted, labels, group, parts, words, data)
 
 
 def _states(
