@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
+from shoal.models.precision import in_float64
+
 
 class Classifier(NamedTuple):
     """Scores of classes are ((x - mean) / spread) @ weights + bias."""
@@ -25,7 +27,7 @@ class Classifier(NamedTuple):
 
 
 def fit_classifier(x: torch.Tensor, y: torch.Tensor, classes: int, ridge: float) -> Classifier:
-    """The softmax regression of y [n], in 0 .. classes - 1, on x [n, features] in float64.
+    """The softmax regression of y [n], in 0 .. classes - 1, on x [n, features], float64 on the CPU.
 
     It minimises the mean cross-entropy, in which every class that occurs weighs the same, plus ridge / 2 times the
     squares of the weights on standardised features; the intercepts are free. By L-BFGS from zero: the same data gives
@@ -33,9 +35,9 @@ def fit_classifier(x: torch.Tensor, y: torch.Tensor, classes: int, ridge: float)
     """
     mean, spread = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
     scaled = (x - mean) / spread
-    sizes = torch.bincount(y, minlength=classes).double()
+    sizes = in_float64(torch.bincount(y, minlength=classes))
     share = (1 / (sizes * (sizes > 0).sum()))[y]
-    wanted = torch.nn.functional.one_hot(y, classes).double()
+    wanted = in_float64(torch.nn.functional.one_hot(y, classes))
 
     def value(at: np.ndarray) -> tuple[float, np.ndarray]:
         both = torch.from_numpy(at).view(-1, classes)

@@ -15,6 +15,7 @@ from shoal.evaluation.stats import ratio
 from shoal.executing.inputs import require_whole
 from shoal.models.kinds import require_causal
 from shoal.models.opened import open_model
+from shoal.models.precision import in_float64
 from shoal.plan import Plan, check, drop, keep
 from shoal.scores import Traits
 
@@ -113,7 +114,7 @@ class _Judged:
         """d, whether it is within, and whether it is so for the first time among the plans of this batch."""
         if dense is not self._dense:
             self._dense, self._waiting = dense, torch.ones_like(dense[1], dtype=torch.bool)
-        d = plan[0] - dense[0] if self.judge == "loss" else (plan[1] != dense[1]).double()
+        d = plan[0] - dense[0] if self.judge == "loss" else in_float64(plan[1] != dense[1])
         good = d <= self.within
         first = good & self._waiting
         self._waiting &= ~good
@@ -149,7 +150,7 @@ def _from_menu(
         first = figures[:, 2].nan_to_num()
     else:
         units = [int(count > 0) for count in counts]
-        good = ((means <= judged.within) & (tokens > 0)).double()
+        good = in_float64((means <= judged.within) & (tokens > 0))
         first = good * (good.cumsum(0) == 1)
         change = (torch.where(first > 0, means, 0.0)).sum()
     runs = torch.zeros(depth, len(plans.plans), dtype=torch.float64)

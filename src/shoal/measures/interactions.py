@@ -131,8 +131,8 @@ def _worth(whole: BoundPlan, ids: torch.Tensor, subsets: torch.Tensor, stack: st
         for layer in range(executor.depth):
             with executor.between(executor.depth, seen.states[layer]):
                 logits = logits_of(whole.model, text[:, -1:].expand(len(some), -1).to(device_of(whole.model)), None)
-            p = logits[:, -1].double().log_softmax(-1)[:, target]
-            behind.append((p - torch.log1p(-p.exp())).cpu())
+            p = logits[:, -1].cpu().double().log_softmax(-1)[:, target]
+            behind.append(p - torch.log1p(-p.exp()))
         parts.append(torch.stack(behind))
     return torch.cat(parts, -1)
 
@@ -141,7 +141,7 @@ def _counted(there: torch.Tensor) -> torch.Tensor:
     """Of each layer how many sets are salient, new, forgotten and there to the end, float64 [4, depth]."""
     below = torch.cat([torch.zeros_like(there[:1]), there[:-1]])
     kinds = (there, there & ~below, below & ~there, there & there[-1:])
-    return torch.stack([kind.sum(-1) for kind in kinds]).double()
+    return torch.stack([kind.sum(-1, dtype=torch.float64) for kind in kinds])
 
 
 class _LastStates(Recorder):

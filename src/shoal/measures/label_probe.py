@@ -87,8 +87,8 @@ def label_probe(
         for part in given.parts.unique():
             held = given.parts == part
             guess[held] = fit_classifier(x[~held], given.labels[~held], len(given.words), ridge)(x[held])
-        wrong = (guess != given.labels).double()
-        sums.append(torch.zeros(len(given.names)).double().index_add(0, given.group, wrong).tolist())
+        wrong = in_float64(guess != given.labels)
+        sums.append(torch.zeros(len(given.names), dtype=torch.float64).index_add(0, given.group, wrong).tolist())
         f1.append(_macro_f1(guess, given.labels, len(given.words)))
         if progress is not None:
             progress(len(given.names) + layer + 1, len(given.names) + len(states), WHAT)

@@ -60,7 +60,7 @@ def value_drain(
     observe_maps(model, data.batches(batch), seen.maps, what=WHAT, **passes)
     heads, sinks = ([torch.stack(own) if own else None for own in kind] for kind in (seen.drains, seen.sinks))
     sums = [[math.nan] * len(data) if own is None else own.mean(-1).tolist() for own in heads]
-    resting = [torch.zeros(0) if own is None else (own >= dormant).double().mean(0) for own in sinks]
+    resting = [torch.zeros(0) if own is None else (own >= dormant).mean(0, dtype=torch.float64) for own in sinks]
     listed = [[i, h, share] for i, own in enumerate(resting) for h, share in enumerate(own.tolist()) if share]
     always = sum(share == 1 for *_, share in listed)
     note = (
