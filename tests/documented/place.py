@@ -110,6 +110,8 @@ def _texts(place: Path) -> None:
     (place / "prompts.txt").write_text("Why is the sky blue?\n", encoding="utf-8")
     items = [{"context": "the cat sat on the", "continuation": " mat"}] * 3
     (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    labelled = [{"text": f"the cat {word} on the mat", "label": word} for word in ("sat", "ran")] * 3
+    (place / "labels.jsonl").write_text("".join(json.dumps(item) + "\n" for item in labelled), encoding="utf-8")
     _rows(place, text)
     (place / "mine.py").write_text(
         (ROOT / "examples" / "thin_middle.py").read_text(encoding="utf-8").replace("def thin_middle", "def mine"),

@@ -59,6 +59,8 @@ SLOW = {
     "shoal fit-exits smollm2 --policy exit:layers=15,20,23,25,27,fill=defer --data texts.txt --output lensed": _TWICE,
     "shoal calibrate smollm2 --plan lensed --policy exit:by=probe --target agreement=0.9 --output policy.json": _TWICE,
     'shoal generate smollm2 "Tell me about bees." --plan lensed --policy policy.json --trace': _TWICE,
+    "shoal measure smollm2 -m depth-oracle:by=token,judge=choice --data valid.txt --limit 8 --length 64": _TWICE,
+    "shoal measure smollm2 -m prompt-replaced:by=foreign --data valid.txt --limit 8 --length 64": _TWICE,
     "shoal tune-draft smollm2 --prompts prompts.txt": "seconds",
     "shoal evaluate out --data wiki.txt --window 1024": "seconds",
     "shoal bench out --against smollm2": "seconds",

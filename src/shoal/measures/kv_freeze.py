@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import UsageError
-from shoal.evaluation.agreement import compare_logits
-from shoal.evaluation.mean_scores import mean_scores
-from shoal.evaluation.scoring import require_context
-from shoal.executing.inputs import require_whole
-from shoal.models.evaluating import evaluating
-from shoal.models.kinds import require_causal
-from shoal.models.opened import open_model
-from shoal.recording.frozen import continued
+from shoal.evaluation.behind_prompt import behind_prompt
+from shoal.recording.frozen import frozen_at
 from shoal.scores import Traits
 
 if TYPE_CHECKING:
@@ -48,35 +40,7 @@ def kv_freeze(
     does not fit or padded sequences, U537 for a model without a KV cache, M322 for one without next-token scores, U507
     while a plan is running.
     """
-    require_causal(model, "KV freeze")
-    require_whole(model, "KV freeze", stack)
-    require_context(model, data.ids.shape[1])
-    length = data.ids.shape[1]
-    behind = max(2, length // 4) if tail is None else tail
-    if not 2 <= behind < length:
-        raise UsageError(
-            f"a tail of {behind} of {length} tokens leaves no prompt or nothing to predict; use 2 or more", code="U538"
-        )
-    if data.mask is not None:
-        raise UsageError("KV freeze splits every sequence at one place; give sequences without padding", code="U538")
-    found = open_model(model).stack(stack)
-    moved: list[list[float]] = [[] for _ in range(found.depth)]
-    same: list[list[float]] = [[] for _ in range(found.depth)]
-    done = 0
-    for ids, _ in data.batches(batch):
-        with evaluating(model):
-            dense = continued(model, ids, length - behind, stack=stack)
-            for layer in range(found.depth):
-                logits = continued(model, ids, length - behind, frozen=layer, stack=stack)
-                divergence, agree = compare_logits(dense, logits)
-                moved[layer] += divergence[:, :-1].sum(-1).tolist()
-                same[layer] += agree[:, :-1].sum(-1).tolist()
-                done += len(ids)
-                if progress is not None:
-                    progress(done, len(data) * found.depth, "KV freeze")
-    counts = [behind - 1] * len(data)
-    return mean_scores(
-        "kv-freeze", "nats per token", moved, counts, data, stack=found.name, removal=False,
-        notes=(f"prompts of {length - behind} tokens, judged on the {behind - 1} predictions behind them",),
-        detail={"top1": [math.fsum(own) / sum(counts) for own in same]},
+    return behind_prompt(
+        model, data, lambda _: frozen_at, measure="kv-freeze", what="KV freeze", tail=tail, stack=stack, batch=batch,
+        progress=progress,
     )  # fmt: skip

@@ -139,14 +139,25 @@ def _require_parts(opened: OpenedModel, found: Stack, part: PartName) -> None:
         )
 
 
+def require_token_axis(state: torch.Tensor, size: Sequence[int], index: int) -> None:
+    """Raise M316 unless layer `index` hands on one state for each token, [batch, length, hidden]; size: [batch,
+    length]."""
+    if state.dim() != 3 or list(state.shape[:2]) != list(size):
+        raise _no_token_axis(state, size, index)
+
+
 def _tokens_first(state: torch.Tensor, size: list[int], index: int) -> torch.Tensor:
     """`state` as [batch, length, hidden], whether streams come before the batch, after the tokens or not at all."""
     if state.dim() == 4 and list(state.shape[1:3]) == size:
         state = state.movedim(0, 2)
     if state.dim() < 3 or list(state.shape[:2]) != size:
-        raise ModelError(
-            f"layer {index} hands on a state {list(state.shape)} for {size[0]} x {size[1]} tokens, which is no hidden "
-            "state for each token; measure another stack",
-            code="M316",
-        )
+        raise _no_token_axis(state, size, index)
     return state.flatten(2)
+
+
+def _no_token_axis(state: torch.Tensor, size: Sequence[int], index: int) -> ModelError:
+    return ModelError(
+        f"layer {index} hands on a state {list(state.shape)} for {size[0]} x {size[1]} tokens, which is no hidden "
+        "state for each token; measure another stack",
+        code="M316",
+    )
