@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from shoal.deciding.policies.calibrated import Calibrated
 from shoal.deciding.policy_file import Level, load_policy
 from shoal.deciding.policy_text import make_policy
 from shoal.errors import ShoalError
-from shoal.evaluation.exit_search import Setting, Target, losses, replay, search_path
+from shoal.evaluation.exit_search import Target, losses, replay, search_path
 from shoal.evaluation.exit_tradeoff import trade_off
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits
 from shoal.live import running
@@ -45,12 +45,12 @@ def _recorded(family: str, fill: str) -> tuple[Any, Plan, Features]:
     return found, gated, record_exits(found, gated, _data(), prompt=5, batch=4)
 
 
-def _nested(features: Features, by: str) -> Setting:
+def _nested(features: Features, by: str) -> Sequence[float]:
     path = search_path(features, Target("agreement", 0.5), by, ceiling=1.0)
-    return path[len(path) // 2]
+    return path[len(path) // 2].thresholds
 
 
-def _weighed(features: Features, by: str) -> Setting:
+def _weighed(features: Features, by: str) -> Sequence[float]:
     return trade_off(features, by, (0.45,))[0]
 
 
@@ -58,14 +58,14 @@ def _weighed(features: Features, by: str) -> Setting:
 @pytest.mark.parametrize("by", ["probability", "saturation"])
 @pytest.mark.parametrize("chosen", [_nested, _weighed])
 def test_replayed_exits_are_what_the_policy_does(
-    family: str, by: str, chosen: Callable[[Features, str], Setting]
+    family: str, by: str, chosen: Callable[[Features, str], Sequence[float]]
 ) -> None:
     """With keys and values that are exact, token for token; both targets, both searches."""
     found, gated, features = _recorded(family, "defer")
     setting = chosen(features, by)
-    again = replay(features, by, setting.thresholds)
+    again = replay(features, by, setting)
     assert 0 < (again.left < len(features.layers)).mean() < 1, "the setting must let some leave and some not"
-    pairs = zip(features.layers, setting.thresholds, strict=True)
+    pairs = zip(features.layers, setting, strict=True)
     thresholds = {layer: value for layer, value in pairs if np.isfinite(value)}
     for target in (Target("agreement", 0.5), Target("loss", 0.5)):
         policy = Calibrated(gated, (Level("one", thresholds),), by, False)

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from shoal.errors import UsageError
-from shoal.evaluation.exit_search import NEVER, replay
-from shoal.evaluation.exit_tradeoff import AGREEMENT, descent, losses, trade_off, weighed
+from shoal.evaluation.exit_search import Target, losses, replay
+from shoal.evaluation.exit_tradeoff import recorded_stages, trade_off
 from shoal.evaluation.exits import Features
+from shoal.evaluation.staged import NEVER
 
 WEIGHTS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
+AGREEMENT = Target("agreement", 0.5)
+TRIED = (NEVER, *np.arange(9) / 8)
 
 
 def recorded(exits: int, *, sequences: int = 4, tokens: int = 8, seed: int = 0) -> Features:
@@ -29,10 +32,16 @@ def recorded(exits: int, *, sequences: int = 4, tokens: int = 8, seed: int = 0) 
     return Features(tuple(range(exits)), depths, signals, choice, np.zeros(choice.shape, np.float32), counted, 1, {})
 
 
-def by_hand(features: Features, by: str, thresholds: tuple[float, ...], weight: float, head: float) -> float:
+def by_hand(features: Features, by: str, thresholds: tuple[float, ...], head: float) -> tuple[float, float]:
+    """Disagreement and cost as `calibrate` counts them: by sequence."""
     found = replay(features, by, thresholds)
-    cost = (found.layers + head * found.looks) / features.depths[-1]
-    return float(weight * losses(features, AGREEMENT, found.left).mean() + (1 - weight) * cost)
+    error = float(losses(features, AGREEMENT, found.left).mean())
+    return error, (found.layers + head * found.looks) / features.depths[-1]
+
+
+def weighed(features: Features, by: str, thresholds: tuple[float, ...], weight: float, head: float) -> float:
+    error, cost = by_hand(features, by, thresholds, head)
+    return weight * error + (1 - weight) * cost
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -40,10 +49,9 @@ def by_hand(features: Features, by: str, thresholds: tuple[float, ...], weight: 
 def test_one_exit_is_brute_force(weight: float, by: str, head: float) -> None:
     for seed in range(5):
         features = recorded(1, seed=seed)
-        best = min(by_hand(features, by, (value,), weight, head) for value in (NEVER, *np.arange(9) / 8))
-        found = descent(features, by, weight, head=head)[-1]
-        assert weighed(features, found, weight, head) == pytest.approx(best, abs=1e-12)
-        assert by_hand(features, by, found.thresholds, weight, head) == pytest.approx(best, abs=1e-12)
+        best = min(weighed(features, by, (value,), weight, head) for value in TRIED)
+        found = trade_off(features, by, (weight,), head=head)[0]
+        assert weighed(features, by, found, weight, head) == pytest.approx(best, abs=1e-12)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -51,37 +59,43 @@ def test_one_exit_is_brute_force(weight: float, by: str, head: float) -> None:
 def test_each_step_costs_less_and_at_the_end_no_single_threshold_helps(weight: float, head: float) -> None:
     for seed in range(4):
         features = recorded(4, seed=seed)
-        path = descent(features, "probability", weight, head=head)
-        costs = [weighed(features, one, weight, head) for one in path]
+        path = recorded_stages(features, "probability", head=head).descent(weight)
+        costs = [weighed(features, "probability", one, weight, head) for one in path]
         assert all(later < earlier for earlier, later in pairwise(costs))
-        end = path[-1].thresholds
         for at in range(4):
-            for value in (NEVER, *np.arange(9) / 8):
-                other = (*end[:at], value, *end[at + 1 :])
-                assert by_hand(features, "probability", other, weight, head) >= costs[-1] - 1e-12
+            for value in TRIED:
+                other = (*path[-1][:at], value, *path[-1][at + 1 :])
+                assert weighed(features, "probability", other, weight, head) >= costs[-1] - 1e-12
+
+
+def test_stages_count_as_replayed_exits_do() -> None:
+    features = recorded(3)
+    stages = recorded_stages(features, "probability", head=0.7)
+    for thresholds in ((NEVER,) * 3, (0.5, NEVER, 0.25), (0.75, 0.5, 0.125), (0.0, 0.0, 0.0)):
+        assert stages.measured(thresholds) == pytest.approx(by_hand(features, "probability", thresholds, 0.7))
 
 
 def test_all_weight_on_what_differs_leaves_nowhere_and_none_leaves_at_once() -> None:
     features = recorded(3)
     dear, cheap = trade_off(features, "probability", (1.0, 0.0))
-    assert dear.thresholds == (NEVER,) * 3
-    assert (dear.risk, dear.layers, dear.looks) == (0.0, features.depths[-1], 0.0)
-    assert cheap.layers == pytest.approx(features.depths[0])
+    assert dear == (NEVER,) * 3
+    assert by_hand(features, "probability", cheap, 0)[1] == pytest.approx(features.depths[0] / features.depths[-1])
 
 
 def test_a_head_that_costs_more_than_it_saves_is_not_asked() -> None:
     features = recorded(3)
-    assert trade_off(features, "probability", (0.3,), head=100.0)[0].thresholds == (NEVER,) * 3
-    assert trade_off(features, "saturation", (0.3,), head=100.0)[0].thresholds != (NEVER,) * 3
+    assert trade_off(features, "probability", (0.3,), head=100.0) == [(NEVER,) * 3]
+    assert trade_off(features, "saturation", (0.3,), head=100.0) != [(NEVER,) * 3]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_along_growing_weights_the_agreement_grows_and_so_does_the_cost(seed: int) -> None:
-    found = trade_off(recorded(4, seed=seed), "probability", np.linspace(0, 1, 21).tolist(), head=0.2)
-    risks, costs = [one.risk for one in found], [one.cost(0.2) for one in found]
-    assert risks == sorted(risks, reverse=True)
-    assert costs == sorted(costs)
-    assert len(set(risks)) > 3, "a front of several settings"
+    features = recorded(4, seed=seed)
+    found = trade_off(features, "probability", np.linspace(0, 1, 21).tolist(), head=0.2)
+    errors, costs = zip(*(by_hand(features, "probability", one, 0.2) for one in found), strict=True)
+    assert list(errors) == sorted(errors, reverse=True)
+    assert list(costs) == sorted(costs)
+    assert len(set(errors)) > 3, "a front of several settings"
 
 
 def test_planted_tokens_leave_where_they_are_right() -> None:
@@ -93,9 +107,8 @@ def test_planted_tokens_leave_where_they_are_right() -> None:
     nothing = np.zeros(choice.shape, np.float32)
     features = Features((0, 1), (1.0, 2.0, 4.0), signals, choice, nothing, np.ones((2, 8), bool), 1, {})
     found = trade_off(features, "probability", (0.9,))[0]
-    assert found.risk == 0
-    assert found.layers == pytest.approx((1 + 1 + 2 + 4) / 4)
-    assert all(0 < threshold < 1 for threshold in found.thresholds)
+    assert by_hand(features, "probability", found, 0) == (0, pytest.approx((1 + 1 + 2 + 4) / 4 / 4))
+    assert all(0 < threshold < 1 for threshold in found)
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])

@@ -23,10 +23,11 @@ from shoal.deciding.policy_file import Level, PolicyFile
 from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError
 from shoal.evaluation.exit_search import Target, one_threshold, parse_target, search_path, thin
-from shoal.evaluation.exit_tradeoff import require_tradeoffs, trade_off
+from shoal.evaluation.exit_tradeoff import trade_off
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits, require_length
 from shoal.evaluation.risk import Bound, Losses, require_confidence, require_sequences
 from shoal.evaluation.scoring import Progress
+from shoal.evaluation.staged import require_tradeoffs
 from shoal.executing.weights import Tensors, hash_of_used, plan_and_weights
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
@@ -154,8 +155,8 @@ def calibrate(
     )
     asked = sorted(set(tradeoffs))
     traded = tuple(
-        row(found, held, wanted[0], exits.by, one.thresholds, head, f"tradeoff={weight:g}")
-        for weight, one in zip(asked, trade_off(chosen, exits.by, asked, head=settings.head), strict=True)
+        row(found, held, wanted[0], exits.by, thresholds, head, f"tradeoff={weight:g}")
+        for weight, thresholds in zip(asked, trade_off(chosen, exits.by, asked, head=settings.head), strict=True)
     )
     made = {
         "data": asdict(text.info),

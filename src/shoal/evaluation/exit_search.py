@@ -11,8 +11,8 @@ from shoal.deciding.signals import WITHOUT_HEAD
 from shoal.errors import UsageError
 from shoal.evaluation.exits import Features
 from shoal.evaluation.risk import Losses, sequence_means
+from shoal.evaluation.staged import NEVER
 
-NEVER = float("inf")
 GRID_SIZE = 20
 """Thresholds that are tried at each exit: quantiles of the signal there."""
 
