@@ -17,6 +17,7 @@ from shoal.evaluation.scoring import Progress
 from shoal.evaluation.staged import NEVER, require_tradeoffs
 from shoal.evaluation.tasks import Tasks
 from shoal.executing.weights import Tensors, plan_and_weights
+from shoal.models.kinds import require_answers
 from shoal.plan import Given, Plan, cost, require, shapes_of
 from shoal.record import plain
 
@@ -77,6 +78,7 @@ def cascade(
                 code="U701",
             )
     loaded = opened_base(source, **options)
+    require_answers(loaded.model, "a cascade")
     spec, tokenizer = loaded.opened.spec, tokenizer_of(loaded)
     identity = Plan.identity(spec)
     pairs = [plan_and_weights(one, identity) for one in plans]
