@@ -111,7 +111,8 @@ def _texts(place: Path) -> None:
     items = [{"context": "the cat sat on the", "continuation": " mat"}] * 3
     (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     choices = [{"query": "the cat sat on the", "choices": ["mat", "sky"], "gold": 0}] * 6
-    (place / "choices.jsonl").write_text("".join(json.dumps(item) + "\n" for item in choices), encoding="utf-8")
+    for name in ("choices", "piqa"):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in choices), encoding="utf-8")
     _rows(place, text)
     (place / "mine.py").write_text(
         (ROOT / "examples" / "thin_middle.py").read_text(encoding="utf-8").replace("def thin_middle", "def mine"),

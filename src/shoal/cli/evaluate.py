@@ -66,6 +66,7 @@ def evaluate(
         emit_config(as_json=json_)
         return
     if cascade:
+        from shoal.api.cascaded import TRADEOFFS
         from shoal.api.cascaded import cascade as run_cascade
 
         with progress_bars(quiet) as progress:
@@ -78,7 +79,7 @@ def evaluate(
                 tasks or [],
                 plan=chosen,
                 weights=weights,
-                tradeoffs=tradeoff or (0.5, 0.8, 0.95),
+                tradeoffs=tradeoff or TRADEOFFS,
                 task_items=task_items,
                 batch=max(8, batch),
                 progress=progress,
