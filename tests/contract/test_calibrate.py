@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from shoal.deciding.policy_file import Level, load_policy
 from shoal.deciding.policy_text import make_policy
 from shoal.errors import ShoalError
 from shoal.evaluation.exit_search import Target, losses, replay, search_path
+from shoal.evaluation.exit_tradeoff import trade_off
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits
 from shoal.live import running
 from shoal.models.inspect import inspect
@@ -43,16 +45,27 @@ def _recorded(family: str, fill: str) -> tuple[Any, Plan, Features]:
     return found, gated, record_exits(found, gated, _data(), prompt=5, batch=4)
 
 
+def _nested(features: Features, by: str) -> Sequence[float]:
+    path = search_path(features, Target("agreement", 0.5), by, ceiling=1.0)
+    return path[len(path) // 2].thresholds
+
+
+def _weighed(features: Features, by: str) -> Sequence[float]:
+    return trade_off(features, by, (0.45,))[0]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("by", ["probability", "saturation"])
-def test_replayed_exits_are_what_the_policy_does(family: str, by: str) -> None:
-    """With keys and values that are exact, token for token; both targets."""
+@pytest.mark.parametrize("chosen", [_nested, _weighed])
+def test_replayed_exits_are_what_the_policy_does(
+    family: str, by: str, chosen: Callable[[Features, str], Sequence[float]]
+) -> None:
+    """With keys and values that are exact, token for token; both targets, both searches."""
     found, gated, features = _recorded(family, "defer")
-    path = search_path(features, Target("agreement", 0.5), by, ceiling=1.0)
-    setting = path[len(path) // 2]
-    again = replay(features, by, setting.thresholds)
+    setting = chosen(features, by)
+    again = replay(features, by, setting)
     assert 0 < (again.left < len(features.layers)).mean() < 1, "the setting must let some leave and some not"
-    pairs = zip(features.layers, setting.thresholds, strict=True)
+    pairs = zip(features.layers, setting, strict=True)
     thresholds = {layer: value for layer, value in pairs if np.isfinite(value)}
     for target in (Target("agreement", 0.5), Target("loss", 0.5)):
         policy = Calibrated(gated, (Level("one", thresholds),), by, False)
@@ -77,7 +90,8 @@ def test_recorded_exits_come_back_from_their_file(tmp_path: Path) -> None:
 
 def test_calibrate_writes_a_policy_that_generate_runs(model: str, tmp_path: Path) -> None:  # noqa: F811
     file, page, kept = tmp_path / "policy.json", tmp_path / "page.html", tmp_path / "exits.safetensors"
-    words = [*SMALL, "exit:first=1", "--features", str(kept), "--bound", "betting", "--target", "loss=0.5"]
+    words = [*SMALL, "exit:first=1", "--features", str(kept), "--bound", "betting", "--tradeoff", "0.9",
+             "--tradeoff", "0", "--target", "loss=0.5"]  # fmt: skip
     said = json.loads(shoal("calibrate", model, *words, "--json", "--output", str(file), "--report", str(page)))
     assert [one["target"] for one in said["promises"]] == ["agreement=0.9", "loss=0.5"]
     layers = [row["layers"] for row in said["table"]]
@@ -87,14 +101,19 @@ def test_calibrate_writes_a_policy_that_generate_runs(model: str, tmp_path: Path
     policy = load_policy(file)
     assert {"agreement=0.9", "loss=0.5", "setting-0"} <= {level.name for level in policy.levels}
     html = page.read_text(encoding="utf-8")
-    for word in ("promised agreement=0.9", "All settings", "<svg"):
+    assert [row["setting"] for row in said["tradeoffs"]] == ["tradeoff=0", "tradeoff=0.9"]
+    assert [level.name for level in policy.levels][2:4] == ["tradeoff=0", "tradeoff=0.9"]
+    assert not policy.level("tradeoff=0").promised
+    assert said["tradeoffs"][0]["layers"] == 2, "without a weight on what differs all leave at the first exit"
+    assert said["tradeoffs"][0]["layers"] <= said["tradeoffs"][1]["layers"]
+    for word in ("promised agreement=0.9", "All settings", "tradeoff=0.9", "<svg"):
         assert word in html, word
-    boldest = policy.levels[-1].name
-    answer = json.loads(
-        shoal("generate", model, "abc", "--policy", f"calibrated:file={file},level={boldest}", "--json",
-              "--max-new-tokens", "6")
-    )  # fmt: skip
-    assert len(answer["trace"]["written"]) == answer["tokens"]
+    for level in (policy.levels[-1].name, "tradeoff=0"):
+        answer = json.loads(
+            shoal("generate", model, "abc", "--policy", f"calibrated:file={file},level={level}", "--json",
+                  "--max-new-tokens", "6")
+        )  # fmt: skip
+        assert len(answer["trace"]["written"]) == answer["tokens"]
     assert "layers per token written" in shoal("generate", model, "abc", "--policy", str(file), "--max-new-tokens", "2")
     assert "D473" in shoal("calibrate", model, *words[:-1], "loss=0.4", "--seed", "3", code=1)
     assert "conformal" in shoal("calibrate", model, *words, "--guarantee", "conformal", "--check", "recorded", "--json")
@@ -129,6 +148,7 @@ def test_levels_switch_while_the_model_runs() -> None:
         (["exit", "--limit", "8"], "D470"),
         (["exit", "--length", "5"], "D471"),
         (["exit:nothing=1"], "U502"),
+        (["exit", "--tradeoff", "1.5"], "U700"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(model: str, words: list[str], code: str) -> None:  # noqa: F811

@@ -19,7 +19,7 @@ from shoal.writing.gguf_out.write import convert_model
 from ..documented.place import proving_here
 from ..gguf_files import tiny_model, tiny_tokenizer
 from .odd_inputs import DATA, MODELS, NAME, NUL, OUTPUTS, PLANS, UNUSUAL, Make
-from .verbs import CODED, COMMANDS, run, snapshot, typed
+from .verbs import CHOICE, CODED, COMMANDS, run, snapshot, typed
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     write(loaded, plan, root / "written", prove=False)
     (root / "data.txt").write_text("the cat sat on the mat; " * 40, encoding="utf-8")
     (root / "prompts.txt").write_text("the cat\n", encoding="utf-8")
+    (root / "choices.jsonl").write_text(CHOICE * 4, encoding="utf-8")
     files = {"MODEL": "base", "BARE": "bare", "ONE": "one", "GGUF": "model.gguf", "PLAN": "plan.json",
-             "WRITTEN": "written", "DATA": "data.txt", "PROMPTS": "prompts.txt"}  # fmt: skip
+             "WRITTEN": "written", "DATA": "data.txt", "PROMPTS": "prompts.txt", "TASKS": "choices.jsonl"}  # fmt: skip
     return {name: str(root / file) for name, file in files.items()}
 
 

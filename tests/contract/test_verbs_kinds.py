@@ -13,7 +13,7 @@ from ..documented.place import proving_here
 from .families import tiny
 from .kinds import kind
 from .shares import pairs
-from .verbs import COMMANDS, run, typed
+from .verbs import CHOICE, COMMANDS, run, typed
 
 PLANS = {
     "llama": "0,2-3", "jamba": "0-2", "mamba2": "0,2-3", "bert": "0,2-5", "t5": "encoder: 0,3-5; decoder: 0,5",
@@ -41,7 +41,9 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         letter_tokenizer().save_pretrained(root / name)
     (root / "data.txt").write_text("the cat sat on the mat; " * 40, encoding="utf-8")
     (root / "prompts.txt").write_text("the cat\n", encoding="utf-8")
-    return {"DATA": str(root / "data.txt"), "PROMPTS": str(root / "prompts.txt")} | {n: str(root / n) for n in PLANS}
+    (root / "choices.jsonl").write_text(CHOICE * 4, encoding="utf-8")
+    files = {"DATA": "data.txt", "PROMPTS": "prompts.txt", "TASKS": "choices.jsonl"}
+    return {name: str(root / file) for name, file in {**files, **{n: n for n in PLANS}}.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     **{key: {"M322": OTHERS, "P161": RECURRENT} for key in ("generate --kv-cache", "evaluate --kv-cache")},
     **{key: {"M322": OTHERS, "U611": RECURRENT} for key in ("generate --speculate", "tune-draft")},
     **{key: {"M322": OTHERS, "P131": RECURRENT} for key in ("generate --policy", "fit-exits", "calibrate")},
+    "evaluate --cascade": {"M322": ("bert", "whisper", "vit", "clip")},
     "heal": {"M322": ("bert",), "U653": ("t5", "clip"), "M323": NO_TEXT},
     "fuse": {"U653": ("t5", "clip"), "M323": NO_TEXT},
     "write --stream": {"W240": SEVERAL},

@@ -14,6 +14,8 @@ from shoal.cli import app
 TEXT = ("--data", "DATA", "--length", "16", "--limit", "2")
 CODED = re.compile(r"shoal: [NPWMDU]\d{3}: .{20}")
 """How a refusal begins."""
+CHOICE = '{"query": "the cat", "choices": ["sat", "ran"], "gold": 0}\n'
+"""A line of the file TASKS."""
 COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "MODEL"),
     "inspect --redundancy": ("inspect", "MODEL", "--redundancy", *TEXT, "--output", "OUT"),
@@ -31,6 +33,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate", "MODEL", "--data", "DATA", "--window", "16", "--limit", "1", "--no-generation"),
     "evaluate --plan": ("evaluate", "MODEL", "--plan", "PLAN", "--data", "DATA", "--window", "16", "--limit", "1",
                         "--new-tokens", "1"),
+    "evaluate --cascade": ("evaluate", "MODEL", "--tasks", "TASKS", "--cascade", "PLAN", "--tradeoff", "0.5"),
     "bench": ("bench", "MODEL", "--plan", "PLAN", "--prompt", "4", "--new", "1", "--pairs", "1"),
     "bench --graph": ("bench", "MODEL", "--graph", "siblings", "--prompt", "4", "--new", "1", "--pairs", "1"),
     "generate": ("generate", "MODEL", "abc", "--plan", "PLAN", "--max-new-tokens", "1"),

@@ -112,6 +112,9 @@ def _texts(place: Path) -> None:
     (place / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     labelled = [{"text": f"the cat {word} on the mat", "label": word} for word in ("sat", "ran")] * 3
     (place / "labels.jsonl").write_text("".join(json.dumps(item) + "\n" for item in labelled), encoding="utf-8")
+    choices = [{"query": "the cat sat on the", "choices": ["mat", "sky"], "gold": 0}] * 6
+    for name in ("choices", "piqa"):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in choices), encoding="utf-8")
     _rows(place, text)
     (place / "mine.py").write_text(
         (ROOT / "examples" / "thin_middle.py").read_text(encoding="utf-8").replace("def thin_middle", "def mine"),

@@ -23,9 +23,11 @@ from shoal.deciding.policy_file import Level, PolicyFile
 from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError
 from shoal.evaluation.exit_search import Target, one_threshold, parse_target, search_path, thin
+from shoal.evaluation.exit_tradeoff import trade_off
 from shoal.evaluation.exits import Features, live_losses, load_features, record_exits, require_length
 from shoal.evaluation.risk import Bound, Losses, require_confidence, require_sequences
 from shoal.evaluation.scoring import Progress
+from shoal.evaluation.staged import require_tradeoffs
 from shoal.executing.weights import Tensors, hash_of_used, plan_and_weights
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
@@ -51,6 +53,8 @@ class Calibration:
     uniform: tuple[dict[str, Any], ...]
     """The same threshold at every exit, for comparison."""
     notes: tuple[str, ...]
+    tradeoffs: tuple[dict[str, Any], ...] = ()
+    """The settings that make a weighted sum of disagreement and cost small, by growing weight."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -61,6 +65,7 @@ class Calibration:
                 "table": list(self.table),
                 "uniform": list(self.uniform),
                 "notes": list(self.notes),
+                "tradeoffs": list(self.tradeoffs),
             }
         )
         return found
@@ -73,6 +78,7 @@ def calibrate(
     plan: Given | None = None,
     weights: Tensors | None = None,
     targets: Sequence[str] = ("agreement=0.95",),
+    tradeoffs: Sequence[float] = (),
     confidence: float = 0.9,
     guarantee: Guarantee = "fixed-sequence",
     bound: Bound = "hoeffding-bentkus",
@@ -97,12 +103,15 @@ def calibrate(
     Half of `limit` sequences of `length` tokens, drawn with `seed`, choose the settings; the other half test them.
     Columns from `prompt` on count as generated. `check`: "recorded" tests on the exits recorded in one pass of the
     whole plan, which holds for keys and values of the whole plan (fill=defer); "live" runs the policy with its own fill
-    for every tested setting; "auto" is live for every fill but defer. `features`: a file of recorded exits, read when
-    it is there and written otherwise. `options` go to `shoal.load`. Raises U600 to U603 and U607 for what cannot be
-    promised or calibrated, D470 for too few sequences, D471 for too short ones, D472 and D473 for other features.
+    for every tested setting; "auto" is live for every fill but defer. `tradeoffs`: a level without a promise for each
+    weight w, whose thresholds make w (1 - agreement) + (1 - w) cost small (DyCE, `trade_off`). `features`: a file of
+    recorded exits, read when it is there and written otherwise. `options` go to `shoal.load`. Raises U600 to U603, U607
+    and U700 for what cannot be promised or calibrated, D470 for too few sequences, D471 for too short ones, D472 and
+    D473 for other features.
     """
     delta = require_confidence(confidence)
     wanted = tuple(parse_target(text, cap) for text in targets)
+    require_tradeoffs(tradeoffs)
     exits = exit_options(policy)
     require_length(length, prompt)
     for target in wanted:
@@ -144,6 +153,11 @@ def calibrate(
         tuple(row(found, held, wanted[0], exits.by, own, head, number) for number, own in enumerate(rows))
         for rows in shown
     )
+    asked = sorted(set(tradeoffs))
+    traded = tuple(
+        row(found, held, wanted[0], exits.by, thresholds, head, f"tradeoff={weight:g}")
+        for weight, thresholds in zip(asked, trade_off(chosen, exits.by, asked, head=settings.head), strict=True)
+    )
     made = {
         "data": asdict(text.info),
         "prompt": prompt,
@@ -152,12 +166,12 @@ def calibrate(
         "bound": bound if guarantee == "fixed-sequence" else None,
         "environment": environment(),
     }
-    levels = (*(_level(found, one) for one in promises), *map(_unpromised, table))
+    levels = (*(_level(found, one) for one in promises), *map(_unpromised, traded), *map(_unpromised, table))
     file = PolicyFile(
         spec.family, whole.base.fingerprint, whole.hash, levels, exits.by, exits.head, exits.fill, exits.prefill,
         hash_of_used(gated, weights), made,
     )  # fmt: skip
-    return Calibration(file, promises, table, uniform, notes(promises, live, exits, head, found.depths[-1]))
+    return Calibration(file, promises, table, uniform, notes(promises, live, exits, head, found.depths[-1]), traded)
 
 
 def publish(found: Calibration, path: str | Path, *, title: str) -> None:
@@ -213,4 +227,5 @@ def _level(features: Features, one: ControlledRisk) -> Level:
 
 def _unpromised(row: dict[str, Any]) -> Level:
     thresholds = {int(layer): value for layer, value in row["thresholds"].items()}
-    return Level(f"setting-{row['setting']}", thresholds, False, row["layers"])
+    name = row["setting"]
+    return Level(f"setting-{name}" if isinstance(name, int) else name, thresholds, False, row["layers"])

@@ -21,12 +21,18 @@ def finite(features: Features, thresholds: Sequence[float]) -> dict[int, float]:
 
 
 def row(
-    features: Features, held: Features, target: Target, by: str, thresholds: Sequence[float], head: float, number: int
+    features: Features,
+    held: Features,
+    target: Target,
+    by: str,
+    thresholds: Sequence[float],
+    head: float,
+    name: int | str,
 ) -> dict[str, Any]:
     """One line of the table: a setting on the sequences `held`, which `head` layers a look costs."""
     one = uncontrolled_risk(held, target, by, thresholds)
     return {
-        "setting": number,
+        "setting": name,
         "thresholds": {str(layer): value for layer, value in finite(features, thresholds).items()},
         "layers": one.layers,
         "looks": one.looks,

@@ -21,6 +21,14 @@ def calibrate(
         list[str] | None,
         typer.Option("--target", help="agreement=0.95, or loss=0.1 (nats); once for each level. The first is used."),
     ] = None,
+    tradeoff: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--tradeoff",
+            help="And a level without a promise: thresholds that weigh disagreement by this share of 1, layers by the "
+            "rest; again for more.",
+        ),
+    ] = None,
     confidence: Annotated[float, typer.Option("--confidence", help="Probability with which each promise holds.")] = 0.9,
     output: Annotated[Path | None, typer.Option("--output", help="Write policy.json here; --policy takes it.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write a page with the curve and the table.")] = None,
@@ -82,6 +90,7 @@ def calibrate(
             plan=chosen,
             weights=weights,
             targets=target or ["agreement=0.95"],
+            tradeoffs=tradeoff or (),
             confidence=confidence,
             guarantee=guarantee,
             bound=bound,
@@ -109,7 +118,7 @@ def _text(found: Any, output: Path | None, report: Path | None) -> str:
     head = ["setting", "layers", "with looks", kind, "+-", "thresholds"]
     rows = [
         [r["setting"], r["layers"], r["layers_with_looks"], r[kind], r["error"], _typed(r["thresholds"])]
-        for r in found.table
+        for r in (*found.table, *found.tradeoffs)
     ]
     said = [one.sentence() for one in found.promises]
     places = [f"the policy: {output}"] if output else []

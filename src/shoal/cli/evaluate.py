@@ -26,6 +26,18 @@ def evaluate(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate for each prompt.")] = 64,
     tasks: options.Tasks = None,
     task_items: options.TaskItems = 200,
+    cascade: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cascade",
+            help="Score --tasks alone, by a cascade: this plan answers what it is sure of, the rest goes to the next "
+            "one, at last to --plan or the whole model; again for more, cheap ones first.",
+        ),
+    ] = None,
+    tradeoff: Annotated[
+        list[float] | None,
+        typer.Option("--tradeoff", help="Weight of wrong answers beside cost, 0 to 1, by which --cascade chooses."),
+    ] = None,
     kv_cache: options.KVCache = None,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
@@ -43,8 +55,36 @@ def evaluate(
         unused("with --kv-cache nothing is generated", "new_tokens")
     if not tasks:
         unused("no --tasks are given", "task_items")
+    if cascade:
+        unused(
+            "--cascade scores tasks alone", "against", "data", "text_key", "chat_template", "window", "stride", "limit"
+        )
+        unused("--cascade scores tasks alone", "bos", "generation", "new_tokens", "kv_cache")
+    else:
+        unused("no --cascade is given", "tradeoff")
     if dry_run:
         emit_config(as_json=json_)
+        return
+    if cascade:
+        from shoal.api.cascaded import TRADEOFFS
+        from shoal.api.cascaded import cascade as run_cascade
+
+        with progress_bars(quiet) as progress:
+            loaded, chosen, weights = open_model(
+                model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter)
+            )
+            tables = run_cascade(
+                loaded,
+                cascade,
+                tasks or [],
+                plan=chosen,
+                weights=weights,
+                tradeoffs=tradeoff or TRADEOFFS,
+                task_items=task_items,
+                batch=max(8, batch),
+                progress=progress,
+            )
+        emit({"cascades": [one.to_dict() for one in tables]}, "\n\n".join(map(_cascade, tables)), as_json=json_)
         return
     from shoal.api.assess import evaluate as run
     from shoal.api.study import full_paths
@@ -95,3 +135,19 @@ def _text(found: Any) -> str:
         row("  standard error", lambda s: s.error, score, found.dense_tasks.get(name))
     head = f"{found.perplexity.info.describe()}; {found.perplexity.tokens:,} tokens predicted\n"
     return head + table(rows, ["", "this model", "dense"])
+
+
+def _cascade(found: Any) -> str:
+    rows = [
+        [f"{name} alone", one["accuracy"], one["error"], one["cost"], one["seconds"], ""]
+        for name, one in zip(found.plans, found.alone, strict=True)
+    ]
+    for one in found.cascades:
+        limits = " ".join("-" if t is None else f"{t:.3g}" for t in one["thresholds"])
+        shares = " ".join(f"{share:.2f}" for share in one["answered"])
+        rows.append(
+            [f"tradeoff={one['tradeoff']:g}, sure from {limits}", *(one[k] for k in ("accuracy", "error", "cost")),
+             one["seconds"], shares]
+        )  # fmt: skip
+    head = f"{found.task}: {found.items} items; {found.chosen_on} others chose how sure each plan must be\n"
+    return head + table(rows, ["", "right", "+-", "FLOPs", "seconds", "answered by each"])

@@ -11,8 +11,8 @@ from shoal.deciding.signals import WITHOUT_HEAD
 from shoal.errors import UsageError
 from shoal.evaluation.exits import Features
 from shoal.evaluation.risk import Losses, sequence_means
+from shoal.evaluation.staged import NEVER
 
-NEVER = float("inf")
 GRID_SIZE = 20
 """Thresholds that are tried at each exit: quantiles of the signal there."""
 
@@ -133,8 +133,8 @@ def search_path(
     their exit; an exit that is still shut may open at any fourth one.
 
     Source: a record searched offline, one threshold for each exit: DyCE (Wang et al. 2024, arXiv 2403.01695). How we
-    differ: DyCE minimises a weighted sum by coordinate descent for each weight; this greedy path is nested, so that its
-    order can be tested from the safe end.
+    differ: DyCE minimises a weighted sum by coordinate descent for each weight (`trade_off` does); this greedy path is
+    nested, so that its order can be tested from the safe end.
     """
     wide = max(3 * target.limit, 0.02) if ceiling is None else ceiling
     grids = [_grid(values[features.counted], grid_size) for values in features.signals[by]]

@@ -31,7 +31,12 @@ def render_calibration(data: Data) -> str:
     parts = [
         section("Quality against layers", figure),
         section("Promises", _promises(promises)),
-        section("All settings", _settings(data["table"], kind)),
+        section("All settings", _settings(data["table"], kind, "level=setting-N")),
+        *(
+            [section("Trade-offs", _settings(data["tradeoffs"], kind, "level=tradeoff=W"))]
+            if data.get("tradeoffs")
+            else []
+        ),
         section("What this does not say", "".join(f"<p>{esc(note)}</p>" for note in data.get("notes", ()))),
         section("How this was made", facts_list(facts | {"Command": f"<code>{esc(data.get('command', ''))}</code>"})),
     ]
@@ -104,16 +109,17 @@ def _promises(promises: Sequence[Data]) -> str:
     return table(heads, rows, right=range(2, len(heads)))
 
 
-def _settings(found: Sequence[Data], kind: str) -> str:
+def _settings(found: Sequence[Data], kind: str, level: str) -> str:
     heads = ["setting", "layers", "looks", "layers with looks", kind, "standard error", "thresholds"]
     rows = [
-        "".join(numeric(row[name]) for name in ("setting", "layers", "looks", "layers_with_looks", kind, "error"))
+        (numeric(row["setting"]) if isinstance(row["setting"], int) else cell(esc(row["setting"])))
+        + "".join(numeric(row[name]) for name in ("layers", "looks", "layers_with_looks", kind, "error"))
         + cell(_thresholds(row["thresholds"]))
         for row in found
     ]
     note = (
         "<p class='soft'>All recorded sequences of the test half; a look is one run of norm and head at an exit. "
-        "<code>level=setting-N</code> runs a row, without a promise. Click a head to sort.</p>"
+        f"<code>{level}</code> runs a row, without a promise. Click a head to sort.</p>"
     )
     return note + table(heads, rows, right=range(6), sortable=True)
 
