@@ -86,11 +86,11 @@ def cascade(
     identity = Plan.identity(spec)
     pairs = [plan_and_weights(one, identity) for one in plans]
     pairs.append(plan_and_weights(identity if plan is None else plan, identity, weights))
-    for own, _ in pairs:
-        require(own, spec)
-    flops = [cost(own, spec, weights=shapes_of(tensors)).prefill_flops for own, tensors in pairs]
+    shapes = [shapes_of(tensors) for _, tensors in pairs]
+    legal = [require(own, spec, shape) for (own, _), shape in zip(pairs, shapes, strict=True)]
+    flops = [cost(own, spec, weights=shape).prefill_flops for own, shape in zip(legal, shapes, strict=True)]
     costs = [one / flops[-1] for one in flops]
-    for (own, _), share in zip(pairs[:-1], costs, strict=False):
+    for own, share in zip(legal[:-1], costs, strict=False):
         if share >= 1:
             raise UsageError(
                 f"{own} costs {share:.2f} of what the last plan of the cascade costs; put cheaper plans in front of it",
@@ -111,7 +111,7 @@ def cascade(
             for weight, own, run in zip(tradeoffs, best, ran, strict=True)
         )
         rows = tuple(_figures(run, test, [share]) for run, share in zip(alone, costs, strict=True))
-        names, counts = tuple(str(own) for own, _ in pairs), (len(choose.items), len(test.items))
+        names, counts = tuple(map(str, legal)), (len(choose.items), len(test.items))
         found.append(CascadeTable(one.name, names, tuple(costs), rows, cascades, *counts))
     return found
 

@@ -30,7 +30,7 @@ from shoal.models.linear import said_width
 from shoal.models.lists import BESIDE, Stack
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
-from shoal.plan.steps import Step, runs
+from shoal.plan.steps import Step, gate_of, runs
 
 FIXED = ("limit",)
 """Tensors of a map that no gradient reaches."""
@@ -117,7 +117,8 @@ def put_modules(opened: OpenedModel, plan: Plan, weights: Mapping[str, torch.Ten
                 )
             if run.weights is not None:
                 _put_layer(made, stack, run, weights)
-        for weights_id in sorted(ids_of(steps) - made.base.keys()):
+        gates = {gate for gate in map(gate_of, steps) if gate is not None and TensorsOf(gate, weights)}
+        for weights_id in sorted((ids_of(steps) | gates) - made.base.keys()):
             _put_tensors(made, weights_id, weights, opened.device)
     made.shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
     opened.model.add_module(BESIDE, made.modules)
