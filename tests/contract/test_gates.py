@@ -13,6 +13,7 @@ import torch
 from shoal.api.heal import Healed, heal
 from shoal.api.heal_publish import publish_healed
 from shoal.data import Data
+from shoal.deciding.learning import Learning
 from shoal.deciding.policies.routed import Routed
 from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError
@@ -194,6 +195,19 @@ def test_a_ranking_of_all_tokens_is_not_causal_and_its_predictor_is() -> None:
             errors.append((whole(model, batch) - stepped(model, batch, "dynamic")).abs().max().item())
     assert errors[0] < 1e-5
     assert errors[1] > 0.1
+
+
+def test_gates_are_modules_that_learn() -> None:
+    """As `shoal.apply(..., modules=True)` makes them: parameters of the model, with their gradients."""
+    model, spec = tiny("llama"), open_model(tiny("llama")).spec
+    tensors = make_policy("routed", Plan.identity(spec), spec).start(spec)
+    with running(model, "0-3", tensors, policy="routed", modules=True) as handle:
+        with handle.learning(Learning(progress=0.5)):
+            model(text(2).ids).logits.sum().backward()
+        own = {name: one for name, one in handle.tensors.items() if name.startswith("route-")}
+        assert own.keys() == tensors.keys()
+        assert all(one.grad is not None and float(one.grad.abs().max()) > 0 for one in own.values())
+    model.zero_grad()
 
 
 def test_gates_that_read_nothing_become_a_static_plan() -> None:

@@ -198,6 +198,31 @@ def test_a_plan_that_no_stock_class_holds_is_kept_as_a_plan(folder: Path, tmp_pa
     shoal("evaluate", *again)
 
 
+def test_gates_are_trained_written_and_used_from_the_command_line(folder: Path, tmp_path: Path, data: str) -> None:  # noqa: F811
+    """No plan is needed: gates decide about the whole model."""
+    out = tmp_path / "routed"
+    words = [
+        "--length",
+        "16",
+        "--batch",
+        "2",
+        "--held",
+        "2",
+        "--tokens",
+        "96",
+        "--data",
+        data,
+        "--set",
+        "recover=gates",
+    ]
+    said = shoal("heal", str(folder), *words, "--recipe", "skip-layer", "--output", str(out), "--anyway")
+    policy = out / "shoal" / "policy.json"
+    assert f"--plan {out} --policy {policy}" in said and "layers a token" in said
+    told = ["--plan", str(out), "--policy", str(policy), "--max-new-tokens", "3", "--raw"]
+    assert json.loads(shoal("generate", str(folder), "the shoal", *told, "--json"))["trace"]["layers"] == 5
+    assert "U523" in shoal("heal", str(folder), *words[:-2], code=1)
+
+
 def test_a_recipe_typed_by_hand(folder: Path, data: str) -> None:  # noqa: F811
     words = [str(folder), *WORDS, "--data", data, "--term", "logit-kd:temperature=2", "--term", "hidden-kd:weight=0.1"]
     said = json.loads(shoal("heal", *words, "--learn", "near:rate=1e-3", "--json", "-q"))
