@@ -13,7 +13,7 @@ import torch
 
 from shoal.executing.bind import bind
 from shoal.live import running
-from shoal.measures.interactions import dividends, interactions
+from shoal.measures.interactions import _dividends, interactions
 from shoal.measures.label_probe import label_probe
 from shoal.measures.value_drain import value_drain
 from shoal.models.stacks import find_stack
@@ -195,9 +195,9 @@ def test_dividends_are_what_was_put_in() -> None:
     """v(S) = 3 where 0 and 1 are in S, + 2 where 2 is, - 1 where all are, + 0.5 always."""
     sets = [[number >> bit & 1 for bit in range(3)] for number in range(8)]
     worth = torch.tensor([3.0 * (a * b) + 2 * c - a * b * c + 0.5 for a, b, c in sets])
-    assert dividends(worth).tolist() == [0.5, 0, 0, 3, 2, 0, 0, -1]
+    assert _dividends(worth).tolist() == [0.5, 0, 0, 3, 2, 0, 0, -1]
     drawn = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = dividends(drawn)
+    found = _dividends(drawn)
     assert torch.allclose(found.sum(-1), drawn[:, -1]), "the effects of all sets add up"
     for s in range(32):
         inner = [t for t in range(32) if t & s == t]
@@ -222,7 +222,7 @@ def test_interactions_are_those_of_hidden_tokens(family: str) -> None:
                 with bind(model).running() as bound, bound.executor().between(DEEP, states[layer]):
                     p = model(input_ids=ids[None, :8]).logits[0, -1].double().softmax(-1)[ids[8]]
                 worth[layer, s] = (p / (1 - p)).log()
-        effects = dividends(worth)[:, 1:].abs()
+        effects = _dividends(worth)[:, 1:].abs()
         found.append(effects >= 0.2 * effects.amax(-1, keepdim=True))
     there = torch.stack(found).double()
     assert scores.values == pytest.approx(there.sum(-1).mean(0).tolist())

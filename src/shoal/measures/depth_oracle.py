@@ -52,11 +52,11 @@ def depth_oracle(
     (`judge="loss"`), or the share of other first choices than the whole model's (`"choice"`). Menus: `"even"`, for each
     number of layers those at equal distances with both ends; `"first"`, the first so many (early exit); `"greedy"`, for
     each sequence the layers that are left when the one whose removal costs it least goes, as long as d_u stays within
-    (a layer that may not go is always needed).
-    The detail holds `layers`, the mean number of layers with its standard error, `change`, the mean of d_u(S_u),
-    `fixed`, the fewest layers of one plan for the whole text with d <= `within` (greedy: chosen in the same way), and
-    for the two menus without search `curve`, for each plan [layers, d, its error, share of u for which it is good
-    enough]. A diagnostic: an oracle knows the answers, so this bounds from below what a controller could run.
+    (a layer that may not go is always needed). The detail holds `layers`, the mean number of layers with its standard
+    error, `change`, the mean of d_u(S_u), `fixed`, the fewest layers of one plan for the whole text with d <= `within`
+    (greedy: chosen in the same way), and for the two menus without search `curve`, for each plan [layers, d, its error,
+    share of u for which it is good enough]. A diagnostic: an oracle knows the answers, so no controller that is as good
+    runs less out of the same menu.
 
     Source: Glavas et al. 2024 (arXiv 2410.20022), the oracle controller per sequence, uniform skipping and early exit.
 
@@ -74,8 +74,8 @@ def depth_oracle(
         )
     if not 0 <= within < (1 if judge == "choice" else math.inf):
         raise UsageError(
-            f"within={within:g} is no {'share of other first choices' if judge == 'choice' else 'rise in nats'} that "
-            f"an oracle may allow; use 0 or more{', and less than 1' if judge == 'choice' else ''}",
+            f"within={within:g} is out of range for judge={judge}; use 0 or more, in nats for loss, and as a share "
+            "less than 1 for choice",
             code="U692",
         )
     require_causal(model, WHAT)

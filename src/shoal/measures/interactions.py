@@ -12,7 +12,6 @@ from shoal.evaluation.scoring import logits_of, require_context
 from shoal.executing.bind import bind
 from shoal.executing.inputs import require_whole
 from shoal.executing.recorder import Recorder, RunRecord
-from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.opened import open_model
@@ -81,7 +80,7 @@ def interactions(
             )
         subsets = _subsets(min(tokens, len(own) - 3))  # the first one stays: it counts positions
         with evaluating(model), whole.running():
-            effects = dividends(_worth(whole, own, subsets, found.name, max(batch, 64)))[:, 1:].abs()
+            effects = _dividends(_worth(whole, own, subsets, found.name, max(batch, 64)))[:, 1:].abs()
         most = effects.amax(-1, keepdim=True)
         there = (effects >= salient * most) & (most > 0)
         seen.append(_counted(there))
@@ -102,7 +101,7 @@ def interactions(
     )  # fmt: skip
 
 
-def dividends(worth: torch.Tensor) -> torch.Tensor:
+def _dividends(worth: torch.Tensor) -> torch.Tensor:
     """I(S) from v(S), [..., 2^n] each; token k is in the set of number s where bit k of s is 1."""
     found = worth.clone()
     for bit in range(worth.shape[-1].bit_length() - 1):
@@ -130,9 +129,10 @@ def _worth(whole: BoundPlan, ids: torch.Tensor, subsets: torch.Tensor, stack: st
         behind = []
         for layer in range(executor.depth):
             with executor.between(executor.depth, seen.states[layer]):
-                logits = logits_of(whole.model, text[:, -1:].expand(len(some), -1).to(device_of(whole.model)), None)
-            p = logits[:, -1].cpu().double().log_softmax(-1)[:, target]
-            behind.append(p - torch.log1p(-p.exp()))
+                logits = logits_of(whole.model, text[:, -1:].expand(len(some), -1), None)[:, -1].cpu().double()
+            own = logits[:, target].clone()
+            logits[:, target] = -torch.inf
+            behind.append(own - logits.logsumexp(-1))  # 1 - p has no digits left where p is nearly 1
         parts.append(torch.stack(behind))
     return torch.cat(parts, -1)
 
