@@ -48,7 +48,8 @@ dense and pruned in turn, medians), `KV` the bytes a token keeps. Search seconds
 "within 2 standard errors" is said of paired differences over windows.
 torch {torch}, transformers {transformers}, {system}, {day}.
 
-What training wins back of one cut, recipe by recipe, is a page of its own: [healing recipes](healing-recipes.md).
+What training wins back of one cut, recipe by recipe, is a page of its own: [healing recipes](healing-recipes.md);
+ties, shared keys and values, low rank and dropping at equal size are [another](equal-size.md).
 
 {advice}
 
