@@ -194,6 +194,7 @@ def test_early_exits_get_better_and_the_plan_stays() -> None:
         settings={"learn": "all", "rate": 3e-3, "which": "all"}, tokens=6000, batch=4, held=8, data=text, watch=held,
     )  # fmt: skip
     assert not found.policy and found.plan.layers() == (0, 1, 2, 3)
+    assert found.better  # by its objective: what the end says is not what it is after
     assert {run.gate for run in found.plan.steps()} == {None}  # type: ignore[union-attr]
 
     def losses(plan: str, weights: object = None) -> list[float]:

@@ -60,11 +60,12 @@ class Healed:
 
     @property
     def better(self) -> bool:
-        """Whether held-out text likes the result better than the start; True where nothing was trained. Where a policy
-        decides it is the objective that counts, since layers are left out that the start ran."""
+        """Whether held-out text likes the result better than the start; True where nothing was trained. It is the
+        objective that counts where a policy decides, since layers are left out that the start ran, and where the start
+        is the whole model, since something else is learnt than what it says at its end."""
         if not self.tokens and not any("transform" in stage for stage in self.stages):
             return True
-        if HELD in self.texts and not self.policy:
+        if HELD in self.texts and not self.policy and not self.start.is_identity():
             return self.texts[HELD].after.nll < self.texts[HELD].before.nll
         trained = [stage for stage in self.stages if "held_after" in stage]
         return not trained or trained[-1]["held_after"] < trained[-1]["held_before"]
