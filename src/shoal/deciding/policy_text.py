@@ -5,7 +5,7 @@ from __future__ import annotations
 from shoal.deciding.gating import ungated
 from shoal.deciding.policy import Policy
 from shoal.deciding.policy_file import LearnedPolicy, load_policy
-from shoal.errors import PlanError, UsageError
+from shoal.errors import NotationError, PlanError, UsageError
 from shoal.executing.weights import Tensors, hash_of_used
 from shoal.plan import Plan, Spec, format_steps
 from shoal.spelling import chosen
@@ -18,8 +18,8 @@ def make_policy(text: str, plan: Plan, spec: Spec) -> Policy:
     Raises U501 for a name and U502 for an option that does not exist, and what the policy itself raises.
     """
     if text.endswith(".json") and ":" not in text:
-        read = load_policy(text)
-        if isinstance(read, LearnedPolicy):
+        read = _learned_in(text)
+        if read is not None:
             read.require(plan, text)
             learned = make_policy(read.text, plan, spec)
             learned.tensors = read.weights
@@ -28,6 +28,15 @@ def make_policy(text: str, plan: Plan, spec: Spec) -> Policy:
     entry, options = chosen("policies", text)
     made: Policy = entry.load()(plan, spec, **options)
     return made
+
+
+def _learned_in(file: str) -> LearnedPolicy | None:
+    """What `shoal heal` wrote there; None for anything else, which `calibrated` reads, or refuses."""
+    try:
+        read = load_policy(file)
+    except NotationError:
+        return None
+    return read if isinstance(read, LearnedPolicy) else None
 
 
 def policy_for(policy: Policy | str, plan: Plan, spec: Spec) -> Policy:
@@ -47,7 +56,7 @@ def require_tensors(policy: Policy, weights: Tensors | None) -> None:
     """Raise U605 when the policy was made with other tensors, so that its promise does not hold for these."""
     if policy.tensors not in (None, hash_of_used(policy.plan, weights)):
         raise UsageError(
-            "this policy was made with other tensors than the plan has now; run shoal calibrate, or shoal heal, with "
-            "this plan",
+            "this policy was made with other lenses, heads or gates than the plan has now; run shoal calibrate, or "
+            "shoal heal, with this plan",
             code="U605",
         )
