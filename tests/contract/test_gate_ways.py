@@ -20,12 +20,12 @@ from .test_policies import FEW, NO_STATIC, attention_of
 
 WAYS = (
     "layers=1-2", "layers=1-3,net=mlp", "layers=1-2,fill=mask", "layers=1-2,scale=true", "layers=1-3,part=mlp",
-    "part=halves,layers=1-2", "layers=1-2,grain=row", "layers=1-2,grain=none",
+    "part=halves,layers=1-2", "layers=1-2,grain=row", "layers=1-2,grain=row,part=mlp", "layers=1-2,grain=none",
     "layers=1-2,relax=top-k,scale=true,fill=mask",
 )  # fmt: skip
 HALVES = {"part=halves,layers=1-2": "U711"}
 RECURRENT = {way: "P131" for way in WAYS if "part=mlp" not in way}
-NO_PARTS = {"layers=1-3,part=mlp": "P105", **HALVES}
+NO_PARTS = {"layers=1-3,part=mlp": "P105", "layers=1-2,grain=row,part=mlp": "P105", **HALVES}
 REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys(("gpt_neox", "cohere2", "falcon", "gptj", "phi"), HALVES),
     "mamba2": {**RECURRENT, **NO_PARTS},

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from shoal.deciding.decisions import Decision, Soft, straight_through
 from shoal.deciding.forward import ForwardView
+from shoal.deciding.gate_options import GateOptions, Relax, require_sound
 from shoal.deciding.gating import halved, with_gates
 from shoal.deciding.policy import Grain, Policy
 from shoal.deciding.policy_options import layer_list
@@ -24,7 +24,8 @@ from shoal.plan.steps import PartName, runs
 EXAMPLES = PolicyExamples(
     deciding=(
         "routed:layers=1-2,bias=-1", "routed:layers=1-2,bias=-1,part=mlp", "routed:layers=1-2,bias=-1,part=halves",
-        "routed:layers=2,bias=-1,fill=mask", "routed:layers=1,bias=-1,grain=row", "routed:layers=3,bias=-1,grain=none",
+        "routed:layers=2,bias=-1,fill=mask", "routed:layers=1,bias=-1,grain=row",
+        "routed:layers=1,bias=-1,grain=row,part=mlp", "routed:layers=3,bias=-1,grain=none",
     ),
     never=("routed:bias=1", "routed:bias=1,part=halves", "routed:bias=1,grain=row", "routed:bias=0.1,part=mlp"),
     always={"routed:layers=1-2,bias=-1": "0,3", "routed:layers=1,bias=-1,part=mlp": "0,1a,2,3",
@@ -37,27 +38,12 @@ EXAMPLES = PolicyExamples(
         Refusal("a temperature of 0", "routed:temperature=0,bias=1", "U711", "temperature=0"),
         Refusal("the mask of a whole sequence", "routed:grain=row,fill=mask,bias=1", "U711", "fill=mask"),
         Refusal("halves side by side", "routed:part=halves,bias=1", "U711", "layer 0", family="falcon"),
+        Refusal("a fill for mlps", "routed:part=mlp,fill=mask,bias=1", "U711", "fill=mask"),
         Refusal("tokens ranked by a gate that reads none", "routed:grain=none,relax=top-k,bias=1", "U711", "top-k"),
     ),
 )  # fmt: skip
-Relax = Literal["straight-through", "gumbel", "soft", "sample", "top-k"]
 GATE = "route"
 """What the names of its gates begin with."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """How gates read, decide and learn."""
-
-    grain: Grain | Literal["none"]
-    net: Literal["linear", "mlp"]
-    bias: float | None
-    threshold: float
-    scale: bool
-    relax: Relax
-    capacity: float
-    temperature: float
-    final_temperature: float
 
 
 def routed(
@@ -105,24 +91,25 @@ def routed(
     U710 for gates without tensors and without `bias`, U711 for an option out of range, and for halves of layers whose
     mlp does not read what the attention wrote.
     """
-    options = _Options(
+    options = GateOptions(
         grain, net, bias, threshold, scale, relax, capacity, temperature,
         temperature if final_temperature is None else final_temperature,
     )  # fmt: skip
-    _require_sound(options, fill)
+    require_sound(options, part, fill)
     if part == "halves":
         plan = halved(plan, spec)
     named = plan.layers()[1:] if not layers else layer_list(layers)
     rule: Fill | None = None if grain == "row" or part == "mlp" else "project" if fill == "auto" else fill
     placed = with_gates(plan, spec, named, _name, rule)
-    made = _OfMlp if part == "mlp" else _ByRow if grain == "row" else Routed
+    rows = grain == "row"
+    made = (_OfMlpByRow if rows else _OfMlp) if part == "mlp" else _ByRow if rows else Routed
     return made(placed, options)
 
 
 class Routed(Policy):
     """Asks a gate at each run."""
 
-    def __init__(self, plan: Plan, options: _Options) -> None:
+    def __init__(self, plan: Plan, options: GateOptions) -> None:
         super().__init__(plan)
         self.options = options
         self.gated = [run for run in runs(plan.steps()) if run.gate is not None]
@@ -130,22 +117,18 @@ class Routed(Policy):
     def start(self, spec: Spec) -> dict[str, torch.Tensor]:
         """Gates that let all through, sigmoid(2) = 0.88, and read nothing yet; an inner layer is drawn from torch's
         generator."""
-        hidden, made = spec.stack().hidden, dict[str, torch.Tensor]()
-        inner = hidden if self.options.net == "linear" else max(1, hidden // 4)
-        for gate in self._gates:
-            if self.options.grain != "none":
-                made[f"{gate}.weight"] = torch.zeros(1, inner)
-                if self.options.net == "mlp":
-                    made[f"{gate}.inner"] = torch.randn(inner, hidden) / math.sqrt(hidden)
-            made[f"{gate}.bias"] = torch.tensor([2.0])
-            if self.options.relax == "top-k":
-                made[f"{gate}.causal"], made[f"{gate}.causal_bias"] = torch.zeros(1, hidden), torch.zeros(1)
+        made = {name: torch.zeros(shape) for name, shape in self._shapes(spec).items()}
+        for name, tensor in made.items():
+            if name.endswith(".bias"):
+                tensor.fill_(2.0)
+            elif name.endswith(".inner"):
+                tensor.normal_(0, tensor.shape[1] ** -0.5)
         return made
 
     def check_tensors(self, tensors: Tensors, spec: Spec) -> None:
         if self.options.bias is not None:
             return
-        for name, right in self.start(spec).items():
+        for name, right in self._shapes(spec).items():
             found = tensors.get(name)
             if found is None:
                 raise UsageError(
@@ -153,12 +136,26 @@ class Routed(Policy):
                     "heal --recipe skip-layer), or give all gates one score (routed:bias=1)",
                     code="U710",
                 )
-            if found.shape != right.shape:
+            if tuple(found.shape) != right:
                 raise UsageError(
-                    f"{name} is {list(found.shape)} instead of {list(right.shape)}; give the options with which the "
-                    "gates learned (net, grain), or train them on this model",
+                    f"{name} is {list(found.shape)} instead of {list(right)}; give the options with which the gates "
+                    "learned (net, grain), or train them on this model",
                     code="U710",
                 )
+
+    def _shapes(self, spec: Spec) -> dict[str, tuple[int, ...]]:
+        """The tensors of all gates."""
+        hidden, made = spec.stack().hidden, dict[str, tuple[int, ...]]()
+        inner = hidden if self.options.net == "linear" else max(1, hidden // 4)
+        for gate in self._gates:
+            if self.options.grain != "none":
+                made[f"{gate}.weight"] = (1, inner)
+                if self.options.net == "mlp":
+                    made[f"{gate}.inner"] = (inner, hidden)
+            made[f"{gate}.bias"] = (1,)
+            if self.options.relax == "top-k":
+                made[f"{gate}.causal"], made[f"{gate}.causal_bias"] = (1, hidden), (1,)
+        return made
 
     @property
     def _gates(self) -> list[str]:
@@ -252,6 +249,10 @@ class _ByRow(Routed):
         return kept.expand(-1, forward.tokens)
 
 
+class _OfMlpByRow(_ByRow):
+    leaves_out: ClassVar[PartName] = "mlp"
+
+
 def _state(hidden: torch.Tensor) -> torch.Tensor:
     """What gates read, [batch, tokens, hidden]; of several streams the mean."""
     return scaled(hidden if hidden.dim() == 3 else hidden.flatten(0, -4).mean(0))
@@ -270,30 +271,3 @@ def _highest(scores: torch.Tensor, capacity: float) -> torch.Tensor:
 
 def _name(run: Run) -> str:
     return f"{GATE}-{run.layer}{'' if run.part == 'layer' else run.part[0]}"
-
-
-def _require_sound(options: _Options, fill: str) -> None:
-    """Raise U711 for an option out of range."""
-    wrong = [
-        (not 0 < options.threshold < 1, f"threshold={options.threshold:g} is outside (0, 1); write threshold=0.5"),
-        (not 0 < options.capacity <= 1, f"capacity={options.capacity:g} is no share of the tokens; write capacity=0.5"),
-        (
-            not 0 < options.temperature < math.inf,
-            f"temperature={options.temperature:g} must be above 0; write temperature=1",
-        ),
-        (
-            not 0 < options.final_temperature < math.inf,
-            f"final_temperature={options.final_temperature:g} must be above 0; write final_temperature=0.5",
-        ),
-        (
-            options.grain == "row" and fill != "auto",
-            f"fill={fill} is for gates that decide token by token, and with grain=row no key is missing; leave it out",
-        ),
-        (
-            options.grain != "token" and options.relax == "top-k",
-            f"relax=top-k ranks tokens, and with grain={options.grain} all have one score; write relax=gumbel",
-        ),
-    ]
-    for is_wrong, what in wrong:
-        if is_wrong:
-            raise UsageError(f"routed: {what}", code="U711")
