@@ -110,7 +110,8 @@ class HealTrainer(Trainer):
         place = Path(resume_from_checkpoint)
         self.learner.put(load_file(place / LEARNT))
         self.best = load_file(place / BEST) if (place / BEST).is_file() else None
-        self.learner.averages.known = json.loads((place / AVERAGES).read_text(encoding="utf-8"))
+        if (place / AVERAGES).is_file():  # earlier versions wrote none
+            self.learner.averages.known = json.loads((place / AVERAGES).read_text(encoding="utf-8"))
         seen = TrainerState.load_from_json(str(place / "trainer_state.json")).log_history
         for loss in (entry["held_loss"] for entry in seen if "held_loss" in entry):
             self.worse = 0 if loss < self.best_loss else self.worse + 1
