@@ -125,7 +125,7 @@ ROWS: dict[str, dict[str, Any]] = {
 """Recipes that choose sequences."""
 
 
-@pytest.mark.parametrize("recipe", every(2, sorted({**TOKENS, **ROWS})))
+@pytest.mark.parametrize("recipe", every(3, sorted({**TOKENS, **ROWS})))
 def test_a_gate_finds_the_tokens_that_need_its_layer(recipe: str) -> None:
     """And leaves out the others: the density is theirs."""
     given, held = (foreseen(400), foreseen(64)) if recipe in ROWS else (text(400), text(64))
