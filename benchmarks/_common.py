@@ -16,6 +16,7 @@ import torch
 
 from shoal.api.assess import text_of
 from shoal.data import Data
+from shoal.data.spelled import keyed
 from shoal.executing.timing import synchronized_time
 from shoal.models.compat import hide_own_bars
 from shoal.models.load import Loaded, load
@@ -79,6 +80,19 @@ def training_options(parser: argparse.ArgumentParser, *, windows: int) -> None:
     parser.add_argument("--batch", type=int, default=2, help="windows in a forward (default: %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens of a test window (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=windows, help="of each test text (default: %(default)s)")
+
+
+def trained_rows(parser: argparse.ArgumentParser, of: str) -> argparse.Namespace:
+    """The arguments of a benchmark that trains row by row, with the options that such have beside their own; `of`: what
+    --tokens are of."""
+    parser.add_argument("--tokens", default="12k", help=f"of each {of} (default: %(default)s)")
+    parser.add_argument("--only", action="append", help="rows whose name holds this; again for more")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--journal", type=Path, required=True, help="a line for each finished row")
+    parser.add_argument("--page", type=Path, help="Markdown file to write")
+    args = parser.parse_args()
+    args.second_text = keyed(args.second, args.text_key, None)
+    return args
 
 
 def _positive(text: str) -> int:

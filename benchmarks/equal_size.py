@@ -21,13 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _common import disjoint, finish, opened, options, say, training_options
+from _common import disjoint, finish, opened, options, say, trained_rows, training_options
 
 from shoal.api.assess import text_of
 from shoal.api.heal import heal
 from shoal.cli.heal import tokens_of
 from shoal.data import Data
-from shoal.data.spelled import keyed
 from shoal.evaluation import perplexity
 from shoal.fitting.result import Job, Transformed
 from shoal.live import running
@@ -204,15 +203,8 @@ def _table(group: str, rows: list[dict[str, Any]]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = options(__doc__, pairs=1)
     training_options(parser, windows=12)
-    parser.add_argument("--tokens", default="12k", help="of each distillation (default: %(default)s)")
     parser.add_argument("--fit", type=int, default=16, help="windows to fit on (default: %(default)s)")
-    parser.add_argument("--only", action="append", help="rows whose name holds this; again for more")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--journal", type=Path, required=True, help="a line for each finished row")
-    parser.add_argument("--page", type=Path, help="Markdown file to write")
-    args = parser.parse_args()
-    args.second_text = keyed(args.second, args.text_key, None)
-    return args
+    return trained_rows(parser, "distillation")
 
 
 if __name__ == "__main__":

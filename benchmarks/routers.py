@@ -24,13 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _common import disjoint, finish, journalled, opened, options, say, training_options
+from _common import disjoint, finish, journalled, opened, options, say, trained_rows, training_options
 
 from shoal.api.assess import text_of
 from shoal.api.heal import Healed, heal
 from shoal.cli.heal import tokens_of
 from shoal.data import Data
-from shoal.data.spelled import keyed
 from shoal.evaluation import perplexity
 from shoal.live import running
 from shoal.models.calls import device_of
@@ -159,16 +158,9 @@ def _page(args: argparse.Namespace, loaded: Loaded, found: dict[str, dict[str, A
 def _arguments() -> argparse.Namespace:
     parser = options(__doc__, pairs=1)
     training_options(parser, windows=12)
-    parser.add_argument("--tokens", default="12k", help="of each training (default: %(default)s)")
     parser.add_argument("--target", type=float, default=0.8, help="share of the depth (default: %(default)s)")
     parser.add_argument("--recipe", action="append", help="router recipe; again for more (default: all)")
-    parser.add_argument("--only", action="append", help="rows whose name holds this; again for more")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--journal", type=Path, required=True, help="a line for each finished row")
-    parser.add_argument("--page", type=Path, help="Markdown file to write")
-    args = parser.parse_args()
-    args.second_text = keyed(args.second, args.text_key, None)
-    return args
+    return trained_rows(parser, "training")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError
 from shoal.healing.exits import open_exits, weights_of
 from shoal.healing.learner import Learner
+from shoal.healing.shown import side_of
 from shoal.live import running
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
-from shoal.plan import Plan
+from shoal.plan import Plan, parse_plan
 
 from .families import tiny
 from .healing import batch_of, deep, gradients, learner_of
@@ -87,6 +88,22 @@ def test_the_end_teaches_the_exits_and_learns_nothing_itself() -> None:
     assert found == pytest.approx(total, rel=1e-4)
     assert all(float(gradient.abs().max()) == 0 for name, gradient in moved.items() if "heal-4" in name)
     assert any(float(gradient.abs().max()) > 0 for name, gradient in moved.items() if "heal-3" in name)
+
+
+@pytest.mark.parametrize(
+    "policy", ["exit:after=2,prefill=true", "exit:confidence=0.02,first=1,every=2,prefill=true", "act:bias=-1"]
+)
+def test_a_recorder_is_told_what_norm_and_head_read(policy: str) -> None:
+    """Not the state behind the last layer, where tokens have left before."""
+    model, ids = deep(), batch_of()["ids"]
+    opened = open_model(model)
+    plan = parse_plan("0-4,5x3" if policy.startswith("act") else "0-5", Plan.identity(opened.spec))
+    side = side_of(opened, make_policy(policy, plan, opened.spec).plan, {}, plan.stack_name(), policy)
+    with torch.no_grad():
+        read = side.logits(side.show(ids, None).last)
+        side.remove()
+        with running(model, plan, policy=policy):
+            assert torch.equal(read, model(ids).logits)
 
 
 def test_dropout_rates_are_those_of_the_paper() -> None:

@@ -18,11 +18,13 @@ from shoal.deciding.policies.routed import Routed
 from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError
 from shoal.executing.weights import load_weights
+from shoal.fitting.result import Job
 from shoal.live import apply, running
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, load_plan
+from shoal.transforms.close_gates import close_gates
 
 from .families import VOCAB, tiny
 from .planted import data_of
@@ -221,6 +223,25 @@ def test_gates_that_read_nothing_become_a_static_plan() -> None:
     found = healed("fold-gates", 6000, target=0.75, rate=0.3, recover="all")
     assert len(found.plan.layers()) == 3 and not found.policy
     assert [stage.get("transform") for stage in found.stages] == [None, "close-gates", None]
+
+
+@pytest.mark.parametrize("closed", [(), (1,), (1, 3)])
+def test_closing_gates_changes_no_bit(closed: tuple[int, ...]) -> None:
+    """The static plan computes what the gated one did; a gate that reads its input, or none, is refused."""
+    model, spec, ids = tiny("llama"), open_model(tiny("llama")).spec, text(2, 12).ids
+    policy = make_policy("routed:grain=none", Plan.identity(spec), spec)
+    tensors = {f"route-{layer}.bias": torch.tensor([-1.0 if layer in closed else 1.0]) for layer in (1, 2, 3)}
+    made = close_gates(Job(model, text(2), policy.plan, tensors))
+    assert made.plan.dropped() == closed
+    with torch.no_grad(), running(model, policy.plan, tensors, policy="routed:grain=none"):
+        gated = model(ids).logits
+    with torch.no_grad(), running(model, made.plan):
+        assert torch.equal(model(ids).logits, gated)
+    reading = {**tensors, "route-2.weight": torch.zeros(1, 32)}
+    with pytest.raises(UsageError, match=r"U712.*route-2"):
+        close_gates(Job(model, text(2), policy.plan, reading))
+    with pytest.raises(UsageError, match=r"U712.*no gates"):
+        close_gates(Job(model, text(2), made.plan, {}))
 
 
 def test_no_gate_learns_without_a_policy() -> None:

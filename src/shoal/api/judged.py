@@ -80,8 +80,8 @@ def _worth(
     known = kept.found(name)
     if known is not None and known["info"]["sha256"] == text.info.sha256:
         each = {key: tuple(known[key]) for key in ("per_sequence", "per_sequence_tokens")}
-        layers = known.pop("layers", None)
-        return Perplexity(**{**known, **each, "info": text.info}), layers
+        figures = {key: value for key, value in known.items() if key != "layers"}
+        return Perplexity(**{**figures, **each, "info": text.info}), known.get("layers")
     layers = None
     with nullcontext() if ran is None else running(loaded.model, *ran[:2], policy=ran[2] or None) as handle:
         found = perplexity(loaded.model, text, batch=batch)

@@ -16,8 +16,8 @@ def dlo(
     The loss is cross-entropy + `labels` x `similarity-labels`: the `capacity` share of tokens that a layer turns most
     shall run it. `layers` (3-28) have gates; without them all but the first.
 
-    Source: Tan et al. 2024 (DLO, arXiv 2407.11030). Its expansion comes before: shoal prune --method with the transform
-    grow.
+    Source: Tan et al. 2024 (DLO, arXiv 2407.11030). Its expansion comes before: shoal fuse --with
+    grow:style=interleave.
 
     How we differ: LoRA learns where all tensors do there.
     """

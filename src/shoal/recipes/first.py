@@ -24,6 +24,6 @@ def first(
     settings = Settings(rate=rate)
     return (
         Stage(terms=terms, learn=("gates",), policy=policy, share=gates, settings=settings),
-        Stage(terms=("cross-entropy",), learn=(recover,), policy=f"{policy.replace('gumbel', 'straight-through')}",
+        Stage(terms=("cross-entropy",), learn=(recover,), policy=routed("grain=row", layers),
               share=1 - gates, settings=settings),
     )  # fmt: skip
