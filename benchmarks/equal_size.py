@@ -123,13 +123,13 @@ def _row(loaded: Loaded, name: str, texts: dict[str, Data], args: argparse.Names
             settings={"learn": row.learn, "rate": rate}, data=args.train, watch=args.second_text, length=args.length,
             held=args.held, batch=args.batch, seed=args.seed, say=say,
         )
-        for rate in row.rates
+        for rate in args.rates or row.rates
     ]  # fmt: skip
     healed = min(tried, key=lambda one: one.stages[-1]["held_after"])
     seconds = {"fitted": fitted, "training": round(healed.seconds, 1), "cpu": round(time.process_time() - cpu, 1)}
     after = Transformed(healed.plan, dict(healed.weights))
     return {
-        "row": name, "group": row.group, "learn": row.learn, "rate": row.rates[tried.index(healed)],
+        "row": name, "group": row.group, "learn": row.learn, "rate": (args.rates or row.rates)[tried.index(healed)],
         "tokens": healed.tokens,
         **_sizes(loaded, made.plan, made.weights), "before": before, "after": _judged(loaded, after, texts, args),
         **seconds, "plan": str(made.plan), "disjoint": disjoint(loaded, texts, args),
@@ -204,6 +204,7 @@ def _arguments() -> argparse.Namespace:
     parser = options(__doc__, pairs=1)
     training_options(parser, windows=12)
     parser.add_argument("--fit", type=int, default=16, help="windows to fit on (default: %(default)s)")
+    parser.add_argument("--rates", type=float, nargs="+", help="rates to try (default: those of each row)")
     return trained_rows(parser, "distillation")
 
 

@@ -18,7 +18,7 @@ from shoal.errors import ShoalError
 from shoal.executing.weights import load_weights, save_planned
 from shoal.fitting.lens import SINK, fit_lenses
 from shoal.fitting.normal import RIDGES
-from shoal.fitting.probe import _probe
+from shoal.fitting.probe import regressed
 from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded
@@ -157,12 +157,12 @@ def test_a_probe_finds_the_direction_that_tells_right_from_wrong() -> None:
     generator = torch.Generator().manual_seed(0)
     x, wanted = torch.randn(4000, 24, generator=generator, dtype=torch.float64), torch.linspace(-1, 1, 24).double()
     y = (torch.rand(4000, generator=generator) < (3 * x @ wanted - 1).sigmoid()).double()
-    weight, bias = _probe(x * 7 + 5, y)  # neither scale nor place of the inputs matters
+    weight, bias = regressed(x * 7 + 5, y)  # neither scale nor place of the inputs matters
     assert torch.cosine_similarity(weight, wanted, dim=0) > 0.98
     # three standard errors of the intercept of 3000 answers; the draw is the same on every machine
     assert float(bias + 5 * weight.sum()) == pytest.approx(-1, abs=0.3)
     for answer in (0.0, 1.0):  # an exit that is never right, or always
-        weight, bias = _probe(x, torch.full((4000,), answer, dtype=torch.float64))
+        weight, bias = regressed(x, torch.full((4000,), answer, dtype=torch.float64))
         assert abs(float((x[0] @ weight + bias).sigmoid()) - answer) < 0.01
 
 

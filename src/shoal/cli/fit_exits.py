@@ -19,9 +19,17 @@ def fit_exits(
         str, typer.Option("--policy", help="exit with its places and fill: exit:layers=12-28,fill=defer.")
     ] = "exit",
     what: Annotated[
-        Literal["lens", "adainfer"],
-        typer.Option("--what", help="A lens in front of the head and a probe for each exit, or one classifier."),
+        Literal["lens", "leave-or-stay", "adainfer"],
+        typer.Option(
+            "--what",
+            help="A lens in front of the head and a probe for each exit; a lens and a decision by cost; or one "
+            "classifier.",
+        ),
     ] = "lens",
+    tradeoff: Annotated[
+        float | None,
+        typer.Option("--tradeoff", help="Leave-or-stay: weight of the agreement against layers, from 0 to 1 (0.5)."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Write the plan with its exits and lenses into this folder.")
     ] = None,
@@ -42,7 +50,7 @@ def fit_exits(
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Fit what exits need: lenses in front of the head and probes that say when, or the classifier of adainfer."""
+    """Fit what exits need: lenses in front of the head, probes or a decision by cost, or the classifier of adainfer."""
     if dry_run:
         emit_config(as_json=json_)
         return
@@ -64,6 +72,7 @@ def fit_exits(
             loaded,
             policy,
             what=what,
+            tradeoff=tradeoff,
             plan=chosen,
             weights=weights,
             data=text,
@@ -95,8 +104,15 @@ def _lenses(found: Any, output: Path | None) -> str:
         f"on {found.sequences} sequences held out, the lens agrees more often with the whole plan at {better} of "
         f"{len(found.rows)} exits",
     ]
+    decided = found.decided
+    if decided is not None:
+        said.append(
+            f"leaving as it decides: agreement {decided['agreement']:.3f} at {decided['layers']:.2f} layers, cost "
+            f"{decided['cost']:.4f} at a tradeoff of {decided['tradeoff']:g}"
+        )
     if output is not None:
-        said.append(f"the plan: {output} (--plan {output} --policy exit:confidence=0.9,by=probe)")
+        sure = 0.9 if decided is None else 0.5
+        said.append(f"the plan: {output} (--plan {output} --policy exit:confidence={sure:g},by=probe)")
     return "\n".join(said)
 
 

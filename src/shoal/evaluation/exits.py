@@ -158,7 +158,7 @@ def record_exits(
     length = data.ids.shape[1]
     require_context(model, length)
     require_length(length, prompt)
-    exits, depths = _places(plan)
+    exits, depths = exit_places(plan)
     recorder = _Recorder(plan, prompt)
     shape = len(data), length - 1 - prompt
     names = _names(has_probes(plan, weights or {}))
@@ -244,7 +244,7 @@ def require_length(length: int, prompt: int) -> None:
         )
 
 
-def _places(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def exit_places(plan: Plan) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The layer in front of each exit, and how many layers have run there and at the end."""
     layers: list[int] = []
     depths: list[float] = []

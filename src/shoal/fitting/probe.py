@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from shoal.data import Data
 from shoal.deciding.decisions import Decision
@@ -46,6 +47,29 @@ def fit_probes(
     frozen model, and calibrated afterwards like any other signal. Cost: one pass, the head once for each exit, and at
     most `MOST` states for each.
     """
+    found: dict[str, torch.Tensor] = {}
+    for head, (states, right) in recorded_states(model, plan, weights, data, batch=batch, progress=progress).items():
+        weight, bias = regressed(states, right)
+        found |= as_probe(head, weight, bias)
+    return found
+
+
+def as_probe(head: str, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of the probe of `head`, of weight [hidden] and bias []."""
+    return {f"{head}.probe": weight.float(), f"{head}.probe_bias": bias.float()[None]}
+
+
+def recorded_states(
+    model: Any,
+    plan: Plan,
+    weights: Tensors,
+    data: Data,
+    *,
+    batch: int = 1,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By head, in the order of the exits: states [n, hidden] with a root mean square of 1, and whether the exit's
+    likeliest token is the whole plan's, [n], 0 or 1; both float64 on the CPU, and row i is the same token at each."""
     seen = _Seen(plan)
     stride = max(1, -(-data.ids.numel() // MOST))
     done = counted = 0
@@ -64,42 +88,44 @@ def fit_probes(
         done += len(ids)
         if progress is not None:
             progress(done, len(data), "fitting probes")
-    found: dict[str, torch.Tensor] = {}
-    for head, pieces in seen.kept.items():
-        states, labels = (torch.cat([piece[n] for piece in pieces]) for n in (0, 1))
-        weight, bias = _probe(in_float64(states), labels)
-        found[f"{head}.probe"], found[f"{head}.probe_bias"] = weight.float(), bias.float()[None]
-    return found
+    return {
+        head: (in_float64(torch.cat([states for states, _ in pieces])), torch.cat([right for _, right in pieces]))
+        for head, pieces in seen.kept.items()
+    }
 
 
-def _probe(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """w [hidden] and b of the logistic regression of y [n] on x [n, hidden]."""
+def regressed(
+    x: torch.Tensor, y: torch.Tensor, counts: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """w [hidden] and b of the logistic regression of y [n] on x [n, hidden], row i counting `counts` [n] times; the
+    last quarter of the rows chooses the ridge."""
+    counts = torch.ones_like(y) if counts is None else counts / counts.mean()
     mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     scaled_x = (x - mean) / spread
     cut = len(y) - len(y) // 4
-    fitted, held = (scaled_x[:cut], y[:cut]), (scaled_x[cut:], y[cut:])
+    fitted, held = (scaled_x[:cut], y[:cut], counts[:cut]), (scaled_x[cut:], y[cut:], counts[cut:])
     tried = [_logistic(*fitted, ridge) for ridge in RIDGES]
     best = min(tried, key=lambda w: _loss(w, *held)) if len(held[1]) else tried[-1]
     weight = best[:-1] / spread
     return weight, best[-1] - (weight * mean).sum()
 
 
-def _logistic(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:
+def _logistic(x: torch.Tensor, y: torch.Tensor, counts: torch.Tensor, ridge: float) -> torch.Tensor:
     """[hidden + 1]: weights and intercept, by L-BFGS: Newton's method would need [hidden, hidden] at every step."""
 
     def value(at: np.ndarray) -> tuple[float, np.ndarray]:
         weights = torch.from_numpy(at)
         logits = x @ weights[:-1] + weights[-1]
-        slope = (logits.sigmoid() - y) / len(y)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y) + ridge / 2 * weights[:-1].square().sum()
+        slope = counts * (logits.sigmoid() - y) / len(y)
+        loss = binary_cross_entropy_with_logits(logits, y, counts) + ridge / 2 * weights[:-1].square().sum()
         return float(loss), torch.cat([x.T @ slope + ridge * weights[:-1], slope.sum()[None]]).numpy()
 
     found = minimize(value, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200})
     return torch.from_numpy(found.x)
 
 
-def _loss(weights: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> float:
-    return float(torch.nn.functional.binary_cross_entropy_with_logits(x @ weights[:-1] + weights[-1], y))
+def _loss(weights: torch.Tensor, x: torch.Tensor, y: torch.Tensor, counts: torch.Tensor) -> float:
+    return float(binary_cross_entropy_with_logits(x @ weights[:-1] + weights[-1], y, counts))
 
 
 class _Seen(Policy):

@@ -8,7 +8,7 @@ from shoal.healing.stage import Fit, Recipe, Settings, Stage
 
 
 def fold_gates(
-    *, target: float = 0.8, strength: float = 10.0, gates: float = 0.5, rate: float = 5e-2,
+    *, target: float = 0.8, strength: float = 100.0, gates: float = 0.5, rate: float = 5e-2,
     part: Literal["layer", "halves"] = "layer", recover: str = "lora:rank=16,rate=5e-4",
 ) -> Recipe:  # fmt: skip
     """Input-free gates learn which layers go, hardening on the way; then closed ones are removed, and LoRA recovers.

@@ -9,7 +9,7 @@ def had_skip(
     *,
     most: float = 0.8,
     layers: str = "",
-    strength: float = 10.0,
+    strength: float = 100.0,
     rate: float = 1e-2,
     learn: str = "lora:rank=16,rate=5e-4",
 ) -> Recipe:

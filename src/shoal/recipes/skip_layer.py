@@ -13,7 +13,7 @@ def skip_layer(
     layers: str = "",
     relax: Literal["gumbel", "straight-through"] = "gumbel",
     net: Literal["linear", "mlp"] = "linear",
-    strength: float = 10.0,
+    strength: float = 100.0,
     gates: float = 0.5,
     rate: float = 1e-2,
     recover: str = "lora:rank=16,rate=5e-4",
