@@ -1,10 +1,11 @@
-"""Ties, shared keys and values, low rank and plain dropping at equal stored numbers, before and after one distillation.
+"""Ties, shared keys, values and maps, low rank and dropping at equal stored numbers, before and after one distillation.
 
-Two groups: plans with about three quarters of the parameters, and plans that keep half of the keys and values. Each row
-is the plan as it is made (fitted on --train), and after --tokens of distillation from the whole model on the same
-windows in the same order (`shoal heal`, recipe logit-kd; what learns is in the table). Training text and test texts
-share no 64 tokens. Each finished row is a line of --journal, and the same command goes on after a stop; --page renders
-the journal as tables, best first, whoever wins.
+Groups: plans with about three quarters of the parameters; plans that keep half of the keys and values; and three kinds
+of sharing, each beside dropping: keys and values of a quarter of the layers, one mlp for all, maps of the last four
+layers. Each row is the plan as it is made (fitted on --train), and after --tokens of distillation from the whole model
+on the same windows in the same order (`shoal heal`, recipe logit-kd; what learns is in the table). Training text and
+test texts share no 64 tokens. Each finished row is a line of --journal, and the same command goes on after a stop;
+--page renders the journal as tables, best first, whoever wins.
 
 Target: a start from pretrained layers beats a random one after equal steps (relaxed recursion's own claim).
 
@@ -25,6 +26,7 @@ from _common import disjoint, finish, opened, options, say, trained_rows, traini
 
 from shoal.api.assess import text_of
 from shoal.api.heal import heal
+from shoal.api.prune import prune
 from shoal.cli.heal import tokens_of
 from shoal.data import Data
 from shoal.evaluation import perplexity
@@ -33,10 +35,19 @@ from shoal.live import running
 from shoal.models.calls import device_of
 from shoal.models.load import Loaded
 from shoal.plan import Plan, cost, drop, parse_plan, shapes_of
+from shoal.plan.steps import runs
 from shoal.record import append_line, read_objects
 from shoal.registry import get
 
 PARAMETERS, KV = "parameters", "keys and values"
+SOME_KV, MLP, MAPS = "some keys and values", "one mlp", "maps"
+TITLES = {
+    PARAMETERS: "Three quarters of the parameters",
+    KV: "Half of the keys and values",
+    SOME_KV: "Keys and values of a quarter of the layers, in pairs that suit",
+    MLP: "One mlp for all layers",
+    MAPS: "Attention maps of the last four layers",
+}
 
 
 class Row(NamedTuple):
@@ -52,8 +63,14 @@ class Row(NamedTuple):
     """The same for every layer but the first."""
     transforms: tuple[tuple[str, dict[str, Any]], ...] = ()
     """Done one after the other."""
-    dropped: bool = False
-    """Whether a third of the layers is gone, those of the least block influence."""
+    dropped: float = 0.0
+    """The share of the layers that is gone, those of the least block influence."""
+    last: str = ""
+    """What depth notation writes for the last four layers."""
+    pairs: bool = False
+    """Whether the transforms get the pairs of neighbours, a quarter of the layers, that lose least when they share."""
+    without_readers: bool = False
+    """Whether the second layers of these pairs have no attention."""
 
 
 def _tied(start: str) -> tuple[tuple[str, dict[str, Any]], ...]:
@@ -64,19 +81,36 @@ def _tied(start: str) -> tuple[tuple[str, dict[str, Any]], ...]:
 
 
 ROWS = {
-    "a third of the layers dropped (ShortGPT)": Row(PARAMETERS, "all", (3e-4,), dropped=True),
+    "a third of the layers dropped (ShortGPT)": Row(PARAMETERS, "all", (3e-4,), dropped=1 / 3),
     "low rank 128 in every second layer": Row(
-        PARAMETERS, "plan", (3e-4, 1e-4), transforms=(("low-rank", {"rank": 128, "first": 1, "every": 2}),)
+        PARAMETERS, "plan", (1e-3, 3e-4), transforms=(("low-rank", {"rank": 128, "first": 1, "every": 2}),)
     ),
-    "two loops, stepwise, rank 64 beside": Row(PARAMETERS, "plan", (3e-4, 1e-4), transforms=_tied("stepwise")),
-    "two loops, average, rank 64 beside": Row(PARAMETERS, "plan", (3e-4, 1e-4), transforms=_tied("average")),
-    "two loops, random, rank 64 beside": Row(PARAMETERS, "plan", (3e-4, 1e-4), transforms=_tied("random")),
+    "two loops, stepwise, rank 64 beside": Row(PARAMETERS, "plan", (1e-3, 3e-4), transforms=_tied("stepwise")),
+    "two loops, average, rank 64 beside": Row(PARAMETERS, "plan", (1e-3, 3e-4), transforms=_tied("average")),
+    "two loops, random, rank 64 beside": Row(PARAMETERS, "plan", (1e-3, 3e-4), transforms=_tied("random")),
     "CLA-2, aligned": Row(KV, "all:part=attention", (3e-4,), transforms=(("share-kv", {}),)),
     "CLA-2, average": Row(KV, "all:part=attention", (3e-4,), transforms=(("share-kv", {"how": "average"}),)),
     "CLA-2, the first's own": Row(KV, "all:part=attention", (3e-4,), transforms=(("share-kv", {"how": "first"}),)),
     "every second attention dropped": Row(KV, "all:part=attention", (3e-4,), odd="{n}m"),
     "values of layer 0 for all (SVFormer)": Row(KV, "all:part=attention", (3e-4,), first="{n}@v0"),
+    "CLA in seven pairs of thirty, aligned": Row(
+        SOME_KV, "all:part=attention", (3e-4,), transforms=(("share-kv", {}),), pairs=True
+    ),
+    "CLA in seven pairs of thirty, average": Row(
+        SOME_KV, "all:part=attention", (3e-4,), transforms=(("share-kv", {"how": "average"}),), pairs=True
+    ),
+    "the attentions of the seven readers dropped": Row(SOME_KV, "all:part=attention", (3e-4,), without_readers=True),
+    "one mlp for all, average": Row(
+        MLP, "all", (3e-4,), transforms=(("tie", {"pattern": "all", "start": "average", "part": "mlp"}),)
+    ),
+    "layers dropped to as many parameters": Row(MLP, "all", (3e-4,), dropped=0.725),
+    "maps of the one before them": Row(
+        MAPS, "all:part=attention", (3e-4,), last="{n}", transforms=(("share-maps", {"span": "last four"}),)
+    ),
+    "their attentions dropped": Row(MAPS, "all:part=attention", (3e-4,), last="{n}m"),
 }
+LAST = 4
+"""Layers at the end whose maps are shared."""
 RANDOM, PRETRAINED = "two loops, random, rank 64 beside", ("stepwise", "average")
 
 
@@ -139,20 +173,47 @@ def _row(loaded: Loaded, name: str, texts: dict[str, Data], args: argparse.Names
 def _made(loaded: Loaded, row: Row, args: argparse.Namespace) -> Transformed:
     """The plan of a row with its tensors, fitted on windows of the training text."""
     whole = Plan.identity(loaded.opened.spec, source=loaded.source)
-    layers = [
-        (row.odd if row.odd and n % 2 else row.first if row.first and n else "{n}").format(n=n)
-        for n in range(whole.depth())
-    ]
-    found = Transformed(parse_plan(",".join(layers), whole), {})
     text = text_of(loaded, args.train, split="calibrate", length=args.length, limit=args.fit, seed=args.seed)
+    pairs = _pairs(loaded, args) if row.pairs or row.without_readers else ()
+    found = Transformed(parse_plan(_notation(row, whole.depth(), pairs), whole), {})
     if row.dropped:
         scores = get("measures", "block-influence").load()(loaded.model, text)
         order = sorted(range(whole.depth()), key=lambda layer: scores.values[layer])
-        found = Transformed(drop(whole, order[: whole.depth() // 3]), {})
-    for name, own in row.transforms:
+        found = Transformed(drop(whole, order[: round(whole.depth() * row.dropped)]), {})
+    for name, settings in row.transforms:
+        own = dict(settings)
+        if row.pairs:
+            own["pairs"] = "+".join(f"{source}-{reader}" for source, reader in pairs)
+        if "span" in own:
+            own["span"] = f"{whole.depth() - LAST}-{whole.depth() - 1}"
         job = Job(loaded.model, text, found.plan, found.weights, found.plan.stack_name(), args.batch)
         found = get("transforms", name).load()(job, **own)
     return found
+
+
+def _notation(row: Row, depth: int, pairs: tuple[tuple[int, int], ...]) -> str:
+    """The plan in front of all transforms."""
+    readers = {reader for _, reader in pairs} if row.without_readers else set()
+    found = []
+    for n in range(depth):
+        how = "{n}m" if n in readers else row.odd if row.odd and n % 2 else row.first if row.first and n else "{n}"
+        found.append((row.last if row.last and n >= depth - LAST else how).format(n=n))
+    return ",".join(found)
+
+
+_PAIRS: list[tuple[tuple[int, int], ...]] = []
+"""The pairs, once they are known."""
+
+
+def _pairs(loaded: Loaded, args: argparse.Namespace) -> tuple[tuple[int, int], ...]:
+    """(source, reader) as the method aligned-kv chooses them on the training text, for a quarter of the layers."""
+    if not _PAIRS:
+        text = {"data": args.train, "length": args.length, "limit": args.fit, "seed": args.seed}
+        quarter = loaded.opened.spec.stack().depth // 4
+        found = prune(loaded, method="aligned-kv", drop=quarter, writable=False, **text)
+        steps = runs(found.plan.steps())
+        _PAIRS.append(tuple((run.kv.read, run.layer) for run in steps if run.kv.read is not None))
+    return _PAIRS[0]
 
 
 def _sizes(loaded: Loaded, plan: Plan, weights: Any) -> dict[str, int]:
@@ -182,11 +243,10 @@ def _page(args: argparse.Namespace, loaded: Loaded, rows: list[dict[str, Any]]) 
     if dense is not None:
         whole = f"{dense['params']:,} parameters, {dense['kv']:,} values of KV a token"
         head += f"\nThe whole model: {whole}, {dense['before']['test']:.2f} and {dense['before']['second']:.2f}.\n"
-    return head + "".join(_table(group, [row for row in rows if row["group"] == group]) for group in (PARAMETERS, KV))
+    return head + "".join(_table(group, [row for row in rows if row["group"] == group]) for group in TITLES)
 
 
 def _table(group: str, rows: list[dict[str, Any]]) -> str:
-    ends = {PARAMETERS: "Three quarters of the parameters", KV: "Half of the keys and values"}
     lines = [
         f"| {row['row']} | {row['params']:,} | {row['kv']:,} | {row['before']['test']:,.1f} | "
         f"{row['before']['second']:,.1f} | {row['after']['test']:,.1f} | {row['after']['second']:,.1f} | "
@@ -197,7 +257,7 @@ def _table(group: str, rows: list[dict[str, Any]]) -> str:
         "| plan | parameters | KV values a token | first text | second text | distilled: first | second | learns | CPU "
         "seconds |\n|---|---:|---:|---:|---:|---:|---:|---|---:|"
     )
-    return "\n".join([f"\n## {ends[group]}\n", columns, *lines]) + "\n"
+    return "\n".join([f"\n## {TITLES[group]}\n", columns, *lines]) + "\n"
 
 
 def _arguments() -> argparse.Namespace:
