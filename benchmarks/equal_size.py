@@ -101,7 +101,7 @@ ROWS = {
     ),
     "the attentions of the seven readers dropped": Row(SOME_KV, "all:part=attention", (3e-4,), without_readers=True),
     "one mlp for all, average": Row(
-        MLP, "all", (3e-4,), transforms=(("tie", {"pattern": "all", "start": "average", "part": "mlp"}),)
+        MLP, "plan", (1e-3, 3e-4), transforms=(("tie", {"pattern": "all", "start": "average", "part": "mlp"}),)
     ),
     "layers dropped to as many parameters": Row(MLP, "all", (3e-4,), dropped=0.725),
     "maps of the one before them": Row(

@@ -2,10 +2,11 @@
 
 Each router recipe of `shoal heal` trains on --tokens of the training text at its own defaults, but for --target, the
 share of the depth where it has such an option. Then --tests say how good it is, and its trace on them how deep tokens
-went, layers a token. Its static rival is the plan of as many layers, rounded up, without those of the least block
-influence, distilled on as many tokens (logit-kd, LoRA). What a router skips for some tokens of a call only is masked
-here and not saved: speed is simulated and not in the table. Each finished row is a line of --journal, and the same
-command goes on after a stop; --page renders the journal, winners and losers.
+went, layers a token. Its static rivals are the plans of as many layers, rounded, without those of the least block
+influence, that learn on as many tokens with LoRA: by distillation (logit-kd) and by labels (lora). What a router
+skips for some tokens of a call only is masked here and not saved: speed is simulated and not in the table. Each
+finished row is a line of --journal, and the same command goes on after a stop; --page renders the journal, winners and
+losers.
 
 Target: a router beats the static plan of its depth on the second text, on which nothing was trained.
 
@@ -37,6 +38,8 @@ from shoal.models.load import Loaded
 from shoal.plan import Plan, drop
 from shoal.registry import entries, get
 
+RIVALS = ("logit-kd", "lora")
+"""How static plans learn."""
 SHARES = ("target", "most", "capacity")
 """Options of recipes that say the share of the depth."""
 
@@ -54,13 +57,23 @@ def main() -> int:
         name: partial(_router, loaded, name, texts, args) for name in args.recipe or _recipes()
     }
     found = journalled(args, rows)
-    depths = sorted({math.ceil(row["layers"]) for row in found.values()})
+    whole = loaded.opened.spec.stack().depth
+    depths = sorted({_depth(row) for row in found.values()} - {whole})
     found |= journalled(
-        args, {f"{depth} layers, static": partial(_static, loaded, depth, texts, args) for depth in depths}
+        args,
+        {
+            _static_name(depth, recipe): partial(_static, loaded, depth, recipe, texts, args)
+            for depth in depths
+            for recipe in RIVALS
+        },
     )
     if args.page is not None:
         args.page.write_text(_page(args, loaded, found), encoding="utf-8", newline="\n")
-    wins = {name: _rival(found, row)["second"] / row["second"] for name, row in found.items() if "static" not in name}
+    wins = {
+        name: min(rival["second"] for rival in _rivals(found, row)) / row["second"]
+        for name, row in found.items()
+        if "static" not in name and _depth(row) != whole
+    }
     return finish(
         "routers", args, target=dict.fromkeys(wins, 1.0), value=wins, figures={"rows": list(found.values())},
         device=device_of(loaded.model),
@@ -82,12 +95,18 @@ def _router(loaded: Loaded, name: str, texts: dict[str, Data], args: argparse.Na
     return _row(loaded, name, Plan.identity(loaded.opened.spec, source=loaded.source), name, share, texts, args)
 
 
-def _static(loaded: Loaded, depth: int, texts: dict[str, Data], args: argparse.Namespace) -> dict[str, Any]:
+def _static(
+    loaded: Loaded, depth: int, recipe: str, texts: dict[str, Data], args: argparse.Namespace
+) -> dict[str, Any]:
     text = text_of(loaded, args.train, split="calibrate", length=args.length, limit=16, seed=args.seed)
     scores = get("measures", "block-influence").load()(loaded.model, text)
     whole = Plan.identity(loaded.opened.spec, source=loaded.source)
     gone = sorted(range(whole.depth()), key=lambda layer: scores.values[layer])[: whole.depth() - depth]
-    return _row(loaded, f"{depth} layers, static", drop(whole, gone) if gone else whole, "logit-kd", {}, texts, args)
+    return _row(loaded, _static_name(depth, recipe), drop(whole, gone), recipe, {}, texts, args)
+
+
+def _static_name(depth: int, recipe: str) -> str:
+    return f"{depth} layers, static, {recipe}"
 
 
 def _row(
@@ -96,35 +115,36 @@ def _row(
 ) -> dict[str, Any]:  # fmt: skip
     say(f"{name}: {recipe} {settings}")
     cpu = time.process_time()
-    healed = None
-    if not plan.is_identity() or recipe != "logit-kd":
-        healed = heal(
-            loaded, plan, recipe, settings=settings, tokens=tokens_of(args.tokens), data=args.train,
-            watch=args.second_text, length=args.length, held=args.held, batch=args.batch, seed=args.seed, say=say,
-        )  # fmt: skip
+    healed = heal(
+        loaded, plan, recipe, settings=settings, tokens=tokens_of(args.tokens), data=args.train,
+        watch=args.second_text, length=args.length, held=args.held, batch=args.batch, seed=args.seed, say=say,
+    )  # fmt: skip
     seconds = round(time.process_time() - cpu, 1)
     return {
-        "row": name, "recipe": recipe, "settings": settings, "tokens": 0 if healed is None else healed.tokens,
-        **_judged(loaded, plan, healed, texts, args), "cpu": seconds, "disjoint": disjoint(loaded, texts, args),
+        "row": name, "recipe": recipe, "settings": settings, "tokens": healed.tokens,
+        **_judged(loaded, healed, texts, args), "cpu": seconds, "disjoint": disjoint(loaded, texts, args),
     }  # fmt: skip
 
 
-def _judged(
-    loaded: Loaded, plan: Plan, healed: Healed | None, texts: dict[str, Data], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Perplexity on both texts, and layers a token on the first."""
-    ran = (plan, {}, None) if healed is None else (healed.plan, dict(healed.weights), healed.policy or None)
-    with running(loaded.model, ran[0], ran[1], policy=ran[2]) as handle:
+def _judged(loaded: Loaded, healed: Healed, texts: dict[str, Data], args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity on both texts, and layers a token on them."""
+    weights, policy = dict(healed.weights), healed.policy or None
+    with running(loaded.model, healed.plan, weights, policy=policy) as handle:
         found: dict[str, Any] = {
             text: round(perplexity(loaded.model, data, batch=args.batch).value, 3) for text, data in texts.items()
         }
         counts = None if handle.policy is None else handle.trace.counts
-        layers = float(len(ran[0].layers())) if counts is None else counts.asked / counts.tokens
-    return {**found, "layers": round(layers, 3), "plan": str(ran[0]), "policy": ran[2]}
+        layers = float(len(healed.plan.layers())) if counts is None else counts.asked / counts.tokens
+    return {**found, "layers": round(layers, 3), "plan": str(healed.plan), "policy": policy}
 
 
-def _rival(found: dict[str, dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
-    return found[f"{math.ceil(row['layers'])} layers, static"]
+def _depth(row: dict[str, Any]) -> int:
+    """Of the static plans that it is compared with."""
+    return math.floor(row["layers"] + 0.5)
+
+
+def _rivals(found: dict[str, dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [found[_static_name(_depth(row), recipe)] for recipe in RIVALS]
 
 
 def _page(args: argparse.Namespace, loaded: Loaded, found: dict[str, dict[str, Any]]) -> str:
@@ -135,21 +155,25 @@ def _page(args: argparse.Namespace, loaded: Loaded, found: dict[str, dict[str, A
         f"`{loaded.source}` of {loaded.opened.spec.stack().depth} layers, {args.threads} thread. Each router recipe at "
         f"its defaults, with a share of {args.target:g} of the depth where it has such an option, on "
         f"{tokens_of(args.tokens):,} tokens of `{Path(args.train).name}` ({args.batch} windows of {args.length} a "
-        f"step, seed {args.seed}); static plans lack the layers of the least block influence and are distilled on as "
-        f"many tokens. Perplexity over {args.windows} windows of {args.window} tokens of `{Path(args.test).name}` and "
+        f"step, seed {args.seed}); static plans lack the layers of the least block influence and learn on as many "
+        f"tokens by `logit-kd` and by `lora` (labels). Perplexity over {args.windows} windows of {args.window} tokens "
+        f"of `{Path(args.test).name}` and "
         f"of `{Path(args.second).name}`, of which nothing was read before. Layers a token are counted; what they would "
         f"save is not measured. {datetime.now(UTC):%Y-%m-%d}.\n\n"
-        "| plan | layers a token | first text | second text | beats the static plan of its depth | CPU seconds |\n"
+        "| plan | layers a token | first text | second text | beats the static plans of its depth | CPU seconds |\n"
         "|---|---:|---:|---:|---|---:|\n"
     )
     lines = []
     for name, row in sorted(found.items(), key=lambda pair: pair[1]["second"]):
         verdict = ""
         if "static" not in name:
-            rival = _rival(found, row)
-            beaten = [text for text in ("test", "second") if row[text] < rival[text]]
-            words = {("test", "second"): "on both texts", ("test",): "on the first", ("second",): "on the second"}
-            verdict = words.get(tuple(beaten), "no")
+            if _depth(row) == loaded.opened.spec.stack().depth:
+                verdict = "skips nothing"
+            else:
+                rivals = _rivals(found, row)
+                beaten = [text for text in ("test", "second") if row[text] < min(rival[text] for rival in rivals)]
+                words = {("test", "second"): "on both texts", ("test",): "on the first", ("second",): "on the second"}
+                verdict = words.get(tuple(beaten), "no")
         figures = f"{row['layers']:.2f} | {row['test']:,.2f} | {row['second']:,.2f}"
         lines.append(f"| `{name}` | {figures} | {verdict} | {row['cpu']:.0f} |")
     return head + "\n".join(lines) + "\n"

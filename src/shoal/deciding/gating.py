@@ -19,10 +19,10 @@ EXIT = "exit"
 
 
 def with_gates(
-    plan: Plan, spec: Spec, layers: Iterable[int], gate: str | Callable[[Run], str], fill: Fill | None
+    plan: Plan, spec: Spec, layers: Iterable[int], gate: str | Callable[[Run], str | None], fill: Fill | None
 ) -> Plan:
-    """`plan` with `gate`, or what it says for each, at every run of `layers`, and `fill` where such a run stores keys
-    and values.
+    """`plan` with `gate`, or what it says for each (None: no gate), at every run of `layers`, and `fill` where such a
+    run stores keys and values.
 
     A plan that has gates or exits already is handed back as it is: who wrote them chose the places and the fills.
     Raises U581 for a layer that the plan does not run whole.
@@ -35,7 +35,8 @@ def with_gates(
         run = run_of(step)
         if run is not None and run.layer in wanted:
             own = gate if isinstance(gate, str) else gate(run)
-            gated[at] = replace(run, gate=own, kv=_filled(run, specs[run.layer], fill))
+            if own is not None:
+                gated[at] = replace(run, gate=own, kv=_filled(run, specs[run.layer], fill))
             there.add(run.layer)
     if missing := sorted(wanted - there):
         raise UsageError(

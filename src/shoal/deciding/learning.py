@@ -36,3 +36,10 @@ class Learning:
     def note(self, name: str, value: torch.Tensor) -> None:
         """Write a value down under a name; the values of one name are kept in their order."""
         self.ledger.setdefault(name, []).append(value)
+
+
+def sandwich(learning: Learning, entries: int, rows: int) -> list[int]:
+    """For each sequence one of so many entries of a menu, from small to large: the first has the largest, the second
+    the smallest, each other one an entry that is drawn (Yu and Huang 2019, arXiv 1903.05134)."""
+    drawn = torch.randint(0, entries, (rows,), generator=learning.generator).tolist()
+    return [*(entries - 1, 0)[:rows], *drawn[2:]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
-def block_drop(*, cost: float = 1.0, layers: str = "", rate: float = 1e-2) -> Recipe:
+def block_drop(*, cost: float = 1.0, layers: str = "", rate: float = 1e-3) -> Recipe:
     """A gate for each sequence at each layer, by self-critical policy gradient: few layers, and right all the same.
 
     The reward of a sequence is a (1 - k^2) - (1 - a) `cost`, k the share of open gates and a the share of next tokens

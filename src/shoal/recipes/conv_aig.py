@@ -5,7 +5,7 @@ from __future__ import annotations
 from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
-def conv_aig(*, target: float = 0.8, layers: str = "", strength: float = 100.0, rate: float = 1e-2) -> Recipe:
+def conv_aig(*, target: float = 0.8, layers: str = "", strength: float = 30.0, rate: float = 1e-3) -> Recipe:
     """A gate for each sequence at each layer, drawn by the Gumbel trick, each with a rate at which it is to be open.
 
     The loss is cross-entropy + `strength` times the mean over gates of (m - `target`)^2, m the share of a gate's

@@ -6,7 +6,7 @@ from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def first(
-    *, skip: float = 10.0, layers: str = "", gates: float = 0.5, rate: float = 1e-2,
+    *, skip: float = 10.0, layers: str = "", gates: float = 0.5, rate: float = 1e-3,
     recover: str = "lora:rank=16,rate=5e-4",
 ) -> Recipe:  # fmt: skip
     """A gate decides at each layer from the prompt whether the sequence runs it; first gates learn, then LoRA.

@@ -10,7 +10,7 @@ def had_skip(
     most: float = 0.8,
     layers: str = "",
     strength: float = 100.0,
-    rate: float = 1e-2,
+    rate: float = 1e-3,
     learn: str = "lora:rank=16,rate=5e-4",
 ) -> Recipe:
     """A gate for each sequence at each layer, soft at first and hard in the end, held below a budget of layers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
-def skip_net(*, cost: float = 10.0, layers: str = "", soft: float = 0.5, rate: float = 1e-2) -> Recipe:
+def skip_net(*, cost: float = 10.0, layers: str = "", soft: float = 0.5, rate: float = 1e-3) -> Recipe:
     """A gate for each sequence at each layer: hard forward and soft backward first, then policy gradient.
 
     The loss of the first stage, a `soft` share of the tokens, is cross-entropy + `cost` d, d the mean share of the

@@ -9,6 +9,7 @@ import torch
 from shoal.deciding.decisions import Decision
 from shoal.deciding.forward import ForwardView
 from shoal.deciding.gating import with_gates
+from shoal.deciding.learning import sandwich
 from shoal.deciding.policy import Grain, Policy
 from shoal.deciding.policy_options import spread
 from shoal.errors import UsageError
@@ -54,10 +55,8 @@ class _Sampled(Policy):
         """By entry of the menu the layers that run."""
 
     def begin(self, forward: ForwardView) -> None:
-        if forward.learning is None or not torch.is_grad_enabled():
-            return
-        drawn = torch.randint(0, len(self.menu), (forward.rows,), generator=forward.learning.generator).tolist()
-        forward.notes["entries"] = [*(len(self.menu) - 1, 0)[: forward.rows], *drawn[2:]]
+        if forward.learning is not None and torch.is_grad_enabled():
+            forward.notes["entries"] = sandwich(forward.learning, len(self.menu), forward.rows)
 
     def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision:
         entries = forward.notes.get("entries")
