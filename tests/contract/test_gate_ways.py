@@ -21,7 +21,7 @@ from .test_policies import FEW, NO_STATIC, attention_of
 WAYS = (
     "layers=1-2", "layers=1-3,net=mlp", "layers=1-2,fill=mask", "layers=1-2,scale=true", "layers=1-3,part=mlp",
     "part=halves,layers=1-2", "layers=1-2,grain=row", "layers=1-2,grain=row,part=mlp", "layers=1-2,grain=none",
-    "layers=1-2,relax=top-k,scale=true,fill=mask",
+    "layers=1-2,relax=top-k,scale=true,fill=mask", "layers=1-2,scale=true,net=mlp,adapter=4",
 )  # fmt: skip
 HALVES = {"part=halves,layers=1-2": "U711"}
 RECURRENT = {way: "P131" for way in WAYS if "part=mlp" not in way}

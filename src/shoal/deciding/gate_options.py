@@ -25,6 +25,8 @@ class GateOptions:
     capacity: float
     temperature: float
     final_temperature: float
+    adapter: int = 0
+    """Inner width of the adapter that closed gates lead through; 0: none."""
 
 
 def require_sound(options: GateOptions, part: str, fill: str) -> None:
@@ -44,6 +46,11 @@ def require_sound(options: GateOptions, part: str, fill: str) -> None:
             (options.grain == "row" or part == "mlp") and fill != "auto",
             f"fill={fill} is for tokens that skip an attention; with grain=row or part=mlp no key is missing, "
             "so leave it out",
+        ),
+        (
+            options.adapter < 0 or (options.adapter > 0 and part != "layer"),
+            f"adapter={options.adapter} is the inner width of what stands in the place of a whole layer; give 1 or "
+            "more, with part=layer",
         ),
         (
             options.grain != "token" and options.relax == "top-k",

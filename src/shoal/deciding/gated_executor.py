@@ -179,6 +179,13 @@ class GatedExecutor(FillingExecutor):
         with heads.only(head, behind):
             return readout(heads.lens(head, states))
 
+    def _instead(self, step: Run, hidden: torch.Tensor) -> torch.Tensor:
+        """The states of tokens that a run is not for; who has left an exit keeps its own."""
+        left = self._forward.left
+        if step.gate is None or left is True:
+            return hidden
+        return select(left, hidden, self.policy.instead(step, self._forward.view, hidden))
+
     def _decided(self, position: int, step: Run, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Ask who runs a layer, or its mlp; call it for them, or fill its row of the cache."""
         forward, policy = self._forward, self.policy
@@ -198,7 +205,7 @@ class GatedExecutor(FillingExecutor):
         if active is False:
             if gated is not None:
                 fill.skipped(gated, forward, hidden, call)
-            return hidden
+            return self._instead(step, hidden)
         # whoever left and is to run later anyway may as well run now: its state goes on, its answer is kept
         stored = True if fill.runs_all else active
         run = replace(step, part="attention") if mlp is False and not learns else step
@@ -212,7 +219,8 @@ class GatedExecutor(FillingExecutor):
             out = self._called(run, gated, hidden, call, stored) if gated else self._with(None, run, slot, hidden, call)
         finally:
             self.around = ()
-        out = select(stored, out, hidden) if weight is None or mlp is not None else weighted(weight, out, hidden)
+        others = hidden if active is True and weight is None else self._instead(step, hidden)
+        out = select(stored, out, others) if weight is None or mlp is not None else weighted(weight, out, others)
         forward.before = hidden
         if watched:
             policy.after_run(step, forward.view, hidden if seen is None else seen.of(run, hidden, out, call), out)

@@ -78,6 +78,10 @@ class Policy:
         """Which tokens a gated run is for; `hidden` is its input, [batch, tokens, hidden]."""
         return True
 
+    def instead(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> torch.Tensor:
+        """The states of tokens that a gated run is not for, as `hidden`, its input: what they keep."""
+        return hidden
+
     def should_exit(self, step: Exit, forward: ForwardView, view: ExitView) -> Decision | Soft:
         """Which tokens end at this exit; asked only where some are left, and heeded for those alone."""
         return False

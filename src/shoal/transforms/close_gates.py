@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from shoal.deciding.gate_adapter import UP
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
 from shoal.fitting.result import Job, Transformed
@@ -22,7 +23,8 @@ def close_gates(job: Job, *, threshold: float = 0.5) -> Transformed:
 
     Source: the last step of masks that are learned and then cut: Liu et al. 2024 (FoldGPT, arXiv 2407.00928).
 
-    How we differ: nothing is merged. Raises U712 for a plan without gates, and for a gate that reads its input.
+    How we differ: nothing is merged. Raises U712 for a plan without gates, and for a gate that reads its input or has
+    an adapter.
     """
     steps: list[Step] = []
     closed: list[int] = []
@@ -37,6 +39,12 @@ def close_gates(job: Job, *, threshold: float = 0.5) -> Transformed:
             raise UsageError(
                 f"the gate {step.gate} decides by what it reads, so its layer is neither in nor out; train gates that "
                 "read nothing (routed:grain=none)",
+                code="U712",
+            )
+        if f"{step.gate}.{UP}" in job.weights:
+            raise UsageError(
+                f"the gate {step.gate} leads through an adapter where it is closed, for which a plan without gates has "
+                "no place; train gates without one (routed:adapter=0)",
                 code="U712",
             )
         if float(torch.sigmoid(bias.float())) > threshold:

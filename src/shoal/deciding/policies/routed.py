@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
 
 from shoal.deciding.decisions import Decision, Soft, straight_through
 from shoal.deciding.forward import ForwardView
+from shoal.deciding.gate_adapter import DOWN, adapted, adapter_shapes
 from shoal.deciding.gate_options import GateOptions, Relax, require_sound
 from shoal.deciding.gating import halved, with_gates
 from shoal.deciding.policy import Grain, Policy
@@ -19,7 +22,7 @@ from shoal.executing.exit_heads import scaled
 from shoal.executing.weights import Tensors
 from shoal.plan import Plan, Run, Spec
 from shoal.plan.sources import Fill
-from shoal.plan.steps import PartName, runs
+from shoal.plan.steps import PartName, decides, runs
 
 EXAMPLES = PolicyExamples(
     deciding=(
@@ -39,9 +42,12 @@ EXAMPLES = PolicyExamples(
         Refusal("the mask of a whole sequence", "routed:grain=row,fill=mask,bias=1", "U711", "fill=mask"),
         Refusal("halves side by side", "routed:part=halves,bias=1", "U711", "layer 0", family="falcon"),
         Refusal("a fill for mlps", "routed:part=mlp,fill=mask,bias=1", "U711", "fill=mask"),
+        Refusal("a loop that is not there", "routed:layers=again", "U711", "second time"),
+        Refusal("an adapter in the place of an mlp", "routed:part=mlp,adapter=4,bias=1", "U711", "adapter=4"),
         Refusal("tokens ranked by a gate that reads none", "routed:grain=none,relax=top-k,bias=1", "U711", "top-k"),
     ),
 )  # fmt: skip
+AGAIN = "again"
 GATE = "route"
 """What the names of its gates begin with."""
 
@@ -62,6 +68,7 @@ def routed(
     final_temperature: float | None = None,
     bias: float | None = None,
     fill: Literal["auto", "project", "copy", "mask"] = "auto",
+    adapter: int = 0,
 ) -> Policy:
     """Run a layer for the tokens that its gate lets through; the gates learn by `shoal heal`.
 
@@ -70,9 +77,10 @@ def routed(
     runs the layer where sigmoid(s) > `threshold`, and keeps its state otherwise. `scale`: what the layer changes is
     multiplied by sigmoid(s), out = x + sigmoid(s) (f(x) - x). The tensors are g.weight [1, hidden] (with `net` mlp
     [1, hidden / 4] beside g.inner [hidden / 4, hidden]) and g.bias [1], and stand beside the plan's. `layers` (3-5,7)
-    have gates; without them all of the plan but the first. `part`: layer; mlp, so that its attention always runs; or
-    halves, a gate for each of the two. `grain`: token; row, one answer for each sequence, of the mean of x over the
-    prompt's real tokens, kept until the sequence ends; none, the gate is its bias alone and reads nothing.
+    have gates; without them all of the plan but the first; layers=again: the runs that repeat a layer. `part`: layer;
+    mlp, so that its attention always runs; or halves, a gate for each of the two. `grain`: token; row, one answer for
+    each sequence, of the mean of x over the prompt's real tokens, kept until the sequence ends; none, the gate is its
+    bias alone and reads nothing.
 
     In training hard decisions get gradients by `relax`: straight-through, h + s' - sg(s') with s' = sigmoid(s / T);
     gumbel, the same of s plus logistic noise (the difference of two Gumbel draws); soft, all run, with the weight s';
@@ -81,7 +89,8 @@ def routed(
     training. T goes from `temperature` to `final_temperature` over the stage. `bias`: gates without tensors, which
     score it for every token: before anything has learned. A row decides before the first token that it writes, so no
     key is ever missing (`fill` auto: none); a token's keys and values are made of the state that was carried past the
-    layer (auto: project), or nobody sees them (mask).
+    layer (auto: project), or nobody sees them (mask). `adapter`: who does not run a layer gets x + g.up . silu(g.down .
+    x), of that inner width, in its place; with `scale` it is what the layer's output is mixed with.
 
     Source: a router for each token, with its keys kept: Zeng et al. 2023 (SkipLayer, arXiv 2311.15436); top-k: Raposo
     et al. 2024 (Mixture-of-Depths, arXiv 2404.02258); for a sequence: Jain et al. 2024 (FiRST, arXiv 2410.12513).
@@ -93,14 +102,19 @@ def routed(
     """
     options = GateOptions(
         grain, net, bias, threshold, scale, relax, capacity, temperature,
-        temperature if final_temperature is None else final_temperature,
+        temperature if final_temperature is None else final_temperature, adapter,
     )  # fmt: skip
     require_sound(options, part, fill)
     if part == "halves":
         plan = halved(plan, spec)
-    named = plan.layers()[1:] if not layers else layer_list(layers)
+    again = layers == AGAIN
+    named = plan.layers()[0 if again else 1 :] if again or not layers else layer_list(layers)
     rule: Fill | None = None if grain == "row" or part == "mlp" else "project" if fill == "auto" else fill
-    placed = with_gates(plan, spec, named, _name, rule)
+    placed = with_gates(plan, spec, named, _namer(again), rule)
+    if again and not decides(placed.steps()):
+        raise UsageError(
+            f"routed: {plan} runs no layer a second time; give a plan with a loop, as 0-9,[10-19]x2,20-29", code="U711"
+        )
     rows = grain == "row"
     made = (_OfMlpByRow if rows else _OfMlp) if part == "mlp" else _ByRow if rows else Routed
     return made(placed, options)
@@ -121,7 +135,7 @@ class Routed(Policy):
         for name, tensor in made.items():
             if name.endswith(".bias"):
                 tensor.fill_(2.0)
-            elif name.endswith(".inner"):
+            elif name.endswith((".inner", f".{DOWN}")):
                 tensor.normal_(0, tensor.shape[1] ** -0.5)
         return made
 
@@ -155,6 +169,7 @@ class Routed(Policy):
             made[f"{gate}.bias"] = (1,)
             if self.options.relax == "top-k":
                 made[f"{gate}.causal"], made[f"{gate}.causal_bias"] = (1, hidden), (1,)
+            made |= adapter_shapes(gate, hidden, self.options.adapter)
         return made
 
     @property
@@ -172,6 +187,9 @@ class Routed(Policy):
             if causal is not None:
                 forward.learning.note("causal", causal)
         return answer
+
+    def instead(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> torch.Tensor:
+        return adapted(run.gate or "", forward.tensors, hidden) if self.options.adapter else hidden
 
     def _scores(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> torch.Tensor:
         """Of each token, float32 [batch or 1, tokens]."""
@@ -269,5 +287,14 @@ def _highest(scores: torch.Tensor, capacity: float) -> torch.Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, value=True)
 
 
-def _name(run: Run) -> str:
-    return f"{GATE}-{run.layer}{'' if run.part == 'layer' else run.part[0]}"
+def _namer(again: bool) -> Callable[[Run], str | None]:
+    """Names of gates: route-12, of its second run route-12-2; with `again` a layer's first run has none."""
+    times: Counter[tuple[int, str]] = Counter()
+
+    def name(run: Run) -> str | None:
+        times[run.layer, run.part] += 1
+        number = times[run.layer, run.part]
+        own = f"{GATE}-{run.layer}{'' if run.part == 'layer' else run.part[0]}"
+        return own if number == 1 and not again else f"{own}-{number}" if number > 1 else None
+
+    return name

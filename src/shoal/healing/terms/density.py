@@ -19,25 +19,29 @@ def density(
     seen: Seen,
     *,
     target: float = 0.8,
-    by: Literal["square", "abs", "above", "linear"] = "square",
+    by: Literal["square", "abs", "above", "linear", "tokens"] = "square",
     each: bool = False,
 ) -> torch.Tensor:
     """F(d) for each token that counts: d is the share of the plan's layers that tokens run on average.
 
     d = (layers without a gate + sum over gates of size x mean gate) / layers; a gate is 0 or 1 (a share for relax=soft)
     and the size of a half is 1/2. F by square: (d - `target`)^2; abs: |d - target|; above: the square where d is above
-    the target, else 0; linear: d itself, without a target. `each`: not d as a whole but every gate's own mean is held
-    to the target, and F is the mean over gates. d is that of the step before (`Averages`), so that the gradient does
-    not depend on how a step is cut into micro-batches.
+    the target, else 0; linear: d itself, without a target; tokens, without one too: the mean of the squares of each
+    token's own share. `each`: not d as a whole but every gate's own mean is held to the target, and F is the mean over
+    gates. d is that of the step before (`Averages`), so that the gradient does not depend on how a step is cut into
+    micro-batches.
 
     Source: square: Zeng et al. 2023 (SkipLayer, arXiv 2311.15436); each: the target rates of Veit and Belongie 2017
-    (ConvNet-AIG, arXiv 1711.11503); linear: the skip penalty of Jain et al. 2024 (FiRST, arXiv 2410.12513).
+    (ConvNet-AIG, arXiv 1711.11503); linear: the skip penalty of Jain et al. 2024 (FiRST, arXiv 2410.12513); tokens: Luo
+    et al. 2025 (FlexiDepth, arXiv 2503.23798).
     """
     if not 0 < target <= 1:
         raise UsageError(f"density: target={target:g} is no share of the layers; write density:target=0.8", code="U502")
     gates = seen.noted("gates", "density")[:, seen.counts].float()  # [gates, tokens]
     if not each:
         gates = _depths(seen, gates)
+    if by == "tokens":
+        return gates.square().mean(0).sum()
     d = seen.averages.of(f"density {each} {target}", gates, 1.0)[:, None]
     value, slope = _formula(d, target, by)
     # the value of F(d), with the gradient that it has for each token
