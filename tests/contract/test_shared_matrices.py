@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
-from shoal.errors import PlanError
+from shoal.errors import PlanError, ShoalError
 from shoal.fitting.result import Job
 from shoal.live import running
 from shoal.models.linear import matrix_of
@@ -121,6 +121,25 @@ def test_what_is_missing_or_does_not_fit_is_refused() -> None:
         with pytest.raises(PlanError, match=r"t\.mlp") as caught:
             running(model, "0=t,1-3", {f"t.{name}": torch.zeros(shape)}).__enter__()
         assert caught.value.code == "P129"
+
+
+def test_changes_that_begin_at_zero_change_no_bit_of_the_tie() -> None:
+    """And have the shapes of those that are fitted."""
+    model, data = tiny_of("llama", 6), random_data(4, 12)
+    tied = tie(Job(model, data, Plan.identity(open_model(model).spec), {}), pattern="cycle", start="average")
+    job = Job(model, data, tied.plan, tied.weights)
+    made, fitted = relax(job, rank=2, start="zero"), relax(job, rank=2)
+    assert {name: one.shape for name, one in made.weights.items()} == {
+        name: one.shape for name, one in fitted.weights.items()
+    }
+    assert any(name.endswith(".down") and one.any() for name, one in made.weights.items())
+    logits = []
+    for plan, weights in ((tied.plan, tied.weights), (made.plan, made.weights)):
+        with torch.no_grad(), running(model, plan, weights):
+            logits.append(model(data.ids).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ShoalError, match="U559"):
+        relax(job, rank=2, bias=True, start="zero")
 
 
 def test_ties_that_are_averages_are_relaxed_to_their_own_matrices() -> None:
