@@ -2,7 +2,7 @@
 
 One grammar for policies, methods, transforms, measures and drafts:
 
-    entry   := NAME | NAME ":" VALUE | NAME ":" option (("," | ";") option)*
+    entry   := NAME | NAME ":" VALUE | NAME ":" (VALUE ("," | ";"))? option (("," | ";") option)*
     option  := KEY "=" VALUE
 
 A comma or semicolon begins a new option only in front of `KEY=`; any other belongs to the value, as in
@@ -23,6 +23,7 @@ from shoal.registry import Entry, Kind, get
 _KEY = r"\s*[^\W\d][\w-]*\s*="
 """The beginning of an option. A name begins with a letter, so `2=1` belongs to a value: a plan ties layers so."""
 _NEXT = re.compile(rf"[,;](?={_KEY})")
+_FIRST = re.compile(rf"{_KEY}|=")
 _AROUND = re.compile(r"^[\s,;]+|[\s,;]+$")
 
 
@@ -54,10 +55,12 @@ def read(text: str) -> Spelled:
     name, rest = name.strip(), _AROUND.sub("", rest)
     if colon and not rest:
         raise UsageError(f"{text!r} gives no option; write {name} or {name}:key=value", code="U502")
-    if not (re.match(rf"{_KEY}|=", rest) or _NEXT.search(rest)):
+    if not (_FIRST.match(rest) or _NEXT.search(rest)):
         return Spelled(name, lone=rest)
-    pieces = [_AROUND.sub("", piece).partition("=") for piece in _NEXT.split(rest)]
-    return Spelled(name, tuple((key.strip(), value.strip()) for key, _, value in pieces))
+    pieces = [_AROUND.sub("", piece) for piece in _NEXT.split(rest)]
+    lone = "" if _FIRST.match(rest) else pieces.pop(0)
+    pairs = [piece.partition("=") for piece in pieces]
+    return Spelled(name, tuple((key.strip(), value.strip()) for key, _, value in pairs), lone)
 
 
 def chosen(
@@ -79,5 +82,5 @@ def options_of(
     """What `entry` makes of the options that were typed. Raises U502."""
     first = next(iter(entry.options()), None)
     if lone and spelled.lone and first is not None:
-        spelled = replace(spelled, options=((first, spelled.lone),), lone="")
+        spelled = replace(spelled, options=((first, spelled.lone), *spelled.options), lone="")
     return entry.parse(spelled.pairs, given)

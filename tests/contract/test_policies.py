@@ -160,6 +160,9 @@ def test_every_policy_says_what_it_is_tried_with() -> None:
     for name, own in POLICIES.items():
         texts = [*own.deciding, *own.never, *own.always, *(one.text for one in own.refused)]
         assert {text.partition(":")[0] for text in texts} == {name}
-    assert [name for name, own in POLICIES.items() if not own.deciding] == ["dropped", "per-prompt", "sampled"], (
-        "its file says why"
-    )
+    assert [name for name, own in POLICIES.items() if not own.deciding] == [
+        "dropped",
+        "loops",
+        "per-prompt",
+        "sampled",
+    ], "its file says why"

@@ -104,3 +104,9 @@ def test_mistakes(text: str, code: str, why: str) -> None:
 def test_a_plan_with_ties_is_a_value_and_no_option() -> None:
     assert read("skip:0-1,2=1,3") == Spelled("skip", lone="0-1,2=1,3")
     assert read("skip:keep=0-1,2=1,length=3") == Spelled("skip", (("keep", "0-1,2=1"), ("length", "3")))
+
+
+def test_a_lone_value_may_stand_in_front_of_options() -> None:
+    assert read("exit:0,A,fill=mask") == Spelled("exit", (("fill", "mask"),), "0,A")
+    assert read(":0,A,A=") == Spelled("", (("A", ""),), "0,A")
+    assert str(read("exit:8,fill=mask")) == "exit:8,fill=mask"
