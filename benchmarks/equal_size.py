@@ -156,19 +156,20 @@ def _row(loaded: Loaded, name: str, texts: dict[str, Data], args: argparse.Names
     fitted = round(time.monotonic() - wall, 1)
     before = _judged(loaded, made, texts, args)
     cpu = time.process_time()
-    tried = [
-        heal(
+    tried = {
+        rate: heal(
             loaded, made.plan, "logit-kd", weights=made.weights, tokens=tokens_of(args.tokens),
             settings={"learn": row.learn, "rate": rate}, data=args.train, watch=args.second_text, length=args.length,
             held=args.held, batch=args.batch, seed=args.seed, say=say,
         )
         for rate in args.rates or row.rates
-    ]  # fmt: skip
-    healed = min(tried, key=lambda one: one.stages[-1]["held_after"])
+    }  # fmt: skip
+    rate = min(tried, key=lambda one: tried[one].stages[-1]["held_after"])
+    healed = tried[rate]
     seconds = {"fitted": fitted, "training": round(healed.seconds, 1), "cpu": round(time.process_time() - cpu, 1)}
     after = Transformed(healed.plan, dict(healed.weights))
     return {
-        "row": name, "group": row.group, "learn": row.learn, "rate": (args.rates or row.rates)[tried.index(healed)],
+        "row": name, "group": row.group, "learn": row.learn, "rate": rate,
         "tokens": healed.tokens,
         **_sizes(loaded, made.plan, made.weights), "before": before, "after": _judged(loaded, after, texts, args),
         **seconds, "plan": str(made.plan), "disjoint": disjoint(loaded, texts, args),
