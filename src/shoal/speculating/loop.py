@@ -18,6 +18,7 @@ from shoal.speculating.forward_inputs import ForwardInputs
 from shoal.speculating.generation_settings import GenerationSettings
 from shoal.speculating.layer_outputs import LayerOutputs
 from shoal.speculating.lengths import Length
+from shoal.speculating.masked_draft import Masked, draft_masked
 from shoal.speculating.rows import forget_past, keep_past, keep_places, require_croppable, require_dynamic
 from shoal.speculating.stats import CLOSE, PhaseProfiler, Stats
 from shoal.speculating.token_tree import TreeShape
@@ -135,6 +136,8 @@ class Loop:
     def _draft(self, most: int) -> tuple[Proposal, Draft, int]:
         assert self.prepared is not None
         draft, proposal, text = Draft(self.runner, self.prepared, self.feed, self.cache), Proposal(), self.ids
+        if isinstance(self.chooser, Masked):
+            return draft_masked(draft, self.chooser, text, most, self.rules, self.length), draft, 0
         if self.tree is not None:
             proposal, unrun = draft_tree(draft, self.tree, text, most, self.rules, self.length)
             return proposal, draft, unrun

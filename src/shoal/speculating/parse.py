@@ -8,6 +8,7 @@ from shoal.errors import UsageError
 from shoal.plan import Spec, format_steps
 from shoal.plan.steps import Step
 from shoal.speculating.chooser import Chooser, Finder
+from shoal.speculating.masked_draft import Masked
 from shoal.speculating.token_tree import TreeShape
 from shoal.spelling import chosen
 
@@ -45,6 +46,12 @@ def parse_draft(text: str, spec: Spec) -> ParsedDraft:
         raise UsageError(
             f"{text} names a tree and no layers that draft its tokens; join it with a draft of layers, as in "
             "exit:8+tree:3x2",
+            code="U704",
+        )
+    if "tree" in made and isinstance(made["chooser"], Masked):
+        raise UsageError(
+            f"{text} drafts all its tokens in one pass, so none of them is known when the next is drafted, as a tree "
+            "needs it; leave out tree",
             code="U704",
         )
     return ParsedDraft(text, **made)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from shoal.speculating.draft_runner import DraftRunner
 from shoal.speculating.generation_settings import GenerationSettings
 from shoal.speculating.lengths import Confidence, Length
 from shoal.speculating.loop import Loop, answer
+from shoal.speculating.masked_draft import Masked
 from shoal.speculating.parse import ParsedDraft, parse_draft
 from shoal.speculating.rows import require_dynamic
 from shoal.speculating.stats import PhaseProfiler, Stats
@@ -63,6 +64,8 @@ class Speculator:
         self.model: PreTrainedModel = inner
         self.runner = DraftRunner(inner, share=share)
         self.recipe = parse_draft(draft, self.runner.spec) if isinstance(draft, str) else draft
+        if isinstance(self.recipe.chooser, Masked):
+            self.runner.share = False  # its layers have seen masks where the drafted tokens stand
         self.length = Length(length, confidence)
         self.count = count
         self.stats = Stats()
