@@ -160,6 +160,8 @@ class Draft:
     def __init__(self, runner: DraftRunner, prepared: PreparedDraft, feed: FeedsForward, cache: Cache) -> None:
         self.runner, self.prepared, self.feed, self.cache = runner, prepared, feed, cache
         self.rows = select_rows(cache, prepared.draft.rows, prepared.shared)
+        self.unrun = 1
+        """How many of the drafted tokens, the last ones, no layer has seen."""
         for subset in (prepared.draft, prepared.shared_subset):
             subset.forget()
 
@@ -171,10 +173,10 @@ class Draft:
         """The draft's logits behind each of the last `new` tokens of `ids`, [new, vocabulary]."""
         return self.runner.logits(self.prepared.draft, self.feed, ids, new, self.rows)
 
-    def verify(self, ids: torch.Tensor, new: int, unrun: int = 1) -> torch.Tensor:
+    def verify(self, ids: torch.Tensor, new: int) -> torch.Tensor:
         """The base model's logits at the last `new` tokens of `ids`, [new, vocabulary]; the cache then holds them all.
 
-        `new` is one more than was drafted. The last `unrun` of them have not been anywhere yet.
+        `new` is one more than was drafted.
         """
         prepared, runner = self.prepared, self.runner
         if not prepared.shared:
@@ -183,7 +185,7 @@ class Draft:
             prepared.shared_subset,
             self.feed,
             ids,
-            unrun,
+            self.unrun,
             select_rows(self.cache, prepared.shared_subset.rows, prepared.shared),
         )
         states = [*prepared.draft.saved, *prepared.shared_subset.saved]

@@ -78,13 +78,11 @@ class Loop:
     def _round(self) -> None:
         self.stats.rounds += 1
         room = self.rules.end - self.ids.shape[1] - 1
-        proposal, draft, unrun = self._propose(min(self.length.most, room))
+        proposal, draft = self._propose(min(self.length.most, room))
         new = len(proposal) + 1
         text = torch.cat([self.ids, self.ids.new_tensor([proposal.tokens])], -1) if len(proposal) else self.ids
         with self.profiler.on("verify"):
-            logits = (
-                self.runner.full(self.feed, text, new, self.cache) if draft is None else draft.verify(text, new, unrun)
-            )
+            logits = self.runner.full(self.feed, text, new, self.cache) if draft is None else draft.verify(text, new)
         places = [0]
         while True:
             place = self._commit(logits[places[-1] : places[-1] + 1], proposal, places[-1])
@@ -104,23 +102,22 @@ class Loop:
         if not proposal.looked_up:
             self.length.update(proposal.length, accepted)
 
-    def _propose(self, most: int) -> tuple[Proposal, Draft | None, int]:
-        """The drafted tokens, what drafted them, and how many of them, the last ones, it has not run."""
+    def _propose(self, most: int) -> tuple[Proposal, Draft | None]:
         if most < 1:
-            return Proposal(), None, 0
+            return Proposal(), None
         with self.profiler.on("draft"):
             found = self.finder.find(self.ids, most) if self.finder is not None else []
         if found:
             proposal = Proposal(looked_up=True)
             for token in found:
                 proposal.add(token, None)
-            return proposal, None, 0
+            return proposal, None
         if self.chooser is None or self.length.rests():
-            return Proposal(), None, 0
+            return Proposal(), None
         self._choose()
         most = most if self.chooser.most is None else min(most, self.chooser.most)
         if most < 1:
-            return Proposal(), None, 0
+            return Proposal(), None
         with self.profiler.on("draft"):
             return self._draft(most)
 
@@ -133,14 +130,13 @@ class Loop:
         if steps is not None:
             self.prepared = self.runner.prepare(steps)
 
-    def _draft(self, most: int) -> tuple[Proposal, Draft, int]:
+    def _draft(self, most: int) -> tuple[Proposal, Draft]:
         assert self.prepared is not None
         draft, proposal, text = Draft(self.runner, self.prepared, self.feed, self.cache), Proposal(), self.ids
         if isinstance(self.chooser, Masked):
-            return draft_masked(draft, self.chooser, text, most, self.rules, self.length), draft, 0
+            return draft_masked(draft, self.chooser, text, most, self.rules, self.length), draft
         if self.tree is not None:
-            proposal, unrun = draft_tree(draft, self.tree, text, most, self.rules, self.length)
-            return proposal, draft, unrun
+            return draft_tree(draft, self.tree, text, most, self.rules, self.length), draft
         while len(proposal) < most:
             scores = self.rules.processed(text, draft.next(text))
             token, probabilities = pick(scores, self.rules.sample)
@@ -148,7 +144,7 @@ class Loop:
             text = torch.cat([text, text.new_tensor([[token]])], -1)
             if self.length.looks and self.length.stops(largest_chance(scores, probabilities)):
                 break
-        return proposal, draft, 1
+        return proposal, draft
 
     def _commit(self, logits: torch.Tensor, proposal: Proposal, place: int) -> int | None:
         """Choose the token behind `place` by the base model's logits [1, vocabulary]; the place of a drafted token that

@@ -13,9 +13,9 @@ from shoal.speculating.token_tree import TokenTree, TreeInputs, TreeShape
 
 def draft_tree(
     draft: Draft, shape: TreeShape, ids: torch.Tensor, most: int, rules: GenerationSettings, length: Length
-) -> tuple[Proposal, int]:
-    """A tree behind the text `ids`, [1, tokens], of at most `most` levels, and how many of its tokens, the last ones,
-    the draft has not run. One pass of the draft for each level; a token of which it was unsure is followed by none.
+) -> Proposal:
+    """A tree behind the text `ids`, [1, tokens], of at most `most` levels, the tokens that the draft has run in front
+    of those that it has not. One pass of the draft for each level; a token of which it was unsure is followed by none.
     """
     tree = TokenTree()
     draft.feed = TreeInputs(draft.runner.model, draft.feed, tree, ids.shape[1])
@@ -34,7 +34,8 @@ def draft_tree(
         above = [tree.add(*one, parent) for parent, one in followed]
     for parent, one in last:
         tree.add(*one, parent)
-    return tree.proposal, len(last)
+    draft.unrun = len(last)
+    return tree.proposal
 
 
 def _longer(ids: torch.Tensor, tokens: list[int]) -> torch.Tensor:
