@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
 from shoal.executing.mask_tokens import masked, mean_embedding
 from shoal.plan.steps import Step
@@ -16,9 +14,6 @@ from shoal.speculating.chooser import Fixed
 from shoal.speculating.draft_runner import Draft
 from shoal.speculating.generation_settings import GenerationSettings
 from shoal.speculating.lengths import Length
-
-_MEANS: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
-"""By model the mean embedding, which takes a pass over its vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +31,6 @@ class Masked(Fixed):
         """Tokens to draft at most."""
         return self.tokens
 
-    def vectors(self, model: nn.Module, count: int) -> torch.Tensor:
-        """The embeddings of `count` masks, [count, hidden]."""
-        if self.masks is not None:
-            return self.masks[:count]
-        if model not in _MEANS:
-            _MEANS[model] = mean_embedding(model)
-        return _MEANS[model].expand(count, -1)
-
 
 def draft_masked(
     draft: Draft, chooser: Masked, ids: torch.Tensor, most: int, rules: GenerationSettings, length: Length
@@ -52,8 +39,11 @@ def draft_masked(
     count = most - 1
     text = torch.cat([ids, ids[:, -1:].expand(1, count)], -1)  # which token stands under a mask does not matter
     columns = torch.tensor([[-1, *range(count)]])
-    model = draft.runner.model
-    with masked(model, columns, chooser.vectors(model, count)):
+    model, opened = draft.runner.model, draft.runner.opened
+    vectors = chooser.masks
+    if vectors is None:
+        vectors = opened.remember("mean embedding", lambda: mean_embedding(model)).expand(max(1, count), -1)
+    with masked(model, columns, vectors):
         logits = draft.behind(text, most)
     proposal, path = Proposal(), ids
     for row in logits:
