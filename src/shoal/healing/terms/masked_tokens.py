@@ -14,7 +14,7 @@ EXAMPLES = TermExamples("masked-tokens:share=0.5", learn=("masks:count=2",))
 
 
 def masked_tokens(seen: Seen, *, share: float = 0.3) -> torch.Tensor:
-    """-log p(y) of the token y behind each mask, summed over the masks whose columns count.
+    """Cross-entropy of the token behind each mask, -log p(y), summed over the masks whose columns count.
 
     In each row of ids [batch, tokens] spans of as many tokens as the plan has masks are masked, every n-th token, so
     that a `share` of all are; mask j stands in the place of the j-th token of a span, and its column predicts the token
