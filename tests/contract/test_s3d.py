@@ -103,25 +103,24 @@ def test_masks_draft_what_tokens_would_where_the_place_says_all() -> None:
 
 
 def test_acceptance_falls_with_the_span_and_predicted_and_measured_speed_agree_in_order() -> None:
-    depth, skips = 8, (1, 2, 4, 6)
-    model, right, measured, predicted = counting(depth), [], {}, {}
-    for layers in skips:
-        span = middle(depth, layers)
-        drafted = accepted = judged = 0
-        for seed in range(4):
-            speculator = Speculator(model, f"s3d:skip={span[0]}-{span[-1]},tokens=4", length=4, confidence=None)
-            speculator.generate(prompt(seed=seed), **(GREEDY | {"max_new_tokens": 60}))
-            stats = speculator.stats
-            drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
-            judged += stats.accepted + stats.rounds
-            # where memory bounds a pass it takes as long for five tokens as for one: layers are counted by passes
-            passes = stats.rounds * ((depth - layers) + depth) / depth
-            measured[layers] = measured.get(layers, 0.0) + (stats.tokens - 1) / passes / 4
-        share = accepted / judged
-        right.append(accepted / drafted)
-        predicted[layers] = speed_up(4, layers / depth, share)
-    assert right == sorted(right, reverse=True) and right[0] > right[-1] + 0.05
-    assert sorted(skips, key=predicted.__getitem__) == sorted(skips, key=measured.__getitem__)
+    """Measured in passes, each as long for five tokens as for one, as where memory bounds it; predicted by how often a
+    draft of one token is right."""
+    depth, right, measured, predicted = 8, list[float](), dict[int, float](), dict[int, float]()
+    for layers in (1, 2, 4, 6):
+        span, share = middle(depth, layers), layers / depth
+        found = []
+        for tokens in (1, 4):
+            draft = f"s3d:skip={span[0]}-{span[-1]},tokens={tokens}"
+            speculator = Speculator(counting(depth), draft, length=tokens, confidence=None)
+            speculator.generate(prompt(), **(GREEDY | {"max_new_tokens": 60}))
+            found.append(speculator.stats)
+        one, four = found
+        assert one.acceptance is not None and four.acceptance is not None and four.tokens_per_round is not None
+        right.append(four.acceptance)
+        predicted[layers] = speed_up(4, share, one.acceptance)
+        measured[layers] = four.tokens_per_round / (2 - share)
+    assert right == sorted(right, reverse=True) and right[0] > right[-1]
+    assert sorted(predicted, key=predicted.__getitem__) == sorted(measured, key=measured.__getitem__)
     assert max(measured.values()) > 1.2
 
 
@@ -186,7 +185,7 @@ def test_spans_of_masks() -> None:
     spans = columns[0][columns[0] >= 0].tolist()
     assert 10 <= len(spans) <= 13 and not torch.equal(columns[0], columns[1])
     for place in range(1, 40):
-        if columns[0, place] > 0 and place > 3:
+        if columns[0, place] > 0:
             assert columns[0, place - 1] == columns[0, place] - 1
     assert torch.equal(columns, masked_columns(ids, 3, 0.3, 0)) and not torch.equal(
         columns, masked_columns(ids, 3, 0.3, 1)

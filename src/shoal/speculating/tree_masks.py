@@ -80,7 +80,8 @@ def _why_not(runner: DraftRunner) -> str:
         true = torch.cat([_last(runner, feed, branch, text) for branch in branches])
         line = torch.cat([_last(runner, feed, tokens[: 7 + n], text) for n in range(2)])
     wrong = float((line - true).abs().max())
-    if float((found_logits - true).abs().max()) > 0.1 * wrong + 1e-5 * float(true.abs().max()):
+    share = 0.1 if model.dtype == torch.float32 else 0.4  # shorter types round more
+    if float((found_logits - true).abs().max()) > share * wrong + 1e-5 * float(true.abs().max()):
         return "makes other logits of a branch in a tree than of the branch alone"
     return ""
 

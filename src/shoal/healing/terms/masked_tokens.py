@@ -51,7 +51,5 @@ def masked_columns(ids: torch.Tensor, masks: int, share: float, step: int) -> to
     """For each token of ids [batch, tokens] the number of the mask in its place, -1 for none. The first is never
     masked: something must be known."""
     period = max(masks + 1, round(masks / share))
-    places = torch.arange(ids.shape[1], device=ids.device)
-    begins = (ids.sum(-1) + step) % period
-    at = (places[None] - 1 - begins[:, None]) % period
-    return torch.where((at < masks) & (places[None] > 0), at, -1)
+    behind = torch.arange(ids.shape[1], device=ids.device)[None] - 1 - ((ids.sum(-1) + step) % period)[:, None]
+    return torch.where((behind >= 0) & (behind % period < masks), behind % period, -1)
