@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from shoal.live import running
-from shoal.speculating import accept, loop
-from shoal.speculating.accept import accept_or_resample, pick
+from shoal.speculating import loop
+from shoal.speculating.accept import accept_one_of, accept_or_resample, pick
 from shoal.speculating.speculator import Speculator
 
 from .drafting import prompt, weak
@@ -159,8 +159,7 @@ def test_the_loop_samples_by_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert value() > 0.001
     monkeypatch.setattr(
         loop,
-        "accept_or_resample",
-        lambda s, t, q, sample: (t, True) if t is not None else accept_or_resample(s, t, q, sample),
+        "accept_one_of",
+        lambda s, drafted, sample: (drafted[0][0], 0) if drafted else accept_one_of(s, drafted, sample),
     )
     assert value() < 0.001
-    assert accept.accept_or_resample is accept_or_resample

@@ -25,13 +25,16 @@ REAL = (
     "knapsack",
     "dynamic-exit",
     "lookup+exit:20",
+    "exit:20+tree:3x2x1",
+    "swift+tree",
+    "s3d:skip=13,tokens=3",
 )
 
 ASKED: dict[str, Any] = {"max_new_tokens": 128, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("draft", ["exit:1", "skip:1", "lookup:1+exit:1"])
+@pytest.mark.parametrize("draft", ["exit:1", "skip:1", "lookup:1+exit:1", "exit:1+tree:2x2", "s3d:skip=1,tokens=3"])
 def test_twenty_thousand_generated_tokens_have_the_base_models_distribution(draft: str) -> None:
     """Without attention the next token depends on the last one alone, so every token of a long text is a draw."""
     model = small()

@@ -61,12 +61,13 @@ class Healed:
     @property
     def better(self) -> bool:
         """Whether held-out text likes the result better than the start; True where nothing was trained. It is the
-        objective that counts where a policy decides, since layers are left out that the start ran, and where the start
-        is the whole model, since something else is learnt than what it says at its end."""
+        objective that counts where a policy decides, since layers are left out that the start ran, and where what the
+        plan says at its end is what it was, since something else is learnt then: exits of the whole model, masks."""
         if not self.tokens and not any("transform" in stage for stage in self.stages):
             return True
-        if HELD in self.texts and not self.policy and not self.start.is_identity():
-            return self.texts[HELD].after.nll < self.texts[HELD].before.nll
+        held = self.texts.get(HELD)
+        if held is not None and not self.policy and not self.start.is_identity() and held.after.nll != held.before.nll:
+            return held.after.nll < held.before.nll
         trained = [stage for stage in self.stages if "held_after" in stage]
         return not trained or trained[-1]["held_after"] < trained[-1]["held_before"]
 

@@ -10,6 +10,9 @@ the embeddings for N = -1; `ID.shift` [hidden]; g is `ID.change` [1] or [hidden]
 / 2 with `ID.mixer.weight` [1, hidden] and `ID.mixer.bias` [1]. What is not there changes nothing.
 
 ID.MODULE.scale [1] or [out] and ID.MODULE.shift [out] make y * scale + shift of what a linear module makes.
+
+`ID.masks` [n, hidden] changes nothing: it stands for the embeddings of n tokens that are not known yet, and the draft
+`s3d` reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ T = TypeVar("T")
 EMBEDDED = -1
 """The number of the state behind the embeddings."""
 AFFINE = ("scale", "shift")
-_AROUND = re.compile(r"keeps|shift|change|mixer\.(weight|bias)|reads\.(-1|\d+)")
+MASKS = "masks"
+_AROUND = re.compile(r"keeps|shift|change|mixer\.(weight|bias)|reads\.(-1|\d+)|masks")
 _READS = "reads."
 
 
@@ -54,7 +58,7 @@ def is_beside(name: str, shape: tuple[int, ...]) -> bool:
 
 def around_flops(own: Mapping[str, tuple[int, ...]]) -> int:
     """FLOPs for one token of the matrices that stand around a run."""
-    matrices = (shape for name, shape in around_run(own).items() if len(shape) == 2)
+    matrices = (shape for name, shape in around_run(own).items() if len(shape) == 2 and name != MASKS)
     return sum(2 * rows * columns for rows, columns in matrices)
 
 
@@ -70,7 +74,7 @@ def unfit_around(
     `EMBEDDED`."""
     found = around_run(own, there)
     for name, shape in found.items():
-        right = _shapes(name, hidden)
+        right = _shapes(name, shape, hidden)
         if shape not in right:
             words = " or ".join(str(list(one)) for one in right)
             yield "P129", run.layer, f"{weights_id}.{name} is {list(shape)} instead of {words}; make it for this model"
@@ -99,8 +103,8 @@ def _unfit_affine(
             yield "P129", run.layer, f"{here}.{word} is {list(shape)} at a matrix of {list(weight)}; give {right}"
 
 
-def _shapes(name: str, hidden: int) -> tuple[tuple[int, ...], ...]:
-    """The shapes that a tensor around a run may have."""
+def _shapes(name: str, shape: tuple[int, ...], hidden: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes that a tensor around a run may have, which has `shape`."""
     match name.partition(".")[0]:
         case "keeps" | "change":
             return (1,), (hidden,)
@@ -108,5 +112,7 @@ def _shapes(name: str, hidden: int) -> tuple[tuple[int, ...], ...]:
             return (1,), (hidden,), (hidden, hidden)
         case "shift":
             return ((hidden,),)
+        case "masks":
+            return ((max(1, *shape[:1]), hidden),)
         case _:
             return ((1, hidden),) if name.endswith("weight") else ((1,),)

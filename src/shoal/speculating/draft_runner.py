@@ -26,7 +26,7 @@ from shoal.models.order import refuse_order
 from shoal.plan import Plan, Run, Spec, check, require
 from shoal.plan.capabilities import refusal
 from shoal.plan.steps import Step, runs
-from shoal.speculating.forward_inputs import ForwardInputs
+from shoal.speculating.forward_inputs import FeedsForward
 from shoal.speculating.layer_subset import LayerSubset
 from shoal.speculating.rows import select_rows
 
@@ -43,7 +43,7 @@ class PreparedDraft:
     """How many layers from the first on draft and verification have in common."""
     draft: LayerSubset
     shared_subset: LayerSubset
-    """The shared layers, run alone for the last drafted token, which no layer has seen."""
+    """The shared layers, run alone for the last drafted tokens, which no layer has seen."""
     remaining: LayerSubset
     """The layers that the verification still has to run."""
 
@@ -126,51 +126,57 @@ class DraftRunner:
             return 0
         return 0 if check(self._plan(rest), self.spec) else common
 
-    def full(self, feed: ForwardInputs, ids: torch.Tensor, new: int, cache: Cache) -> torch.Tensor:
+    def full(self, feed: FeedsForward, ids: torch.Tensor, new: int, cache: Cache) -> torch.Tensor:
         """Logits of the base model at the last `new` tokens, [new, vocabulary], float32."""
         return _scores(self.model(**feed(ids, new, cache), return_dict=True), new)
 
     def logits(
-        self, subset: LayerSubset, feed: ForwardInputs, ids: torch.Tensor, new: int, cache: Cache
+        self, subset: LayerSubset, feed: FeedsForward, ids: torch.Tensor, new: int, cache: Cache
     ) -> torch.Tensor:
         """The same with `subset` in place of the layers; `cache` is made of the rows of `subset`."""
         inputs = feed(ids, new, cache)
         with subset.running():
             return _scores(self.model(**inputs, return_dict=True), new)
 
-    def run_layers(self, subset: LayerSubset, feed: ForwardInputs, ids: torch.Tensor, cache: Cache) -> None:
-        """Run the last token through `subset` without the head."""
+    def run_layers(self, subset: LayerSubset, feed: FeedsForward, ids: torch.Tensor, new: int, cache: Cache) -> None:
+        """Run the last `new` tokens through `subset` without the head."""
         with subset.running():
-            self._without_head(feed, ids, cache)
+            self._without_head(feed, ids, new, cache)
 
-    def layer_calls(self, feed: ForwardInputs, ids: torch.Tensor, cache: Cache) -> Forward:
+    def layer_calls(self, feed: FeedsForward, ids: torch.Tensor, cache: Cache) -> Forward:
         """What the layers are called with for the last token."""
         with self.whole.running():
-            return self.whole.executor().prepared(lambda: self._without_head(feed, ids, cache))
+            return self.whole.executor().prepared(lambda: self._without_head(feed, ids, 1, cache))
 
-    def _without_head(self, feed: ForwardInputs, ids: torch.Tensor, cache: Cache) -> None:
-        inputs = feed(ids, 1, cache)
+    def _without_head(self, feed: FeedsForward, ids: torch.Tensor, new: int, cache: Cache) -> None:
+        inputs = feed(ids, new, cache)
         inputs.pop("logits_to_keep", None)
         self.model.base_model(**inputs)
 
 
 class Draft:
-    """One round: tokens are drafted one by one over `cache`, then verified by the base model."""
+    """One round: tokens are drafted over `cache`, then verified by the base model."""
 
-    def __init__(self, runner: DraftRunner, prepared: PreparedDraft, feed: ForwardInputs, cache: Cache) -> None:
+    def __init__(self, runner: DraftRunner, prepared: PreparedDraft, feed: FeedsForward, cache: Cache) -> None:
         self.runner, self.prepared, self.feed, self.cache = runner, prepared, feed, cache
         self.rows = select_rows(cache, prepared.draft.rows, prepared.shared)
+        self.unrun = 1
+        """How many of the drafted tokens, the last ones, no layer has seen."""
         for subset in (prepared.draft, prepared.shared_subset):
             subset.forget()
 
     def next(self, ids: torch.Tensor) -> torch.Tensor:
         """The draft's logits behind the last token of `ids`, [1, vocabulary]."""
-        return self.runner.logits(self.prepared.draft, self.feed, ids, 1, self.rows)
+        return self.behind(ids, 1)
+
+    def behind(self, ids: torch.Tensor, new: int) -> torch.Tensor:
+        """The draft's logits behind each of the last `new` tokens of `ids`, [new, vocabulary]."""
+        return self.runner.logits(self.prepared.draft, self.feed, ids, new, self.rows)
 
     def verify(self, ids: torch.Tensor, new: int) -> torch.Tensor:
         """The base model's logits at the last `new` tokens of `ids`, [new, vocabulary]; the cache then holds them all.
 
-        `new` is one more than was drafted: the last drafted token has not been anywhere yet.
+        `new` is one more than was drafted.
         """
         prepared, runner = self.prepared, self.runner
         if not prepared.shared:
@@ -179,6 +185,7 @@ class Draft:
             prepared.shared_subset,
             self.feed,
             ids,
+            self.unrun,
             select_rows(self.cache, prepared.shared_subset.rows, prepared.shared),
         )
         states = [*prepared.draft.saved, *prepared.shared_subset.saved]

@@ -180,10 +180,8 @@ def _context(runner: DraftRunner, sample: SampleText) -> DraftContext:
     prompt = sample.ids[:, : sample.prompt - 1]
     out = runner.model(prompt, use_cache=True, return_dict=True)
     cache: Cache = out.past_key_values
-    kept = {"use_cache": True, "position_ids": torch.arange(sample.prompt - 1, device=prompt.device)[None]}
-    if "position_ids" not in runner.takes:
-        del kept["position_ids"]
-    return DraftContext(runner, ForwardInputs(runner.model, prompt, kept), cache, sample.ids, Stats())
+    feed = ForwardInputs.of_prompt(runner.model, prompt, runner.takes)
+    return DraftContext(runner, feed, cache, sample.ids, Stats())
 
 
 def _at(known: dict[int, float], new: int) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Container
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,13 @@ from transformers.generation.candidate_generator import (
 )
 
 
+class FeedsForward(Protocol):
+    """What makes the arguments of one forward."""
+
+    def __call__(self, ids: torch.Tensor, new: int, cache: Cache) -> dict[str, Any]:
+        """Arguments for the last `new` tokens of `ids`, [1, tokens], and their logits; `cache` holds those before."""
+
+
 class ForwardInputs:
     """Arguments of one forward over the last tokens of a growing text."""
 
@@ -22,8 +30,16 @@ class ForwardInputs:
         self.model, self.start = model, ids.shape[1]
         self.kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
 
+    @classmethod
+    def of_prompt(cls, model: PreTrainedModel, prompt: torch.Tensor, takes: Container[str]) -> ForwardInputs:
+        """For a prompt, [1, length], that `generate` has not prepared; `takes`: arguments of the model's forward."""
+        kwargs: dict[str, Any] = {"use_cache": True}
+        if "position_ids" in takes:
+            kwargs["position_ids"] = torch.arange(prompt.shape[1], device=prompt.device)[None]
+        return cls(model, prompt, kwargs)
+
     def __call__(self, ids: torch.Tensor, new: int, cache: Cache) -> dict[str, Any]:
-        """Arguments for the last `new` tokens of `ids`, [1, tokens], and their logits; `cache` holds those before."""
+        """As said of `FeedsForward`."""
         kwargs, grown = dict(self.kwargs), ids.shape[1] - self.start
         for name, extend in _EXTENDED.items():
             if (known := kwargs.get(name)) is not None:

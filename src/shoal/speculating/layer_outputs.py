@@ -42,9 +42,9 @@ class LayerOutputs:
 
         return seen
 
-    def keep_accepted(self, new: int, kept: int) -> None:
-        """A round is over that verified `new` tokens; behind the first `kept` of them a token was written."""
-        outputs = [torch.cat(found, -2)[..., -new:, :][..., :kept, :] for found in self._round]
+    def keep_accepted(self, new: int, places: Sequence[int]) -> None:
+        """A round is over that verified `new` tokens; behind those at `places` a token was written."""
+        outputs = [torch.cat(found, -2)[..., -new:, :][..., list(places), :] for found in self._round]
         before = self._kept or [one[..., :0, :] for one in outputs]
         self._kept = [torch.cat(pair, -2)[..., -MOST:, :] for pair in zip(before, outputs, strict=True)]
         for found in self._round:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,33 +10,20 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from shoal.decoding.growing_text import GrowingText
-from shoal.speculating.accept import Proposal, accept_or_resample, pick
+from shoal.speculating.accept import Candidate, Proposal, accept_one_of, largest_chance, pick
 from shoal.speculating.chooser import Chooser, Finder
 from shoal.speculating.draft_context import DraftContext
 from shoal.speculating.draft_runner import Draft, DraftRunner, PreparedDraft
 from shoal.speculating.forward_inputs import ForwardInputs
+from shoal.speculating.generation_settings import GenerationSettings
 from shoal.speculating.layer_outputs import LayerOutputs
 from shoal.speculating.lengths import Length
-from shoal.speculating.rows import drop_last_tokens, forget_past, keep_past, require_croppable, require_dynamic
+from shoal.speculating.masked_draft import Masked, draft_masked
+from shoal.speculating.rows import forget_past, keep_past, keep_places, require_croppable, require_dynamic
 from shoal.speculating.stats import CLOSE, PhaseProfiler, Stats
-
-
-@dataclass
-class GenerationSettings:
-    """How tokens are chosen and when to stop: what `generate` prepared."""
-
-    processors: Any
-    criteria: Any
-    sample: bool
-    end: int
-    """The length of text at which generation ends at the latest."""
-    streamer: Any = None
-    scores: list[torch.Tensor] | None = None
-    logits: list[torch.Tensor] | None = None
-
-    def processed(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Scores [1, vocabulary] that the next token behind `ids` is chosen by."""
-        return self.processors(ids, logits) if len(self.processors) else logits
+from shoal.speculating.token_tree import TreeShape
+from shoal.speculating.tree_drafting import draft_tree
+from shoal.speculating.tree_masks import require_plain_rows
 
 
 class Loop:
@@ -51,8 +37,9 @@ class Loop:
         length: Length,
         rules: GenerationSettings,
         profiler: PhaseProfiler,
+        tree: TreeShape | None = None,
     ) -> None:
-        self.runner, self.chooser, self.finder = runner, chooser, finder
+        self.runner, self.chooser, self.finder, self.tree = runner, chooser, finder, tree
         self.length, self.rules, self.profiler = length, rules, profiler
         self.stats: Stats = profiler.stats
         self.prepared: PreparedDraft | None = None
@@ -73,9 +60,11 @@ class Loop:
         cache: Cache = out.past_key_values
         require_dynamic(cache)
         require_croppable(cache)
+        if self.tree is not None:
+            require_plain_rows(cache)
         self.feed, self.cache = ForwardInputs(self.runner.model, ids, kwargs), cache
         self.text = GrowingText(ids, self.rules.criteria, self.rules.streamer)
-        self._commit(out.logits[:, -1].to(dtype=torch.float32, copy=True), None, None)
+        self._commit(out.logits[:, -1].to(dtype=torch.float32, copy=True), Proposal(), 0)
         del out
         recording = keep_past(cache)
         try:
@@ -94,21 +83,16 @@ class Loop:
         text = torch.cat([self.ids, self.ids.new_tensor([proposal.tokens])], -1) if len(proposal) else self.ids
         with self.profiler.on("verify"):
             logits = self.runner.full(self.feed, text, new, self.cache) if draft is None else draft.verify(text, new)
-        kept = 0
-        for position in range(new):
-            drafted = proposal.tokens[position] if position < len(proposal) else None
-            matches = self._commit(
-                logits[position : position + 1],
-                drafted,
-                proposal.probabilities[position] if drafted is not None else None,
-            )
-            kept += 1
-            if self.text.done or not matches:
+        places = [0]
+        while True:
+            place = self._commit(logits[places[-1] : places[-1] + 1], proposal, places[-1])
+            if self.text.done or place is None:
                 break
-        accepted = kept if matches else kept - 1
+            places.append(place)
+        accepted = len(places) - (place is None)
         if self.outputs is not None:
-            self.outputs.keep_accepted(new, kept)
-        drop_last_tokens(self.cache, new - kept)
+            self.outputs.keep_accepted(new, places)
+        keep_places(self.cache, new, places)
         self._count(proposal, accepted)
 
     def _count(self, proposal: Proposal, accepted: int) -> None:
@@ -116,7 +100,7 @@ class Loop:
         self.stats.accepted += accepted
         self.stats.looked_up += len(proposal) if proposal.looked_up else 0
         if not proposal.looked_up:
-            self.length.update(len(proposal), accepted)
+            self.length.update(proposal.length, accepted)
 
     def _propose(self, most: int) -> tuple[Proposal, Draft | None]:
         if most < 1:
@@ -124,7 +108,10 @@ class Loop:
         with self.profiler.on("draft"):
             found = self.finder.find(self.ids, most) if self.finder is not None else []
         if found:
-            return Proposal(found, [None] * len(found), looked_up=True), None
+            proposal = Proposal(looked_up=True)
+            for token in found:
+                proposal.add(token, None)
+            return proposal, None
         if self.chooser is None or self.length.rests():
             return Proposal(), None
         self._choose()
@@ -146,37 +133,36 @@ class Loop:
     def _draft(self, most: int) -> tuple[Proposal, Draft]:
         assert self.prepared is not None
         draft, proposal, text = Draft(self.runner, self.prepared, self.feed, self.cache), Proposal(), self.ids
+        if isinstance(self.chooser, Masked):
+            return draft_masked(draft, self.chooser, text, most, self.rules, self.length), draft
+        if self.tree is not None:
+            return draft_tree(draft, self.tree, text, most, self.rules, self.length), draft
         while len(proposal) < most:
             scores = self.rules.processed(text, draft.next(text))
             token, probabilities = pick(scores, self.rules.sample)
-            proposal.tokens.append(token)
-            proposal.probabilities.append(probabilities)
+            proposal.add(token, probabilities)
             text = torch.cat([text, text.new_tensor([[token]])], -1)
-            if self.length.looks and self.length.stops(_largest(scores, probabilities)):
+            if self.length.looks and self.length.stops(largest_chance(scores, probabilities)):
                 break
         return proposal, draft
 
-    def _commit(self, logits: torch.Tensor, drafted: int | None, probabilities: torch.Tensor | None) -> bool:
-        """Choose the next token by the base model's logits [1, vocabulary]; True when it is the drafted one."""
-        rules = self.rules
+    def _commit(self, logits: torch.Tensor, proposal: Proposal, place: int) -> int | None:
+        """Choose the token behind `place` by the base model's logits [1, vocabulary]; the place of a drafted token that
+        it is, None where none is."""
+        rules, behind = self.rules, proposal.children(place)
         if rules.logits is not None:
             rules.logits.append(logits.clone())
         scores = rules.processed(self.ids, logits)
         if rules.scores is not None:
             rules.scores.append(scores)
-        token, matches = accept_or_resample(scores, drafted, probabilities, rules.sample)
+        drafted: list[Candidate] = [(proposal.tokens[one - 1], proposal.probabilities[one - 1]) for one in behind]
+        token, which = accept_one_of(scores, drafted, rules.sample)
         if not rules.sample:
             best = scores.topk(2).values[0]
             self.stats.close_calls += bool(best[0] - best[1] < CLOSE)
         self.text.add(self.ids.new_tensor([token]), None if rules.scores is None else tuple(rules.scores))
         self.stats.tokens += 1
-        return matches
-
-
-def _largest(scores: torch.Tensor, probabilities: torch.Tensor | None) -> float:
-    if probabilities is not None:
-        return float(probabilities.max())
-    return float((scores.max() - scores.logsumexp(-1)).exp())
+        return None if which is None else behind[which]
 
 
 def answer(ids: torch.Tensor, cache: Cache, rules: GenerationSettings, as_dict: bool) -> Any:

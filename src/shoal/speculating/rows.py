@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from shoal.errors import UsageError
@@ -23,15 +24,26 @@ def select_rows(cache: Cache, rows: Sequence[int], shared: int) -> Cache:
     return out
 
 
-def drop_last_tokens(cache: Cache, tokens: int) -> None:
-    """Remove the last `tokens` tokens from every row; sliding rows are brought back to their window."""
+def keep_places(cache: Cache, new: int, places: Sequence[int]) -> None:
+    """Of the last `new` tokens keep those at `places`, which ascend, in every row; sliding rows are brought back to
+    their window, for which the places must be the first ones."""
+    in_line = list(places) == list(range(len(places)))
     for row in cache.layers:
         if row.is_initialized and row.keys is not None:
-            row.crop(-tokens)
+            if not in_line:
+                row.keys, row.values = (_moved_up(held, new, places) for held in (row.keys, row.values))
+            row.crop(len(places) - new)
+
+
+def _moved_up(held: torch.Tensor, new: int, places: Sequence[int]) -> torch.Tensor:
+    """`held`, [..., tokens, dim], with those of its last `new` tokens that stand at `places` in front of the others."""
+    start = held.shape[-2] - new
+    kept = held[..., [start + place for place in places], :]
+    return torch.cat([held[..., :start, :], kept, held[..., start + len(places) :, :]], -2)
 
 
 def keep_past(cache: Cache) -> list[object]:
-    """Sliding rows keep what has left the window until `drop_last_tokens`; returns those that did not before."""
+    """Sliding rows keep what has left the window until `keep_places`; returns those that did not before."""
     changed: list[object] = [row for row in cache.layers if getattr(row, "record_past", True) is False]
     cache.activate_past_recording()
     return changed

@@ -18,11 +18,14 @@ from shoal.errors import UsageError
 from shoal.models.kinds import require_causal
 from shoal.models.stacks import unwrap
 from shoal.speculating.draft_runner import DraftRunner
+from shoal.speculating.generation_settings import GenerationSettings
 from shoal.speculating.lengths import Confidence, Length
-from shoal.speculating.loop import GenerationSettings, Loop, answer
+from shoal.speculating.loop import Loop, answer
+from shoal.speculating.masked_draft import Masked
 from shoal.speculating.parse import ParsedDraft, parse_draft
 from shoal.speculating.rows import require_dynamic
 from shoal.speculating.stats import PhaseProfiler, Stats
+from shoal.speculating.tree_masks import require_trees
 
 
 class Speculator:
@@ -33,10 +36,11 @@ class Speculator:
     distribution. Logits processors act on draft and base model alike; stopping criteria are asked at every token.
 
     `model`: any causal language model of transformers whose KV cache can be cropped; it is touched during `generate`
-    only. `draft`: a kind with its options (exit:8, skip:0-11,14-29, lookup, lookup+exit:8; see `shoal ls drafts`).
+    only. `draft`: a kind with its options (exit:8, skip:0-11,14-29, lookup+exit:8, swift+tree; see `shoal ls drafts`).
     `length`: tokens drafted at most. `confidence`: see `Length`. `share`: reuse of the layers that the draft ran as the
     base model would. `count`: layers counted by hooks. Raises U58x and P1xx for what cannot be drafted with, M322 for a
-    model that is not causal, U611 for one that keeps a recurrent state, P122 when a plan is running on it.
+    model that is not causal, U611 for one that keeps a recurrent state, U705 for one that cannot verify a tree, P122
+    when a plan is running on it.
     """
 
     def __init__(
@@ -60,12 +64,16 @@ class Speculator:
         self.model: PreTrainedModel = inner
         self.runner = DraftRunner(inner, share=share)
         self.recipe = parse_draft(draft, self.runner.spec) if isinstance(draft, str) else draft
+        if isinstance(self.recipe.chooser, Masked):
+            self.runner.share = False  # its layers have seen masks where the drafted tokens stand
         self.length = Length(length, confidence)
         self.count = count
         self.stats = Stats()
         """Of the last generation."""
         if self.recipe.chooser is not None:
             self.runner.prepare(self.recipe.chooser.begin(self.runner.spec))
+        if self.recipe.tree is not None:
+            require_trees(self.runner)
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -114,7 +122,7 @@ class Speculator:
         )
         length = Length(self.length.most, self.length.confidence)
         with self.runner as runner, model._optimize_model_for_decode():
-            loop = Loop(runner, self.recipe.chooser, self.recipe.finder, length, rules, profiler)
+            loop = Loop(runner, self.recipe.chooser, self.recipe.finder, length, rules, profiler, self.recipe.tree)
             prefill = partial(model._prefill, input_ids, generation_config, kwargs, is_first_iteration=True)
             if self.count:
                 with profiler.counting(runner.stack, runner.facts.layers):

@@ -31,6 +31,7 @@ class Stats:
     rounds: int = 0
     """Verifications: forward passes of the base model behind the prefill, drafted tokens before them or not."""
     drafted: int = 0
+    """Of a tree every token counts, and one at most of each level can stand."""
     accepted: int = 0
     looked_up: int = 0
     """Of the drafted, those that came from prompt lookup."""
