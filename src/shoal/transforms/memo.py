@@ -35,11 +35,12 @@ def memo(job: Job, *, entries: int = 256, skip_first: int = 1, outlier: float = 
     It is meant for mlps (plans as 0-13,14a,15-29): what an attention makes of a token is no function of its state
     alone. Runs live only.
 
-    Source: after ConvMemo (Khan et al. 2019, doi 10.1007/978-3-030-27562-4_5: tables that map clustered inputs of
-    convolutions to outputs).
+    Source: after ConvMemo (de Moura et al. 2019, Skipping CNN Convolutions Through Efficient Memoization, doi
+    10.1007/978-3-030-27562-4_5): tables from the inputs of convolutions to their outputs.
 
-    How we differ: no convolutions, so no saving of overlapping patches; whole states are clustered, by k-means; outputs
-    are means over the tokens of a cluster. The paper was read as its abstract alone.
+    How we differ: mlps of Transformers in place of convolutions; inputs are clustered, where the paper groups output
+    values to make tables small, and indexed by the nearest centre, for which the paper has a mapping of its own. It was
+    read as its abstract alone.
 
     Raises U555 for no entries.
     """
