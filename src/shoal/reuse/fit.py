@@ -72,9 +72,8 @@ def fit_reuse(
     Raises U707 for numbers that cannot be learned with, U708 for runs of other lengths, U709 for branches that cannot
     be reused or a loss that is no number.
 
-    Source: Ma et al. 2024 (Learning-to-Cache, arXiv 2406.01733, equations 4 and 5, and released code: MSE to the
-    dense output, AdamW without decay, clamped; its weights are 1e-6 to 5e-6, rates 1e-3 and 1e-2, thresholds 0.1 and
-    0.9).
+    Source: Ma et al. 2024 (Learning-to-Cache, arXiv 2406.01733), as in its released code for DiT: MSE to the dense
+    output, AdamW without decay, clamped; weights 1e-6 to 5e-6, rates 1e-3 and 1e-2, thresholds 0.1 and 0.9.
 
     How we differ: states come from recorded runs of the sampler, not from noised images and one step of DDIM, so no
     images are needed; parameters begin at the schedule's betas in place of normal random numbers, so that a result does

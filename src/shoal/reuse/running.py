@@ -40,7 +40,7 @@ def reusing(model: nn.Module, schedule: ReuseSchedule) -> Iterator[ReuseTrace]:
     Raises U707 where the model lacks a branch of the schedule, U708 for more calls than the schedule has steps, U709
     where a branch is called twice in a step, not in every step, with other shapes, or makes no tensor.
 
-    Source: Ma et al. 2024 (Learning-to-Cache, arXiv 2406.01733, equation 5 at inference).
+    Source: Ma et al. 2024 (Learning-to-Cache, arXiv 2406.01733; as in its released code for DiT).
 
     How we differ: branches are any modules; in the released code a computed branch of a cache step replaces what was
     kept, which is the same where full and cache steps alternate.
