@@ -14,6 +14,7 @@ from torch import nn
 from shoal.errors import UsageError
 from shoal.evaluation import Progress
 from shoal.fitting.train import frozen
+from shoal.models.precision import in_float64
 from shoal.reuse.branches import Call, around_forwards, copied
 from shoal.reuse.running import SteppedRun, first_tensor, reusing
 from shoal.reuse.schedule import ReuseSchedule
@@ -101,10 +102,10 @@ def reuse_error(model: nn.Module, schedule: ReuseSchedule, runs: Sequence[Sequen
     missed = size = 0.0
     with frozen(model):
         for calls in runs:
-            dense = [_output(model(*args, **kwargs)).double() for args, kwargs in calls]
+            dense = [in_float64(_output(model(*args, **kwargs))) for args, kwargs in calls]
             with reusing(model, schedule):
                 for (args, kwargs), wanted in zip(calls, dense, strict=True):
-                    missed += float((_output(model(*args, **kwargs)).double() - wanted).square().sum())
+                    missed += float((in_float64(_output(model(*args, **kwargs))) - wanted).square().sum())
                     size += float(wanted.square().sum())
     return missed / size if size else missed
 
