@@ -25,8 +25,9 @@ pretrained model can be asked for. **In part**: the last column says what cannot
 built. **No**: it does not fit, for the reason in the last column. Training from random numbers, which most of these
 papers do, is nowhere part of Shoal.
 
-*By*: commands, written without `shoal` and the model, and plans in [depth notation](plans.md). *Entries*: what names
-the work as its source; how each differs from the paper stands in the catalogue. *Held by*: files of tests.
+*By*: commands, written without `shoal` and the model, plans in [depth notation](plans.md), and what Python imports.
+*Entries*: what names the work as its source; how each differs from the paper stands in the catalogue. *Held by*: files
+of tests.
 
 To add a work, or to change a verdict, edit its line in `docs/systems.toml`."""
 

@@ -95,6 +95,7 @@ NOT_RUN = {
 """By the beginning of the command, why it is not run."""
 
 BLOCKS = {
+    "from diffusers import DiTPipeline": "loads a diffusion model; test_reuse_diffusers runs a tiny one",
     "from openai import OpenAI": "needs the package openai; tests/contract/test_serve_openai.py asks the same",
     "from shoal.decoding.fast import FastDecoder": "compiles: run with -m slow",
     "import shoal\n\nloaded = shoal.load": "searches greedily among thirty layers: run with -m slow",

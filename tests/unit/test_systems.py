@@ -48,6 +48,9 @@ ENTRIES: dict[str, Kind] = {
 def entries_of(text: str) -> list[Entry]:
     """What a command names of the registry; nothing for a plan. Raises ShoalError or KeyError for what is not there."""
     base = Plan.identity(two_stacks())
+    if text.startswith("from shoal."):
+        require_function(text)
+        return []
     verb, *words = shlex.split(text)
     if verb not in VERBS:
         parse_plan(text, base)
@@ -64,6 +67,14 @@ def entries_of(text: str) -> list[Entry]:
         elif option == "--budget":
             parse_budget(value)
     return found
+
+
+def require_function(text: str) -> None:
+    """Raise KeyError unless what is to be imported is defined there; torch is not imported for that."""
+    _, module, _, name = text.split()
+    file = ROOT / "src" / (module.replace(".", "/") + ".py")
+    if not file.is_file() or not re.search(rf"^(def|class) {name}\b", file.read_text(encoding="utf-8"), re.MULTILINE):
+        raise KeyError(f"there is no {name} in {module}")
 
 
 def tries(text: str, entry: Entry) -> bool:
@@ -124,6 +135,9 @@ def test_what_a_row_names_is_there(work: Work) -> None:
     assert problems(work) == []
 
 
+READ = "from shoal.systems import read"
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [
@@ -133,6 +147,8 @@ def test_what_a_row_names_is_there(work: Work) -> None:
         ({"by": ("prune --methods tyukin",)}, "prune has no option --methods"),
         ({"by": ("0-3,5-",)}, "cannot read"),
         ({"by": ("runs",)}, "cannot read"),
+        ({"by": ("from shoal.systems import works",)}, "there is no works in shoal.systems"),
+        ({"by": ("from shoal.nowhere import read",)}, "there is no read in shoal.nowhere"),
         ({"by": ()}, "a by is due"),
         ({"tests": ("test_of_nothing",)}, "there is no test test_of_nothing"),
         ({"tests": ()}, "a tests is due"),
@@ -143,7 +159,7 @@ def test_what_a_row_names_is_there(work: Work) -> None:
     ],
 )  # fmt: skip
 def test_a_row_that_is_wrong_is_found(line: dict[str, Any], found: str) -> None:
-    right = {"id": "none", "shoal": "yes", "by": ("prune --method shortgpt", "0-3"), "tests": ("test_systems",)}
+    right = {"id": "none", "shoal": "yes", "by": ("prune --method shortgpt", "0-3", READ), "tests": ("test_systems",)}
     assert problems(Work("nobody's", **right)) == []
     assert any(found in one for one in problems(Work("nobody's", **{**right, **line})))
 

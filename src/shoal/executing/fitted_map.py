@@ -12,7 +12,7 @@ from shoal.plan.tensors import MAP_TENSORS
 
 
 class FittedMap:
-    """y = x W^T + b, y = x + up(inner(x)) + b or y = scale * x + b; x is [..., hidden].
+    """y = x W^T + b, y = x + up(inner(x)) + b, y = scale * x + b or y = x + values[nearest entry]; x is [..., hidden].
 
     With a limit, tokens whose norm is larger are handed on as they are: an attention sink, a hundred times as long as
     the others, would be moved by more than a layer ever moves it. This asks for no position, so it holds with any cache
@@ -26,9 +26,14 @@ class FittedMap:
         self._names = [name for name in MAP_TENSORS if name in tensors]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        found = {name: self._converted(name, self.tensors[name], hidden.device, hidden.dtype) for name in self._names}
+        # between two keys float32 decides, in every model
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        dtypes = {name: wide if name == "keys" else hidden.dtype for name in self._names}
+        found = {name: self._converted(name, self.tensors[name], hidden.device, own) for name, own in dtypes.items()}
         weight, scale, up, bias, limit = (found.get(name) for name in ("weight", "scale", "up", "bias", "limit"))
-        if weight is not None:
+        if "keys" in found:
+            out = hidden + found["values"][nearest_entry(hidden, found["keys"])]
+        elif weight is not None:
             out = nn.functional.linear(hidden, weight, bias)
         elif up is not None:
             out = hidden + nn.functional.linear(_inner(hidden, found.get("gate"), found.get("down")), up, bias)
@@ -39,6 +44,20 @@ class FittedMap:
             return out
         # half precision cannot hold the square of an outlier
         return torch.where(hidden.float().norm(dim=-1, keepdim=True) <= limit.float(), out, hidden)
+
+
+def nearest_entry(hidden: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The number of the key [entries, hidden] that is nearest to each state [..., hidden], scaled to a root mean square
+    of 1, as [...]."""
+    states = scaled(hidden.to(keys.dtype))
+    return (states @ keys.T - keys.square().sum(-1) / 2).argmax(-1)
+
+
+def scaled(states: torch.Tensor) -> torch.Tensor:
+    """States [..., hidden] with a root mean square of 1: what a norm in front of a part leaves of them, without its
+    weights."""
+    size = states.square().mean(-1, keepdim=True).sqrt()
+    return states / size.clamp(min=torch.finfo(states.dtype).tiny)
 
 
 def _inner(hidden: torch.Tensor, gate: torch.Tensor | None, down: torch.Tensor | None) -> torch.Tensor:

@@ -32,7 +32,7 @@ from shoal.models.opened import OpenedModel
 from shoal.plan import Plan, Run
 from shoal.plan.steps import Step, gate_of, runs
 
-FIXED = ("limit",)
+FIXED = ("limit", "keys")
 """Tensors of a map that no gradient reaches."""
 
 

@@ -115,7 +115,7 @@ def map_size(step: Map, hidden: int, weights: Shapes | None = None) -> MapSize:
 def _map_size(own: dict[str, int], hidden: int) -> MapSize:
     if not own:
         return MapSize(hidden * (hidden + 1), 2 * hidden**2)
-    return MapSize(sum(own.values()), 2 * sum(own.get(name, 0) for name in ("weight", "gate", "down", "up")))
+    return MapSize(sum(own.values()), 2 * sum(own.get(name, 0) for name in ("weight", "gate", "down", "up", "keys")))
 
 
 class _Reading(NamedTuple):

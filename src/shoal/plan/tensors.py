@@ -26,7 +26,7 @@ Finding = tuple[str, int | None, str]
 
 SHARES = "values"
 """ID.values [2] of a run with values beside its own (`13@v0+:ID`): the share of those, and of its own."""
-MAP_TENSORS = ("weight", "bias", "gate", "down", "up", "scale", "limit")
+MAP_TENSORS = ("weight", "bias", "gate", "down", "up", "scale", "keys", "values", "limit")
 """The tensors that a map can have, ID.NAME."""
 
 
@@ -70,15 +70,17 @@ def map_tensors(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> It
     """P112 and P113 for maps.
 
     A map is `weight` [hidden, hidden]; or `up` [hidden, rank] with `down` [rank, hidden], `gate` [rank, hidden] (a
-    feed-forward net) or both (SwiGLU); or `scale` [hidden]. `bias` [hidden] or none; `limit` [1] or none, the norm
-    above which a token is handed on as it is.
+    feed-forward net) or both (SwiGLU); or `scale` [hidden]; or a table, `keys` with `values` [entries, hidden].
+    `bias` [hidden] or none, none of a table; `limit` [1] or none, the norm above which a token is handed on as it is.
     """
     size = stack.hidden
     for step in maps(steps):
         weight, down, up, bias = (shapes.get(f"{step.weights}.{name}") for name in ("weight", "down", "up", "bias"))
         here = f"the map for {stack.name} layers {step.first}-{step.last}"
         scale, limit, gate = (shapes.get(f"{step.weights}.{name}") for name in ("scale", "limit", "gate"))
-        if weight is None and scale is None and (up is None or (down is None and gate is None)):
+        keys, values = (shapes.get(f"{step.weights}.{name}") for name in ("keys", "values"))
+        table = keys is not None or values is not None
+        if weight is None and scale is None and not table and (up is None or (down is None and gate is None)):
             yield "P112", step.first, f"{here} needs the tensor {step.weights}.weight; fit it first"
         wrong = [
             f"{step.weights}.{name} is {list(found)} instead of {list(right)}"
@@ -94,6 +96,8 @@ def map_tensors(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> It
             if inner is not None and up is not None and (inner[1:] != (size,) or up != (size, *inner[:1])):
                 pair = f"{step.weights}.{name} is {list(inner)} and .up is {list(up)}"
                 wrong.append(f"{pair} instead of [rank, {size}] and [{size}, rank]")
+        if table:
+            wrong += _unfit_table(step.weights, tensors_of(step.weights, shapes), size)
         wrong += [
             f"{step.weights}.{name} is no tensor of a map"
             for name in tensors_of(step.weights, shapes)
@@ -101,6 +105,17 @@ def map_tensors(steps: tuple[Step, ...], stack: StackSpec, shapes: Shapes) -> It
         ]
         for what in wrong:
             yield "P113", step.first, f"{here} does not fit: {what}; fit it on this model"
+
+
+def _unfit_table(weights_id: str, own: Shapes, size: int) -> Iterator[str]:
+    keys, values = own.get("keys"), own.get("values")
+    if keys is None or values is None:
+        yield f"{weights_id} has one of keys and values, and a table is both"
+    elif keys != values or keys[1:] != (size,) or not keys[0]:
+        yield f"{weights_id}.keys is {list(keys)} and .values is {list(values)} instead of [entries, {size}] both"
+    beside = next((name for name in own if name in MAP_TENSORS and name not in ("keys", "values", "limit")), None)
+    if beside is not None:
+        yield f"{weights_id}.{beside} stands beside a table, which has keys, values and limit"
 
 
 def missing_tensors(steps: tuple[Step, ...], shapes: Shapes) -> Iterator[Finding]:
