@@ -23,6 +23,7 @@ from shoal.deciding.decisions import (
     logical_and,
     logical_not,
     select,
+    taken,
     weight_of,
     weighted,
 )
@@ -193,12 +194,14 @@ class GatedExecutor(FillingExecutor):
         if mlp is not None:
             forward.ran(0.5, logical_and(mlp, active))
         gated, fill = self.gated[position], self.fills[step.kv.fill]
+        reads = answer.reads if isinstance(answer, Soft) else None
+        carried, hidden = hidden, hidden if reads is None else reads.to(hidden.device)
         if active is False and learns and forward.left is not True:
             active = hidden.new_zeros(forward.view.rows, forward.view.tokens, dtype=torch.bool)
         if active is False:
             if gated is not None:
                 fill.skipped(gated, forward, hidden, call)
-            return hidden
+            return carried
         # whoever left and is to run later anyway may as well run now: its state goes on, its answer is kept
         stored = True if fill.runs_all else active
         run = replace(step, part="attention") if mlp is False and not learns else step
@@ -212,7 +215,10 @@ class GatedExecutor(FillingExecutor):
             out = self._called(run, gated, hidden, call, stored) if gated else self._with(None, run, slot, hidden, call)
         finally:
             self.around = ()
-        out = select(stored, out, hidden) if weight is None or mlp is not None else weighted(weight, out, hidden)
+        if reads is not None and weight is not None:
+            out = taken(stored, weight, out, hidden, carried)
+        else:
+            out = select(stored, out, hidden) if weight is None or mlp is not None else weighted(weight, out, hidden)
         forward.before = hidden
         if watched:
             policy.after_run(step, forward.view, hidden if seen is None else seen.of(run, hidden, out, call), out)
