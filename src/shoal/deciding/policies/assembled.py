@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from shoal.deciding.choices import ChoiceOptions, Choosing, places_of
-from shoal.deciding.gating import halved
+from shoal.deciding.gating import filled, halved
 from shoal.deciding.policy import Grain, Policy
 from shoal.deciding.policy_options import layer_list
 from shoal.errors import UsageError
@@ -15,7 +15,7 @@ from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Run, Spec, format_steps
 from shoal.plan.select import whole_run
 from shoal.plan.sources import Fill
-from shoal.plan.steps import PARTS, decides, writes_kv
+from shoal.plan.steps import PARTS, decides
 
 EXAMPLES = PolicyExamples(
     deciding=("assembled:layers=1-2,choose=skip", "assembled:layers=1-2,choose=skip,part=layer,fill=mask",
@@ -27,7 +27,7 @@ EXAMPLES = PolicyExamples(
             "assembled:layers=1-2,part=layer,choose=own,steps=1,fill=mask": "0,1,3"},
     refused=(
         Refusal("routers that have not learned", "assembled:layers=1-2", "U714", "pick-0a-0.weight"),
-        Refusal("no stretch of the plan", "assembled:layers=1,choose=own", "U716", "layers=1", plan="0-1,1-3"),
+        Refusal("no stretch of the plan", "assembled:layers=1-2,choose=own", "U716", "layers=1,2", plan="0,2-3"),
         Refusal("layers apart", "assembled:layers=1,3,choose=own", "U716", "layers=1,3"),
         Refusal("no steps", "assembled:steps=0,choose=own", "U716", "steps=0"),
         Refusal("a reach below 0", "assembled:reach=-1,choose=own", "U716", "reach=-1"),
@@ -129,7 +129,7 @@ def _placed(
     there = plan.steps()
     at = next((n for n in range(len(there)) if [run.layer for run in map(whole_run, there[n : n + len(named)]) if run]
                == list(named)), None)  # fmt: skip
-    if not named or at is None or len([step for step in there if whole_run(step)]) < len(named):
+    if not named or at is None:
         raise _wrong(f"layers={','.join(map(str, named))} is no stretch of the plan {format_steps(there)}",
                      "name whole layers that follow each other there")  # fmt: skip
     pool = there[at : at + len(named)]
@@ -142,7 +142,7 @@ def _placed(
         for modules in kinds:
             for number, run in enumerate(modules):
                 if reach is None or abs(number - own) <= reach:
-                    kv = replace(run.kv, fill=fill) if writes_kv(run) and run.part != "mlp" else run.kv
+                    kv = filled(run, spec.stack().layers[run.layer], fill)
                     made.append(replace(run, gate=f"{GATE}-{step}{run.part[0]}-{number}", kv=kv))
     return plan.with_steps((*there[:at], *made, *there[at + len(named) :]))
 
