@@ -110,11 +110,12 @@ def taken(
 ) -> torch.Tensor:
     """What is carried behind one of several runs that read one state: `out` for the tokens of `where` and `carried` for
     the others, bit for bit, with the gradient that `weight` [batch or 1, tokens] has as the share of `out` - `read`."""
-    found = select(where, out, carried)
     if not weight.requires_grad or not torch.is_grad_enabled():
-        return found
+        return select(where, out, carried)
+    read, carried = read.to(out.device), carried.to(out.device)
     share = (weight - weight.detach()).to(device=out.device, dtype=out.dtype)[..., None]  # 0, with a gradient
-    return found + share * (out - read.to(out.device)).detach()
+    # whoever takes this one has taken none before: carried is read there, and their difference the other gradients
+    return select(where, out + (carried - read), carried) + share * (out - read).detach()
 
 
 def weighted(weight: torch.Tensor, then: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
