@@ -110,9 +110,9 @@ TURNED = "0,2,1,3"
 
 
 @cache
-def two_orders() -> Any:
-    """A model whose layers 1 and 2 do not commute. The first number of a state says which half of the vocabulary its
-    token is of; nobody changes it, and a token is followed by one of its own half."""
+def two_orders(strength: float = 2.0) -> Any:
+    """A model whose layers 1 and 2, of this `strength`, do not commute. The first number of a state says which half of
+    the vocabulary its token is of; nobody changes it, and a token is followed by one of its own half."""
     model: Any = copy.deepcopy(tiny("llama"))
     model.tie_weights = lambda *_, **__: None
     mark = torch.where(torch.arange(VOCAB) < HALF, -1.0, 1.0)
@@ -121,16 +121,16 @@ def two_orders() -> Any:
         for number, layer in enumerate(find_stack(model).layers):
             for name in ("self_attn.o_proj", "mlp.down_proj"):
                 weight = layer.get_submodule(name).weight
-                weight.mul_(2.0 if number in (1, 2) else 1.0)
+                weight.mul_(strength if number in (1, 2) else 1.0)
                 weight[0] = 0.0
         model.lm_head.weight.mul_(3.0)
         model.lm_head.weight[:, 0] = 6 * mark
     return model
 
 
-def written(count: int, seed: int, plans: tuple[str, str] = ("0-3", TURNED)) -> torch.Tensor:
+def written(count: int, seed: int, plans: tuple[str, str] = ("0-3", TURNED), strength: float = 2.0) -> torch.Tensor:
     """Texts in the lower half as the first plan writes them, and in the upper half as the second does."""
-    model = two_orders()
+    model = two_orders(strength)
     ids = torch.randint(3, VOCAB, (count, 1), generator=torch.Generator().manual_seed(seed)).repeat(1, 16)
     upper = ids[:, 0] >= HALF
     for rows, plan in zip((~upper, upper), plans, strict=True):
@@ -140,10 +140,13 @@ def written(count: int, seed: int, plans: tuple[str, str] = ("0-3", TURNED)) -> 
     return ids
 
 
-def loss_of(ids: torch.Tensor, plan: Any, tensors: Any = None, policy: str | None = None) -> torch.Tensor:
+def loss_of(
+    ids: torch.Tensor, plan: Any, tensors: Any = None, policy: str | None = None, strength: float = 2.0
+) -> torch.Tensor:
     """Of each row, [batch]."""
-    with torch.no_grad(), running(two_orders(), plan, tensors, policy=policy):
-        scores = two_orders()(ids).logits[:, :-1].log_softmax(-1)
+    model = two_orders(strength)
+    with torch.no_grad(), running(model, plan, tensors, policy=policy):
+        scores = model(ids).logits[:, :-1].log_softmax(-1)
     return -scores.gather(-1, ids[:, 1:, None])[..., 0].mean(-1)
 
 
@@ -178,9 +181,9 @@ def test_exploration_makes_every_order_used() -> None:
     """On texts that all need the second order the other one is taken with a share that grows with the term."""
     ids = written(64, 11)
     data = Windows(data_of(ids[ids[:, 0] >= HALF]))
-    batch = collated([data[row] for row in range(len(data))])
+    batch = collated([data[row] for row in range(6)])
     first = {}
-    for explore in (0.0, 1.0):
+    for explore in (0.0, 3.0):
         terms = ["order-mixture:temperature=1,final_temperature=1", f"choice-use:weight={explore}"]
         with learner_of(
             two_orders(),
@@ -189,16 +192,16 @@ def test_exploration_makes_every_order_used() -> None:
             plan="0-3",
             policy="ordered:orders=1-2+2,1,relax=mixture",
         ) as learner:
-            optimiser = torch.optim.Adam(learner.parameters(), 0.05)
-            for step in range(60):
+            optimiser = torch.optim.Adam(learner.moving_tensors.values(), 0.1)
+            for step in range(40):
                 learner.sides[0].learning = Learning(seed=step)
                 optimiser.zero_grad()
                 learner(**batch)["loss"].backward()
                 optimiser.step()
                 learner.averages.step(Processes())
-            first[explore] = float(learner.sides[0].learning.ledger["choices"][0].mean())
+            first[explore] = float(learner.sides[0].learning.ledger["choices"][0].detach().mean())
     assert first[0.0] < 0.05
-    assert 0.2 < first[1.0] < 0.5
+    assert 0.2 < first[3.0] < 0.5
 
 
 # modules that each token picks
@@ -304,25 +307,25 @@ def test_who_took_the_way_out_takes_nothing_more() -> None:
 def test_planted_each_token_gets_the_module_that_it_needs() -> None:
     """Texts of the lower half are written by layer 1, those of the upper half by layer 2; each has a step's attention
     and mlp to pick."""
-    plans = "0,1,3", "0,2,3"
-    data, held = written(400, 9, plans), written(64, 10, plans)
-    loaded = Loaded(two_orders(), None, "planted")
+    plans, model = ("0,1,3", "0,2,3"), two_orders(4.0)
+    data, held = written(400, 9, plans, 4.0), written(64, 10, plans, 4.0)
+    loaded = Loaded(model, None, "planted")
+    asked = {"layers": "1-2", "steps": 1, "learn": "gates", "rate": 0.05, "temperature": 0.5}
     found = heal(
         loaded, Plan.identity(loaded.opened.spec), "mom", tokens=8000, batch=4, held=32, data=data_of(data),
-        watch=data_of(data[:4]), settings={"layers": "1-2", "steps": 1, "learn": "gates", "rate": 0.05},
+        watch=data_of(data[:4]), settings=asked,
     )  # fmt: skip
-    with torch.no_grad(), running(two_orders(), found.plan, found.weights, policy=found.policy) as handle:
-        two_orders()(held)
+    with torch.no_grad(), running(model, found.plan, found.weights, policy=found.policy) as handle:
+        model(held)
         assert handle.deciding is not None and handle.deciding.executor is not None
         notes = handle.deciding.executor.last.notes  # type: ignore[union-attr]
     wanted = held >= HALF
-    right = {place: float((notes[place].number == wanted).float().mean()) for place in ("pick-0a", "pick-0m")}
-    lost = float(loss_of(held, found.plan, found.weights, found.policy).mean())
-    fixed = [loss_of(held, plan) for plan in plans]
-    best = float(torch.where(wanted[:, 0], fixed[1], fixed[0]).mean())
-    alone = min(float(one.mean()) for one in fixed)
-    assert lost - best < 0.1 * (alone - best), (lost, best, alone, right)
-    assert min(right.values()) > 0.95, right
+    for place in ("pick-0a", "pick-0m"):
+        assert (notes[place].number == wanted).float().mean() > 0.95, place
+    lost = loss_of(held, found.plan, found.weights, found.policy, 4.0).mean()
+    fixed = [loss_of(held, plan, strength=4.0) for plan in plans]
+    best = torch.where(wanted[:, 0], fixed[1], fixed[0]).mean()
+    assert lost - best < 0.1 * (min(one.mean() for one in fixed) - best)
 
 
 # layers in any order
