@@ -192,7 +192,7 @@ def test_exploration_makes_every_order_used() -> None:
             plan="0-3",
             policy="ordered:orders=1-2+2,1,relax=mixture",
         ) as learner:
-            optimiser = torch.optim.Adam(learner.moving_tensors.values(), 0.1)
+            optimiser = torch.optim.Adam(learner.moving_tensors.values(), 0.02)
             for step in range(40):
                 learner.sides[0].learning = Learning(seed=step)
                 optimiser.zero_grad()
