@@ -242,10 +242,10 @@ def recipe_of(
 
 
 def trains_whole(stages: Recipe) -> bool:
-    """Whether there is something to learn for a plan that removes nothing: gates, or exits."""
+    """Whether there is something to learn for a plan that removes nothing: gates, exits, or any order."""
     trained = [stage for stage in stages if isinstance(stage, Stage)]
     terms = [term_of(text) for stage in trained for text in stage.terms]
-    return any(stage.policy for stage in trained) or any(
+    return any(stage.policy or stage.shuffle for stage in trained) or any(
         getattr(import_module(term.entry.module), "TRAINS_WHOLE", False) for term in terms
     )
 

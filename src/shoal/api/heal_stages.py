@@ -146,6 +146,7 @@ def _learner(run: HealRun, stage: Stage, plan: Plan, weights: Tensors, data: Dat
         run.loaded.opened, plan, weights, [selection_of(one) for one in stage.learn],
         [term_of(one) for one in stage.terms], [term_of(one) for one in stage.own_terms], stack=run.stack, data=data,
         teacher=run.teacher, batch=run.run.batch, seed=run.run.seed, fade=stage.fade, policy=stage.policy,
+        shuffle=stage.shuffle,
     )  # fmt: skip
 
 

@@ -25,6 +25,10 @@ class Soft:
     hard: Decision
     weight: torch.Tensor
     """Float [batch or 1, tokens]."""
+    reads: torch.Tensor | None = None
+    """At a run that is one of several of which a token takes one: the state that all of them read, [batch, tokens,
+    hidden], in place of the one that is carried. Weights are 0 and 1 then: a token of `hard` has f(reads), any other
+    keeps what is carried, and the gradient of the weight is that of carried + weight (f(reads) - reads)."""
 
     @property
     def learns(self) -> bool:
@@ -99,6 +103,19 @@ def select(where: Decision, then: torch.Tensor, otherwise: torch.Tensor) -> torc
     if isinstance(where, bool):
         return then if where else otherwise
     return torch.where(over_states(where, then), then, otherwise.to(then.device))
+
+
+def taken(
+    where: Decision, weight: torch.Tensor, out: torch.Tensor, read: torch.Tensor, carried: torch.Tensor
+) -> torch.Tensor:
+    """What is carried behind one of several runs that read one state: `out` for the tokens of `where` and `carried` for
+    the others, bit for bit, with the gradient that `weight` [batch or 1, tokens] has as the share of `out` - `read`."""
+    if not weight.requires_grad or not torch.is_grad_enabled():
+        return select(where, out, carried)
+    read, carried = read.to(out.device), carried.to(out.device)
+    share = (weight - weight.detach()).to(device=out.device, dtype=out.dtype)[..., None]  # 0, with a gradient
+    # whoever takes this one has taken none before: carried is read there, and their difference the other gradients
+    return select(where, out + (carried - read), carried) + share * (out - read).detach()
 
 
 def weighted(weight: torch.Tensor, then: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from shoal.deciding.asked import refuse_asked_of_policy
 from shoal.deciding.decisions import (
+    Decision,
     Soft,
     and_not,
     collapse_uniform,
@@ -23,6 +24,7 @@ from shoal.deciding.decisions import (
     logical_and,
     logical_not,
     select,
+    taken,
     weight_of,
     weighted,
 )
@@ -186,6 +188,15 @@ class GatedExecutor(FillingExecutor):
             return hidden
         return select(left, hidden, self.policy.instead(step, self._forward.view, hidden))
 
+    def _mixed(
+        self, step: Run, stored: Decision, weight: torch.Tensor | None, out: torch.Tensor, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """What a run made for who ran it, and what the others keep."""
+        if stored is True and weight is None:
+            return out
+        others = self._instead(step, hidden)
+        return select(stored, out, others) if weight is None else weighted(weight, out, others)
+
     def _decided(self, position: int, step: Run, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Ask who runs a layer, or its mlp; call it for them, or fill its row of the cache."""
         forward, policy = self._forward, self.policy
@@ -200,12 +211,14 @@ class GatedExecutor(FillingExecutor):
         if mlp is not None:
             forward.ran(0.5, logical_and(mlp, active))
         gated, fill = self.gated[position], self.fills[step.kv.fill]
+        reads = answer.reads if isinstance(answer, Soft) else None
+        carried, hidden = hidden, hidden if reads is None else reads.to(hidden.device)
         if active is False and learns and forward.left is not True:
             active = hidden.new_zeros(forward.view.rows, forward.view.tokens, dtype=torch.bool)
         if active is False:
             if gated is not None:
                 fill.skipped(gated, forward, hidden, call)
-            return self._instead(step, hidden)
+            return carried if reads is not None else self._instead(step, hidden)
         # whoever left and is to run later anyway may as well run now: its state goes on, its answer is kept
         stored = True if fill.runs_all else active
         run = replace(step, part="attention") if mlp is False and not learns else step
@@ -219,8 +232,10 @@ class GatedExecutor(FillingExecutor):
             out = self._called(run, gated, hidden, call, stored) if gated else self._with(None, run, slot, hidden, call)
         finally:
             self.around = ()
-        others = hidden if active is True and weight is None else self._instead(step, hidden)
-        out = select(stored, out, others) if weight is None or mlp is not None else weighted(weight, out, others)
+        if reads is not None and weight is not None:
+            out = taken(stored, weight, out, hidden, carried)
+        else:
+            out = self._mixed(step, stored, None if mlp is not None else weight, out, hidden)
         forward.before = hidden
         if watched:
             policy.after_run(step, forward.view, hidden if seen is None else seen.of(run, hidden, out, call), out)

@@ -36,7 +36,7 @@ def with_gates(
         if run is not None and run.layer in wanted:
             own = gate if isinstance(gate, str) else gate(run)
             if own is not None:
-                gated[at] = replace(run, gate=own, kv=_filled(run, specs[run.layer], fill))
+                gated[at] = replace(run, gate=own, kv=filled(run, specs[run.layer], fill))
             there.add(run.layer)
     if missing := sorted(wanted - there):
         raise UsageError(
@@ -76,7 +76,7 @@ def with_exits_at(plan: Plan, spec: Spec, found: Mapping[int, Iterable[Exit]], f
     specs = spec.stack().layers
     for at, step in enumerate(plan.steps()):
         run = run_of(step) if exits(tuple(placed)) else None
-        placed.append(step if run is None else replace(run, kv=_filled(run, specs[run.layer], fill)))
+        placed.append(step if run is None else replace(run, kv=filled(run, specs[run.layer], fill)))
         placed += found.get(at, ())
     return plan.with_steps(tuple(placed))
 
@@ -95,7 +95,8 @@ def exits_of(plan: Plan) -> dict[str, int]:
     return found
 
 
-def _filled(run: Run, layer: LayerSpec, fill: Fill | None) -> KV:
+def filled(run: Run, layer: LayerSpec, fill: Fill | None) -> KV:
+    """Where a run's keys and values come from and go, with `fill` where it stores some."""
     stores = writes_kv(run) and layer.kv.per_token > 0
     return replace(run.kv, fill=fill) if stores else run.kv
 

@@ -22,6 +22,8 @@ class Learning:
     """Steps of the stage that are done."""
     seed: int = 0
     """Of this step; another one for each step, micro-batch and process."""
+    choice: int = 0
+    """Which candidate is taken where a term compares them, a forward for each (`ordered:relax=mixture`)."""
     ledger: dict[str, list[torch.Tensor]] = field(default_factory=dict, init=False)
     """What the policy wrote down in the newest forward for the terms: logits, probabilities, choices, by names of its
     own, with their graph."""

@@ -21,6 +21,7 @@ from shoal.healing.fading import Fading, with_removed
 from shoal.healing.moving import LearnJob, Moving, Tensors, nothing_moves
 from shoal.healing.seen import Seen
 from shoal.healing.shown import Around, Side, side_of
+from shoal.healing.shuffling import Shuffling
 from shoal.healing.stage import Selection, Term
 from shoal.healing.windows import NOT_COUNTED
 from shoal.models.evaluating import evaluating, keeping_modes
@@ -55,6 +56,7 @@ class Learner(nn.Module):
         """The tensors that the plan named before."""
         self.sides = (student, teacher)
         self.fading: Fading | None = None
+        self.shuffling: Shuffling | None = None
         self.averages = Averages()
         self.policy = ""
         """Who decides about what has learned, as typed; "" for nobody."""
@@ -81,7 +83,7 @@ class Learner(nn.Module):
         for terms, rows in self._parted(own):
             cut = None if mask is None else mask[rows]
             seen = Seen(*self.sides, ids[rows], cut, shift_labels[rows], self.averages)
-            with self.precision():
+            with self.precision(), self._order(ids):
                 for term in terms:
                     value = term.weight * term.function(seen, **term.options)
                     sums[term.text] = sums[term.text] + value if term.text in sums else value
@@ -94,6 +96,13 @@ class Learner(nn.Module):
         if own is None or not self.own_terms or not bool(own.any()):
             return [(self.terms, slice(None))]
         return [(self.own_terms, own), *([] if bool(own.all()) else [(self.terms, ~own)])]
+
+    def _order(self, ids: torch.Tensor) -> AbstractContextManager[None]:
+        """The order in which layers run: drawn for each micro-batch in training, and by its tokens on held-out text, so
+        that the objective is one of any order, and the same whenever it is looked at."""
+        if self.shuffling is None:
+            return nullcontext()
+        return self.shuffling.drawn(self.sides[0].learning.seed if torch.is_grad_enabled() else int(ids.sum()))
 
     def precision(self) -> AbstractContextManager[Any]:
         """What learns is float32: autocast on an accelerator that has bfloat16, and where the base is smaller."""
@@ -144,13 +153,20 @@ def learning(
     seed: int = 0,
     fade: bool = False,
     policy: str = "",
+    shuffle: str = "",
 ) -> Iterator[Learner]:
     """A learner on the opened model, whose parameters, modules and modes are at the end as they were.
 
     `teacher`: another model in place of the whole student. `fade`: what the plan removes fades out meanwhile.
-    `policy`: who decides at gates meanwhile, as typed.
-    Raises U675 where nothing learns, and what the learners raise.
+    `policy`: who decides at gates meanwhile, as typed. `shuffle`: all, or the layers whose order is drawn meanwhile.
+    Raises U675 where nothing learns, U717 for layers that cannot be shuffled, and what the learners raise.
     """
+    if shuffle and (fade or policy):
+        raise UsageError(
+            f"shuffle={shuffle} cannot go with {'layers that fade' if fade else f'the policy {policy}'}, whose places "
+            "are those of the plan; make a stage of each",
+            code="U717",
+        )
     asked = [parameter for parameter in opened.model.parameters() if parameter.requires_grad]
     with ExitStack() as after:
         for parameter in asked:
@@ -175,6 +191,7 @@ def learning(
         side = Side(base, stack, lambda: _several([lambda: evaluating(base.model, gradients=True), *apart]))
         learner = Learner(student, side, movings, terms, own_terms)
         learner.fading, learner.start = fading, weights
+        learner.shuffling = Shuffling(student, shuffle) if shuffle else None
         learner.policy = "" if who is None or who.only_training else policy
         yield learner
 

@@ -71,6 +71,8 @@ class Stage:
     """The share of the plan's removed layers that is gone in this stage; those that matter least go first."""
     fade: bool = False
     """Whether what is removed fades out over the stage instead of being gone from its first step."""
+    shuffle: str = ""
+    """The layers whose order is drawn for each micro-batch, as all or 3-28; on held-out text by its tokens."""
     settings: Settings = field(default_factory=Settings)
 
     def to_dict(self) -> dict[str, Any]:
