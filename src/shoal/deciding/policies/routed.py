@@ -10,12 +10,12 @@ import torch
 from shoal.deciding.decisions import Decision, Soft, straight_through
 from shoal.deciding.forward import ForwardView
 from shoal.deciding.gate_options import GateOptions, Relax, require_sound
+from shoal.deciding.gate_reading import once_for_rows, prompt_mean, state_read
 from shoal.deciding.gating import halved, with_gates
 from shoal.deciding.policy import Grain, Policy
 from shoal.deciding.policy_options import layer_list
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
-from shoal.executing.exit_heads import scaled
 from shoal.executing.weights import Tensors
 from shoal.plan import Plan, Run, Spec
 from shoal.plan.sources import Fill
@@ -180,14 +180,14 @@ class Routed(Policy):
         own = self._own(run, forward, hidden, "weight", "inner", "bias")
         if self.options.grain == "none":
             return own["bias"].expand(1, forward.tokens)
-        return self._read(run, own, _state(hidden), forward)
+        return self._read(run, own, state_read(hidden), forward)
 
     def _causal(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> torch.Tensor | None:
         """What a predictor of the ranking says of each token, [batch, tokens]; None where nothing is ranked."""
         own = self._own(run, forward, hidden, "causal", "causal_bias")
         if self.options.relax != "top-k" or self.options.bias is not None:
             return None
-        return (_state(hidden.detach()) @ own["causal"].T + own["causal_bias"])[..., 0]
+        return (state_read(hidden.detach()) @ own["causal"].T + own["causal_bias"])[..., 0]
 
     def _read(self, run: Run, own: dict[str, torch.Tensor], state: torch.Tensor, forward: ForwardView) -> torch.Tensor:
         if "inner" in own:
@@ -238,24 +238,14 @@ class _ByRow(Routed):
     consistent = True
 
     def _read(self, run: Run, own: dict[str, torch.Tensor], state: torch.Tensor, forward: ForwardView) -> torch.Tensor:
-        decided = forward.memory.setdefault("scores", {})
-        if forward.past == 0 or run.gate not in decided:
-            columns = min(forward.tokens, forward.tokens if forward.prompt is None else max(1, forward.prompt))
-            real = torch.ones_like(state[..., 0]) if forward.real is None else forward.real.to(state)
-            counted = real * (torch.arange(forward.tokens, device=state.device) < columns)
-            mean = (state * counted[..., None]).sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
-            decided[run.gate] = super()._read(run, own, mean[:, None], forward)
-        kept: torch.Tensor = decided[run.gate]
-        return kept.expand(-1, forward.tokens)
+        def decide() -> torch.Tensor:
+            return Routed._read(self, run, own, prompt_mean(state, forward), forward)
+
+        return once_for_rows(str(run.gate), forward, decide).expand(-1, forward.tokens)
 
 
 class _OfMlpByRow(_ByRow):
     leaves_out: ClassVar[PartName] = "mlp"
-
-
-def _state(hidden: torch.Tensor) -> torch.Tensor:
-    """What gates read, [batch, tokens, hidden]; of several streams the mean."""
-    return scaled(hidden if hidden.dim() == 3 else hidden.flatten(0, -4).mean(0))
 
 
 def _learns(forward: ForwardView) -> bool:
