@@ -26,6 +26,8 @@ from shoal.plan import Plan, load_plan, parse_plan
 from shoal.transforms.narrow import narrow
 
 from .families import FAMILIES, VOCAB, tiny
+from .healing import batch_of as training_batch
+from .healing import deep, gradients, learner_of
 from .planted import data_of, random_data
 from .policy_cells import LENGTH, PREFILL, batch_of, stepped, whole
 from .shares import every, only
@@ -262,6 +264,31 @@ def test_a_gradient_reaches_every_choice(grain: str, relax: str) -> None:
             assert one.grad is not None and (one.grad.abs() > 0).any(), (begin, name)
         assert (tensors["width-1.bias"].grad.abs() > 0).all()
     model.zero_grad()
+
+
+@pytest.mark.parametrize("policy", ["widths:grain=none", "fractional:grain=none"])
+def test_the_density_is_the_share_of_neurons_or_bits(policy: str) -> None:
+    """Of all layers: by hand for choices that read nothing, and towards less where it is above its target."""
+    shares = [0.0, 0.25, 0.5, 1.0, 1.0]
+    places = [[0, 1, 2, 4, 4], [0, 1, 2, 3, 3]][policy.startswith("fractional")]
+    count = 5 if policy.startswith("widths") else 4
+    gate = "width" if count == 5 else "bits"
+    chosen = {f"{gate}-{n}.bias": 3.0 * torch.eye(count)[place] for n, place in enumerate(places, 1)}
+    size = 0.5 if count == 5 else 1.0
+    right = (6 - size * sum(1 - one for one in shares)) / 6
+    with learner_of(
+        deep(), "density:by=linear", learn=["gates"], plan="0-5", weights=chosen, policy=policy
+    ) as learner:  # fmt: skip
+        batch = training_batch()
+        counted = batch["labels"].ne(-100).sum()
+        with torch.no_grad():
+            loss = learner(**batch, num_items_in_batch=counted)["loss"]
+        assert float(loss) == pytest.approx(right, abs=1e-6)
+        found = gradients(learner, batch, 4)
+        for name, place in zip(chosen, places, strict=True):
+            gradient = next(one for key, one in found.items() if key.endswith(name))
+            assert gradient[place] > 0 or place < count - 1, "all of it is made less likely"
+            assert gradient[0] < 0, "and none of it more likely"
 
 
 HALF = VOCAB // 2

@@ -150,20 +150,19 @@ class Choosing(Policy):
             scores = self._warm(scores, forward)
         skips = len(options.choices) - len(options.some)
         asked = scores.argmax(-1) >= skips
-        which = scores[..., skips:].argmax(-1)
         answer: Decision | Soft = asked if skips else True
-        picked = Picked(which)
-        shares = scores.new_tensor([self.share(one) for one in options.some])
+        which = scores[..., skips:].argmax(-1)
+        picked, shares = Picked(which), scores.new_tensor([self.share(one) for one in options.some])
         share = shares[which]
+        counted = share * asked
         if _learns(forward):
-            assert forward.learning is not None
             soft = scores[..., skips:].softmax(-1)
-            picked = Picked(which, soft + (one_hot(which, len(shares)) - soft).detach())
-            assert picked.weights is not None
-            counted = picked.weights @ shares
+            weights = soft + (one_hot(which, len(shares)) - soft).detach()
+            picked, counted = Picked(which, weights), weights @ shares
             if skips:
                 answer = straight_through(asked, 1 - scores.softmax(-1)[..., 0])
                 counted = answer.weight * counted
+        if forward.learning is not None:
             forward.learning.note("gates", counted.expand(forward.rows, forward.tokens))
         return Reduced(answer, share, *self.around(run, forward, hidden, picked))
 
