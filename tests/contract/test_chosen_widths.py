@@ -28,11 +28,13 @@ from shoal.transforms.narrow import narrow
 from .families import FAMILIES, VOCAB, tiny
 from .healing import batch_of as training_batch
 from .healing import deep, gradients, learner_of
+from .live_models import PADDED, own
 from .planted import data_of, random_data
 from .policy_cells import LENGTH, PREFILL, batch_of, stepped, whole
 from .shares import every, only
 from .test_neurons import DENSE
 from .test_policies import FEW, NO_STATIC, attention_of
+from .test_training_rows import checkpointing, learning, passed, same
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -264,6 +266,39 @@ def test_a_gradient_reaches_every_choice(grain: str, relax: str) -> None:
             assert one.grad is not None and (one.grad.abs() > 0).any(), (begin, name)
         assert (tensors["width-1.bias"].grad.abs() > 0).all()
     model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "policy", ["widths:layers=1-2", "widths:layers=1-2,grain=token,scale=true", "fractional:layers=1-2"]
+)
+def test_choices_learn_the_same_under_gradient_checkpointing(policy: str) -> None:
+    found = []
+    for reentrant in (None, False):
+        model = learning(own("llama"))
+        checkpointing(model, reentrant)
+        tensors = {name: torch.nn.Parameter(one) for name, one in drawn(model, policy).items()}
+        with running(model, "0-3", tensors, policy=policy) as handle, handle.learning(Learning(seed=11)):
+            found.append(passed(model, tensors, **PADDED))
+    assert set(tensors) <= found[0][1].keys()
+    same(found[0], found[1])
+
+
+@pytest.mark.parametrize("policy", ["widths:layers=1", "fractional:layers=1", "routed:layers=1,grain=row"])
+def test_a_layer_that_runs_twice_is_decided_once_for_each_sequence(policy: str) -> None:
+    """What is cached is what one pass computes, though the second run sees another state than the first."""
+    model, batch = tiny("llama"), batch_of(2)
+    seen, differ = batch["attention_mask"].bool(), 0
+    for seed in range(4):
+        tensors = drawn(model, policy, seed)
+        with running(model, "0,1,1,2-3", tensors, policy=policy) as handle:
+            handle.prompt = PREFILL
+            right, depths = whole(model, batch), handle.trace.depths
+            handle.prompt = None
+            found = stepped(model, batch, "dynamic")
+            assert handle.trace.depths == depths
+        torch.testing.assert_close(found[seen], right[seen], **EXACT)
+        differ += depths[0][-1] < 5
+    assert differ, "some gate of these leaves something out"
 
 
 @pytest.mark.parametrize("policy", ["widths:grain=none", "fractional:grain=none"])
