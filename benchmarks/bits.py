@@ -19,6 +19,7 @@ import torch
 from _common import finish, opened, options, say
 
 from shoal.api.assess import text_of
+from shoal.deciding.policy_options import layer_list
 from shoal.evaluation.agreement import compare_logits
 from shoal.live import running
 from shoal.models.calls import device_of
@@ -38,7 +39,7 @@ def main() -> int:
     whole = model(ids, use_cache=False).logits
     rows: list[dict[str, Any]] = []
     plan = Plan.identity(loaded.opened.spec)
-    for layer in plan.layers():
+    for layer in layer_list(args.layers) if args.layers else plan.layers():
         row: dict[str, Any] = {"layer": layer}
         for choice in CHOICES:
             with running(model, plan, policy=f"fractional:layers={layer},always={choice}"):
@@ -58,6 +59,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = options(__doc__, pairs=1)
     parser.add_argument("--test", required=True, help="text to judge by")
+    parser.add_argument("--layers", default="", help="these alone, as 3-5,7 (default: all)")
     parser.add_argument("--windows", type=int, default=2, help="of it (default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens of each (default: %(default)s)")
     return parser.parse_args()
