@@ -109,7 +109,7 @@ class BoundPolicy:
     def _found(self, steps: tuple[Step, ...]) -> Known:
         fills = {run.kv.fill for run in runs(steps)}
         placed = exits(steps)
-        known = Known()
+        known = Known(prepared=self.policy.prepare(self.opened))
         if fills & {"mask", "defer"}:
             known.arguments = self.opened.remember("arguments", lambda: Arguments(self.model, self.stack))
             require_masks(steps, known.arguments)

@@ -14,7 +14,7 @@ import torch
 
 from shoal.deciding.decisions import Decision, Soft, straight_through
 from shoal.deciding.forward import ForwardView
-from shoal.deciding.gate_states import learns, prompt_mean, state_of
+from shoal.deciding.gate_reading import learns, prompt_mean, state_read
 from shoal.deciding.policy import Policy
 from shoal.errors import UsageError
 from shoal.executing.weights import Tensors
@@ -148,10 +148,10 @@ class Choosing(Policy):
         if self.options.by_row:
             decided = forward.memory.setdefault("scores", {})
             if forward.past == 0 or place not in decided:
-                decided[place] = self._read(place, forward, prompt_mean(state_of(hidden), forward))
+                decided[place] = self._read(place, forward, prompt_mean(state_read(hidden), forward))
             kept: torch.Tensor = decided[place]
             return kept.expand(-1, forward.tokens, -1)
-        return self._read(place, forward, state_of(hidden))
+        return self._read(place, forward, state_read(hidden))
 
     def _read(self, place: str, forward: ForwardView, state: torch.Tensor) -> torch.Tensor:
         gated = self._gated(place)

@@ -3,9 +3,12 @@ logic of such answers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 Decision = bool | torch.Tensor
 """True or False for the whole pass, or bool [batch or 1, tokens]. Only a bool lets a layer not be called at all."""
@@ -34,6 +37,20 @@ class Soft:
     def learns(self) -> bool:
         """Whether a gradient of the weight is wanted."""
         return torch.is_grad_enabled() and self.weight.requires_grad
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reduced:
+    """A decision by which those who run use a part of what the run has: fewer neurons, or fewer bits."""
+
+    answer: Decision | Soft
+    """Who runs at all."""
+    share: torch.Tensor
+    """How much of the run each of these uses, float [batch or 1, tokens], 0 to 1: the trace counts so much."""
+    around: Callable[[nn.Module], AbstractContextManager[None]]
+    """What stands around the call, given the layer as it is called, with the plan's own tensors in it."""
+    spared: Callable[[], bool]
+    """Whether, in the call that is over, what is not used was not computed either."""
 
 
 def straight_through(hard: torch.Tensor, soft: torch.Tensor) -> Soft:

@@ -51,6 +51,8 @@ class Known:
     """Those that exits have of their own."""
     projections: list[KVProjection | None] = field(default_factory=list)
     """By base layer, for the fill project."""
+    prepared: Any = None
+    """What the policy made of the model for itself."""
 
 
 class FillingExecutor(Executor):

@@ -54,6 +54,9 @@ class ForwardView:
     learning: Learning | None = None
     """In training: how far it is, what is drawn from, and where a policy writes down what its terms need."""
 
+    prepared: Any = None
+    """What the policy made of the model before its first forward (`Policy.prepare`)."""
+
     def generated(self, column: int) -> bool:
         """Whether `column` counts as decoding: it comes after a prefill, or `prompt` says so."""
         return self.past > 0 or (self.prompt is not None and column >= self.prompt)
@@ -101,14 +104,17 @@ class GatedForward(Forward):
         """Tokens of all rows."""
         return self.view.rows * self.view.tokens
 
-    def ran(self, size: float, where: Decision) -> None:
-        """These tokens ran a layer (size 1) or a part of one (0.5)."""
-        if isinstance(where, bool):
-            self.depth += size if where else 0.0
+    def ran(self, size: float, where: Decision, share: torch.Tensor | None = None) -> None:
+        """These tokens ran a layer (size 1) or a part of one (0.5); of a `share` [batch or 1, tokens] each so much."""
+        if where is False:
+            return
+        if isinstance(where, bool) and share is None:
+            self.depth += size
             return
         if self.own_depth is None:
             self.own_depth = torch.zeros(self.view.rows, self.view.tokens)
-        self.own_depth += size * where.cpu()
+        counted = torch.ones(()) if share is None else share.detach().float().cpu()
+        self.own_depth += size * (counted if isinstance(where, bool) else counted * where.cpu())
 
     def depths(self) -> torch.Tensor:
         """How many layers each token ran, [batch, tokens] on the CPU."""

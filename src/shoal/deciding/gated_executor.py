@@ -17,6 +17,7 @@ import torch
 from shoal.deciding.asked import refuse_asked_of_policy
 from shoal.deciding.decisions import (
     Decision,
+    Reduced,
     Soft,
     and_not,
     collapse_uniform,
@@ -39,6 +40,7 @@ from shoal.deciding.mlp_input import MlpInput
 from shoal.deciding.policy import Policy
 from shoal.errors import PlanError
 from shoal.executing.calls import Call, cache_of, hidden_of
+from shoal.executing.checkpointed import Around
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.weights import Tensors
 from shoal.models.examine import StackFacts
@@ -108,8 +110,9 @@ class GatedExecutor(FillingExecutor):
         if self.learning is not None:
             self.learning.begin()
         view = self.last = ForwardView(
-            rows, tokens, past, self.prompt, real, memory=state.memory, tensors=self.weights, learning=self.learning
-        )
+            rows, tokens, past, self.prompt, real, memory=state.memory, tensors=self.weights, learning=self.learning,
+            prepared=self.known.prepared,
+        )  # fmt: skip
         self.trace.begin(past, rows)
         if self.heads is not None:
             self.heads.answers_for([], {})
@@ -200,24 +203,22 @@ class GatedExecutor(FillingExecutor):
     def _decided(self, position: int, step: Run, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Ask who runs a layer, or its mlp; call it for them, or fill its row of the cache."""
         forward, policy = self._forward, self.policy
-        answer = True if step.gate is None else policy.should_run(step, forward.view, hidden)
+        answer, reduced = self._asked(step, hidden)
         asked, learns = hard_of(answer), isinstance(answer, Soft) and answer.learns
         mlp = asked if policy.leaves_out == "mlp" and step.gate is not None else None
         active = collapse_uniform(and_not(asked if mlp is None else True, forward.left))
         weight = weight_of(answer, active if mlp is None else logical_and(asked, active), forward.left)
         if isinstance(active, torch.Tensor):
             active = active.to(hidden.device)  # the layers of one model may be on several devices
-        forward.ran(self.sizes[position] - (0.0 if mlp is None else 0.5), active)
-        if mlp is not None:
-            forward.ran(0.5, logical_and(mlp, active))
+        self._count(self.sizes[position], active, mlp, reduced)
+        uses = () if reduced is None else (partial(reduced.around, self.runner.layer_of(step)),)
         gated, fill = self.gated[position], self.fills[step.kv.fill]
         reads = answer.reads if isinstance(answer, Soft) else None
         carried, hidden = hidden, hidden if reads is None else reads.to(hidden.device)
         if active is False and learns and forward.left is not True:
             active = hidden.new_zeros(forward.view.rows, forward.view.tokens, dtype=torch.bool)
         if active is False:
-            if gated is not None:
-                fill.skipped(gated, forward, hidden, call)
+            self._skipped(position, step, hidden, call, uses)
             return carried if reads is not None else self._instead(step, hidden)
         # whoever left and is to run later anyway may as well run now: its state goes on, its answer is kept
         stored = True if fill.runs_all else active
@@ -228,6 +229,7 @@ class GatedExecutor(FillingExecutor):
         some = mlp if weight is None or mlp is None or run.part != step.part else weight
         self.around = around_mlp(self.runner.layer_of(step), self.facts[step.layer].parts, some, forward.view.rows)
         self.around += (seen.noted,) if seen is not None and run.part == step.part else ()
+        self.around += uses if run.part == step.part else ()
         try:
             out = self._called(run, gated, hidden, call, stored) if gated else self._with(None, run, slot, hidden, call)
         finally:
@@ -236,7 +238,38 @@ class GatedExecutor(FillingExecutor):
             out = taken(stored, weight, out, hidden, carried)
         else:
             out = self._mixed(step, stored, None if mlp is not None else weight, out, hidden)
+        self._count_spared(position, None if run.part != step.part else reduced)
         forward.before = hidden
         if watched:
             policy.after_run(step, forward.view, hidden if seen is None else seen.of(run, hidden, out, call), out)
         return out
+
+    def _asked(self, step: Run, hidden: torch.Tensor) -> tuple[Decision | Soft, Reduced | None]:
+        """Who runs, and what of it where that is not all."""
+        answer = True if step.gate is None else self.policy.should_run(step, self._forward.view, hidden)
+        return (answer.answer, answer) if isinstance(answer, Reduced) else (answer, None)
+
+    def _skipped(self, position: int, step: Run, hidden: torch.Tensor, call: Call, uses: tuple[Around, ...]) -> None:
+        """Nobody runs it: its row of the cache gets what the fill says, which is the same when others run it."""
+        gated = self.gated[position]
+        if gated is None:
+            return
+        self.around = uses
+        try:
+            self.fills[step.kv.fill].skipped(gated, self._forward, hidden, call)
+        finally:
+            self.around = ()
+
+    def _count(self, size: float, active: Decision, mlp: Decision | None, reduced: Reduced | None) -> None:
+        """What tokens run of a layer of this size, or of a part of one, goes to the trace."""
+        forward, share = self._forward, None if reduced is None else reduced.share
+        decided, where = (size, active) if mlp is None else (0.5, logical_and(mlp, active))
+        if mlp is not None:
+            forward.ran(size - 0.5, active)
+        forward.ran(decided, where, share)
+
+    def _count_spared(self, position: int, reduced: Reduced | None) -> None:
+        """What the call that is over computed less than a whole layer goes to the trace."""
+        if reduced is not None and reduced.spared():
+            size = 0.5 if self.policy.leaves_out == "mlp" else self.sizes[position]
+            self.trace.counts.spared += size * float((1 - reduced.share).expand(self._forward.view.rows, -1).sum())

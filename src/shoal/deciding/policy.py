@@ -9,14 +9,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from shoal.deciding.decisions import Decision, Soft, and_not, collapse_uniform, logical_and, logical_or
+from shoal.deciding.decisions import Decision, Reduced, Soft, and_not, collapse_uniform, logical_and, logical_or
 from shoal.deciding.exit_view import ExitView
 from shoal.deciding.forward import ForwardView
 from shoal.executing.weights import Tensors
+from shoal.models.opened import OpenedModel
 from shoal.plan import Exit, Plan, Run, Spec
 from shoal.plan.steps import PartName
 
-__all__ = ["Decision", "ExitView", "ForwardView", "Grain", "Policy", "Schedule", "Soft", "needs_no_fill"]
+__all__ = ["Decision", "ExitView", "ForwardView", "Grain", "Policy", "Reduced", "Schedule", "Soft", "needs_no_fill"]
 
 Grain = Literal["call", "row", "token"]
 
@@ -71,10 +72,15 @@ class Policy:
     def check_tensors(self, tensors: Tensors, spec: Spec) -> None:
         """Raise U710 and U711 for tensors that it needs and that are missing, or do not fit the model."""
 
+    def prepare(self, opened: OpenedModel) -> Any:
+        """What it needs of this model beside its tensors, which it finds as `forward.prepared`; asked once, while the
+        model is whole. Raises P1xx for a model that it cannot decide on."""
+        return None
+
     def begin(self, forward: ForwardView) -> None:
         """A forward begins."""
 
-    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision | Soft:
+    def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision | Soft | Reduced:
         """Which tokens a gated run is for; `hidden` is its input, [batch, tokens, hidden]."""
         return True
 

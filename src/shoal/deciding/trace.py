@@ -23,6 +23,8 @@ class Counts:
     """By base layer: tokens for which its attention, and its mlp, was called (layers whose parts are known)."""
     asked: float = 0.0
     """Tokens x layers that the policy asked for, halves for a layer without its mlp."""
+    spared: float = 0.0
+    """Tokens x layers by which calls with fewer neurons computed less than the whole layers that are counted."""
     late: int = 0
     """Tokens x layers of tokens that had left and whose layers ran later (the fill "defer")."""
     projected: int = 0
@@ -36,7 +38,7 @@ class Counts:
         of the same call needed the layer; `mean_depth`: layers per token as the policy decided, the
         prompt's tokens included."""
         halves = sum(self.attentions.values()) / 2 + sum(self.mlps.values()) / 2
-        executed = sum(n for layer, n in self.layers.items() if layer not in self.mlps) + halves
+        executed = sum(n for layer, n in self.layers.items() if layer not in self.mlps) + halves - self.spared
         return {
             "tokens": self.tokens,
             "mean_depth": self.asked / self.tokens if self.tokens else 0.0,

@@ -107,7 +107,7 @@ class LayerRunner:
         into a checkpointed call and come out of it. `shared_map`: the attention map that it takes over or hands on."""
         layer, (args, kwargs) = self.layer_of(run), call
         if run.part != "layer" or run.tied_to is not None or self._lends(run) or self._unused(run):
-            around = (*around, lambda: self._exchange(run).in_place())
+            around = (lambda: self._exchange(run).in_place(), *around)  # first: the others find its tensors there
         if comes_first and run.layer != 0 and self.first is not None:
             around = (*around, partial(self.first.shared_with, layer))
         if not around and shared is None and shared_map is None:

@@ -107,8 +107,13 @@ def labels_and_kd(labels: float) -> tuple[str, ...]:
 
 def routed(options: str = "", layers: str = "") -> str:
     """The policy `routed` as typed, with these options; `layers` that have gates, without any all but the first."""
+    return policy_text("routed", options, layers)
+
+
+def policy_text(name: str, options: str = "", layers: str = "") -> str:
+    """A policy as typed, with these options and the `layers` that have gates, last, since they may hold commas."""
     own = [text for text in (options, f"layers={layers}" if layers else "") if text]
-    return ":".join(["routed", ",".join(own)] if own else ["routed"])
+    return ":".join([name, ",".join(own)] if own else [name])
 
 
 Recipe = tuple[Stage | Fit, ...]

@@ -13,7 +13,7 @@ from shoal.deciding.decisions import Decision, Soft, straight_through
 from shoal.deciding.forward import ForwardView
 from shoal.deciding.gate_adapter import DOWN, adapted, adapter_shapes
 from shoal.deciding.gate_options import GateOptions, Relax, require_sound
-from shoal.deciding.gate_states import learns, prompt_mean, state_of
+from shoal.deciding.gate_reading import learns, once_for_rows, prompt_mean, state_read
 from shoal.deciding.gating import halved, with_gates
 from shoal.deciding.policy import Grain, Policy
 from shoal.deciding.policy_options import layer_list
@@ -198,14 +198,14 @@ class Routed(Policy):
         own = self._own(run, forward, hidden, "weight", "inner", "bias")
         if self.options.grain == "none":
             return own["bias"].expand(1, forward.tokens)
-        return self._read(run, own, state_of(hidden), forward)
+        return self._read(run, own, state_read(hidden), forward)
 
     def _causal(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> torch.Tensor | None:
         """What a predictor of the ranking says of each token, [batch, tokens]; None where nothing is ranked."""
         own = self._own(run, forward, hidden, "causal", "causal_bias")
         if self.options.relax != "top-k" or self.options.bias is not None:
             return None
-        return (state_of(hidden.detach()) @ own["causal"].T + own["causal_bias"])[..., 0]
+        return (state_read(hidden.detach()) @ own["causal"].T + own["causal_bias"])[..., 0]
 
     def _read(self, run: Run, own: dict[str, torch.Tensor], state: torch.Tensor, forward: ForwardView) -> torch.Tensor:
         if "inner" in own:
@@ -256,11 +256,10 @@ class _ByRow(Routed):
     consistent = True
 
     def _read(self, run: Run, own: dict[str, torch.Tensor], state: torch.Tensor, forward: ForwardView) -> torch.Tensor:
-        decided = forward.memory.setdefault("scores", {})
-        if forward.past == 0 or run.gate not in decided:
-            decided[run.gate] = super()._read(run, own, prompt_mean(state, forward), forward)
-        kept: torch.Tensor = decided[run.gate]
-        return kept.expand(-1, forward.tokens)
+        def decide() -> torch.Tensor:
+            return Routed._read(self, run, own, prompt_mean(state, forward), forward)
+
+        return once_for_rows(str(run.gate), forward, decide).expand(-1, forward.tokens)
 
 
 class _OfMlpByRow(_ByRow):

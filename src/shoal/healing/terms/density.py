@@ -24,12 +24,12 @@ def density(
 ) -> torch.Tensor:
     """F(d) for each token that counts: d is the share of the plan's layers that tokens run on average.
 
-    d = (layers without a gate + sum over gates of size x mean gate) / layers; a gate is 0 or 1 (a share for relax=soft)
-    and the size of a half is 1/2. F by square: (d - `target`)^2; abs: |d - target|; above: the square where d is above
-    the target, else 0; linear: d itself, without a target; tokens, without one too: the mean of the squares of each
-    token's own share. `each`: not d as a whole but every gate's own mean is held to the target, and F is the mean over
-    gates. d is that of the step before (`Averages`), so that the gradient does not depend on how a step is cut into
-    micro-batches.
+    d = (layers without a gate + sum over gates of size x mean gate) / layers; a gate is 0 or 1 (a share for relax=soft,
+    and of neurons or bits for `widths` and `fractional`), and the size of a half is 1/2. F by square: (d - `target`)^2;
+    abs: |d - target|; above: the square where d is above the target, else 0; linear: d itself, without a target;
+    tokens, without one too: the mean of the squares of each token's own share. `each`: not d as a whole but every
+    gate's own mean is held to the target, and F is the mean over gates. d is that of the step before (`Averages`), so
+    that the gradient does not depend on how a step is cut into micro-batches.
 
     Source: square: Zeng et al. 2023 (SkipLayer, arXiv 2311.15436); each: the target rates of Veit and Belongie 2017
     (ConvNet-AIG, arXiv 1711.11503); linear: the skip penalty of Jain et al. 2024 (FiRST, arXiv 2410.12513); tokens: Luo

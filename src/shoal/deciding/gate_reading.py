@@ -1,6 +1,8 @@
-"""What gates read: the state of a token, or the mean of a sequence's prompt."""
+"""What learned gates read: the state of each token, or the mean of a prompt."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -8,8 +10,8 @@ from shoal.deciding.forward import ForwardView
 from shoal.executing.exit_heads import scaled
 
 
-def state_of(hidden: torch.Tensor) -> torch.Tensor:
-    """States scaled to a root mean square of 1, float32 [batch, tokens, hidden]; of several streams the mean."""
+def state_read(hidden: torch.Tensor) -> torch.Tensor:
+    """The states scaled to a root mean square of 1, float32 [batch, tokens, hidden]; of several streams the mean."""
     return scaled(hidden if hidden.dim() == 3 else hidden.flatten(0, -4).mean(0))
 
 
@@ -21,6 +23,16 @@ def prompt_mean(state: torch.Tensor, forward: ForwardView) -> torch.Tensor:
     counted = real * (torch.arange(forward.tokens, device=state.device) < columns)
     mean = (state * counted[..., None]).sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
     return mean[:, None]
+
+
+def once_for_rows(gate: str, forward: ForwardView, decide: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `decide` says of each row, kept beside the cache until the sequences end; runs behind one gate share it."""
+    kept: dict[str, torch.Tensor] = forward.memory.setdefault("scores", {})
+    asked: set[str] = forward.notes.setdefault("asked", set())
+    if gate not in kept or (forward.past == 0 and gate not in asked):
+        kept[gate] = decide()
+        asked.add(gate)
+    return kept[gate]
 
 
 def learns(forward: ForwardView) -> bool:
