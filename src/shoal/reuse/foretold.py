@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ class NeuronTrace:
     """That were foretold to be something."""
     computed: int = 0
     """A call computes for all of its tokens what any of them needs."""
-    layers: set[int] = field(default_factory=set)
 
 
 @contextmanager
@@ -95,7 +94,7 @@ def leaving_out(
     """
     opened = open_model(model)
     mlps = neuron_mlps(opened, sorted(foretold.tensors), stack)
-    trace = NeuronTrace(layers=set(foretold.tensors))
+    trace = NeuronTrace()
     pairs: list[tuple[nn.Module, Around]] = []
     for mlp in mlps:
         _require_fit(mlp, foretold.tensors[mlp.layer])
