@@ -18,7 +18,7 @@ from shoal.errors import ShoalError
 from shoal.models.opened import open_model
 from shoal.reuse.foretell import fit_foretold
 from shoal.reuse.foretold import Foretold, leaving_out
-from shoal.reuse.neurons import gated_mlps
+from shoal.reuse.neurons import neuron_mlps, silencers
 
 from .families import tiny, tiny_of
 from .planted import random_data
@@ -71,8 +71,8 @@ def test_with_relu_and_all_of_the_matrix_nothing_is_lost_and_the_zeros_are_what_
     hooks = [layer.fc2.register_forward_pre_hook(note) for layer in model.model.decoder.layers]
     wanted = logits(model)
     zeros = sum(int((neurons == 0).sum()) for neurons in seen)
+    seen.clear()
     with torch.no_grad(), leaving_out(model, foretold) as trace:
-        seen.clear()
         found = model(input_ids=random_data(2, 9, seed=3).ids, use_cache=False).logits
     for hook in hooks:
         hook.remove()
@@ -87,9 +87,9 @@ def test_one_token_at_a_time_computes_what_it_keeps_and_answers_the_same() -> No
     ids, given = random_data(1, 8, seed=4).ids, []
     hook = model.model.decoder.layers[1].fc1.register_forward_hook(lambda _, __, out: given.append(out.shape[-1]))
     whole = logits(model, foretold, ids)
+    given.clear()
     cache, one_by_one = None, []
     with torch.no_grad(), leaving_out(model, foretold) as trace:
-        given.clear()
         for column in range(ids.shape[1]):
             out = model(input_ids=ids[:, column : column + 1], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
@@ -139,11 +139,14 @@ def test_a_higher_threshold_leaves_out_more() -> None:
 def test_it_goes_with_a_plan_and_names_the_matrix_in_front_of_the_activation() -> None:
     model = tiny("llama")
     opened = open_model(model)
-    assert [mlp.gate for mlp in gated_mlps(opened, [0, 2])] == [model.model.layers[i].mlp.gate_proj for i in (0, 2)]
+    found = silencers(opened, neuron_mlps(opened, [0, 2]))
+    assert found == [model.model.layers[i].mlp.gate_proj for i in (0, 2)]
     foretold = fit_foretold(model, DATA, rank=4, layers=(1, 2))
     with torch.no_grad(), shoal.running(model, "0,2-3"), leaving_out(model, foretold) as trace:
         model(input_ids=DATA.ids, use_cache=False)
-    assert trace.total == DATA.ids.numel() * 64 and trace.layers == {1, 2}
+    assert trace.total == DATA.ids.numel() * 64
+    with shoal.running(model, "0,2-3"), pytest.raises(ShoalError, match="U507"):
+        fit_foretold(model, DATA, rank=4)
 
 
 def test_what_was_saved_decides_the_same(tmp_path: Path) -> None:
@@ -167,7 +170,7 @@ def test_a_file_that_is_none_is_refused(damage: str, tmp_path: Path) -> None:
     else:
         gone = {"without threshold": ["threshold"], "without left": ["1.left"], "empty": [n for n in held if "." in n]}
         rest = {name: one for name, one in held.items() if name not in gone.get(damage, [])}
-        save_file(rest | ({"one.left": held["1.left"]} if damage == "odd name" else {}), place)
+        save_file(rest | ({"one.left": held["1.left"] + 1} if damage == "odd name" else {}), place)
     with pytest.raises(ShoalError, match=r"W286: .* holds no foretold neurons"):
         Foretold.load(place)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from shoal.errors import PlanError, WriteError, first_line
 from shoal.models.linear import matrix_of
 from shoal.models.opened import OpenedModel, open_model
 from shoal.reuse.branches import Around, Call, around_forwards
-from shoal.reuse.neurons import GatedMlp, gated_mlps, linear_of_some
+from shoal.reuse.neurons import NeuronMlp, linear_of_some, neuron_mlps
 
 NAMES = ("bias", "left", "right")
 THRESHOLD = "threshold"
@@ -71,7 +71,6 @@ class NeuronTrace:
     """That were foretold to be something."""
     computed: int = 0
     """A call computes for all of its tokens what any of them needs."""
-    layers: set[int] = field(default_factory=set)
 
 
 @contextmanager
@@ -86,7 +85,7 @@ def leaving_out(
     a token's answer does not depend on its neighbours. One token at a time computes least. Where s_j = 1 for all, the
     layer runs as it is. Nothing of the model is changed; afterwards it has the attributes that it had.
 
-    Raises P160 for a layer whose mlp has no neurons that an activation can silence, and for tensors of another shape.
+    Raises P160 for a layer whose mlp has no neurons that are known, and for tensors of another shape.
 
     Source: Dong et al. 2017 (More is Less, arXiv 1703.08651): a low-cost collaborative layer foretells zeros.
 
@@ -94,8 +93,8 @@ def leaving_out(
     the foretold numbers decide alone, and do not multiply what is computed.
     """
     opened = open_model(model)
-    mlps = gated_mlps(opened, sorted(foretold.tensors), stack)
-    trace = NeuronTrace(layers=set(foretold.tensors))
+    mlps = neuron_mlps(opened, sorted(foretold.tensors), stack)
+    trace = NeuronTrace()
     pairs: list[tuple[nn.Module, Around]] = []
     for mlp in mlps:
         _require_fit(mlp, foretold.tensors[mlp.layer])
@@ -106,8 +105,8 @@ def leaving_out(
         yield trace
 
 
-def _require_fit(mlp: GatedMlp, tensors: Mapping[str, torch.Tensor]) -> None:
-    neurons, inputs = matrix_of(mlp.gate).shape
+def _require_fit(mlp: NeuronMlp, tensors: Mapping[str, torch.Tensor]) -> None:
+    neurons, inputs = matrix_of(mlp.makers[0]).shape
     shapes = {name: tuple(tensors[name].shape) for name in NAMES}
     rank = shapes["right"][0] if shapes["right"] else 0
     if shapes != {"bias": (neurons,), "left": (neurons, rank), "right": (rank, inputs)}:
@@ -122,7 +121,7 @@ def _require_fit(mlp: GatedMlp, tensors: Mapping[str, torch.Tensor]) -> None:
 class _MlpRun:
     """The calls of one mlp: from the first matrix that makes neurons to the one that reads them."""
 
-    def __init__(self, mlp: GatedMlp, foretold: Foretold, trace: NeuronTrace) -> None:
+    def __init__(self, mlp: NeuronMlp, foretold: Foretold, trace: NeuronTrace) -> None:
         self.mlp, self.threshold, self.trace = mlp, foretold.threshold, trace
         self.tensors = foretold.tensors[mlp.layer]
         self.kept: torch.Tensor | None = None

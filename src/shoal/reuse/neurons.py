@@ -16,30 +16,24 @@ from shoal.executing.inputs import run_stack
 from shoal.models.evaluating import evaluating
 from shoal.models.linear import is_transposed
 from shoal.models.opened import OpenedModel
-from shoal.models.stacks import Stack
 
-Between = tuple[tuple[nn.Module, ...], nn.Module]
-"""The modules that make the neurons of an mlp, and the one that reads them."""
 FAR = 1e4
 """Below its negative an activation that silences anything has silenced a neuron."""
 
 
 @dataclass(frozen=True)
-class GatedMlp:
+class NeuronMlp:
     """The mlp of one layer."""
 
     layer: int
     count: int
     """Of its neurons."""
     makers: tuple[nn.Module, ...]
-    gate: nn.Module
-    """Of the makers the one behind which the activation stands."""
     reader: nn.Module
 
 
-def gated_mlps(opened: OpenedModel, layers: Sequence[int], stack: str | None = None) -> list[GatedMlp]:
-    """The mlps of these layers. Raises P160 for one whose neurons are not known, or that none of the matrices that make
-    them can silence: a neuron must be nothing where that matrix made -10,000, whatever the others did."""
+def neuron_mlps(opened: OpenedModel, layers: Sequence[int], stack: str | None = None) -> list[NeuronMlp]:
+    """The mlps of these layers, each with matrices of one number a neuron. Raises P160 for any other."""
     own, spec = opened.stack(stack), opened.spec.stack(stack)
     found = []
     for layer in layers:
@@ -49,22 +43,32 @@ def gated_mlps(opened: OpenedModel, layers: Sequence[int], stack: str | None = N
         if neurons is None:
             raise _refusal(layer, "its neurons are not known")
         names = dict.fromkeys(one.name.rpartition(".")[0] for one in neurons.makes)
-        makers = [own.layer(layer).get_submodule(name) for name in names]
+        makers = tuple(own.layer(layer).get_submodule(name) for name in names)
         reader = own.layer(layer).get_submodule(neurons.reads.name.rpartition(".")[0])
         if any(neurons.places(one, 1) != 1 for one in neurons.makes):
             raise _refusal(layer, "one matrix makes two numbers of each of its neurons")
         if any(hasattr(one, "base_layer") for one in (*makers, reader)):
             raise _refusal(layer, "an adapter stands beside its matrices, merge it first")
-        found.append((layer, neurons.count, tuple(makers), reader))
-    gates = _gates(opened, own, [(makers, reader) for _, _, makers, reader in found])
-    for (layer, *_), gate in zip(found, gates, strict=True):
+        found.append(NeuronMlp(layer, neurons.count, makers, reader))
+    return found
+
+
+def silencers(opened: OpenedModel, mlps: Sequence[NeuronMlp], stack: str | None = None) -> list[nn.Module]:
+    """For each mlp the first of its makers that stands in front of an activation which silences neurons: they are
+    nothing where it made -10,000 and the others 1. Raises P160 where none is. No plan may be running."""
+    gates: list[nn.Module | None] = [None] * len(mlps)
+    for at in range(max((len(mlp.makers) for mlp in mlps), default=0)):
+        tried = [n for n, mlp in enumerate(mlps) if at < len(mlp.makers) and gates[n] is None]
+        given: dict[int, torch.Tensor] = {}
+        with _saying(mlps, tried, at, given), evaluating(opened.model), torch.no_grad():
+            run_stack(opened.model, opened.stack(stack), torch.zeros((1, 2), dtype=torch.long), None)
+        for number in tried:
+            if number in given and not bool(given[number].any()):
+                gates[number] = mlps[number].makers[at]
+    for mlp, gate in zip(mlps, gates, strict=True):
         if gate is None:
-            raise _refusal(layer, "no matrix that makes its neurons can silence them")
-    return [
-        GatedMlp(layer, count, makers, gate, reader)
-        for (layer, count, makers, reader), gate in zip(found, gates, strict=True)
-        if gate is not None
-    ]
+            raise _refusal(mlp.layer, "no matrix that makes its neurons can silence them")
+    return [gate for gate in gates if gate is not None]
 
 
 def linear_of_some(module: nn.Module, x: torch.Tensor, rows: torch.Tensor, *, dim: int) -> torch.Tensor:
@@ -77,29 +81,14 @@ def linear_of_some(module: nn.Module, x: torch.Tensor, rows: torch.Tensor, *, di
     return nn.functional.linear(x, some, bias[rows] if bias is not None and dim == 0 else bias)
 
 
-def _gates(opened: OpenedModel, stack: Stack, mlps: Sequence[Between]) -> list[nn.Module | None]:
-    """For each mlp the first of its makers that silences its neurons. All mlps are tried in the same forwards."""
-    gates: list[nn.Module | None] = [None] * len(mlps)
-    for at in range(max((len(makers) for makers, _ in mlps), default=0)):
-        tried = [number for number, (makers, _) in enumerate(mlps) if at < len(makers) and gates[number] is None]
-        given: dict[int, torch.Tensor] = {}
-        with _saying(mlps, tried, at, given), evaluating(opened.model), torch.no_grad():
-            run_stack(opened.model, stack, torch.zeros((1, 2), dtype=torch.long), None)
-        for number in tried:
-            if number in given and not bool(given[number].any()):
-                gates[number] = mlps[number][0][at]
-    return gates
-
-
 @contextmanager
-def _saying(mlps: Sequence[Between], tried: Sequence[int], at: int, given: dict[int, torch.Tensor]) -> Iterator[None]:
+def _saying(mlps: Sequence[NeuronMlp], tried: Sequence[int], at: int, given: dict[int, torch.Tensor]) -> Iterator[None]:
     """Meanwhile the maker `at` of each mlp that is tried makes -`FAR` and its others 1; `given`: what readers get."""
     handles = []
     for number in tried:
-        makers, reader = mlps[number]
-        for place, maker in enumerate(makers):
+        for place, maker in enumerate(mlps[number].makers):
             handles.append(maker.register_forward_hook(partial(_made, -FAR if place == at else 1.0)))
-        handles.append(reader.register_forward_pre_hook(partial(_note, given, number)))
+        handles.append(mlps[number].reader.register_forward_pre_hook(partial(_note, given, number)))
     try:
         yield
     finally:
