@@ -53,11 +53,11 @@ def names(layers: list[int]) -> str:
     return ",".join(map(str, layers))
 
 
-def drawn(model: Any, asked: str, seed: int = 11) -> dict[str, torch.Tensor]:
+def drawn(model: Any, asked: str, seed: int = 11, plan: str = "0-3") -> dict[str, torch.Tensor]:
     """Gates that take every choice now and then."""
     spec = spec_of(model)
     draw = torch.Generator().manual_seed(seed)
-    started = make_policy(asked, Plan.identity(spec), spec).start(spec)
+    started = make_policy(asked, parse_plan(plan, Plan.identity(spec)), spec).start(spec)
     return {name: torch.randn(one.shape, generator=draw) for name, one in started.items()}
 
 
@@ -289,7 +289,7 @@ def test_a_layer_that_runs_twice_is_decided_once_for_each_sequence(policy: str) 
     model, batch = tiny("llama"), batch_of(2)
     seen, differ = batch["attention_mask"].bool(), 0
     for seed in range(4):
-        tensors = drawn(model, policy, seed)
+        tensors = drawn(model, policy, seed, "0,1,1,2-3")
         with running(model, "0,1,1,2-3", tensors, policy=policy) as handle:
             handle.prompt = PREFILL
             right, depths = whole(model, batch), handle.trace.depths
