@@ -87,8 +87,12 @@ NOT_RUN = {
     r"torchrun\b": "starts processes; tests/contract/test_spread_healing.py runs one",
     r"shoal prune .*--ray\b": "starts a Ray cluster, or needs one; tests/contract/test_distributed.py",
     r"shoal prune .*--method auto .*--heal\b": "trains for a quarter of an hour; test_heal prunes and heals",
-    r"shoal heal .*--recipe (skip-layer|layer-skip)\b": "learns for a while; test_heal trains gates and writes them",
-    r"shoal generate .*--plan routed\b|shoal (generate|measure|tune-draft) early\b": "uses what learned: test_heal",
+    r"shoal heal .*--recipe (skip-layer|layer-skip|ebert|fractional)\b": (
+        "learns for a while; test_heal trains gates and writes them"
+    ),
+    r"shoal generate .*--plan (routed|wide)\b|shoal (generate|measure|tune-draft) early\b": (
+        "uses what learned: test_heal"
+    ),
     r"(PYTHONPATH=tests )?(\.venv/bin/)?python -m (pytest|tests)\b": "is the test suite itself",
     r"python -m benchmarks\.|python benchmarks/": "takes minutes; tests/contract/test_benchmarks.py tries them",
 }
