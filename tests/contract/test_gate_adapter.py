@@ -17,6 +17,7 @@ from shoal.transforms.close_gates import close_gates
 from .families import tiny
 from .healing import batch_of, deep, gradients, learner_of
 from .planted import random_data
+from .test_gates import ONE, healed, open_at, text
 from .test_lens import _states
 
 ASKED = "routed:layers=2,adapter=4"
@@ -112,3 +113,24 @@ def test_gates_with_adapters_are_not_closed_for_good() -> None:
     policy = make_policy("routed:grain=none,adapter=4", Plan.identity(spec), spec)
     with pytest.raises(UsageError, match="U712"):
         close_gates(Job(model, random_data(2, 9), policy.plan, policy.start(spec)))
+
+
+def test_an_adapter_takes_the_place_of_a_layer_that_it_can_imitate() -> None:
+    """flexi-depth on the model of test_gates, whose layer does one thing for half of the tokens and nothing for others:
+    its gate closes for all, and what is written hardly changes."""
+    found = healed("flexi-depth", 6000, **ONE, adapter=4, strength=0.1)
+    held = text(64)
+    assert not open_at(found, held).any()
+    logits = []
+    for plan, weights, policy in (
+        (found.plan, found.weights, found.policy),
+        ("0-3", None, None),
+        ("0-1,3", None, None),
+    ):
+        with torch.no_grad(), running(found.loaded.model, plan, weights, policy=policy):
+            logits.append(found.loaded.model(held.ids).logits.log_softmax(-1))
+    with_adapter, without = (
+        float(torch.nn.functional.kl_div(one, logits[1], log_target=True, reduction="batchmean") / 16)
+        for one in (logits[0], logits[2])
+    )
+    assert with_adapter < 0.2 * without, (with_adapter, without)

@@ -121,7 +121,6 @@ TOKENS: dict[str, dict[str, Any]] = {
     "skip-layer": {**ONE, "target": 0.875, "recover": "gates"},
     "mod": {**ONE, "capacity": 0.5, "learn": "gates"},
     "dlo": {**ONE, "capacity": 0.5, "learn": "gates"},
-    "flexi-depth": {**ONE, "strength": 0.5, "adapter": 4},
     "skip-gpt": {"rate": 0.05, "target": 0.9375, "recover": "gates"},
 }
 """Recipes that choose tokens; half of them are not to run one layer of four, or its mlp."""
