@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.deciding.choosing import Picked
+from shoal.deciding.choices import Picked
 from shoal.models.linear import is_linear, is_transposed
 
 MOST = 8

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.deciding.choosing import Picked
+from shoal.deciding.choices import Picked
 from shoal.models.neuron_places import NeuronPlaces
 from shoal.models.neurons import with_neurons
 from shoal.plan.spec import NeuronSpec

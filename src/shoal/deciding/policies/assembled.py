@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from shoal.deciding.choices import ChoiceOptions, Choosing, places_of
 from shoal.deciding.gating import filled, halved
+from shoal.deciding.places import Choosing, PlaceOptions, places_of
 from shoal.deciding.policy import Grain, Policy
 from shoal.deciding.policy_options import layer_list
 from shoal.errors import UsageError
@@ -92,7 +92,7 @@ def assembled(
         named = plan.layers()[1:] if not layers else layer_list(layers)
         plan = _placed(plan, spec, named, part, steps, reach, rule)
     modules = 1 + max(max(numbers) for numbers in places_of(plan, single=True).values())
-    options = ChoiceOptions(
+    options = PlaceOptions(
         rows=modules + skip, none=skip, by_row=grain == "row", relax=relax, temperature=temperature,
         final_temperature=last, ends=ends and skip,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def assembled(
 
 
 class _Assembled(Choosing):
-    def __init__(self, plan: Plan, options: ChoiceOptions, modules: int, choose: str, shared: bool) -> None:
+    def __init__(self, plan: Plan, options: PlaceOptions, modules: int, choose: str, shared: bool) -> None:
         super().__init__(plan, options)
         self.modules, self.choose, self.shared = modules, choose, shared
         self.steps = 1 + max(_step(place) for place in self.places)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from shoal.deciding.choosing import ChoiceOptions, Choosing, Picked, numbers, require_choices
+from shoal.deciding.choices import ChoiceOptions, Choosing, Picked, numbers, require_choices
 from shoal.deciding.fewer_bits import MOST, FewerBits, InBits, matrices
 from shoal.deciding.forward import ForwardView
 from shoal.deciding.gating import with_gates

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from shoal.deciding.choices import ChoiceOptions, Choosing
 from shoal.deciding.gating import halved
+from shoal.deciding.places import Choosing, PlaceOptions
 from shoal.deciding.policy import Grain, Policy
 from shoal.errors import NotationError, UsageError
 from shoal.examples import PolicyExamples, Refusal
@@ -66,14 +66,14 @@ def ordered(
     gates = {run.gate for run in plan.steps() if isinstance(run, Run)} - {None}
     if choose is not None and not 0 <= choose < len(gates):
         raise _no_order(f"choose={choose} of {len(gates)} orders", f"give a number from 0 to {len(gates) - 1}")
-    return _Ordered(plan, ChoiceOptions(rows=len(gates), by_row=True, relax=relax, single=False), choose)
+    return _Ordered(plan, PlaceOptions(rows=len(gates), by_row=True, relax=relax, single=False), choose)
 
 
 class _Ordered(Choosing):
     grain: ClassVar[Grain] = "row"
     consistent = True
 
-    def __init__(self, plan: Plan, options: ChoiceOptions, choose: int | None) -> None:
+    def __init__(self, plan: Plan, options: PlaceOptions, choose: int | None) -> None:
         super().__init__(plan, options)
         self.choose = choose
 

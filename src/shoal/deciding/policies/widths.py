@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from shoal.deciding.choosing import ChoiceOptions, Choosing, Picked, numbers, require_choices
+from shoal.deciding.choices import ChoiceOptions, Choosing, Picked, numbers, require_choices
 from shoal.deciding.forward import ForwardView
 from shoal.deciding.gating import with_gates
 from shoal.deciding.narrower_mlp import NarrowerMlp

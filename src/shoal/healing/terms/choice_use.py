@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from shoal.deciding.choices import Choosing
+from shoal.deciding.places import Choosing
 from shoal.errors import UsageError
 from shoal.examples import TermExamples
 from shoal.healing.seen import Seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy as nll
 
-from shoal.deciding.choices import Choosing, gumbel
+from shoal.deciding.places import Choosing, gumbel
 from shoal.errors import UsageError
 from shoal.examples import TermExamples
 from shoal.healing.seen import Seen
