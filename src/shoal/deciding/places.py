@@ -56,7 +56,7 @@ class Chosen:
     """In front of the place, as the model has it."""
 
 
-class Choosing(Policy):
+class PlacePolicy(Policy):
     """Takes one candidate at each place for a token, or for a sequence."""
 
     def __init__(self, plan: Plan, options: PlaceOptions) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shoal.examples import RecipeExamples
 from shoal.healing.stage import Recipe, Settings, Stage, labels_and_kd
 
-EXAMPLES = RecipeExamples(plan="0,[1-2]x2,3,4")
+EXAMPLES = RecipeExamples(plan="0,1x2,3,4")
 
 
 def looped(*, menu: str = "", labels: float = 0.5, learn: str = "all", rate: float = 3e-4) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shoal.examples import RecipeExamples
 from shoal.healing.stage import Recipe, Settings, Stage
 
-EXAMPLES = RecipeExamples(plan="0,[1-2]x2,3,4")
+EXAMPLES = RecipeExamples(plan="0,1x2,3,4")
 
 
 def mor(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from shoal.deciding.gating import filled, halved
-from shoal.deciding.places import Choosing, PlaceOptions, places_of
+from shoal.deciding.places import PlaceOptions, PlacePolicy, places_of
 from shoal.deciding.policy import Grain, Policy
 from shoal.deciding.policy_options import layer_list
 from shoal.errors import UsageError
@@ -99,7 +99,7 @@ def assembled(
     return (_ByRow if grain == "row" else _Assembled)(plan, options, modules, choose, router == "shared")
 
 
-class _Assembled(Choosing):
+class _Assembled(PlacePolicy):
     def __init__(self, plan: Plan, options: PlaceOptions, modules: int, choose: str, shared: bool) -> None:
         super().__init__(plan, options)
         self.modules, self.choose, self.shared = modules, choose, shared

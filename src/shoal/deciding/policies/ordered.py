@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from shoal.deciding.gating import halved
-from shoal.deciding.places import Choosing, PlaceOptions
+from shoal.deciding.places import PlaceOptions, PlacePolicy
 from shoal.deciding.policy import Grain, Policy
 from shoal.errors import NotationError, UsageError
 from shoal.examples import PolicyExamples, Refusal
@@ -69,7 +69,7 @@ def ordered(
     return _Ordered(plan, PlaceOptions(rows=len(gates), by_row=True, relax=relax, single=False), choose)
 
 
-class _Ordered(Choosing):
+class _Ordered(PlacePolicy):
     grain: ClassVar[Grain] = "row"
     consistent = True
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from shoal.deciding.places import Choosing
+from shoal.deciding.places import PlacePolicy
 from shoal.errors import UsageError
 from shoal.examples import TermExamples
 from shoal.healing.seen import Seen
@@ -33,7 +33,7 @@ def choice_use(
     """
     deciding = seen.sides[0].deciding
     policy = None if deciding is None else deciding.policy
-    if not isinstance(policy, Choosing):
+    if not isinstance(policy, PlacePolicy):
         raise UsageError(
             "choice-use reads the choices of the policies ordered and assembled, and none of them decides here; use a "
             "recipe that has one, as iot or mom",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy as nll
 
-from shoal.deciding.places import Choosing, gumbel
+from shoal.deciding.places import PlacePolicy, gumbel
 from shoal.errors import UsageError
 from shoal.examples import TermExamples
 from shoal.healing.seen import Seen
@@ -37,7 +37,7 @@ def order_mixture(
         )
     deciding = seen.sides[0].deciding
     policy = None if deciding is None else deciding.policy
-    if not isinstance(policy, Choosing) or policy.options.relax != "mixture":
+    if not isinstance(policy, PlacePolicy) or policy.options.relax != "mixture":
         raise UsageError(
             "order-mixture compares the orders of the policy ordered:relax=mixture, and another one decides here; use "
             "the recipe iot",
