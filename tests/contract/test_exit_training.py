@@ -10,6 +10,7 @@ from shoal.api.heal import heal
 from shoal.deciding.learning import Learning
 from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError
+from shoal.evaluation import perplexity
 from shoal.healing.exits import open_exits, weights_of
 from shoal.healing.learner import Learner
 from shoal.healing.shown import side_of
@@ -17,10 +18,12 @@ from shoal.live import running
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.plan import Plan, parse_plan
+from shoal.plan.steps import runs
 
 from .families import tiny
 from .healing import batch_of, deep, gradients, learner_of
 from .planted import random_data
+from .test_loops import counted
 
 
 def loss_of(learner: Learner, batch: dict[str, torch.Tensor]) -> float:
@@ -224,3 +227,20 @@ def test_early_exits_get_better_and_the_plan_stays() -> None:
 
     before, after = losses("0,1,2,3"), losses("0:heal-0,1:heal-1,2:heal-2,3:heal-3", dict(found.weights))
     assert all(new < old for new, old in zip(after, before, strict=True))
+
+
+def test_the_loss_falls_with_every_exit() -> None:
+    """Of a model that `aligned` trained, on held-out sequences of a toy task; before, later exits are no better."""
+    loaded = Loaded(deep(), None, "own")
+    whole = Plan.identity(loaded.opened.spec)
+    found = heal(
+        loaded, whole, "aligned", settings={"learn": "all", "rate": 1e-2}, tokens=4000, batch=4, held=16,
+        data=counted(400, 0), watch=counted(4, 1),
+    )  # fmt: skip
+    steps = [f"{run.layer}:{run.weights}" for run in runs(found.plan.steps())]
+    losses = []
+    for depth in range(1, 7):
+        with running(loaded.model, parse_plan(",".join(steps[:depth]), whole), dict(found.weights)):
+            losses.append(perplexity(loaded.model, counted(64, 2)).nll)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] - losses[-1] > 0.3
