@@ -14,7 +14,7 @@ import torch
 
 from shoal.deciding.decisions import Decision, Soft, straight_through
 from shoal.deciding.forward import ForwardView
-from shoal.deciding.gate_reading import learns, prompt_mean, state_read
+from shoal.deciding.gate_reading import learns, once_for_rows, prompt_mean, state_read
 from shoal.deciding.policy import Policy
 from shoal.errors import UsageError
 from shoal.executing.weights import Tensors
@@ -146,11 +146,10 @@ class PlacePolicy(Policy):
     def _scores(self, place: str, forward: ForwardView, hidden: torch.Tensor) -> torch.Tensor:
         """Of each candidate, float32 [batch, tokens, rows]; -inf for what is no candidate of this place."""
         if self.options.by_row:
-            decided = forward.memory.setdefault("scores", {})
-            if forward.past == 0 or place not in decided:
-                decided[place] = self._read(place, forward, prompt_mean(state_read(hidden), forward))
-            kept: torch.Tensor = decided[place]
-            return kept.expand(-1, forward.tokens, -1)
+            scores = once_for_rows(
+                place, forward, lambda: self._read(place, forward, prompt_mean(state_read(hidden), forward))
+            )
+            return scores.expand(-1, forward.tokens, -1)
         return self._read(place, forward, state_read(hidden))
 
     def _read(self, place: str, forward: ForwardView, state: torch.Tensor) -> torch.Tensor:
