@@ -15,7 +15,7 @@ from shoal.api.heal import heal
 from shoal.errors import ShoalError
 from shoal.executing.mask_tokens import masked, masks_in, mean_embedding
 from shoal.executing.weights import load_weights, save_planned
-from shoal.healing.terms.masked_tokens import masked_columns
+from shoal.healing.terms.masked_tokens import _masked_columns
 from shoal.live import running
 from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
@@ -180,15 +180,15 @@ def test_masks_stand_in_the_place_of_embeddings_and_of_nothing_else() -> None:
 def test_spans_of_masks() -> None:
     ids = torch.arange(40)[None].repeat(2, 1)
     ids[1, 3] += 1
-    columns = masked_columns(ids, 3, 0.3, 0)
+    columns = _masked_columns(ids, 3, 0.3, 0)
     assert columns.shape == (2, 40) and (columns[:, 0] == -1).all()
     spans = columns[0][columns[0] >= 0].tolist()
     assert 10 <= len(spans) <= 13 and not torch.equal(columns[0], columns[1])
     for place in range(1, 40):
         if columns[0, place] > 0:
             assert columns[0, place - 1] == columns[0, place] - 1
-    assert torch.equal(columns, masked_columns(ids, 3, 0.3, 0)) and not torch.equal(
-        columns, masked_columns(ids, 3, 0.3, 1)
+    assert torch.equal(columns, _masked_columns(ids, 3, 0.3, 0)) and not torch.equal(
+        columns, _masked_columns(ids, 3, 0.3, 1)
     )
 
 

@@ -36,7 +36,7 @@ def masked_tokens(seen: Seen, *, share: float = 0.3) -> torch.Tensor:
         raise UsageError(f"masked-tokens: share={share:g} must be above 0 and below 1; write share=0.3", code="U502")
     side = seen.sides[0]
     step = side.learning.step if torch.is_grad_enabled() else 0
-    columns = masked_columns(seen.ids, len(vectors), share, step)
+    columns = _masked_columns(seen.ids, len(vectors), share, step)
     with masked(side.opened.model, columns, vectors):
         shown = side.show(seen.ids, seen.mask)
     return seen.over_logits(
@@ -47,7 +47,7 @@ def masked_tokens(seen: Seen, *, share: float = 0.3) -> torch.Tensor:
     )
 
 
-def masked_columns(ids: torch.Tensor, masks: int, share: float, step: int) -> torch.Tensor:
+def _masked_columns(ids: torch.Tensor, masks: int, share: float, step: int) -> torch.Tensor:
     """For each token of ids [batch, tokens] the number of the mask in its place, -1 for none. The first is never
     masked: something must be known."""
     period = max(masks + 1, round(masks / share))
