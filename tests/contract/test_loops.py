@@ -94,7 +94,7 @@ def test_trained_on_many_loops_it_is_better_at_four_than_trained_at_one() -> Non
     assert loss["drawn", 1] < 3  # ln 40 = 3.7 knows nothing
 
 
-@pytest.mark.parametrize("menu", ["0+2", "1+9", "two"])
+@pytest.mark.parametrize("menu", ["0+2", "1+9", "two", "1+²"])
 def test_menus_that_name_no_loops_of_the_plan(menu: str) -> None:
     spec = open_model(deep()).spec
     with pytest.raises(UsageError, match="U587"):

@@ -223,7 +223,7 @@ def places_of(plan: Plan, *, single: bool) -> dict[str, tuple[int, ...]]:
 def _read(gate: str) -> tuple[str, int]:
     """The place and the candidate that a gate names."""
     place, _, number = gate.rpartition("-")
-    return (place, int(number)) if place and number.isascii() and number.isdigit() else ("", -1)
+    return (place, int(number)) if place and number.isascii() and number.isdecimal() else ("", -1)
 
 
 def _no_place(step: Step, why: str) -> UsageError:

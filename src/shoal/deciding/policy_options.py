@@ -18,6 +18,13 @@ def layer_list(text: str) -> tuple[int, ...]:
     return layers
 
 
+def whole_numbers(text: str) -> tuple[int, ...] | None:
+    """Read 4+1+2 as (1, 2, 4); None for anything else than whole numbers joined by +."""
+    pieces = text.split("+")
+    # "²" is a digit, and no whole number
+    return tuple(sorted({int(piece) for piece in pieces})) if all(piece.isdecimal() for piece in pieces) else None
+
+
 def exit_layers(plan: Plan, *, layers: str = "", first: int | None = None, every: int = 1) -> tuple[int, ...]:
     """Behind which layers of `plan` a pass may end: `layers`, or every `every`-th one from `first` on (default: the
     middle of the plan), never the last. Raises U584 when there is none."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
 import torch
 
 from shoal.errors import ModelError, UsageError
-from shoal.fitting.result import Job
+from shoal.fitting.result import Fit, Job, Transformed
 from shoal.plan import Exit, Map, Parallel, Plan, Run, Step
 from shoal.plan.notation import map_weights
 from shoal.plan.steps import PartName
@@ -152,3 +153,23 @@ class Pair:
             kept.to(x.device) & (x.float().norm(dim=-1) <= limit)
             for kept, x in zip(self.kept, self.pruned.states, strict=True)
         ]
+
+
+def filled(
+    pair: Pair, holes: tuple[Hole, ...], fit: Callable[[Hole], tuple[dict[str, torch.Tensor], Fit]], what: str
+) -> Transformed:
+    """The plan of `pair` with a map in each of its `holes`: `fit` gives the map's tensors, asked while the pruned
+    stream stands in front of the hole, and `what` they are is told as progress."""
+    job, steps, fits = pair.job, list[Step](), list[Fit]()
+    weights = dict(job.weights)
+    for number, hole in enumerate(holes):
+        steps += pair.steps[pair.cursor : hole.position]
+        pair.prune_to(hole.position)
+        tensors, found = fit(hole)
+        weights |= tensors
+        fits.append(found)
+        steps.append(Map(hole.first, hole.last, hole.weights))
+        pair.pruned.advance(steps[-1], tensors)
+        job.tell(number + 1, len(holes), what)
+    steps += pair.steps[pair.cursor :]
+    return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))

@@ -39,7 +39,7 @@ def open_exits(count: int, which: str, step: int, progress: float, what: str) ->
     """Which of `count` exits count in a step. all; rotate:R: those l with l = step modulo R; gradual: from the last one
     down, one more for each 1 / (2 L) of the stage. Where no gradient is wanted all count. Raises U502."""
     word, _, number = which.partition(":")
-    rotates = word == "rotate" and number.isdigit() and int(number) > 0
+    rotates = word == "rotate" and number.isdecimal() and int(number) > 0
     if which not in ("all", "gradual") and not rotates:
         raise UsageError(f"{what}: which={which} is not one of all, rotate:8, gradual; write which=all", code="U502")
     if which == "all" or not torch.is_grad_enabled():

@@ -18,7 +18,7 @@ Found = TypeVar("Found")
 def started() -> int:
     """How many processes torchrun or accelerate launch has started; 1 without them."""
     count = os.environ.get("WORLD_SIZE", "")
-    return int(count) if count.isdigit() else 1
+    return int(count) if count.isdecimal() else 1
 
 
 def require_one_process(what: str) -> None:

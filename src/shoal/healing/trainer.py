@@ -188,7 +188,7 @@ def arguments(
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a stage: Trainer writes its state last, and a kill may come before."""
-    found = [one for one in folder.glob("checkpoint-*") if one.name.rpartition("-")[2].isdigit() and _is_whole(one)]
+    found = [one for one in folder.glob("checkpoint-*") if one.name.rpartition("-")[2].isdecimal() and _is_whole(one)]
     return max(found, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
 
 

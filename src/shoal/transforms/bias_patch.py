@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from shoal.examples import TransformExamples
-from shoal.fitting.holes import Pair, find_holes
+from shoal.fitting.holes import Hole, Pair, filled, find_holes
 from shoal.fitting.maps import limit_tensor, sums
 from shoal.fitting.result import Fit, Job, Transformed
-from shoal.plan import Map, Step
 
 EXAMPLES = TransformExamples(role="fitted")
 
@@ -25,25 +24,16 @@ def bias_patch(job: Job, *, skip_first: int = 1, outlier: float = 8.0) -> Transf
     """
     holes = find_holes(job.plan, "bias-patch", job.stack)
     pair = Pair(job, skip_first=skip_first, outlier=outlier)
-    steps: list[Step] = []
-    weights = dict(job.weights)
-    fits: list[Fit] = []
-    for number, hole in enumerate(holes):
-        steps += pair.steps[pair.cursor : hole.position]
-        pair.prune_to(hole.position)
-        limit = pair.limit()
-        fitted, held = sums(pair, hole, limit)
-        bias = (fitted.y - fitted.x) / fitted.count
-        eye = torch.eye(len(bias), dtype=torch.float64, device=bias.device)
-        kept: tuple[float | None, float | None] = (
-            (None, None) if held is None else (held.error(eye), held.error(eye, bias))
-        )
-        fits.append(Fit(str(hole), fitted.error(eye), fitted.error(eye, bias), *kept))
-        tensors = {f"{hole.weights}.scale": torch.ones(len(bias)), f"{hole.weights}.bias": bias.float().cpu()}
-        tensors |= limit_tensor(hole, limit)
-        weights |= tensors
-        steps.append(Map(hole.first, hole.last, hole.weights))
-        pair.pruned.advance(steps[-1], tensors)
-        job.tell(number + 1, len(holes), "bias patches")
-    steps += pair.steps[pair.cursor :]
-    return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))
+    return filled(pair, holes, lambda hole: _fit_bias(pair, hole), "bias patches")
+
+
+def _fit_bias(pair: Pair, hole: Hole) -> tuple[dict[str, torch.Tensor], Fit]:
+    """The tensors scale, bias and limit for `hole`, at which the pruned stream stands, and how well they fit."""
+    limit = pair.limit()
+    fitted, held = sums(pair, hole, limit)
+    bias = (fitted.y - fitted.x) / fitted.count
+    eye = torch.eye(len(bias), dtype=torch.float64, device=bias.device)
+    kept: tuple[float | None, float | None] = (None, None) if held is None else (held.error(eye), held.error(eye, bias))
+    tensors = {f"{hole.weights}.scale": torch.ones(len(bias)), f"{hole.weights}.bias": bias.float().cpu()}
+    tensors |= limit_tensor(hole, limit)
+    return tensors, Fit(str(hole), fitted.error(eye), fitted.error(eye, bias), *kept)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from shoal.examples import TransformExamples
-from shoal.fitting.holes import Hole, Pair, find_holes
+from shoal.fitting.holes import Hole, Pair, filled, find_holes
 from shoal.fitting.maps import judged, limit_tensor, sums
 from shoal.fitting.normal import best_ridge
 from shoal.fitting.result import Fit, Job, Transformed
-from shoal.plan import Map, Step
 
 EXAMPLES = TransformExamples(role="fitted", refused=(((2,), {"skip_first": 24}, "U554"),))
 
@@ -33,20 +32,7 @@ def linear_map(
     """
     holes = find_holes(job.plan, "linear-map", job.stack)
     pair = Pair(job, skip_first=skip_first, outlier=outlier)
-    steps: list[Step] = []
-    weights = dict(job.weights)
-    fits: list[Fit] = []
-    for number, hole in enumerate(holes):
-        steps += pair.steps[pair.cursor : hole.position]
-        pair.prune_to(hole.position)
-        tensors, fit = _fit_map(pair, hole, ridge=ridge, bias=bias)
-        weights |= tensors
-        fits.append(fit)
-        steps.append(Map(hole.first, hole.last, hole.weights))
-        pair.pruned.advance(steps[-1], tensors)
-        job.tell(number + 1, len(holes), "linear maps")
-    steps += pair.steps[pair.cursor :]
-    return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))
+    return filled(pair, holes, lambda hole: _fit_map(pair, hole, ridge=ridge, bias=bias), "linear maps")
 
 
 def _fit_map(pair: Pair, hole: Hole, *, ridge: float | None, bias: bool) -> tuple[dict[str, torch.Tensor], Fit]:

@@ -6,11 +6,10 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.examples import TransformExamples
-from shoal.fitting.holes import Pair, find_holes
+from shoal.fitting.holes import Hole, Pair, filled, find_holes
 from shoal.fitting.maps import judged, limit_tensor, sums
 from shoal.fitting.normal import best_ridge
 from shoal.fitting.result import Fit, Job, Transformed
-from shoal.plan import Map, Step
 
 EXAMPLES = TransformExamples(role="fitted", quick={"rank": 4}, refused=(((2,), {"rank": 33}, "U555"),))
 
@@ -34,12 +33,8 @@ def low_rank_map(
     size = pair.pruned.states[0].shape[-1]
     if not 1 <= rank <= size:
         raise UsageError(f"a map of rank {rank} is not possible; use 1 to {size}", code="U555")
-    steps: list[Step] = []
-    weights = dict(job.weights)
-    fits: list[Fit] = []
-    for number, hole in enumerate(holes):
-        steps += pair.steps[pair.cursor : hole.position]
-        pair.prune_to(hole.position)
+
+    def fit(hole: Hole) -> tuple[dict[str, torch.Tensor], Fit]:
         limit = pair.limit()
         fitted, held = sums(pair, hole, limit)
         eye = torch.eye(size, dtype=torch.float64, device=fitted.xx.device)
@@ -53,13 +48,9 @@ def low_rank_map(
         bias = (fitted.y - weight @ fitted.x) / fitted.count
         tensors = {f"{hole.weights}.{n}": t.float() for n, t in (("up", up), ("down", down), ("bias", bias))}
         tensors |= limit_tensor(hole, limit)
-        weights |= tensors
-        fits.append(judged(hole, fitted, held, weight, bias, f"rank {rank}, ridge {chosen:g}"))
-        steps.append(Map(hole.first, hole.last, hole.weights))
-        pair.pruned.advance(steps[-1], tensors)
-        job.tell(number + 1, len(holes), "low-rank maps")
-    steps += pair.steps[pair.cursor :]
-    return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))
+        return tensors, judged(hole, fitted, held, weight, bias, f"rank {rank}, ridge {chosen:g}")
+
+    return filled(pair, holes, fit, "low-rank maps")
 
 
 def _reduced(change: torch.Tensor, covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,10 +8,9 @@ from shoal.errors import UsageError
 from shoal.examples import TransformExamples
 from shoal.executing.fitted_map import nearest_entry, scaled
 from shoal.fitting.clusters import k_means, means
-from shoal.fitting.holes import Hole, Pair, find_holes
+from shoal.fitting.holes import Hole, Pair, filled, find_holes
 from shoal.fitting.maps import limit_tensor
 from shoal.fitting.result import Fit, Job, Transformed
-from shoal.plan import Map, Step
 
 EXAMPLES = TransformExamples(
     role="fitted",
@@ -48,20 +47,7 @@ def memo(job: Job, *, entries: int = 256, skip_first: int = 1, outlier: float = 
         raise UsageError(f"a table of {entries} entries is not possible; give 1 or more", code="U555")
     holes = find_holes(job.plan, "memo", job.stack)
     pair = Pair(job, skip_first=skip_first, outlier=outlier)
-    steps: list[Step] = []
-    weights = dict(job.weights)
-    fits: list[Fit] = []
-    for number, hole in enumerate(holes):
-        steps += pair.steps[pair.cursor : hole.position]
-        pair.prune_to(hole.position)
-        tensors, fit = _fit_table(pair, hole, entries)
-        weights |= tensors
-        fits.append(fit)
-        steps.append(Map(hole.first, hole.last, hole.weights))
-        pair.pruned.advance(steps[-1], tensors)
-        job.tell(number + 1, len(holes), "tables")
-    steps += pair.steps[pair.cursor :]
-    return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits))
+    return filled(pair, holes, lambda hole: _fit_table(pair, hole, entries), "tables")
 
 
 def _fit_table(pair: Pair, hole: Hole, entries: int) -> tuple[dict[str, torch.Tensor], Fit]:

@@ -155,7 +155,7 @@ def _own(step: int, steps: int, modules: int) -> int:
 def _step(place: str) -> int:
     """The step whose place it is. Raises U715 for a place of another policy."""
     kind, _, number = place.partition("-")
-    if kind != GATE or not number[:-1].isdigit() or number[-1:] not in [part[0] for part in PARTS]:
+    if kind != GATE or not number[:-1].isdecimal() or number[-1:] not in [part[0] for part in PARTS]:
         raise UsageError(
             f"the gates {place}-... are not those that assembled puts into a plan, {GATE}-0a-3; give the plan without "
             "gates",

@@ -79,8 +79,8 @@ def fractional(
 
     How we differ: a linear gate for each layer and not one LSTM for all; each matrix mixes what its bits make, where
     the paper mixes what the layer makes, so the values are the same and the gradient of the bits is its first order.
-    Activations stay in full; the weights do not learn at all their bits at once unless a recipe moves them. Raises U718
-    for gates without tensors and without `always`, U720 for an option out of range, P169 for a layer with matrices
+    Activations stay in full, and weights are not trained at all numbers of bits, as the paper's super-net is. Raises
+    U718 for gates without tensors and without `always`, U720 for an option out of range, P169 for a layer with matrices
     that are no linear modules of floating-point numbers (experts, quantised weights).
     """
     chosen = numbers("fractional", "bits", bits, "U720")

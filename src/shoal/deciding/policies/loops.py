@@ -12,6 +12,7 @@ from shoal.deciding.forward import ForwardView
 from shoal.deciding.gating import with_gates
 from shoal.deciding.learning import sandwich
 from shoal.deciding.policy import Grain, Policy
+from shoal.deciding.policy_options import whole_numbers
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Run, Spec
@@ -86,9 +87,8 @@ def _number(run: Run) -> int:
 
 def _menu(text: str, most: int) -> tuple[int, ...]:
     """Numbers of loops in rising order. Raises U587."""
-    pieces = text.split("+") if text else [str(number) for number in range(1, most + 1)]
-    found = tuple(sorted({int(piece) for piece in pieces if piece.isdigit()}))
-    if not all(piece.isdigit() for piece in pieces) or not 1 <= found[0] <= found[-1] <= most:
+    found = whole_numbers(text) if text else tuple(range(1, most + 1))
+    if found is None or not 1 <= found[0] <= found[-1] <= most:
         raise UsageError(
             f"loops: menu={text} names no numbers of loops of a plan that has {most}; write menu=1+{most}", code="U587"
         )

@@ -11,7 +11,7 @@ from shoal.deciding.forward import ForwardView
 from shoal.deciding.gating import with_gates
 from shoal.deciding.learning import sandwich
 from shoal.deciding.policy import Grain, Policy
-from shoal.deciding.policy_options import spread
+from shoal.deciding.policy_options import spread, whole_numbers
 from shoal.errors import UsageError
 from shoal.examples import PolicyExamples, Refusal
 from shoal.plan import Plan, Run, Spec
@@ -22,6 +22,7 @@ EXAMPLES = PolicyExamples(
         Refusal("a depth that is none", "sampled:menu=0+4", "U587", "menu=0"),
         Refusal("deeper than the plan", "sampled:menu=2+9", "U587", "menu=2"),
         Refusal("no numbers", "sampled:menu=half", "U587", "menu=half"),
+        Refusal("a digit that is no number", "sampled:menu=2+²", "U587", "menu=2"),
     ),
 )
 
@@ -70,9 +71,8 @@ def _menu(text: str, depth: int) -> tuple[int, ...]:
     """Depths in rising order. Raises U587."""
     if not text:
         return tuple(sorted({max(1, depth // 2), max(1, 3 * depth // 4), depth}))
-    pieces = text.split("+")
-    found = tuple(sorted({int(piece) for piece in pieces if piece.isdigit()}))
-    if not all(piece.isdigit() for piece in pieces) or not found or not 1 <= found[0] <= found[-1] <= depth:
+    found = whole_numbers(text)
+    if found is None or not 1 <= found[0] <= found[-1] <= depth:
         raise UsageError(
             f"menu={text} names no depths of a plan of {depth} layers; write numbers of layers, as menu=1+{depth}",
             code="U587",

@@ -46,7 +46,7 @@ def exit_kd(seen: Seen, *, at: str = "exits", which: str = "all", temperature: f
 def _places(seen: Seen, at: str) -> list[tuple[int, str]]:
     """Layers and heads of the exits that are read."""
     word, _, number = at.partition(":")
-    if word == "every" and number.isdigit() and int(number):
+    if word == "every" and number.isdecimal() and int(number):
         found = [(layer, "base") for layer in depths_of(seen)[:-1] if (layer + 1) % int(number) == 0]
     elif at == "exits":
         found = list(heads_of_exits(seen).items())

@@ -48,7 +48,7 @@ def _layers(seen: Seen, at: str) -> list[int]:
     if at == "all":
         return there
     word, _, number = at.partition(":")
-    if word == "every" and number.isdigit() and int(number):
+    if word == "every" and number.isdecimal() and int(number):
         every = [layer for layer in there if (layer + 1) % int(number) == 0]
         return every or there[-1:]
     if at == "holes":
