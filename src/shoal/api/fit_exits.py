@@ -1,4 +1,4 @@
-"""fit-exits: what exits need, fitted on text: lenses to be read well, probes to know when; or a classifier."""
+"""fit-exits: what exits need, fitted on text: lenses to be read well, probes to know when, decisions; a classifier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""shoal fit-exits: lenses or a classifier for exits, fitted on text."""
+"""shoal fit-exits: lenses with probes, decisions by cost, or a classifier for exits, fitted on text."""
 
 from __future__ import annotations
 
