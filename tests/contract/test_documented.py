@@ -72,7 +72,7 @@ def test_every_option_that_a_page_names_is_there() -> None:
             assert named <= known | OTHERS, f"{page}: {named - known - OTHERS}"
 
 
-OTHERS = {"--first", "--seconds", "--no-deps", "--prune-layers", "--lens", "--shape"}
+OTHERS = {"--first", "--seconds", "--no-deps", "--prune-layers", "--lens", "--shape", "--train", "--only", "--rates"}
 """Options of other programs that the pages name."""
 
 
