@@ -121,15 +121,15 @@ TOKENS: dict[str, dict[str, Any]] = {
     "skip-layer": {**ONE, "target": 0.875, "recover": "gates"},
     "mod": {**ONE, "capacity": 0.5, "learn": "gates"},
     "dlo": {**ONE, "capacity": 0.5, "learn": "gates"},
-    "skip-gpt": {"rate": 0.05, "target": 0.9375, "recover": "gates"},
+    "skip-gpt": {"rate": 0.05, "target": 0.9375, "recover": "gates", "initial_bias": 2},
 }
 """Recipes that choose tokens; half of them are not to run one layer of four, or its mlp."""
 ROWS: dict[str, dict[str, Any]] = {
-    "first": {**ONE, "skip": 0.3, "recover": "gates"},
-    "had-skip": {**ONE, "most": 0.875, "learn": "gates"},
-    "conv-aig": {**ONE, "target": 0.5, "strength": 1.0},
-    "skip-net": {**ONE, "cost": 0.3},
-    "block-drop": {**ONE, "cost": 0.3},
+    "first": {**ONE, "skip": 0.3, "recover": "gates", "initial_bias": 2},
+    "had-skip": {**ONE, "most": 0.875, "learn": "gates", "initial_bias": 2},
+    "conv-aig": {**ONE, "target": 0.5, "strength": 1.0, "initial_bias": 2},
+    "skip-net": {**ONE, "cost": 0.3, "initial_bias": 2},
+    "block-drop": {**ONE, "cost": 0.3, "initial_bias": 2},
 }
 """Recipes that choose sequences."""
 

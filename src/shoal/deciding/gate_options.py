@@ -27,6 +27,8 @@ class GateOptions:
     final_temperature: float
     adapter: int = 0
     """Inner width of the adapter that closed gates lead through; 0: none."""
+    initial_bias: float = 2.0
+    """Score at which a gate begins to learn."""
 
 
 def require_sound(options: GateOptions, part: str, fill: str) -> None:
@@ -41,6 +43,10 @@ def require_sound(options: GateOptions, part: str, fill: str) -> None:
         (
             not 0 < options.final_temperature < math.inf,
             f"final_temperature={options.final_temperature:g} must be above 0; write final_temperature=0.5",
+        ),
+        (
+            not math.isfinite(options.initial_bias),
+            f"initial_bias={options.initial_bias:g} must be a finite score; write initial_bias=2",
         ),
         (
             (options.grain == "row" or part == "mlp") and fill != "auto",

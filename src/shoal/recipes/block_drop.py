@@ -5,7 +5,7 @@ from __future__ import annotations
 from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
-def block_drop(*, cost: float = 1.0, layers: str = "", rate: float = 1e-3) -> Recipe:
+def block_drop(*, cost: float = 1.0, layers: str = "", initial_bias: float = 4.0, rate: float = 3e-3) -> Recipe:
     """A gate for each sequence at each layer, by self-critical policy gradient: few layers, and right all the same.
 
     The reward of a sequence is a (1 - k^2) - (1 - a) `cost`, k the share of open gates and a the share of next tokens
@@ -19,5 +19,5 @@ def block_drop(*, cost: float = 1.0, layers: str = "", rate: float = 1e-3) -> Re
     tuning of gates and model together follows.
     """
     terms = (f"reinforce:reward=right,cost={cost},baseline=greedy",)
-    policy = routed("grain=row,relax=sample", layers)
+    policy = routed(f"grain=row,relax=sample,initial_bias={initial_bias:g}", layers)
     return (Stage(terms=terms, learn=("gates",), policy=policy, settings=Settings(rate=rate)),)

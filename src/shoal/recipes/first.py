@@ -6,7 +6,7 @@ from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
 def first(
-    *, skip: float = 10.0, layers: str = "", gates: float = 0.5, rate: float = 1e-3,
+    *, skip: float = 20.0, layers: str = "", gates: float = 0.5, initial_bias: float = 4.0, rate: float = 3e-3,
     recover: str = "lora:rank=16,rate=5e-4",
 ) -> Recipe:  # fmt: skip
     """A gate decides at each layer from the prompt whether the sequence runs it; first gates learn, then LoRA.
@@ -19,7 +19,7 @@ def first(
 
     How we differ: in training the mean over the whole window decides, which is its own prompt there.
     """
-    policy = routed("grain=row,relax=gumbel", layers)
+    policy = routed(f"grain=row,relax=gumbel,initial_bias={initial_bias:g}", layers)
     terms = ("cross-entropy", f"density:by=linear,weight={skip}")
     settings = Settings(rate=rate)
     return (

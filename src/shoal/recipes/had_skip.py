@@ -10,7 +10,8 @@ def had_skip(
     most: float = 0.8,
     layers: str = "",
     strength: float = 100.0,
-    rate: float = 1e-3,
+    initial_bias: float = 4.0,
+    rate: float = 3e-3,
     learn: str = "lora:rank=16,rate=5e-4",
 ) -> Recipe:
     """A gate for each sequence at each layer, soft at first and hard in the end, held below a budget of layers.
@@ -24,6 +25,6 @@ def had_skip(
     How we differ: its exact gate and penalty could not be read; a budget on the mean is held here, not one for each
     batch.
     """
-    policy = routed("grain=row,relax=soft,final_temperature=0.05", layers)
+    policy = routed(f"grain=row,relax=soft,final_temperature=0.05,initial_bias={initial_bias:g}", layers)
     terms = ("logit-kd", f"density:target={most},by=above,weight={strength}")
     return (Stage(terms=terms, learn=("gates", learn), policy=policy, settings=Settings(rate=rate)),)

@@ -6,8 +6,8 @@ from shoal.healing.stage import Recipe, Settings, Stage
 
 
 def skip_gpt(
-    *, target: float = 0.75, strength: float = 8.0, gates: float = 0.5, temperature: float = 5.0, rate: float = 1e-2,
-    recover: str = "lora:rank=16,rate=2e-4",
+    *, target: float = 0.75, strength: float = 8.0, gates: float = 0.5, temperature: float = 5.0,
+    initial_bias: float = 4.0, rate: float = 1e-2, recover: str = "lora:rank=16,rate=2e-4",
 ) -> Recipe:  # fmt: skip
     """Attention and mlp of a layer have a gate each; first gates learn while the temperature falls, then LoRA.
 
@@ -18,7 +18,9 @@ def skip_gpt(
 
     How we differ: the teacher is the whole model, where labels teach there.
     """
-    policy = f"routed:part=halves,relax=gumbel,temperature={temperature},final_temperature=0.5"
+    policy = (
+        f"routed:part=halves,relax=gumbel,temperature={temperature},final_temperature=0.5,initial_bias={initial_bias:g}"
+    )
     settings = Settings(rate=rate)
     return (
         Stage(terms=("logit-kd", f"density:target={target},by=abs,weight={strength}"), learn=("gates",), policy=policy,

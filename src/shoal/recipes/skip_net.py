@@ -5,7 +5,9 @@ from __future__ import annotations
 from shoal.healing.stage import Recipe, Settings, Stage, routed
 
 
-def skip_net(*, cost: float = 10.0, layers: str = "", soft: float = 0.5, rate: float = 1e-3) -> Recipe:
+def skip_net(
+    *, cost: float = 20.0, layers: str = "", soft: float = 0.5, initial_bias: float = 4.0, rate: float = 3e-3
+) -> Recipe:
     """A gate for each sequence at each layer: hard forward and soft backward first, then policy gradient.
 
     The loss of the first stage, a `soft` share of the tokens, is cross-entropy + `cost` d, d the mean share of the
@@ -17,7 +19,7 @@ def skip_net(*, cost: float = 10.0, layers: str = "", soft: float = 0.5, rate: f
     How we differ: a gate reads the mean of the states in front of its layer; one net for all gates (an LSTM) is not
     there. The base stands still.
     """
-    policy = routed("grain=row", layers)
+    policy = routed(f"grain=row,initial_bias={initial_bias:g}", layers)
     settings = Settings(rate=rate)
     first = ("cross-entropy", f"density:by=linear,weight={cost}")
     return (

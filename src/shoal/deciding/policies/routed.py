@@ -44,6 +44,7 @@ EXAMPLES = PolicyExamples(
         Refusal("a fill for mlps", "routed:part=mlp,fill=mask,bias=1", "U711", "fill=mask"),
         Refusal("a loop that is not there", "routed:layers=again", "U711", "second time"),
         Refusal("an adapter in the place of an mlp", "routed:part=mlp,adapter=4,bias=1", "U711", "adapter=4"),
+        Refusal("a start that is no number", "routed:initial_bias=inf,bias=1", "U711", "initial_bias=inf"),
         Refusal("tokens ranked by a gate that reads none", "routed:grain=none,relax=top-k,bias=1", "U711", "top-k"),
     ),
 )  # fmt: skip
@@ -69,6 +70,7 @@ def routed(
     bias: float | None = None,
     fill: Literal["auto", "project", "copy", "mask"] = "auto",
     adapter: int = 0,
+    initial_bias: float = 2.0,
 ) -> Policy:
     """Run a layer for the tokens that its gate lets through; the gates learn by `shoal heal`.
 
@@ -90,7 +92,8 @@ def routed(
     score it for every token: before anything has learned. A row decides before the first token that it writes, so no
     key is ever missing (`fill` auto: none); a token's keys and values are made of the state that was carried past the
     layer (auto: project), or nobody sees them (mask). `adapter`: who does not run a layer gets x + g.up . silu(g.down .
-    x), of that inner width, in its place; with `scale` it is what the layer's output is mixed with.
+    x), of that inner width, in its place; with `scale` it is what the layer's output is mixed with. Gates begin to
+    learn at the score `initial_bias` for every token: the higher, the less often noise shuts one.
 
     Source: a router for each token, with its keys kept: Zeng et al. 2023 (SkipLayer, arXiv 2311.15436); top-k: Raposo
     et al. 2024 (Mixture-of-Depths, arXiv 2404.02258); for a sequence: Jain et al. 2024 (FiRST, arXiv 2410.12513).
@@ -102,7 +105,7 @@ def routed(
     """
     options = GateOptions(
         grain, net, bias, threshold, scale, relax, capacity, temperature,
-        temperature if final_temperature is None else final_temperature, adapter,
+        temperature if final_temperature is None else final_temperature, adapter, initial_bias,
     )  # fmt: skip
     require_sound(options, part, fill)
     if part == "halves":
@@ -129,12 +132,11 @@ class Routed(Policy):
         self.gated = [run for run in runs(plan.steps()) if run.gate is not None]
 
     def start(self, spec: Spec) -> dict[str, torch.Tensor]:
-        """Gates that let all through, sigmoid(2) = 0.88, and read nothing yet; an inner layer is drawn from torch's
-        generator."""
+        """Gates of one score that read nothing yet; an inner layer is drawn from torch's generator."""
         made = {name: torch.zeros(shape) for name, shape in self._shapes(spec).items()}
         for name, tensor in made.items():
             if name.endswith(".bias"):
-                tensor.fill_(2.0)
+                tensor.fill_(self.options.initial_bias)
             elif name.endswith((".inner", f".{DOWN}")):
                 tensor.normal_(0, tensor.shape[1] ** -0.5)
         return made
