@@ -16,6 +16,9 @@ from transformers.generation.continuous_batching.distributed import DistributedH
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
+from shoal.executing.layer_list import LayerProxyList
+from shoal.executing.paged import Pages
+
 SIZES = {
     "num_blocks": 16,
     "page_size": 4,
@@ -51,7 +54,11 @@ def paged_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor], ends: l
 def _passes(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, ends: list[int]) -> torch.Tensor:
     config = _text_config(model)
     settings = ContinuousBatchingConfig(**SIZES, max_blocks_per_request=0, use_cuda_graph=(False, False))
+    pages = planned_pages(model)
+    config = config if pages is None else pages.config(config)
     cache = PagedAttentionCache(config, settings, model.device, DistributedHelper(None, 300, {}), model.dtype)
+    if pages is not None:
+        pages.own(cache)
     inputs = ContinuousBatchingIOs(cache, config, settings, model.device, model.dtype, NO_PROCESSORS)
     requests = [RequestState(str(row), ids[row, mask[row]].tolist()) for row in range(len(ids))]
     out: list[torch.Tensor] = []
@@ -70,6 +77,12 @@ def _passes(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, ends:
         out.append(step)
         start = end
     return torch.cat(out, 1)
+
+
+def planned_pages(model: PreTrainedModel) -> Pages | None:
+    """The rows that a cache is given which is made while the running plan is there; None without a plan."""
+    planned = [one for one in model.modules() if isinstance(one, LayerProxyList)]
+    return planned[0].executor.pages if planned else None
 
 
 def _text_config(model: PreTrainedModel) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shoal.executing import executor
+from shoal.executing.paged import Pages
 
 from .families import FAMILIES
 from .matrix import ATTENTIONS, BATCHES, CACHES, KINDS, SHARED, WAYS, Outcome, cells, markdown, run_cell
@@ -77,8 +78,6 @@ def _expected(family: str, kind: str, attention: str, cache_kind: str, _: str) -
     if cache_kind == "paged" and family in NO_PAGED:
         return "not possible", ""
     code = REFUSED.get(family, {}).get(kind)
-    if cache_kind == "paged" and kind == "repeat":
-        code = "P140"
     if cache_kind == "paged" and kind in PAGED:
         code = code or PAGED[kind]
     return ("refused", code) if code else ("right", "")
@@ -106,8 +105,8 @@ def test_one_slot_for_all_layers_turns_cells_red(monkeypatch: pytest.MonkeyPatch
 
 
 def test_two_runs_on_one_paged_row_turn_cells_red(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_cell("llama", "repeat", "sdpa", *WAYS[-1]) == Outcome("refused", "P140")
-    monkeypatch.setattr(executor, "paging_obstacle", lambda steps: None)
+    assert run_cell("llama", "repeat", "sdpa", *WAYS[-1]) == Outcome("right")
+    monkeypatch.setattr(Pages, "seen_by", lambda self, at, arguments: arguments)
     assert run_cell("llama", "repeat", "sdpa", *WAYS[-1]).state == "wrong"
 
 

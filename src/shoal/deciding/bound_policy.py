@@ -132,7 +132,7 @@ class BoundPolicy:
         executor = self.executor
         return None if executor is None or executor.paused or executor.reading_out else executor
 
-    def _generate(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None] | None:
+    def _generate(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], None] | None:
         """Until `generate` is done, passes without a cache, and those in which prompt and guessed tokens come together,
         know where the prompt ends. A model that assists itself goes by the first call."""
         executor = self.executor
@@ -141,7 +141,7 @@ class BoundPolicy:
         executor.prompt = prompt_length(args, kwargs)
         return self._generated
 
-    def _generated(self) -> None:
+    def _generated(self, _: Any) -> None:
         assert self.executor is not None
         self.executor.prompt = None
 

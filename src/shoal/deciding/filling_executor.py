@@ -105,7 +105,7 @@ class FillingExecutor(Executor):
             take = CopiedKV(gated, forward)
         size = layers_run((run,))
         self.trace.counts.late += int(size * made.late * forward.view.rows)
-        return made.own(self._with(take, run, gated.slot, made.hidden, made.call))
+        return made.own(self._with(take, run, (gated.position, 0), made.hidden, made.call))
 
     def _project(self, gated: GatedRun, hidden: torch.Tensor, call: Call) -> bool:
         """Store what the layer makes of this state; whether no more than that was computed."""
@@ -118,20 +118,23 @@ class FillingExecutor(Executor):
         alone = projection is not None and projection.layer is self.runner.layer_of(run)
         try:
             if projection is None or not alone:
-                self._with(None, run, gated.slot, hidden, call)
+                self._with(None, run, (gated.position, 0), hidden, call)
             else:
                 # found on the whole layer: what stands for its mlp in a half is not what stands for it here
                 with projection.of(hidden):
-                    self._with(store_alone, replace(run, part="layer"), gated.slot, hidden, call)
+                    self._with(store_alone, replace(run, part="layer"), (gated.position, 0), hidden, call)
         finally:
             self.recorder = recorder
         self.now.extra, self.now.carried = extra, carried
         return alone
 
-    def _with(self, take: Take | None, run: Run, slot: int | None, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    def _with(
+        self, take: Take | None, run: Run, place: tuple[int, int], hidden: torch.Tensor, call: Call
+    ) -> torch.Tensor:
         """Run the step over a cache that does as `take` says."""
+        slot = self.slots.get(place)
         if take is None or slot is None:
-            return self._run(run, slot, hidden, run.layer, *call)
+            return self._run(run, place, hidden, run.layer, *call)
         args, kwargs = call
         swapped = tuple(_view(a, slot, take) for a in args), {k: _view(v, slot, take) for k, v in kwargs.items()}
         at = self.facts[run.layer].cache_at
@@ -139,7 +142,7 @@ class FillingExecutor(Executor):
             swapped = with_argument(swapped, at, slot_view(PassingCache(), slot, take=take))
         self.taken = take
         try:
-            return self._run(run, slot, hidden, run.layer, *swapped)
+            return self._run(run, place, hidden, run.layer, *swapped)
         finally:
             self.taken = None
 

@@ -223,7 +223,6 @@ class GatedExecutor(FillingExecutor):
         # whoever left and is to run later anyway may as well run now: its state goes on, its answer is kept
         stored = True if fill.runs_all else active
         run = replace(step, part="attention") if mlp is False and not learns else step
-        slot = self.slots.get((position, 0))
         watched = policy.watches and active is True
         seen = MlpInput(self.runner, step) if watched and policy.watched == "mlp" and mlp is not None else None
         some = mlp if weight is None or mlp is None or run.part != step.part else weight
@@ -231,7 +230,8 @@ class GatedExecutor(FillingExecutor):
         self.around += (seen.noted,) if seen is not None and run.part == step.part else ()
         self.around += uses if run.part == step.part else ()
         try:
-            out = self._called(run, gated, hidden, call, stored) if gated else self._with(None, run, slot, hidden, call)
+            alone = partial(self._with, None, run, (position, 0), hidden, call)
+            out = self._called(run, gated, hidden, call, stored) if gated else alone()
         finally:
             self.around = ()
         if reads is not None and weight is not None:

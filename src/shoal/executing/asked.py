@@ -28,9 +28,9 @@ READING_INSIDE = ("Gemma4Assistant", "Gemma4UnifiedAssistant")
 """Beginnings of the classes of assistants that read what layers of the model store."""
 
 
-Before = Callable[[Any, tuple[Any, ...], dict[str, Any]], Callable[[], None] | None]
-"""Called with a model, and with what a method of it is called with; what it returns is called when the method is done,
-by an error or not."""
+Before = Callable[[Any, tuple[Any, ...], dict[str, Any]], Callable[[Any], None] | None]
+"""Called with a model, and with what a method of it is called with; what it returns is called with the method's result
+when the method is done, with None after an error."""
 
 
 class StandIn:
@@ -43,11 +43,13 @@ class StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         after = self.before(self.model, args, kwargs)
+        result = None
         try:
-            return self.method(*args, **kwargs)
+            result = self.method(*args, **kwargs)
+            return result
         finally:
             if after is not None:
-                after()
+                after(result)
 
     def put(self) -> None:
         """From now on it is called."""

@@ -65,10 +65,10 @@ class BoundPlan:
             self._lists.append((stack, planned))
         # a policy's heads listen as long as the policy does
         self._heads = [] if make is not None else [one.executor.heads for _, one in self._lists]
-        self._paged = PagedGuard(self.executor().unpaged if is_causal(opened.model) else None)
+        self._paged = PagedGuard(self.executor().unpaged if is_causal(opened.model) else None, self.executor().pages)
         checks = {
             "_validate_generation_mode": self._refuse_asked,
-            "init_continuous_batching": self._paged.refuse,
+            "init_continuous_batching": self._paged.asked,
             "save_pretrained": warn_saving,
         }
         self._stand_ins = stand_ins(opened.model, checks)

@@ -24,7 +24,7 @@ from shoal.executing.forward import Forward, Segment
 from shoal.executing.groups import joined
 from shoal.executing.layer_list import LayerProxyList
 from shoal.executing.layer_runner import LayerRunner
-from shoal.executing.paged import Obstacle, paging_obstacle, refuse_paged
+from shoal.executing.paged import Obstacle, Pages, paging_obstacle
 from shoal.executing.recorder import Recorder, attention_hooks
 from shoal.executing.run_calls import RunCalls
 from shoal.executing.sharing import Sharing
@@ -71,6 +71,7 @@ class Executor(RunCalls):
         ]
         if self.needed_later:
             self.passthrough[-1] = False  # where what was kept is forgotten
+        self.pages = Pages(stack, steps)
         self.unpaged: Obstacle | None = "heads" if self.sharing.fewer else paging_obstacle(steps)
         self.exchanges, self._said = exchanges_of(stack, steps, self.sharing), SaidDepth(stack)
         self.owner: object | None = None
@@ -226,7 +227,7 @@ class Executor(RunCalls):
         """A forward begins."""
         self.now = Forward()
         self._said.require()
-        refuse_paged(self.unpaged, call[1])
+        self.pages.refuse(self.unpaged, call[1])
         for cache in caches_of(call):
             prepare_rows(cache, self.cache_contents)
 
@@ -267,11 +268,11 @@ class Executor(RunCalls):
     ) -> torch.Tensor:
         match step:
             case Run():
-                return self._run(step, self.slots.get((position, 0)), hidden, index, args, kwargs)
+                return self._run(step, (position, 0), hidden, index, args, kwargs)
             case Parallel():
 
                 def call(run: Run, branch: int, state: torch.Tensor) -> torch.Tensor:
-                    return self._run(run, self.slots.get((position, branch)), state, index, args, kwargs)
+                    return self._run(run, (position, branch), state, index, args, kwargs)
 
                 return joined(step, hidden, call)
             case Map():

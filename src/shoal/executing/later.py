@@ -189,7 +189,7 @@ class LaterExecutor(Executor):
     def _run(
         self,
         run: Run,
-        slot: int | None,
+        at: tuple[int, int],
         hidden: torch.Tensor,
         index: int,
         args: tuple[Any, ...],
@@ -197,7 +197,7 @@ class LaterExecutor(Executor):
     ) -> torch.Tensor:
         source = None if not isinstance(self.now, PassForward) else self._source(run)
         if source is None:
-            return super()._run(run, slot, hidden, index, args, kwargs)
+            return super()._run(run, at, hidden, index, args, kwargs)
         layer = self.runner.layer_of(run)
         if is_checkpointed(layer):
             no = refused("later source", "checkpointed", run)
@@ -205,7 +205,7 @@ class LaterExecutor(Executor):
             raise PlanError(no.message, code=no.code)
         attend = tokens_before(layer, run, lambda: self._passing.seen[source])
         with self.exchanges.during(run.layer), attending(layer, attend):
-            return super()._run(run, slot, hidden, index, args, kwargs)
+            return super()._run(run, at, hidden, index, args, kwargs)
 
     def _cache_for(self, run: Run, slot: int | None, cache: Cache) -> Cache:
         if not isinstance(self.now, PassForward):

@@ -14,6 +14,7 @@ from shoal.executing.calls import Call, first_state, hidden_of
 from shoal.executing.checkpointed import Around, SharedKV, is_checkpointed
 from shoal.executing.forward import with_passing_cache
 from shoal.executing.layer_runner import LayerRunner
+from shoal.executing.paged import Pages
 from shoal.executing.recorder import Recorder, RunRecord
 from shoal.executing.sharing import Mix, Sharing
 from shoal.executing.slots import KeysValues, Store, Take, slot_view
@@ -33,6 +34,8 @@ class RunCalls(InForward):
     exchanges: Exchanges
     around: tuple[Around, ...] = ()
     sharing: Sharing
+    slots: dict[tuple[int, int], int]
+    pages: Pages
     carried: dict[str | int, int]
     recorder: Recorder | None
     cache: Cache | None
@@ -41,7 +44,7 @@ class RunCalls(InForward):
     def _run(
         self,
         run: Run,
-        slot: int | None,
+        at: tuple[int, int],
         hidden: torch.Tensor,
         index: int,
         args: tuple[Any, ...],
@@ -50,7 +53,7 @@ class RunCalls(InForward):
         around_run = self.around_runs.of(run)
         if around_run is not None:
             hidden = around_run.front(hidden, self.now.behind)
-        call = self._call_of(run, slot, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
+        call = self._call_of(run, at, hidden, (args, kwargs) if run.layer == index else self.now.calls[run.layer])
         layer, comes_first = self.runner.layer_of(run), self.now.extra is None
         shared = self._shared_kv(run) if is_checkpointed(layer) else None
         shared_map = self.sharing.shared_map(run, layer, self.now)
@@ -70,13 +73,15 @@ class RunCalls(InForward):
             self.now.carried = {at: out[1 + n] for at, n in self.carried.items()}
         return state
 
-    def _call_of(self, run: Run, slot: int | None, hidden: torch.Tensor, call: Call) -> Call:
-        """What the layer of `run` is called with: this state, its own row of the cache, what was carried along."""
+    def _call_of(self, run: Run, at: tuple[int, int], hidden: torch.Tensor, call: Call) -> Call:
+        """What the layer of `run`, the one `at` (position of its step, branch), is called with: this state, its own row
+        of the cache, what was carried along."""
         args, kwargs = call
         if self.carried:
             args = tuple(self.now.carried.get(at, value) for at, value in enumerate(args))
             kwargs = {at: self.now.carried.get(at, value) for at, value in kwargs.items()}
-        swap = partial(self._cache_for, run, slot)
+        kwargs = self.pages.seen_by(at, kwargs)
+        swap = partial(self._cache_for, run, self.slots.get(at))
         if args:
             args = (hidden, *(swap(a) if isinstance(a, Cache) else a for a in args[1:]))
             kwargs = {k: swap(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}

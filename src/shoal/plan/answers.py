@@ -111,11 +111,6 @@ NO_CAUSAL_DECODER = Refused(
     "a policy decides token by token in the decoder of a causal language model, and {model} is none; run a plan "
     "without gates",
 )
-PAGED_TWICE = Refused(
-    "P140",
-    "layer {layer} attends more than once in this plan, and the paged KV cache of generate_batch has one row for "
-    "each layer, so each run would read what the other stored; call generate, or run each attention once",
-)
 PAGED_POLICY = Refused(
     "P140",
     "a policy decides token by token, and generate_batch packs the tokens of several requests into one sequence, "

@@ -26,7 +26,6 @@ from shoal.plan.answers import (
     OK,
     ONE_BY_ONE,
     PAGED_POLICY,
-    PAGED_TWICE,
     SHARDED_TENSORS,
     UNDECIDED,
     UNGATED,
@@ -163,7 +162,7 @@ def _placed(trait: Literal["repeat", "other part", "reorder"]) -> Row:
     match trait:
         case "repeat":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
-                       sharded=OK, beside_encoder=OK, paged=PAGED_TWICE, gated=OK, drafted=UNORDERED_DRAFT, fast=OK,
+                       sharded=OK, beside_encoder=OK, paged=OK, gated=OK, drafted=UNORDERED_DRAFT, fast=OK,
                        streamed=OK, written=OK, gguf=OK)
         case "other part":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK, offloaded=OK,
