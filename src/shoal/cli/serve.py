@@ -32,6 +32,10 @@ def serve(
         typer.Option("--api-key", envvar="SHOAL_API_KEY", show_default=False, help="What clients must send."),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="What clients call the model (default: MODEL).")] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option("--max-num-seqs", min=1, help="Requests in one forward (default: 16, with a plan alone)."),
+    ] = None,
     queue: Annotated[int, typer.Option("--queue", min=0, help="Requests that may wait; more get 429.")] = 16,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for a request, waiting too.")] = 300.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens of one request.")] = 1024,
@@ -48,14 +52,14 @@ def serve(
     dry_run: options.DryRun = False,
     config: options.Config = None,
 ) -> None:
-    """Answer OpenAI-compatible requests on this machine, one at a time, until Ctrl-C."""
+    """Answer OpenAI-compatible requests on this machine until Ctrl-C."""
     if dry_run:
         _tell_settings(json_)
         return
     _require_extra()
     from shoal.api.kv_cache import refuse_beside_kv_cache
     from shoal.decoding.decoder import LONGEST
-    from shoal.serve.dynamic import chosen_way
+    from shoal.serve.dynamic import chosen_way, tokens_cached
     from shoal.serve.limits import Limits, is_loopback
     from shoal.serve.listen import bind, listen, positions, service, url
 
@@ -64,6 +68,13 @@ def serve(
         raise UsageError("--fast is for plans that decide nothing; leave out --policy and --speculate", code="U567")
     if speculate is not None and (plan, policy) != (None, None):
         raise UsageError("--speculate drafts for the whole model; leave out --plan and --policy", code="U593")
+    alone = fast or (policy, speculate, kv_cache) != (None, None, None)
+    if alone and max_num_seqs not in (None, 1):
+        raise UsageError(
+            "--policy, --speculate, --fast and --kv-cache write one text at a time; leave out --max-num-seqs",
+            code="U752",
+        )
+    at_once = 1 if alone else max_num_seqs
     if api_key is not None and (not api_key.isascii() or not api_key or api_key != api_key.strip()):
         raise UsageError(
             "the API key is empty, or has spaces around it or letters that are not ASCII; give another, or none",
@@ -74,11 +85,16 @@ def serve(
             typer.echo(f"shoal: anyone who reaches {host} can use this server; give it an --api-key", err=True)
         with progress_bars(quiet):
             loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
-        longest = (positions(loaded.model, context) or LONGEST) if fast else None
-        limits = Limits(queue, max_tokens, timeout, max_body << 10, context)
+        known = positions(loaded.model, context)
+        longest = (known or LONGEST) if fast else None
+        cached = tokens_cached(at_once, known, context)
+        limits = Limits(
+            queue, max_tokens, timeout, max_body << 10, context if at_once == 1 else min(known or cached, cached)
+        )
+        way = {"policy": policy, "draft": speculate, "kv_cache": kv_cache}
         with service(
             loaded,
-            chosen_way(loaded, chosen, weights, policy=policy, draft=speculate, compiled=longest, kv_cache=kv_cache),
+            chosen_way(loaded, chosen, weights, **way, compiled=longest, at_once=at_once, cached=cached),
             name=name,
             limits=limits,
             host=host,
@@ -86,9 +102,9 @@ def serve(
             on_request=lambda request: _log_request(request, as_json=json_, quiet=quiet),
         ) as made:
             sock.listen(128)
-            way = {"plan": None if chosen is None else str(chosen), "policy": policy, "draft": speculate}
-            way |= {} if kv_cache is None else {"kv_cache": kv_cache}
-            _tell_address(url(sock), made.name, way, chat=made.can_chat, key=api_key is not None, as_json=json_)
+            said = {"plan": None if chosen is None else str(chosen), "policy": policy, "draft": speculate}
+            said |= {} if kv_cache is None else {"kv_cache": kv_cache}
+            _tell_address(url(sock), made.name, said, chat=made.can_chat, key=api_key is not None, as_json=json_)
             listen(made.app, sock, drain=drain)
 
 

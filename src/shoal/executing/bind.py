@@ -65,10 +65,10 @@ class BoundPlan:
             self._lists.append((stack, planned))
         # a policy's heads listen as long as the policy does
         self._heads = [] if make is not None else [one.executor.heads for _, one in self._lists]
-        self._paged = PagedGuard(self.executor().unpaged if is_causal(opened.model) else None, self.executor().pages)
+        self.paged = PagedGuard(self.executor().unpaged if is_causal(opened.model) else None, self.executor().pages)
         checks = {
             "_validate_generation_mode": self._refuse_asked,
-            "init_continuous_batching": self._paged.asked,
+            "init_continuous_batching": self.paged.asked,
             "save_pretrained": warn_saving,
         }
         self._stand_ins = stand_ins(opened.model, checks)
@@ -112,7 +112,7 @@ class BoundPlan:
         self._before = [stack.layers for stack, _ in self._lists]
         for stack, planned in self._lists:
             stack.owner._modules[stack.attr] = planned
-        self._paged.begin(self.model)
+        self.paged.begin(self.model)
         for heads in self._heads:
             if heads is not None:
                 heads.put()
@@ -133,7 +133,7 @@ class BoundPlan:
             for heads in self._heads:
                 if heads is not None:
                     heads.remove()
-            self._paged.end(self.model)
+            self.paged.end(self.model)
         self._before = []
 
     @contextmanager

@@ -165,10 +165,13 @@ class PagedGuard:
                 "model.destroy_cached_continuous_batching_manager() first",
                 code="P123",
             )
-        return None if self.pages.stock else lambda manager: self._sized(model, manager)
+        return None if self.pages.stock else lambda manager: self.sized(model, manager)
 
-    def _sized(self, model: Any, manager: Any) -> None:
-        """Let a manager that has no cache yet make one for the plan: it reads the model's config for that."""
+    def sized(self, model: Any, manager: Any) -> None:
+        """Let a manager of continuous batching that has no cache yet make one for the plan: it reads the model's config
+        for that. Raises P140 for `obstacle`."""
+        if self.obstacle is not None:
+            raise _refusal(self.obstacle)
         if manager is None or manager.batch_processor is not None:
             return
         config = model.config

@@ -12,8 +12,19 @@ from shoal.live import running
 from shoal.models.evaluating import evaluating
 from shoal.models.load import Loaded
 from shoal.plan import Plan
+from shoal.serve.batched import batched, where_it_fits
 from shoal.serve.generating import Generate, GenerationCounts, GenerationRequest, Prepare, calling, under_plan
 from shoal.speculating.speculator import Speculator
+
+AT_ONCE = 16
+"""Requests in one forward, where nobody says how many."""
+
+
+def tokens_cached(at_once: int | None, positions: int | None, asked: int | None) -> int:
+    """Tokens for whose keys and values a server of `at_once` requests makes room: 1024 for each, and all of the longest
+    text where the user has `asked` for its length."""
+    usual = (AT_ONCE if at_once is None else at_once) * 1024
+    return usual if asked is None else max(usual, positions or asked)
 
 
 def under_policy(
@@ -64,11 +75,18 @@ def chosen_way(
     draft: str | None = None,
     compiled: int | None = None,
     kv_cache: str | None = None,
+    at_once: int | None = 1,
+    cached: int = 0,
 ) -> Prepare:
     """What the options of `shoal serve` ask for: a plan, with compiled layers, a compressing KV cache or neither, a
-    policy on it, or a draft for the whole model."""
+    policy on it, or a draft for the whole model. `at_once`: requests in one forward, with a plan alone; None: as many
+    as usual where that fits the model. `cached`: see `batched`."""
     if draft is not None:
         return drafted(loaded, draft)
     if policy is not None:
         return under_policy(loaded, policy, plan, weights)
-    return under_plan(loaded, plan, weights, compiled=compiled, kv_cache=kv_cache)
+    if compiled is not None or kv_cache is not None or at_once == 1:
+        return under_plan(loaded, plan, weights, compiled=compiled, kv_cache=kv_cache)
+    if at_once is None:
+        return where_it_fits(loaded, plan, weights, at_once=AT_ONCE, cached=cached)
+    return batched(loaded, plan, weights, at_once=at_once, cached=cached)

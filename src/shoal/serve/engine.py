@@ -1,6 +1,6 @@
-"""One model, one thread that generates, and a bounded queue in front of it.
+"""One model, threads that generate, and a bounded queue in front of them.
 
-Knows nothing of HTTP: a job's events go to a function, which is called from the generating thread.
+Knows nothing of HTTP: a job's events go to a function, which is called from a generating thread.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
-from shoal.serve.generating import Generate, GenerationCounts, GenerationRequest, Prepare
+from shoal.serve.generating import Generate, GenerationCounts, GenerationRequest, Prepare, at_once_of
 from shoal.serve.text import Decode, IncrementalDetokenizer, StopStrings
 
 _log = logging.getLogger("shoal.serve")
@@ -65,11 +65,12 @@ class ClosedError(Exception):
 
 
 class Engine:
-    """`with Engine(...) as engine:` starts the generating thread; leaving stops it within a token and waits for it.
+    """`with Engine(...) as engine:` starts the generating threads; leaving stops them within a token, and waits.
 
-    `prepare` is entered by that thread, and what it raises comes out of the `with`. `decode`: ids to text, used by that
-    thread alone. `eos`: ids that end a text. `waiting`: places in the line, besides the job at work. `on_end` is told
-    of every job, with its reason and what `generate` counted.
+    `prepare` is entered by the first of them, and what it raises comes out of the `with`; there are as many as calls
+    that the function which it yields takes at the same time (`at_once_of`). `decode`: ids to text, used by one thread
+    at a time. `eos`: ids that end a text. `waiting`: places in the line, besides the jobs at work. `on_end` is told of
+    every job, with its reason and what `generate` counted.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class Engine:
         waiting: int = 16,
         on_end: Callable[[QueuedRequest, Reason, GenerationCounts], None] = lambda job, reason, counts: None,
     ) -> None:
-        self._prepare, self._decode, self._eos, self._places, self._on_end = prepare, decode, eos, waiting, on_end
+        self._prepare, self._eos, self._on_end = prepare, eos, on_end
+        self._decode, self._waiting, self._at_once = _one_at_a_time(decode), waiting, 1
         self._queue: deque[QueuedRequest] = deque()
-        self._running: QueuedRequest | None = None
+        self._running: set[QueuedRequest] = set()
         self._change = threading.Condition()
         self._open = False
         self._failure: BaseException | None = None
@@ -102,7 +104,7 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self._change:
             self._open = False
-            for job in (*self._queue, *([self._running] if self._running else [])):
+            for job in (*self._queue, *self._running):
                 job.cancelled = True
             self._change.notify_all()
         self._thread.join()
@@ -119,14 +121,14 @@ class Engine:
 
     @property
     def working(self) -> int:
-        """Jobs at work: 0 or 1."""
-        return int(self._running is not None)
+        """Jobs at work."""
+        return len(self._running)
 
     def require_place(self, coming: int = 0) -> None:
         """Raise what `submit` would raise now, or when `coming` others have joined the line."""
         if not self.alive:
             raise ClosedError("the engine is closed")
-        if len(self._queue) + self.working + coming > self._places:
+        if len(self._queue) + self.working + coming >= self._waiting + self._at_once:
             mean = sum(self._seconds) / len(self._seconds)
             raise FullError(min(60, max(1, math.ceil(mean))))
 
@@ -152,10 +154,14 @@ class Engine:
         try:
             with self._prepare() as generate:
                 with self._change:
-                    self._open = True
+                    self._open, self._at_once = True, at_once_of(generate)
                     self._change.notify_all()
-                while self._work_on_next(generate):
-                    pass
+                others = [threading.Thread(target=self._work_on, args=(generate,)) for _ in range(self._at_once - 1)]
+                for other in others:
+                    other.start()
+                self._work_on(generate)
+                for other in others:
+                    other.join()
         except BaseException as error:  # whatever it is, it is raised where the engine was started
             with self._change:
                 self._failure = error
@@ -163,10 +169,14 @@ class Engine:
         finally:
             with self._change:
                 self._open = False
-                for job in (*([self._running] if self._running else []), *self._queue):
+                for job in (*self._running, *self._queue):
                     self._tell(job, Finished("error", job.tokens))
-                self._running = None
+                self._running.clear()
                 self._queue.clear()
+
+    def _work_on(self, generate: Generate) -> None:
+        while self._work_on_next(generate):
+            pass
 
     def _work_on_next(self, generate: Generate) -> bool:
         # a function of its own: a name in the loop would keep the last request alive as long as none comes
@@ -177,12 +187,12 @@ class Engine:
 
     def _next(self) -> QueuedRequest | None:
         with self._change:
-            self._running = None
             self._change.wait_for(lambda: self._queue or not self._open)
             if not self._queue:
                 return None
-            self._running = self._queue.popleft()
-            return self._running
+            job = self._queue.popleft()
+            self._running.add(job)
+            return job
 
     def _work(self, job: QueuedRequest, generate: Generate) -> None:
         job.begun = time.monotonic()
@@ -194,13 +204,18 @@ class Engine:
                 counts = generate(job.request, writing.on_tokens)
                 writing.finish()
             reason = "cancelled" if job.cancelled else writing.reason()
+        except ClosedError:  # nothing is generated any more, whoever asks
+            _log.exception("generation has ended")
+            with self._change:
+                self._open = False
+                self._change.notify_all()
         except Exception:  # one request must not end the others': out of memory, a fault of the model's code
             _log.exception("a generation failed")
         job.ended = time.monotonic()
         self._seconds.append(job.ended - job.begun)
         self._on_end(job, reason, counts)
         with self._change:
-            self._running = None  # before the answer is whole: whoever has it may ask again at once
+            self._running.discard(job)  # before the answer is whole: whoever has it may ask again at once
         self._tell(job, Finished(reason, job.tokens))
 
     @staticmethod
@@ -209,6 +224,16 @@ class Engine:
             job.on_event(event)
         except RuntimeError:  # the event loop that it belongs to is closed: nobody listens any more
             job.cancelled = True
+
+
+def _one_at_a_time(decode: Decode) -> Decode:
+    lock = threading.Lock()
+
+    def decoded(ids: Sequence[int]) -> str:
+        with lock:
+            return decode(ids)
+
+    return decoded
 
 
 class _Writing:

@@ -54,6 +54,13 @@ class GenerationCounts:
 Generate = Callable[[GenerationRequest, OnTokens], GenerationCounts]
 """Writes for one request, hands over each new token at once, and stops within a token when told to."""
 
+
+def at_once_of(generate: Generate) -> int:
+    """How many calls of a way of writing may run at the same time: what its attribute `at_once` says, else 1."""
+    found: int = getattr(generate, "at_once", 1)
+    return found
+
+
 Prepare = Callable[[], AbstractContextManager[Generate]]
 """Entered by the thread that generates, once, before the first request, and left after the last."""
 
