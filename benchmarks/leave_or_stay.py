@@ -65,7 +65,7 @@ def main() -> int:
     least = {w: min(row["cost"] for row in rows if row["tradeoff"] == w and row["by"] != "leave or stay") for w in
              {row["tradeoff"] for row in rows}}  # fmt: skip
     value = {
-        f"{row['tradeoff']:g}": least[row["tradeoff"]] / row["cost"] for row in rows if row["by"] == "leave or stay"
+        f"{row['tradeoff']:g}": row["cost"] / least[row["tradeoff"]] for row in rows if row["by"] == "leave or stay"
     }
     return finish(
         "leave_or_stay", args, target=dict.fromkeys(value, 1.0), value=value, figures={"rows": rows},
