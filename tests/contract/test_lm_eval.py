@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle  # noqa: TID251 -- what Ray does with a task, on data that this file made
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from shoal.evaluation import lm_eval as lm_eval_module
 from shoal.live import running
 from shoal.models.load import Loaded, load
 
+from .shares import every
 from .test_api import model_folder
 
 ROWS = [{"context": f"the {word} and", "choices": ["a", "of the", "in to"], "gold": n % 3}
@@ -114,3 +117,36 @@ def test_without_lm_eval_a_task_is_one_sentence_and_a_file_is_not(
         load_task_sets(["piqa"])
     with pytest.raises(DataError, match=r"D450.*there-is-none\.jsonl"):
         load_task_sets(["there-is-none.jsonl"])
+
+
+@there
+@noisy
+@pytest.mark.parametrize("plan", every(3, ["0,[1-2]x2,3-4", "0-4", "0,3-4"]))
+def test_lm_evals_own_command_line_scores_a_plan_as_we_do(
+    choices: tuple[Path, Path], plan: str, tmp_path: Path, loaded: Loaded
+) -> None:
+    folder = str(model_folder(tmp_path / "model"))
+    asked = json.dumps({"pretrained": folder, "plan": plan, "dtype": "float32"})
+    command = [sys.executable, "-m", "shoal.lm_eval", "run", "--model", "shoal", "--model_args", asked, "--tasks",
+               str(choices[1]), "--output_path", str(tmp_path / "out"), "--log_samples",
+               "--device", "cpu"]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    theirs = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]["theirs"]
+    found = load(folder, device="cpu", dtype="float32")
+    with running(found.model, plan):
+        own = task_scores(found.model, found.tokenizer, load_task_sets(choices[:1]))["own"]
+    assert theirs["acc,none"] == own.accuracy
+    assert theirs["acc_norm,none"] == pytest.approx(own.normalised)
+
+
+@there
+def test_a_plan_that_cannot_run_is_one_sentence_of_lm_evals_command_line(
+    choices: tuple[Path, Path], tmp_path: Path
+) -> None:
+    asked = json.dumps({"pretrained": str(model_folder(tmp_path / "model")), "plan": "0,9"})
+    command = [sys.executable, "-m", "shoal.lm_eval", "run", "--model", "shoal", "--model_args", asked, "--tasks",
+               str(choices[1])]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "Traceback" not in ran.stderr and "shoal: P1" in ran.stderr

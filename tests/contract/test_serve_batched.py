@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.decoding import continuous as module
 from shoal.errors import PlanError, ShoalWarning, UsageError
 from shoal.models.load import Loaded, load
-from shoal.serve import batched as module
 from shoal.serve.batched import batched, where_it_fits
 from shoal.serve.engine import ClosedError, Engine
 from shoal.serve.generating import Generate, GenerationRequest, Prepare, at_once_of, under_plan
@@ -139,7 +139,7 @@ def test_who_leaves_is_written_for_no_longer(loaded: Loaded) -> None:
 
         write(GenerationRequest((5, 6, 7), 1000), leave)
         assert len(heard) == 3
-        manager: Any = write._manager  # type: ignore[attr-defined]
+        manager: Any = write.write.manager  # type: ignore[attr-defined]
         assert until(lambda: not manager.batch_processor.scheduler.active_requests)
 
 
@@ -152,14 +152,14 @@ def test_nothing_of_many_requests_is_kept(loaded: Loaded) -> None:
             written(write, requests(16), 8)
         gc.collect()
         assert len(gc.get_objects()) - before < 200
-        assert not write._inboxes and not write._sampling._draws  # type: ignore[attr-defined]
+        assert not write.write.inboxes and not write.write.sampling._draws  # type: ignore[attr-defined]
 
 
 def test_a_fault_of_the_batch_is_told_and_ends_the_server(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WAIT", 0.02)
+    monkeypatch.setattr(module, "WAIT", 0.02)
     with batched(loaded, at_once=2, cached=512)() as write:
         monkeypatch.setattr(loaded.model, "forward", lambda *_, **__: 1 / 0)
-        with module._silent(), pytest.raises(RuntimeError):
+        with module.silent(), pytest.raises(RuntimeError):
             written(write, requests(1), 1)
         with pytest.raises(ClosedError):
             written(write, requests(1), 1)

@@ -11,7 +11,6 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from shoal.models.calls import device_of
-from shoal.serve.generating import GenerationRequest, settings
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,20 @@ class RequestSampling:
         self._states: list[Any] = []
         self._lock = threading.Lock()
 
-    def begin(self, name: str, request: GenerationRequest) -> GenerationConfig:
-        """From now on tokens of the request `name` are drawn so; its whole generation config."""
-        config, _ = self._model._prepare_generation_config(None, **settings(request))
+    def begin(self, name: str, prompt: tuple[int, ...], seed: int | None, settings: dict[str, Any]) -> GenerationConfig:
+        """From now on tokens of the request `name` are drawn as `generate` draws with `settings`; its whole generation
+        config. `seed`: None draws one."""
+        config, _ = self._model._prepare_generation_config(None, **settings)
         eos = config.eos_token_id
-        ids = torch.tensor([request.ids], device=self._device)
+        ids = torch.tensor([prompt], device=self._device)
         self._model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=self._device, batch_size=1)
         processors = self._model._get_logits_processor(
             config, input_ids_seq_length=ids.shape[1], encoder_input_ids=ids, device=self._device
         )
         generator = None
         if config.do_sample:
-            seed = secrets.randbits(63) if request.seed is None else request.seed
-            generator = torch.Generator(self._device).manual_seed(seed)
+            generator = torch.Generator(self._device)
+            generator.manual_seed(secrets.randbits(63) if seed is None else seed)
         with self._lock:
             self._draws[name] = _Draw(processors, generator)
         config.eos_token_id = eos
