@@ -8,7 +8,7 @@ from shoal.errors import UsageError
 from shoal.examples import RecipeExamples
 from shoal.healing.stage import Recipe, Settings, Stage
 
-EXAMPLES = RecipeExamples(plan="0-1,!after-1=lens-1?exit,3,!after-3=lens-3?exit,4")
+EXAMPLES = RecipeExamples(plan="0-1,!after-1=lens-1?exit,3/project,!after-3=lens-3?exit,4/project")
 
 
 def exit_heads(
