@@ -89,7 +89,12 @@ def widths(
     options = ChoiceOptions(chosen, grain, relax, temperature, chosen[0] if len(chosen) == 1 else always)
     require_choices("widths", options, "U719")
     named = plan.layers()[1:] if not layers else layer_list(layers)
-    return _Widths(with_gates(plan, spec, named, gate_names(GATE), None), options, spec, scale)
+    return _Widths(with_gates(plan, spec, named, _of_mlps(gate_names(GATE)), None), options, spec, scale)
+
+
+def _of_mlps(names: Callable[[Run], str | None]) -> Callable[[Run], str | None]:
+    """These names, and none for a run that is an attention alone."""
+    return lambda run: None if run.part == "attention" else names(run)
 
 
 class _Widths(Choosing):
