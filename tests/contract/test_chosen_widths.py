@@ -23,7 +23,6 @@ from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan, load_plan, parse_plan
-from shoal.plan.steps import runs
 from shoal.transforms.narrow import narrow
 
 from .families import FAMILIES, VOCAB, tiny
@@ -300,37 +299,6 @@ def test_a_layer_that_runs_twice_is_decided_once_for_each_sequence(policy: str) 
         torch.testing.assert_close(found[seen], right[seen], **EXACT)
         differ += depths[0][-1] < 5
     assert differ, "some gate of these leaves something out"
-
-
-@pytest.mark.parametrize(
-    ("policy", "gate", "without"),
-    [("routed", "route", "0,1,2,2,3"), ("fractional", "bits", "0,1,2,2,3"), ("widths", "width", "0,1,2,1a,2,3")],
-)
-def test_each_run_of_a_repeated_layer_has_a_gate_of_its_own(policy: str, gate: str, without: str) -> None:
-    """Its second one shut, whichever policy decides; a plan that was saved with one gate for both goes on with it."""
-    model, batch = tiny("llama"), batch_of(2)
-    identity, asked = Plan.identity(spec_of(model)), f"{policy}:layers=1-2,grain=none"
-    made = make_policy(asked, parse_plan("0,1,2,1,2,3", identity), spec_of(model))
-    gates = [run.gate for run in runs(made.plan.steps()) if run.gate is not None]
-    assert gates == [f"{gate}-1", f"{gate}-2", f"{gate}-1-2", f"{gate}-2-2"]
-    begun = made.start(spec_of(model))
-    assert set(begun) == {f"{one}.bias" for one in gates}
-    shut = {name: one.flip(0) if len(one) > 1 else -one for name, one in begun.items()}
-    one_gate = str(made.plan).replace(f"{gate}-1-2", f"{gate}-1").replace(f"{gate}-2-2", f"{gate}-2")
-    second = f"{gate}-1-2.bias"
-    for plan, tensors, static in (
-        ("0,1,2,1,2,3", begun, "0,1,2,1,2,3"),
-        ("0,1,2,1,2,3", {**begun, second: shut[second]}, without),
-        (
-            one_gate,
-            {**begun, f"{gate}-1.bias": shut[f"{gate}-1.bias"]},
-            without.replace("0,1,2", "0,1a,2") if policy == "widths" else "0,2,2,3",
-        ),
-    ):
-        with running(model, plan, tensors, policy=asked):
-            found = whole(model, batch)
-        with running(model, static):
-            assert torch.equal(whole(model, batch), found), (plan, static)
 
 
 @pytest.mark.parametrize("policy", ["widths:grain=none", "fractional:grain=none"])

@@ -198,6 +198,8 @@ def test_what_has_learned_is_written_read_and_used(folder: Path, tmp_path: Path)
         ("U502", "temperature=0", {"settings": {"temperature": 0}}),
         ("U641", "removes nothing", {"plan": "0-1,!a?exit,2-4", "recipe": "lora"}),
         ("U721", "layer 3 stands behind the gate mine", {"plan": "0-1,3?mine/project,4", "recipe": "lora"}),
+        ("U722", "0-1.* has exits", {"recipe": "layer-skip"}),
+        ("U722", "0-1.* has exits", {"recipe": "skip-layer"}),
         ("U675", "plan finds nothing", {"plan": "0-1,!a?exit,3-4", "weights": {}}),
     ],
 )

@@ -163,7 +163,7 @@ def heal(
     if other is not None:
         _one_vocabulary(loaded, other)
     name = stack_of(start, stack)
-    require_told(stages, start, name)
+    require_told(stages, start, name, loaded.opened.spec)
     if isinstance(data, Data):
         length = data.info.length
     causal = is_causal(loaded.model)
