@@ -82,11 +82,11 @@ def publish_healed(
 def without_own_gates(healed: Healed) -> Plan:
     """The plan as a checkpoint may hold it: without gates that the policy's text puts into any plan, having learned
     nothing for them."""
-    if not healed.policy:
+    spec = healed.loaded.opened.spec
+    if not healed.policy or make_policy(healed.policy, healed.plan, spec).start(spec):
         return healed.plan
-    bare, spec = ungated(healed.plan), healed.loaded.opened.spec
-    policy = make_policy(healed.policy, bare, spec)
-    return bare if policy.plan == healed.plan and not policy.start(spec) else healed.plan
+    bare = ungated(healed.plan)
+    return bare if make_policy(healed.policy, bare, spec).plan == healed.plan else healed.plan
 
 
 def require_better(healed: Healed) -> None:
