@@ -126,7 +126,7 @@ class RecipeExamples:
     """A recipe, on a model of five layers."""
 
     plan: str = "0-1,3-4"
-    """What it heals; the tensors that `:own` names are those of layer 3."""
+    """What it heals; the tensors that `:own` names are those of layer 3, and lenses of exits are fitted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+from functools import cache as remembered
 from typing import Any
 
 import pytest
 import torch
 
+from shoal.api.heal import heal
 from shoal.deciding.fewer_bits import quantised
 from shoal.deciding.learning import Learning
 from shoal.deciding.policy_text import make_policy
 from shoal.errors import ShoalError
 from shoal.live import running
 from shoal.models.linear import is_transposed
+from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.models.stacks import find_stack
 from shoal.plan import Plan
 
-from .families import DEPTH, FAMILIES, tiny
+from .families import DEPTH, FAMILIES, VOCAB, tiny
+from .planted import data_of
 from .policy_cells import LENGTH, PREFILL, batch_of, stepped, whole
 from .shares import only
 from .test_policies import FEW, NO_STATIC, attention_of
@@ -202,3 +206,75 @@ def test_a_gradient_reaches_every_choice(grain: str, relax: str) -> None:
         for name, one in tensors.items():
             assert one.grad is not None and (one.grad.abs() > 0).any(), (begin, name)
     model.zero_grad()
+
+
+HALF = VOCAB // 2
+
+
+@remembered
+def graded() -> Any:
+    """A model whose layer 2 is needed by all, by the lower half of the vocabulary in four bits and by the upper half in
+    more. The first number of a state says which half its token is of, nobody changes it, and a token is followed by one
+    of its own half. The neurons that the lower half opens have weights on the grid of four bits; what those of the
+    upper half write is less than half a step of it, so that nothing of it is left there."""
+    model: Any = copy.deepcopy(tiny("llama"))
+    model.tie_weights = lambda *_, **__: None
+    draw = torch.Generator().manual_seed(0)
+    mark = torch.where(torch.arange(VOCAB) < HALF, -1.0, 1.0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 4 * mark
+        model.lm_head.weight[:, 0] = 6 * mark
+        for number, layer in enumerate(find_stack(model).layers):
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                layer.get_submodule(name).weight.mul_(0.1)
+                layer.get_submodule(name).weight[0] = 0.0
+            if number == 2:
+                gate, up, down = (getattr(layer.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
+                middle = len(gate) // 2
+                gate.zero_()
+                gate[:middle, 0], gate[middle:, 0] = -20.0, 20.0
+                layer.self_attn.o_proj.weight.zero_()
+                up.copy_(on_grid(up.shape, draw) * 0.002)
+                down[:, :middle] = on_grid(down[:, :middle].shape, draw) * 0.2
+                down[:, middle:] = (torch.rand(down[:, middle:].shape, generator=draw) - 0.5) * 0.9 * 0.2
+                down[0] = 0.0
+    return model
+
+
+def on_grid(shape: Any, draw: torch.Generator) -> torch.Tensor:
+    """Whole numbers from -7 to 7, the largest in every row."""
+    found = torch.randint(-7, 8, tuple(shape), generator=draw).float()
+    found[:, 0] = 7.0
+    return found
+
+
+def foreseen(count: int, seed: int) -> torch.Tensor:
+    """What the model writes, each sequence in one half."""
+    begun = torch.randint(3, VOCAB, (count, 1), generator=torch.Generator().manual_seed(seed))
+    written: torch.Tensor = graded().generate(begun, max_new_tokens=15, do_sample=False)
+    assert ((written >= HALF) == (begun >= HALF)).all()
+    return written
+
+
+def test_planted_each_sequence_gets_the_bits_that_it_needs() -> None:
+    """By the recipe: four bits where they are as good as all, and all where they are not; nobody skips."""
+    loaded, data, held = Loaded(graded(), None, "planted"), foreseen(400, 9), foreseen(64, 10)
+    with torch.no_grad():
+        for bits, same in ((0, False), (4, True), (16, True)):
+            logits = loaded.model(held).logits
+            with running(loaded.model, "0-3", policy=f"fractional:layers=2,always={bits}"):
+                found = loaded.model(held).logits
+            near = (found - logits).abs().amax((1, 2)) < 1e-3
+            assert bool(near[held[:, 0] < HALF].all()) is same
+            assert bool(near[held[:, 0] >= HALF].all()) is (bits == 16)
+    asked = {"layers": "2", "bits": "0+4+16", "target": 0.90625, "rate": 0.05, "recover": "gates"}
+    made = heal(
+        loaded, Plan.identity(loaded.opened.spec), "fractional", settings=asked, tokens=12_000, batch=4, held=32,
+        data=data_of(data), watch=data_of(data[:4]),
+    )  # fmt: skip
+    with torch.no_grad(), running(loaded.model, made.plan, made.weights, policy=made.policy) as handle:
+        loaded.model(held)
+        depths = torch.tensor([row[-1] for row in handle.trace.depths])
+    right = torch.where(held[:, 0] < HALF, 3.25, 4.0)
+    assert (depths == right).float().mean() > 0.95
+    assert abs(float(depths.mean()) / 4 - float(right.mean()) / 4) < 0.02

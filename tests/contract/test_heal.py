@@ -18,11 +18,14 @@ import shoal.api.heal_texts as texts
 from shoal.api.heal import heal
 from shoal.cli.heal import stopping
 from shoal.data import Data
+from shoal.deciding.gating import ungated
 from shoal.errors import ModelError, ShoalError, UsageError
 from shoal.examples import RecipeExamples
+from shoal.fitting.lens import fit_lenses
 from shoal.live import running
 from shoal.models.load import Loaded, load
-from shoal.plan import load_plan
+from shoal.plan import Plan, load_plan, parse_plan
+from shoal.plan.select import exits
 from shoal.registry import entries
 
 from .kinds import kind
@@ -59,7 +62,9 @@ def test_every_recipe_takes_two_steps(recipe: str, loaded: Loaded) -> None:
     before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
     own = entries("recipes")[recipe].examples or RecipeExamples()
     weights = {f"own.{name}": tensor for name, tensor in loaded.model.model.layers[3].named_parameters()}
-    asked = SMALL | {"plan": own.plan, "weights": weights if ":own" in own.plan else None}
+    plan = parse_plan(own.plan, Plan.identity(loaded.opened.spec))
+    lenses = fit_lenses(loaded.model, plan, None, text(4)) if exits(plan.steps()) else None
+    asked = SMALL | {"plan": plan, "weights": weights if ":own" in own.plan else lenses}
     found = heal(loaded, recipe=recipe, tokens=64, data=text(), watch=text(4, 1), **asked)
     stages = [stage for stage in found.stages if "curve" in stage]
     assert stages
@@ -68,7 +73,8 @@ def test_every_recipe_takes_two_steps(recipe: str, loaded: Loaded) -> None:
     assert all(torch.equal(p, before[name]) for name, p in loaded.model.named_parameters())
     assert found.texts.keys() == {"held out", "watched"}
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["tokens"] >= 64
-    with running(loaded.model, found.plan, found.weights, policy=found.policy or None), torch.no_grad():
+    plan = found.plan if found.policy else ungated(found.plan)
+    with running(loaded.model, plan, found.weights, policy=found.policy or None), torch.no_grad():
         assert torch.isfinite(loaded.model(text().ids[:1]).logits).all()
     assert set(found.plan.dropped()) >= {2}
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from shoal.api.assess import Source, _one_vocabulary, opened, opened_base, text_of
+from shoal.api.heal_refusals import require_bare, require_told, stack_of
 from shoal.api.heal_stages import HealRun, run_recipe
 from shoal.api.judged import HELD, WATCHED, WATCHED_WINDOWS, Judged, judged
 from shoal.data import Data
-from shoal.errors import ModelError, UsageError
+from shoal.deciding.gating import ungated
+from shoal.errors import UsageError
 from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, plan_and_weights, shapes_in, used_by
 from shoal.healing.processes import Processes
@@ -23,7 +25,6 @@ from shoal.healing.run_folder import RunFolder
 from shoal.healing.stage import Fit, Recipe, Stage, selection_of, term_of
 from shoal.healing.train import Run
 from shoal.healing.windows import Texts, part
-from shoal.models.adapter import is_adapted
 from shoal.models.kinds import is_causal, require_text, scores_text
 from shoal.models.load import Loaded
 from shoal.plan import Given, Plan, require, shapes_of
@@ -63,10 +64,11 @@ class Healed:
         """Whether held-out text likes the result better than the start; True where nothing was trained. It is the
         objective that counts where a policy decides, since layers are left out that the start ran, and where what the
         plan says at its end is what it was, since something else is learnt then: exits of the whole model, masks."""
+        changed = not ungated(self.start).is_identity()
         if not self.tokens and not any("transform" in stage for stage in self.stages):
             return True
         held = self.texts.get(HELD)
-        if held is not None and not self.policy and not self.start.is_identity() and held.after.nll != held.before.nll:
+        if held is not None and not self.policy and changed and held.after.nll != held.before.nll:
             return held.after.nll < held.before.nll
         trained = [stage for stage in self.stages if "held_after" in stage]
         return not trained or trained[-1]["held_after"] < trained[-1]["held_before"]
@@ -146,13 +148,13 @@ def heal(
     named, stages = recipe_of(recipe, settings, terms, learn)
     amount = amount_of(tokens, minutes)
     loaded = opened_base(source, **options)
-    _require_bare(loaded)
+    require_bare(loaded)
     require_text(loaded.model, "healing")
     base = Plan.identity(loaded.opened.spec, source=loaded.source)
     start, own = plan_and_weights(plan, base, weights)
     own = used_by(start, own)
     require(start, loaded.opened.spec, shapes_of(own), shapes_in(loaded.opened.stacks))
-    if start.is_identity() and not trains_whole(stages):
+    if ungated(start).is_identity() and not trains_whole(stages):
         raise UsageError(
             f"the plan {start} removes nothing, so there is nothing to heal; prune first (shoal prune --save-plan)",
             code="U641",
@@ -160,7 +162,8 @@ def heal(
     other = None if teacher is None else opened(teacher, **options)
     if other is not None:
         _one_vocabulary(loaded, other)
-    name = _stack_of(start, stack)
+    name = stack_of(start, stack)
+    require_told(stages, start, name, loaded.opened.spec)
     if isinstance(data, Data):
         length = data.info.length
     causal = is_causal(loaded.model)
@@ -265,23 +268,3 @@ def amount_of(tokens: int | None, minutes: float | None) -> dict[str, Any]:
 
 def _silent(_: str) -> None:
     """The first process speaks."""
-
-
-def _require_bare(loaded: Loaded) -> None:
-    if is_adapted(loaded.model):
-        raise UsageError(
-            f"{loaded.source} has an adapter in its modules, and healing puts its own there; merge it first "
-            "(merge_and_unload)",
-            code="U644",
-        )
-    if getattr(loaded.model, "hf_quantizer", None) is not None:
-        raise ModelError("the model is quantised; load it dequantised to heal it", code="W212")
-
-
-def _stack_of(plan: Plan, stack: str | None) -> str:
-    changed = plan.changed()
-    if stack is None and len(changed) > 1:
-        raise UsageError(
-            f"the plan changes the stacks {' and '.join(changed)}, and one is healed; name it (--stack)", code="U653"
-        )
-    return plan.stack_name(stack if stack is not None or not changed else changed[0])

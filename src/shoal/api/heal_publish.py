@@ -11,7 +11,9 @@ from shoal.api.judged import HELD, WATCHED
 from shoal.api.prune import Pruned
 from shoal.api.publish import page_data
 from shoal.atomic import publish, staged
+from shoal.deciding.gating import ungated
 from shoal.deciding.policy_file import LearnedPolicy
+from shoal.deciding.policy_text import make_policy
 from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, load_weights, save_planned
@@ -54,16 +56,17 @@ def publish_healed(
     if not anyway:
         require_better(healed)
     command = command_line()
+    plan = without_own_gates(healed)
     record = Record(
-        "heal", healed.to_dict(), plan=healed.plan.hash, base=healed.plan.base.fingerprint, seed=seed, command=command
+        "heal", healed.to_dict(), plan=plan.hash, base=healed.plan.base.fingerprint, seed=seed, command=command
     )
-    if why_no_checkpoint(healed.loaded, healed.plan, healed.weights) is not None:
+    if why_no_checkpoint(healed.loaded, plan, healed.weights) is not None:
         made = {"recipe": healed.recipe, "tokens": healed.tokens, "command": " ".join(command), "time": record.time}
         policy = LearnedPolicy.of(healed.policy, healed.plan, healed.weights, made) if healed.policy else None
         return publish_plan(healed.plan, healed.weights, output, record, overwrite=overwrite, policy=policy)
     return write(
         healed.loaded,
-        healed.plan,
+        plan,
         output,
         weights=healed.weights,
         overwrite=overwrite,
@@ -71,9 +74,19 @@ def publish_healed(
         card=card_rows(healed),
         command=" ".join(command),
         config=config,
-        page=lambda proof: render(_page(healed, proof, " ".join(command), record.time)),
+        page=lambda proof: render(_page(healed, plan, proof, " ".join(command), record.time)),
         progress=progress,
     )
+
+
+def without_own_gates(healed: Healed) -> Plan:
+    """The plan as a checkpoint may hold it: without gates that the policy's text puts into any plan, having learned
+    nothing for them."""
+    spec = healed.loaded.opened.spec
+    if not healed.policy or make_policy(healed.policy, healed.plan, spec).start(spec):
+        return healed.plan
+    bare = ungated(healed.plan)
+    return bare if make_policy(healed.policy, bare, spec).plan == healed.plan else healed.plan
 
 
 def require_better(healed: Healed) -> None:
@@ -108,13 +121,13 @@ def card_rows(healed: Healed) -> list[dict[str, Any]]:
     return [*rows, {"name": "healed on tokens", "unit": "", "dense": None, "pruned": healed.tokens, "how": said}]
 
 
-def _page(healed: Healed, proof: Proof, command: str, created: str) -> dict[str, Any]:
+def _page(healed: Healed, plan: Plan, proof: Proof, command: str, created: str) -> dict[str, Any]:
     """What `shoal.report.render` draws: the page of the plan, with what healing did."""
     spec = healed.loaded.opened.spec
     shape = Shape()
     before = cost(Plan.identity(spec), spec, shape)
-    after = cost(healed.plan, spec, shape, shapes_of(healed.weights))
-    plain = Pruned(healed.loaded, spec, healed.plan, "listed", Found(healed.plan), before, after, None)
+    after = cost(plan, spec, shape, shapes_of(healed.weights))
+    plain = Pruned(healed.loaded, spec, plan, "listed", Found(plan), before, after, None)
     rows = [{**row, "unit": "", "better": "lower"} for row in card_rows(healed) if row["name"].startswith("perplexity")]
     title = f"{healed.loaded.source}, healed by {healed.recipe}"
     return page_data(plain, proof, command, created) | {"title": title, "quality": rows, "healing": healed.to_dict()}

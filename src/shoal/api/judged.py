@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from shoal.data import Data
+from shoal.deciding.gating import ungated
+from shoal.deciding.policy import Schedule
 from shoal.evaluation import Perplexity, Progress, perplexity
 from shoal.executing.weights import Tensors
 from shoal.healing.run_folder import RunFolder
-from shoal.live import running
+from shoal.live import Running, running
 from shoal.models.load import Loaded
 from shoal.plan import Plan
 from shoal.record import plain
@@ -83,10 +85,20 @@ def _worth(
         figures = {key: value for key, value in known.items() if key != "layers"}
         return Perplexity(**{**figures, **each, "info": text.info}), known.get("layers")
     layers = None
-    with nullcontext() if ran is None else running(loaded.model, *ran[:2], policy=ran[2] or None) as handle:
+    with nullcontext() if ran is None else _running(loaded, *ran) as handle:
         found = perplexity(loaded.model, text, batch=batch)
         if handle is not None and handle.policy is not None:
             layers = handle.trace.counts.asked / handle.trace.counts.tokens
     if math.isfinite(found.nll):
         kept.remember(name, {**found.to_dict(), **({} if layers is None else {"layers": layers})})
     return found, layers
+
+
+@contextmanager
+def _running(loaded: Loaded, plan: Plan, weights: Tensors, policy: str) -> Iterator[Running]:
+    """A plan at work as it is judged: where nobody decides every layer runs and nobody leaves, and what a schedule says
+    of written tokens holds for all of a text but its first."""
+    with running(loaded.model, plan if policy else ungated(plan), weights, policy=policy or None) as handle:
+        if isinstance(handle.policy, Schedule):
+            handle.prompt = 1
+        yield handle

@@ -246,6 +246,7 @@ def _said(healed: Any, written: Any) -> tuple[dict[str, Any], str]:
     data["output"] = str(place)
     if hasattr(written, "proof"):
         data["proof"] = written.proof.to_dict()
-        return data, "\n".join([*lines, f"proved and written to {place}: {written.params:,} parameters"])
+        policy = f"; run it with --policy {healed.policy}" if healed.policy else ""
+        return data, "\n".join([*lines, f"proved and written to {place}: {written.params:,} parameters{policy}"])
     gates = f" --policy {place}/shoal/policy.json" if healed.policy else ""
     return data, "\n".join([*lines, f"written to {place}: a plan with its tensors, for --plan {place}{gates}"])

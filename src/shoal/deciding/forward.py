@@ -56,6 +56,8 @@ class ForwardView:
 
     prepared: Any = None
     """What the policy made of the model before its first forward (`Policy.prepare`)."""
+    written: torch.Tensor | None = None
+    """Which tokens count as generated, bool [batch, tokens], where rows differ, as in training; None: by columns."""
 
     def generated(self, column: int) -> bool:
         """Whether `column` counts as decoding: it comes after a prefill, or `prompt` says so."""
@@ -67,7 +69,9 @@ class ForwardView:
         return answers[0] if len(set(answers)) == 1 else torch.tensor([answers], device=device)
 
     def decoding(self, device: torch.device) -> Decision:
-        """Which columns count as decoding."""
+        """Which tokens count as decoding."""
+        if self.written is not None:
+            return self.written.to(device)
         return self.past > 0 if self.prompt is None else self.each(self.generated, device)
 
 

@@ -71,6 +71,8 @@ class GatedExecutor(FillingExecutor):
         self.passthrough[-1] = False  # where a forward ends
         self.sizes = {at: layers_run((step,)) for at, step in enumerate(steps) if isinstance(step, Run)}
         self.prompt: int | None = None
+        self.written: torch.Tensor | None = None
+        """See `ForwardView.written`."""
         self.inputs: tuple[torch.Tensor | None, Any] = (None, None)
         """Ids and mask that the model was called with."""
         self.last: ForwardView | None = None
@@ -111,7 +113,7 @@ class GatedExecutor(FillingExecutor):
             self.learning.begin()
         view = self.last = ForwardView(
             rows, tokens, past, self.prompt, real, memory=state.memory, tensors=self.weights, learning=self.learning,
-            prepared=self.known.prepared,
+            prepared=self.known.prepared, written=self.written,
         )  # fmt: skip
         self.trace.begin(past, rows)
         if self.heads is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import assert_never
@@ -45,6 +46,20 @@ def with_gates(
             code="U581",
         )
     return plan.with_steps(tuple(gated))
+
+
+def gate_names(beginning: str, *, again: bool = False) -> Callable[[Run], str | None]:
+    """Names of gates for `with_gates`, one for each run: route-12, of its second run route-12-2, of its mlp alone
+    route-12m; with `again` a layer's first run has none."""
+    times: Counter[tuple[int, str]] = Counter()
+
+    def name(run: Run) -> str | None:
+        times[run.layer, run.part] += 1
+        number = times[run.layer, run.part]
+        own = f"{beginning}-{run.layer}{'' if run.part == 'layer' else run.part[0]}"
+        return own if number == 1 and not again else f"{own}-{number}" if number > 1 else None
+
+    return name
 
 
 def with_exits(plan: Plan, spec: Spec, layers: Iterable[int], fill: Fill | None, head: str = "base") -> Plan:

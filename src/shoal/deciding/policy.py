@@ -115,14 +115,25 @@ class Schedule(Policy):
         raise NotImplementedError
 
     def begin(self, forward: ForwardView) -> None:
-        forward.notes["skipped"] = [
-            self.skipped(column, forward.generated(column))
-            for column in range(forward.past, forward.past + forward.tokens)
-        ]
+        def sets(generated: Callable[[int], bool]) -> list[frozenset[int]]:
+            columns = range(forward.past, forward.past + forward.tokens)
+            return [self.skipped(column, generated(column)) for column in columns]
+
+        if forward.written is None:
+            forward.notes["skipped"] = sets(forward.generated)
+        else:
+            forward.notes["skipped"] = sets(lambda _: False)
+            forward.notes["skipped as written"] = sets(lambda _: True)
 
     def should_run(self, run: Run, forward: ForwardView, hidden: torch.Tensor) -> Decision:
-        sets = forward.notes["skipped"]
-        return forward.each(lambda column: run.layer not in sets[column - forward.past], hidden.device)
+        def by(name: str) -> Decision:
+            sets = forward.notes[name]
+            return forward.each(lambda column: run.layer not in sets[column - forward.past], hidden.device)
+
+        if forward.written is None:
+            return by("skipped")
+        written = forward.written.to(hidden.device)
+        return logical_or(logical_and(by("skipped as written"), written), and_not(by("skipped"), written))
 
 
 def needs_no_fill(schedule: Schedule) -> bool:

@@ -258,6 +258,8 @@ class Executor(RunCalls):
         self, position: int, step: Step, hidden: torch.Tensor, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """What a step makes, noted where a run or a head reads it."""
+        if self.recorder is not None and isinstance(step, Exit):
+            self.recorder.reaches(step, hidden)
         out = self._step(position, step, hidden, index, args, kwargs)
         if self.noted:
             self.now.behind |= dict.fromkeys(self.noted & ends_in(step), out)
@@ -278,6 +280,8 @@ class Executor(RunCalls):
             case Map():
                 return self.runner.map(step, hidden)
             case Exit():
-                return hidden if self.heads is None else self.heads.at_the_end(step.head, hidden, self.now.behind)
+                if self.heads is None or step.gate is not None:  # nobody leaves where nobody decides
+                    return hidden
+                return self.heads.at_the_end(step.head, hidden, self.now.behind)
             case _:
                 assert_never(step)

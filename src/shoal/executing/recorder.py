@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shoal.models.parts import find_parts
-from shoal.plan import Run
+from shoal.plan import Exit, Run
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Recorder:
 
     def ran(self, record: RunRecord) -> None:
         """A layer was run, whole or in part."""
+
+    def reaches(self, step: Exit, hidden: torch.Tensor) -> None:
+        """The forward comes to an exit with this state, whoever leaves there."""
 
     def noted(self, behind: Mapping[int, torch.Tensor]) -> None:
         """The states that heads of the plan read, by base layer; called before `leaves`."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 
 from shoal.errors import UsageError
 from shoal.healing.seen import Seen
-from shoal.plan import Run
+from shoal.plan import Exit, Plan, Run
 from shoal.plan.select import exits
 
 Weights = Literal["layerskip", "aligned", "uniform"]
@@ -51,12 +53,40 @@ def open_exits(count: int, which: str, step: int, progress: float, what: str) ->
     return [layer >= count - 1 - int(progress * 2 * count) for layer in range(count)]
 
 
-def heads_of_exits(seen: Seen) -> dict[int, str]:
-    """By base layer the head of the plan's exit behind it, where that is one of its own."""
-    found, last = dict[int, str](), -1
-    for step in seen.plan.steps(seen.stack):
-        if isinstance(step, Run):
-            last = step.layer
-        elif step in exits((step,)):
-            found[last] = step.head
+Place = tuple[torch.Tensor, str]
+"""States of the student, as `Seen.over_logits` reads them, and the head that reads them."""
+
+
+def places_of(seen: Seen, at: str, what: str) -> list[Callable[[], Place]]:
+    """What is read at each exit in front of the end, in the order of the plan. exits: at the plan's own, by their own
+    heads or lenses; every:N: behind each N-th layer of the base, by norm and head of the model. Raises U502."""
+    word, _, number = at.partition(":")
+    if word == "every" and number.isdecimal() and int(number):
+        layers = [layer for layer in depths_of(seen)[:-1] if (layer + 1) % int(number) == 0]
+        return [partial(_behind, seen, layer) for layer in layers]
+    if at != "exits":
+        raise UsageError(f"{what}: at={at} is not one of exits, every:4; write {what}:at=every:4", code="U502")
+    return [partial(_at, seen, step) for step in require_exits(seen.plan, seen.stack, what)]
+
+
+def require_exits(plan: Plan, stack: str, what: str) -> list[Exit]:
+    """The exits at which tokens may leave: all but the head of a plan's own at its end. Raises U502 for none."""
+    found = [step for step in exits(plan.steps(stack)) if step.gate is not None]
+    if not found:
+        raise no_exit(what)
     return found
+
+
+def no_exit(what: str) -> UsageError:
+    """U502: a term that has nothing to read."""
+    return UsageError(
+        f"{what} finds no exit; give a plan that has some (shoal fit-exits), or {what}:at=every:4", code="U502"
+    )
+
+
+def _behind(seen: Seen, layer: int) -> Place:
+    return seen.student.behind[layer], "base"
+
+
+def _at(seen: Seen, step: Exit) -> Place:
+    return seen.sides[0].at_exit(seen.student, step), step.head

@@ -27,6 +27,7 @@ from shoal.healing.windows import NOT_COUNTED
 from shoal.models.evaluating import evaluating, keeping_modes
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan
+from shoal.plan.steps import decides
 
 
 class Learner(nn.Module):
@@ -60,6 +61,8 @@ class Learner(nn.Module):
         self.averages = Averages()
         self.policy = ""
         """Who decides about what has learned, as typed; "" for nobody."""
+        self.decided = False
+        """Whether the plan had gates or exits before, which stay."""
         self.parts: dict[str, torch.Tensor] = {}
         """Each term's share of the last loss, weighted."""
 
@@ -134,7 +137,7 @@ class Learner(nn.Module):
         plan, tensors = self.sides[0].bound.plan, dict(self.start)
         for moving in self.movings:
             plan, tensors = moving.finish(tensors)
-        return plan if self.policy else ungated(plan), tensors
+        return plan if self.policy or self.decided else ungated(plan), tensors
 
 
 @contextmanager
@@ -193,6 +196,7 @@ def learning(
         learner.fading, learner.start = fading, weights
         learner.shuffling = Shuffling(student, shuffle) if shuffle else None
         learner.policy = "" if who is None or who.only_training else policy
+        learner.decided = decides(plan.steps(stack))
         yield learner
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -31,9 +32,12 @@ class Seen:
         mask: torch.Tensor | None,
         labels: torch.Tensor,
         averages: Averages | None = None,
+        *,
+        prompts: bool = False,
     ) -> None:
         """`ids`, `mask` and `labels` are [batch, tokens]; `labels` holds the token that each column predicts, -100
-        where the column does not count."""
+        where the column does not count. `prompts`: to a policy no token counts as generated."""
+        self._prompts = prompts
         self.sides = student, teacher
         self.averages = averages or Averages()
         self.ids, self.mask, self.labels = ids, mask, labels
@@ -55,8 +59,36 @@ class Seen:
 
     @cached_property
     def student(self) -> Shown:
-        """What the student's forward shows; gradients flow."""
-        return self.sides[0].show(self.ids, self.mask)
+        """What the student's forward shows; gradients flow. To a policy what stands in front of the first token that
+        counts is a prompt, and the rest written by the model: a layer that was left out never runs again."""
+        return self.sides[0].show(self.ids, self.mask, self._written)
+
+    @property
+    def _written(self) -> torch.Tensor:
+        """[batch, tokens]; a token counts where the column in front of it counts, which predicts it."""
+        if self._prompts:
+            return torch.zeros_like(self.counts)
+        begun = self.counts.cumsum(1) > 0
+        return torch.cat([torch.zeros_like(begun[:, :1]), begun[:, :-1]], 1)
+
+    def once_more(self, *, prompts: bool = False, choice: int = 0) -> Seen:
+        """The same tokens in another forward of the student, its graph beside the first one: with `prompts` to a policy
+        all of them are prompt, and `choice` is what a policy takes where candidates are compared. What the policy wrote
+        down of the first forward stays."""
+        self.student  # noqa: B018 - what the policy writes down of it comes first
+        side = self.sides[0]
+        told, side.learning = side.learning, replace(side.learning, choice=choice)
+        other = Seen(side, None, self.ids, self.mask, self.labels, self.averages, prompts=prompts)
+        try:
+            other.student  # noqa: B018 - its forward is this one
+        finally:
+            side.learning = told
+        return other
+
+    @cached_property
+    def whole(self) -> Seen:
+        """The same tokens, all of which a policy takes for a prompt."""
+        return self.once_more(prompts=True)
 
     @cached_property
     def teacher(self) -> Shown:
@@ -122,7 +154,10 @@ class Seen:
             return formula(made[0].float(), wanted, labels[part])
 
         vocabulary = student.opened.model.config.get_text_config(decoder=True).vocab_size
-        return summed(states, of, vocabulary, most=self.ids.shape[1], learning=student.learning_head())
+        return summed(
+            states, of, vocabulary, most=self.ids.shape[1],
+            learning=student.learning_head(None if behind is None else head),
+        )  # fmt: skip
 
     def _teacher(self) -> Side:
         if self.sides[1] is None:

@@ -35,6 +35,8 @@ class Shown(Recorder):
         """What norm and head are given, and behind it along the last dimension other states that a head reads."""
         self.gated: dict[str, RunRecord] = {}
         """By gate what the run behind it was given and made, where it was called."""
+        self.exits: dict[str, torch.Tensor] = {}
+        """By exit the state that comes to it."""
         self.depths: dict[int, torch.Tensor] = {}
         """By base layer the states that heads of the plan read."""
 
@@ -46,6 +48,9 @@ class Shown(Recorder):
         self.behind[record.run.layer] = record.output
         if record.run.gate is not None:
             self.gated[record.run.gate] = record
+
+    def reaches(self, step: Exit, hidden: torch.Tensor) -> None:
+        self.exits[step.name] = hidden
 
     def noted(self, behind: Mapping[int, torch.Tensor]) -> None:
         self.depths = dict(behind)
@@ -85,11 +90,12 @@ class Side:
         """What runs the plan's steps."""
         return self.bound.executor(self.stack.name)
 
-    def show(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Shown:
-        """What a forward over ids and mask [batch, tokens] shows; the head is not run."""
+    def show(self, ids: torch.Tensor, mask: torch.Tensor | None, written: torch.Tensor | None = None) -> Shown:
+        """What a forward over ids and mask [batch, tokens] shows; the head is not run. `written` says a policy which
+        tokens count as generated (`ForwardView.written`)."""
         shown = Shown()
         if self.deciding is not None and (gated := self.deciding.executor) is not None:
-            gated.inputs, gated.learning = (ids, mask), self.learning
+            gated.inputs, gated.learning, gated.written = (ids, mask), self.learning, written
         with self.around(), self.bound.running(), self.executor.recording(shown):
             run_stack(self.opened.model, self.stack, ids, mask)
         shown.last = torch.cat([shown.last, *(shown.depths[depth] for depth in self._head[1])], -1)
@@ -105,15 +111,25 @@ class Side:
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """What norm and head make of states as `Shown.last` has them, [batch, tokens, hidden] and more, [batch, tokens,
         vocabulary]."""
-        head, depths = self._head
+        return self._logits(states, *self._head)
+
+    def _logits(self, states: torch.Tensor, head: str, depths: tuple[int, ...]) -> torch.Tensor:
         state, *others = states.chunk(1 + len(depths), -1)
         return self._read(state, head, dict(zip(depths, others, strict=True)))
 
+    def at_exit(self, shown: Shown, step: Exit) -> torch.Tensor:
+        """What `exit_logits` is given at an exit: what its head makes of the states of a forward, [batch, tokens,
+        hidden], and behind it along the last dimension the other states whose logits it reads."""
+        state, heads = shown.exits[step.name], self.executor.heads
+        if heads is None:
+            return state
+        state = heads.lens(step.head, heads.summed(step.head, state, shown.depths))
+        return torch.cat([state, *(shown.depths[depth] for depth in heads.depths(step.head))], -1)
+
     def exit_logits(self, states: torch.Tensor, head: str = "base") -> torch.Tensor:
-        """What norm and head, or those of the plan's own `head`, make of states behind any layer, [batch, tokens,
-        hidden], as logits [batch, tokens, vocabulary]."""
-        heads = self.executor.heads
-        return self._read(states if heads is None or head == "base" else heads.lens(head, states), head, {})
+        """What norm and head, or those of the plan's own `head`, make of states behind any layer, as `at_exit` has
+        them: logits [batch, tokens, vocabulary]."""
+        return self._logits(states, head, () if self.executor.heads is None else self.executor.heads.depths(head))
 
     def _read(self, state: torch.Tensor, head: str, behind: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """The logits of a state by a head, which may read others `behind` layers."""
@@ -128,17 +144,17 @@ class Side:
         with self.around(), on, heads.only(head, dict(behind)):
             return self._readout(state)
 
-    def learning_head(self) -> list[torch.Tensor]:
-        """The tensors that learn of what makes logits of a state."""
+    def learning_head(self, head: str | None = None) -> list[torch.Tensor]:
+        """The tensors that learn of what makes logits of a state: of this head, None: of that at the end."""
         heads = self.executor.heads
-        found = [] if heads is None else heads.scoring(self._head[0])
+        found = [] if heads is None else heads.scoring(self._head[0] if head is None else head)
         return [tensor for tensor in found if tensor.requires_grad]
 
     @property
     def _head(self) -> tuple[str, tuple[int, ...]]:
         """The head at the end of the plan, and the depths of which it reads logits beside the last."""
         heads, last = self.executor.heads, self.executor.steps[-1]
-        if heads is None or not isinstance(last, Exit):
+        if heads is None or not isinstance(last, Exit) or last.gate is not None:
             return "base", ()
         return last.head, heads.depths(last.head)
 

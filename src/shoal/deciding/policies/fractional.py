@@ -12,7 +12,7 @@ from torch import nn
 from shoal.deciding.choices import ChoiceOptions, Choosing, Picked, numbers, require_choices
 from shoal.deciding.fewer_bits import MOST, FewerBits, InBits, matrices
 from shoal.deciding.forward import ForwardView
-from shoal.deciding.gating import with_gates
+from shoal.deciding.gating import gate_names, with_gates
 from shoal.deciding.policy import Policy
 from shoal.deciding.policy_options import layer_list
 from shoal.errors import PlanError, UsageError
@@ -100,7 +100,7 @@ def fractional(
     require_choices("fractional", options, "U720")
     named = plan.layers()[1:] if not layers else layer_list(layers)
     rule: Fill | None = None if grain != "token" else "project" if fill == "auto" else fill
-    return _Fractional(with_gates(plan, spec, named, lambda run: f"{GATE}-{run.layer}", rule), options, full)
+    return _Fractional(with_gates(plan, spec, named, gate_names(GATE), rule), options, full)
 
 
 class _Fractional(Choosing):

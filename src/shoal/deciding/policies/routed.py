@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +12,7 @@ from shoal.deciding.forward import ForwardView
 from shoal.deciding.gate_adapter import DOWN, adapted, adapter_shapes
 from shoal.deciding.gate_options import GateOptions, Relax, require_sound
 from shoal.deciding.gate_reading import learns, once_for_rows, prompt_mean, state_read
-from shoal.deciding.gating import halved, with_gates
+from shoal.deciding.gating import gate_names, halved, with_gates
 from shoal.deciding.policy import Grain, Policy
 from shoal.deciding.policy_options import layer_list
 from shoal.errors import UsageError
@@ -113,7 +111,7 @@ def routed(
     again = layers == AGAIN
     named = plan.layers()[0 if again else 1 :] if again or not layers else layer_list(layers)
     rule: Fill | None = None if grain == "row" or part == "mlp" else "project" if fill == "auto" else fill
-    placed = with_gates(plan, spec, named, _namer(again), rule)
+    placed = with_gates(plan, spec, named, gate_names(GATE, again=again), rule)
     if again and not decides(placed.steps()):
         raise UsageError(
             f"routed: {plan} runs no layer a second time; give a plan with a loop, as 0-9,[10-19]x2,20-29", code="U711"
@@ -273,16 +271,3 @@ def _highest(scores: torch.Tensor, capacity: float) -> torch.Tensor:
     count = max(1, round(capacity * scores.shape[-1]))
     chosen = scores.topk(count, -1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, value=True)
-
-
-def _namer(again: bool) -> Callable[[Run], str | None]:
-    """Names of gates: route-12, of its second run route-12-2; with `again` a layer's first run has none."""
-    times: Counter[tuple[int, str]] = Counter()
-
-    def name(run: Run) -> str | None:
-        times[run.layer, run.part] += 1
-        number = times[run.layer, run.part]
-        own = f"{GATE}-{run.layer}{'' if run.part == 'layer' else run.part[0]}"
-        return own if number == 1 and not again else f"{own}-{number}" if number > 1 else None
-
-    return name

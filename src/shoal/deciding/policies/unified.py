@@ -28,7 +28,8 @@ def unified(plan: Plan, spec: Spec, *, speedup: float = 2.0, layout: Literal["ev
     Source: Liu et al. 2024 (arXiv 2404.06954).
 
     How we differ: the released rule leaves most layers at one end when the speed-up is small (1.5 of 30 layers keeps
-    0-18 and 29), so even is the default; no fine-tuning here. Raises U587 for a speed-up that leaves under two layers.
+    0-18 and 29), so even is the default; its fine-tuning is the recipe unified-tune. Raises U587 for a speed-up that
+    leaves under two layers.
     """
     layers = plan.layers()
     number = int(len(layers) / speedup) if speedup >= 1 else 0

@@ -12,7 +12,7 @@ from torch import nn
 
 from shoal.deciding.choices import ChoiceOptions, Choosing, Picked, numbers, require_choices
 from shoal.deciding.forward import ForwardView
-from shoal.deciding.gating import with_gates
+from shoal.deciding.gating import gate_names, with_gates
 from shoal.deciding.narrower_mlp import NarrowerMlp
 from shoal.deciding.policy import Policy
 from shoal.deciding.policy_options import layer_list
@@ -89,7 +89,12 @@ def widths(
     options = ChoiceOptions(chosen, grain, relax, temperature, chosen[0] if len(chosen) == 1 else always)
     require_choices("widths", options, "U719")
     named = plan.layers()[1:] if not layers else layer_list(layers)
-    return _Widths(with_gates(plan, spec, named, lambda run: f"{GATE}-{run.layer}", None), options, spec, scale)
+    return _Widths(with_gates(plan, spec, named, _of_mlps(gate_names(GATE)), None), options, spec, scale)
+
+
+def _of_mlps(names: Callable[[Run], str | None]) -> Callable[[Run], str | None]:
+    """These names, and none for a run that is an attention alone."""
+    return lambda run: None if run.part == "attention" else names(run)
 
 
 class _Widths(Choosing):

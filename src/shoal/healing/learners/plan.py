@@ -8,6 +8,9 @@ from torch import nn
 from shoal.healing.moving import LearnJob, Moving, Tensors, nothing_moves
 from shoal.plan import Plan
 
+STAND_STILL = (".limit", ".probe", ".probe_bias")
+"""What no formula of a term depends on."""
+
 
 def plan(job: LearnJob) -> Moving:
     """The tensors that the plan names already: maps in the place of removed layers, replaced layers, lenses.
@@ -19,7 +22,7 @@ def plan(job: LearnJob) -> Moving:
     moving = {
         name: nn.Parameter(tensor.detach().float().clone())
         for name, tensor in job.weights.items()
-        if tensor.is_floating_point() and not name.endswith(".limit")
+        if tensor.is_floating_point() and not name.endswith(STAND_STILL)
     }
     if not moving:
         raise nothing_moves("plan")

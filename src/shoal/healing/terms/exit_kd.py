@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from shoal.errors import UsageError
 from shoal.examples import TermExamples
-from shoal.healing.exits import depths_of, heads_of_exits, open_exits
+from shoal.healing.exits import no_exit, open_exits, places_of, require_exits
 from shoal.healing.seen import Seen
+from shoal.plan import Plan
 
 TRAINS_WHOLE = True
 
@@ -26,7 +29,9 @@ def exit_kd(seen: Seen, *, at: str = "exits", which: str = "all", temperature: f
     """
     if temperature <= 0:
         raise UsageError(f"exit-kd: temperature={temperature:g} must be above 0; write temperature=1", code="U502")
-    places = _places(seen, at)
+    places = places_of(seen, at, "exit-kd")
+    if not places:
+        raise no_exit("exit-kd")
     learning = seen.sides[0].learning
     chosen = open_exits(len(places), which, learning.step, learning.progress, "exit-kd")
 
@@ -36,24 +41,13 @@ def exit_kd(seen: Seen, *, at: str = "exits", which: str = "all", temperature: f
         return temperature**2 * torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
 
     found = [
-        seen.over_logits(formula, "exit-kd", teacher=True, behind=seen.student.behind[layer], head=head)
-        for (layer, head), on in zip(places, chosen, strict=True)
-        if on
+        seen.over_logits(formula, "exit-kd", teacher=True, behind=states, head=head)
+        for states, head in (place() for place, on in zip(places, chosen, strict=True) if on)
     ]
     return torch.stack(found).mean()
 
 
-def _places(seen: Seen, at: str) -> list[tuple[int, str]]:
-    """Layers and heads of the exits that are read."""
-    word, _, number = at.partition(":")
-    if word == "every" and number.isdecimal() and int(number):
-        found = [(layer, "base") for layer in depths_of(seen)[:-1] if (layer + 1) % int(number) == 0]
-    elif at == "exits":
-        found = list(heads_of_exits(seen).items())
-    else:
-        raise UsageError(f"exit-kd: at={at} is not one of exits, every:4; write exit-kd:at=every:4", code="U502")
-    if not found:
-        raise UsageError(
-            "exit-kd finds no exit; give a plan that has some (shoal fit-exits), or at=every:4", code="U502"
-        )
-    return found
+def check_plan(plan: Plan, stack: str, *, at: str = "exits", **_: Any) -> None:
+    """Raise U502 for a plan without the exits that the term is to read."""
+    if at == "exits":
+        require_exits(plan, stack, "exit-kd")

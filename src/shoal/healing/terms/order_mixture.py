@@ -57,21 +57,8 @@ def order_mixture(
     if noise:
         logits = logits + gumbel(logits.shape, learning.generator).to(logits)
     shares = (logits / warm).softmax(0)
-    losses = torch.stack([_by_row(one) for one in (seen, *(_in_order(seen, k) for k in range(1, len(p))))])
+    losses = torch.stack([_by_row(one) for one in (seen, *(seen.once_more(choice=k) for k in range(1, len(p))))])
     return (shares * losses).sum()
-
-
-def _in_order(seen: Seen, number: int) -> Seen:
-    """The same tokens, all of them in one order; what the policy wrote down of the first forward stays."""
-    side = seen.sides[0]
-    kept = {name: list(values) for name, values in side.learning.ledger.items()}
-    side.learning.choice = number
-    other = Seen(side, None, seen.ids, seen.mask, seen.labels, seen.averages)
-    other.student  # noqa: B018 - its forward runs in this order
-    side.learning.ledger.clear()
-    side.learning.ledger.update(kept)
-    side.learning.choice = 0
-    return other
 
 
 def _by_row(seen: Seen) -> torch.Tensor:
