@@ -133,8 +133,13 @@ def main() -> None:
             except shoal.ShoalError as error:
                 print(family, name, "refused by Shoal:", error, flush=True)
                 continue
-            priced = cost(plan, opened.spec, Shape(context=64), shapes_of(wanted))
-            said = {"parameters": written.params, "kv_elements": priced.kv_elements, "context": 64}
+            priced = cost(plan, opened.spec, Shape(context=8), shapes_of(wanted))  # shorter than a window
+            whole = cost(Plan.identity(opened.spec), opened.spec, Shape(context=8))
+            said = {"parameters": priced.params, "rows": 4 * priced.kv_elements // whole.kv_elements}
+            if written.params != priced.params:
+                raise SystemExit(
+                    f"{family} {name}: {written.params} parameters on disk, {priced.params} in the plan's cost"
+                )
             keep(out / family / name, tokens, scores, said)
         print(family, "written", flush=True)
 
