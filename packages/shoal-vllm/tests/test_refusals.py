@@ -54,7 +54,7 @@ def test_a_tensor_that_no_slot_has(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(128)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert said(folder).endswith("which no slot has; write it anew (W308)")
+    assert said(folder).endswith("which no slot has; write it anew (W306)")
 
 
 def test_a_tensor_that_two_files_hold(tmp_path: Path) -> None:

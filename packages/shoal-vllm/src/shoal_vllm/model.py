@@ -249,8 +249,8 @@ class Planned:
         return Attention(prefix=prefix, kv_sharing_target_layer_name=target, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Every tensor of the folder to the slots that have it. Raises `FolderError` W306 for one that is there twice,
-        W307 for one that is lost, W308 for one that nobody has."""
+        """Every tensor of the folder to the slots that have it. Raises `FolderError` W306 for one that is there twice
+        or that nobody has, W307 for one that is lost."""
         seen: set[str] = set()
         loaded = super().load_weights(self._routed(weights, seen))
         # some platforms pack matrices afterwards, and leave nothing to count
@@ -277,7 +277,7 @@ class Planned:
                 for s, place in feeds[name]:
                     yield f"{self.slots.layers}.{s}.{place}", tensor
             elif self.quant_config is None and not name.startswith(elsewhere):
-                raise FolderError(f"the folder holds the tensor {name}, which no slot has; write it anew", "W308")
+                raise FolderError(f"the folder holds the tensor {name}, which no slot has; write it anew", "W306")
             elif self.quant_config is not None:
                 yield from self._codes(name, tensor)
 
