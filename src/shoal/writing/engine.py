@@ -24,7 +24,7 @@ from shoal.evaluation import Progress
 from shoal.executing.weights import used_by
 from shoal.models.checkpoint import read_json
 from shoal.models.depth import permuted_config
-from shoal.models.kinds import CAUSAL, auto_of
+from shoal.models.kinds import CAUSAL, loaded_by
 from shoal.models.load import load
 from shoal.models.opened import open_model
 from shoal.plan import Shape, cost, shapes_of
@@ -65,7 +65,7 @@ def verify_engine(
         progress(0, 1, "verify")
     with quiet():
         model = load(place, dtype="float32").model
-    if auto_of(model) != CAUSAL:
+    if loaded_by(model) != CAUSAL:
         raise UsageError(f"{engine} is asked for a causal language model, and {place} is none", code="U733")
     prompts = _prompts(model)
     right = _written(model, prompts)

@@ -257,7 +257,9 @@ class Planned:
         self.loaded_parameters = sum(p.numel() for p in self.parameters())
         lost = sorted((self.sharing.feeds.keys() | set(self.slots.outside)) - seen)
         if not lost and self.quant_config is None:
-            lost = sorted({name for name, _ in self.named_parameters()} - loaded)
+            names = dict(self.named_parameters(remove_duplicate=False))  # a gate has a second name among the experts
+            filled = {id(names[name]) for name in loaded if name in names}
+            lost = sorted(name for name, held in self.named_parameters() if id(held) not in filled)
         if lost:
             more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
             raise FolderError(f"the folder lacks the tensor {lost[0]}{more}; write it anew", "W307")
