@@ -1,8 +1,8 @@
 """Greedy tokens and log-probabilities of a folder under vLLM: what `shoal verify --engine vllm` asks for.
 
 python -m shoal_vllm.greedy < JOB.json > ANSWER.json, with JOB {"folders": [FOLDER, ...], "prompts": [[ids, ...], ...],
-"tokens": 24, "options": {...}}. The answer is a list with an entry for each folder, {"tokens", "scores", "parameters",
-"rows"}, or {"error"} with the sentence that vLLM or the plugin gave.
+"tokens": 24, "options": {...}}. The answer is a list with an entry for each folder, {"engine", "tokens", "scores",
+"parameters", "rows"}, or {"error"} with the sentence that vLLM or the plugin gave.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ BESIDE = 5
 
 
 def greedy(folder: str, prompts: Sequence[Sequence[int]], tokens: int, **options: Any) -> dict[str, Any]:
-    """`tokens` greedy tokens behind each prompt, with the log-probabilities by token in front of each; `parameters`,
-    how many the model loaded, and `rows`, how many attentions have a row of the KV cache. Options are `vllm.LLM`'s."""
-    from vllm import LLM, SamplingParams
+    """`tokens` greedy tokens behind each prompt, and in front of each the log-probabilities of the likeliest and of
+    itself, by token; `engine`, its version; `parameters`, how many the model loaded, and `rows`, how many attentions
+    have a row of the KV cache. Options are `vllm.LLM`'s."""
+    from vllm import LLM, SamplingParams, __version__
 
     longest = max(len(one) for one in prompts) + tokens
     given = {
@@ -42,7 +43,8 @@ def greedy(folder: str, prompts: Sequence[Sequence[int]], tokens: int, **options
         outs = llm.generate([{"prompt_token_ids": list(one)} for one in prompts], asked, use_tqdm=False)
         made = [one.outputs[0] for one in outs]
         scores = [[{str(t): p.logprob for t, p in at.items()} for at in one.logprobs] for one in made]
-        return {"tokens": [list(one.token_ids) for one in made], "scores": scores} | _held(llm)
+        said = {"engine": f"vllm {__version__}", "tokens": [list(one.token_ids) for one in made], "scores": scores}
+        return said | _held(llm)
     finally:
         from vllm.distributed import cleanup_dist_env_and_memory
 

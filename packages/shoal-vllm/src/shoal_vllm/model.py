@@ -269,6 +269,7 @@ class Planned:
         self, weights: Iterable[tuple[str, torch.Tensor]], seen: set[str]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         feeds, outside, elsewhere = self.sharing.feeds, set(self.slots.outside), self._elsewhere()
+        declared = {f"shoal.{one}.{name}" for one, names in self.slots.new.items() for name in names}
         for name, tensor in weights:
             if name in seen:
                 raise FolderError(f"the folder holds the tensor {name} twice; write it anew", "W306")
@@ -278,6 +279,8 @@ class Planned:
             elif name in feeds:
                 for s, place in feeds[name]:
                     yield f"{self.slots.layers}.{s}.{place}", tensor
+            elif name in declared:  # of a part that its slot leaves out, or of another pipeline stage
+                continue
             elif self.quant_config is None and not name.startswith(elsewhere):
                 raise FolderError(f"the folder holds the tensor {name}, which no slot has; write it anew", "W306")
             elif self.quant_config is not None:
@@ -294,8 +297,7 @@ class Planned:
         here = {s for s, _ in self._here()}
         far = [slot for s, slot in enumerate(self.slots.slots) if s not in here]
         bases = {base for slot in far for base in (slot.base, slot.tie) if base is not None}
-        ids = {one for slot in far for one in (*slot.own, *slot.before)} | (set(self.slots.behind) if far else set())
-        return (*(f"{self.slots.layers}.{base}." for base in bases), *(f"shoal.{one}." for one in ids))
+        return tuple(f"{self.slots.layers}.{base}." for base in bases)
 
 
 class ShoalForCausalLM(Planned, TransformersForCausalLM):
