@@ -33,7 +33,7 @@ from shoal.executing.read_tensors import tensors_read
 from shoal.executing.weights import Tensors, as_stored, used_by
 from shoal.live import Running, apply
 from shoal.models.checkpoint import tensor_headers
-from shoal.models.engine_slots import engine_slots
+from shoal.models.engine_slots import slots_or_why
 from shoal.models.kinds import CAUSAL, LOADED_BY, SEQ2SEQ, auto_class, auto_for, auto_of, loaded_by
 from shoal.models.lists import BESIDE
 from shoal.models.meta import blank, meta_model
@@ -49,8 +49,8 @@ _KEY = "_shoal_planned"
 
 
 class ShoalConfig(PreTrainedConfig):
-    """The config of a planned checkpoint: `base`, the config of the base model as plain data, `plan`, the content of a
-    plan.json, and `slots`, the same for engines (`shoal.models.engine_slots`), where there is such a form."""
+    """The config of a planned checkpoint: `base`, the base's config as plain data, `plan`, the content of a plan.json,
+    and `slots`, the same for engines (`shoal.models.engine_slots`), or `no_slots`, why there is no such form."""
 
     model_type = MODEL_TYPE
 
@@ -59,9 +59,10 @@ class ShoalConfig(PreTrainedConfig):
         base: dict[str, Any] | None = None,
         plan: dict[str, Any] | None = None,
         slots: dict[str, Any] | None = None,
+        no_slots: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.base, self.plan, self.slots = base or {}, plan or {}, slots
+        self.base, self.plan, self.slots, self.no_slots = base or {}, plan or {}, slots, no_slots
         super().__init__(**kwargs)
 
     def base_config(self) -> PreTrainedConfig:
@@ -113,8 +114,7 @@ class ShoalForCausalLM(PreTrainedModel):
         """The model of a planned checkpoint, in evaluation mode with its plan on it.
 
         `dtype`: as transformers takes it; "auto" and None are the checkpoint's. `device_map`: one device. Raises
-        `ModelError` M310 for tensors that are not there, M383 for an unknown base or one of another kind, M384 for
-        several devices,
+        `ModelError` M310 for tensors that are not there, M383 for an unknown base or another kind, M384 for devices,
         `NotationError` for a plan that cannot be read, `PlanError` for one that does not belong to the base.
         """
         folder = _folder(pretrained_model_name_or_path, revision, bool(others.get("local_files_only")))
@@ -143,9 +143,11 @@ def config_of(opened: OpenedModel, plan: Plan, weights: Tensors) -> ShoalConfig:
     kind = ShoalForSeq2SeqLM if loaded_by(model) == SEQ2SEQ else ShoalForCausalLM
     text = model.config.get_text_config(decoder=True)
     special = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    held = [name for name in checkpoint_tensors(opened, plan, weights) if not name.startswith(NEW)]
+    slots, why = slots_or_why(opened, plan, used_by(plan, weights), held)
     return ShoalConfig(
         base=json.loads(json.dumps(base)), plan=json.loads(plan_to_json(plan)), vocab_size=text.vocab_size,
-        dtype=base["dtype"], architectures=[kind.__name__], slots=engine_slots(opened, plan, weights), **special,
+        dtype=base["dtype"], architectures=[kind.__name__], slots=slots, no_slots=why, **special,
     )  # fmt: skip
 
 

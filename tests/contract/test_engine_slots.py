@@ -47,6 +47,7 @@ def test_each_run_is_a_slot_that_names_its_sources() -> None:
         "attention": ["self_attn"],
         "mlp": ["mlp"],
         "returns": {"self_attn": 1, "mlp": -1},
+        "stored": {"self_attn.k_proj": 16, "self_attn.v_proj": 16},
     }
 
 
@@ -80,7 +81,8 @@ def test_the_folder_has_them_beside_the_plan(tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["slots"] == config["slots"]
     write_planned(model, "0,(1|2),3", tmp_path / "group", prove=False)
-    assert json.loads((tmp_path / "group" / "config.json").read_text()).get("slots") is None
+    group = json.loads((tmp_path / "group" / "config.json").read_text())
+    assert group.get("slots") is None and group["no_slots"] == "layers run in parallel"
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         assert loaded(input_ids=ids).logits.isfinite().all()
