@@ -190,10 +190,12 @@ def loading(
     trust_remote_code: bool = False,
     stream: bool = False,
     adapter: Path | None = None,
+    device_map: str | None = None,
 ) -> dict[str, Any]:
     """Options for `shoal.load`."""
     asked = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    return asked | ({"stream": True} if stream else {}) | ({} if adapter is None else {"adapter": adapter})
+    others = {"stream": stream or None, "adapter": adapter, "device_map": device_map}
+    return asked | {name: value for name, value in others.items() if value is not None}
 
 
 def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -> Any:

@@ -53,6 +53,7 @@ def compare(
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Cells at a time, with --ray.")] = 2,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -109,7 +110,7 @@ def compare(
                 ray=ray,
                 workers=workers,
                 progress=progress,
-                **loading(device, dtype, trust_remote_code),
+                **loading(device, dtype, trust_remote_code, device_map=device_map),
             )
         except KeyboardInterrupt:
             typer.echo(f"finished cells are in {output}; the same command goes on from there", err=True)

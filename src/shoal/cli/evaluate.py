@@ -41,6 +41,7 @@ def evaluate(
     kv_cache: options.KVCache = None,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -71,7 +72,7 @@ def evaluate(
 
         with progress_bars(quiet) as progress:
             loaded, chosen, weights = open_model(
-                model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter)
+                model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter, device_map=device_map)
             )
             tables = run_cascade(
                 loaded,
@@ -92,7 +93,9 @@ def evaluate(
 
     text = keyed(data, text_key, chat_template)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter, device_map=device_map)
+        )
         found = run(
             loaded,
             plan=chosen,
@@ -110,7 +113,7 @@ def evaluate(
             task_items=task_items,
             kv_cache=kv_cache,
             progress=progress,
-            **(loading(device, dtype, trust_remote_code) if against is not None else {}),
+            **(loading(device, dtype, trust_remote_code, device_map=device_map) if against is not None else {}),
         )
     emit(found.to_dict(), _text(found), as_json=json_)
 

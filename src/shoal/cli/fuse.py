@@ -50,6 +50,7 @@ def fuse(
     ] = None,
     test_data: options.TestData = "builtin",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -84,7 +85,9 @@ def fuse(
     written: Any = None
     text, tests = keyed(data, text_key, chat_template), templated(test_data, chat_template)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, device_map=device_map)
+        )
         # of what needs no plan comes what no stock class may hold
         stock = output is not None and as_ == "stock" and all(one.entry.needs_plan for one in after)
         chosen = chosen or Plan.identity(loaded.opened.spec, source=loaded.source)

@@ -16,6 +16,7 @@ def verify(
         str | None, typer.Option("--base", help="The base model (default: the one the plan names).")
     ] = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -27,7 +28,7 @@ def verify(
     from shoal.writing.folder import verify as run
 
     with progress_bars(quiet) as progress:
-        how = loading(device, dtype, trust_remote_code)
+        how = loading(device, dtype, trust_remote_code, device_map=device_map)
         loaded = None if base is None else load(base, **how)
         proof = run(folder, base=loaded, progress=progress, **how)
     emit(proof.to_dict(), _text(proof), as_json=json_)

@@ -55,6 +55,7 @@ def write(
         ),
     ] = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -108,7 +109,9 @@ def write(
 
     refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, device_map=device_map)
+        )
         pruned = prune(loaded, plan=chosen, weights=weights, zero_parts=zero_parts, writable=not planned)
         written = publish(
             pruned, output, overwrite=overwrite, zero_parts=zero_parts, shard_size=shard_size, config=config_text(),

@@ -53,6 +53,11 @@ def is_streamed(stack: Stack) -> bool:
     return all(_hooks(stack.layer(i)) for i in range(stack.depth))
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether accelerate brings weights of the layer in for its calls, be they here or not."""
+    return any(getattr(hook, "weights_map", None) is not None for _, hook in _all_hooks(layer))
+
+
 @contextmanager
 def weights_loaded(layer: nn.Module) -> Iterator[None]:
     """Until the end of the block the weights of an offloaded layer are in memory, read once however often it runs."""
@@ -68,9 +73,10 @@ def weights_loaded(layer: nn.Module) -> Iterator[None]:
 
 def _hooks(layer: nn.Module) -> list[tuple[nn.Module, Any]]:
     """The modules whose own tensors are offloaded, with the hook that fetches them."""
-    found: list[tuple[nn.Module, Any]] = []
+    return [(module, hook) for module, hook in _all_hooks(layer) if getattr(hook, "offload", False)]
+
+
+def _all_hooks(layer: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     for module in layer.modules():
-        hook = getattr(module, "_hf_hook", None)
-        chained = getattr(hook, "hooks", (hook,))
-        found += [(module, one) for one in chained if getattr(one, "offload", False)]
-    return found
+        hook = module.__dict__.get("_hf_hook")
+        yield from ((module, one) for one in getattr(hook, "hooks", (hook,)))
