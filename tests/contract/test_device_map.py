@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from shoal.api.assess import evaluate
+from shoal.api.heal import heal
 from shoal.api.measuring import measure
 from shoal.api.prune import prune
 from shoal.cli import app
@@ -110,6 +111,11 @@ def test_a_map_of_one_device_is_that_device(folder: Path, whole: Loaded) -> None
         assert torch.equal(logits(load(folder, device_map=asked).model).cpu(), logits(whole.model))
 
 
+def test_everything_may_lie_on_the_disk(folder: Path, whole: Loaded) -> None:
+    model = load(folder, device_map={"": "disk"}).model
+    assert torch.equal(logits(model), logits(whole.model))
+
+
 def test_another_dtype_than_that_of_the_files(folder: Path, spread: Loaded) -> None:
     held = load(folder, device="cpu", dtype="bfloat16").model
     model = load(folder, device_map=half_on_disk(held), dtype="bfloat16").model
@@ -173,12 +179,18 @@ def test_what_is_pruned_on_a_spread_model_is_written_from_its_files(
         assert torch.equal(logits(load(tmp_path / "out", device="cpu").model), logits(whole.model))
 
 
+def test_healing_by_gradients_of_the_whole_is_refused(spread: Loaded) -> None:
+    with pytest.raises(UsageError, match=r"U737.*--with refit"):
+        heal(spread, "0-1,3-4", tokens=100)
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "no such word": ("best", r"M387: .*'best', which is no device.*use auto, balanced"),
     "two GPUs on a machine with none": ({"": "cpu", "model.layers.1": "xla:1"}, r"M388.*model\.layers\.1 on 'xla:1'"),
     "by number": ({"": 99}, r"M388.*everything on 99"),
     "no such module": ({"": "cpu", "model.layer.1": "disk"}, r"M389.*'model\.layer\.1'"),
     "a part left out": ({"model": "cpu"}, r"M389.*nothing of lm_head"),
+    "everything on the disk, spelled so": ("disk", r"M387"),
     "no device": ({"": None}, r"M387.*None"),
     "a list": ({"": ["cpu"]}, r"M387"),
     "no name": ({1: "cpu"}, r"M387"),

@@ -26,6 +26,7 @@ from shoal.healing.windows import Texts, part
 from shoal.models.adapter import is_adapted
 from shoal.models.kinds import is_causal, require_text, scores_text
 from shoal.models.load import Loaded
+from shoal.models.placed import is_placed
 from shoal.plan import Given, Plan, require, shapes_of
 from shoal.record import plain
 from shoal.spelling import chosen
@@ -137,8 +138,9 @@ def heal(
     windows, `batch` x `accumulate` of them, the first one writes to `folder`, and all have the result.
 
     Raises U641 for a plan that removes nothing, U679 for tied layers, U642 and U643 for a folder of another run,
-    U644 for a model with adapters, U673 for an amount that is none, U674 where memory is too small, U675 where nothing
-    learns, D494 where no token counts, U511 for a teacher of another vocabulary.
+    U644 for a model with adapters, U737 for one that is spread by a device map or left in files, U673 for an amount
+    that is none, U674 where memory is too small, U675 where nothing learns, D494 where no token counts, U511 for a
+    teacher of another vocabulary.
     """
     group = Processes.join(options.get("device"))
     if not group.first:
@@ -146,6 +148,7 @@ def heal(
     named, stages = recipe_of(recipe, settings, terms, learn)
     amount = amount_of(tokens, minutes)
     loaded = opened_base(source, **options)
+    _require_here(loaded)
     _require_bare(loaded)
     require_text(loaded.model, "healing")
     base = Plan.identity(loaded.opened.spec, source=loaded.source)
@@ -265,6 +268,16 @@ def amount_of(tokens: int | None, minutes: float | None) -> dict[str, Any]:
 
 def _silent(_: str) -> None:
     """The first process speaks."""
+
+
+def _require_here(loaded: Loaded) -> None:
+    if is_placed(loaded.model):
+        raise UsageError(
+            f"healing trains {loaded.source} in the memory of its devices, and --device-map or --stream keeps a part "
+            "of it elsewhere; start it by accelerate launch --use_fsdp, or heal layer by layer: shoal fuse --with "
+            "refit, or --with streamline:kind=layer, which take --stream",
+            code="U737",
+        )
 
 
 def _require_bare(loaded: Loaded) -> None:

@@ -65,8 +65,9 @@ def publish(
     if planned:
         del options["zero_parts"]
         return write_planned(pruned.loaded, pruned.plan, output, weights=pruned.found.weights, page=page, **options)
-    if is_placed(pruned.loaded.model) and not pruned.found.weights:
-        return stream(pruned.loaded.folder or pruned.loaded.source, pruned.plan, output, **options)
+    if is_placed(pruned.loaded.model):
+        source = pruned.loaded.folder or pruned.loaded.source
+        return stream(source, pruned.plan, output, weights=pruned.found.weights, **options)
     return write(
         pruned.loaded,
         pruned.plan,

@@ -49,6 +49,7 @@ def fuse(
         typer.Option("--assess/--no-assess", help="Evaluate and time dense against fused (default: causal models)."),
     ] = None,
     test_data: options.TestData = "builtin",
+    stream: options.Stream = False,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
@@ -86,7 +87,7 @@ def fuse(
     text, tests = keyed(data, text_key, chat_template), templated(test_data, chat_template)
     with progress_bars(quiet) as progress:
         loaded, chosen, weights = open_model(
-            model, plan, **loading(device, dtype, trust_remote_code, device_map=device_map)
+            model, plan, **loading(device, dtype, trust_remote_code, stream, device_map=device_map)
         )
         # of what needs no plan comes what no stock class may hold
         stock = output is not None and as_ == "stock" and all(one.entry.needs_plan for one in after)
@@ -94,7 +95,8 @@ def fuse(
         fused = run(
             loaded, plan=chosen, weights=weights, then=then or [], data=text, length=length, limit=limit,
             stride=stride, bos=bos, batch=batch, seed=seed, stack=stack, writable=stock,
-            assess=is_causal(loaded.model) if assess is None else assess, test_data=tests, progress=progress,
+            assess=is_causal(loaded.model) and not stream if assess is None else assess, test_data=tests,
+            progress=progress,
         )  # fmt: skip
         tell_fits(fused.then, quiet)
         if save_plan is not None:

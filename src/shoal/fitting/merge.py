@@ -14,6 +14,7 @@ from shoal.fitting.result import Job, Transformed
 from shoal.models.opened import open_model
 from shoal.models.precision import in_float64
 from shoal.models.stacks import Stack
+from shoal.models.streamed import parameters_of
 from shoal.plan import Step
 from shoal.plan.select import whole_run
 
@@ -89,8 +90,8 @@ def _parts(
     stack: Stack, name: str, layer: int, removed: Sequence[int], norms: bool
 ) -> Iterator[tuple[str, torch.Tensor, list[torch.Tensor]]]:
     """Each tensor of `layer` that is merged: its name, itself, and it and those of the removed layers in float32."""
-    own = dict(stack.layer(layer).named_parameters())
-    others = [dict(stack.layer(index).named_parameters()) for index in removed]
+    own = parameters_of(stack.layer(layer))
+    others = [parameters_of(stack.layer(index)) for index in removed]
     _require_alike(name, layer, removed, own, others)
     for key, tensor in own.items():
         if norms or tensor.dim() >= 2:

@@ -48,7 +48,8 @@ def read_device_map(asked: DeviceMap | Path, source: str) -> DeviceMap:
                 "its number, or disk",
                 code="M387",
             )
-        _require_device(device, name or "everything")
+        if device != "disk":
+            _require_device(device, name or "everything")
     return dict(found)
 
 
@@ -138,8 +139,6 @@ def _spelled(text: str) -> DeviceMap:
 
 
 def _require_device(device: Device, name: str) -> None:
-    if device == "disk" and name != "everything":
-        return
     what, code = f"the device map puts {name} on {device!r:.40}, which is no device", "M387"
     try:
         if isinstance(device, str):

@@ -71,6 +71,12 @@ def weights_loaded(layer: nn.Module) -> Iterator[None]:
         yield
 
 
+def parameters_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a layer by name; those of an offloaded one are read, and held for as long as they are used."""
+    with weights_loaded(layer):
+        return dict(layer.named_parameters())
+
+
 def _hooks(layer: nn.Module) -> list[tuple[nn.Module, Any]]:
     """The modules whose own tensors are offloaded, with the hook that fetches them."""
     return [(module, hook) for module, hook in _all_hooks(layer) if getattr(hook, "offload", False)]
