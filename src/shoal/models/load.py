@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from shoal.errors import ModelError, UsageError, first_line, note
+from shoal.errors import ModelError, UsageError, first_line, is_out_of_memory, note, out_of_memory
 from shoal.models.adapter import Adapter, adapter_config, attach
 from shoal.models.checked_source import (
     BUILTIN,
@@ -172,7 +172,8 @@ def _moved(model: PreTrainedModel, device: str, source: str) -> PreTrainedModel:
     try:
         return model.to(device)
     except Exception as error:  # out of memory, or a quantised model that stays where it is
-        raise ModelError(f"{source} cannot be put on {device}: {first_line(error)}", code="M355") from None
+        rest = "; spread it with --device-map auto, or take --stream" if is_out_of_memory(error) else ""
+        raise ModelError(f"{source} cannot be put on {device}: {first_line(error)}{rest}", code="M355") from None
 
 
 def default_device() -> str:
@@ -219,6 +220,8 @@ def _from_pretrained(checked: CheckedSource, **options: Any) -> tuple[PreTrained
             checked.place, output_loading_info=True, **options
         )
     except Exception as error:  # transformers, a quantiser, accelerate, torch and safetensors raise what they like
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from None
         raise unreadable(checked.name, error) from None
     return made
 
