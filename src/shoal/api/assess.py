@@ -33,6 +33,7 @@ from shoal.evaluation.tasks import TaskScore
 from shoal.executing.weights import Tensors, plan_and_weights
 from shoal.graphs import Fused, fused
 from shoal.live import running
+from shoal.models.calls import device_of
 from shoal.models.folder_kinds import planned_refusal
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded, load
@@ -241,7 +242,7 @@ def bench(
 def _predicted(model: Any, plan: Given, weights: Tensors | None, timed: Speed) -> dict[str, float]:
     """The share of the dense decode time, by the bytes alone."""
     spec = open_model(model).spec
-    rates = bandwidth(model.device, model.dtype, max(stack.hidden for stack in spec.stacks))
+    rates = bandwidth(device_of(model), model.dtype, max(stack.hidden for stack in spec.stacks))
     shape = Shape(timed.batch, timed.prompt, timed.prompt + timed.new // 2)
     chosen, tensors = plan_and_weights(plan, Plan.identity(spec), weights)
     found = step_time_of(rates, timed.variants[0].decode.median, spec, shape, timed.dtype)

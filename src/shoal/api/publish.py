@@ -10,6 +10,7 @@ from typing import Any
 from shoal._version import __version__
 from shoal.api.prune import Pruned
 from shoal.evaluation import Progress, Spread
+from shoal.models.calls import device_of
 from shoal.models.placed import is_placed
 from shoal.plan import Plan, format_steps
 from shoal.plan.price import FIGURES
@@ -100,7 +101,7 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
             "params": spec.params,
             "layers": {stack.name: stack.depth for stack in spec.stacks},
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
+            "device": str(device_of(model)),
         },
         "plan": {
             "notation": str(plan),

@@ -10,6 +10,7 @@ import torch
 
 from shoal.errors import UsageError
 from shoal.evaluation.decoding import Stepper, random_tokens
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 
 
@@ -55,7 +56,7 @@ def memory(model: Any, *, prompt: int = 512, batch: int = 1) -> Memory:
         kv_bytes_per_token=growth // batch,
         batch=batch,
         prompt=prompt,
-        device=str(model.device),
+        device=str(device_of(model)),
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
