@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from shoal.errors import UsageError
 from shoal.evaluation.decoding import Stepper, random_tokens
 from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
+from shoal.models.packed import unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def _addressed(tensors: Iterable[torch.Tensor]) -> int:
 def _stored(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages, each once; on `meta`, where storages have no address, of the tensors."""
     unique: dict[tuple[torch.device, int], int] = {}
-    for tensor in tensors:
+    for tensor in chain.from_iterable(map(unpacked, tensors)):
         if tensor.device.type == "meta":
             unique[tensor.device, id(tensor)] = tensor.numel() * tensor.element_size()
         else:

@@ -12,6 +12,7 @@ from shoal.evaluation.distances import angle
 from shoal.fitting.holes import Hole, find_holes
 from shoal.fitting.result import Job, Transformed
 from shoal.models.opened import open_model
+from shoal.models.packed import is_plain
 from shoal.models.precision import in_float64
 from shoal.models.stacks import Stack
 from shoal.models.streamed import parameters_of
@@ -113,7 +114,7 @@ def _require_alike(
                 f"{name} cannot merge layer {index} into {layer}: their tensors differ; merge layers of one kind",
                 code="U556",
             )
-    if any(p.is_meta or not p.is_floating_point() for one in (own, *others) for p in one.values()):
+    if not all(is_plain(p) for one in (own, *others) for p in one.values()):
         raise UsageError(
             f"{name} needs the weights of layer {layer} in memory and not quantised; load the model so", code="U556"
         )

@@ -13,6 +13,7 @@ from shoal.fitting.holes import Hole, Pair
 from shoal.fitting.maps import limit_tensor
 from shoal.fitting.result import Fit
 from shoal.fitting.train import Learned, Trained, train
+from shoal.models.packed import is_plain
 from shoal.models.streamed import parameters_of, weights_loaded
 from shoal.plan import Map, Plan, Run, Step
 from shoal.plan.select import whole_run
@@ -85,7 +86,7 @@ def with_sites(plan: Plan, sites: Sequence[Site], stack: str | None) -> Plan:
 def layer_net(pair: Pair, run: Run) -> Learned:
     """The tensors of the run's layer as they are. Raises U556 when they are not in memory, or quantised."""
     own = parameters_of(pair.inputs.stack.layer(run.layer))
-    if any(p.is_meta or not p.is_floating_point() for p in own.values()):
+    if not all(map(is_plain, own.values())):
         raise UsageError(
             f"training needs the weights of layer {run.layer} in memory and not quantised; load the model so",
             code="U556",

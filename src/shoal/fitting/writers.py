@@ -14,6 +14,7 @@ from torch import nn
 
 from shoal.data import Data
 from shoal.fitting.holes import Pair
+from shoal.models.packed import is_plain
 from shoal.models.precision import in_float64
 from shoal.models.streamed import parameters_of, weights_loaded
 from shoal.plan import Run
@@ -139,7 +140,7 @@ def renamed(run: Run, weights_id: str, own: dict[str, torch.Tensor]) -> tuple[Ru
 
 
 def _plain(layer: nn.Module) -> bool:
-    return all(p.is_floating_point() and p.dtype.itemsize > 1 and not p.is_meta for p in layer.parameters())
+    return all(is_plain(p) and p.dtype.itemsize > 1 for p in layer.parameters())
 
 
 def _near(tensor: torch.Tensor) -> float:

@@ -30,7 +30,7 @@ from shoal.models.opened import OpenedModel, open_model
 from shoal.models.placed import DeviceMap, expanded, place_for_converted, read_device_map
 from shoal.models.quantised import require_quantiser
 from shoal.models.streamed import device_map as streaming_map
-from shoal.models.streamed import require_streamable
+from shoal.models.streamed import refuse_packed, require_streamable
 from shoal.plan import Spec
 from shoal.plan.file import is_planned
 
@@ -104,10 +104,12 @@ def load(
     require_quantiser(checked.config, checked.name)
     options: dict[str, Any] = dict(trust)
     if stream:
-        require_streamable(checked.name, dtype)
+        require_streamable(checked.name, dtype, checked.config)
         options["device_map"] = streaming_map(checked.structure, place_for)
     elif device_map is not None:
         options["device_map"] = expanded(device_map, checked.structure, checked.name)
+        if not isinstance(device_map, str) and "disk" in device_map.values():
+            refuse_packed(checked.name, checked.config)
     placed = "device_map" in options
     with hide_offload_note(), place_for_converted(placed) as held:
         model, info = _from_pretrained(

@@ -8,16 +8,18 @@ from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import ModelError
 from shoal.models.lists import Stack
+from shoal.models.quantised import described_quantisation, quantisation_settings
 from shoal.models.stacks import find_stacks
 
 
-def require_streamable(source: str, dtype: Any) -> None:
+def require_streamable(source: str, dtype: Any, config: PreTrainedConfig) -> None:
     """Raise M340 where accelerate is missing, M341 for another dtype than the checkpoint's, which would be a copy of
-    the whole model."""
+    the whole model, M391 for a quantised model."""
+    refuse_packed(source, config)
     if find_spec("accelerate") is None:
         raise ModelError(
             f"streaming {source} needs the package accelerate; run: pip install 'shoal[stream]'", code="M340"
@@ -25,6 +27,17 @@ def require_streamable(source: str, dtype: Any) -> None:
     if dtype not in (None, "auto"):
         raise ModelError(
             f"the layers of {source} are read as its files hold them, not as {dtype}; leave out the dtype", code="M341"
+        )
+
+
+def refuse_packed(source: str, config: PreTrainedConfig) -> None:
+    """Raise M391 for a quantised model whose layers should lie in files: quantisers pack whole models."""
+    if (settings := quantisation_settings(config)) is not None:
+        raise ModelError(
+            f"{source} is quantised ({described_quantisation(settings)}), and quantised layers are not read from their "
+            "files one by one; leave out --stream (and disk in the device map), or give the model before it was "
+            "quantised",
+            code="M391",
         )
 
 
