@@ -71,6 +71,26 @@ def first_line(error: Exception, most: int = 200) -> str:
     return lines[0].strip()[:most] if lines else type(error).__name__
 
 
+_FULL = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "failed to allocate")
+"""How torch, its allocators, accelerate and the system say that memory is full."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether another library says that memory is full, of a device or of the machine."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in _FULL)
+
+
+def out_of_memory(error: Exception) -> UsageError:
+    """U631, with what may be done about it."""
+    return UsageError(
+        f"there is not enough memory ({first_line(error)}); spread the model over devices and disk with --device-map "
+        "auto, or leave its layers in their files with --stream, or take shorter sequences, a smaller batch or another "
+        "--dtype",
+        code="U631",
+    )
+
+
 class ShoalWarning(ShoalNote):
     """Something that was given or done and has no effect, or another than one might think; nothing is refused."""
 

@@ -144,7 +144,7 @@ def apply(
     It is all or nothing: when this raises, the model is as it was.
     Raises `PlanError` (P1xx) when the plan is not legal here, P109 for KV sharing beside an encoder, P122 when another
     plan is running already, U662 when a graph is on the model, P153 for replaced layers of a model that is sharded
-    already, P154 for modules that two layers would share, P124 for replaced layers of a model that accelerate offloads,
+    already, P154 for modules that two layers would share, P124 for `modules` of layers that accelerate offloads,
     P125 for gates and exits without a policy, P126 for an order in which the family's layers cannot run, P129 for own
     tensors that their layer has no place for, P130 to P138 for what a policy cannot decide on this model,
     P163 for layers that read a later one and take no other mask, U680 for `passes` that have no use.

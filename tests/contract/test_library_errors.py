@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from typer.testing import CliRunner
 
@@ -41,6 +42,9 @@ def raising(error: Exception) -> Any:
         (OSError("odd"), "U630", "odd"),
         (MemoryError(), "U631", "MemoryError"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "U631", "CUDA out of memory"),
+        (torch.OutOfMemoryError("Tried to allocate: out of memory"), "U631", "--device-map auto"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "U631", "--stream"),
+        (OSError(12, "Cannot allocate memory"), "U631", "--stream"),
         (ImportError("No module named 'einops'"), "U632", "einops"),
         (KeyError("steps"), "U639", "KeyError 'steps'"),
         (UsageError("known", code="U500"), "U500", "known"),
@@ -70,7 +74,7 @@ def test_a_fault_of_shoal_is_a_sentence_unless_its_traceback_is_wanted(
 
 def test_a_model_that_does_not_fit_on_its_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "to", raising(RuntimeError("out of memory")))
-    with pytest.raises(ModelError, match="cannot be put on cpu: out of memory") as raised:
+    with pytest.raises(ModelError, match="cannot be put on cpu: out of memory; spread it with --device-map") as raised:
         load(folder, device="cpu")
     assert raised.value.code == "M355"
 

@@ -20,7 +20,7 @@ from shoal.models.inspect import inspect
 from shoal.models.stacks import find_stack
 
 from .families import tiny
-from .live_models import IDS, code_of, logits, own, plan_of
+from .live_models import IDS, logits, own, plan_of
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -149,11 +149,25 @@ def test_offloaded_models_run_plans(family: str, how: str, tmp_path: Path) -> No
             assert torch.equal(logits(model, input_ids=single), logits(base, input_ids=single)), plan
 
 
-def test_replaced_weights_of_an_offloaded_layer_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["cpu", "disk", "dispatch"])
+def test_replaced_and_tied_weights_of_an_offloaded_layer_are_those_in_memory(how: str, tmp_path: Path) -> None:
+    base, model = tiny("llama", "eager"), offloaded(own("llama", "eager"), how, tmp_path)
+    held = base.model.layers[1].state_dict()
+    weights = {f"a.{name}": tensor * 1.3 for name, tensor in held.items()}
+    weights["u.mlp.up_proj.weight"] = held["mlp.up_proj.weight"] * 0.7
+    away = [p.is_meta for p in model.parameters()]
+    for plan in ("0,1:a,2-3", "0,1:a,1:a,2-3", "0,1a:a,2-3", "0-1,2=1,3", "0,1=2,2-3", "0-1,2=1:u,3"):
+        with running(model, plan, weights), running(base, plan, weights):
+            assert torch.equal(logits(model), logits(base)), plan
+    assert [p.is_meta for p in model.parameters()] == away
+    whole = logits(model)
+    assert torch.equal(whole, logits(base))
+
+
+def test_modules_of_an_offloaded_layer_are_refused(tmp_path: Path) -> None:
     model = offloaded(own("llama"), "dispatch", tmp_path)
     weights = {f"a.{name}": tensor * 1.3 for name, tensor in tiny("llama").model.layers[1].state_dict().items()}
     layers = model.model.layers
-    assert code_of(model, "0,1:a,2-3", weights) == "P124"
-    assert model.model.layers is layers
-    with running(model, "0:a,1-3", weights), running(base := tiny("llama"), "0:a,1-3", weights):
-        assert torch.equal(logits(model), logits(base))
+    with pytest.raises(PlanError, match=r"P124: layer 1 is offloaded"):
+        apply(model, "0,1:a,2-3", weights, modules=True)
+    assert model.model.layers is layers and not hasattr(model, "shoal")

@@ -89,7 +89,7 @@ def test_fuse_keeps_a_plan_that_every_verb_takes(folder: Path, tmp_path: Path) -
     shoal("generate", model, "Once", "--plan", str(kept), "--max-new-tokens", "2", "--raw")
     assert "W204" in shoal("write", model, "--plan", str(kept), "--output", str(tmp_path / "out"), code=1)
     assert not (tmp_path / "out").exists()
-    assert "W281" in shoal("write", model, "--plan", str(kept), "--output", str(tmp_path / "o"), "--stream", code=1)
+    assert "W204" in shoal("write", model, "--plan", str(kept), "--output", str(tmp_path / "o"), "--stream", code=1)
     assert "U523" in shoal("fuse", model, "--plan", "0-1,3-4", code=1)
     assert "U501" in shoal("prune", model, "--drop", "1", "--then", "slrep", code=1)
 

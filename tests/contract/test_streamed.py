@@ -15,11 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from shoal.api.assess import evaluate
 from shoal.api.journal import Journaled, journaled
 from shoal.api.measuring import measure
 from shoal.api.prune import prune
 from shoal.cli import app
-from shoal.errors import ModelError, UsageError
+from shoal.errors import ModelError, UsageError, WriteError
 from shoal.evaluation import layer_major_loss
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import PlanLoss
@@ -33,6 +34,7 @@ from shoal.plan import Plan, drop, parse_plan
 from shoal.recording.layer_major import LayerMajor
 from shoal.recording.observe import observe
 from shoal.search.greedy import greedy
+from shoal.writing.stream import stream
 
 from .families import FAMILIES, tiny
 from .planted import random_data
@@ -220,6 +222,78 @@ def test_the_verbs_stream(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     with running(loaded.model, json.loads(done.stdout)["plan"]), torch.no_grad():
         assert torch.equal(written.model(IDS).logits, loaded.model(IDS).logits)
     assert written.model.config.num_hidden_layers == 3 and json.loads(done.stdout)["evaluation"] is None
+
+
+WITH = ["refit", "replaceme", "compensate", "slerp", "streamline:kind=layer,epochs=1", "linear-map"]
+"""Transforms that read one layer after the other, or two."""
+
+
+@pytest.mark.parametrize("transform", WITH)
+def test_a_stand_in_is_fitted_on_layers_in_files_bit_for_bit(transform: str, loaded: Loaded, streamed: Loaded) -> None:
+    how: dict[str, Any] = {"plan": "0-1,4", "then": [transform], "assess": False, "writable": False, **ASKED}
+    one, other = (prune(model, **how) for model in (loaded, streamed))
+    assert str(one.plan) == str(other.plan) and one.then == other.then
+    assert one.found.weights.keys() == other.found.weights.keys() != set()
+    assert all(torch.equal(tensor, other.found.weights[name]) for name, tensor in one.found.weights.items())
+    assert all(p.is_meta for p in find_stack(streamed.model).layer(1).parameters())
+
+
+def test_a_transform_that_reads_all_layers_is_refused(streamed: Loaded) -> None:
+    with pytest.raises(UsageError, match=r"U738: fuse-group.*lie in files"):
+        prune(streamed, plan="0-1,4", then=["fuse-group"], assess=False, writable=False, **ASKED)
+
+
+def test_evaluation_reads_each_layer_once_for_all_windows(
+    loaded: Loaded, streamed: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"window": 24, "limit": 5, "batch": 2, "generation": False}
+    for plan in (None, "0-1,3-4", "0,1x2,2a,3", "0,2,1,3-4"):
+        one, other = (evaluate(model, plan=plan, **how) for model in (loaded, streamed))
+        assert one.to_dict() == other.to_dict(), plan
+    reads: Counter[str] = Counter()
+    fetch = accelerate.utils.offload.OffloadedWeightsLoader.__getitem__
+
+    def counted(self: Any, key: str) -> torch.Tensor:
+        reads[key] += 1
+        return fetch(self, key)
+
+    monkeypatch.setattr(accelerate.utils.offload.OffloadedWeightsLoader, "__getitem__", counted)
+    for plan in (None, "0-1,3-4"):
+        times = []
+        for limit in (2, 6):
+            reads.clear()
+            evaluate(streamed, plan=plan, **how | {"limit": limit, "batch": 1})
+            times.append({key: n for key, n in reads.items() if ".layers." in key})
+        assert times[0] == times[1] and len(times[0]) == 9 * 5
+
+
+def test_new_tensors_are_written_from_file_to_file(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
+    small = ["--plan", "0-1,4", "--length", "24", "--limit", "4", "-q", "--json", "--no-assess"]
+    outs = {}
+    for how in ("memory", "stream"):
+        kept = ["--save-plan", str(tmp_path / f"{how}-plan"), "--output", str(tmp_path / how)]
+        more = ["--stream"] if how == "stream" else []
+        done = CliRunner().invoke(app, ["fuse", str(folder), "--with", "refit", *small, *kept, *more])
+        assert done.exit_code == 0, done.output
+        outs[how] = load(tmp_path / how, device="cpu").model
+        assert json.loads(done.stdout)["proof"]["passed"]
+    pair = [model.state_dict() for model in outs.values()]
+    assert pair[0].keys() == pair[1].keys() and all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
+    again = ["write", str(folder), "--plan", str(tmp_path / "memory-plan"), "--output", str(tmp_path / "third"), "-q"]
+    done = CliRunner().invoke(app, [*again, "--stream", "--forward"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "third" / "shoal" / "weights.safetensors").is_file()
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "third"), "-q"])
+    assert done.exit_code == 0, done.output
+
+
+def test_new_tensors_for_experts_that_lie_apart_are_refused(tmp_path: Path) -> None:
+    base = tiny("mixtral")
+    base.save_pretrained(tmp_path / "base")
+    own = {f"x.{n}": p.detach() for n, p in find_stack(base).layer(1).named_parameters() if "experts" in n}
+    with pytest.raises(WriteError, match=r"W281.*lie apart"):
+        stream(tmp_path / "base", "0,1:x,3", tmp_path / "out", weights=own)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_streamed_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

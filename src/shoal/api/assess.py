@@ -22,23 +22,23 @@ from shoal.evaluation import (
     Perplexity,
     Progress,
     Speed,
-    compare,
     compare_between,
     generation_check,
     memory,
-    perplexity,
     speed,
 )
+from shoal.evaluation.read_once import compare_read_once, perplexity_read_once
 from shoal.evaluation.step_time import bandwidth, step_time_of
 from shoal.evaluation.tasks import TaskScore
 from shoal.executing.weights import Tensors, plan_and_weights
 from shoal.graphs import Fused, fused
 from shoal.live import running
+from shoal.models.calls import device_of
 from shoal.models.folder_kinds import planned_refusal
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded, load
 from shoal.models.opened import open_model
-from shoal.plan import Given, Plan, Shape, shapes_of
+from shoal.plan import Given, Plan, Shape, given_plan, shapes_of
 from shoal.planned import handle_of
 from shoal.record import plain
 
@@ -175,10 +175,12 @@ def evaluate(
         return task_scores(model, tokenizer, asked, batch=max(8, batch), progress=progress)
 
     if plan is None and other is None:
-        worth = perplexity(loaded.model, text, batch=batch, progress=progress)
+        worth = perplexity_read_once(loaded.model, text, batch=batch, progress=progress)
         return Evaluation(worth, generation=written(loaded.model), tasks=scored(loaded.model))
     if other is None:
-        both = compare(loaded.model, text, dense=nullcontext, pruned=context, batch=batch, progress=progress)
+        identity = Plan.identity(open_model(loaded.model).spec)
+        chosen = identity if plan is None else given_plan(plan, identity)
+        both = compare_read_once(loaded.model, text, chosen, context, batch=batch, progress=progress)
     else:
         both = compare_between(other.model, loaded.model, text, batch=batch, progress=progress)
     with context():
@@ -240,7 +242,7 @@ def bench(
 def _predicted(model: Any, plan: Given, weights: Tensors | None, timed: Speed) -> dict[str, float]:
     """The share of the dense decode time, by the bytes alone."""
     spec = open_model(model).spec
-    rates = bandwidth(model.device, model.dtype, max(stack.hidden for stack in spec.stacks))
+    rates = bandwidth(device_of(model), model.dtype, max(stack.hidden for stack in spec.stacks))
     shape = Shape(timed.batch, timed.prompt, timed.prompt + timed.new // 2)
     chosen, tensors = plan_and_weights(plan, Plan.identity(spec), weights)
     found = step_time_of(rates, timed.variants[0].decode.median, spec, shape, timed.dtype)

@@ -21,6 +21,7 @@ from shoal.evaluation.stats import Spread
 from shoal.evaluation.token_clock import TokenClock
 from shoal.executing.weights import Tensors, plan_and_weights
 from shoal.live import Running, running
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.opened import open_model
@@ -110,7 +111,7 @@ def bench_policy(
         policy, Spread.of([s[0] for s in whole]), Spread.of([s[0] for s in decided]), wall, cpu,
         first.depth, first.layers, first.looks, first.simulated,
         sum(torch.equal(a, b) for a, b in zip(first.texts, rounds["whole"][0].texts, strict=True)), len(tasks), new,
-        pairs, str(model.device), str(model.dtype).removeprefix("torch."), torch.get_num_threads(),
+        pairs, str(device_of(model)), str(model.dtype).removeprefix("torch."), torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from shoal.api.harness import DENSE, Harness
 from shoal.api.study import Cell, ExpectedSeconds, Protocol, cells
 from shoal.atomic import write_atomically
 from shoal.evaluation import Progress
+from shoal.evaluation.distributed_loss import refuse_spread
 from shoal.healing.processes import require_one_process
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan, parse_plan, strip
@@ -65,8 +66,8 @@ def compare(
     See `cells` for methods and budgets, `Protocol` for data, `options` go to `shoal.load`. A method that fails is a row
     with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, the longest first, and
     each of `workers` holds the model; what they find is timed afterwards, in this process, one plan after the other.
-    Raises before anything runs `UsageError` (U676 where plans are healed in one of several processes), `DataError` and
-    `ModelError`.
+    Raises before anything runs `UsageError` (U676 where plans are healed in one of several processes, U572 for a model
+    that is not whole in memory beside `ray`), `DataError` and `ModelError`.
     """
     protocol, place = protocol or Protocol(), Path(folder).expanduser()
     if protocol.heal is not None:
@@ -74,6 +75,7 @@ def compare(
     asked = cells(methods, budgets, seeds)
     loaded = opened_base(source, **options)
     require_causal(loaded.model, "compare")
+    refuse_spread(ray, loaded.model)
     harness = Harness.of(loaded, protocol, place)
     for budget in dict.fromkeys(cell.budget for cell in asked):
         harness.budget(budget)

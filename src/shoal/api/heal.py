@@ -139,8 +139,9 @@ def heal(
     windows, `batch` x `accumulate` of them, the first one writes to `folder`, and all have the result.
 
     Raises U641 for a plan that removes nothing, U679 for tied layers, U642 and U643 for a folder of another run,
-    U644 for a model with adapters, U673 for an amount that is none, U674 where memory is too small, U675 where nothing
-    learns, D494 where no token counts, U511 for a teacher of another vocabulary.
+    U644 for a model with adapters, U737 for one that is spread by a device map or left in files, U673 for an amount
+    that is none, U674 where memory is too small, U675 where nothing learns, D494 where no token counts, U511 for a
+    teacher of another vocabulary.
     """
     group = Processes.join(options.get("device"))
     if not group.first:

@@ -18,6 +18,8 @@ from shoal.errors import UsageError, WriteError
 from shoal.evaluation import Progress
 from shoal.executing.weights import Tensors, load_weights, save_planned
 from shoal.models.load import Loaded
+from shoal.models.placed import is_placed
+from shoal.models.stacks import unwrap
 from shoal.plan import Plan, Shape, cost, shapes_of
 from shoal.record import Record, command_line
 from shoal.report import render
@@ -31,7 +33,9 @@ from shoal.writing.surgery import blueprint, require_writable
 def why_no_checkpoint(loaded: Loaded, plan: Plan, weights: Tensors) -> str | None:
     """Why the result of healing will be a plan and no checkpoint; None where it will be one."""
     try:
-        blueprint(require_writable(loaded.model), plan, weights=dict(weights))
+        # what a device map spreads is written from its files
+        model = unwrap(loaded.model) if is_placed(loaded.model) else require_writable(loaded.model)
+        blueprint(model, plan, weights=dict(weights))
     except WriteError as error:
         return str(error)
     return None

@@ -10,12 +10,20 @@ from shoal.errors import ModelError, UsageError
 from shoal.healing.stage import Recipe, Stage, term_of
 from shoal.models.adapter import is_adapted
 from shoal.models.load import Loaded
+from shoal.models.placed import is_placed
 from shoal.plan import Plan, Spec
 from shoal.plan.steps import decides, runs
 
 
 def require_bare(loaded: Loaded) -> None:
-    """Raise U644 for a model with adapters, W212 for a quantised one."""
+    """Raise U644 for a model with adapters, U737 for one that is spread or left in files, W212 for a quantised one."""
+    if is_placed(loaded.model):
+        raise UsageError(
+            f"healing trains {loaded.source} in the memory of its devices, and --device-map or --stream keeps a part "
+            "of it elsewhere; start it by accelerate launch --use_fsdp, or heal layer by layer: shoal fuse --with "
+            "refit, or --with streamline:kind=layer, which take --stream",
+            code="U737",
+        )
     if is_adapted(loaded.model):
         raise UsageError(
             f"{loaded.source} has an adapter in its modules, and healing puts its own there; merge it first "

@@ -14,6 +14,7 @@ from shoal.data.documents import CHATS, PROMPTS, value_of
 from shoal.data.opening import lines_of, opened
 from shoal.data.rows import rows_of
 from shoal.errors import DataError
+from shoal.models.calls import device_of
 from shoal.models.load import Loaded
 
 BUILTIN = {
@@ -90,4 +91,4 @@ def encoded(loaded: Loaded, text: str, chat: bool | None) -> dict[str, torch.Ten
         )
     else:
         made = tokenizer(text, return_tensors="pt")
-    return {name: made[name].to(loaded.model.device) for name in ("input_ids", "attention_mask")}
+    return {name: made[name].to(device_of(loaded.model)) for name in ("input_ids", "attention_mask")}

@@ -10,7 +10,8 @@ from typing import Any
 from shoal._version import __version__
 from shoal.api.prune import Pruned
 from shoal.evaluation import Progress, Spread
-from shoal.models.streamed import is_streamed
+from shoal.models.calls import device_of
+from shoal.models.placed import is_placed
 from shoal.plan import Plan, format_steps
 from shoal.plan.price import FIGURES
 from shoal.record import Record, command_line, environment
@@ -37,8 +38,8 @@ def publish(
     """Write `pruned` to the folder `output` with its records, model card and page, proved first (see `shoal.write`).
     `planned`: as a planned checkpoint, see `shoal.writing.planned_folder`.
 
-    A model whose layers were left in their files is written from file to file, without a page (see
-    `shoal.writing.stream`).
+    A model whose layers were left in their files, or that a device map spreads, is written from file to file, without
+    a page (see `shoal.writing.stream`).
     """
     command = command_line()
     if planned:  # its file holds each storage once, whatever a stock checkpoint of the plan would hold
@@ -65,8 +66,9 @@ def publish(
     if planned:
         del options["zero_parts"]
         return write_planned(pruned.loaded, pruned.plan, output, weights=pruned.found.weights, page=page, **options)
-    if is_streamed(pruned.loaded.opened.stack()) and not pruned.found.weights:
-        return stream(pruned.loaded.folder or pruned.loaded.source, pruned.plan, output, **options)
+    if is_placed(pruned.loaded.model):
+        source = pruned.loaded.folder or pruned.loaded.source
+        return stream(source, pruned.plan, output, weights=pruned.found.weights, **options)
     return write(
         pruned.loaded,
         pruned.plan,
@@ -99,7 +101,7 @@ def page_data(pruned: Pruned, proof: Proof, command: str, created: str) -> dict[
             "params": spec.params,
             "layers": {stack.name: stack.depth for stack in spec.stacks},
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
+            "device": str(device_of(model)),
         },
         "plan": {
             "notation": str(plan),

@@ -16,6 +16,7 @@ from shoal.decoding.decoder import Decoder
 from shoal.errors import UsageError
 from shoal.evaluation import Progress
 from shoal.executing.timing import synchronized_time
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.models.kinds import require_causal
 from shoal.models.load import Loaded
@@ -96,7 +97,7 @@ def tune_draft(
     `Speculator` raises for a model that cannot be drafted for.
     """
     require_causal(loaded.model, "tune-draft")
-    start = synchronized_time(loaded.model.device)
+    start = synchronized_time(device_of(loaded.model))
     texts = texts_of(prompts)
     tell = progress or (lambda *_: None)
     model = loaded.model
@@ -117,7 +118,7 @@ def tune_draft(
             tell(number, len(settings), f"verifying {setting[0]}")
             verified.append(_verified(model, tasks, new, pairs, setting))
         tell(len(settings), len(settings), "verified")
-    return _tuned(model, tasks, new, plain, rows, verified, synchronized_time(model.device) - start)
+    return _tuned(model, tasks, new, plain, rows, verified, synchronized_time(device_of(model)) - start)
 
 
 def _finalists(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -184,9 +185,9 @@ def _verified(
 
 
 def _timed(call: Callable[[], Any], model: Any) -> tuple[Any, float]:
-    start = synchronized_time(model.device)
+    start = synchronized_time(device_of(model))
     out = call()
-    return out, synchronized_time(model.device) - start
+    return out, synchronized_time(device_of(model)) - start
 
 
 def _tuned(
@@ -211,7 +212,7 @@ def _tuned(
         if v.different
     ]
     return Tuned(
-        len(tasks), new, str(model.device), str(model.dtype).removeprefix("torch."), torch.get_num_threads(), plain,
+        len(tasks), new, str(device_of(model)), str(model.dtype).removeprefix("torch."), torch.get_num_threads(), plain,
         rows, verified, best.draft if use else None, best.length if use else 0, best.confidence if use else None,
         best.speedup if use else 1.0, verdict, seconds, notes,
     )  # fmt: skip

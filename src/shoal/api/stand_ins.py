@@ -12,6 +12,7 @@ from shoal.evaluation import Progress
 from shoal.executing.weights import ids_of, used_by
 from shoal.fitting.result import Job, Transformed
 from shoal.models.load import Loaded
+from shoal.models.placed import is_offloaded
 from shoal.plan import Plan, Spec, require, shapes_of
 from shoal.registry import Entry
 from shoal.scores import Found
@@ -53,13 +54,31 @@ def transformed(
     for one in then:
         assert data is not None
         job = Job(loaded.model, data, found.plan, found.weights, stack, batch, seed, progress)
-        made: Transformed = one.entry.load()(job, **one.options)
+        made = _made(one, job)
         _refuse_shared(made.plan, one.text)
         weights = used_by(made.plan, made.weights)
         require(made.plan, spec, shapes_of(weights))
         found = replace(found, plan=made.plan, weights=weights)
         said.append({"transform": one.text, **made.to_dict()})
     return found, tuple(said)
+
+
+def _made(one: Then, job: Job) -> Transformed:
+    """What a transform makes. Raises U738 for one that reads weights which a device map or --stream leaves in files."""
+    refused = UsageError(
+        f"{one.text} reads weights of many layers at once, and some lie in files here; give a model in memory, or take "
+        "refit, replaceme, slerp or another that works layer by layer",
+        code="U738",
+    )
+    try:
+        made: Transformed = one.entry.load()(job, **one.options)
+    except (NotImplementedError, RuntimeError, AttributeError) as error:
+        if is_offloaded(job.model) and "meta" in str(error):
+            raise refused from None
+        raise
+    if any(tensor.is_meta for tensor in made.weights.values()):
+        raise refused
+    return made
 
 
 def _changed(plan: Plan) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import ShoalError, UsageError, first_line
+from shoal.errors import ShoalError, UsageError, first_line, is_out_of_memory, out_of_memory
 
 TRACEBACK = "SHOAL_TRACEBACK"
 """Set to 1, this variable lets errors of Shoal itself through with their traceback."""
@@ -39,15 +39,11 @@ def in_words(error: Exception) -> ShoalError | None:
     """
     if isinstance(error, ShoalError):
         return error
+    if is_out_of_memory(error):
+        return out_of_memory(error)
     if isinstance(error, OSError):
         place = f"{str(error.filename)[:200]}: " if error.filename else ""
         return UsageError(f"the system says: {place}{error.strerror or first_line(error)}", code="U630")
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return UsageError(
-            f"there is not enough memory ({first_line(error)}); take shorter sequences, a smaller batch, another "
-            "--dtype or --device, or --stream where there is one",
-            code="U631",
-        )
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return UsageError("a name begins with ~ and a user who is not known here; give the full path", code="U646")
     if os.environ.get(TRACEBACK) == "1":

@@ -79,13 +79,17 @@ def _notes_in_words() -> Iterator[None]:
         typer.echo(f"shoal: note: {text}", err=True)
 
 
+def is_typed(name: str) -> bool:
+    """Whether that option of the running verb, which must have --config, was typed or stands in a config file."""
+    source = running.get().get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def unused(why: str, *names: str) -> None:
     """Say of those options of the running verb, which must have --config, that were typed or stand in a config file
     that they have no effect."""
-    context = running.get()
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if is_typed(name):
             tell_unused(f"--{name.rstrip('_').replace('_', '-')}", why)
 
 
@@ -190,10 +194,12 @@ def loading(
     trust_remote_code: bool = False,
     stream: bool = False,
     adapter: Path | None = None,
+    device_map: str | None = None,
 ) -> dict[str, Any]:
     """Options for `shoal.load`."""
     asked = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    return asked | ({"stream": True} if stream else {}) | ({} if adapter is None else {"adapter": adapter})
+    others = {"stream": stream or None, "adapter": adapter, "device_map": device_map}
+    return asked | {name: value for name, value in others.items() if value is not None}
 
 
 def read_plan(text: str | None, spec: Any, source: str, *, legal: bool = True) -> Any:

@@ -39,6 +39,7 @@ def bench(
     seed: options.Seed = 0,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -60,11 +61,13 @@ def bench(
         if graph:
             raise UsageError("--graph is for plans that decide nothing; leave out --policy", code="U662")
         _with_policy(model, plan, policy, prompts, against, batch, new, pairs, json_, quiet,
-                     loading(device, dtype, trust_remote_code, adapter=adapter))  # fmt: skip
+                     loading(device, dtype, trust_remote_code, adapter=adapter, device_map=device_map))  # fmt: skip
         return
-    how = loading(device, dtype, trust_remote_code)
+    how = loading(device, dtype, trust_remote_code, device_map=device_map)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter, device_map=device_map)
+        )
         found = run(
             loaded,
             plan=chosen,

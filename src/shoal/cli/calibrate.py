@@ -61,6 +61,7 @@ def calibrate(
     seed: options.Seed = 0,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -83,7 +84,9 @@ def calibrate(
 
     text = keyed(data, text_key, chat_template)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter, device_map=device_map)
+        )
         found = run(
             loaded,
             policy,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli._shared import config_text, emit, loading, progress_bars, unused
+from shoal.cli._shared import config_text, emit, is_typed, loading, progress_bars, unused
 
 
 def compare(
@@ -52,7 +52,9 @@ def compare(
         str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: cells run there.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Cells at a time, with --ray.")] = 2,
+    stream: options.Stream = False,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -70,6 +72,8 @@ def compare(
         unused("no --tasks are given", "task_items")
     if heal is None:
         unused("nothing is healed without --heal", "tokens")
+    if stream:  # each token that is written, and each that is timed, would read all layers again
+        new_tokens, pairs = (new_tokens if is_typed("new_tokens") else 0), (pairs if is_typed("pairs") else 0)
     if ray is None:
         unused("no --ray is given", "workers")
     if dry_run:
@@ -109,7 +113,7 @@ def compare(
                 ray=ray,
                 workers=workers,
                 progress=progress,
-                **loading(device, dtype, trust_remote_code),
+                **loading(device, dtype, trust_remote_code, stream, device_map=device_map),
             )
         except KeyboardInterrupt:
             typer.echo(f"finished cells are in {output}; the same command goes on from there", err=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli._shared import emit, emit_config, loading, open_model, progress_bars, table, unused
+from shoal.cli._shared import emit, emit_config, is_typed, loading, open_model, progress_bars, table, unused
 
 
 def evaluate(
@@ -22,7 +22,9 @@ def evaluate(
     limit: options.Limit = 16,
     bos: options.Bos = False,
     batch: options.Batch = 1,
-    generation: Annotated[bool, typer.Option("--generation/--no-generation", help="Greedy generation check.")] = True,
+    generation: Annotated[
+        bool, typer.Option("--generation/--no-generation", help="Greedy generation check (default: if not --stream).")
+    ] = True,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate for each prompt.")] = 64,
     tasks: options.Tasks = None,
     task_items: options.TaskItems = 200,
@@ -40,7 +42,9 @@ def evaluate(
     ] = None,
     kv_cache: options.KVCache = None,
     adapter: options.AdapterFolder = None,
+    stream: options.Stream = False,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -49,8 +53,10 @@ def evaluate(
     config: options.Config = None,
 ) -> None:
     """Perplexity and a greedy generation check; with --plan or --against also agreement with the dense model."""
+    # each token that is written would read all layers again
+    generation = generation and (not stream or is_typed("generation"))
     if not generation:
-        unused("--no-generation is given", "new_tokens")
+        unused("nothing is generated", "new_tokens")
     if kv_cache is not None:
         unused("with --kv-cache nothing is generated", "new_tokens")
     if not tasks:
@@ -71,7 +77,7 @@ def evaluate(
 
         with progress_bars(quiet) as progress:
             loaded, chosen, weights = open_model(
-                model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter)
+                model, plan, **loading(device, dtype, trust_remote_code, stream, adapter, device_map)
             )
             tables = run_cascade(
                 loaded,
@@ -92,7 +98,9 @@ def evaluate(
 
     text = keyed(data, text_key, chat_template)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, stream, adapter, device_map)
+        )
         found = run(
             loaded,
             plan=chosen,
@@ -110,7 +118,7 @@ def evaluate(
             task_items=task_items,
             kv_cache=kv_cache,
             progress=progress,
-            **(loading(device, dtype, trust_remote_code) if against is not None else {}),
+            **(loading(device, dtype, trust_remote_code, stream, device_map=device_map) if against is not None else {}),
         )
     emit(found.to_dict(), _text(found), as_json=json_)
 

@@ -43,6 +43,7 @@ def fit_exits(
     seed: options.Seed = 0,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -67,7 +68,9 @@ def fit_exits(
 
     text = keyed(data, text_key, chat_template)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter, device_map=device_map)
+        )
         found = run(
             loaded,
             policy,

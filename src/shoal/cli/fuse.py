@@ -49,7 +49,9 @@ def fuse(
         typer.Option("--assess/--no-assess", help="Evaluate and time dense against fused (default: causal models)."),
     ] = None,
     test_data: options.TestData = "builtin",
+    stream: options.Stream = False,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -84,14 +86,17 @@ def fuse(
     written: Any = None
     text, tests = keyed(data, text_key, chat_template), templated(test_data, chat_template)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, stream, device_map=device_map)
+        )
         # of what needs no plan comes what no stock class may hold
         stock = output is not None and as_ == "stock" and all(one.entry.needs_plan for one in after)
         chosen = chosen or Plan.identity(loaded.opened.spec, source=loaded.source)
         fused = run(
             loaded, plan=chosen, weights=weights, then=then or [], data=text, length=length, limit=limit,
             stride=stride, bos=bos, batch=batch, seed=seed, stack=stack, writable=stock,
-            assess=is_causal(loaded.model) if assess is None else assess, test_data=tests, progress=progress,
+            assess=is_causal(loaded.model) and not stream if assess is None else assess, test_data=tests,
+            progress=progress,
         )  # fmt: skip
         tell_fits(fused.then, quiet)
         if save_plan is not None:

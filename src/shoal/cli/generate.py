@@ -37,6 +37,7 @@ def generate(
     seed: options.Seed = 0,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -71,7 +72,9 @@ def generate(
     require_file_places(trace_page)
     painter = Painter() if trace and not json_ else None
     with progress_bars(quiet):
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, adapter=adapter, device_map=device_map)
+        )
     if speculate is not None:
         from shoal.cli.tune_draft import speak
 

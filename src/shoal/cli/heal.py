@@ -61,6 +61,7 @@ def heal(
         list[str] | None, typer.Option("--track", help="Where curves go as well: tensorboard, wandb, mlflow, ...")
     ] = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -102,7 +103,9 @@ def heal(
     quiet = quiet or not group.first
     say = saying(quiet)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, device_map=device_map)
+        )
         chosen = Plan.identity(loaded.opened.spec, source=loaded.source) if chosen is None else chosen
         folder = None if output is None else _folder(output, loaded, chosen, weights, say, stages)
         with stopping() as stop:

@@ -26,6 +26,7 @@ def inspect(
     batch: options.Batch = 1,
     stack: options.StackName = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -39,10 +40,10 @@ def inspect(
     if redundancy:
         _redundancy(
             model, output, json_, quiet, data=data, length=length, limit=limit, batch=batch, stack=stack,
-            **loading(device, dtype, trust_remote_code),
+            **loading(device, dtype, trust_remote_code, device_map=device_map),
         )  # fmt: skip
         return
-    need_redundancy = ("output", "data", "length", "limit", "batch", "stack", "device", "dtype")
+    need_redundancy = ("output", "data", "length", "limit", "batch", "stack", "device", "device_map", "dtype")
     unused("layers are compared with --redundancy alone", *need_redundancy)
     from shoal.models.load import check_source
     from shoal.models.opened import open_model

@@ -42,6 +42,7 @@ def measure(
     stream: options.Stream = False,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -67,7 +68,7 @@ def measure(
     with progress_bars(quiet) as progress:
         found = measure_several(
             model, measure, data=texts, settings=own, lowest=lowest, stability=enough, progress=progress,
-            load=loading(device, dtype, trust_remote_code, stream, adapter), length=length, limit=limit,
+            load=loading(device, dtype, trust_remote_code, stream, adapter, device_map), length=length, limit=limit,
             stride=stride, bos=bos, batch=batch, stack=stack, seed=seed or None,
         )  # fmt: skip
     if plot is not None:

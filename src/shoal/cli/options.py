@@ -74,6 +74,13 @@ Bos = Annotated[bool, typer.Option("--bos", help="Put the BOS token in front of 
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, ... (default: what torch finds).")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="Spread MODEL over devices and disk: auto, balanced, or a .json file of module: device.",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", "-o", help="An option of the method, as name=value.")]

@@ -83,6 +83,7 @@ def prune(
     stream: options.Stream = False,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -121,7 +122,9 @@ def prune(
         refuse_output(output, overwrite=overwrite)
     text, tests = keyed(data, text_key, chat_template), templated(test_data, chat_template)
     with progress_bars(quiet) as progress, _how_to_go_on(journal):
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code, stream, adapter))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, stream, adapter, device_map=device_map)
+        )
         asked_for = is_causal(loaded.model) and not stream if assess is None else assess
         pruned = run(
             loaded,

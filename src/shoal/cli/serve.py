@@ -45,6 +45,7 @@ def serve(
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="KiB of one request.")] = 1024,
     drain: Annotated[int, typer.Option("--drain", min=0, help="Seconds to finish in after SIGTERM.")] = 30,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the address and each request as a JSON line.")] = False,
@@ -84,7 +85,9 @@ def serve(
         if api_key is None and not is_loopback(host):
             typer.echo(f"shoal: anyone who reaches {host} can use this server; give it an --api-key", err=True)
         with progress_bars(quiet):
-            loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+            loaded, chosen, weights = open_model(
+                model, plan, **loading(device, dtype, trust_remote_code, device_map=device_map)
+            )
         known = positions(loaded.model, context)
         longest = (known or LONGEST) if fast else None
         cached = tokens_cached(at_once, known, context)

@@ -26,6 +26,7 @@ def tune_draft(
     ] = None,
     chat: options.Chat = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -42,7 +43,7 @@ def tune_draft(
 
     texts = None if prompts is None else read_prompts(prompts)
     with progress_bars(quiet) as progress:
-        loaded, _, _ = open_model(model, None, **loading(device, dtype, trust_remote_code))
+        loaded, _, _ = open_model(model, None, **loading(device, dtype, trust_remote_code, device_map=device_map))
         found = run(
             loaded,
             texts,

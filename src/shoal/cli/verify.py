@@ -25,6 +25,7 @@ def verify(
         typer.Option("--engine-python", help="The Python in whose environment the engine is (default: this one)."),
     ] = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -39,14 +40,14 @@ def verify(
 
     if engine is None and engine_python is not None:
         raise UsageError("--engine-python is for --engine; give --engine vllm", code="U734")
-    if engine is not None and (base or device or dtype or trust_remote_code):
+    if engine is not None and (base or device or device_map or dtype or trust_remote_code):
         raise UsageError(
-            "--engine compares the folder with itself under transformers, in float32; leave --base, --device, --dtype "
-            "and --trust-remote-code out",
+            "--engine compares the folder with itself under transformers, in float32; leave --base, --device, "
+            "--device-map, --dtype and --trust-remote-code out",
             code="U735",
         )
     with progress_bars(quiet) as progress:
-        how = loading(device, dtype, trust_remote_code)
+        how = loading(device, dtype, trust_remote_code, device_map=device_map)
         if engine is None:
             loaded = None if base is None else load(base, **how)
             proof = run(folder, base=loaded, progress=progress, **how)

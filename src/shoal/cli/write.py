@@ -20,7 +20,7 @@ from shoal.cli._shared import (
     read_weights,
     unused,
 )
-from shoal.errors import UsageError, WriteError
+from shoal.errors import UsageError
 
 if TYPE_CHECKING:
     from shoal.writing.folder import Written
@@ -55,6 +55,7 @@ def write(
         ),
     ] = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.Trust = False,
     json_: options.Json = False,
@@ -108,7 +109,9 @@ def write(
 
     refuse_output(output, overwrite=overwrite)
     with progress_bars(quiet) as progress:
-        loaded, chosen, weights = open_model(model, plan, **loading(device, dtype, trust_remote_code))
+        loaded, chosen, weights = open_model(
+            model, plan, **loading(device, dtype, trust_remote_code, device_map=device_map)
+        )
         pruned = prune(loaded, plan=chosen, weights=weights, zero_parts=zero_parts, writable=not planned)
         written = publish(
             pruned, output, overwrite=overwrite, zero_parts=zero_parts, shard_size=shard_size, config=config_text(),
@@ -183,16 +186,18 @@ def _stream(model: str, plan: str | None, output: Path, **options: Any) -> Any:
     refuse_output(output, overwrite=options["overwrite"])
     local_folder(model)
     spec = inspect_source(model, trust_remote_code=options["trust_remote_code"])
-    if read_weights(plan):
-        raise WriteError(
-            f"a streamed write copies the base's tensors, and the plan {plan} has new ones; write it without --stream",
-            code="W281",
-        )
     chosen = read_plan(plan, spec, model)
     command = command_line()
     record = Record(
         "write", {"plan": str(chosen), "stream": True}, plan=chosen.hash, base=spec.fingerprint, command=command
     )
     return stream(
-        model, chosen, output, records=[record.to_dict()], command=" ".join(command), config=config_text(), **options
+        model,
+        chosen,
+        output,
+        weights=read_weights(plan),
+        records=[record.to_dict()],
+        command=" ".join(command),
+        config=config_text(),
+        **options,
     )

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from shoal.errors import ModelError, ShoalError, first_line
+from shoal.models.calls import device_of
 
 _NEUTRAL = frozenset({"transformers_version", "_from_model_config"})
 _BEGINS = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
@@ -55,7 +56,7 @@ def _refused(model: Any) -> dict[str, str]:
 
 def _said(model: Any, settings: dict[str, Any]) -> str | None:
     """What transformers says when it is to write one token by these settings alone; None when it writes one."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
     own, model.generation_config = model.generation_config, GenerationConfig()
     vars(model.generation_config).update(settings)  # as they are: the class corrects or refuses some
     try:

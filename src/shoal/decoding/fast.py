@@ -27,6 +27,7 @@ from shoal.decoding.listening import NewTokens
 from shoal.errors import UsageError
 from shoal.executing.bind import BoundPlan, bind, refuse_second_plan
 from shoal.executing.timing import synchronized_time
+from shoal.models.calls import device_of
 from shoal.models.opened import open_model
 from shoal.models.stacks import unwrap
 from shoal.plan import Plan
@@ -94,7 +95,7 @@ class FastDecoder:
             raise UsageError(
                 f'{type(self.model).__name__} cannot be compiled: {self.why_off}; use mode="off"', code="U563"
             )
-        own = "layers" if self.model.device.type == "cpu" else "step"
+        own = "layers" if device_of(self.model).type == "cpu" else "step"
         self.mode = ("off" if self.why_off else own) if mode == "auto" else mode
         self.compiled: dict[Key, Compiled] = {}
         """What was compiled so far."""
@@ -138,7 +139,7 @@ class FastDecoder:
 
     def prepare(self, tokens: int) -> None:
         """Compile for one sequence of up to `tokens` tokens, for every plan of the menu, by writing two tokens."""
-        ids = torch.ones((1, CHECKED_TOKENS), dtype=torch.long, device=self.model.device)
+        ids = torch.ones((1, CHECKED_TOKENS), dtype=torch.long, device=device_of(self.model))
         asked = GREEDY_ALONE | {"min_new_tokens": 2, "max_new_tokens": tokens - CHECKED_TOKENS}
         for plan in self._planned:
             second = NewTokens(CHECKED_TOKENS + 1, bool)  # not the first: that one comes from the prompt's pass
@@ -213,7 +214,7 @@ class FastDecoder:
             return None
         from shoal.decoding.fast_matvec import OneRow  # the compiler takes a second to import
 
-        return {"post_grad_custom_pre_pass": OneRow(), "triton.cudagraphs": self.model.device.type == "cuda"}
+        return {"post_grad_custom_pre_pass": OneRow(), "triton.cudagraphs": device_of(self.model).type == "cuda"}
 
     @contextmanager
     def _switched(self, plan: str | None) -> Iterator[None]:

@@ -56,7 +56,7 @@ def compare(
     Raises `UsageError` U510 for windows longer than the context.
     """
     require_context(model, data.ids.shape[1])
-    return _compare_all(_under(model, dense), _under(model, pruned), data, batch, progress)
+    return compare_sides(_under(model, dense), _under(model, pruned), data, batch, progress)
 
 
 def compare_between(
@@ -65,7 +65,7 @@ def compare_between(
     """Two models that share a vocabulary compared. Raises `UsageError` U510 (context) or U511 (vocabulary)."""
     for model in (dense, pruned):
         require_context(model, data.ids.shape[1])
-    return _compare_all(_under(dense), _under(pruned), data, batch, progress)
+    return compare_sides(_under(dense), _under(pruned), data, batch, progress)
 
 
 def _under(model: Any, context: Context | None = None) -> Logits:
@@ -80,7 +80,8 @@ def _under(model: Any, context: Context | None = None) -> Logits:
     return logits
 
 
-def _compare_all(dense: Logits, pruned: Logits, data: Data, batch: int, progress: Progress | None) -> Comparison:
+def compare_sides(dense: Logits, pruned: Logits, data: Data, batch: int, progress: Progress | None) -> Comparison:
+    """Two makers of logits compared, each asked for every batch of windows in order. Raises `DataError` D420."""
     divergences: list[float] = []
     matches: list[float] = []
     losses: tuple[list[float], list[float]] = ([], [])

@@ -10,8 +10,7 @@ from shoal.data import Data
 from shoal.errors import UsageError
 from shoal.evaluation.cluster import Machines, machines
 from shoal.evaluation.plan_loss import BatchLoss, PlanLoss
-from shoal.models.opened import open_model
-from shoal.models.streamed import is_streamed
+from shoal.models.placed import is_placed
 from shoal.plan import Plan
 from shoal.plan.prefix import Prefix
 
@@ -94,11 +93,18 @@ class LossWorker:
 def loss_workers(model: Any, address: str | None, count: int) -> AbstractContextManager[Machines | None]:
     """`count` processes at `address` that hold the model for `DistributedLoss`; none without an address.
 
-    Raises U571 as `machines` does, U572 for a model whose layers are read from files as they are needed.
+    Raises U571 as `machines` does, U572 for a model whose layers are read from files as they are needed, or that a
+    device map spreads.
     """
-    if address is not None and any(is_streamed(stack) for stack in open_model(model).stacks):
+    refuse_spread(address, model)
+    return machines(address, count, LossWorker, model)
+
+
+def refuse_spread(address: str | None, model: Any) -> None:
+    """Raise U572 for a model that is not whole in memory, where processes at `address` would each hold it."""
+    if address is not None and is_placed(model):
         raise UsageError(
-            "--ray keeps the whole model in memory and --stream reads its layers from files; give one of them",
+            "--ray keeps the whole model in the memory of each process, and --stream or --device-map keeps a part "
+            "of it elsewhere; leave one of them out",
             code="U572",
         )
-    return machines(address, count, LossWorker, model)

@@ -5,14 +5,14 @@ What plans have in common runs once, and no plan is dropped on the way: reading 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from shoal.evaluation.plan_loss import BatchLoss, PlanLoss, mean_of, part_of
 from shoal.evaluation.scoring import batch_tokens
 from shoal.executing.bind import bind
-from shoal.executing.executor import Executor
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import open_model
 from shoal.models.streamed import is_streamed
@@ -23,6 +23,8 @@ from shoal.recording.layer_major import LayerMajor, Path
 
 Window = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 """Ids, mask and the tokens that are scored, as `shoal.evaluation.scoring.windows` cuts them."""
+At = Callable[[int, int], AbstractContextManager[object]]
+"""From the number of a plan and that of a batch to where a forward of the batch ends as under that plan."""
 TRIAL_TOKENS = 8
 """Tokens on which it is tried whether the way layer by layer gives what the stock forward gives."""
 
@@ -51,30 +53,37 @@ class LayerMajorLoss:
         self, plans: Sequence[Plan], windows: Sequence[Window], report: Callable[[int], None] | None = None
     ) -> list[float]:
         """The loss of each plan on all batches; `report` is called with the number of layers that were read."""
+        with self.at_their_ends(plans, [(ids, mask) for ids, mask, _ in windows], report) as at:
+            return [
+                mean_of([self._end(at(place, number), window) for number, window in enumerate(windows)])
+                for place in range(len(plans))
+            ]
+
+    @contextmanager
+    def at_their_ends(
+        self,
+        plans: Sequence[Plan],
+        batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        report: Callable[[int], None] | None = None,
+    ) -> Iterator[At]:
+        """Run `batches` through all plans, each layer read once. Meanwhile `at(p, n)` is a context in which a forward
+        of batch n gives the logits that it gives under plan p, and reads no layer."""
         paths = [path for path in (path_of(plan, self.stack.depth) for plan in plans) if path is not None]
+        ends = [tuple(step for at in path for step in at) for path in paths]
         with evaluating(self.model):
-            layer_major = LayerMajor(
-                self.model, self.stack, [(ids, mask) for ids, mask, _ in windows], memory=self.memory
-            )
+            layer_major = LayerMajor(self.model, self.stack, batches, memory=self.memory)
             try:
                 layer_major.run_paths(paths, report=report)
                 with bind(self.model).running() as bound:
-                    return [
-                        mean_of(self._ends(layer_major, path, windows, bound.executor(self.stack.name)))
-                        for path in paths
-                    ]
+                    executor = bound.executor(self.stack.name)
+                    yield lambda place, number: executor.between(executor.depth, layer_major.state(ends[place], number))
             finally:
                 layer_major.close()
 
-    def _ends(
-        self, layer_major: LayerMajor, path: Path, windows: Sequence[Window], executor: Executor
-    ) -> list[BatchLoss]:
-        steps = tuple(step for at in path for step in at)
-        found = []
-        for number, (ids, mask, keep) in enumerate(windows):
-            with executor.between(executor.depth, layer_major.state(steps, number)):
-                found.append(part_of(batch_tokens(self.model, ids, mask, keep), keep))
-        return found
+    def _end(self, at: AbstractContextManager[object], window: Window) -> BatchLoss:
+        ids, mask, keep = window
+        with at:
+            return part_of(batch_tokens(self.model, ids, mask, keep), keep)
 
     def _tried(self, plans: Sequence[Plan]) -> bool:
         ids = self.loss.data.ids[:1, :TRIAL_TOKENS]

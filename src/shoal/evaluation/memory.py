@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
 from shoal.errors import UsageError
 from shoal.evaluation.decoding import Stepper, random_tokens
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
+from shoal.models.packed import unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ def memory(model: Any, *, prompt: int = 512, batch: int = 1) -> Memory:
         kv_bytes_per_token=growth // batch,
         batch=batch,
         prompt=prompt,
-        device=str(model.device),
+        device=str(device_of(model)),
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
@@ -93,7 +96,7 @@ def _addressed(tensors: Iterable[torch.Tensor]) -> int:
 def _stored(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages, each once; on `meta`, where storages have no address, of the tensors."""
     unique: dict[tuple[torch.device, int], int] = {}
-    for tensor in tensors:
+    for tensor in chain.from_iterable(map(unpacked, tensors)):
         if tensor.device.type == "meta":
             unique[tensor.device, id(tensor)] = tensor.numel() * tensor.element_size()
         else:

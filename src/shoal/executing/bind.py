@@ -27,7 +27,7 @@ from shoal.models.opened import OpenedModel, open_model
 from shoal.models.order import refuse_order
 from shoal.plan import Given, Plan, Run, require
 from shoal.plan.answers import Way
-from shoal.plan.capabilities import refusal, refusals
+from shoal.plan.capabilities import refusal
 from shoal.plan.later import reads_later
 from shoal.plan.steps import Step, runs, undecided
 from shoal.plan.tensors import shapes_of
@@ -249,10 +249,9 @@ def refuse_graphs(opened: OpenedModel) -> None:
 
 def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
     """The plan itself when it is legal on this model with these tensors. Raises what `check` finds, P129 for tensors of
-    another kind than their layer holds, P126 for an order in which the family's layers cannot run, P124 for replaced
-    layers that accelerate offloads, P153 for those that are sharded, P154 for modules at another layer than theirs,
-    P109 for KV sharing beside an encoder, P141 for layers that hand out no attention map, P163 for those that read a
-    later layer and take no other mask."""
+    another kind than their layer holds, P126 for an order in which the family's layers cannot run, P153 for replaced
+    layers that are sharded, P154 for modules at another layer than theirs, P109 for KV sharing beside an encoder, P141
+    for layers that hand out no attention map, P163 for those that read a later layer and take no other mask."""
     modules = tensors if isinstance(tensors, ModuleTensors) else None
     shapes = shapes_of(tensors) if modules is None else modules.shapes
     require(plan, opened.spec, shapes, shapes_in(opened.stacks))
@@ -273,18 +272,12 @@ def require_legal(opened: OpenedModel, plan: Plan, tensors: Tensors) -> Plan:
 
 
 def _refuse_lent(opened: OpenedModel, stack: Stack, steps: tuple[Step, ...]) -> None:
-    """Raise P124 for what the table refuses of layers whose weights are elsewhere, P153 of sharded ones."""
+    """Raise P153 for tensors that would be lent to, or by, a layer that is spread over processes."""
     for run in runs(steps):
         if run.ids:
             refuse_sharded(stack.layer(run.layer), run)
         for layer in _tied_layers(opened, stack, run):
             refuse_sharded(layer, run)
-    for no in refusals(steps, "offloaded"):
-        named = {index for run in runs((no.step,)) for index in run.layers_named}
-        layers = [stack.layer(index) for index in named]
-        layers += [layer for run in runs((no.step,)) for layer in _tied_layers(opened, stack, run)]
-        if any(p.is_meta for layer in layers for p in layer.parameters()):
-            raise PlanError(no.message, code=no.code)
 
 
 def _tied_layers(opened: OpenedModel, stack: Stack, run: Run) -> tuple[nn.Module, ...]:

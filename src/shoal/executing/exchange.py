@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from shoal.executing.looked_up import Converted
 from shoal.executing.low_rank import LowRank
 from shoal.models.linear import said_width
 from shoal.models.parts import stubs
+from shoal.models.streamed import is_hooked, weights_loaded
 from shoal.plan.around import affine_of, around_run
 from shoal.plan.low_rank import WORDS, factors_of
 from shoal.plan.tensors import SHARES
@@ -28,7 +29,8 @@ class Exchange:
 
     Prepared once and used for every call; tensors are looked up in each. Where the layer has changed meanwhile (PEFT
     wraps a module, accelerate brings weights in), it is prepared anew. A parameter that has several names in the layer
-    is exchanged under all of them.
+    is exchanged under all of them. Weights that accelerate keeps elsewhere are brought in before they are exchanged: it
+    would put them back over what stands there.
     """
 
     def __init__(
@@ -38,14 +40,18 @@ class Exchange:
         returns: Mapping[str, int],
         tensors: Mapping[str, torch.Tensor],
         unused: Mapping[str, int] | None = None,
+        lender: nn.Module | None = None,
     ) -> None:
         """`left_out`: children that contribute nothing; `returns`: for each how many values it returns besides its
         tensor, see `stubs`. `tensors`: by name in the layer; they are used in the dtype and on the device of what they
         replace. `unused`: modules anywhere in the layer whose answer nobody uses, by name, with its last dimension:
-        they are not called, and what `tensors` holds of them is not used.
+        they are not called, and what `tensors` holds of them is not used. `lender`: the layer that some of the
+        `tensors` belong to.
         """
         self.layer, self.left_out, self.returns, self.tensors = layer, left_out, dict(returns), tensors
         self.unused = dict(unused or {})
+        self._lent_by = () if lender is None else (lender,)
+        self._hooked = False
         self._converted = Converted()
         self._stubs: Entries = []
         self._places: list[tuple[str, torch.Tensor, list[tuple[dict[str, Any], str]]]] = []
@@ -55,8 +61,18 @@ class Exchange:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Meanwhile the entries are exchanged; they are put back whatever happens."""
-        if not self.is_prepared():
-            self._prepare()
+        with ExitStack() as held:
+            if not self.is_prepared():
+                self._prepare()
+            if self._hooked:
+                for layer in (self.layer, *self._lent_by):
+                    held.enter_context(weights_loaded(layer))
+                self._prepare()
+            with self._exchanged():
+                yield
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
         entries = list(self._stubs)
         for name, old, places in self._places:
             new = self._converted.like(name, self.tensors[name], old)
@@ -100,7 +116,7 @@ class Exchange:
             one for _, _, places in self._places for one in places
         ]
         self._expected = [(place, key, place[key]) for place, key in entries]
-        self._prepared = True
+        self._prepared, self._hooked = True, bool(self.tensors) and any(map(is_hooked, (self.layer, *self._lent_by)))
 
     def _beside(self, names: list[str], there: set[str]) -> list[tuple[tuple[dict[str, Any], str, Any], list[str]]]:
         """What stands for each module that has factors, or a scale or shift, with the names of these."""

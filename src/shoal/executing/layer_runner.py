@@ -127,7 +127,7 @@ class LayerRunner:
         """
         layer, fact, (args, kwargs) = self.layer_of(run), self.facts[run.layer], call
         assert fact.parts is not None
-        left_out = Exchange(layer, fact.parts.mlp, fact.returns, self._lent(run))
+        left_out = Exchange(layer, fact.parts.mlp, fact.returns, self._lent(run), lender=self._tied_to(run))
         with left_out.in_place(), replayed(layer, made or {}):
             found: torch.Tensor = first_state(layer.forward(*args, **kwargs))
         return found
@@ -167,7 +167,9 @@ class LayerRunner:
             if run.part != "layer":
                 assert fact.parts is not None  # check P105
                 left_out = fact.parts.mlp if run.part == "attention" else fact.parts.attention
-            found = self._exchanges[key] = Exchange(layer, left_out, fact.returns, self._lent(run), self._unused(run))
+            found = self._exchanges[key] = Exchange(
+                layer, left_out, fact.returns, self._lent(run), self._unused(run), self._tied_to(run)
+            )
         return found
 
     def _unused(self, run: Run) -> Mapping[str, int]:

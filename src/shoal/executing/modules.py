@@ -29,6 +29,7 @@ from shoal.executing.weights import ids_of
 from shoal.models.linear import said_width
 from shoal.models.lists import BESIDE, Stack
 from shoal.models.opened import OpenedModel
+from shoal.models.streamed import is_hooked
 from shoal.plan import Plan, Run
 from shoal.plan.steps import Step, gate_of, runs
 
@@ -98,8 +99,8 @@ def put_modules(opened: OpenedModel, plan: Plan, weights: Mapping[str, torch.Ten
     A replaced layer is a deep copy of its base layer, its tensors in that layer's dtype and on its device; what
     `weights` leaves out is the base's. Others keep their dtype and go where the model is. All that hold floating-point
     numbers ask for gradients, whatever the base's do: freeze what shall not learn. Raises P122 when modules of another
-    plan are there, P154 for one id at several layers,
-    P157 for own tensors beside those of a tied layer.
+    plan are there, P124 for a layer whose weights accelerate keeps elsewhere, P154 for one id at several layers, P157
+    for own tensors beside those of a tied layer.
     """
     if BESIDE in opened.model._modules:
         raise PlanError("another plan is running on this model; restore it first", code="P122")
@@ -141,6 +142,12 @@ def _put_layer(made: ModuleTensors, stack: Stack, run: Run, weights: Mapping[str
     assert run.weights is not None
     if run.weights in made.base:
         return _require_place(made, stack, run)
+    if is_hooked(stack.layer(run.layer)):
+        raise PlanError(
+            f"layer {run.layer} is offloaded, so that a module made of it would hold no weights; load the model whole, "
+            "or run the plan without modules",
+            code="P124",
+        )
     layer = copy.deepcopy(stack.layer(run.layer))
     held = dict([*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)])
     with torch.no_grad():

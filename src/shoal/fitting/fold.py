@@ -12,6 +12,7 @@ from shoal.fitting.result import Fit, Job, Transformed
 from shoal.fitting.writers import Prober, Writer, output_module
 from shoal.models.evaluating import evaluating
 from shoal.models.precision import in_float64
+from shoal.models.streamed import weights_loaded
 from shoal.plan import Run, Step
 from shoal.plan.select import run_of
 from shoal.plan.steps import PartName
@@ -96,22 +97,26 @@ def rewritten(job: Job, holes: tuple[Hole, ...], name: str, rewrite: Rewrite, *,
             continue
         pair.prune_to(before)
         part: PartName = "attention" if run.part == "attention" else "mlp"
+        layer = pair.inputs.stack.layer(run.layer)
         writers = prober.writers(run.layer, part)
         if not writers:
             why = f"what the {part} of layer {run.layer} writes cannot be rewritten exactly"
             notes.append(f"{why}; {hole} is only dropped")
             continue
-        site = Site(pair, run, part, hole, writers, pair.targets(hole))
-        own, fit = rewrite(site)
-        if fit is None:
-            notes.append(f"several matrices write what the {part} of layer {run.layer} adds; {hole} is only dropped")
-        else:
-            fits.append(fit)
-            weights_id = f"{name}-{run.layer}"
-            steps[before] = replace(run, weights=weights_id)
-            new = {f"{weights_id}.{key}": tensor for key, tensor in own.items()}
-            weights |= new
-            pair.pruned.advance(steps[before], new)
-            pair.skip_step()
+        targets = pair.targets(hole)
+        with weights_loaded(layer):
+            own, fit = rewrite(Site(pair, run, part, hole, writers, targets))
+            if fit is None:
+                notes.append(
+                    f"several matrices write what the {part} of layer {run.layer} adds; {hole} is only dropped"
+                )
+            else:
+                fits.append(fit)
+                weights_id = f"{name}-{run.layer}"
+                steps[before] = replace(run, weights=weights_id)
+                new = {f"{weights_id}.{key}": tensor for key, tensor in own.items()}
+                weights |= new
+                pair.pruned.advance(steps[before], new)
+                pair.skip_step()
         job.tell(number + 1, len(holes), name)
     return Transformed(job.plan.with_steps(tuple(steps), job.stack), weights, tuple(fits), tuple(notes))

@@ -12,8 +12,10 @@ from shoal.evaluation.distances import angle
 from shoal.fitting.holes import Hole, find_holes
 from shoal.fitting.result import Job, Transformed
 from shoal.models.opened import open_model
+from shoal.models.packed import is_plain
 from shoal.models.precision import in_float64
 from shoal.models.stacks import Stack
+from shoal.models.streamed import parameters_of
 from shoal.plan import Step
 from shoal.plan.select import whole_run
 
@@ -89,8 +91,8 @@ def _parts(
     stack: Stack, name: str, layer: int, removed: Sequence[int], norms: bool
 ) -> Iterator[tuple[str, torch.Tensor, list[torch.Tensor]]]:
     """Each tensor of `layer` that is merged: its name, itself, and it and those of the removed layers in float32."""
-    own = dict(stack.layer(layer).named_parameters())
-    others = [dict(stack.layer(index).named_parameters()) for index in removed]
+    own = parameters_of(stack.layer(layer))
+    others = [parameters_of(stack.layer(index)) for index in removed]
     _require_alike(name, layer, removed, own, others)
     for key, tensor in own.items():
         if norms or tensor.dim() >= 2:
@@ -112,7 +114,7 @@ def _require_alike(
                 f"{name} cannot merge layer {index} into {layer}: their tensors differ; merge layers of one kind",
                 code="U556",
             )
-    if any(p.is_meta or not p.is_floating_point() for one in (own, *others) for p in one.values()):
+    if not all(is_plain(p) for one in (own, *others) for p in one.values()):
         raise UsageError(
             f"{name} needs the weights of layer {layer} in memory and not quantised; load the model so", code="U556"
         )

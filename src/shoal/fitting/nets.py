@@ -13,6 +13,8 @@ from shoal.fitting.holes import Hole, Pair
 from shoal.fitting.maps import limit_tensor
 from shoal.fitting.result import Fit
 from shoal.fitting.train import Learned, Trained, train
+from shoal.models.packed import is_plain
+from shoal.models.streamed import parameters_of, weights_loaded
 from shoal.plan import Map, Plan, Run, Step
 from shoal.plan.select import whole_run
 
@@ -83,8 +85,8 @@ def with_sites(plan: Plan, sites: Sequence[Site], stack: str | None) -> Plan:
 
 def layer_net(pair: Pair, run: Run) -> Learned:
     """The tensors of the run's layer as they are. Raises U556 when they are not in memory, or quantised."""
-    own = dict(pair.inputs.stack.layer(run.layer).named_parameters())
-    if any(p.is_meta or not p.is_floating_point() for p in own.values()):
+    own = parameters_of(pair.inputs.stack.layer(run.layer))
+    if not all(map(is_plain, own.values())):
         raise UsageError(
             f"training needs the weights of layer {run.layer} in memory and not quantised; load the model so",
             code="U556",
@@ -118,7 +120,24 @@ def fit_site(
     The net, the tensors beside it that are not trained, and mean |f(x) - y|^2 / |y|^2 per element before and after.
     Raises U554 when no token counts.
     """
-    targets, limit = site.targets(pair), pair.limit()
+    targets = site.targets(pair)
+    if isinstance(site.step, Run):  # read once, however many steps the training takes
+        with weights_loaded(pair.inputs.stack.layer(site.step.layer)):
+            return _fit_here(pair, site, targets, kind, inner=inner, epochs=epochs, rate=rate)
+    return _fit_here(pair, site, targets, kind, inner=inner, epochs=epochs, rate=rate)
+
+
+def _fit_here(
+    pair: Pair,
+    site: Site,
+    targets: Sequence[torch.Tensor],
+    kind: Kind,
+    *,
+    inner: int | None,
+    epochs: int,
+    rate: float,
+) -> tuple[Learned, dict[str, torch.Tensor], Fit]:
+    limit = pair.limit()
     kept = pair.counted(limit)
     size = targets[0].shape[-1]
     fixed: dict[str, torch.Tensor] = {}

@@ -14,7 +14,9 @@ from torch import nn
 
 from shoal.data import Data
 from shoal.fitting.holes import Pair
+from shoal.models.packed import is_plain
 from shoal.models.precision import in_float64
+from shoal.models.streamed import parameters_of, weights_loaded
 from shoal.plan import Run
 from shoal.plan.steps import PartName
 from shoal.recording.layer_inputs import LayerInputs, ResidualStream
@@ -54,7 +56,11 @@ class Prober:
     @torch.no_grad()
     def writers(self, index: int, part: PartName) -> tuple[Writer, ...]:
         """The tensors that write what `part` of layer `index` adds, and nothing else; empty when there are none such:
-        a norm behind the part, no parts at all, weights that are quantised or not in memory."""
+        a norm behind the part, no parts at all, weights that are quantised or not here to be read."""
+        with weights_loaded(self.inputs.stack.layer(index)):
+            return self._writers(index, part)
+
+    def _writers(self, index: int, part: PartName) -> tuple[Writer, ...]:
         layer, fact = self.inputs.stack.layer(index), self.inputs.facts.layers[index]
         if fact.parts is None or not _plain(layer):
             return ()
@@ -118,12 +124,14 @@ def output_module(layer: nn.Module, writers: tuple[Writer, ...]) -> str | None:
 
 def folded_scale(layer: nn.Module, writers: tuple[Writer, ...], scale: torch.Tensor) -> dict[str, torch.Tensor]:
     """The writers' tensors by name with each channel of what they write times `scale` [hidden]."""
-    return {w.name: w.scaled(layer.get_parameter(w.name).detach(), scale) for w in writers}
+    own = parameters_of(layer)
+    return {w.name: w.scaled(own[w.name].detach(), scale) for w in writers}
 
 
 def folded_map(layer: nn.Module, writers: tuple[Writer, ...], weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """The writers' tensors by name with the map `weight` [hidden, hidden] behind what they write."""
-    return {w.name: w.mapped(layer.get_parameter(w.name).detach(), weight) for w in writers}
+    own = parameters_of(layer)
+    return {w.name: w.mapped(own[w.name].detach(), weight) for w in writers}
 
 
 def renamed(run: Run, weights_id: str, own: dict[str, torch.Tensor]) -> tuple[Run, dict[str, torch.Tensor]]:
@@ -132,7 +140,7 @@ def renamed(run: Run, weights_id: str, own: dict[str, torch.Tensor]) -> tuple[Ru
 
 
 def _plain(layer: nn.Module) -> bool:
-    return all(p.is_floating_point() and p.dtype.itemsize > 1 and not p.is_meta for p in layer.parameters())
+    return all(is_plain(p) and p.dtype.itemsize > 1 for p in layer.parameters())
 
 
 def _near(tensor: torch.Tensor) -> float:

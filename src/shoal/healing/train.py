@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from shoal.data import Data
-from shoal.errors import UsageError, first_line, note
+from shoal.errors import UsageError, first_line, is_out_of_memory, note
 from shoal.healing.learner import Learner
 from shoal.healing.processes import Processes
 from shoal.healing.stage import Settings
@@ -103,7 +103,7 @@ def train(
         note(said)
         if trainer.best is None:
             learner.put(start)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         _refuse_memory(error, run)
         raise
     if trainer.best is not None:
@@ -174,7 +174,7 @@ def _optimiser(learner: Learner, settings: Settings, steps: int) -> tuple[torch.
 
 
 def _refuse_memory(error: Exception, run: Run) -> None:
-    if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error).lower():
+    if is_out_of_memory(error):
         raise UsageError(
             f"memory is too small for {run.batch} windows at a time ({first_line(error, 120)}); use --batch 1 with "
             f"--accumulate {run.batch * run.accumulate}, or shorter windows (--length)",

@@ -21,6 +21,7 @@ from shoal.models.evaluating import evaluating
 from shoal.models.examine import LayerFacts
 from shoal.models.listening import Call, Heard, heard, no_context, sample_calls
 from shoal.models.opened import OpenedModel
+from shoal.models.packed import is_plain
 from shoal.models.precision import in_float64
 from shoal.models.projections import HeadMatrices, Projection, Projections, ScoreSide
 from shoal.models.roles import HeadRoles
@@ -56,7 +57,7 @@ class _UnfitError(Exception):
 
 
 def _projections(layer: nn.Module, fact: LayerFacts, call: Call, roles: HeadRoles) -> Projections | str:
-    if any(p.is_meta or not p.is_floating_point() for p in layer.parameters()):
+    if not all(map(is_plain, layer.parameters())):
         return "its weights are quantised or not in memory"
     try:
         probe = _Probe(copy.deepcopy(layer).float(), fact, call)

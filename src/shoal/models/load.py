@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from shoal.errors import ModelError, UsageError, first_line, note
+from shoal.errors import ModelError, UsageError, first_line, is_out_of_memory, note, out_of_memory
 from shoal.models.adapter import Adapter, adapter_config, attach
 from shoal.models.checked_source import (
     BUILTIN,
@@ -27,8 +27,10 @@ from shoal.models.checked_source import (
 from shoal.models.compat import hide_offload_note
 from shoal.models.kinds import auto_class, auto_for
 from shoal.models.opened import OpenedModel, open_model
+from shoal.models.placed import DeviceMap, expanded, place_for_converted, read_device_map
 from shoal.models.quantised import require_quantiser
-from shoal.models.streamed import device_map, require_streamable
+from shoal.models.streamed import device_map as streaming_map
+from shoal.models.streamed import refuse_packed, require_streamable
 from shoal.plan import Spec
 from shoal.plan.file import is_planned
 
@@ -71,6 +73,7 @@ def load(
     revision: str | None = None,
     stream: bool = False,
     adapter: str | Path | None = None,
+    device_map: DeviceMap | Path | None = None,
 ) -> Loaded:
     """Load a model for evaluation, by the Auto class that its config names: a causal language model, an encoder, ...
 
@@ -78,33 +81,45 @@ def load(
     it is). `device`: cpu, cuda, mps, ... (default: the accelerator torch finds, else the CPU). `dtype`: auto, float32,
     bfloat16, float16 (default: what the checkpoint says). `stream`: leave the layers in their files and read each one
     when it runs, for a model that does not fit into memory. `adapter`: the folder of a LoRA adapter, which peft puts
-    into the model. Raises `ModelError` (M3xx) with the remedy.
+    into the model. `device_map`: spread the model over several devices and the disk by accelerate: auto, balanced,
+    balanced_low_0, sequential, {module: device or disk}, or a .json file of such pairs. Raises `ModelError` (M3xx) with
+    the remedy, U736 for a device map beside `device` or `stream`.
     """
     if isinstance(source, nn.Module):
         return Loaded(source, tokenizer, getattr(source, "name_or_path", "") or type(source).__name__)
     if adapter is not None:
         _require_adapter(adapter, stream)
+    if device_map is not None:
+        _require_alone(device, stream)
+        device_map = read_device_map(device_map, str(source))
     place_for = usable_device(device)
     chosen = "auto" if dtype in (None, "auto") else dtype_of(dtype) if isinstance(dtype, str) else dtype
     if is_planned(Path(source).expanduser()):
         return _planned(
-            Path(source).expanduser(), tokenizer, place_for, chosen, attention, stream or adapter is not None
-        )
+            Path(source).expanduser(), tokenizer, place_for, chosen, attention,
+            stream or adapter is not None or device_map is not None,
+        )  # fmt: skip
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     checked = check_source(source, **trust)  # before weights are read
     require_quantiser(checked.config, checked.name)
     options: dict[str, Any] = dict(trust)
     if stream:
-        require_streamable(checked.name, dtype)
-        options["device_map"] = device_map(checked.structure, place_for)
-    with hide_offload_note():
+        require_streamable(checked.name, dtype, checked.config)
+        options["device_map"] = streaming_map(checked.structure, place_for)
+    elif device_map is not None:
+        options["device_map"] = expanded(device_map, checked.structure, checked.name)
+        if not isinstance(device_map, str) and "disk" in device_map.values():
+            refuse_packed(checked.name, checked.config)
+    placed = "device_map" in options
+    with hide_offload_note(), place_for_converted(placed) as held:
         model, info = _from_pretrained(
-            checked, dtype=chosen, use_safetensors=True, attn_implementation=attention, **options
+            checked, dtype=chosen, use_safetensors=True, attn_implementation=attention, **options, **held
         )
+        held["model"] = model
     _require_all(checked.name, info)
     if tokenizer is None:
         tokenizer = load_tokenizer(checked.place, **trust)
-    model = model.eval() if stream else _moved(model.eval(), place_for, checked.name)
+    model = model.eval() if placed else _moved(model.eval(), place_for, checked.name)
     put = None if adapter is None else attach(model, adapter, checked.name)
     return Loaded(model, tokenizer, checked.name, checked.folder, put)
 
@@ -114,8 +129,8 @@ def _planned(folder: Path, tokenizer: Any, device: str, dtype: Any, attention: s
     files, an adapter."""
     if changed:
         raise ModelError(
-            f"{folder} is a planned checkpoint, which is loaded whole and without an adapter; leave --stream and "
-            "--adapter out",
+            f"{folder} is a planned checkpoint, which is loaded whole, onto one device and without an adapter; leave "
+            "--stream, --device-map and --adapter out",
             code="M382",
         )
     import_module(
@@ -136,6 +151,13 @@ def _require_adapter(adapter: str | Path, stream: bool) -> None:
     adapter_config(Path(adapter).expanduser())
 
 
+def _require_alone(device: str | None, stream: bool) -> None:
+    """U736 for a device map beside what also says where the model goes."""
+    if device is not None or stream:
+        other = "--stream, which leaves all layers in their files" if stream else f"--device {device}"
+        raise UsageError(f"--device-map says where each part goes, and so does {other}; give one of them", code="U736")
+
+
 def _require_all(source: str, info: dict[str, Any]) -> None:
     """M310 for what the headers did not tell: tensors that transformers puts together from several."""
     names = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
@@ -152,7 +174,8 @@ def _moved(model: PreTrainedModel, device: str, source: str) -> PreTrainedModel:
     try:
         return model.to(device)
     except Exception as error:  # out of memory, or a quantised model that stays where it is
-        raise ModelError(f"{source} cannot be put on {device}: {first_line(error)}", code="M355") from None
+        rest = "; spread it with --device-map auto, or take --stream" if is_out_of_memory(error) else ""
+        raise ModelError(f"{source} cannot be put on {device}: {first_line(error)}{rest}", code="M355") from None
 
 
 def default_device() -> str:
@@ -199,6 +222,8 @@ def _from_pretrained(checked: CheckedSource, **options: Any) -> tuple[PreTrained
             checked.place, output_loading_info=True, **options
         )
     except Exception as error:  # transformers, a quantiser, accelerate, torch and safetensors raise what they like
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from None
         raise unreadable(checked.name, error) from None
     return made
 

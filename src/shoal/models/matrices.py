@@ -9,6 +9,7 @@ from torch import nn
 
 from shoal.errors import UsageError
 from shoal.models.opened import open_model
+from shoal.models.packed import is_subclass
 from shoal.plan.steps import PartName
 
 Matrices = list[list[tuple[str, nn.Parameter]]]
@@ -61,4 +62,4 @@ def _require_readable(layer: nn.Module, own: list[tuple[str, nn.Parameter]], wha
 
 def _packed(tensor: torch.Tensor) -> bool:
     """Integer matrices hold weights in a code of their own; small buffers count positions."""
-    return tensor.dim() >= 2 and not tensor.is_floating_point() and tensor.numel() > 4096
+    return is_subclass(tensor) or (tensor.dim() >= 2 and not tensor.is_floating_point() and tensor.numel() > 4096)

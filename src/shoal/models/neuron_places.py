@@ -18,6 +18,7 @@ from torch import nn
 from shoal.models.examine import LayerFacts
 from shoal.models.neurons import with_neurons
 from shoal.models.opened import OpenedModel
+from shoal.models.packed import is_plain
 from shoal.models.parts import find_parts, without
 from shoal.models.roles import FAILS
 from shoal.plan.spec import NeuronSpec
@@ -87,7 +88,7 @@ class _UnfitError(Exception):
 def _places(layer: nn.Module, fact: LayerFacts, *, by_name: bool) -> NeuronPlaces | str:
     if fact.neurons is None:
         return "its mlp has experts, or runs with the neurons that it has alone"
-    if any(p.is_meta or not p.is_floating_point() for p in layer.parameters()):
+    if not all(map(is_plain, layer.parameters())):
         return "its weights are quantised or not in memory"
     try:
         probe = _Probe(copy.deepcopy(layer).float().eval(), fact, by_name)

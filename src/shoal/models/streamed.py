@@ -8,16 +8,18 @@ from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import ModelError
 from shoal.models.lists import Stack
+from shoal.models.quantised import described_quantisation, quantisation_settings
 from shoal.models.stacks import find_stacks
 
 
-def require_streamable(source: str, dtype: Any) -> None:
+def require_streamable(source: str, dtype: Any, config: PreTrainedConfig) -> None:
     """Raise M340 where accelerate is missing, M341 for another dtype than the checkpoint's, which would be a copy of
-    the whole model."""
+    the whole model, M391 for a quantised model."""
+    refuse_packed(source, config)
     if find_spec("accelerate") is None:
         raise ModelError(
             f"streaming {source} needs the package accelerate; run: pip install 'shoal[stream]'", code="M340"
@@ -25,6 +27,17 @@ def require_streamable(source: str, dtype: Any) -> None:
     if dtype not in (None, "auto"):
         raise ModelError(
             f"the layers of {source} are read as its files hold them, not as {dtype}; leave out the dtype", code="M341"
+        )
+
+
+def refuse_packed(source: str, config: PreTrainedConfig) -> None:
+    """Raise M391 for a quantised model whose layers should lie in files: quantisers pack whole models."""
+    if (settings := quantisation_settings(config)) is not None:
+        raise ModelError(
+            f"{source} is quantised ({described_quantisation(settings)}), and quantised layers are not read from their "
+            "files one by one; leave out --stream (and disk in the device map), or give the model before it was "
+            "quantised",
+            code="M391",
         )
 
 
@@ -53,6 +66,11 @@ def is_streamed(stack: Stack) -> bool:
     return all(_hooks(stack.layer(i)) for i in range(stack.depth))
 
 
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether accelerate brings weights of the layer in for its calls, be they here or not."""
+    return any(getattr(hook, "weights_map", None) is not None for _, hook in _all_hooks(layer))
+
+
 @contextmanager
 def weights_loaded(layer: nn.Module) -> Iterator[None]:
     """Until the end of the block the weights of an offloaded layer are in memory, read once however often it runs."""
@@ -66,11 +84,18 @@ def weights_loaded(layer: nn.Module) -> Iterator[None]:
         yield
 
 
+def parameters_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a layer by name; those of an offloaded one are read, and held for as long as they are used."""
+    with weights_loaded(layer):
+        return dict(layer.named_parameters())
+
+
 def _hooks(layer: nn.Module) -> list[tuple[nn.Module, Any]]:
     """The modules whose own tensors are offloaded, with the hook that fetches them."""
-    found: list[tuple[nn.Module, Any]] = []
+    return [(module, hook) for module, hook in _all_hooks(layer) if getattr(hook, "offload", False)]
+
+
+def _all_hooks(layer: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     for module in layer.modules():
-        hook = getattr(module, "_hf_hook", None)
-        chained = getattr(hook, "hooks", (hook,))
-        found += [(module, one) for one in chained if getattr(one, "offload", False)]
-    return found
+        hook = module.__dict__.get("_hf_hook")
+        yield from ((module, one) for one in getattr(hook, "hooks", (hook,)))

@@ -87,11 +87,6 @@ UNDECIDED = Refused(
     "step {step} is decided at run time by a policy, and none is given; name one (shoal ls policies), or write the "
     "plan without gates and exits",
 )
-OFFLOADED_TENSORS = Refused(
-    "P124",
-    "layer {layer} is offloaded, and accelerate would put its own weights back over {weights!r}; load the model "
-    "without offloading to run replaced layers",
-)
 SHARDED_TENSORS = Refused(
     "P153",
     "layer {layer} is spread over processes, and what shards it would put its own tensors back over {weights!r}; make "

@@ -22,7 +22,6 @@ from shoal.plan.answers import (
     NO_DRAFT,
     NO_HEAD,
     NO_PARTS,
-    OFFLOADED_TENSORS,
     OK,
     ONE_BY_ONE,
     PAGED_POLICY,
@@ -53,7 +52,6 @@ from shoal.plan.source_answers import (
     GATED_LATER,
     GATED_MAP,
     MAP_BESIDE_ENCODER,
-    OFFLOADED_TIE,
     PAGED_HALF,
     PAGED_LATER,
     PAGED_MAP,
@@ -94,11 +92,11 @@ def row(trait: Trait) -> Row:
                        written=WRITTEN_PART, gguf=NO_BLOCK)
         case "new tensors":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
-                       offloaded=OFFLOADED_TENSORS, sharded=SHARDED_TENSORS, beside_encoder=OK, paged=OK, gated=OK,
+                       offloaded=OK, sharded=SHARDED_TENSORS, beside_encoder=OK, paged=OK, gated=OK,
                        drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=OK, gguf=NO_BLOCK)
         case "tie":
             return Row(live=OK, uncached=OK, cached=OK, static_cache=OK, padded=OK, checkpointed=OK,
-                       offloaded=OFFLOADED_TIE, sharded=SHARDED_TIE, beside_encoder=OK, paged=OK, gated=OK,
+                       offloaded=OK, sharded=SHARDED_TIE, beside_encoder=OK, paged=OK, gated=OK,
                        drafted=NO_DRAFT, fast=OK, streamed=ONE_BY_ONE, written=OK, gguf=NO_BLOCK)
         case "KV source" | "half KV source" | "attention map" | "later source":
             return _taken(trait)

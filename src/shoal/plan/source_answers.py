@@ -57,11 +57,6 @@ WRITTEN_SHARED_MAP = Refused(
     "step {step} cannot be written as a stock checkpoint: a stock layer makes its own attention map; write {layer} "
     "without @a",
 )
-OFFLOADED_TIE = Refused(
-    "P124",
-    "layer {layer} is tied to layer {source}, and accelerate brings the weights of offloaded layers in for their own "
-    "calls alone; load the model without offloading, or write {layer}",
-)
 SHARDED_TIE = Refused(
     "P153",
     "layer {layer} is tied to layer {source}, and of layers that are spread over processes each gathers its own "

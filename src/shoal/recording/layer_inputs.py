@@ -7,6 +7,7 @@ The stock forward runs once for each batch over layers that hand their input on,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Protocol
 
 import torch
@@ -19,7 +20,9 @@ from shoal.executing.forward import Forward
 from shoal.executing.inputs import require_whole, run_stack
 from shoal.models.evaluating import evaluating
 from shoal.models.opened import OpenedModel, open_model
+from shoal.models.streamed import weights_loaded
 from shoal.plan import Plan, Step
+from shoal.plan.steps import runs
 
 
 class Batched(Protocol):
@@ -88,7 +91,9 @@ class ResidualStream:
         return self.executor.run_step(step, self.states[number], self._forwards[number])
 
     def advance(self, step: Step, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Take all batches through `step`."""
-        with evaluating(self.inputs.model):
+        """Take all batches through `step`, for which a layer that lies in a file is read once."""
+        with evaluating(self.inputs.model), ExitStack() as held:
+            for run in runs((step,)):
+                held.enter_context(weights_loaded(self.inputs.stack.layer(run.layer)))
             for number in range(len(self.states)):
                 self.states[number] = self.run(number, step, weights)

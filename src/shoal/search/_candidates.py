@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from shoal.errors import PlanError, ShoalError, UsageError
+from shoal.errors import PlanError, ShoalError, UsageError, is_out_of_memory, out_of_memory
 from shoal.plan import Plan, drop
 from shoal.plan.price import removals
 from shoal.plan.steps import PartName, runs
@@ -207,6 +207,8 @@ def value_of(objective: Objective, plan: Plan) -> float:
     except ShoalError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
         raise UsageError(
             f"the objective failed on the plan {plan!s:.80} ({type(error).__name__}: {error}); mend it and start "
             "again: what was evaluated before is in the journal, if there is one",

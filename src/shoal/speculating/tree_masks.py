@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from shoal.errors import UsageError
+from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
 from shoal.speculating.draft_runner import DraftRunner
 from shoal.speculating.forward_inputs import FeedsForward, ForwardInputs
@@ -61,7 +62,7 @@ def _why_not(runner: DraftRunner) -> str:
         return f"has layers that look back a few tokens only ({window}), counted without branches"
     # two branches of two tokens behind a text of four, of which the last one is place 0
     tokens = [3 + n % (config.vocab_size - 3) for n in range(8)]
-    text = torch.tensor([tokens[:4]], device=runner.model.device)
+    text = torch.tensor([tokens[:4]], device=device_of(runner.model))
     with evaluating(model):
         cache: Cache = model(text[:, :-1], use_cache=True, return_dict=True).past_key_values
         if found := _other_row(cache):

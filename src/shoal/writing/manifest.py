@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from shoal.errors import WriteError
+from shoal.executing.weights import plan_and_weights
 from shoal.models.first import first_only
 from shoal.models.layer_references import Renumbering
 from shoal.models.load import check_source, local_folder
@@ -21,11 +23,12 @@ from shoal.models.opened import open_model
 from shoal.models.quantised import described_quantisation, quantisation_settings
 from shoal.models.shards import Stored
 from shoal.models.stacks import find_stacks
-from shoal.plan import Given, Plan, Spec, cost, given_plan, require
+from shoal.plan import Given, Plan, Spec, cost, require, shapes_of
 from shoal.writing.blueprint import Blueprint
 from shoal.writing.container import Item
 from shoal.writing.lineage import config_note
 from shoal.writing.output import with_source
+from shoal.writing.own_places import own_name, own_places
 from shoal.writing.surgery import blueprint
 
 
@@ -47,6 +50,8 @@ class Manifest:
     """May code that comes with the base be run, and copied?"""
     left_out: tuple[str, ...] = ()
     """The base's tensors that are no part of its model: transformers leaves them out when it loads."""
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The plan's own tensors, by its names."""
 
     @property
     def places(self) -> Renumbering:
@@ -66,15 +71,22 @@ class Manifest:
 
 
 def manifest_of(
-    source: str | Path, plan: Given, *, zero_parts: bool = False, trust_remote_code: bool = False
+    source: str | Path,
+    plan: Given,
+    *,
+    zero_parts: bool = False,
+    trust_remote_code: bool = False,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    aside: Path | None = None,
 ) -> Manifest:
-    """Read config, index and headers of a local folder, and work out every tensor of the model of `plan`.
+    """Read config, index and headers of a local folder, and work out every tensor of the model of `plan`. Tensors of
+    the plan's own, `weights`, are put into a file in the folder `aside`, from which they are copied like all others.
 
     Raises what `stream` raises before it writes.
     """
     folder = local_folder(source)
     checked = check_source(source, trust_remote_code=trust_remote_code)
-    stored, config, model = checked.stored, checked.config, checked.structure
+    stored, config, model = dict(checked.stored), checked.config, checked.structure
     if (settings := quantisation_settings(config)) is not None:
         raise WriteError(
             f"{source} is quantised ({described_quantisation(settings)}); give the folder of the model before it was",
@@ -84,11 +96,12 @@ def manifest_of(
     stack = open_model(model).stack()
     names = attributed(model, stack, _shapes(model, stored))
     spec = open_model(model).spec
-    plan = given_plan(plan, Plan.identity(spec, source=str(source)))
-    require(plan, spec)
+    plan, own = plan_and_weights(plan, Plan.identity(spec, source=str(source)), weights)
+    require(plan, spec, shapes_of(own))
     plan = with_source(plan, str(source))
-    plans = blueprint(model, plan, zero_parts=zero_parts)
+    plans = blueprint(model, plan, zero_parts=zero_parts, weights=own)
     parts = [fact.parts for fact in open_model(model).facts(stack.name).layers]
+    stored = stored | own_places(model, names, stored, plans, aside)
     items = _items(names, stored, plans, parts)
     note = config_note(config, plan, plans)
     made = meta_model(plans.config, like=model)
@@ -99,8 +112,8 @@ def manifest_of(
             f"the tensor {stray} has no place in the model of the plan; load the model and write it without streaming",
             code="W217",
         )
-    left_out = tuple(name for name in stored if name not in names)
-    return Manifest(folder, plan, replace(plans, plan=plan), spec, items, note, trust_remote_code, left_out)
+    left_out = tuple(name for name in checked.stored if name not in names)
+    return Manifest(folder, plan, replace(plans, plan=plan), spec, items, note, trust_remote_code, left_out, own)
 
 
 def _refuse_several(model: PreTrainedModel) -> None:
@@ -140,6 +153,7 @@ def _items(
         for file, name in by_layer[one.layer]:
             if one.holds(name.rest):
                 tied = len(stored[file].shape) > 1 and name.tail in other
-                source = stored[other[name.tail] if tied else file]
+                new = own_name(one.weights, name.rest)
+                source = stored[new if new in stored else other[name.tail] if tied else file]
                 items.append(Item(name.at(one.slot), source, bool(quiet) and name.rest.startswith(quiet)))
     return tuple(sorted(items, key=lambda item: dot_natural_key(item.name)))

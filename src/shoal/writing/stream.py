@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import GenerationConfig
@@ -19,6 +20,7 @@ from transformers import GenerationConfig
 from shoal.atomic import publish, staged, sync_path
 from shoal.errors import WriteError, first_line
 from shoal.evaluation import Progress
+from shoal.executing.weights import Tensors, save_weights
 from shoal.models.kinds import auto_for
 from shoal.models.load import load, load_tokenizer
 from shoal.models.own_code import copy_own_code
@@ -80,25 +82,31 @@ def stream(
     command: str | None = None,
     config: str | None = None,
     trust_remote_code: bool = False,
+    weights: Tensors | None = None,
     progress: Progress | None = None,
 ) -> Streamed:
     """Write the stock model of `plan` from the files of the local folder `source`, with dtype and bytes of every tensor
     kept, and compare both folders byte by byte before the new one gets its name.
 
+    `weights`: the tensors that the plan names (default: those beside a plan.json that is given).
     `forward`: afterwards load both and prove the new one as `write` does; needs twice the base's weights in memory.
     Other options as in `write`. Raises before a byte is written `ModelError` M3xx for a folder that is no sound
     checkpoint, `PlanError`, `UsageError` U524 shard size, `WriteError` W201-W210 and W283 of `blueprint`, W212
     quantised, W217 a tensor that cannot be attributed, W218 one of another size, W219 too little memory for `forward`,
-    W220-W225 as in `write`; later W216, W223, W226, W227, W230 and W231. Nothing that was not there before is left
-    then.
+    W281 a tensor of the plan's own in whose place the files hold no single one, W220-W225 as in `write`; later W216,
+    W223, W226, W227, W230 and W231. Nothing that was not there before is left then.
     """
     parse_size(shard_size)  # before anything is read
-    with quiet():
-        manifest = manifest_of(source, plan, zero_parts=zero_parts, trust_remote_code=trust_remote_code)
-    return write_draft(
-        manifest, str(source), output, overwrite=overwrite, shard_size=shard_size, forward=forward, records=records,
-        card=card, command=command, config=config, progress=progress,
-    )  # fmt: skip
+    with TemporaryDirectory(prefix="shoal-") as aside:
+        with quiet():
+            manifest = manifest_of(
+                source, plan, zero_parts=zero_parts, trust_remote_code=trust_remote_code, weights=weights,
+                aside=Path(aside),
+            )  # fmt: skip
+        return write_draft(
+            manifest, str(source), output, overwrite=overwrite, shard_size=shard_size, forward=forward,
+            records=records, card=card, command=command, config=config, progress=progress,
+        )  # fmt: skip
 
 
 def write_draft(
@@ -202,7 +210,8 @@ def _configs(staging: Path, manifest: Manifest) -> None:
     if manifest.trusted:
         copy_own_code(manifest.folder, staging)
     settle_papers(staging, manifest.places)
-    write_text(staging / "shoal" / "plan.json", plan_to_json(manifest.plan))
+    digest = save_weights(staging / "shoal", manifest.plan, manifest.weights) if manifest.weights else None
+    write_text(staging / "shoal" / "plan.json", plan_to_json(manifest.plan, weights=digest))
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
@@ -225,7 +234,10 @@ def _proved(staging: Path, manifest: Manifest, copies: CopyCheck, forward: bool)
     if proof.passed and forward:
         with quiet():
             base = load(str(manifest.folder), device="cpu", trust_remote_code=manifest.trusted)
-            live = prove(staging, base.model, manifest.plan, tokenizer=base.tokenizer, plans=manifest.plans)
+            live = prove(
+                staging, base.model, manifest.plan, tokenizer=base.tokenizer, plans=manifest.plans,
+                weights=manifest.weights,
+            )  # fmt: skip
         proof = Proof(live.passed, (*checks, *live.checks), live.environment | facts, live.against)
     if not proof.passed:
         raise WriteError(

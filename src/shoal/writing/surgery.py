@@ -47,9 +47,9 @@ def blueprint(
 ) -> Blueprint:
     """Work out the stock model of `plan`, or refuse: W201 part runs, W202 parallel, W203 KV source, W204 map, W205 gate
     or exit, W206 a config field, W207 a number made from the layer's position, W208 a tensor whose size follows the
-    depth, W209 replaced weights that are not given or do not fit the layer, W216 a config that its own class does not
-    accept, W241 a decoder deeper than its encoder where transformers sizes the cache by the encoder, W242 a numbered
-    output of a layer that is gone, W276 unlike numbers of neurons.
+    depth, W209 replaced weights that are not given or do not fit the layer, W212 a quantised model, W216 a config that
+    its own class does not accept, W241 a decoder deeper than its encoder where transformers sizes the cache by the
+    encoder, W242 a numbered output of a layer that is gone, W276 unlike numbers of neurons.
     Raises `PlanError` P126 for an order in which the family's layers cannot run, P151 and P152 for layers beside which
     the model adds what it sees in pictures.
 
@@ -57,6 +57,7 @@ def blueprint(
     `joined`: let an attention run and the mlp run behind it be one layer (W283 where they are none). `model` may be on
     the meta device.
     """
+    refuse_quantised(model)
     stacks = find_stacks(model)
     by_stack = {
         stack.name: slots_of(model, stack, plan.steps(stack.name), zero_parts=zero_parts, joined=joined)
@@ -133,6 +134,12 @@ def rewrite(
     return made
 
 
+def refuse_quantised(model: PreTrainedModel) -> None:
+    """Raise W212 for a model with a quantiser: its modules are none that a stock model of other layers has."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise WriteError("the model is quantised; load it dequantised to write it", code="W212")
+
+
 def require_writable(model: nn.Module) -> PreTrainedModel:
     """The model itself when its weights can be written as they are: W211 adapters, W212 quantised, W214 not in memory,
     W215 a class that the Auto class would not load."""
@@ -141,8 +148,7 @@ def require_writable(model: nn.Module) -> PreTrainedModel:
         raise WriteError(
             "the model is wrapped by PEFT; merge the adapter first (model.merge_and_unload())", code="W211"
         )
-    if getattr(inner, "hf_quantizer", None) is not None:
-        raise WriteError("the model is quantised; load it dequantised to write it", code="W212")
+    refuse_quantised(inner)
     if any(p.is_meta for p in inner.parameters()):
         raise WriteError("some weights of the model are not in memory; load it without offloading", code="W214")
     if auto_of(inner) is None:
