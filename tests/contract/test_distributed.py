@@ -111,7 +111,7 @@ def test_a_method_without_candidates_is_told_so() -> None:
 
 
 def test_a_model_that_is_read_from_files_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.evaluation.distributed_loss.is_streamed", lambda stack: True)
+    monkeypatch.setattr("shoal.evaluation.distributed_loss.is_placed", lambda model: True)
     with pytest.raises(UsageError, match=r"U572.*--stream"):
         loss_workers(tiny("llama"), "local", 2)
 

@@ -95,6 +95,7 @@ NOT_RUN = {
         "uses what learned: test_heal"
     ),
     r"(PYTHONPATH=tests )?(\.venv/bin/)?python -m (pytest|tests)\b": "is the test suite itself",
+    r"shoal verify .*--engine\b": "needs vLLM; tests/contract/test_verify_engine.py, and make test-vllm",
     r"python -m shoal\.lm_eval\b": "needs the package lm-eval; tests/contract/test_lm_eval.py runs it",
     r"python -m benchmarks\.|python benchmarks/": "takes minutes; tests/contract/test_benchmarks.py tries them",
 }

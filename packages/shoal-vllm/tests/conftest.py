@@ -50,4 +50,4 @@ def families() -> list[str]:
     """The families that there are folders of."""
     if not FOLDERS.is_dir():
         pytest.exit(f"there is no {FOLDERS}; run make test-vllm, or make_folders.py in Shoal's environment", 2)
-    return sorted(one.name for one in FOLDERS.iterdir() if one.is_dir())
+    return sorted(one.name for one in FOLDERS.iterdir() if (one / "plain").is_dir())

@@ -55,6 +55,9 @@ PLANS = {
     "relaxed": "0-1,2=1:x,3",
     "everything": "0,1a,2,2,3m,3@2,~1-2:m,1m",
 }
+SERVED = "0-9,10a,11m,[12-14]x2,15-27,28=27,29"
+"""The plan of the real model (SmolLM2) that is served behind `vllm serve`: parts, a loop, a tied layer."""
+TEXTS = ["The tide comes in", "Once upon a time there was a small boat that", "Water boils at"]
 HIDDEN, RANK, NEW_TOKENS = 128, 4, 24
 PROMPTS = [[(7 * i + 3 * j * j + 11) % 300 + 10 for j in range(9 + 7 * i)] for i in range(3)]
 
@@ -95,10 +98,23 @@ def new_tensors(model) -> dict[str, torch.Tensor]:
     return made
 
 
-def greedy(model) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+def real(folder: Path) -> None:
+    """SmolLM2 under SERVED, with its tokenizer, and what transformers writes behind TEXTS."""
+    loaded = shoal.load("smollm2", dtype="float32")
+    plan = parse_plan(SERVED, Plan.identity(loaded.opened.spec))
+    shutil.rmtree(folder, ignore_errors=True)
+    write_planned(loaded, plan, folder, prove=False)
+    prompts = [loaded.tokenizer(text).input_ids for text in TEXTS]
+    with shoal.running(loaded.model, plan):
+        tokens, _ = greedy(loaded.model, prompts)
+    said = {"texts": TEXTS, "prompts": prompts, "tokens": tokens}
+    folder.with_suffix(".json").write_text(json.dumps(said))
+
+
+def greedy(model, prompts=PROMPTS) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     """Of each prompt 24 likeliest tokens, and the log-probabilities [24, vocabulary] in front of each."""
     tokens, scores = [], {}
-    for number, prompt in enumerate(PROMPTS):
+    for number, prompt in enumerate(prompts):
         out = model.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
             output_logits=True, return_dict_in_generate=True, eos_token_id=None,
@@ -142,6 +158,9 @@ def main() -> None:
                 )
             keep(out / family / name, tokens, scores, said)
         print(family, "written", flush=True)
+    if len(sys.argv) < 3:
+        real(out / "smollm2")
+        print("smollm2 written", flush=True)
 
 
 def keep(folder: Path, tokens, scores, said) -> None:

@@ -65,6 +65,6 @@ def require_told(stages: Recipe, plan: Plan, stack: str, spec: Spec) -> None:
                 code="U722",
             )
     for term in (term_of(text) for stage in trained if not stage.policy for text in stage.terms):
-        check = getattr(import_module(term.entry.module), "check_plan", None)
+        check = getattr(import_module(term.entry.module), "CHECK_PLAN", None)
         if check is not None:
             check(plan, stack, **term.options)

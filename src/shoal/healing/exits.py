@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -75,6 +75,17 @@ def require_exits(plan: Plan, stack: str, what: str) -> list[Exit]:
     if not found:
         raise no_exit(what)
     return found
+
+
+def check_of_exits(what: str, at: str) -> Callable[..., None]:
+    """The CHECK_PLAN of a term that reads exits `at` where nothing else is said: it raises U502 for a plan without the
+    exits that are to be read, before anything is loaded."""
+
+    def check(plan: Plan, stack: str, *, at: str = at, **_: Any) -> None:
+        if at == "exits":
+            require_exits(plan, stack, what)
+
+    return check
 
 
 def no_exit(what: str) -> UsageError:

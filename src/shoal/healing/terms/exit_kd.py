@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from shoal.errors import UsageError
 from shoal.examples import TermExamples
-from shoal.healing.exits import no_exit, open_exits, places_of, require_exits
+from shoal.healing.exits import check_of_exits, no_exit, open_exits, places_of
 from shoal.healing.seen import Seen
-from shoal.plan import Plan
 
 TRAINS_WHOLE = True
+CHECK_PLAN = check_of_exits("exit-kd", at="exits")
 
 EXAMPLES = TermExamples(text="exit-kd:at=every:1")
 
@@ -45,9 +43,3 @@ def exit_kd(seen: Seen, *, at: str = "exits", which: str = "all", temperature: f
         for states, head in (place() for place, on in zip(places, chosen, strict=True) if on)
     ]
     return torch.stack(found).mean()
-
-
-def check_plan(plan: Plan, stack: str, *, at: str = "exits", **_: Any) -> None:
-    """Raise U502 for a plan without the exits that the term is to read."""
-    if at == "exits":
-        require_exits(plan, stack, "exit-kd")

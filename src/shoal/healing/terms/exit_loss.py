@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn.functional import cross_entropy as nll
 
 from shoal.errors import UsageError
-from shoal.healing.exits import Weights, open_exits, places_of, require_exits, weights_of
+from shoal.healing.exits import Weights, check_of_exits, open_exits, places_of, weights_of
 from shoal.healing.seen import Seen
-from shoal.plan import Plan
 
 TRAINS_WHOLE = True
+CHECK_PLAN = check_of_exits("exit-loss", at="every:1")
 
 
 def exit_loss(
@@ -57,9 +55,3 @@ def _at(seen: Seen, states: torch.Tensor | None, head: str) -> torch.Tensor:
         return nll(student, labels, reduction="sum")
 
     return seen.over_logits(formula, "exit-loss", behind=states, head=head)
-
-
-def check_plan(plan: Plan, stack: str, *, at: str = "every:1", **_: Any) -> None:
-    """Raise U502 for a plan without the exits that the term is to read."""
-    if at == "exits":
-        require_exits(plan, stack, "exit-loss")

@@ -1,0 +1,54 @@
+"""Compiled, tensor parallel and pipeline parallel: the tokens of transformers, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from shoal_vllm.greedy import SETTINGS
+
+from .conftest import Case
+
+NOBIND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+"""Two workers on few cores: no worker is bound to cores that another one has."""
+WAYS = {
+    "compiled": {"enforce_eager": False},
+    "tensor parallel": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "pipeline parallel": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+}
+PLANS = ("identity", "dropped", "parts", "loop", "tied", "shared-kv", "map", "relaxed", "everything")
+
+
+def answer(case: Case, **options: Any) -> dict[str, Any]:
+    """What `python -m shoal_vllm.greedy` answers: engines of several processes leave theirs behind in the one that
+    started them."""
+    job = {
+        "folders": [str(case.folder)],
+        "prompts": case.said["prompts"],
+        "tokens": len(case.said["tokens"][0]),
+        "options": {"dtype": "float32", "enable_prefix_caching": False} | options,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal_vllm.greedy"], input=json.dumps(job), capture_output=True, text=True,
+        env=os.environ | SETTINGS | NOBIND, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)[0]
+    return found
+
+
+@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_and_scores_are_those_of_transformers(way: str, kind: str) -> None:
+    case = Case(f"llama/{kind}")
+    found = answer(case, **WAYS[way])
+    if way == "pipeline parallel" and kind in ("shared-kv", "everything"):
+        assert "is on another pipeline stage" in found["error"] and found["error"].endswith("(W304)")
+        return
+    assert "error" not in found, found
+    assert case.same(found)
+    assert case.furthest(found) < 1e-3
