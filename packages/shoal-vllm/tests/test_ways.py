@@ -15,12 +15,18 @@ from .conftest import Case
 
 NOBIND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 """Two workers on few cores: no worker is bound to cores that another one has."""
+ALL = ("identity", "dropped", "parts", "loop", "tied", "shared-kv", "map", "relaxed", "everything")
 WAYS = {
-    "compiled": {"enforce_eager": False},
-    "tensor parallel": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
-    "pipeline parallel": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "compiled": ({"enforce_eager": False}, ("loop", "everything")),
+    "tensor parallel": ({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, ALL),
+    # eager, 0.32 has no pipeline on a CPU for any model: it makes the tensors between stages when it warms up
+    "pipeline parallel": (
+        {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False},
+        ("parts", "loop", "shared-kv", "everything"),
+    ),
 }
-PLANS = ("identity", "dropped", "parts", "loop", "tied", "shared-kv", "map", "relaxed", "everything")
+"""Options of vLLM, and the plans that are tried; compiling takes a minute for each."""
+CASES = [pytest.param(way, kind, id=f"{way}-{kind}") for way, (_, kinds) in WAYS.items() for kind in kinds]
 
 
 def answer(case: Case, **options: Any) -> dict[str, Any]:
@@ -41,11 +47,10 @@ def answer(case: Case, **options: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", PLANS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "kind"), CASES)
 def test_tokens_and_scores_are_those_of_transformers(way: str, kind: str) -> None:
     case = Case(f"llama/{kind}")
-    found = answer(case, **WAYS[way])
+    found = answer(case, **WAYS[way][0])
     if way == "pipeline parallel" and kind in ("shared-kv", "everything"):
         assert "is on another pipeline stage" in found["error"] and found["error"].endswith("(W304)")
         return
