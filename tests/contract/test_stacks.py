@@ -42,7 +42,8 @@ deep."""
 def test_stacks_have_names_and_the_same_spec_without_weights(name: str) -> None:
     model = kind(name)
     spec = inspect(model)
-    assert tuple(stack.name for stack in find_stacks(model)) == STACKS[name]
+    # transformers 5.19 lists the two sides of CLIP the other way round
+    assert sorted(stack.name for stack in find_stacks(model)) == sorted(STACKS[name])
     assert [stack.depth for stack in spec.stacks] == [6] * len(spec.stacks)
     assert spec.params == sum(p.numel() for p in model.parameters())
     empty = inspect(meta_model(model.config, like=model))

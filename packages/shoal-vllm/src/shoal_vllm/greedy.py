@@ -70,7 +70,8 @@ def main() -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     job = json.load(sys.stdin)
-    answer, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no part of the answer
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print, in workers too, is no part of the answer
     found = []
     for folder in job["folders"]:
         try:
@@ -78,6 +79,7 @@ def main() -> None:
         except Exception as error:  # whatever an engine raises is the answer
             found.append({"error": sentence(error)})
     json.dump(found, answer)
+    answer.close()
 
 
 def sentence(error: BaseException) -> str:
