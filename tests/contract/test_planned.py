@@ -128,7 +128,7 @@ def test_the_loaded_checkpoint_is_the_live_plan(case: tuple[str, str], tmp_path:
     assert torch.equal(logits(made), want)
     assert isinstance(made, PlannedCheckpoint)
     assert isinstance(made, type(model))
-    stored = load_file(tmp_path / "one" / "model.safetensors")
+    stored = load_file(tmp_path / "one" / "planned.safetensors")
     buffers = {name for name, _ in model.named_buffers()}
     held = sum(t.numel() for name, t in stored.items() if name not in buffers)
     assert (
@@ -136,7 +136,7 @@ def test_the_loaded_checkpoint_is_the_live_plan(case: tuple[str, str], tmp_path:
     )
     assert {name for name in stored if name.startswith("shoal.")} == {f"shoal.{name}" for name in weights}
     made.save_pretrained(tmp_path / "two")
-    again = load_file(tmp_path / "two" / "model.safetensors")
+    again = load_file(tmp_path / "two" / "planned.safetensors")
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "two")), want)
@@ -179,7 +179,7 @@ def test_a_process_without_shoal_refuses_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gone", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "shoal.map-2-3.weight"])
 def test_a_missing_tensor_is_an_error(gone: str, tmp_path: Path) -> None:
     written("llama", "0-1,~2-3", tmp_path / "one")
-    file = tmp_path / "one" / "model.safetensors"
+    file = tmp_path / "one" / "planned.safetensors"
     whole = load_file(file)
     tensors = {name: tensor for name, tensor in whole.items() if name != gone}
     save_file(tensors, file, {"format": "pt"})
