@@ -32,6 +32,7 @@ from shoal.executing.planned_tensors import NEW, as_held, read_tensors, require_
 from shoal.executing.read_tensors import tensors_read
 from shoal.executing.weights import Tensors, as_stored, used_by
 from shoal.live import Running, apply
+from shoal.models.checkpoint import read_json
 from shoal.models.engine_slots import slots_or_why
 from shoal.models.kinds import CAUSAL, LOADED_BY, SEQ2SEQ, auto_class, auto_for, auto_of, loaded_by
 from shoal.models.lists import BESIDE
@@ -188,7 +189,8 @@ def save_checkpoint(
 def _loaded(folder: Path, base: PreTrainedConfig, content: Any, dtype: Any, how: Mapping[str, Any]) -> PreTrainedModel:
     """The model with the plan `content` on it. `how`: the implementations that the caller chose."""
     empty = meta_model(base)
-    plan = plan_from_json(json.dumps(in_order(content, [stack.name for stack in find_stacks(empty)])))
+    text = json.dumps(in_order(content, [stack.name for stack in find_stacks(empty)]))
+    plan = plan_from_json(text, where=f"the plan in {folder / 'config.json'}")
     tensors = read_tensors(folder)
     kind = _class_of(base)
     blanks = {name: blank(t) for name, t in empty.state_dict().items()}
@@ -196,6 +198,7 @@ def _loaded(folder: Path, base: PreTrainedConfig, content: Any, dtype: Any, how:
     model.load_state_dict(as_held(folder, tensors, model), assign=True, strict=False)
     model.tie_weights(recompute_mapping=False)
     if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")  # which says what is wrong with a damaged one
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     new = HeldTensors({name.removeprefix(NEW): t for name, t in tensors.items() if name.startswith(NEW)}, model.dtype)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +120,6 @@ def test_the_loaded_checkpoint_is_the_live_plan(case: tuple[str, str], tmp_path:
         want, tokens = logits(model), model.generate(IDS, **GREEDY)
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     assert torch.equal(made.generate(IDS, **GREEDY), tokens)
-    if family == "mixtral":  # sums of experts are taken in an order that the place of their tensors decides
-        torch.testing.assert_close(logits(made), want, atol=1e-5, rtol=1e-5)
-        return
     assert torch.equal(logits(made), want)
     assert isinstance(made, PlannedCheckpoint)
     assert isinstance(made, type(model))
@@ -166,14 +161,6 @@ def test_another_dtype_is_that_of_all_tensors(dtype: torch.dtype, tmp_path: Path
     with running(model, plan, weights):
         assert torch.equal(logits(made), logits(model))
     assert {p.dtype for p in made.parameters()} == {dtype}
-
-
-def test_a_process_without_shoal_refuses_the_folder(tmp_path: Path) -> None:
-    written("llama", "0-1,2=1,3", tmp_path / "one")
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path / 'one')!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode
-    assert "`shoal`" in done.stderr
 
 
 @pytest.mark.parametrize("gone", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "shoal.map-2-3.weight"])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from shoal.errors import ModelError
 from shoal.executing.bind import require_legal
 from shoal.executing.read_tensors import tensors_read
-from shoal.executing.weights import Tensors
+from shoal.executing.weights import Tensors, used_by
 from shoal.models.checkpoint import tensor_files
 from shoal.models.opened import OpenedModel
 from shoal.plan import Plan
@@ -72,6 +72,7 @@ def require_fit(folder: Path, opened: OpenedModel, plan: Plan, new: Tensors, ten
     given = {_storage(state[name]): name for name in stored}
     missing = sorted(name for name in read if _storage(state[name]) not in given)
     stray = sorted(name for name in tensors if name not in state and not name.startswith(NEW))
+    stray += [f"{NEW}{name}" for name in sorted(new.keys() - used_by(plan, new).keys())]
     if missing or stray:
         what = f"lacks the tensor {missing[0]}" if missing else f"holds the tensor {stray[0]}, which is no part of it"
         raise ModelError(f"the planned checkpoint {folder} {what}; write it anew", code="M310")

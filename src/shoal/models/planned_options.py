@@ -19,7 +19,7 @@ _NO_MATTER = (
 )  # fmt: skip
 """Options that change nothing here, or are read elsewhere."""
 _OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
-_TEXT = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WAYS = {"_attn_implementation": "attn_implementation", "_experts_implementation": "experts_implementation"}
 
 
@@ -36,15 +36,22 @@ def change_base(base: PreTrainedConfig, given: PreTrainedConfig, options: Mappin
     answer is how attention and experts are to be computed, where that was said.
 
     The Auto classes put what every config has into that of the checkpoint, `given`, and leave the rest in `options`.
-    Raises M401 for an option that is none.
+    Raises M401 for an option that is none, M402 for another vocabulary.
     """
     plain = PreTrainedConfig()
     for name in _OUTPUTS:
         if (value := getattr(given, name)) != getattr(plain, name):
             setattr(base, name, value)
     text = base.get_text_config(decoder=True)
-    for name in _TEXT:
-        if (value := getattr(given, name, None)) != getattr(text, name, None):
+    vocabulary = getattr(given, "vocab_size", None)
+    if vocabulary not in (None, getattr(text, "vocab_size", None)):
+        raise ModelError(
+            f"the config of the planned checkpoint has the vocab_size {vocabulary!r:.20} and its base "
+            f"{getattr(text, 'vocab_size', None)!r:.20}; leave the option out, or write the checkpoint anew",
+            code="M402",
+        )
+    for name in _SPECIAL:
+        if (value := getattr(given, name, None)) is not None:
             setattr(text, name, value)
     ways = {name: getattr(given, field, None) for field, name in _WAYS.items()}
     fields = base.to_dict()
