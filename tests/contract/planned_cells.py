@@ -29,7 +29,7 @@ from shoal.transforms.narrow import narrow
 from shoal.writing.planned_folder import write_planned
 
 from . import matrix, planned_child
-from .families import DEPTH, VOCAB
+from .families import DEPTH, FAMILIES, VOCAB
 from .matrix import EAGER, KINDS, LENGTH, PREFILL, Outcome, kv_pair, plan_text
 from .planted import random_data
 
@@ -229,7 +229,9 @@ def _compared(
     spec = inspect(model)
     plan = given if isinstance(given, Plan) else parse_plan(str(given), Plan.identity(spec))
     write_planned(Loaded(model, None, "tiny"), plan, folder, weights=weights, prove=False)
-    with running(model, plan, weights):
+    # as a loaded model has them: torch chooses the product of a matrix by whether the matrix learns
+    own = {name: nn.Parameter(t) if t.is_floating_point() else t for name, t in weights.items()}
+    with running(model, plan, own):
         want = {
             "uncached": planned_child.uncached(model, batch),
             "cached": planned_child.cached(model, batch, ENDS),
@@ -248,3 +250,51 @@ def _compared(
     if not said["disk"] == said["memory"] == priced:
         return Outcome("wrong", f"{said['disk']} parameters on disk, {said['memory']} in memory, {priced} as its cost")
     return Outcome("right")
+
+
+Cells = dict[tuple[str, str], Outcome]
+
+
+def section(outcomes: Cells | None = None) -> str:
+    """The part of the page on planned checkpoints."""
+    if outcomes is None:
+        outcomes = {(family, kind): run_cell(family, kind) for family in FAMILIES for kind in ALL}
+        READER.close()
+    notes: dict[str, int] = {}
+    rows = [
+        f"| {family} | {' | '.join(_verdict(outcomes[family, kind], notes) for kind in ALL)} |" for family in FAMILIES
+    ]
+    states = [outcome.state for outcome in outcomes.values()]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    heads = " | ".join(f"{kind}<br>`{_text(kind)}`" for kind in ALL)
+    table = [f"| family | {heads} |", "|---" * (len(ALL) + 1) + "|", *rows]
+    footnotes = [f"{number}. {why}" for why, number in notes.items()]
+    return "\n".join([SECTION.format(cells=len(outcomes), counts=counts), *table, "", *footnotes, ""])
+
+
+SECTION = """## Planned checkpoints
+
+Each plan written as a [planned checkpoint](plans.md#planned-checkpoints), and read by another process with `import
+shoal.auto` and `AutoModelForCausalLM.from_pretrained`. **same**: for a left-padded batch of two the logits of one pass
+and of cached passes (a prefill, single tokens) are those of the live plan bit for bit, and the parameters in the
+safetensors files, those in memory with each storage once, and those that `cost` counts are one number. The live plan is
+given its new tensors as parameters, as a loaded model has them: torch chooses by that how it multiplies. SDPA, or eager
+attention where the family or the plan needs it. A code: refused before anything is written; **n/a**: the family has no
+such plan.
+
+{cells} cells: {counts}.
+"""
+
+
+def _text(kind: str) -> str:
+    found = MORE[kind].text if kind in MORE else matrix.PLANS.get(kind, f"i{matrix.SHARED.get(kind)}j")
+    return ("i@vj+:mix" if kind == "added values" else found).replace("|", r"\|")
+
+
+def _verdict(outcome: Outcome, notes: dict[str, int]) -> str:
+    if outcome.state == "right":
+        return "same"
+    if outcome.state == "refused":
+        return outcome.why
+    word = "n/a" if outcome.state == "not possible" else outcome.state
+    return f"{word}<sup>{notes.setdefault(outcome.why, len(notes) + 1)}</sup>"
