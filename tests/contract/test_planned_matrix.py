@@ -35,7 +35,7 @@ MORE_REFUSED: dict[str, dict[str, str]] = {
     "deepseek_v3": EXPERTS | UNTIED | {"added values": "P109", "all at once": "P127"},
     "mamba2": EXPERTS | NO_HALVES | {"added values": "P109"},
     "nemotron_h": EXPERTS | NO_HALVES | UNTIED,
-    "gemma3n_text": EXPERTS | NO_HALVES | UNTIED | {"added values": "P108", "fewer heads": "P113"},
+    "gemma3n_text": EXPERTS | NO_HALVES | UNTIED | {"added values": "P108", "fewer heads": "P129"},
     # norms over all heads of keys
     "olmo2": {"fewer heads": "P129"},
     "stablelm": {"fewer heads": "P129"},
