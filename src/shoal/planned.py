@@ -9,14 +9,13 @@ checkpoints, and there is no modeling code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors import safe_open
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,22 +28,25 @@ from transformers import (
 
 from shoal.errors import ModelError, WriteError, first_line
 from shoal.executing.held_tensors import HeldTensors
+from shoal.executing.planned_tensors import NEW, as_held, read_tensors, require_fit
 from shoal.executing.read_tensors import tensors_read
 from shoal.executing.weights import Tensors, as_stored, used_by
 from shoal.live import Running, apply
-from shoal.models.checkpoint import tensor_headers
+from shoal.models.checkpoint import read_json
 from shoal.models.engine_slots import slots_or_why
 from shoal.models.kinds import CAUSAL, LOADED_BY, SEQ2SEQ, auto_class, auto_for, auto_of, loaded_by
 from shoal.models.lists import BESIDE
 from shoal.models.meta import blank, meta_model
 from shoal.models.opened import OpenedModel, open_model
+from shoal.models.planned_options import change_base, local_folder_of, one_device
 from shoal.models.stacks import find_stacks
 from shoal.plan import Plan, plan_from_json, plan_to_json
 from shoal.plan.file import PLANNED, in_order
 
 MODEL_TYPE = PLANNED
-NEW = "shoal."
-"""Before the names of the plan's new tensors in a file: shoal.ID.NAME."""
+FILES = "planned{suffix}.safetensors"
+"""Not the names under which transformers looks for weights: the base's own class, which finds its config in here, would
+load them as a model of the base, whatever the plan says."""
 _KEY = "_shoal_planned"
 
 
@@ -113,19 +115,25 @@ class ShoalForCausalLM(PreTrainedModel):
     ) -> Any:
         """The model of a planned checkpoint, in evaluation mode with its plan on it.
 
-        `dtype`: as transformers takes it; "auto" and None are the checkpoint's. `device_map`: one device. Raises
-        `ModelError` M310 for tensors that are not there, M383 for an unknown base or another kind, M384 for devices,
+        `dtype`: as transformers takes it; "auto" and None are the checkpoint's. `device_map`: one device. `others`:
+        `experts_implementation`, where the folder of a hub id is kept, and fields of the base's config. Raises
+        `ModelError` M309 for files that are damaged, M310 and M400 for tensors that are not those of the plan, M383 for
+        an unknown base or another kind, M384 for devices, M401 for an option that would change nothing,
         `NotationError` for a plan that cannot be read, `PlanError` for one that does not belong to the base.
         """
-        folder = _folder(pretrained_model_name_or_path, revision, bool(others.get("local_files_only")))
+        folder = local_folder_of(pretrained_model_name_or_path, revision, others)
         given = config if isinstance(config, ShoalConfig) else ShoalConfig.from_pretrained(folder)
         if cls.__name__ not in (given.architectures or [cls.__name__]):
             raise ModelError(
                 f"the planned checkpoint {folder} is loaded by {auto_for(given)}, and not as {cls.__name__}; call that",
                 code="M383",
             )
-        device = _one_device(device_map)
-        model = _loaded(folder, given, dtype, attn_implementation)
+        device = one_device(device_map)
+        base = given.base_config()
+        how = change_base(base, given, others)
+        how |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        asked = next((one for one in (dtype, others.get("torch_dtype")) if one not in (None, "auto")), given.dtype)
+        model = _loaded(folder, base, given.plan, asked, how)
         made = model if device is None else model.to(device)
         info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
         return (made, info) if output_loading_info else made
@@ -172,58 +180,37 @@ def save_checkpoint(
 ) -> None:
     """Write config, tensors and generation config of a planned checkpoint into a folder that exists."""
     tensors = {name: as_stored(t) for name, t in checkpoint_tensors(opened, plan, weights).items()}
-    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+    save_torch_state_dict(tensors, folder, filename_pattern=FILES, max_shard_size=max_shard_size)
     config_of(opened, plan, weights).save_pretrained(folder)
     if opened.model.generation_config is not None:
         opened.model.generation_config.save_pretrained(folder)
 
 
-def _folder(place: str | Path, revision: str | None, local: bool) -> Path:
-    if Path(place).is_dir():
-        return Path(place)
-    patterns = ["*.json", "*.safetensors"]
-    return Path(snapshot_download(str(place), revision=revision, local_files_only=local, allow_patterns=patterns))
-
-
-def _one_device(device_map: Any) -> Any:
-    """The device that a device map names; None where it names none. Raises M384 for several."""
-    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
-    if devices == {"auto"}:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if len(devices) != 1 or "disk" in devices or devices & {"balanced", "balanced_low_0", "sequential"}:
-        raise ModelError(
-            f"a planned checkpoint is loaded onto one device, not by the map {str(device_map)[:60]}; write "
-            "device_map='cuda'",
-            code="M384",
-        )
-    return next(iter(devices))
-
-
-def _loaded(folder: Path, config: ShoalConfig, dtype: Any, attention: str | None) -> PreTrainedModel:
-    base = config.base_config()
+def _loaded(folder: Path, base: PreTrainedConfig, content: Any, dtype: Any, how: Mapping[str, Any]) -> PreTrainedModel:
+    """The model with the plan `content` on it. `how`: the implementations that the caller chose."""
     empty = meta_model(base)
-    plan = plan_from_json(json.dumps(in_order(config.plan, [stack.name for stack in find_stacks(empty)])))
-    tensors = dict(_tensors(folder))
-    wanted = config.dtype if dtype in (None, "auto") else dtype
+    text = json.dumps(in_order(content, [stack.name for stack in find_stacks(empty)]))
+    plan = plan_from_json(text, where=f"the plan in {folder / 'config.json'}")
+    tensors = read_tensors(folder)
     kind = _class_of(base)
-    how = {} if attention is None else {"attn_implementation": attention}
     blanks = {name: blank(t) for name, t in empty.state_dict().items()}
-    model: PreTrainedModel = kind.from_pretrained(None, config=base, state_dict=blanks, dtype=wanted, **how)
-    model.load_state_dict(_cast(folder, tensors, model), assign=True, strict=False)
+    model: PreTrainedModel = kind.from_pretrained(None, config=base, state_dict=blanks, dtype=dtype, **how)
+    model.load_state_dict(as_held(folder, tensors, model), assign=True, strict=False)
     model.tie_weights(recompute_mapping=False)
     if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")  # which says what is wrong with a damaged one
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     new = HeldTensors({name.removeprefix(NEW): t for name, t in tensors.items() if name.startswith(NEW)}, model.dtype)
     opened = open_model(model)
-    _require_all(folder, opened, plan, new, tensors)
+    read = require_fit(folder, opened, plan, new, tensors)
     kind = _planned_class(kind, str(auto_of(model)))
     model.__class__ = kind
     model.add_module(BESIDE, new.module)
     handle = apply(model, plan, new)
     model.__dict__.pop("save_pretrained", None)  # the plan's own, which says that the whole base is written
     model.__dict__[_KEY] = handle
-    _empty(opened, tensors_read(opened, plan, new))
+    _empty(opened, read)
     return model
 
 
@@ -236,38 +223,6 @@ def _class_of(config: PreTrainedConfig) -> Any:
 def _planned_class(kind: Any, auto: str) -> Any:
     own = {"__module__": kind.__module__, "__doc__": kind.__doc__, LOADED_BY: auto}
     return type(kind.__name__, (PlannedCheckpoint, kind), own)
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    tensor_headers(folder)  # which says what is wrong with damaged files
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - it is no dictionary
-                yield name, stored.get_tensor(name)
-
-
-def _cast(folder: Path, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Those of the base, in the dtypes in which the model has them. Raises M310 for another shape."""
-    there = model.state_dict()
-    for name, tensor in tensors.items():
-        if name in there and there[name].shape != tensor.shape:
-            shapes = f"{list(tensor.shape)} instead of {list(there[name].shape)}"
-            raise ModelError(f"the planned checkpoint {folder} holds {name} as {shapes}; write it anew", code="M310")
-    return {name: t.to(there[name].dtype) for name, t in tensors.items() if name in there}
-
-
-def _require_all(
-    folder: Path, opened: OpenedModel, plan: Plan, new: Tensors, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """M310 for tensors that a run of the plan reads and the folder does not hold, and of others than its model's."""
-    state = opened.model.state_dict()
-    given = {(state[name].data_ptr(), state[name].numel()) for name in tensors if name in state}
-    read = tensors_read(opened, plan, new)
-    missing = sorted(name for name in read if (state[name].data_ptr(), state[name].numel()) not in given)
-    stray = sorted(name for name in tensors if name not in state and not name.startswith(NEW))
-    if missing or stray:
-        what = f"lacks the tensor {missing[0]}" if missing else f"holds the tensor {stray[0]}, which is no part of it"
-        raise ModelError(f"the planned checkpoint {folder} {what}; write it anew", code="M310")
 
 
 def _empty(opened: OpenedModel, read: frozenset[str]) -> None:

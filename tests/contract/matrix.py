@@ -334,8 +334,8 @@ Every entry stands for {each} cells: SDPA and eager attention, with a dynamic an
 for a left-padded batch of two, and with the paged KV cache of transformers' continuous batching for the rows of that
 batch as requests without padding; on a random model of 4 layers. **right**: the live plan's logits, in one pass and in
 cached passes (a prefill, a chunk of two tokens, single tokens), are within {limit:g} of the stock layers called by
-hand; the identity plan is equal bit for bit. **P1xx**: refused with this code before anything runs (P140: with pages,
-each layer may attend once). **n/a**: the stock model itself cannot do the cell.
+hand; the identity plan is equal bit for bit. **P1xx**: refused with this code before anything runs.
+**n/a**: the stock model itself cannot do the cell.
 
 {cells} cells: {counts}.
 """
@@ -372,4 +372,6 @@ def _verdict(outcomes: list[Outcome], notes: dict[str, int]) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    (Path(__file__).parents[2] / "docs" / "contract-matrix.md").write_text(markdown())
+    from .planned_cells import section
+
+    (Path(__file__).parents[2] / "docs" / "contract-matrix.md").write_text(f"{markdown()}\n{section()}")

@@ -90,7 +90,7 @@ def test_every_tensor_of_a_folder_has_a_slot_and_every_slot_its_tensors(family: 
         matrices = {name for name, p in layer.named_parameters() if p.dim() > 1}
         names = [name for name in layer.state_dict() if not name.startswith(silent)]
         wanted |= {slots.source(slot, name, matrix=name in matrices) for name in names}
-    with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as held:
+    with safe_open(tmp_path / "m" / "planned.safetensors", framework="pt") as held:
         assert set(held.keys()) == wanted
 
 

@@ -43,22 +43,22 @@ def test_a_config_that_the_plugin_cannot_read(tmp_path: Path, change: dict[str, 
 )
 def test_a_lost_tensor(tmp_path: Path, lost: str, code: str) -> None:
     folder = damaged(tmp_path, "everything")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "planned.safetensors")
     del tensors[lost]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "planned.safetensors", {"format": "pt"})
     assert said(folder) == f"the folder lacks the tensor {lost}; write it anew ({code})"
 
 
 def test_a_tensor_that_no_slot_has(tmp_path: Path) -> None:
     folder = damaged(tmp_path, "dropped")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "planned.safetensors")
     tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(128)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "planned.safetensors", {"format": "pt"})
     assert said(folder).endswith("which no slot has; write it anew (W306)")
 
 
 def test_a_tensor_that_two_files_hold(tmp_path: Path) -> None:
     folder = damaged(tmp_path, "dropped")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "planned.safetensors")
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "more.safetensors", {"format": "pt"})
     assert "twice" in said(folder)

@@ -21,7 +21,7 @@ from shoal.models.matching_tensors import ShapesOrNames, require_matching_tensor
 from shoal.models.meta import meta_model
 from shoal.models.shards import Stored, check_folder
 from shoal.models.unread_fields import drop_notes
-from shoal.plan.file import is_planned
+from shoal.plan.file import PLANNED, is_planned
 
 BUILTIN = "smollm2"
 MAX_DEPTH = 1_000
@@ -98,6 +98,8 @@ def _resolved(source: str) -> tuple[Path | str, Mapping[str, Stored]]:
     elif path.suffix == ".gguf":
         folder = gguf.converted_folder(path)
     if folder.is_dir():
+        if is_planned(folder):
+            raise planned_refusal(source)
         return folder, check_folder(folder)
     if path.exists():
         raise ModelError(f"{source} is a file but no .gguf; give a folder, a .gguf file or a hub id", code="M306")
@@ -134,8 +136,6 @@ def load_config(
 
 
 def _config_of(place: Path | str, source: str, trust_remote_code: bool, revision: str | None) -> PreTrainedConfig:
-    if isinstance(place, Path) and is_planned(place):
-        raise planned_refusal(source)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
         text = config.get_text_config(decoder=True)
@@ -143,6 +143,8 @@ def _config_of(place: Path | str, source: str, trust_remote_code: bool, revision
         if isinstance(place, str) and isinstance(error, OSError):
             refuse_other_kind_of_hub(place)
         raise unreadable(source, error) from None
+    if config.model_type == PLANNED:  # of a hub id
+        raise planned_refusal(source)
     if not isinstance(text, PreTrainedConfig):
         raise ModelError(
             f"cannot load {source}: its config has a part for text that {config.model_type} does not know; mend it",

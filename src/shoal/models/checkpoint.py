@@ -13,9 +13,25 @@ from shoal.models.folder_kinds import pickled_weights, refuse_other_kind
 _MAX_JSON = 100_000_000
 
 
+INDEX, PLANNED_INDEX = "model.safetensors.index.json", "planned.safetensors.index.json"
+"""The index of a checkpoint in several files; that of a planned checkpoint."""
+
+
 def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{tensor: (dtype, shape)} of all safetensors files of a folder, read from their headers alone."""
-    index = folder / "model.safetensors.index.json"
+    found, _ = _headers(folder)
+    return found
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, those of its index where it has one; headers and sizes are checked as in
+    `tensor_headers`."""
+    _, files = _headers(folder)
+    return files
+
+
+def _headers(folder: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[Path]]:
+    index = next((folder / name for name in (INDEX, PLANNED_INDEX) if (folder / name).is_file()), folder / INDEX)
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -47,7 +63,7 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise ModelError(
             f"{index} names the tensor {missing[0]}, which no file holds; copy the files again", code="M309"
         )
-    return headers
+    return headers, files
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

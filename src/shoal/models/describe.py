@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -104,6 +105,7 @@ def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[o
     kinds = layer_kinds(stack.config, stack.depth)
     family = family_of(stack.config)
     sharing = _native_sharing(stack.config, kinds)
+    read = {source for sources in sharing.values() for source in sources}
     names: dict[object, str] = {}
     layers: list[LayerSpec] = []
     for index, fact in enumerate(seen.layers):
@@ -111,6 +113,7 @@ def _stack_spec(stack: Stack, counted: Stack, seen: StackFacts, users: Counter[o
         storages, flat = _own_storages(counted, index), _flat(layer)
         config = _of_layer(stack.config, index)
         kv = _kv(fact, config, index in sharing, seen.forward) if stack.name == "decoder" else KVSpec("none")
+        kv = replace(kv, any_heads=False) if index in read else kv  # its readers divide their own heads among them
         active = _active_share(config)
         layers.append(
             LayerSpec(

@@ -10,9 +10,10 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
 
 from shoal.errors import ModelError, first_line
-from shoal.models.checkpoint import read_header, read_json
-from shoal.models.folder_kinds import refuse_other_kind_of_hub
-from shoal.models.shards import INDEX, SINGLE, weight_map
+from shoal.models.checkpoint import INDEX, read_header, read_json
+from shoal.models.folder_kinds import planned_refusal, refuse_other_kind_of_hub
+from shoal.models.shards import SINGLE, weight_map
+from shoal.plan.file import PLANNED
 
 Tensors = dict[str, tuple[int, ...] | None]
 
@@ -27,10 +28,13 @@ def fetched(hub_id: str, revision: str | None = None) -> tuple[dict[str, Any], T
     if config is None:
         refuse_other_kind_of_hub(hub_id)
         raise ModelError(f"{hub_id} has no config.json; give a Hugging Face model", code="M302")
+    content = read_json(config)
+    if content.get("model_type") == PLANNED:
+        raise planned_refusal(hub_id)
     index = _file(hub_id, INDEX, revision)
     if index is not None:
-        return read_json(config), dict.fromkeys(weight_map(read_json(index), f"{INDEX} of {hub_id}"), None)
-    return read_json(config), _header(hub_id, revision)
+        return content, dict.fromkeys(weight_map(read_json(index), f"{INDEX} of {hub_id}"), None)
+    return content, _header(hub_id, revision)
 
 
 def _file(hub_id: str, name: str, revision: str | None) -> Path | None:

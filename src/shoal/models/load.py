@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from shoal.errors import ModelError, UsageError, first_line, is_out_of_memory, note, out_of_memory
+from shoal.errors import ModelError, ShoalError, UsageError, first_line, is_out_of_memory, note, out_of_memory
 from shoal.models.adapter import Adapter, adapter_config, attach
 from shoal.models.checked_source import (
     BUILTIN,
@@ -137,8 +137,15 @@ def _planned(folder: Path, tokenizer: Any, device: str, dtype: Any, attention: s
         "shoal.auto"
     )  # by name: it stands above this room, and tells transformers how such a folder is loaded
     with hide_offload_note():
-        auto = auto_class(auto_for(AutoConfig.from_pretrained(folder)))
-        model = auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        try:
+            auto = auto_class(auto_for(AutoConfig.from_pretrained(folder)))
+            model = auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        except ShoalError:
+            raise
+        except Exception as error:  # config classes and readers of files raise what they like
+            if is_out_of_memory(error):
+                raise out_of_memory(error) from None
+            raise unreadable(str(folder), error) from None
     return Loaded(_moved(model, device, str(folder)), tokenizer or load_tokenizer(folder), str(folder), folder)
 
 

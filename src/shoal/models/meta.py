@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -17,7 +18,8 @@ def meta_model(
 ) -> PreTrainedModel:
     """The model of a config on the meta device: structure without weights; of `like`'s class when given, otherwise of
     the Auto class that the config names. Code that comes with the model is run only with `trust_remote_code`; nobody is
-    asked on the terminal."""
+    asked on the terminal. The config stays as it is."""
+    config = copy.deepcopy(config)  # transformers notes in it how attention and experts are computed
     # the default grouped experts read values, which a meta tensor does not have; the batched ones do not
     kind: dict[str, Any] = {"attn_implementation": like.config._attn_implementation} if like is not None else {}
     with torch.device("meta"):

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ModelError
-from shoal.models.checkpoint import nameable, read_header, read_json, tensor_headers
+from shoal.models.checkpoint import INDEX, nameable, read_header, read_json, tensor_headers
 from shoal.models.folder_kinds import refuse_adapter, refuse_other_kind
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,11 @@ def _read(text: str | bytes, where: str) -> dict[str, Any]:
     found = data.get("format") if isinstance(data, dict) else None
     if not isinstance(data, dict) or found != FORMAT:
         shown = repr(found[:40]) if isinstance(found, str) else "none"
+        newer = isinstance(found, str) and re.fullmatch(r"shoal-plan/[1-9][0-9]{0,5}", found)
+        if newer:
+            raise NotationError(
+                f"{where} has the format {shown}, and this Shoal reads {FORMAT!r}; install a newer Shoal"
+            )
         raise NotationError(f"{where} is not a plan of the format {FORMAT!r} (its format: {shown}); give a plan.json")
     return data
 

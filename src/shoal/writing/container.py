@@ -17,7 +17,8 @@ from itertools import accumulate, zip_longest
 from pathlib import Path
 
 from shoal.errors import ModelError, UsageError
-from shoal.models.shards import INDEX, SINGLE, Stored
+from shoal.models.checkpoint import INDEX
+from shoal.models.shards import SINGLE, Stored
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _PIECE = 64 << 20

@@ -16,6 +16,7 @@ from shoal.atomic import publish, staged
 from shoal.errors import WriteError
 from shoal.evaluation import Progress
 from shoal.executing.bind import refuse_second_plan, require_legal
+from shoal.executing.planned_tensors import NEW
 from shoal.executing.weights import Tensors, plan_and_weights
 from shoal.models.kinds import CAUSAL, auto_of
 from shoal.models.load import Loaded, load
@@ -23,7 +24,7 @@ from shoal.models.opened import OpenedModel, open_model
 from shoal.models.own_code import runs_own_code
 from shoal.plan import Given, Plan, Shape, cost, shapes_of
 from shoal.plan.capabilities import refusal
-from shoal.planned import NEW, checkpoint_tensors, require_plannable, save_checkpoint
+from shoal.planned import checkpoint_tensors, require_plannable, save_checkpoint
 from shoal.writing import proof_child as measure
 from shoal.writing.card import model_card, origin
 from shoal.writing.container import parse_size

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shoal.errors import ShoalError
-from shoal.models.checkpoint import read_json, read_json_list
+from shoal.models.checkpoint import INDEX, PLANNED_INDEX, read_json, read_json_list
 from shoal.models.load import load_config
-from shoal.models.shards import INDEX
 from shoal.models.unread_fields import CODE, unread
 from shoal.plan.file import PLANNED
 from shoal.writing.checks import Check
@@ -39,9 +38,10 @@ def _lost(folder: Path) -> Iterator[str]:
     ]
     yield from (f"{MODULES}: {path}" for path in paths if not (folder / path).is_dir())
     yield from (f"{MODULES}: {kind}" for kind in lost_modules(modules, folder))
-    if (folder / INDEX).is_file():
-        files = set(read_json(folder / INDEX).get("weight_map", {}).values())
-        yield from (f"{INDEX}: {name}" for name in sorted(files) if not (folder / name).is_file())
+    for index in (INDEX, PLANNED_INDEX):
+        if (folder / index).is_file():
+            files = set(read_json(folder / index).get("weight_map", {}).values())
+            yield from (f"{index}: {name}" for name in sorted(files) if not (folder / name).is_file())
     yield from _lost_layers(folder)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from shoal.errors import ModelError
 from shoal.models.checked_source import BUILTIN, local_folder
-from shoal.models.checkpoint import read_json, tensor_headers
+from shoal.models.checkpoint import INDEX, read_json, tensor_headers
 from shoal.models.diagnosis.finding import Finding
+from shoal.models.folder_kinds import planned_refusal
 from shoal.models.hub import fetched
-from shoal.models.shards import INDEX, SINGLE, Stored, read_config, read_places, require_inside, weight_map
+from shoal.models.shards import SINGLE, Stored, read_config, read_places, require_inside, weight_map
+from shoal.plan.file import PLANNED
 
 MaybeShape = tuple[int, ...] | None
 """None where only the name of a tensor is known."""
@@ -54,6 +56,8 @@ def read_metadata(source: str | Path) -> CheckpointMetadata:
 
 def _of_folder(source: str, folder: Path) -> CheckpointMetadata:
     config = read_config(folder)
+    if config.get("model_type") == PLANNED:
+        raise planned_refusal(source)
     claimed = index_of(folder)
     if claimed is None and not (folder / SINGLE).is_file():
         tensor_headers(folder)  # says what the folder holds instead
