@@ -265,7 +265,7 @@ def section(outcomes: Cells | None = None) -> str:
         f"| {family} | {' | '.join(_verdict(outcomes[family, kind], notes) for kind in ALL)} |" for family in FAMILIES
     ]
     states = [outcome.state for outcome in outcomes.values()]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)).replace("right", "same")
     heads = " | ".join(f"{kind}<br>`{_text(kind)}`" for kind in ALL)
     table = [f"| family | {heads} |", "|---" * (len(ALL) + 1) + "|", *rows]
     footnotes = [f"{number}. {why}" for why, number in notes.items()]

@@ -194,3 +194,11 @@ def test_values_of_other_numbers_of_heads_are_not_added(plan: str) -> None:
     with pytest.raises(PlanError, match="so they cannot be added") as caught:
         running(model, plan, narrow(model)).__enter__()
     assert caught.value.code == "P129"
+
+
+def test_heads_that_other_layers_of_the_model_read_stay() -> None:
+    """In Gemma 3n the last layers read the keys of an earlier one, and divide their heads among as many as it has."""
+    model = tiny("gemma3n_text")
+    assert [layer.needs for layer in open_model(model).spec.stack().layers] == [(), (), (0,), (1,)]
+    with pytest.raises(PlanError, match="P129"), running(model, "0,1:x,2-3", narrow(model)):
+        pass
