@@ -16,7 +16,7 @@ from shoal.api.harness import DENSE, Harness
 from shoal.api.study import Cell, ExpectedSeconds, Protocol, cells
 from shoal.atomic import write_atomically
 from shoal.evaluation import Progress
-from shoal.evaluation.distributed_loss import refuse_spread
+from shoal.evaluation.cluster_resources import Cluster, require_reachable
 from shoal.healing.processes import require_one_process
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan, parse_plan, strip
@@ -58,16 +58,17 @@ def compare(
     protocol: Protocol | None = None,
     ray: str | None = None,
     workers: int = 2,
+    gpus_per_worker: float = 0.0,
     progress: Progress | None = None,
     **options: Any,
 ) -> Compared:
     """Run every cell that `folder` does not hold yet, keep each when it is done, and answer all of them.
 
     See `cells` for methods and budgets, `Protocol` for data, `options` go to `shoal.load`. A method that fails is a row
-    with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, the longest first, and
-    each of `workers` holds the model; what they find is timed afterwards, in this process, one plan after the other.
-    Raises before anything runs `UsageError` (U676 where plans are healed in one of several processes, U572 for a model
-    that is not whole in memory beside `ray`), `DataError` and `ModelError`.
+    with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, the longest first. Each of
+    `workers` holds the model, read where it was read here, on GPUs of its own with `gpus_per_worker`; what they find is
+    timed afterwards, in this process, one plan after the other. Raises before anything runs `UsageError` (U676 where
+    plans are healed in one of several processes, what `machines` raises beside `ray`), `DataError` and `ModelError`.
     """
     protocol, place = protocol or Protocol(), Path(folder).expanduser()
     if protocol.heal is not None:
@@ -75,7 +76,8 @@ def compare(
     asked = cells(methods, budgets, seeds)
     loaded = opened_base(source, **options)
     require_causal(loaded.model, "compare")
-    refuse_spread(ray, loaded.model)
+    cluster = Cluster(ray, workers, gpus_per_worker)
+    require_reachable(cluster, loaded)
     harness = Harness.of(loaded, protocol, place)
     for budget in dict.fromkeys(cell.budget for cell in asked):
         harness.budget(budget)
@@ -88,7 +90,7 @@ def compare(
     harness.learn(store.done.values())
     if progress is not None:
         progress(done, len(wanted), "cells")
-    for row in distribute(harness, left, ray=ray, workers=workers, expected=ExpectedSeconds(store.done.values())):
+    for row in distribute(harness, left, cluster=cluster, expected=ExpectedSeconds(store.done.values())):
         weights = row.pop("weights", {})
         if ray is None:
             store.add(harness.timed(row, weights))

@@ -15,7 +15,7 @@ from typing import Any
 from shoal.api.journal_file import DroppedPlan, open_journal, spent_in
 from shoal.data import Data
 from shoal.evaluation.cluster import Machines
-from shoal.evaluation.distributed_loss import DistributedLoss
+from shoal.evaluation.distributed_loss import DistributedLayers, DistributedLoss
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import PlanLoss
 from shoal.evaluation.race import LEVEL, race
@@ -98,7 +98,11 @@ class Journaled:
         memory: int | None = None,
     ) -> None:
         self.loss, self.ledger, self.memo, self.seed = loss, ledger, memo, seed
-        self.by_layer = LayerMajorLoss(loss, memory=memory)
+        self.by_layer = (
+            DistributedLayers(loss, memory=memory)
+            if isinstance(loss, DistributedLoss)
+            else LayerMajorLoss(loss, memory=memory)
+        )
 
     @property
     def known(self) -> Mapping[str, float]:

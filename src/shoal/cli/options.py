@@ -129,6 +129,9 @@ As = Annotated[
 Stream = Annotated[
     bool, typer.Option("--stream", help="Leave the layers in their files and read each when it runs: any size fits.")
 ]
+GpusPerWorker = Annotated[
+    float, typer.Option("--gpus-per-worker", min=0, help="GPUs of each worker, with --ray: 1, or 0.5 for two on one.")
+]
 StackName = Annotated[
     str | None, typer.Option("--stack", help="encoder, decoder, vision, text (default: the decoder, or the first).")
 ]
