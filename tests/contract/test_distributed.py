@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from shoal.evaluation.plan_loss import PlanLoss
 from shoal.ledger import Ledger
 from shoal.models.inspect import inspect
 from shoal.models.load import Loaded, load
-from shoal.models.origin import fingerprints
+from shoal.models.origin import Origin, fingerprints
 from shoal.models.placed import is_placed
 from shoal.plan import Plan, drop
 from shoal.search.greedy import greedy
@@ -226,13 +225,11 @@ def test_processes_of_ray_read_the_folder_and_find_the_same(
 @with_ray
 def test_a_folder_that_workers_do_not_see_is_copied_or_one_sentence(folder: Path, tmp_path: Path) -> None:
     here = prune(load(folder, device="cpu"), **ASKED)
-    gone = Path(shutil.copytree(folder, tmp_path / "gone"))
-    whole, streamed = load(gone, device="cpu"), load(gone, device="cpu", stream=True)
-    gone = gone.rename(tmp_path / "elsewhere")
+    gone = Origin.of(tmp_path / "gone")
     with pytest.warns(ShoalNote, match=r"cannot read .*gone.*it is copied to the workers"):
-        assert prune(whole, **ASKED, **THERE).found == here.found
+        assert prune(replace(load(folder, device="cpu"), origin=gone), **ASKED, **THERE).found == here.found
     with pytest.raises(UsageError, match=r"U572.*cannot read .*gone"):
-        prune(streamed, **ASKED, **THERE)
+        prune(replace(load(folder, device="cpu", stream=True), origin=gone), **ASKED, **THERE)
 
 
 @pytest.mark.slow

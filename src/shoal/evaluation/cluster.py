@@ -35,6 +35,7 @@ class Machines:
         needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": how.gpus}
         kind = library.remote(**needs, max_restarts=RETRIES, max_task_retries=RETRIES)(_Process)
         shared = [library.put(rest)]  # in a list, because Ray would fetch a bare reference for every process anew
+        self._held = source, shared  # Ray forgets what only a process refers to that died, and its successor needs it
         self._processes = [kind.remote(make, source, shared, how.threads, known_files()) for _ in range(how.count)]
 
     def about(self) -> list[dict[str, Any]]:
