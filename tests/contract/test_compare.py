@@ -234,7 +234,7 @@ def test_tensors_that_were_lost_before_their_plan_was_timed_are_found_again(
     asked: dict[str, Any] = {"methods": ("replaceme",), "budgets": ("layers=0.8",), "protocol": FULL, "ray": "local"}
     monkeypatch.setattr(compare_module, "distribute", one_after_the_other)
     with monkeypatch.context() as patch:
-        patch.setattr(compare_module, "_time", lambda *_: None)
+        patch.setattr(compare_module, "_timed", lambda *_: ())
         assert "decode" not in run(loaded, tmp_path, **asked).rows[1]["measured"]
     for path in (tmp_path / "untimed").iterdir():
         path.unlink()

@@ -15,6 +15,7 @@ from shoal.api.journal import journaled, kept
 from shoal.api.legal_plans import legal_plans, require_writable
 from shoal.api.pruned import Pruned
 from shoal.api.stand_ins import Then, parse_then, transformed
+from shoal.api.tracked import trials
 from shoal.data import Data
 from shoal.errors import UsageError, tell_unused
 from shoal.evaluation import Progress
@@ -30,6 +31,7 @@ from shoal.models.load import Loaded
 from shoal.models.opened import open_model
 from shoal.plan import Given, Plan, Shape, Spec, cost, require, shapes_of
 from shoal.registry import Entry, entries, get
+from shoal.report.tracking import require_trackers
 from shoal.scores import Budget, Found, Objective
 from shoal.spelling import chosen, read
 from shoal.user_files import is_file
@@ -64,6 +66,7 @@ def prune(
     ray: str | None = None,
     workers: int = 2,
     gpus_per_worker: float = 0.0,
+    track: Sequence[str] = (),
     timed: bool = True,
     assess: bool = False,
     test_data: Any = "builtin",
@@ -81,13 +84,14 @@ def prune(
     evaluated; `memory`: bytes that they may hold as hidden states, beyond which these go to disk (default: a quarter of
     what is free); `memo`: what other calls on this model found of plans. `ray`: the address of a Ray cluster, or
     `local`, where `workers` processes evaluate the candidates of a search, each on the model read where it was read
-    here, with `gpus_per_worker` on GPUs of its own. `timed`: of a budget
+    here, with `gpus_per_worker` on GPUs of its own. `track`: experiment trackers
+    (`shoal.report.tracking`) that are told of every plan that is evaluated. `timed`: of a budget
     in prefill or decode also the time that the result really takes.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
         raise UsageError("give a plan or how much to remove, not both", code="U521")
-    entry, own = _asked(method, settings, drop, keep, budget)
+    entry, own = _asked(method, settings, track, drop, keep, budget)
     after = parse_then(then)
     _tell_unread(entry, data, planned=plan is not None, fitted=bool(after))
     loaded = opened_base(source, **options)
@@ -110,36 +114,42 @@ def prune(
             reader = f"the transform {after[0].text}" if after and not entry.reads_data else f"the method {method}"
             require_text(loaded.model, reader)
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
-        with _pool(entry, loaded, Cluster(ray, workers, gpus_per_worker)) as pool:
-            found = _found(
-                entry,
-                PruningJob(
-                    model=loaded.model,
-                    data=cast(Data, text),  # None only for a method that says that it reads none
-                    plan=identity,
-                    spec=spec,
-                    legal=legal_plans(loaded, spec, writable=writable, zero_parts=zero_parts),
-                    objective=journaled(
-                        loaded.model,
-                        identity,
-                        path=journal,
+        with (
+            trials(track, {"model": loaded.source, "method": method}, identity, spec, most) as told,
+            _pool(entry, loaded, Cluster(ray, workers, gpus_per_worker)) as pool,
+        ):
+            found = told.found(
+                _found(
+                    entry,
+                    PruningJob(
+                        model=loaded.model,
+                        data=cast(Data, text),  # None only for a method that says that it reads none
+                        plan=identity,
+                        spec=spec,
+                        legal=legal_plans(loaded, spec, writable=writable, zero_parts=zero_parts),
+                        objective=journaled(
+                            loaded.model,
+                            identity,
+                            path=journal,
+                            batch=batch,
+                            memory=memory,
+                            seed=seed,
+                            memo=memo,
+                            pool=pool,
+                            heard=told.heard,
+                        ),
+                        keep=_keeper(entry, identity=identity, path=journal, memo=memo, heard=told.heard),
+                        memo=Ledger() if memo is None else memo,
+                        stack=stack,
                         batch=batch,
-                        memory=memory,
                         seed=seed,
-                        memo=memo,
-                        pool=pool,
+                        budget=most,
+                        progress=progress,
+                        tokenizer=loaded.tokenizer,
                     ),
-                    keep=_keeper(entry, identity=identity, path=journal, memo=memo),
-                    memo=Ledger() if memo is None else memo,
-                    stack=stack,
-                    batch=batch,
-                    seed=seed,
-                    budget=most,
-                    progress=progress,
-                    tokenizer=loaded.tokenizer,
-                ),
-                count,
-                own,
+                    count,
+                    own,
+                )
             )
     found, said = transformed(loaded, spec, found, after, text, stack=stack, batch=batch, seed=seed, progress=progress)
     if writable and (plan is not None or found.weights):
@@ -159,8 +169,12 @@ def prune(
     return result
 
 
-def _asked(method: str, settings: Mapping[str, Any] | None, *amounts: object) -> tuple[Entry, dict[str, Any]]:
-    """The method with its options. Raises U501, U502, and U665 when an amount is given to one that removes nothing."""
+def _asked(
+    method: str, settings: Mapping[str, Any] | None, track: Sequence[str], *amounts: object
+) -> tuple[Entry, dict[str, Any]]:
+    """The method with its options. Raises U501, U502, U665 when an amount is given to one that removes nothing, U767
+    and U768 for trackers."""
+    require_trackers(track)
     entry, own = chosen("methods", method, settings)
     if not entry.removes:
         refuse_amount(method, *amounts)

@@ -53,6 +53,7 @@ def compare(
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Cells at a time, with --ray.")] = 2,
     gpus_per_worker: options.GpusPerWorker = 0.0,
+    track: options.Track = None,
     stream: options.Stream = False,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -114,6 +115,7 @@ def compare(
                 ray=ray,
                 workers=workers,
                 gpus_per_worker=gpus_per_worker,
+                track=track or [],
                 progress=progress,
                 **loading(device, dtype, trust_remote_code, stream, device_map=device_map),
             )

@@ -81,6 +81,7 @@ def prune(
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that do so, with --ray.")] = 2,
     gpus_per_worker: options.GpusPerWorker = 0.0,
+    track: options.Track = None,
     stream: options.Stream = False,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
@@ -152,6 +153,7 @@ def prune(
             ray=ray,
             workers=workers,
             gpus_per_worker=gpus_per_worker,
+            track=track or [],
             assess=heal is None and asked_for,
             test_data=tests,
             progress=progress,
@@ -159,6 +161,7 @@ def prune(
         if heal is not None:
             pruned = _healed(
                 pruned, heal, output, quiet, **amount, data=text, watch=templated(watch, chat_template), seed=seed,
+                track=track or [],
                 assess=asked_for, stack=stack, progress=progress,
                 test={"data": tests, "window": length, "limit": min(limit, 8), "bos": bos},
             )  # fmt: skip
