@@ -28,6 +28,8 @@ class Ledger(Mapping[Key, Value], Generic[Value]):
         """Seconds of values that were taken from here instead of being computed again."""
         self.spent = 0.0
         """Seconds of all entries, those of earlier runs in the file too."""
+        self.heard: Callable[[Key, Value], None] | None = None
+        """Called with what is added, once it is kept."""
         self._entries: dict[Key, tuple[Value, float]] = {}
         self._store = store
         self._clock: Callable[[], float] | None = None
@@ -74,6 +76,8 @@ class Ledger(Mapping[Key, Value], Generic[Value]):
         self._entries[key] = value, took
         if self._store is not None:
             self._store.append(key, value, self.spent)
+        if self.heard is not None:
+            self.heard(key, value)
 
     @contextmanager
     def working(self, clock: Callable[[], float] = perf_counter) -> Iterator[None]:

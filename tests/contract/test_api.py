@@ -21,7 +21,8 @@ import shoal
 from shoal.api.assess import bench, evaluate
 from shoal.api.budget import layers_to_drop
 from shoal.api.measuring import measure
-from shoal.api.prune import Pruned, prune
+from shoal.api.prune import prune
+from shoal.api.pruned import Pruned
 from shoal.errors import DataError, PlanError, UsageError, WriteError
 from shoal.evaluation import PROMPTS, generation_check
 from shoal.examples import MethodExamples

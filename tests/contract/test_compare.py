@@ -7,6 +7,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from shoal.api.distribute import distribute
 from shoal.api.study import ExpectedSeconds, Protocol, cells
 from shoal.cli import app
 from shoal.errors import DataError, UsageError
+from shoal.evaluation.cluster_resources import Cluster
 from shoal.models.load import Loaded, load
 
 from .test_api import model_folder
@@ -232,7 +234,7 @@ def test_tensors_that_were_lost_before_their_plan_was_timed_are_found_again(
     asked: dict[str, Any] = {"methods": ("replaceme",), "budgets": ("layers=0.8",), "protocol": FULL, "ray": "local"}
     monkeypatch.setattr(compare_module, "distribute", one_after_the_other)
     with monkeypatch.context() as patch:
-        patch.setattr(compare_module, "_time", lambda *_: None)
+        patch.setattr(compare_module, "_timed", lambda *_: ())
         assert "decode" not in run(loaded, tmp_path, **asked).rows[1]["measured"]
     for path in (tmp_path / "untimed").iterdir():
         path.unlink()
@@ -288,7 +290,8 @@ def test_cells_whose_searches_begin_alike_run_in_one_process(monkeypatch: pytest
 
     monkeypatch.setattr("shoal.api.distribute.machines", lambda *_: contextlib.nullcontext(Pool()))
     asked = cells(["sleb", "position"], ["layers=0.9,0.5"], [0])
-    rows = list(distribute(None, asked, ray="local", workers=2, expected=ExpectedSeconds()))
+    cluster, worker = Cluster("local", 2), SimpleNamespace(loaded=None, on=lambda loaded: None)
+    rows = list(distribute(worker, asked, cluster=cluster, expected=ExpectedSeconds()))
     assert len(rows) == 4
     assert ran == {0: ["sleb layers=0.5", "sleb layers=0.9"], 1: ["position layers=0.5", "position layers=0.9"]}
 
@@ -298,6 +301,15 @@ def test_cells_whose_searches_begin_alike_run_in_one_process(monkeypatch: pytest
 def test_ray_gives_the_same_table(first: Compared, loaded: Loaded, tasks: Path, tmp_path: Path) -> None:
     protocol = replace(FULL, tasks=(str(tasks),))
     assert results(run(loaded, tmp_path, protocol=protocol, ray="local", workers=2)) == results(first)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray; runs where it is installed")
+def test_ray_gives_the_same_table_where_each_worker_streams(loaded: Loaded, tiny_folder: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"methods": ("shortgpt", "sleb"), "budgets": ("layers=0.8",)}
+    streamed = load(tiny_folder, device="cpu", stream=True)
+    there = run(streamed, tmp_path / "there", **asked, ray="local", workers=2)
+    assert results(there) == results(run(loaded, tmp_path / "here", **asked))
 
 
 def test_the_page_of_a_comparison_names_the_protocol(first: Compared) -> None:

@@ -13,7 +13,8 @@ from shoal.api import harness as harness_module
 from shoal.api.budget import counted_budget, priced
 from shoal.api.doctor import doctor
 from shoal.api.inspection import show
-from shoal.api.prune import Pruned, prune
+from shoal.api.prune import prune
+from shoal.api.pruned import Pruned
 from shoal.api.publish import cost_rows
 from shoal.api.study import Cell, Protocol
 from shoal.errors import UsageError

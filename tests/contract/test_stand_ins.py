@@ -11,7 +11,8 @@ import torch
 
 from shoal.api.assess import evaluate
 from shoal.api.inspection import inspect, show
-from shoal.api.prune import Pruned, prune
+from shoal.api.prune import prune
+from shoal.api.pruned import Pruned
 from shoal.api.stand_ins import parse_then
 from shoal.errors import UsageError, WriteError
 from shoal.executing.weights import load_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,15 +14,17 @@ from shoal.api.comparison_file import ComparisonFile
 from shoal.api.distribute import distribute
 from shoal.api.harness import DENSE, Harness
 from shoal.api.study import Cell, ExpectedSeconds, Protocol, cells
+from shoal.api.tracked import tell_cell
 from shoal.atomic import write_atomically
 from shoal.evaluation import Progress
-from shoal.evaluation.distributed_loss import refuse_spread
+from shoal.evaluation.cluster_resources import Cluster, require_reachable
 from shoal.healing.processes import require_one_process
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan, parse_plan, strip
 from shoal.record import command_line, environment
 from shoal.report import render_comparison
 from shoal.report.summary import advice, columns, entries, markdown
+from shoal.report.tracking import require_trackers, tracking
 
 
 @dataclass(frozen=True)
@@ -58,24 +60,29 @@ def compare(
     protocol: Protocol | None = None,
     ray: str | None = None,
     workers: int = 2,
+    gpus_per_worker: float = 0.0,
+    track: Sequence[str] = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> Compared:
     """Run every cell that `folder` does not hold yet, keep each when it is done, and answer all of them.
 
     See `cells` for methods and budgets, `Protocol` for data, `options` go to `shoal.load`. A method that fails is a row
-    with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, the longest first, and
-    each of `workers` holds the model; what they find is timed afterwards, in this process, one plan after the other.
-    Raises before anything runs `UsageError` (U676 where plans are healed in one of several processes, U572 for a model
-    that is not whole in memory beside `ray`), `DataError` and `ModelError`.
+    with an error. `ray`: the address of a Ray cluster, or `local`; cells are its tasks then, the longest first. Each of
+    `workers` holds the model, read where it was read here, on GPUs of its own with `gpus_per_worker`; what they find is
+    timed afterwards, in this process, one plan after the other. `track`: experiment trackers
+    (`shoal.report.tracking`) that are told of every cell. Raises before anything runs `UsageError` (U676 where
+    plans are healed in one of several processes, what `machines` raises beside `ray`), `DataError` and `ModelError`.
     """
+    require_trackers(track)
     protocol, place = protocol or Protocol(), Path(folder).expanduser()
     if protocol.heal is not None:
         require_one_process("a comparison with healing")
     asked = cells(methods, budgets, seeds)
     loaded = opened_base(source, **options)
     require_causal(loaded.model, "compare")
-    refuse_spread(ray, loaded.model)
+    cluster = Cluster(ray, workers, gpus_per_worker)
+    require_reachable(cluster, loaded)
     harness = Harness.of(loaded, protocol, place)
     for budget in dict.fromkeys(cell.budget for cell in asked):
         harness.budget(budget)
@@ -88,17 +95,20 @@ def compare(
     harness.learn(store.done.values())
     if progress is not None:
         progress(done, len(wanted), "cells")
-    for row in distribute(harness, left, ray=ray, workers=workers, expected=ExpectedSeconds(store.done.values())):
-        weights = row.pop("weights", {})
-        if ray is None:
-            store.add(harness.timed(row, weights))
-        else:
-            store.hold(row["key"], weights if harness.untimed(row) else {})
-            store.add(row)
-        done += 1
-        if progress is not None:
-            progress(done, len(wanted), "cells")
-    _time(keys, store, harness, progress)
+    with tracking(track, "compare", {"model": loaded.source, "cells": len(asked)}) as told:
+        for row in distribute(harness, left, cluster=cluster, expected=ExpectedSeconds(store.done.values())):
+            weights = row.pop("weights", {})
+            if ray is None:
+                store.add(row := harness.timed(row, weights))
+            else:
+                store.hold(row["key"], weights if harness.untimed(row) else {})
+                store.add(row)
+            tell_cell(told, row)
+            done += 1
+            if progress is not None:
+                progress(done, len(wanted), "cells")
+        for row in _timed(keys, store, harness, progress):
+            tell_cell(told, row, times=True)
     return Compared(facts, tuple(store.done[key] for key in keys), place, harness.identity())
 
 
@@ -107,14 +117,17 @@ def _kept(key: str, store: ComparisonFile, harness: Harness) -> bool:
     return key in store.done and not (harness.untimed(store.done[key]) and store.held(key) is None)
 
 
-def _time(keys: Sequence[str], store: ComparisonFile, harness: Harness, progress: Progress | None) -> None:
-    """The times of the cells that have none yet, one after the other, when no worker is busy any more."""
+def _timed(
+    keys: Sequence[str], store: ComparisonFile, harness: Harness, progress: Progress | None
+) -> Iterator[dict[str, Any]]:
+    """The cells that have no times yet, timed one after the other, when no worker is busy any more."""
     left = [key for key in keys if harness.untimed(store.done[key])]
     for number, key in enumerate(left):
-        store.add(harness.timed(store.done[key], store.held(key) or {}))
+        store.add(row := harness.timed(store.done[key], store.held(key) or {}))
         store.release(key)
         if progress is not None:
             progress(number + 1, len(left), "times")
+        yield row
 
 
 def publish(found: Compared) -> Path:

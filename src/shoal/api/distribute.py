@@ -6,10 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from shoal.evaluation.cluster import machines
+from shoal.evaluation.cluster_resources import Cluster
+from shoal.models.load import Loaded
 
 
 class Worker(Protocol):
-    """What does a piece of work; it is copied once to each process that helps."""
+    """What does a piece of work; it is copied once to each process that helps, where the model may be read anew."""
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model that it works on."""
+
+    def on(self, loaded: Loaded | None) -> Worker:
+        """The same on this model; None while it is copied."""
 
     def row(self, item: Any) -> dict[str, Any]:
         """The result of one piece."""
@@ -32,14 +41,14 @@ class WorkOrder(Protocol):
 
 
 def distribute(
-    worker: Worker, items: Sequence[Any], *, ray: str | None, workers: int, expected: WorkOrder
+    worker: Worker, items: Sequence[Any], *, cluster: Cluster, expected: WorkOrder
 ) -> Iterator[dict[str, Any]]:
-    """The results as they are done: in the order of `items` without Ray, with it the `expected` longest first,
+    """The results as they are done: in the order of `items` without a cluster, with it the `expected` longest first,
     and those of a group in one process, one after the other.
 
-    Raises U571 when Ray is asked for and not installed, or cannot be reached.
+    Raises what `machines` does.
     """
-    if ray is None:
+    if cluster.address is None:
         for item in items:
             yield worker.row(item)
         return
@@ -59,7 +68,7 @@ def distribute(
             taken[kind] = place
         return item, list(known)
 
-    with machines(ray, workers, RemoteWorker, worker) as pool:
+    with machines(cluster, RemoteWorker, worker.loaded, worker.on(None)) as pool:
         assert pool is not None
         for row in pool.fed(choose):
             expected.learn(row)
@@ -70,8 +79,8 @@ def distribute(
 class RemoteWorker:
     """What works in each process of the cluster."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, loaded: Loaded, worker: Worker) -> None:
+        self.worker = worker.on(loaded)
 
     def do(self, item: Any, known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The result of one piece; `known` are those of others."""

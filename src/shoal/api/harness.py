@@ -10,12 +10,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shoal.api.assess import planned, text_of, tokenizer_of
 from shoal.api.budget import COUNTED, counted_budget, parse_budget
 from shoal.api.heal import heal
-from shoal.api.prune import Pruned, prune
+from shoal.api.prune import prune
+from shoal.api.pruned import Pruned
 from shoal.api.study import Cell, Protocol, file_name
 from shoal.api.task_scores import TaskSet, load_task_sets, task_scores
 from shoal.atomic import write_atomically
@@ -69,6 +70,10 @@ class Harness:
         if tasks:
             tokenizer_of(loaded)
         return cls(loaded, protocol, folder, tests, tasks)
+
+    def on(self, loaded: Loaded | None) -> Harness:
+        """The same on this model; without one while it is handed to another process."""
+        return replace(self, loaded=cast(Loaded, loaded))
 
     def calibration(self, seed: int) -> Data:
         """The first windows of the text for seed 0, a random choice of windows for any other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from shoal.models.kinds import is_causal, require_text, scores_text
 from shoal.models.load import Loaded
 from shoal.plan import Given, Plan, require, shapes_of
 from shoal.record import plain
+from shoal.report.tracking import require_trackers, tracking
 from shoal.spelling import chosen
 
 
@@ -133,7 +134,7 @@ def heal(
     and of prompts with responses only what the assistant said counts. `held` windows of it are never trained on and say
     which tensors are kept; `watch` is a second text, only looked at. A step reads `batch` x `accumulate` windows of
     `length` tokens. `folder` keeps checkpoints (one each `save_every` seconds), and with `resume` a run goes on from
-    there. `stop` is asked after each step.
+    there. `stop` is asked after each step. `track`: experiment trackers (`shoal.report.tracking`), told of every step.
 
     Started by `torchrun` or `accelerate launch`, the processes share the work (DDP): each reads its part of a step's
     windows, `batch` x `accumulate` of them, the first one writes to `folder`, and all have the result.
@@ -147,7 +148,7 @@ def heal(
     if not group.first:
         say, progress = _silent, None
     named, stages = recipe_of(recipe, settings, terms, learn)
-    amount = amount_of(tokens, minutes)
+    amount, track = amount_of(tokens, minutes), require_trackers(track)
     loaded = opened_base(source, **options)
     require_bare(loaded)
     require_text(loaded.model, "healing")
@@ -189,7 +190,6 @@ def heal(
             accumulate=accumulate,
             seed=seed,
             save_every=save_every,
-            track=tuple(track),
             stop=stop,
             processes=group,
         ),
@@ -205,8 +205,12 @@ def heal(
         "weights": {key: list(tensor.shape) for key, tensor in sorted(own.items())},
     }  # fmt: skip
     kept.begin(facts, resume=resume)
-    with torch.random.fork_rng(), kept.tidied():  # training draws from torch's generator, which is the caller's
-        made = run_recipe(run, start, own, amount, kept)
+    with (
+        torch.random.fork_rng(),  # training draws from torch's generator, which is the caller's
+        kept.tidied(),
+        tracking(track if group.first else (), "heal", {"model": loaded.source, "plan": str(start)}) as told,
+    ):
+        made = run_recipe(replace(run, run=replace(run.run, told=told)), start, own, amount, kept)
     found, stopped = dict[str, Judged](), made.stopped
     if watched is not None and not stopped:
         sides = {"dense": None, "before": (start, own, ""), "after": (made.plan, made.weights, made.policy)}

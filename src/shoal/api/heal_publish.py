@@ -8,7 +8,7 @@ from typing import Any
 
 from shoal.api.heal import Healed
 from shoal.api.judged import HELD, WATCHED
-from shoal.api.prune import Pruned
+from shoal.api.pruned import Pruned
 from shoal.api.publish import page_data
 from shoal.atomic import publish, staged
 from shoal.deciding.gating import ungated

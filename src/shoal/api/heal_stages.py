@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from shoal.api.heal_texts import texts_of
+from shoal.api.tracked import tell_step
 from shoal.data import Data
 from shoal.evaluation import Progress
 from shoal.executing.bind import require_legal
@@ -181,7 +182,7 @@ def _trained(
         run.say(f"{moving:,} numbers learn, {run.loaded.opened.spec.params:,} has the whole model")
         done = train(
             learner, (data, held), stage.settings, steps, run.run, folder=place, keep=folder is not None,
-            causal=run.causal, tell=_teller(run, name, steps), resume=folder is not None,
+            causal=run.causal, tell=_teller(run, name, number, steps), resume=folder is not None,
         )  # fmt: skip
         made, tensors = learner.finished()
         probe = texts.held.ids[:1, : min(64, run.length)]
@@ -221,12 +222,13 @@ def _record(stage: Stage, done: TrainedStage, moving: int, error: float) -> dict
     }  # fmt: skip
 
 
-def _teller(run: HealRun, name: str, steps: int) -> Callable[[dict[str, Any], int, int], None]:
+def _teller(run: HealRun, name: str, number: int, steps: int) -> Callable[[dict[str, Any], int, int], None]:
     """Says after each evaluation where training stands, with tokens a second and the time left."""
     first: list[tuple[float, int]] = []
     state: dict[str, float] = {}
 
     def tell(entry: dict[str, Any], done: int, _: int) -> None:
+        tell_step(run.run.told, entry, number, run.stages, done)
         if not first:
             first.append((time.monotonic(), done))
         if "loss" in entry:

@@ -15,15 +15,18 @@ from typing import Any
 from shoal.api.journal_file import DroppedPlan, open_journal, spent_in
 from shoal.data import Data
 from shoal.evaluation.cluster import Machines
-from shoal.evaluation.distributed_loss import DistributedLoss
+from shoal.evaluation.distributed_loss import DistributedLayers, DistributedLoss
 from shoal.evaluation.layer_major_loss import LayerMajorLoss
 from shoal.evaluation.plan_loss import PlanLoss
 from shoal.evaluation.race import LEVEL, race
 from shoal.evaluation.scoring import sequence_nll
-from shoal.ledger import Ledger
+from shoal.ledger import Key, Ledger
 from shoal.models.kinds import require_causal
 from shoal.plan import Plan
 from shoal.scores import Objective
+
+Heard = Callable[[Key, float], None]
+"""Told what a ledger is given: a plan's text or a `DroppedPlan`, and the value."""
 
 
 def mean_nll(model: Any, data: Data, *, batch: int = 1) -> float:
@@ -43,6 +46,7 @@ def journaled(
     seed: int = 0,
     memo: Ledger[Any] | None = None,
     pool: Machines | None = None,
+    heard: Heard | None = None,
 ) -> Callable[[Data], Objective]:
     """Data -> objective: the cross-entropy of a plan on them, each plan evaluated once.
 
@@ -50,7 +54,8 @@ def journaled(
     `memo` counts as saved. Its first line names the data, the model's structure and the dense value, which is computed
     anew at every start, so that a journal of other weights is refused (D430). Plans share what they have in common
     (`PlanLoss`, where `memory`, `share` and `memo` are explained), and the objective can race many plans, in an order
-    of the batches drawn with `seed`. `pool`: processes that share the work.
+    of the batches drawn with `seed`. `pool`: processes that share the work. `heard`: told of
+    each plan that is evaluated, and its value.
     """
     memo = Ledger[Any]() if memo is None else memo
     if path is not None:
@@ -60,6 +65,7 @@ def journaled(
         require_causal(model, "a search by cross-entropy")
         dense = partial(mean_nll, model, data, batch=batch)
         ledger = open_journal(path, identity.base.fingerprint, data.info.sha256, dense, data.info.describe())
+        ledger.heard = heard
         asked: dict[str, Any] = {"batch": batch, "memory": memory, "share": share, "memo": memo}
         loss = PlanLoss(model, data, **asked) if pool is None else DistributedLoss(model, data, pool, **asked)
         return Journaled(loss, ledger, memo, seed, memory=memory)
@@ -68,12 +74,19 @@ def journaled(
 
 
 def kept(
-    function: Objective, name: str, identity: Plan, *, path: Path | None, memo: Ledger[Any] | None = None
+    function: Objective,
+    name: str,
+    identity: Plan,
+    *,
+    path: Path | None,
+    memo: Ledger[Any] | None = None,
+    heard: Heard | None = None,
 ) -> Objective:
     """A method's own objective, each plan evaluated once: values go into the journal as those of `journaled` do, under
     the objective's `name`, which tells what it is computed on, and into `memo` for searches that follow."""
     memo = Ledger[Any]() if memo is None else memo
     ledger = open_journal(path, identity.base.fingerprint, name, partial(function, identity))
+    ledger.heard = heard
 
     def value(plan: Plan) -> float:
         key = str(plan)
@@ -98,7 +111,11 @@ class Journaled:
         memory: int | None = None,
     ) -> None:
         self.loss, self.ledger, self.memo, self.seed = loss, ledger, memo, seed
-        self.by_layer = LayerMajorLoss(loss, memory=memory)
+        self.by_layer = (
+            DistributedLayers(loss, memory=memory)
+            if isinstance(loss, DistributedLoss)
+            else LayerMajorLoss(loss, memory=memory)
+        )
 
     @property
     def known(self) -> Mapping[str, float]:

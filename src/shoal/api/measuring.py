@@ -9,12 +9,14 @@ from inspect import signature
 from typing import Any
 
 from shoal.api.assess import Source, is_given, opened_base, text_of
+from shoal.api.tracked import tell_scores
 from shoal.data.spelled import TextSource
 from shoal.errors import UsageError, tell_unused
 from shoal.evaluation import Progress, RankAgreement, SubsampleAgreement, agreement_table, enough
 from shoal.models.kinds import require_text
 from shoal.record import plain
 from shoal.registry import Entry, get
+from shoal.report.tracking import require_trackers, tracking
 from shoal.scores import Scores, Traits
 from shoal.spelling import chosen, options_of, read
 
@@ -95,6 +97,7 @@ def measure_several(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     lowest: int = 8,
     stability: bool = False,
+    track: Sequence[str] = (),
     progress: Progress | None = None,
     load: Mapping[str, Any] | None = None,
     **options: Any,
@@ -102,10 +105,12 @@ def measure_several(
     """Score every layer by each of the measures on each of the texts, with the model loaded once.
 
     `settings`: by measure, its own options. `lowest`: how many of the least important layers are compared, at most half
-    of the stack. `stability`: also say how many sequences are enough. `load` goes to `shoal.load`, `options` to
+    of the stack. `stability`: also say how many sequences are enough. `track`: experiment trackers
+    (`shoal.report.tracking`) that are told the scores, a step for each layer. `load` goes to `shoal.load`, `options` to
     `shoal.measure`. Raises what `shoal.measure` raises, U501 and U502 before the model is loaded.
     """
     asked = _asked(names, settings or {})
+    require_trackers(track)
     loaded = opened_base(source, **(load or {}))
     named = all(isinstance(text, str | TextSource) for text in data)
     texts = list(dict.fromkeys(data)) if named else list(data)
@@ -117,6 +122,8 @@ def measure_several(
             scores[name] = measure(
                 loaded, entry.name, data=text, settings=own, progress=_named(progress, name), **options
             )
+    with tracking(track, "measure", {"model": loaded.source}) as told:
+        tell_scores(told, scores)
     k = max(1, min(lowest, min(len(found.values) for found in scores.values()) // 2))
     return Measured(scores, agreement_table(scores, k=k), _stability(scores, k) if stability else {})
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
-from shoal.api.assess import Bench, Evaluation, Source, bench, evaluate, is_given, opened_base, text_of
+from shoal.api.assess import Source, bench, evaluate, is_given, opened_base, text_of
 from shoal.api.budget import COUNTED, amount_of, measured_budget, parse_budget, priced, refuse_amount
 from shoal.api.journal import journaled, kept
 from shoal.api.legal_plans import legal_plans, require_writable
+from shoal.api.pruned import Pruned
 from shoal.api.stand_ins import Then, parse_then, transformed
+from shoal.api.tracked import trials
 from shoal.data import Data
 from shoal.errors import UsageError, tell_unused
 from shoal.evaluation import Progress
 from shoal.evaluation.cluster import Machines
+from shoal.evaluation.cluster_resources import Cluster
 from shoal.evaluation.distributed_loss import loss_workers
 from shoal.executing.weights import Tensors, plan_and_weights, shapes_in, used_by
 from shoal.ledger import Ledger
@@ -26,58 +29,13 @@ from shoal.models.context import positions_of
 from shoal.models.kinds import is_causal, require_causal, require_text
 from shoal.models.load import Loaded
 from shoal.models.opened import open_model
-from shoal.plan import Cost, Given, Plan, Shape, Spec, cost, require, shapes_of
-from shoal.record import Record, plain
+from shoal.plan import Given, Plan, Shape, Spec, cost, require, shapes_of
 from shoal.registry import Entry, entries, get
-from shoal.scores import Budget, Candidate, Found, Objective
+from shoal.report.tracking import require_trackers
+from shoal.scores import Budget, Found, Objective
 from shoal.spelling import chosen, read
 from shoal.user_files import is_file
 from shoal.writing.surgery import blueprint
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What `prune` found. `before` and `after` are costs; evaluation and bench are None when not asked for."""
-
-    loaded: Loaded
-    spec: Spec
-    plan: Plan
-    method: str
-    found: Found
-    before: Cost
-    after: Cost
-    data: Data | None
-    evaluation: Evaluation | None = None
-    bench: Bench | None = None
-    price: dict[str, Any] | None = None
-    """Of a search within a budget: unit, share asked for, price; for times also the error and the measured share."""
-    records: tuple[Record, ...] = field(default=())
-    """Of what was done besides: healing."""
-    card: tuple[dict[str, Any], ...] = ()
-    """Rows of the model card about it."""
-    then: tuple[dict[str, Any], ...] = ()
-    """What each transform after the method did, with the errors of its stand-ins."""
-    files: tuple[dict[str, str], ...] = ()
-    """Path and sha256 of the user's own files among the method and the transforms."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for --json and the records; what is not finite is None."""
-        return {
-            "method": self.method,
-            "plan": str(self.plan),
-            "hash": self.plan.hash,
-            "dropped": {name: list(self.plan.dropped(name)) for name, _ in self.plan.stacks},
-            "data": None if self.data is None else self.data.info.to_dict(),
-            "cost": {"dense": self.before.to_dict(), "pruned": self.after.to_dict()},
-            "price": plain(self.price),
-            "scores": None if self.found.scores is None else self.found.scores.to_dict(),
-            "trace": [_candidate(one) for one in self.found.trace],
-            "then": list(self.then),
-            "weights": {name: list(tensor.shape) for name, tensor in self.found.weights.items()},
-            "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
-            "bench": None if self.bench is None else self.bench.to_dict(),
-            **({"files": list(self.files)} if self.files else {}),
-        }
 
 
 def prune(
@@ -107,6 +65,8 @@ def prune(
     memo: Ledger[Any] | None = None,
     ray: str | None = None,
     workers: int = 2,
+    gpus_per_worker: float = 0.0,
+    track: Sequence[str] = (),
     timed: bool = True,
     assess: bool = False,
     test_data: Any = "builtin",
@@ -123,13 +83,15 @@ def prune(
     at most 8, of the test split of `test_data`, and a paired timing. `journal`: a file in which searches keep what they
     evaluated; `memory`: bytes that they may hold as hidden states, beyond which these go to disk (default: a quarter of
     what is free); `memo`: what other calls on this model found of plans. `ray`: the address of a Ray cluster, or
-    `local`, where `workers` processes evaluate the candidates of a search. `timed`: of a budget
+    `local`, where `workers` processes evaluate the candidates of a search, each on the model read where it was read
+    here, with `gpus_per_worker` on GPUs of its own. `track`: experiment trackers
+    (`shoal.report.tracking`) that are told of every plan that is evaluated. `timed`: of a budget
     in prefill or decode also the time that the result really takes.
     Raises `UsageError` (U5xx), `PlanError` (P1xx), and `WriteError` (W2xx) for a model or plan that cannot be written.
     """
     if plan is not None and (drop is not None or keep is not None or budget is not None):
         raise UsageError("give a plan or how much to remove, not both", code="U521")
-    entry, own = _asked(method, settings, drop, keep, budget)
+    entry, own = _asked(method, settings, track, drop, keep, budget)
     after = parse_then(then)
     _tell_unread(entry, data, planned=plan is not None, fitted=bool(after))
     loaded = opened_base(source, **options)
@@ -152,36 +114,42 @@ def prune(
             reader = f"the transform {after[0].text}" if after and not entry.reads_data else f"the method {method}"
             require_text(loaded.model, reader)
             text = text_of(loaded, data, split=split, length=length, limit=limit, stride=stride, bos=bos)
-        with _pool(entry, loaded, ray, workers) as pool:
-            found = _found(
-                entry,
-                PruningJob(
-                    model=loaded.model,
-                    data=cast(Data, text),  # None only for a method that says that it reads none
-                    plan=identity,
-                    spec=spec,
-                    legal=legal_plans(loaded, spec, writable=writable, zero_parts=zero_parts),
-                    objective=journaled(
-                        loaded.model,
-                        identity,
-                        path=journal,
+        with (
+            trials(track, {"model": loaded.source, "method": method}, identity, spec, most) as told,
+            _pool(entry, loaded, Cluster(ray, workers, gpus_per_worker)) as pool,
+        ):
+            found = told.found(
+                _found(
+                    entry,
+                    PruningJob(
+                        model=loaded.model,
+                        data=cast(Data, text),  # None only for a method that says that it reads none
+                        plan=identity,
+                        spec=spec,
+                        legal=legal_plans(loaded, spec, writable=writable, zero_parts=zero_parts),
+                        objective=journaled(
+                            loaded.model,
+                            identity,
+                            path=journal,
+                            batch=batch,
+                            memory=memory,
+                            seed=seed,
+                            memo=memo,
+                            pool=pool,
+                            heard=told.heard,
+                        ),
+                        keep=_keeper(entry, identity=identity, path=journal, memo=memo, heard=told.heard),
+                        memo=Ledger() if memo is None else memo,
+                        stack=stack,
                         batch=batch,
-                        memory=memory,
                         seed=seed,
-                        memo=memo,
-                        pool=pool,
+                        budget=most,
+                        progress=progress,
+                        tokenizer=loaded.tokenizer,
                     ),
-                    keep=_keeper(entry, identity=identity, path=journal, memo=memo),
-                    memo=Ledger() if memo is None else memo,
-                    stack=stack,
-                    batch=batch,
-                    seed=seed,
-                    budget=most,
-                    progress=progress,
-                    tokenizer=loaded.tokenizer,
-                ),
-                count,
-                own,
+                    count,
+                    own,
+                )
             )
     found, said = transformed(loaded, spec, found, after, text, stack=stack, batch=batch, seed=seed, progress=progress)
     if writable and (plan is not None or found.weights):
@@ -201,17 +169,16 @@ def prune(
     return result
 
 
-def _asked(method: str, settings: Mapping[str, Any] | None, *amounts: object) -> tuple[Entry, dict[str, Any]]:
-    """The method with its options. Raises U501, U502, and U665 when an amount is given to one that removes nothing."""
+def _asked(
+    method: str, settings: Mapping[str, Any] | None, track: Sequence[str], *amounts: object
+) -> tuple[Entry, dict[str, Any]]:
+    """The method with its options. Raises U501, U502, U665 when an amount is given to one that removes nothing, U767
+    and U768 for trackers."""
+    require_trackers(track)
     entry, own = chosen("methods", method, settings)
     if not entry.removes:
         refuse_amount(method, *amounts)
     return entry, own
-
-
-def _candidate(one: Candidate) -> dict[str, Any]:
-    twice = {} if one.twice is None else {"twice": list(one.twice)}
-    return {"plan": one.notation, "score": plain(one.score), "note": one.note, **twice}
 
 
 def _tell_unread(entry: Entry, data: Any, *, planned: bool, fitted: bool) -> None:
@@ -221,15 +188,15 @@ def _tell_unread(entry: Entry, data: Any, *, planned: bool, fitted: bool) -> Non
         tell_unused(f"data={data!s:.60}", why)
 
 
-def _pool(entry: Entry, loaded: Loaded, ray: str | None, workers: int) -> AbstractContextManager[Machines | None]:
-    """The processes that evaluate candidates, if any were asked for. Raises U571, U572, U573."""
-    if ray is not None and not entry.searches:
+def _pool(entry: Entry, loaded: Loaded, cluster: Cluster) -> AbstractContextManager[Machines | None]:
+    """The processes that evaluate candidates, if any were asked for. Raises U573 and what `machines` does."""
+    if cluster.address is not None and not entry.searches:
         others = ", ".join(name for name, one in entries("methods").items() if one.searches)
         raise UsageError(
             f"--ray hands out the candidates of a search and {entry.name} has none; leave it out, or use {others}",
             code="U573",
         )
-    return loss_workers(loaded.model, ray, workers)
+    return loss_workers(loaded, cluster)
 
 
 def _files(method: str, then: Sequence[Then]) -> tuple[dict[str, str], ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from shoal.api.assess import bench, evaluate
 from shoal.api.heal import Healed, heal
 from shoal.api.heal_publish import card_rows, require_better
-from shoal.api.prune import Pruned
+from shoal.api.pruned import Pruned
 from shoal.evaluation import Progress
 from shoal.healing.processes import require_one_process
 from shoal.record import Record, command_line

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal._version import __version__
-from shoal.api.prune import Pruned
+from shoal.api.pruned import Pruned
 from shoal.evaluation import Progress, Spread
 from shoal.models.calls import device_of
 from shoal.models.placed import is_placed

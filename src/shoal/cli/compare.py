@@ -52,6 +52,8 @@ def compare(
         str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: cells run there.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Cells at a time, with --ray.")] = 2,
+    gpus_per_worker: options.GpusPerWorker = 0.0,
+    track: options.Track = None,
     stream: options.Stream = False,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -75,7 +77,7 @@ def compare(
     if stream:  # each token that is written, and each that is timed, would read all layers again
         new_tokens, pairs = (new_tokens if is_typed("new_tokens") else 0), (pairs if is_typed("pairs") else 0)
     if ray is None:
-        unused("no --ray is given", "workers")
+        unused("no --ray is given", "workers", "gpus_per_worker")
     if dry_run:
         text = "\n".join([f"would run the dense model and {len(asked)} cells:", *(cell.key for cell in asked)])
         emit({"would": [cell.key for cell in asked], "config": config_text()}, text, as_json=json_)
@@ -112,6 +114,8 @@ def compare(
                 protocol=protocol,
                 ray=ray,
                 workers=workers,
+                gpus_per_worker=gpus_per_worker,
+                track=track or [],
                 progress=progress,
                 **loading(device, dtype, trust_remote_code, stream, device_map=device_map),
             )

@@ -57,9 +57,7 @@ def heal(
         False
     ),
     save_every: Annotated[float, typer.Option("--save-every", min=0, help="Seconds between checkpoints.")] = 60.0,
-    track: Annotated[
-        list[str] | None, typer.Option("--track", help="Where curves go as well: tensorboard, wandb, mlflow, ...")
-    ] = None,
+    track: options.Track = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
     dtype: options.Dtype = None,

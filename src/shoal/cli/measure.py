@@ -39,6 +39,7 @@ def measure(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the scores with their errors into this .svg file.")
     ] = None,
+    track: options.Track = None,
     stream: options.Stream = False,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
@@ -67,7 +68,8 @@ def measure(
     texts = [keyed(text, text_key, chat_template) for text in data]
     with progress_bars(quiet) as progress:
         found = measure_several(
-            model, measure, data=texts, settings=own, lowest=lowest, stability=enough, progress=progress,
+            model, measure, data=texts, settings=own, lowest=lowest, stability=enough,
+            track=track or [], progress=progress,
             load=loading(device, dtype, trust_remote_code, stream, adapter, device_map), length=length, limit=limit,
             stride=stride, bos=bos, batch=batch, stack=stack, seed=seed or None,
         )  # fmt: skip

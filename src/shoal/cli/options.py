@@ -41,8 +41,19 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
     return value
 
 
+def _trackers(names: list[str] | None) -> list[str] | None:
+    """Before anything is loaded: names that are none, and packages that are missing."""
+    from shoal.report.tracking import require_trackers
+
+    try:
+        require_trackers(names or [])
+    except UsageError as error:
+        raise _bad(error) from None
+    return names
+
+
 def _bad(error: UsageError) -> typer.BadParameter:
-    """A mistake in a config file, found while the command line is read."""
+    """A mistake found while the command line is read."""
     return typer.BadParameter(str(error))
 
 
@@ -128,6 +139,15 @@ As = Annotated[
 ]
 Stream = Annotated[
     bool, typer.Option("--stream", help="Leave the layers in their files and read each when it runs: any size fits.")
+]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track", callback=_trackers, help="Experiment tracker that is told as well: tensorboard, wandb, mlflow, ..."
+    ),
+]
+GpusPerWorker = Annotated[
+    float, typer.Option("--gpus-per-worker", min=0, help="GPUs of each worker, with --ray: 1, or 0.5 for two on one.")
 ]
 StackName = Annotated[
     str | None, typer.Option("--stack", help="encoder, decoder, vision, text (default: the decoder, or the first).")

@@ -80,6 +80,8 @@ def prune(
         str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: candidates are evaluated there.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that do so, with --ray.")] = 2,
+    gpus_per_worker: options.GpusPerWorker = 0.0,
+    track: options.Track = None,
     stream: options.Stream = False,
     adapter: options.AdapterFolder = None,
     device: options.Device = None,
@@ -150,6 +152,8 @@ def prune(
             memory=None if state_memory is None else state_memory << 20,
             ray=ray,
             workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            track=track or [],
             assess=heal is None and asked_for,
             test_data=tests,
             progress=progress,
@@ -157,6 +161,7 @@ def prune(
         if heal is not None:
             pruned = _healed(
                 pruned, heal, output, quiet, **amount, data=text, watch=templated(watch, chat_template), seed=seed,
+                track=track or [],
                 assess=asked_for, stack=stack, progress=progress,
                 test={"data": tests, "window": length, "limit": min(limit, 8), "bos": bos},
             )  # fmt: skip
@@ -197,7 +202,7 @@ def _tell_unused(entry: Any, planned: bool, then: bool, assess: bool, written: b
     if not written:
         unused("nothing is written without --output", "overwrite", "zero_parts")
     if not ray:
-        unused("no --ray is given", "workers")
+        unused("no --ray is given", "workers", "gpus_per_worker")
 
 
 def _healing(recipe: str | None, tokens: str | None, minutes: float | None) -> dict[str, Any]:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from shoal.data import Data
-from shoal.errors import UsageError
 from shoal.evaluation.cluster import Machines, machines
+from shoal.evaluation.cluster_resources import Cluster
+from shoal.evaluation.layer_major_loss import LayerMajorLoss, Window
 from shoal.evaluation.plan_loss import BatchLoss, PlanLoss
-from shoal.models.placed import is_placed
+from shoal.models.load import Loaded
 from shoal.plan import Plan
 from shoal.plan.prefix import Prefix
 
 CHUNKS = 4
 """Pieces of work for each process, where plans and not batches are handed out: suffixes differ in length."""
 
-Results = list[tuple[int, int, BatchLoss, float]]
-"""Number of the plan, number of the batch, sums, seconds."""
+Row = tuple[int, Plan, Sequence[int] | None]
+"""Number of the plan, the plan, the numbers of its batches; None for all of them at once, layer by layer."""
 
 
 class DistributedLoss(PlanLoss):
@@ -33,7 +35,7 @@ class DistributedLoss(PlanLoss):
         super().__init__(model, data, **options)
         self.pool = pool
         own = {name: value for name, value in options.items() if name != "memo"}
-        self._facts = (data, own)
+        self.facts = (data, own)
 
     def computed(
         self, wanted: Mapping[Plan, Sequence[int]], among: Collection[Prefix] | None
@@ -58,53 +60,62 @@ class DistributedLoss(PlanLoss):
                 for place, (plan, own) in enumerate(wanted.items())
             ]
             if mine := [one for one in mine if one[2]]:
-                jobs.append((process, (self._facts, mine, among)))
+                jobs.append((process, (self.facts, mine, among)))
         return jobs
 
     def _by_plan(self, wanted: Mapping[Plan, Sequence[int]], among: Collection[Prefix] | None) -> list[tuple[Any, ...]]:
         rows = [(place, plan, list(own)) for place, (plan, own) in enumerate(wanted.items())]
         size = max(1, -(-len(rows) // (CHUNKS * self.pool.count)))
-        return [(self._facts, rows[at : at + size], among) for at in range(0, len(rows), size)]
+        return [(self.facts, rows[at : at + size], among) for at in range(0, len(rows), size)]
+
+
+class DistributedLayers(LayerMajorLoss):
+    """A `LayerMajorLoss` that hands each process of the pool a share of the plans: each reads every layer once for it.
+    Only where layers lie in files is it asked."""
+
+    def __init__(self, loss: DistributedLoss, *, memory: int | None = None) -> None:
+        super().__init__(loss, memory=memory)
+        self.facts, self.pool = loss.facts, loss.pool
+
+    def __call__(
+        self, plans: Sequence[Plan], windows: Sequence[Window], report: Callable[[int], None] | None = None
+    ) -> list[float]:
+        """The loss of each plan on all the data of the loss; `report` hears of the depth when all is done."""
+        if windows is not self.loss.batches:  # the trial on a few tokens
+            return super().__call__(plans, windows, report)
+        size = -(-len(plans) // self.pool.count)
+        rows = [(place, plan, None) for place, plan in enumerate(plans)]
+        jobs = [(self.facts, rows[at : at + size], self.memory) for at in range(0, len(rows), size)]
+        found = {place: value for answers in self.pool.anywhere(jobs) for place, value in answers}
+        if report is not None:
+            report(self.stack.depth)
+        return [found[place] for place in range(len(plans))]
 
 
 class LossWorker:
     """What works in each process: the losses of one model, on whatever data it is given."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, loaded: Loaded, _: Any = None) -> None:
+        self.model = loaded.model
         self._losses: dict[str, PlanLoss] = {}
 
-    def do(
-        self,
-        facts: tuple[Data, dict[str, Any]],
-        rows: Sequence[tuple[int, Plan, list[int]]],
-        among: Collection[Prefix] | None,
-    ) -> Results:
-        """The sums of these batches of these plans."""
+    def do(self, facts: tuple[Data, dict[str, Any]], rows: Sequence[Row], more: Any) -> Any:
+        """The sums of these batches of these plans, where `more` are the prefixes worth keeping; of plans without
+        batches (number, nats per token on all of them), where `more` is the memory for hidden states."""
         data, options = facts
         name = f"{data.info.sha256} {options}"
         if name not in self._losses:
             self._losses[name] = PlanLoss(self.model, data, **options)
+        loss, plans = self._losses[name], [plan for _, plan, _ in rows]
+        if all(numbers is None for _, _, numbers in rows):
+            values = LayerMajorLoss(loss, memory=more)(plans, loss.batches)
+            return [(place, value) for (place, _, _), value in zip(rows, values, strict=True)]
         places = {plan: place for place, plan, _ in rows}
-        found = self._losses[name].computed({plan: numbers for _, plan, numbers in rows}, among)
+        found = loss.computed({plan: numbers for _, plan, numbers in rows if numbers is not None}, more)
         return [(places[plan], number, part, seconds) for plan, number, part, seconds in found]
 
 
-def loss_workers(model: Any, address: str | None, count: int) -> AbstractContextManager[Machines | None]:
-    """`count` processes at `address` that hold the model for `DistributedLoss`; none without an address.
-
-    Raises U571 as `machines` does, U572 for a model whose layers are read from files as they are needed, or that a
-    device map spreads.
-    """
-    refuse_spread(address, model)
-    return machines(address, count, LossWorker, model)
-
-
-def refuse_spread(address: str | None, model: Any) -> None:
-    """Raise U572 for a model that is not whole in memory, where processes at `address` would each hold it."""
-    if address is not None and is_placed(model):
-        raise UsageError(
-            "--ray keeps the whole model in the memory of each process, and --stream or --device-map keeps a part "
-            "of it elsewhere; leave one of them out",
-            code="U572",
-        )
+def loss_workers(loaded: Loaded, cluster: Cluster) -> AbstractContextManager[Machines | None]:
+    """Processes of the cluster that hold the model for `DistributedLoss`; none without an address. Raises what
+    `machines` does."""
+    return machines(cluster, LossWorker, replace(loaded, tokenizer=None))

@@ -20,6 +20,7 @@ from shoal.healing.trainer import HealTrainer, NotFiniteError, Pace, Tell, argum
 from shoal.healing.windows import Windows, collated
 from shoal.models.calls import device_of
 from shoal.models.evaluating import evaluating
+from shoal.report.tracking import Tracked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ class Run:
     seed: int = 0
     save_every: float = 60.0
     """Seconds between two checkpoints."""
-    track: tuple[str, ...] = ()
-    """What Trainer reports to: tensorboard, wandb, ..."""
+    told: Tracked = field(default_factory=Tracked)
+    """Who is told of each step besides: tensorboard, wandb, ..."""
     stop: Callable[[], bool] = lambda: False
     """Asked after each step."""
     processes: Processes = field(default_factory=Processes)
@@ -82,7 +83,7 @@ def train(
     windows, rest = Windows(texts[0], causal=causal), Windows(texts[1], causal=causal)
     args = arguments(
         folder, settings, steps=steps, batch=run.batch, accumulate=run.accumulate, seed=run.seed,
-        device=device_of(learner.model), fresh=place is None, track=run.track,
+        device=device_of(learner.model), fresh=place is None,
         every=settings.steps_between(steps, steps * run.windows, len(rest)),
     )  # fmt: skip
     pace = Pace(

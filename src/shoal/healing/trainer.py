@@ -153,7 +153,7 @@ class Pace(TrainerCallback):
 
 def arguments(
     folder: Path, settings: Settings, *, steps: int, batch: int, accumulate: int, seed: int, device: torch.device,
-    fresh: bool, every: int, track: tuple[str, ...] = (),
+    fresh: bool, every: int,
 ) -> TrainingArguments:  # fmt: skip
     """What Trainer is told; `every`: steps from one evaluation to the next. One GPU a process: with several, torchrun
     starts a process for each."""
@@ -175,7 +175,7 @@ def arguments(
         logging_strategy="steps",
         logging_steps=max(1, steps // 50),
         logging_nan_inf_filter=False,
-        report_to=list(track) or "none",
+        report_to="none",  # `shoal.report.tracking` hears of each step by `Tell`
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,

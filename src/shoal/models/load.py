@@ -27,6 +27,7 @@ from shoal.models.checked_source import (
 from shoal.models.compat import hide_offload_note
 from shoal.models.kinds import auto_class, auto_for
 from shoal.models.opened import OpenedModel, open_model
+from shoal.models.origin import Origin
 from shoal.models.placed import DeviceMap, expanded, place_for_converted, read_device_map
 from shoal.models.quantised import require_quantiser
 from shoal.models.streamed import device_map as streaming_map
@@ -55,6 +56,8 @@ class Loaded:
     """The local folder that was read, for its side files; None for a hub id."""
     adapter: Adapter | None = None
     """What peft put into the model's modules."""
+    origin: Origin | None = None
+    """How another process reads the same model; None for one that was given as an object."""
 
     @property
     def opened(self) -> OpenedModel:
@@ -121,7 +124,10 @@ def load(
         tokenizer = load_tokenizer(checked.place, **trust)
     model = model.eval() if placed else _moved(model.eval(), place_for, checked.name)
     put = None if adapter is None else attach(model, adapter, checked.name)
-    return Loaded(model, tokenizer, checked.name, checked.folder, put)
+    origin = Origin.of(
+        source, dtype=dtype, attention=attention, adapter=adapter, stream=stream, device_map=device_map, **trust
+    )
+    return Loaded(model, tokenizer, checked.name, checked.folder, put, origin)
 
 
 def _planned(folder: Path, tokenizer: Any, device: str, dtype: Any, attention: str | None, changed: bool) -> Loaded:
