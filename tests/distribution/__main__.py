@@ -6,5 +6,5 @@ from pathlib import Path
 from .contents import faults
 
 found = faults(Path(sys.argv[1]))
-print("\n".join(found) or "the wheel and the sdist hold what they should")
+sys.stdout.write(("\n".join(found) or "the wheel and the sdist hold what they should") + "\n")
 raise SystemExit(1 if found else 0)
