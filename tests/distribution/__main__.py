@@ -1,4 +1,4 @@
-"""`python -m tests.distribution FOLDER`: look through the wheel and the sdist of that folder; exit code 1 if one is wrong."""
+"""`python -m tests.distribution FOLDER`: look through its wheel and its sdist; exit code 1 if one is wrong."""
 
 import sys
 from pathlib import Path

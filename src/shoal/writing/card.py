@@ -69,10 +69,10 @@ def model_card(
     """The text of README.md; `planned`: of a planned checkpoint. `inputs`: the name of the model's main input.
 
     `rows`: the before-and-after table, {name, unit, dense, pruned, how} each; those with `metric`, `source`, `split` or
-    `read` stand in the front matter, too (see `shoal.writing.card_data`). `base_layers`: for every layer of the
-    new model (by stack, where it has several) the layer of the first base that it is; `chain`: all prunings, the first one
-    first. `auto`: the Auto class that loads it. `changed`: config fields, (old, new). `left_out`: tensors of the base
-    that are no part of its model.
+    `read` stand in the front matter, too (see `shoal.writing.card_data`). `base_layers`: for every layer of the new
+    model (by stack, where it has several) the layer of the first base that it is; `chain`: all prunings, the first
+    one first. `auto`: the Auto class that loads it. `changed`: config fields, (old, new). `left_out`: tensors of the
+    base that are no part of its model.
     """
     task = base.task or pipeline_tag(auto, inputs)
     data = front_matter(base=base.hub_id, license_of=base.license, task=task, rows=rows, title=_line(title))

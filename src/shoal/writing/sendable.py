@@ -185,9 +185,9 @@ def _proof(place: Path, kind: str, *, unproved: bool) -> str:
     of = place.parent if kind == "adapter" else place
     found = read_json(of / PROOF) if (of / PROOF).is_file() else {}
     said = found.get("checks")
-    listed_checks = said if isinstance(said, list) else []
-    checks = {str(one.get("name")): one.get("passed") for one in listed_checks if isinstance(one, dict)}
-    if kind == "adapter" and not any("adapter" in name for name in checks):
+    given = said if isinstance(said, list) else []
+    checks = [(str(one.get("name")), one.get("passed")) for one in given if isinstance(one, dict)]
+    if kind == "adapter" and not any("adapter" in name for name, _ in checks):
         found = {}
     if not found:
         if not unproved:
@@ -197,7 +197,7 @@ def _proof(place: Path, kind: str, *, unproved: bool) -> str:
                 code="W315",
             )
         return "missing"
-    failed = tuple(name for name, passed in checks.items() if passed is not True)
+    failed = tuple(name for name, passed in checks if passed is not True)
     if found.get("passed") is True and checks and not failed:
         return "passed"
     if not unproved:

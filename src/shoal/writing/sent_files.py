@@ -44,7 +44,7 @@ class Base:
 
 
 def base_of(place: Path, hub_id: str | None) -> Base:
-    """The base that the plan or the adapter of a folder names, and the Hub id for it: `hub_id`, or what the card says."""
+    """The base that the plan or the adapter of a folder names, and its Hub id: `hub_id`, or what the card says."""
     named = [_named(place / name, keys) for name, keys in _WHERE]
     path = next((Path(one) for one in named if isinstance(one, str) and Path(one).is_absolute()), None)
     known = card_data(place / "README.md").get("base_model")
