@@ -52,7 +52,7 @@ def made(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = shoal.load(place / "base", device="cpu")
     command = f"shoal write {place / 'base'} --plan 0,2-3"
     shoal.write(loaded, "0,2-3", place / "out", card=[ROW], command=command, adapter=place / "lora", records=[{"a": 1}])
-    write_planned(loaded, "0,2,2,3", place / "planned")
+    write_planned(loaded, "0,2,2,3", place / "planned", prove=False)
     plan = parse_plan("0,2-3", Plan.identity(loaded.opened.spec, source=str(place / "base")))
     save_planned(plan, place / "plan")
     return place
@@ -100,11 +100,11 @@ def test_what_arrives_runs_and_names_no_path_of_this_machine(hub: Hub, made: Pat
 
 def test_the_other_kinds_of_folder(hub: Hub, made: Path) -> None:
     for name, kind, proof in (
-        ("planned", "planned checkpoint", "passed"),
+        ("planned", "planned checkpoint", "missing"),
         ("plan", "plan", "none"),
         ("out/adapter", "adapter", "missing"),
     ):
-        options = {"unproved": True, "base": "me/small"} if kind == "adapter" else {}
+        options: dict[str, Any] = {"unproved": proof == "missing", "base": "me/small"}
         if kind == "adapter":
             shutil.copytree(made / name, made / "alone", dirs_exist_ok=True)
             name = "alone"  # noqa: PLW2901 - its proof lies in the folder that it was taken out of

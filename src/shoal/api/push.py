@@ -188,6 +188,7 @@ def _quiet(bars: bool) -> Iterator[None]:
         disable_progress_bars()
     try:
         with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("ignore")  # what it says to its own developers, its threads included
             warnings.simplefilter("always", UserWarning)
             yield
         for text in dict.fromkeys(" ".join(str(one.message).split()) for one in said):

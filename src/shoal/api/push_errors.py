@@ -55,19 +55,19 @@ def _said(error: Exception, repo: str, endpoint: str, revision: str, state: str)
             return UsageError(f"the Hub did not take {repo}: {where}; {state}; {remedy}", code="U759")
 
 
-def _without_answer(error: Exception, chain: list[BaseException], endpoint: str, state: str) -> UsageError:
+def _without_answer(error: Exception, chain: list[Exception], endpoint: str, state: str) -> UsageError:
     """No connection by whatever library, or an answer that its client cannot use."""
     module = {type(one).__module__.partition(".")[0] for one in chain}
     if module & {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"} or isinstance(error, OSError):
         why, remedy = first_line(error, 120), "see that the network, --endpoint and HF_ENDPOINT are right"
         return UsageError(f"{endpoint} cannot be reached ({why}); {state}; {remedy}", code="U758")
-    why = " ".join(str(error).split())[:200] or type(error).__name__
+    why = ": ".join(dict.fromkeys(first_line(one, 120).rstrip(".") for one in (error, chain[-1])))
     return UsageError(f"the Hub's client gave up ({why}); {state}; mend what it names", code="U759")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[Exception]:
     seen = 0
-    while error is not None and seen < 10:
+    while isinstance(error, Exception) and seen < 10:
         yield error
         error, seen = error.__cause__ or error.__context__, seen + 1
 
