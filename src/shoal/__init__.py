@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shoal.api.inspection import inspect, ls, show
     from shoal.api.measuring import measure
     from shoal.api.prune import prune
+    from shoal.api.push import push
     from shoal.data import load_data
     from shoal.errors import ShoalError
     from shoal.live import apply, running
@@ -41,6 +42,7 @@ _HOMES = {
     "measure": "shoal.api.measuring",
     "parse_plan": "shoal.plan",
     "prune": "shoal.api.prune",
+    "push": "shoal.api.push",
     "rewrite": "shoal.writing.surgery",
     "running": "shoal.live",
     "save_plan": "shoal.plan",
@@ -70,6 +72,7 @@ __all__ = [
     "measure",
     "parse_plan",
     "prune",
+    "push",
     "rewrite",
     "running",
     "save_plan",

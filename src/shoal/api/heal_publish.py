@@ -115,14 +115,19 @@ def card_rows(healed: Healed) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "name": f"perplexity, {'held-out training' if name == HELD else 'second'} text",
+                    "metric": "perplexity",
+                    "source": judged.dense.info.source,
+                    "split": judged.dense.info.split,
                     "unit": "",
                     "dense": judged.dense.value,
                     "pruned": judged.after.value,
                     "how": f"{judged.before.value:.4g} before healing; {judged.dense.info.describe()}",
                 }
             )
-    said = f"recipe {healed.recipe}, {healed.seconds:.0f} s; {healed.data['train']['source']}"
-    return [*rows, {"name": "healed on tokens", "unit": "", "dense": None, "pruned": healed.tokens, "how": said}]
+    read = healed.data["train"]["source"]
+    said = f"recipe {healed.recipe}, {healed.seconds:.0f} s; {read}"
+    learned = {"name": "healed on tokens", "unit": "", "dense": None, "pruned": healed.tokens, "how": said}
+    return [*rows, learned | {"read": read}]
 
 
 def _page(healed: Healed, plan: Plan, proof: Proof, command: str, created: str) -> dict[str, Any]:

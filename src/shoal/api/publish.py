@@ -181,6 +181,9 @@ def quality_rows(pruned: Pruned) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": "perplexity",
+                "metric": "perplexity",
+                "source": found.perplexity.info.source,
+                "split": found.perplexity.info.split,
                 "unit": "",
                 "better": "lower",
                 "dense": found.dense.value,
@@ -214,6 +217,9 @@ def quality_rows(pruned: Pruned) -> list[dict[str, Any]]:
         rows += [
             {
                 "name": name,
+                "metric": metric,
+                "source": same.info.source,
+                "split": same.info.split,
                 "unit": unit,
                 "better": better,
                 "dense": dense,
@@ -221,9 +227,9 @@ def quality_rows(pruned: Pruned) -> list[dict[str, Any]]:
                 "error_pruned": error,
                 "how": how,
             }
-            for name, unit, better, dense, value, error in (
-                ("KL(dense || pruned)", "nats per token", "lower", 0.0, same.kl, same.kl_error),
-                ("top-1 agreement", "share", "higher", 1.0, same.top1, same.top1_error),
+            for name, metric, unit, better, dense, value, error in (
+                ("KL(dense || pruned)", "kl_divergence", "nats per token", "lower", 0.0, same.kl, same.kl_error),
+                ("top-1 agreement", "top1_agreement", "share", "higher", 1.0, same.top1, same.top1_error),
             )
         ]
     return rows

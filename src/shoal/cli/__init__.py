@@ -21,6 +21,7 @@ from shoal.cli.inspect import inspect
 from shoal.cli.ls import ls
 from shoal.cli.measure import measure
 from shoal.cli.prune import prune
+from shoal.cli.push import push
 from shoal.cli.serve import serve
 from shoal.cli.show import show
 from shoal.cli.tune_draft import tune_draft
@@ -29,7 +30,7 @@ from shoal.cli.write import write
 
 VERBS = (
     inspect, measure, prune, fuse, heal, compare, evaluate, bench, generate, fit_exits, calibrate, tune_draft, serve,
-    write, verify, doctor, show, diff, convert, ls,
+    write, verify, push, doctor, show, diff, convert, ls,
 )  # fmt: skip
 
 app = typer.Typer(

@@ -12,7 +12,9 @@ import yaml
 from shoal._version import __version__
 from shoal.models.kinds import CAUSAL, DECODERS
 from shoal.plan import Plan, format_plan, strip
+from shoal.writing.card_data import front_matter, pipeline_tag
 from shoal.writing.left_out import listed
+from shoal.writing.local_paths import without_folders
 from shoal.writing.proof import Proof
 
 BUILTIN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
@@ -30,6 +32,8 @@ class Origin:
     hub_id: str | None = None
     license: dict[str, str] | None = None
     """Front matter of the license: license, and for "other" its name and link."""
+    task: str | None = None
+    """The base's `pipeline_tag`, from its card."""
 
 
 def origin(source: str, folder: Path | None) -> Origin:
@@ -38,7 +42,8 @@ def origin(source: str, folder: Path | None) -> Origin:
         hub_id, license_id = BUILTIN[source]
         return Origin(hub_id, hub_id, {"license": license_id})
     if folder is not None:
-        return Origin(folder.resolve().name, None, _license(folder))
+        tag = card_data(folder / "README.md").get("pipeline_tag")
+        return Origin(folder.resolve().name, None, _license(folder), tag if isinstance(tag, str) else None)
     path = Path(source)
     if source.count("/") == 1 and not path.is_absolute() and not path.exists():
         return Origin(source, source)
@@ -59,15 +64,20 @@ def model_card(
     command: str | None = None,
     proof: Proof | None = None,
     planned: bool = False,
+    inputs: str | None = None,
 ) -> str:
-    """The text of README.md; `planned`: of a planned checkpoint.
+    """The text of README.md; `planned`: of a planned checkpoint. `inputs`: the name of the model's main input.
 
-    `rows`: the before-and-after table, {name, unit, dense, pruned, how} each. `base_layers`: for every layer of the new
-    model (by stack, where it has several) the layer of the first base that it is; `chain`: all prunings, the first one
-    first. `auto`: the Auto class that loads it. `changed`: config fields, (old, new). `left_out`: tensors of the base
-    that are no part of its model.
+    `rows`: the before-and-after table, {name, unit, dense, pruned, how} each; those with `metric`, `source`, `split` or
+    `read` stand in the front matter, too (see `shoal.writing.card_data`). `base_layers`: for every layer of the new
+    model (by stack, where it has several) the layer of the first base that it is; `chain`: all prunings, the first
+    one first. `auto`: the Auto class that loads it. `changed`: config fields, (old, new). `left_out`: tensors of the
+    base that are no part of its model.
     """
-    parts = [_front_matter(base), f"# {_line(title)}", _summary(plan, base, planned)]
+    task = base.task or pipeline_tag(auto, inputs)
+    data = front_matter(base=base.hub_id, license_of=base.license, task=task, rows=rows, title=_line(title))
+    front = f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
+    parts = [front, f"# {_line(title)}", _summary(plan, base, planned)]
     if rows:
         parts.append(_table(rows))
     parts += [_plan(plan, base_layers, chain), _loading(title, auto, planned)]
@@ -80,16 +90,6 @@ def model_card(
         )
     parts.append(_making(command, proof))
     return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(base: Origin) -> str:
-    """`base_model_relation` is left out on purpose: the hub knows adapter, merge, quantized and finetune, and a model
-    without some of its layers is none of them."""
-    data: dict[str, Any] = {"library_name": "transformers", "tags": ["shoal", "pruned", "layer-pruning"]}
-    if base.hub_id is not None:
-        data["base_model"] = base.hub_id
-    data |= base.license or {}
-    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---"
 
 
 def _summary(plan: Plan, base: Origin, planned: bool) -> str:
@@ -163,7 +163,7 @@ def _loading(title: str, auto: str, planned: bool) -> str:
 def _making(command: str | None, proof: Proof | None) -> str:
     text = "## How it was made"
     if command:
-        text += f"\n\n```\n{command.replace('```', '')}\n```"
+        text += f"\n\n```\n{without_folders(command).replace('```', '')}\n```"
     if proof is None:
         return f"{text}\n\nThe folder was not proven; `shoal verify` can do it."
     lines = "\n".join(
@@ -182,7 +182,7 @@ def _making(command: str | None, proof: Proof | None) -> str:
 
 def _license(folder: Path) -> dict[str, str] | None:
     """From the front matter of the base's card, else recognised in its LICENSE, else "other" with a link to it."""
-    known = _card_data(folder / "README.md")
+    known = card_data(folder / "README.md")
     if isinstance(known.get("license"), str):
         names = ("license", "license_name", "license_link")
         return {name: known[name] for name in names if isinstance(known.get(name), str)}
@@ -205,7 +205,8 @@ def _recognised(text: str) -> dict[str, str] | None:
     return None
 
 
-def _card_data(file: Path) -> dict[str, Any]:
+def card_data(file: Path) -> dict[str, Any]:
+    """The front matter of a card; empty where there is none that can be read."""
     if not file.is_file() or file.stat().st_size > _MAX_CARD:
         return {}
     pieces = file.read_text(encoding="utf-8", errors="replace").split("---\n", 2)

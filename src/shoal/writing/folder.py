@@ -150,6 +150,7 @@ def write(
             left_out=left_out,
             command=command,
             proof=proof if prove else None,
+            inputs=getattr(inner, "main_input_name", None),
         )
         write_text(staging / "README.md", text)
         if page is not None:

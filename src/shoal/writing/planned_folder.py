@@ -108,6 +108,7 @@ def write_planned(
         text = model_card(
             plan, origin(loaded.source, loaded.folder), title=final.name, base_layers=plan.layers(), rows=card or (),
             command=command, proof=proof if prove else None, planned=True, auto=auto_of(inner) or CAUSAL,
+            inputs=getattr(inner, "main_input_name", None),
         )  # fmt: skip
         write_text(staging / "README.md", text)
         if page is not None:
