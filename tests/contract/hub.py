@@ -151,7 +151,7 @@ def serving() -> Iterator[Hub]:
 
         do_GET = do_POST = do_PUT = _any  # noqa: N815 - the names that http.server calls
 
-        def log_message(self, format: str, *args: Any) -> None:
+        def log_message(self, *args: Any) -> None:
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -167,6 +167,8 @@ VALUES = [
     ("write gguf", ["--tokenizer-from", "DATA"]), ("doctor", ["--kept", "nothing"]), ("doctor", ["--kept", "0-99"]),
     ("convert", ["--to", "nothing"]), ("convert", ["--from", "nothing"]), ("write", ["--config", "nowhere.yaml"]),
     ("write", ["--config", "DATA"]), ("ls", ["--nothing"]), ("write", ["--nothing"]),
+    ("push WRITTEN", ["--base", "no good"]), ("push WRITTEN", ["--endpoint", "nowhere"]),
+    ("push WRITTEN", ["--nothing"]),
 ]  # fmt: skip
 """(verb, what is typed behind its command): values that no option takes."""
 

@@ -256,7 +256,7 @@ def test_no_hub_there(hub: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> 
         push(made / "out", "me/small", endpoint="http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
-    with pytest.raises(ShoalError, match="^U758: HF_HUB_OFFLINE is set, so nothing was sent; unset it"):
+    with pytest.raises(ShoalError, match=r"^U758: HF_HUB_OFFLINE is set, so nothing was sent; unset it"):
         push(made / "out", "me/small", endpoint=hub.endpoint)
 
 

@@ -76,6 +76,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "write --stream": {"W240": SEVERAL},
     "write gguf": {"W265": tuple(name for name in PLANS if name != "llama"), "W266": ("llama",)},
     "verify": {"N001": ALL},
+    "push": {"W310": ALL},
     "doctor --repair": {"W251": ALL},
 }
 """By verb and code, the kinds that are refused; every other kind works. CLIP's text is named by --stack, its pictures

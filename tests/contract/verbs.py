@@ -55,6 +55,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "write gguf": ("write", "MODEL", "--plan", "PLAN", "--output", "OUT.gguf"),
     "verify": ("verify", "MODEL"),
     "verify --base": ("verify", "WRITTEN", "--base", "MODEL"),
+    "push": ("push", "MODEL", "me/small", "--dry-run"),
+    "push WRITTEN": ("push", "WRITTEN", "me/small", "--dry-run"),
     "doctor": ("doctor", "MODEL"),
     "doctor --plan": ("doctor", "MODEL", "--plan", "PLAN"),
     "doctor --repair": ("doctor", "MODEL", "--repair", "OUT"),
