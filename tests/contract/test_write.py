@@ -293,6 +293,7 @@ def test_the_model_card_says_what_was_done(written: Any) -> None:
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
         "tags": ["shoal", "pruned", "layer-pruning"],
+        "pipeline_tag": "text-generation",
         "license": "other",
         "license_name": "own",
         "license_link": "LICENSE",
