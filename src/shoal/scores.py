@@ -67,6 +67,9 @@ class Traits:
     """Whether it has standard errors over sequences with its options as they are."""
     first: int = 0
     """The first layer that can be judged: 1 where a layer is compared with the one below."""
+    alone: bool = False
+    """Whether what it says of a sequence, its notes and its detail depend on no other sequence: shares of a text may be
+    measured apart then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,15 @@ from inspect import signature
 from typing import Any
 
 from shoal.api.assess import Source, is_given, opened_base, text_of
+from shoal.api.measuring_apart import measured_apart
 from shoal.api.tracked import tell_scores
+from shoal.data import Data
 from shoal.data.spelled import TextSource
 from shoal.errors import UsageError, tell_unused
 from shoal.evaluation import Progress, RankAgreement, SubsampleAgreement, agreement_table, enough
+from shoal.evaluation.cluster_resources import Cluster, require_reachable
 from shoal.models.kinds import require_text
+from shoal.models.load import Loaded
 from shoal.record import plain
 from shoal.registry import Entry, get
 from shoal.report.tracking import require_trackers, tracking
@@ -97,6 +101,7 @@ def measure_several(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     lowest: int = 8,
     stability: bool = False,
+    cluster: Cluster | None = None,
     track: Sequence[str] = (),
     progress: Progress | None = None,
     load: Mapping[str, Any] | None = None,
@@ -105,7 +110,8 @@ def measure_several(
     """Score every layer by each of the measures on each of the texts, with the model loaded once.
 
     `settings`: by measure, its own options. `lowest`: how many of the least important layers are compared, at most half
-    of the stack. `stability`: also say how many sequences are enough. `track`: experiment trackers
+    of the stack. `stability`: also say how many sequences are enough. `cluster`: where measures, texts
+    and, where a measure allows it, shares of a text are looked at side by side. `track`: experiment trackers
     (`shoal.report.tracking`) that are told the scores, a step for each layer. `load` goes to `shoal.load`, `options` to
     `shoal.measure`. Raises what `shoal.measure` raises, U501 and U502 before the model is loaded.
     """
@@ -114,18 +120,54 @@ def measure_several(
     loaded = opened_base(source, **(load or {}))
     named = all(isinstance(text, str | TextSource) for text in data)
     texts = list(dict.fromkeys(data)) if named else list(data)
-    scores: dict[str, Scores] = {}
-    for typed, (entry, own) in asked.items():
-        for number, text in enumerate(texts):
-            words = str(text) if isinstance(text, str | TextSource) else f"text {number + 1}"
-            name = typed if len(texts) == 1 else f"{typed} on {words}"
-            scores[name] = measure(
-                loaded, entry.name, data=text, settings=own, progress=_named(progress, name), **options
-            )
+    wanted = {
+        (typed if len(texts) == 1 else f"{typed} on {_words(text, number)}"): (entry, own, text)
+        for typed, (entry, own) in asked.items()
+        for number, text in enumerate(texts)
+    }
+    scores = (
+        {
+            name: measure(loaded, entry.name, data=text, settings=own, progress=_named(progress, name), **options)
+            for name, (entry, own, text) in wanted.items()
+        }
+        if cluster is None or cluster.address is None
+        else _apart(loaded, wanted, cluster, progress, **options)
+    )
     with tracking(track, "measure", {"model": loaded.source}) as told:
         tell_scores(told, scores)
     k = max(1, min(lowest, min(len(found.values) for found in scores.values()) // 2))
     return Measured(scores, agreement_table(scores, k=k), _stability(scores, k) if stability else {})
+
+
+def _words(text: Any, number: int) -> str:
+    return str(text) if isinstance(text, str | TextSource) else f"text {number + 1}"
+
+
+def _apart(
+    loaded: Loaded,
+    wanted: Mapping[str, tuple[Entry, dict[str, Any], Any]],
+    cluster: Cluster,
+    progress: Progress | None,
+    *,
+    stack: str | None = None,
+    batch: int = 1,
+    **reading: Any,
+) -> dict[str, Scores]:
+    """The scores by name, from processes of the cluster; each text is read once, here."""
+    require_reachable(cluster, loaded)
+    texts: dict[Any, Data] = {}
+    tasks = list[tuple[Entry, dict[str, Any], Data | None]]()
+    for entry, own, text in wanted.values():
+        if not reads_text(entry.name):
+            tasks.append((entry, own, None))
+            continue
+        require_text(loaded.model, f"the measure {entry.name}")
+        key = text if isinstance(text, str | TextSource) else id(text)
+        if key not in texts:
+            texts[key] = text_of(loaded, text, **{"split": "calibrate", "length": 512, "limit": 16, **reading})
+        tasks.append((entry, own, texts[key]))
+    found = measured_apart(measure, loaded, tasks, cluster, batch=batch, progress=progress, stack=stack)
+    return dict(zip(wanted, found, strict=True))
 
 
 def _asked(names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Entry, dict[str, Any]]]:

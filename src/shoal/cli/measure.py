@@ -39,6 +39,11 @@ def measure(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the scores with their errors into this .svg file.")
     ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Address of a Ray cluster, or local: measures run there.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that do so, with --ray.")] = 2,
+    gpus_per_worker: options.GpusPerWorker = 0.0,
     track: options.Track = None,
     stream: options.Stream = False,
     adapter: options.AdapterFolder = None,
@@ -54,12 +59,15 @@ def measure(
     """Score every layer: the lowest is the one to remove first. Several measures or texts: how far they agree."""
     from shoal.api.measuring import measure_several, reads_text, settings_of
     from shoal.data.spelled import keyed
+    from shoal.evaluation.cluster_resources import Cluster
 
     own = settings_of(measure, settings or [])
     if not any(map(reads_text, measure)):
         unused("no measure asked for reads text", "length", "limit", "stride", "bos", "batch", "seed")
     if len(measure) * len(data) == 1 and not enough:
         unused("one score is compared with nothing", "lowest")
+    if ray is None:
+        unused("no --ray is given", "workers", "gpus_per_worker")
     if plot is not None:
         _require_svg(plot)
     if dry_run:
@@ -69,7 +77,7 @@ def measure(
     with progress_bars(quiet) as progress:
         found = measure_several(
             model, measure, data=texts, settings=own, lowest=lowest, stability=enough,
-            track=track or [], progress=progress,
+            cluster=Cluster(ray, workers, gpus_per_worker), track=track or [], progress=progress,
             load=loading(device, dtype, trust_remote_code, stream, adapter, device_map), length=length, limit=limit,
             stride=stride, bos=bos, batch=batch, stack=stack, seed=seed or None,
         )  # fmt: skip

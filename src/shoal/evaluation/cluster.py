@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from os import getpid
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from shoal.models.calls import device_of
 from shoal.models.load import Loaded
 from shoal.models.own_code import importable
 from shoal.models.placed import is_placed
-from shoal.user_files import UserFile, adopt, known_files
+from shoal.user_files import adopt, known_files
 
 RETRIES = 3
 """Times that work is given out again after the process that did it has died."""
@@ -34,9 +34,10 @@ class Machines:
         self._library = library
         needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": how.gpus}
         kind = library.remote(**needs, max_restarts=RETRIES, max_task_retries=RETRIES)(_Process)
-        shared = [library.put(rest)]  # in a list, because Ray would fetch a bare reference for every process anew
-        self._held = source, shared  # Ray forgets what only a process refers to that died, and its successor needs it
-        self._processes = [kind.remote(make, source, shared, how.threads, known_files()) for _ in range(how.count)]
+        # References in a list: a bare one would be fetched for every process anew, and a large value be lost with the
+        # process. Held here, because one that takes a dead one's place needs them again
+        self._shared = [library.put((make, source, known_files())), library.put(rest)]
+        self._processes = [kind.remote(self._shared, how.threads) for _ in range(how.count)]
 
     def about(self) -> list[dict[str, Any]]:
         """Of each process, once it has its model or will get none: `pid`, `device`, and `refused`, why it has none."""
@@ -156,21 +157,20 @@ def _started(library: Any, make: Callable[[Any, Any], Any], loaded: Loaded, rest
 class _Process:
     """What lives in a process of the cluster."""
 
-    def __init__(
-        self, make: Callable[[Any, Any], Any], source: ModelSource, shared: list[Any], threads: int,
-        files: Sequence[UserFile],
-    ) -> None:  # fmt: skip
+    def __init__(self, shared: list[Any], threads: int) -> None:
+        library = import_module("ray")
+        make, source, files = library.get(shared[0])
         torch.set_num_threads(threads)
         adopt(files)
         importable()
-        self._about: dict[str, Any] = {"pid": getpid(), "refused": None}
+        self._about: dict[str, Any] = {"pid": os.getpid(), "refused": None}
         try:
             loaded = source.loaded()
         except Exception as error:  # told by `about`: what a constructor raises is lost among Ray's own words
             self._about["refused"] = first_line(error)
             return
         self._about["device"] = str(device_of(loaded.model))
-        self._own = make(loaded, import_module("ray").get(shared[0]))
+        self._own = make(loaded, library.get(shared[1]))
 
     def about(self) -> dict[str, Any]:
         return self._about
@@ -189,6 +189,7 @@ def _threads_each(cluster: Cluster) -> int:
 
 def _connected(address: str, count: int) -> Any:
     """The library, at work at `address`, and able to hand tensors on. Raises U571."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core warns of the arguments that `Machines` holds
     try:
         library = import_module("ray")
     except ImportError:

@@ -10,11 +10,14 @@ from shoal.evaluation.agreement import compare_logits
 from shoal.evaluation.candidates import compare_each, without_each
 from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import logits_of
+from shoal.scores import Traits
 
 if TYPE_CHECKING:
     from shoal.data import Data
     from shoal.evaluation import Progress
     from shoal.scores import Scores
+
+TRAITS = Traits(alone=True)
 
 
 def kl_removed(

@@ -10,11 +10,14 @@ from shoal.evaluation.candidates import compare_each, without_each
 from shoal.evaluation.mean_scores import mean_scores
 from shoal.evaluation.scoring import logits_of, token_nll
 from shoal.models.kinds import require_causal
+from shoal.scores import Traits
 
 if TYPE_CHECKING:
     from shoal.data import Data
     from shoal.evaluation import Progress
     from shoal.scores import Scores
+
+TRAITS = Traits(alone=True)
 
 
 def loss_removed(
