@@ -6,7 +6,7 @@ unset PYTHONPATH
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 cd "$place"
-say() { printf '\n$ %s\n' "$*"; "$@"; }
+say() { printf '\n$ %s\n' "$*" >&2; "$@"; }
 say shoal --version
 say shoal inspect smollm2 | tail -n 4
 say shoal prune smollm2 --method shortgpt --drop 6 --limit 4 --no-assess --output out -q | tail -n 3
