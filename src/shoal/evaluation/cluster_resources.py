@@ -57,10 +57,10 @@ def require_resources(library: Any, cluster: Cluster) -> None:
         return
     whole = library.cluster_resources()
     asked = f"{cluster.workers} workers with 1 CPU" + (f" and {cluster.gpus:g} GPUs" if cluster.gpus else "") + " each"
+    smaller = " or a smaller --gpus-per-worker" if cluster.gpus else ""
     raise UsageError(
         f"the Ray cluster at {cluster.address} has {whole.get('CPU', 0):g} CPUs and {whole.get('GPU', 0):g} GPUs on "
-        f"{len(room)} machines, and there is no place for {asked}; ask for fewer --workers"
-        + (" or a smaller --gpus-per-worker" if cluster.gpus else ""),
+        f"{len(room)} machines, and there is no place for {asked}; ask for fewer --workers{smaller}",
         code="U765",
     )
 
