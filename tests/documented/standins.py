@@ -88,6 +88,7 @@ NOT_RUN = {
     r"pip install\b": "installs packages",
     r"torchrun\b": "starts processes; tests/contract/test_spread_healing.py runs one",
     r"shoal prune .*--ray\b": "starts a Ray cluster, or needs one; tests/contract/test_distributed.py",
+    r"shoal prune .*--track\b": "needs the package of a tracker; tests/contract/test_tracking.py has its own",
     r"shoal prune .*--method auto .*--heal\b": "trains for a quarter of an hour; test_heal prunes and heals",
     r"shoal compare .*--heal logit-kd\b": "heals twelve plans; test_heal compares with a tiny model",
     r"shoal heal .*--recipe (skip-layer|layer-skip|ebert|fractional)\b": (
