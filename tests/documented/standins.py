@@ -83,7 +83,6 @@ SLOW = {
 
 NOT_RUN = {
     r"shoal push (?!.*--dry-run)": "sends to the Hub; tests/contract/test_push.py sends to a stand-in",
-    r"(hf auth|hf upload|twine|git tag)\b": "sends to others, or says who does",
     r"make\b": "sets up an environment or runs all of the tests",
     r"pip install\b": "installs packages",
     r"torchrun\b": "starts processes; tests/contract/test_spread_healing.py runs one",

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ModelError
-from shoal.models.checkpoint import INDEX, nameable, read_header, read_json, tensor_headers
+from shoal.models.checkpoint import INDEX, PLANNED_INDEX, nameable, read_header, read_json, tensor_headers
 from shoal.models.folder_kinds import refuse_adapter, refuse_other_kind
 
-SINGLE = "model.safetensors"
+SINGLE, PLANNED_SINGLE = "model.safetensors", "planned.safetensors"
 _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
@@ -42,8 +42,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Raises `ModelError`: M308 pickle only, M309 a file that is missing, damaged or outside the folder, an index that
     names another file than the one that holds a tensor, a tensor held twice, M357 one file beside an index of others.
     """
+    single, index = _names(folder)
     weight_map = _weight_map(folder)
-    files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    files = sorted(set(weight_map.values())) if weight_map is not None else [single]
     for name in files:
         require_inside(folder, name)
     found: dict[str, Stored] = {}
@@ -59,7 +60,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for tensor, name in (weight_map or {}).items():
         if tensor not in found or found[tensor].file.name != name:
             raise ModelError(
-                f"{folder / INDEX} says that {name} holds the tensor {tensor}, which it does not; copy the files again",
+                f"{folder / index} says that {name} holds the tensor {tensor}, which it does not; copy the files again",
                 code="M309",
             )
     return found
@@ -132,18 +133,27 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _names(folder: Path) -> tuple[str, str]:
+    """What the one file of a checkpoint is called, and the index of several; a planned checkpoint has names of its
+    own, which no other class finds."""
+    stock, planned = (SINGLE, INDEX), (PLANNED_SINGLE, PLANNED_INDEX)
+    own = any((folder / name).is_file() for name in planned)
+    return planned if own and not any((folder / name).is_file() for name in stock) else stock
+
+
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """The index; None for a folder with one file."""
-    index = folder / INDEX
+    single, name = _names(folder)
+    index = folder / name
     if not index.is_file():
-        if not (folder / SINGLE).is_file():
+        if not (folder / single).is_file():
             tensor_headers(folder)  # says what the folder holds instead
             raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}; copy the index too", code="M309")
         return None
     found = weight_map(read_json(index), str(index))
-    if (folder / SINGLE).is_file() and set(found.values()) != {SINGLE}:
+    if (folder / single).is_file() and set(found.values()) != {single}:
         raise ModelError(
-            f"{folder} has a {SINGLE} and an index of other files; transformers would read the one, other programs the "
+            f"{folder} has a {single} and an index of other files; transformers would read the one, other programs the "
             "others: remove what is left over",
             code="M357",
         )
