@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import shoal.auto  # noqa: F401 - tells transformers of planned checkpoints
 from shoal.errors import ShoalError
 from shoal.models.load import Loaded, load
+from shoal.models.shards import check_folder
 from shoal.writing.planned_folder import write_planned
 
 from .families import tiny
@@ -178,3 +179,14 @@ def test_the_command_line_says_one_sentence(tmp_path: Path) -> None:
     cut(100)(folder)
     text = command("generate", str(folder), "x", code=1)
     assert text.count("\n") == 1 and "M309" in text
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_checks_from_headers_know_the_names_of_its_files(size: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "m", shard_size=size)
+    files = sorted(folder.glob("planned*.safetensors"))
+    assert {place.file.name for place in check_folder(folder).values()} == {file.name for file in files}
+    assert (len(files) > 1) == (size == "20KB")
+    files[-1].unlink()
+    with pytest.raises(ShoalError, match="M309"):
+        check_folder(folder)

@@ -148,7 +148,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     if not index.is_file():
         if not (folder / single).is_file():
             tensor_headers(folder)  # says what the folder holds instead
-            raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}; copy the index too", code="M309")
+            raise ModelError(f"{folder} has neither {single} nor {name}; copy the index too", code="M309")
         return None
     found = weight_map(read_json(index), str(index))
     if (folder / single).is_file() and set(found.values()) != {single}:
@@ -171,7 +171,9 @@ def weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
 def require_inside(folder: Path, name: str) -> None:
     """A file of this very folder; a link may lead to its neighbours, or to the blobs of the hub's cache."""
     if name != Path(name).name or "\\" in name or name in ("", ".", "..") or not nameable(name):
-        raise ModelError(f"{folder / INDEX} names {name[:80]!r}, which is no file of the folder; mend it", code="M309")
+        raise ModelError(
+            f"{folder / _names(folder)[1]} names {name[:80]!r}, which is no file of the folder; mend it", code="M309"
+        )
     file, home = folder / name, folder.resolve()
     if not file.is_file():
         raise ModelError(f"{folder} lacks {name}, which its index names; copy it there", code="M309")
